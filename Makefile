@@ -1,0 +1,93 @@
+# `make` lists the targets. Everything installs into .venv; `make TARGET PYTHON=python` uses the active environment
+# (conda, say) instead and installs nothing.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BASE_PYTHON ?= python3
+VENV := .venv
+ifeq ($(origin PYTHON),command line)
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+# Quickstart: simulated pairs, or DATA=FOLDER with images/ and masks/.
+DATA ?=
+QUICKSTART := quickstart
+
+.PHONY: help lint format test test-slow quickstart quickstart-data clean-quickstart .venv
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.venv: $(READY)  ## environment with everything in requirements-dev.txt
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(BASE_PYTHON) is $$($(BASE_PYTHON) --version 2>&1 || true). Name another: make BASE_PYTHON=python3.12 .venv" >&2; \
+	  exit 2; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+lint: $(READY)  ## ruff and codespell, changes nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m codespell_lib
+
+format: $(READY)  ## ruff writes its fixes and the layout
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test: $(READY)  ## the tests that run anywhere in minutes
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(READY)  ## every test; those that need a GPU skip without one
+	$(PYTHON) -m pytest -q
+
+# --- quickstart ------------------------------------------------------------------------------------------------------
+# quickstart/train and quickstart/heldout each hold images/ and masks/. Both ways of filling them may be repeated.
+
+# With DATA the last fifth by name is held out, not every fifth: neighbours in a series (tiles of one slide) then stay
+# on one side as far as they can.
+define LINK_DATA
+data=$$(cd "$(DATA)" && pwd)
+if [ ! -d "$$data/images" ] || [ ! -d "$$data/masks" ]; then
+  echo "DATA=$(DATA) needs the folders images/ and masks/ with equal file names." >&2; exit 2
+fi
+for part in train heldout; do mkdir -p "$(QUICKSTART)/$$part/images" "$(QUICKSTART)/$$part/masks"; done
+images=("$$data"/images/*)
+number=$${#images[@]}
+if [ "$$number" -lt 5 ]; then echo "DATA=$(DATA) holds $$number images; 5 is the least." >&2; exit 2; fi
+for index in "$${!images[@]}"; do
+  image=$${images[$$index]}
+  stem=$$(basename "$${image%.*}")
+  part=train
+  if [ $$((index * 5)) -ge $$((number * 4)) ]; then part=heldout; fi
+  ln -sf "$$image" "$(QUICKSTART)/$$part/images/"
+  for mask in "$$data/masks/$$stem".*; do ln -sf "$$mask" "$(QUICKSTART)/$$part/masks/"; done
+done
+echo "quickstart: $$number images of $(DATA), the last fifth by name held out"
+endef
+export LINK_DATA_SCRIPT = $(LINK_DATA)
+
+SIMULATE = $(PYTHON) make_masks.py simulate --render --image-size 128 --cell-size 20
+
+quickstart-data: $(READY)
+ifeq ($(DATA),)
+	$(SIMULATE) --output $(QUICKSTART)/train --count 240 --seed 0
+	$(SIMULATE) --output $(QUICKSTART)/heldout --count 40 --seed 1
+else
+	bash -euo pipefail -c "$$LINK_DATA_SCRIPT"
+endif
+
+quickstart: quickstart-data  ## data, training, samples, one number and one picture in about ten minutes (DATA=FOLDER)
+	@echo "the training and sampling commands go here"
+
+clean-quickstart:  ## forget the quickstart's data, run and samples
+	rm -rf $(QUICKSTART)

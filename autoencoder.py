@@ -1,0 +1,177 @@
+"""Images <-> what the model works on: latents of a diffusers autoencoder, or the pixels themselves.
+
+The only owner of a latent scale: everything outside this file sees latents of about unit variance (or pixels in
+[-1, 1]) and never a scaling factor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HUB_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+PIXEL_SPACE = "none"
+
+
+class PixelSpace(nn.Module):
+    """The identity: the model works on pixels. No download, no reconstruction loss."""
+
+    name = PIXEL_SPACE
+    factor = 1
+    fingerprint = ""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def encode(self, images: Tensor, sample: bool = True) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> the same."""
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same, float32 in [-1, 1]."""
+        return x.float().clamp(-1, 1)
+
+
+class LatentSpace(nn.Module):
+    """A diffusers ``AutoencoderKL``; scale, shift and channel count come from its own config.
+
+    Args:
+        vae: the autoencoder, in evaluation mode, without gradients.
+        name: what the user gave to --vae.
+        chunk_size: images that pass through the autoencoder at once; bounds its memory, not the result.
+    """
+
+    def __init__(self, vae: nn.Module, name: str, chunk_size: int = 8) -> None:
+        super().__init__()
+        self.vae = vae
+        self.name = name
+        self.chunk_size = chunk_size
+        self.channels: int = vae.config.latent_channels
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scale: float = vae.config.scaling_factor
+        self.shift: float = getattr(vae.config, "shift_factor", None) or 0.0
+        self.fingerprint = fingerprint(vae)
+
+    @torch.inference_mode()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H / f, W / f)."""
+        posteriors = [self.vae.encode(chunk).latent_dist for chunk in images.split(self.chunk_size)]
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        std = torch.cat([posterior.std for posterior in posteriors])
+        return (mean - self.shift) * self.scale, std * self.scale
+
+    def encode(self, images: Tensor, sample: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H / f, W / f), drawn from the posterior or its mean."""
+        mean, std = self.moments(images)
+        latents = mean + std * torch.randn_like(std) if sample else mean
+        return latents.clone()  # no longer an inference tensor: the training step may differentiate through the model
+
+    @torch.inference_mode()
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (B, C, H / f, W / f) -> images (B, 3, H, W), float32 in [-1, 1]."""
+        latents = x / self.scale + self.shift
+        images = [self.vae.decode(chunk).sample.float().clamp(-1, 1) for chunk in latents.split(self.chunk_size)]
+        return torch.cat(images)
+
+
+Space = PixelSpace | LatentSpace
+
+
+def load_space(vae: str, channels: int = 3) -> Space:
+    """The space that ``--vae`` names.
+
+    Args:
+        vae: "none" for pixels, "ema" or "mse" for the published Stable Diffusion autoencoders, else the folder of any
+            diffusers autoencoder on disk. What is on disk is used without asking a hub.
+        channels: image channels, for pixel space.
+
+    Raises:
+        InputError: no such folder, no autoencoder in it, or a hub name that is neither on disk nor to be had.
+    """
+    if vae == PIXEL_SPACE:
+        return PixelSpace(channels)
+    if vae in HUB_AUTOENCODERS:
+        return LatentSpace(_from_hub(vae), vae)
+    if not Path(vae).is_dir():
+        raise InputError(
+            f"--vae {vae}: no such folder. Give the folder of a diffusers autoencoder (config.json and its weights), "
+            f"one of {', '.join(HUB_AUTOENCODERS)}, or {PIXEL_SPACE} to work on pixels."
+        )
+    return LatentSpace(_from_folder(Path(vae)), vae)
+
+
+def check_space(vae: str) -> None:
+    """What can be said of ``--vae`` before anything is loaded: a folder has to hold an autoencoder.
+
+    Raises:
+        InputError: see ``load_space``.
+    """
+    if vae == PIXEL_SPACE or vae in HUB_AUTOENCODERS:
+        return
+    config = Path(vae) / "config.json"
+    if not config.is_file():
+        raise InputError(
+            f"--vae {vae}: {config} does not exist. Give the folder of a diffusers autoencoder, one of "
+            f"{', '.join(HUB_AUTOENCODERS)}, or {PIXEL_SPACE} to work on pixels."
+        )
+
+
+def space_config(space: Space) -> dict[str, Any]:
+    """What a checkpoint keeps of the space: plain types, enough to find it again and to know it from another."""
+    return {"vae": space.name, "factor": space.factor, "channels": space.channels, "fingerprint": space.fingerprint}
+
+
+def fingerprint(vae: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 of all weights: tells one autoencoder from another wherever it lies."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    try:
+        return _load(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"--vae {folder}: not a diffusers autoencoder that can be loaded ({_first_line(error)}). The folder needs "
+            "config.json and diffusion_pytorch_model.safetensors."
+        ) from error
+
+
+def _from_hub(vae: str) -> nn.Module:
+    repository = HUB_AUTOENCODERS[vae]
+    try:
+        return _load(repository, local_files_only=True)
+    except OSError:
+        logger.info("%s is not on disk; asking the hub", repository)
+    try:
+        return _load(repository, local_files_only=False)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--vae {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
+            "that repository where there is a network and give its folder: --vae FOLDER; or --vae none for pixels."
+        ) from error
+
+
+def _load(source: str, local_files_only: bool) -> nn.Module:
+    """Weights from safetensors only: a pickle could run code."""
+    from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
+
+    vae = AutoencoderKL.from_pretrained(source, use_safetensors=True, local_files_only=local_files_only, low_cpu_mem_usage=False)
+    return vae.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,218 @@
+"""Checkpoints: written whole or not at all, read without running code, and the run folder that holds them.
+
+A checkpoint is a dictionary of plain types and tensors with ``model``, ``ema``, ``opt``, ``step`` and ``config`` at the
+top level. ``config`` rebuilds everything that sampling needs, so nothing is guessed:
+
+    config = {"model": {...}, "transport": {...}, "space": {...}, "data": {...}, "train": {...}}
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import socket
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from errors import InputError
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("model", "ema", "opt", "step", "config")
+CONFIG_PARTS = ("model", "transport", "space", "data")
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file under a temporary name, flush it to the disk, and only then give it its name.
+
+    A process that dies in between leaves what was there before.
+
+    Raises:
+        OSError: disk full, no permission; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, indented, written atomically."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically; see the module's docstring for what it holds."""
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"cannot write {path}: {error}. Is the disk full?") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Checkpoint of this project, on the CPU. Nothing in the file is run.
+
+    Raises:
+        InputError: no such file, not a checkpoint, damaged, would run code, or not one of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--ckpt {path}: no such file. Checkpoints lie in RUN_FOLDER/checkpoints/NNNNNNN.pt.")
+    try:
+        _check_crc(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"--ckpt {path}: holds more than plain tensors and would run code when loaded, or is no checkpoint; "
+            "only files written by train.py are read here."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"--ckpt {path}: damaged or not a checkpoint. Give another checkpoint of the run.") from error
+    missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
+    missing = missing or [f"config.{part}" for part in CONFIG_PARTS if part not in state["config"]]
+    if missing:
+        raise InputError(
+            f"--ckpt {path}: has no {', '.join(missing)}, so it was not written by train.py of this project. "
+            "Weights of SiT go to train.py --init-from."
+        )
+    return state
+
+
+def _check_crc(path: Path) -> None:
+    """Compare every stored block with its checksum; torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum of {damaged} does not match")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunFolder:
+    """One training run on disk: config.json, log.txt, metrics.jsonl, checkpoints/ and previews/.
+
+    Args:
+        path: the folder; made where it does not exist.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+        self.checkpoints = path / "checkpoints"
+        self.previews = path / "previews"
+        self.metrics = path / "metrics.jsonl"
+        self._lock: IO[bytes] | None = None
+
+    def create(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.previews.mkdir(exist_ok=True)
+
+    def lock(self) -> None:
+        """Keep a second process out for as long as this one lives.
+
+        Raises:
+            InputError: another process trains in this folder.
+        """
+        self._lock = (self.path / ".lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{self.path}: another process is training in this run folder. Wait for it, or choose another --run-name."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, ascending."""
+        names = (path.stem for path in self.checkpoints.glob("*.pt"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"{step:07d}.pt"
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of ``state["step"]``, then drop the oldest beyond ``keep``."""
+        path = self.checkpoint_path(state["step"])
+        save_checkpoint(path, state)
+        for step in self.steps()[: -self.keep]:
+            self.checkpoint_path(step).unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; None in a new run.
+
+        Raises:
+            InputError: there are checkpoints and every one is damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return read_checkpoint(self.checkpoint_path(step))
+            except InputError as error:
+                logger.warning("%s Falling back to the one before.", error)
+        if steps:
+            raise InputError(f"{self.checkpoints}: all {len(steps)} checkpoints are damaged. Remove them to start anew.")
+        return None
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after ``step`` (and a torn last line): the resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue
+        write_atomically(self.metrics, lambda file: file.write("".join(kept).encode()))
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def choose_run_folder(results_dir: Path, run_name: str | None, title: str) -> Path:
+    """Where a run goes: ``RESULTS_DIR/RUN_NAME``, else the next free ``RESULTS_DIR/NNN-title``.
+
+    A number is never used twice, also after a folder was deleted in between. Workers that torchrun restarted continue
+    the folder that their launch began.
+    """
+    if run_name:
+        return results_dir / run_name
+    numbered = {path: int(path.name.split("-")[0]) for path in results_dir.glob("*-*") if _is_numbered(path)}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        for path in sorted(numbered, key=numbered.__getitem__, reverse=True):
+            marker = path / ".launch"
+            if marker.is_file() and marker.read_text() == launch_id():
+                return path
+    return results_dir / f"{max(numbered.values(), default=-1) + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', title)}"
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.is_dir() and re.match(r"\d{3,}-", path.name) is not None
+
+
+def launch_id() -> str:
+    """What stays the same when torchrun restarts its workers: host, launching process and its run id."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"

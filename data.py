@@ -1,0 +1,638 @@
+"""Image and mask folders as tensors: what masks mean, which part of an image is used, how gray values become [-1, 1].
+
+The way of a file: ``image_files`` reads it as stored; :func:`decide_mask_rule` says once per folder what its masks hold;
+a :class:`View` cuts the same square out of image, mask and label; the window maps gray values to [-1, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import InputError, list_some
+from image_files import (
+    IMAGE_SUFFIXES,
+    MASK_ENDINGS,
+    MASK_SUFFIXES,
+    Pair,
+    find_files,
+    find_images_and_masks,
+    match_names,
+    pair_files,
+    read_image,
+    read_mask,
+)
+
+__all__ = [
+    "CROPS", "IMAGE_SUFFIXES", "MASK_SUFFIXES", "MASK_TYPES", "WINDOW_SCOPES", "DataConfig", "MaskFolder", "MaskItem",
+    "MaskRule", "MaskStats", "Pair", "PairedFolder", "View", "center_view", "class_map", "decide_mask_rule",
+    "find_files", "fit_channels", "image_window", "mask_stats", "native_view", "pair_files", "prob_map", "read_image",
+    "read_mask", "to_prob_map", "window_image",
+]  # fmt: skip
+
+MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
+HARD_TYPES = ("binary", "classes", "instances")
+CROPS = ("center", "random")
+WINDOW_SCOPES = ("image", "dataset")
+ROBUST_PERCENTILES = (0.1, 99.9)
+MAX_CLASSES = 255  # class maps are uint8
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How files become tensors. A checkpoint keeps it as a plain dict, so that sampling repeats it.
+
+    Attributes:
+        image_size: side of the square that the model sees, in pixels.
+        num_classes: K, background included.
+        crop: "center" (short side resized to ``image_size``, middle square) or "random" (square at native scale).
+        window: percentiles (0..100) of an image's gray values that become -1 and 1. None: 0..255 for 8-bit images,
+            :data:`ROBUST_PERCENTILES` for all others.
+        window_scope: "image" (each image its own percentiles) or "dataset" (those of all images together).
+        window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
+        channels: image channels; one stored channel is repeated.
+    """
+
+    image_size: int
+    num_classes: int = 2
+    crop: str = "center"
+    window: tuple[float, float] | None = None
+    window_scope: str = "image"
+    window_values: tuple[float, float] | None = None
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("window", "window_values"):  # a list where the dict went through JSON
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else (float(value[0]), float(value[1])))
+        if self.image_size < 1 or self.channels < 1:
+            raise InputError(f"--image-size {self.image_size} and {self.channels} channels must be at least 1")
+        if not 2 <= self.num_classes <= MAX_CLASSES:
+            raise InputError(f"--num-classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included")
+        for flag, value, choices in (("--crop", self.crop, CROPS), ("--window-scope", self.window_scope, WINDOW_SCOPES)):
+            if value not in choices:
+                raise InputError(f"{flag} {value!r} is unknown; choose one of {', '.join(choices)}")
+        if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
+            raise InputError(f"--window {self.window[0]} {self.window[1]}: percentiles with 0 <= LOW < HIGH <= 100")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataConfig:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**values)
+
+
+# ------------------------------------------------------------------------------------------- which part of an image
+
+
+@dataclass(frozen=True)
+class View:
+    """The square of a source image that is used: output = resize(source, scaled)[top : top + size, left : left + size].
+
+    One view serves image, mask and label, so that they stay on the same pixels. At native scale it only cuts.
+    """
+
+    scaled_height: int
+    scaled_width: int
+    top: int
+    left: int
+    size: int
+
+    def _is_native(self, height: int, width: int) -> bool:
+        return (height, width) == (self.scaled_height, self.scaled_width)
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """The square of an array (H, W, ...) that already has the scaled size; no copy."""
+        return array[self.top : self.top + self.size, self.left : self.left + self.size]
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        """Antialiased bicubic. (H, W, C) -> (size, size, C) of the same dtype, whole numbers rounded and kept in range."""
+        if self._is_native(*image.shape[:2]):
+            return self.cut(image)
+        batch = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
+        target = (self.scaled_height, self.scaled_width)
+        scaled = F.interpolate(batch, target, mode="bicubic", antialias=True, align_corners=False)[0]
+        square = self.cut(scaled.permute(1, 2, 0).numpy())
+        if image.dtype.kind in "ui":
+            limits = np.iinfo(image.dtype)
+            square = np.clip(np.rint(square, dtype=np.float64), limits.min, limits.max)
+        return np.ascontiguousarray(square, dtype=image.dtype)
+
+    def apply_labels(self, labels: np.ndarray) -> np.ndarray:
+        """Nearest neighbour at pixel centres. (H, W) -> (size, size) of the same dtype, no new values."""
+        height, width = labels.shape
+        if self._is_native(height, width):
+            return self.cut(labels)
+        rows = ((self.top + np.arange(self.size) + 0.5) * (height / self.scaled_height)).astype(np.int64)
+        columns = ((self.left + np.arange(self.size) + 0.5) * (width / self.scaled_width)).astype(np.int64)
+        return labels[np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)]
+
+    def apply_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
+        """Exact average over the area of each new pixel. (K, H, W) -> (K, size, size) float32; sums over K are kept."""
+        _, height, width = probabilities.shape
+        if self._is_native(height, width):
+            return probabilities[:, self.top : self.top + self.size, self.left : self.left + self.size]
+        rows = _area_weights(height, self.scaled_height, self.top, self.size)
+        columns = _area_weights(width, self.scaled_width, self.left, self.size)
+        return rows @ probabilities.astype(np.float32, copy=False) @ columns.T
+
+
+def _area_weights(source: int, scaled: int, start: int, size: int) -> np.ndarray:
+    """(size, source) float32: the share of each source pixel in each new pixel; rows sum to 1."""
+    edges = (start + np.arange(size + 1)) * (source / scaled)
+    pixels = np.arange(source)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = np.clip(overlap, 0, None)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def center_view(height: int, width: int, size: int) -> View:
+    """Short side resized to ``size``, middle square (as SiT and ADM do)."""
+    scale = size / min(height, width)
+    scaled_height, scaled_width = max(size, round(height * scale)), max(size, round(width * scale))
+    return View(scaled_height, scaled_width, (scaled_height - size) // 2, (scaled_width - size) // 2, size)
+
+
+def native_view(height: int, width: int, size: int, rng: np.random.Generator | None = None) -> View:
+    """A square at native scale: the middle, or anywhere with equal chance when ``rng`` is given.
+
+    Raises:
+        InputError: the image is smaller than the square.
+    """
+    if min(height, width) < size:
+        raise InputError(
+            f"an image of {width} x {height} pixels is smaller than --image-size {size}, which --crop random needs: "
+            "take a smaller --image-size or --crop center"
+        )
+    if rng is None:
+        return View(height, width, (height - size) // 2, (width - size) // 2, size)
+    return View(height, width, int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1)), size)
+
+
+def _view_of(shape: Sequence[int], config: DataConfig, rng: np.random.Generator | None = None) -> View:
+    if config.crop == "center":
+        return center_view(shape[0], shape[1], config.image_size)
+    return native_view(shape[0], shape[1], config.image_size, rng)
+
+
+def _hard_or_soft(mask: np.ndarray, view: View, rule: MaskRule) -> np.ndarray:
+    """(S, S) uint8 class map of a hard mask, (K, S, S) float32 of a soft one; hard masks stay hard when resized."""
+    height, width = mask.shape[-2:]
+    if not rule.is_hard:
+        if view._is_native(height, width):
+            return prob_map(view.apply_probabilities(mask.reshape(-1, height, width)), rule)
+        return view.apply_probabilities(prob_map(mask, rule))
+    if view._is_native(height, width):
+        return view.cut(class_map(mask, rule))  # touching cells are seen across the square's border
+    return class_map(view.apply_labels(mask), rule)  # a boundary drawn after resizing keeps its width
+
+
+# ----------------------------------------------------------------------------------------------- gray values to [-1, 1]
+
+
+def image_window(image: np.ndarray, config: DataConfig) -> tuple[float, float]:
+    """Gray values of one image (H, W, C) that become -1 and 1, one pair for all its channels."""
+    if config.window_values is not None:
+        return config.window_values
+    if config.window is None and image.dtype == np.uint8:
+        return 0.0, 255.0
+    return _percentile_window(image, config.window or ROBUST_PERCENTILES)
+
+
+def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Two percentiles; smallest and largest value where the percentiles meet, and never an empty window."""
+    if values.dtype in (np.uint8, np.uint16):
+        cumulative = np.cumsum(np.bincount(values.ravel()))  # exact, and faster than sorting
+        ranks = [share / 100 * (values.size - 1) for share in percentiles]
+        low, high = (float(np.searchsorted(cumulative, rank, side="right")) for rank in ranks)
+    else:
+        low, high = (float(value) for value in np.percentile(values.astype(np.float64), percentiles))
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def window_image(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Map the window to [-1, 1] and clip at its ends. (...) any dtype -> float32."""
+    low, high = window
+    scaled = (image.astype(np.float32) - np.float32(low)) * np.float32(2 / (high - low)) - np.float32(1)
+    return np.clip(scaled, -1, 1, out=scaled)
+
+
+def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndarray:
+    """Check that (H, W, C) can give ``channels``: C is that, or 1, or 3 equal channels where 1 is asked for.
+
+    Returns:
+        (H, W, channels), or (H, W, 1), which :func:`_to_tensor` repeats: memory holds each gray value once.
+    """
+    found = image.shape[2]
+    if channels == 1 and found == 3 and (image == image[:, :, :1]).all():
+        return np.ascontiguousarray(image[:, :, :1])
+    if found in (1, channels):
+        return image
+    hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
+    raise InputError(f"{where} has {found} channels{hint.get(found, '')}, the model takes {channels}")
+
+
+def _to_tensor(image: np.ndarray, window: tuple[float, float], channels: int) -> Tensor:
+    """(S, S, C or 1) as stored -> (channels, S, S) float32 in [-1, 1]."""
+    planes = np.ascontiguousarray(window_image(image, window).transpose(2, 0, 1))
+    tensor = torch.from_numpy(planes)
+    return tensor if len(planes) == channels else tensor.repeat(channels, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+def _for_all(function: Callable[[Any], Any], items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
+    """``function`` of every item in order, by a few threads: decoders release the interpreter lock."""
+    block = 256  # bounds what waits in memory
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        bar = tqdm(total=len(items), desc=title, unit="file", disable=None if progress else True)
+        with bar:
+            for start in range(0, len(items), block):
+                for result in pool.map(function, items[start : start + block]):
+                    bar.update()
+                    yield result
+
+
+def _or_error(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return an InputError instead of raising it, so that all bad files can be named at once."""
+
+    def wrapped(item: Any) -> Any:
+        try:
+            return function(item)
+        except InputError as error:
+            return error
+
+    return wrapped
+
+
+def _refuse_bad(errors: Sequence[InputError], total: int, what: str) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        shown = "; ".join(str(error) for error in errors[:3])
+        rest = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise InputError(f"{len(errors)} of {total} {what} cannot be used: {shown}{rest}")
+
+
+class _Checked(NamedTuple):
+    """What one pair leaves behind when it was read for the first time."""
+
+    image: np.ndarray  # (H, W, C), or (S, S, C) for --crop center
+    mask: np.ndarray
+    stats: MaskStats
+    window: tuple[float, float]
+    sample: np.ndarray  # some gray values, for a window over all images
+    dtype: np.dtype
+
+
+def _read_pair(pair: Pair, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    image = fit_channels(read_image(pair.image_path), config.channels, pair.image_path)
+    mask = read_mask(pair.mask_path)
+    _check_same_size(image, mask, pair.image_path, pair.mask_path)
+    return image, mask
+
+
+def _check_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:
+    if image.shape[:2] != mask.shape[-2:]:
+        height, width = mask.shape[-2:]
+        raise InputError(
+            f"{mask_path.name} has {width} x {height} pixels, its image {image_path.name} "
+            f"{image.shape[1]} x {image.shape[0]}: they must agree"
+        )
+
+
+class PairedFolder(torch.utils.data.Dataset):
+    """Images and masks to train on, paired by name, all checked before the first step.
+
+    Every file is decoded once at the start. As long as they fit ``memory_gb`` they stay in memory as stored (for --crop
+    center already resized), else they are read again at each access.
+
+    Attributes:
+        pairs: what is trained on, sorted by name.
+        config: with ``window_values`` set where the scope is "dataset".
+        rule: what the masks hold.
+        windows: gray values of each pair's window.
+        in_memory: whether all files fit.
+    """
+
+    def __init__(
+        self,
+        image_dir: str | Path,
+        mask_dir: str | Path,
+        config: DataConfig,
+        mask_type: str = "auto",
+        augment: bool = True,
+        seed: int = 0,
+        memory_gb: float = 4.0,
+        progress: bool = False,
+        names: Iterable[str] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """Read and check all pairs.
+
+        Args:
+            image_dir: folder of images.
+            mask_dir: folder of masks.
+            config: sizes, classes, crop, window.
+            mask_type: one of :data:`MASK_TYPES`.
+            augment: flips and quarter turns, the same for image and mask.
+            seed: with the draw of :meth:`__getitem__` it fixes every random choice.
+            memory_gb: most memory for decoded files.
+            progress: show a progress bar.
+            names: keep these pairs only.
+            normalize: divide soft maps by their sum instead of refusing those that do not sum to one.
+
+        Raises:
+            InputError: any file that cannot be used, all of them in one message.
+        """
+        self.pairs = _keep_names(pair_files(image_dir, mask_dir), names, image_dir)
+        self.config, self.augment, self.seed = config, augment, seed
+        self.in_memory = True
+        self.windows: list[tuple[float, float]] = []
+        self._images: list[np.ndarray] = []
+        self._masks: list[np.ndarray] = []
+        stats, samples, dtypes = self._read_all(memory_gb * 2**30, progress)
+        self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize)
+        if config.window_scope == "dataset" and config.window_values is None:
+            self.config = dataclasses.replace(config, window_values=_common_window(samples, dtypes, config))
+            self.windows = [self.config.window_values] * len(self.pairs)
+        for index, mask in enumerate(self._masks):
+            self._masks[index] = self._prepare_mask(mask)
+        where = "in memory" if self.in_memory else "read again at each access"
+        logger.info("%d pairs from %s, %s; %s", len(self.pairs), image_dir, where, self.rule.reason)
+
+    def _read_all(self, budget: float, progress: bool) -> tuple[list[MaskStats], list[np.ndarray], list[np.dtype]]:
+        stats, samples, dtypes, errors = [], [], [], []
+        used = 0.0
+        for result in _for_all(_or_error(self._check_pair), self.pairs, "reading pairs", progress):
+            if isinstance(result, InputError):
+                errors.append(result)
+                continue
+            stats.append(result.stats)
+            samples.append(result.sample)
+            dtypes.append(result.dtype)
+            self.windows.append(result.window)
+            used += result.image.nbytes + result.mask.nbytes
+            if used > budget and self.in_memory:
+                self.in_memory = False
+                self._images, self._masks = [], []
+            if self.in_memory:
+                self._images.append(result.image)
+                self._masks.append(result.mask)
+        _refuse_bad(errors, len(self.pairs), "pairs")
+        return stats, samples, dtypes
+
+    def _check_pair(self, pair: Pair) -> _Checked:
+        image, mask = _read_pair(pair, self.config)
+        try:
+            view = _view_of(image.shape, self.config)
+        except InputError as error:
+            raise InputError(f"{pair.image_path.name}: {error}") from None
+        stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir())
+        common = self.config.window_scope == "dataset" and self.config.window_values is None
+        sample = image.ravel()[:: max(1, image.size // 16384)].copy() if common else image[:0, 0, 0]
+        window = (0.0, 1.0) if common else image_window(image, self.config)
+        return _Checked(self._prepare_image(image, view), mask, stats, window, sample, image.dtype)
+
+    def _prepare_image(self, image: np.ndarray, view: View) -> np.ndarray:
+        """As kept in memory. The view of --crop center never changes, so the work is done once."""
+        return view.apply_image(image) if self.config.crop == "center" else image
+
+    def _prepare_mask(self, mask: np.ndarray) -> np.ndarray:
+        """As kept in memory: class maps of hard masks, soft masks as stored (resized for --crop center)."""
+        if self.config.crop == "center":
+            return _hard_or_soft(mask, _view_of(mask.shape[-2:], self.config), self.rule)
+        return class_map(mask, self.rule) if self.rule.is_hard else mask
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.in_memory:
+            return self._images[index], self._masks[index]
+        image, mask = _read_pair(self.pairs[index], self.config)
+        return self._prepare_image(image, _view_of(image.shape, self.config)), self._prepare_mask(mask)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """One example; every random choice is a function of (seed, draw) and of nothing else.
+
+        Args:
+            key: (index of the pair, draw). A training run counts its draws, so that a resumed run repeats them.
+
+        Returns:
+            "image": (C, S, S) float32 in [-1, 1]; "mask": (S, S) uint8 class map, or (K, S, S) float32 for soft masks.
+        """
+        index, draw = key
+        rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, draw % 2**64]))
+        symmetry = int(rng.integers(8)) if self.augment else 0
+        return self._example(index, rng, symmetry)
+
+    def example(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
+        """As :meth:`__getitem__` without flips and turns; --crop random takes the middle unless ``rng`` is given."""
+        return self._example(index, rng, 0)
+
+    def _example(self, index: int, rng: np.random.Generator | None, symmetry: int) -> dict[str, Tensor]:
+        image, mask = self._load(index)
+        if self.config.crop == "random":
+            view = native_view(image.shape[0], image.shape[1], self.config.image_size, rng)
+            image = view.cut(image)
+            mask = view.cut(mask) if self.rule.is_hard else _hard_or_soft(mask, view, self.rule)
+        image, mask = _turn(image, (0, 1), symmetry), _turn(mask, (-2, -1), symmetry)
+        return {
+            "image": _to_tensor(image, self.windows[index], self.config.channels),
+            "mask": torch.from_numpy(np.array(mask)),  # a copy: callers may write
+        }
+
+
+def _turn(array: np.ndarray, axes: tuple[int, int], symmetry: int) -> np.ndarray:
+    """One of the eight symmetries of the square: ``symmetry % 4`` quarter turns, then a flip from 4 on."""
+    turned = np.rot90(array, symmetry % 4, axes)
+    return np.flip(turned, axes[1]) if symmetry >= 4 else turned
+
+
+def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Path) -> list[Pair]:
+    if names is None:
+        return pairs
+    wanted = set(names)
+    missing = sorted(wanted - {pair.name for pair in pairs})
+    if missing:
+        raise InputError(f"{len(missing)} of {len(wanted)} names are not among the pairs of {where}: {list_some(missing)}")
+    kept = [pair for pair in pairs if pair.name in wanted]
+    if not kept:
+        raise InputError(f"no pair of {where} is left: the list of names is empty")
+    return kept
+
+
+def _common_window(
+    samples: Sequence[np.ndarray], dtypes: Sequence[np.dtype], config: DataConfig
+) -> tuple[float, float]:
+    """One window for all images; each image counts alike."""
+    kinds = sorted({str(dtype) for dtype in dtypes})
+    if len(kinds) > 1:
+        raise InputError(
+            f"images are of different kinds ({', '.join(kinds)}), which one window cannot serve: use --window-scope image"
+        )
+    if kinds == ["uint8"] and config.window is None:
+        return 0.0, 255.0
+    return _percentile_window(np.concatenate(samples), config.window or ROBUST_PERCENTILES)
+
+
+@dataclass(frozen=True)
+class MaskItem:
+    """One mask to generate from, with all that has to lie on the same pixels.
+
+    Attributes:
+        name: of the mask, without suffix and without _masks.
+        path: its file, or its folder of nuclei.
+        view: the square that is used.
+        label: (S, S) in the file's own dtype and ids, nearest neighbour; class ids for a (K, H, W) stack.
+        prob_map: (K, S, S) float32, sums to 1.
+        image: (C, S, S) float32 in [-1, 1], the real image there, or None.
+        window: gray values of the real image that became -1 and 1, or None.
+    """
+
+    name: str
+    path: Path
+    view: View
+    label: np.ndarray
+    prob_map: np.ndarray
+    image: np.ndarray | None
+    window: tuple[float, float] | None = None
+
+
+class MaskFolder:
+    """Masks to generate from: a folder or one file, all checked at the start, read again by :meth:`load`.
+
+    Attributes:
+        names: sorted.
+        paths: name -> mask file (or folder of nuclei).
+        image_paths: name -> real image, or None without ``image_dir``.
+        rule: what the masks hold.
+        config: as given.
+    """
+
+    def __init__(
+        self,
+        mask_path: str | Path,
+        config: DataConfig,
+        mask_type: str = "auto",
+        image_dir: str | Path | None = None,
+        progress: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        """Find and check the masks.
+
+        Args:
+            mask_path: folder of masks, or one mask file.
+            config: that of the checkpoint.
+            mask_type: one of :data:`MASK_TYPES`.
+            image_dir: keep the masks that have an image here.
+            progress: show a progress bar.
+            normalize: as in :class:`PairedFolder`.
+
+        Raises:
+            InputError: any file that cannot be used, all of them in one message.
+        """
+        if config.window_scope == "dataset" and config.window_values is None and image_dir is not None:
+            raise ValueError("window_scope 'dataset' needs window_values: take the config of the training data set")
+        self.config = config
+        self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
+        self.names = sorted(self.paths)
+        results = list(_for_all(_or_error(self._check), self.names, "reading masks", progress))
+        _refuse_bad([one for one in results if isinstance(one, InputError)], len(results), "masks")
+        self.rule = decide_mask_rule(results, config.num_classes, mask_type, mask_path, normalize)
+        logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
+
+    def _read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        path = self.paths[name]
+        mask = read_mask(path)
+        if self.image_paths is None:
+            return mask, None
+        image_path = self.image_paths[name]
+        image = fit_channels(read_image(image_path), self.config.channels, image_path)
+        _check_same_size(image, mask, image_path, path)
+        return mask, image
+
+    def _check(self, name: str) -> MaskStats:
+        mask, _ = self._read(name)
+        path = self.paths[name]
+        try:
+            _view_of(mask.shape[-2:], self.config)
+        except InputError as error:
+            raise InputError(f"{path.name}: {error}") from None
+        return mask_stats(path.name, mask, path.is_dir())
+
+    def __len__(self) -> int:
+        """Number of masks."""
+        return len(self.names)
+
+    def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
+        """Read one mask and its image. --crop random takes the middle square unless ``rng`` is given."""
+        mask, image = self._read(name)
+        view = _view_of(mask.shape[-2:], self.config, rng)
+        target = _hard_or_soft(mask, view, self.rule)
+        if self.rule.is_hard:
+            classes = np.arange(self.rule.num_classes)[:, None, None]
+            target = (target == classes).astype(np.float32)
+        label = view.apply_labels(mask.reshape(mask.shape[-2:])) if mask.ndim == 2 or len(mask) == 1 else None
+        if label is None:
+            label = target.argmax(axis=0).astype(np.uint8)
+        window = tensor = None
+        if image is not None:
+            window = image_window(image, self.config)
+            tensor = _to_tensor(view.apply_image(image), window, self.config.channels).numpy()
+        prob = np.ascontiguousarray(target, dtype=np.float32)
+        return MaskItem(name, self.paths[name], view, label.copy(), prob, tensor, window)
+
+
+def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str, Path], dict[str, Path] | None]:
+    """Masks by name, and the images where ``image_dir`` is given; then only masks that have one are kept."""
+    if mask_path.is_dir() and image_dir is not None:
+        images, masks = find_images_and_masks(image_dir, mask_path)
+    else:
+        masks = find_files(mask_path, "mask") if mask_path.is_dir() else {mask_path.stem: mask_path}
+        images = find_files(image_dir, "image") if image_dir is not None else {}
+    if image_dir is not None:
+        pairs, _, lonely = match_names(images, masks)
+        if not pairs:
+            raise InputError(f"none of the {len(lonely)} masks in {mask_path} has an image in {image_dir}: names must agree")
+        if lonely:
+            logger.info("%d masks without an image in %s are left out: %s", len(lonely), image_dir, list_some(lonely))
+        return {pair.name: pair.mask_path for pair in pairs}, {pair.name: pair.image_path for pair in pairs}
+    # Cellpose keeps NAME_img and NAME_masks in one folder: only the latter are masks.
+    endings = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
+    beside = [stem for stem in masks if stem not in endings]
+    if endings and beside and all(_without_ending(stem) in {name.removesuffix("_img") for name in beside} for stem in endings):
+        masks = endings
+    short = {_without_ending(stem): path for stem, path in masks.items()}
+    return (short if len(short) == len(masks) else masks), None
+
+
+def _without_ending(stem: str) -> str:
+    for ending in MASK_ENDINGS:
+        if stem.endswith(ending) and stem != ending:
+            return stem.removesuffix(ending)
+    return stem

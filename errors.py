@@ -1,0 +1,73 @@
+"""The one error that a user's own input raises, and how a command ends on it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+EXIT_BAD_INPUT = 2
+
+
+class InputError(ValueError):
+    """The user's input cannot be used.
+
+    The message is the one line that the user sees: what was wrong (value), where (file or flag), how to mend it.
+    """
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "%(default)" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Argument parser of all commands: no abbreviated flags, defaults in the help, and one line for a wrong flag."""
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **arguments})
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line on stderr (of the first process under torchrun) and exit code 2."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}{self._meant(message)}; see --help", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+    def _meant(self, message: str) -> str:
+        """What a misspelt flag probably was."""
+        words = message.partition("unrecognized arguments: ")[2].split()
+        meant = [difflib.get_close_matches(w, self._option_string_actions, 1) for w in words if w.startswith("--")]
+        names = [name for match in meant for name in match]
+        return f" (did you mean {', '.join(names)}?)" if names else ""
+
+
+def list_some(items: Sequence[object], most: int = 3) -> str:
+    """The first few items and how many more there are: ``a, b, c and 4 more``."""
+    shown = ", ".join(str(item) for item in items[:most])
+    rest = len(items) - most
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
+    """Parse the command line, run ``main`` and end with one line and exit code 2 where the user's input is at fault.
+
+    Under torchrun every rank meets the same error: the first of each machine says it. Operating system errors (a full
+    disk, a folder without write permission) are the user's to mend, too, and end alike.
+    """
+    args = parse_args()
+    try:
+        main(args)
+    except (InputError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            program = os.path.basename(sys.argv[0])
+            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,266 @@
+"""A synthetic set as ``sample_ddp.py`` writes it: manifest, images, labels, and the real images behind the labels.
+
+All images leave here alike, as uint8 (S, S, 3): the synthetic ones as they lie in the folder, the real ones windowed as
+in training, cut by the same view as their label and rounded as the synthetic ones were.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import (
+    DataConfig,
+    MaskRule,
+    View,
+    center_view,
+    fit_channels,
+    image_window,
+    prob_map,
+    read_image,
+    read_mask,
+    window_image,
+)
+from errors import InputError, list_some
+
+MANIFEST = "manifest.csv"
+SETTINGS = "settings.json"
+VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_size")
+# Columns that say how the images were made: a measure without them is not repeatable.
+PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a manifest.
+
+    Attributes:
+        image_path: the synthetic image.
+        label_path: the label that it was made from, same pixels.
+        real_path: the real image that belongs to the label, or None.
+        view: the part of the real image that belongs to the label's pixels, or None.
+        mask_type: what the label's gray values are (``binary``, ``classes``, ``probability``, ``instances``).
+        columns: the whole row as text.
+    """
+
+    image_path: Path
+    label_path: Path
+    real_path: Path | None
+    view: View | None
+    mask_type: str
+    columns: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The synthetic image's file name without suffix."""
+        return self.image_path.stem
+
+
+class SampleSet:
+    """The rows of ``SAMPLE_DIR/manifest.csv``, every file of which exists, and how to read them.
+
+    Args:
+        sample_dir: folder written by ``sample_ddp.py``.
+        real_dir: folder to look for the real images in instead of the paths in the manifest.
+
+    Raises:
+        InputError: no manifest, no rows, a missing column, or missing files (all of them counted in one message).
+    """
+
+    def __init__(self, sample_dir: str | os.PathLike, real_dir: str | os.PathLike | None = None) -> None:
+        self.folder = Path(sample_dir)
+        self.settings = _read_settings(self.folder)
+        self.columns, rows = read_manifest(self.folder)
+        self.samples = [self._sample(row, None if real_dir is None else Path(real_dir)) for row in rows]
+        self._check_files(real_dir)
+        config = self.settings.get("data_config")
+        self.config = DataConfig.from_dict(config) if config else None
+        if self.has_real and self.config is None:
+            raise InputError(
+                f"{self.folder / SETTINGS} has no data_config, so real images cannot be brought to the gray values of "
+                "training; sample the set again with sample_ddp.py"
+            )
+        self._rule = self.settings.get("mask_rule")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def has_real(self) -> bool:
+        """Whether the rows name their real images (all do, or none)."""
+        return self.samples[0].real_path is not None
+
+    def provenance(self) -> dict[str, list[str]]:
+        """Distinct values of the columns that say how the images were made, at most ten of each."""
+        found = {
+            name: sorted({row.columns[name] for row in self.samples})[:10]
+            for name in PROVENANCE_COLUMNS
+            if name in self.columns
+        }
+        return {name: values for name, values in found.items() if values != [""]}
+
+    def synthetic(self, sample: Sample) -> np.ndarray:
+        """The synthetic image, uint8 (S, S, 3)."""
+        return _to_rgb(read_image(sample.image_path), sample.image_path)
+
+    def real(self, sample: Sample) -> np.ndarray:
+        """The real image behind the label, windowed and cut as in training, uint8 (S, S, 3).
+
+        Raises:
+            InputError: the image is unreadable, or not the one that the view was made for.
+        """
+        image = fit_channels(read_image(sample.real_path), self.config.channels, sample.real_path)
+        height, width = image.shape[:2]
+        view = sample.view or center_view(height, width, self.config.image_size)
+        if self.config.crop == "center":
+            fits = view == center_view(height, width, view.size)
+        else:
+            fits = (height, width) == (view.scaled_height, view.scaled_width)
+        if not fits:
+            raise InputError(
+                f"{sample.real_path} has {width} x {height} pixels, which is not the size that the row of "
+                f"{sample.columns['image']} in {MANIFEST} was cut from; give the folder of the original images"
+            )
+        window = image_window(image, self.config)  # of the whole image, as in training, not of the crop
+        gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
+        return _to_rgb(np.rint((gray + 1) * 127.5).astype(np.uint8), sample.real_path)
+
+    def foreground(self, sample: Sample) -> np.ndarray:
+        """Where the label says cell, (S, S) bool; a probability label counts from one half on.
+
+        Raises:
+            InputError: the label is unreadable, or its size is not its image's.
+        """
+        label = read_mask(sample.label_path)
+        if label.ndim == 3 and len(label) == 1:
+            label = label[0]
+        if label.ndim == 2 and (sample.mask_type in ("classes", "instances") or len(np.unique(label[label > 0])) < 2):
+            return label > 0
+        if self._rule is None:
+            whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
+            rule = MaskRule(sample.mask_type, 2, whole, "the whole range of the label's type")
+        else:
+            rule = MaskRule(**self._rule)
+        return prob_map(label, rule)[0] <= 0.5  # channel 0 is the background
+
+    def _sample(self, row: dict[str, str], real_dir: Path | None) -> Sample:
+        real = row.get("real_image") or ""
+        real_path = None
+        if real:
+            real_path = real_dir / Path(real).name if real_dir is not None else _resolve(Path(real), self.folder)
+        try:
+            numbers = [int(row[name]) for name in VIEW_COLUMNS] if row.get(VIEW_COLUMNS[0]) else None
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"{self.folder / MANIFEST}: row of {row['image']} has no whole numbers in {', '.join(VIEW_COLUMNS)}"
+            ) from error
+        return Sample(
+            image_path=self.folder / row["image"],
+            label_path=self.folder / row["label"],
+            real_path=real_path,
+            view=View(**dict(zip(_VIEW_FIELDS, numbers, strict=True))) if numbers else None,
+            mask_type=row.get("mask_type") or "binary",
+            columns=row,
+        )
+
+    def _check_files(self, real_dir: str | os.PathLike | None) -> None:
+        """All missing files in one message, the set's own before the real ones."""
+        own = [path for row in self.samples for path in (row.image_path, row.label_path) if not path.is_file()]
+        if own:
+            raise InputError(
+                f"{len(own)} files of {self.folder / MANIFEST} are missing: {list_some(own)}; start sample_ddp.py "
+                "again with the same settings, it makes what is missing"
+            )
+        real = [row.real_path for row in self.samples if row.real_path is not None]
+        if real and len(real) < len(self.samples):
+            raise InputError(
+                f"{self.folder / MANIFEST}: real_image is empty in {len(self.samples) - len(real)} of "
+                f"{len(self.samples)} rows; sample the set again with --data-path, or without"
+            )
+        absent = [path for path in real if not path.is_file()]
+        if absent:
+            where = "--real-dir" if real_dir is not None else "--real-dir FOLDER says where they are now"
+            raise InputError(f"{len(absent)} real images are not there ({where}): {list_some(absent)}")
+
+
+_VIEW_FIELDS = ("scaled_height", "scaled_width", "top", "left", "size")  # of data.View, in the order of VIEW_COLUMNS
+
+
+def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a manifest.
+
+    Raises:
+        InputError: absent, no CSV, empty, or without the columns image and label.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a SAMPLE_DIR that sample_ddp.py has written")
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            rows = list(reader)
+            columns = list(reader.fieldnames or [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable CSV file ({error}); sample the set again") from error
+    missing = [name for name in ("image", "label") if name not in columns]
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(missing)}; give a SAMPLE_DIR that sample_ddp.py has written")
+    if not rows:
+        raise InputError(f"{path} has no rows: there is nothing to evaluate")
+    short = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
+    if short:
+        raise InputError(f"{path}: line {list_some(short)} has another number of columns than the header")
+    return columns, rows
+
+
+def write_manifest(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
+    """Write a manifest under a temporary name and put it in place in one step."""
+    path = folder / MANIFEST
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON under a temporary name and put it in place in one step."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_settings(folder: Path) -> dict:
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable JSON ({error}); sample the set again") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no settings; sample the set again")
+    return settings
+
+
+def _resolve(path: Path, folder: Path) -> Path:
+    """A path as it was given on the command line; from another working directory, perhaps relative to the set."""
+    return folder / path if not path.is_absolute() and not path.is_file() and (folder / path).is_file() else path
+
+
+def _to_rgb(image: np.ndarray, path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of an image of the set; gray is repeated."""
+    if image.dtype != np.uint8:
+        raise InputError(f"{path} is {image.dtype}, not 8-bit as sample_ddp.py writes its images")
+    if image.shape[-1] == 1:
+        return np.repeat(image, 3, axis=-1)
+    return image[..., :3]

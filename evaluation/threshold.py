@@ -1,0 +1,344 @@
+"""Does the image follow its mask, without any trained judge: threshold the image and compare it with the mask.
+
+Every synthetic image is split into bright and dark by Otsu's threshold and compared with the mask that it was made
+from; the same is done with the real images of the same masks. The real number is the ceiling: where cells and
+background differ by more than brightness, even real images score low, and only the ratio means something. Guidance can
+raise the Dice by raising the contrast, so the gray values' mean and standard deviation stand beside it.
+
+Source of the threshold: Otsu 1979, IEEE Trans. Systems, Man and Cybernetics 9(1).
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+from evaluation.overlap import dice
+from evaluation.samples import Sample, SampleSet, write_json
+
+logger = logging.getLogger(__name__)
+
+NUM_BINS = 256
+PICTURE_ROWS = ("worst", "median", "best")
+
+
+def otsu_threshold(gray: np.ndarray) -> float | None:
+    """Threshold that splits gray values into two classes with the largest variance between them.
+
+    Between two separated groups every threshold in the gap is equally good; the middle of the gap is taken.
+
+    Source: Otsu 1979.
+
+    Args:
+        gray: values in [0, 1], any shape.
+
+    Returns:
+        The threshold; ``gray > threshold`` is the bright class. None where all values are in one bin.
+    """
+    counts, edges = np.histogram(gray, bins=NUM_BINS, range=(0.0, 1.0))
+    centers = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1]  # pixels up to each inner edge
+    above = counts.sum() - below
+    if not ((below > 0) & (above > 0)).any():
+        return None
+    sums = np.cumsum(counts * centers)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        difference = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+        between = np.where((below > 0) & (above > 0), below * above * difference**2, -1.0)
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
+    return float((edges[best[0] + 1] + edges[best[-1] + 1]) / 2)
+
+
+def thresholded(gray: np.ndarray, brighter: bool) -> np.ndarray:
+    """Cells by Otsu's threshold, (H, W) bool; none in an image of one gray value.
+
+    Args:
+        gray: (H, W) in [0, 1].
+        brighter: cells are the bright class.
+    """
+    threshold = otsu_threshold(gray)
+    if threshold is None:
+        return np.zeros(gray.shape, dtype=bool)
+    return (gray > threshold) == brighter
+
+
+def to_gray(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> (H, W) float64 in [0, 1], the mean of the channels."""
+    return image.mean(axis=-1) / 255.0
+
+
+@dataclass
+class PixelStatistics:
+    """Mean and standard deviation of gray values in [0, 1] over all pixels of all images seen so far."""
+
+    count: int = 0
+    total: float = 0.0
+    total_of_squares: float = 0.0
+
+    def add(self, gray: np.ndarray) -> None:
+        """Count the pixels of one image."""
+        self.count += gray.size
+        self.total += float(gray.sum())
+        self.total_of_squares += float(np.square(gray).sum())
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    @property
+    def std(self) -> float:
+        return max(self.total_of_squares / self.count - self.mean**2, 0.0) ** 0.5
+
+
+@dataclass
+class ImageScore:
+    """Dice of one thresholded image against its mask, and of the real image of the same mask.
+
+    ``skipped`` says why there is none: ``no cell`` or ``only cell`` in the mask's crop.
+    """
+
+    image: str
+    dice_synthetic: float | None = None
+    dice_real: float | None = None
+    skipped: str = ""
+
+
+@dataclass
+class ThresholdScore:
+    """Result of ``score_by_threshold``; gray values in [0, 1], differences relative to the real value."""
+
+    images: int
+    compared: int
+    no_cell: int
+    only_cell: int
+    brighter: bool
+    polarity_from: str
+    dice_synthetic: float | None
+    dice_real: float | None
+    dice_ratio: float | None
+    mean_synthetic: float
+    std_synthetic: float
+    mean_real: float | None
+    std_real: float | None
+    mean_difference: float | None
+    std_difference: float | None
+    provenance: dict[str, list[str]] = field(default_factory=dict)
+    per_image: list[ImageScore] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON, without the rows of the single images."""
+        content = asdict(self)
+        del content["per_image"]
+        content["polarity"] = "brighter" if content.pop("brighter") else "darker"
+        return content
+
+    def lines(self) -> list[str]:
+        """The short table that the command prints."""
+        rows = [
+            ("Dice with the mask", self.dice_synthetic, self.dice_real),
+            ("mean gray value", self.mean_synthetic, self.mean_real),
+            ("std of gray values", self.std_synthetic, self.std_real),
+        ]
+        lines = [f"{'':20}{'synthetic':>11}{'real':>11}{'synthetic / real':>18}"]
+        for title, synthetic, real in rows:
+            ratio = _ratio(synthetic, real)
+            cells = (_number(synthetic, 11), _number(real, 11), _number(ratio, 18))
+            lines.append(f"{title:20}" + "".join(cells))
+        lines.append(
+            f"{self.compared} of {self.images} images compared; left out of the Dice: {self.no_cell} without a cell, "
+            f"{self.only_cell} with nothing but cell"
+        )
+        lines.append(
+            f"cells are {'brighter' if self.brighter else 'darker'} than the background, decided on the "
+            f"{self.polarity_from} images; gray values in [0, 1]"
+        )
+        made = ", ".join(f"{name} {'/'.join(values)}" for name, values in self.provenance.items() if len(values) < 4)
+        if made:
+            lines.append(f"made with {made}")
+        return lines
+
+
+def score_by_threshold(samples: SampleSet) -> ThresholdScore:
+    """Dice of the thresholded images against their masks, synthetic and real.
+
+    Args:
+        samples: the set.
+
+    Returns:
+        Means over the images whose mask holds both cell and background, and one row per image.
+
+    Raises:
+        InputError: an unreadable file, or sizes that do not agree.
+    """
+    brighter, polarity_from = decide_polarity(samples)
+    scores: list[ImageScore] = []
+    synthetic_pixels, real_pixels = PixelStatistics(), PixelStatistics()
+    for sample in samples.samples:
+        cells = samples.foreground(sample)
+        synthetic = to_gray(samples.synthetic(sample))
+        check_sizes(sample, synthetic, cells)
+        synthetic_pixels.add(synthetic)
+        score = ImageScore(sample.columns["image"], skipped=why_skipped(cells))
+        if samples.has_real:
+            real = to_gray(samples.real(sample))
+            check_sizes(sample, real, cells)
+            real_pixels.add(real)
+        if not score.skipped:
+            score.dice_synthetic = dice(thresholded(synthetic, brighter), cells)
+            score.dice_real = dice(thresholded(real, brighter), cells) if samples.has_real else None
+        scores.append(score)
+    return _summary(scores, brighter, polarity_from, synthetic_pixels, real_pixels, samples)
+
+
+def decide_polarity(samples: SampleSet) -> tuple[bool, str]:
+    """Whether cells are brighter than the background, once for the set, from the real images where there are any.
+
+    Each image votes with its mean inside the mask minus its mean outside, so that clear images count more.
+
+    Returns:
+        (True for brighter, ``"real"`` or ``"synthetic"``: the images that were asked).
+    """
+    source = "real" if samples.has_real else "synthetic"
+    difference = 0.0
+    for sample in samples.samples:
+        cells = samples.foreground(sample)
+        if why_skipped(cells):
+            continue
+        gray = to_gray(samples.real(sample) if samples.has_real else samples.synthetic(sample))
+        check_sizes(sample, gray, cells)
+        difference += float(gray[cells].mean() - gray[~cells].mean())
+    return difference >= 0, source
+
+
+def why_skipped(cells: np.ndarray) -> str:
+    """Why a mask can give no Dice: ``no cell``, ``only cell``, or an empty string where it can."""
+    if not cells.any():
+        return "no cell"
+    return "only cell" if cells.all() else ""
+
+
+def check_sizes(sample: Sample, gray: np.ndarray, cells: np.ndarray) -> None:
+    """Refuse an image whose size is not its label's."""
+    if gray.shape != cells.shape:
+        raise InputError(
+            f"{sample.image_path} or its real image is {gray.shape[0]} x {gray.shape[1]}, its label "
+            f"{sample.label_path} is {cells.shape[0]} x {cells.shape[1]}; sample the set again"
+        )
+
+
+def _summary(
+    scores: Sequence[ImageScore],
+    brighter: bool,
+    polarity_from: str,
+    synthetic: PixelStatistics,
+    real: PixelStatistics,
+    samples: SampleSet,
+) -> ThresholdScore:
+    compared = [score for score in scores if not score.skipped]
+    dice_synthetic = float(np.mean([score.dice_synthetic for score in compared])) if compared else None
+    dice_real = float(np.mean([score.dice_real for score in compared])) if compared and samples.has_real else None
+    mean_real, std_real = (real.mean, real.std) if real.count else (None, None)
+    return ThresholdScore(
+        images=len(scores),
+        compared=len(compared),
+        no_cell=sum(score.skipped == "no cell" for score in scores),
+        only_cell=sum(score.skipped == "only cell" for score in scores),
+        brighter=brighter,
+        polarity_from=polarity_from,
+        dice_synthetic=dice_synthetic,
+        dice_real=dice_real,
+        dice_ratio=_ratio(dice_synthetic, dice_real),
+        mean_synthetic=synthetic.mean,
+        std_synthetic=synthetic.std,
+        mean_real=mean_real,
+        std_real=std_real,
+        mean_difference=_relative_difference(synthetic.mean, mean_real),
+        std_difference=_relative_difference(synthetic.std, std_real),
+        provenance=samples.provenance(),
+        per_image=list(scores),
+    )
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def _relative_difference(value: float, reference: float | None) -> float | None:
+    ratio = _ratio(value, reference)
+    return None if ratio is None else ratio - 1
+
+
+def _number(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else format(value, '.3f'):>{width}}"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_threshold_report(samples: SampleSet, score: ThresholdScore) -> Path:
+    """Write ``threshold.json``, ``threshold.csv`` and ``threshold.png`` into ``SAMPLE_DIR/evaluation``.
+
+    Returns:
+        The folder.
+    """
+    folder = samples.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "threshold.json", score.to_dict())
+    temporary = folder / f"threshold.csv.{os.getpid()}.part"
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["image", "dice_synthetic", "dice_real", "skipped"])
+        for row in score.per_image:
+            numbers = ["" if value is None else f"{value:.6f}" for value in (row.dice_synthetic, row.dice_real)]
+            writer.writerow([row.image, *numbers, row.skipped])
+    temporary.replace(folder / "threshold.csv")
+    draw_extremes(samples, score, folder / "threshold.png")
+    return folder
+
+
+def pick_extremes(values: Sequence[float | None]) -> list[int]:
+    """Indices of the worst, the median and the best value; fewer where there are fewer values, None left out."""
+    order = sorted((index for index, value in enumerate(values) if value is not None), key=lambda i: (values[i], i))
+    if not order:
+        return []
+    return list(dict.fromkeys([order[0], order[(len(order) - 1) // 2], order[-1]]))
+
+
+def draw_extremes(samples: SampleSet, score: ThresholdScore, path: Path) -> None:
+    """Picture of the worst, median and best image: mask, synthetic with the mask's outline, real with the outline.
+
+    Nothing is drawn where no image could be compared.
+    """
+    picked = pick_extremes([row.dice_synthetic for row in score.per_image])
+    if not picked:
+        return
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    columns = 3 if samples.has_real else 2
+    figure = Figure(figsize=(2.6 * columns, 2.8 * len(picked)), layout="constrained")
+    axes = figure.subplots(len(picked), columns, squeeze=False)
+    titles = PICTURE_ROWS if len(picked) == 3 else [""] * len(picked)
+    for row, index, title in zip(axes, picked, titles, strict=True):
+        sample, found = samples.samples[index], score.per_image[index]
+        cells = samples.foreground(sample)
+        row[0].imshow(cells, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        row[0].set_title(f"{title} {sample.name}".strip()[:28], fontsize=8)
+        pictures = [("synthetic", samples.synthetic(sample), found.dice_synthetic)]
+        if samples.has_real:
+            pictures.append(("real", samples.real(sample), found.dice_real))
+        for axis, (kind, image, value) in zip(row[1:], pictures, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.contour(cells, levels=[0.5], colors="#ff4fd8", linewidths=0.8)
+            axis.set_title(f"{kind}, Dice {value:.2f}", fontsize=8)
+        for axis in row:
+            axis.set_axis_off()
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part.png")
+    figure.savefig(temporary, dpi=130)
+    temporary.replace(path)

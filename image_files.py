@@ -1,0 +1,402 @@
+"""Read image and mask files as they are stored, and pair them by name.
+
+Everything that touches a user's file lies here. A file is read to a numpy array with its own gray values, or refused with
+an :class:`~errors.InputError` whose message says what is wrong and how to mend it: no other exception leaves this module,
+and no file can run code or fill the memory. What the gray values mean is decided in ``data.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import Image
+
+from errors import InputError, list_some
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
+MASK_ENDINGS = ("_cp_masks", "_masks")  # Cellpose: NAME_cp_masks beside NAME, NAME_masks beside NAME_img
+IMAGE_ENDING = "_img"
+MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
+MAX_CHANNELS = 64
+
+# What Cellpose writes beside its masks and that is neither image nor mask.
+_BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)(_cp_masks)?\.\w+)$")
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
+_PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
+_CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
+_NOT_FLAT = "one 2-D image per file is needed, save the planes as files of their own"
+
+# tifffile logs every damaged tag; the InputError says it once.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask. ``mask_path`` is a folder where a mask is stored as one file per nucleus."""
+
+    name: str
+    image_path: Path
+    mask_path: Path
+
+
+# ---------------------------------------------------------------------------------------------------- find and pair
+
+
+def find_files(folder: str | Path, what: str) -> dict[str, Path]:
+    """Image or mask files of one folder, by stem; hidden files and by-products of Cellpose are left out.
+
+    A folder without files may hold one folder per image instead, as the 2018 Data Science Bowl does: ``NAME/images/*.png``
+    (one file) and ``NAME/masks/*.png`` (one file per nucleus), or ``NAME/*.png`` for masks. A mask is then a folder.
+
+    Args:
+        folder: where to look; nothing below it is searched except in the layout above.
+        what: "image" or "mask"; masks may be .npy and .npz, too.
+
+    Returns:
+        stem -> path, sorted by stem. ``NAME.ome.tif`` has the stem ``NAME``.
+
+    Raises:
+        InputError: no such folder, no files in it, or two files with one stem.
+    """
+    folder = Path(folder)
+    suffixes = MASK_SUFFIXES if what.startswith("mask") else IMAGE_SUFFIXES
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of {what} files: {'it is a file' if folder.exists() else 'not found'}")
+    found: dict[str, Path] = {}
+    twice, others = [], []
+    with os.scandir(folder) as entries:  # no stat per file: 100,000 names take well under a second
+        for name in sorted(entry.name for entry in entries if not entry.name.startswith(".")):
+            stem, dot, suffix = name.rpartition(".")
+            if not stem or dot + suffix.lower() not in suffixes:
+                others.append(name)
+            elif not _BY_PRODUCTS.search(name):
+                stem = stem.removesuffix(".ome")
+                if stem in found:
+                    twice.append(f"{found[stem].name} and {name}")
+                found[stem] = folder / name
+    if twice:
+        raise InputError(f"{folder} has two {what} files with one name: {list_some(twice)}. Keep one of each")
+    if not found:
+        found = _find_one_folder_per_image(folder, others, what)
+    if not found:
+        hint = next((name for name in others if name.startswith((what, "image")) and (folder / name).is_dir()), None)
+        rest = f"; did you mean {folder / hint}?" if hint else ", it must hold " + " ".join(suffixes)
+        raise InputError(f"{folder} holds no {what} files{rest}")
+    return found
+
+
+def _find_one_folder_per_image(folder: Path, names: Iterable[str], what: str) -> dict[str, Path]:
+    """The layout ``NAME/images/FILE`` and ``NAME/masks/FILES``: NAME -> image file or folder of masks."""
+    found = {}
+    for name in names:
+        inner = folder / name / ("masks" if what.startswith("mask") else "images")
+        if inner.is_dir():
+            files = _files_in(inner)
+            if what.startswith("mask"):
+                found[name] = inner
+            elif len(files) == 1:
+                found[name] = files[0]
+            else:
+                raise InputError(f"{inner} holds {len(files)} images, one is expected in a folder per image")
+        elif what.startswith("mask") and name not in ("images", "masks") and (folder / name).is_dir():
+            if _files_in(folder / name):
+                found[name] = folder / name
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    return [folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+
+
+def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[Pair], list[str], list[str]]:
+    """Pair by stem, where NAME also meets NAME_masks and NAME_cp_masks, and NAME_img counts as NAME.
+
+    Returns:
+        pairs sorted by name, stems of images without mask, stems of masks without image.
+    """
+    pairs, lonely_images = [], []
+    used: dict[str, str] = {}
+    for stem, image_path in images.items():
+        base = stem.removesuffix(IMAGE_ENDING) or stem
+        keys = (stem, base, *(start + end for start in (base, stem) for end in MASK_ENDINGS))
+        key = next((key for key in keys if key in masks), None)
+        if key is None:
+            lonely_images.append(stem)
+            continue
+        if key in used:
+            raise InputError(f"images {used[key]} and {stem} both belong to mask {masks[key].name}: rename one")
+        used[key] = stem
+        pairs.append(Pair(stem if key == stem else base, image_path, masks[key]))
+    return sorted(pairs, key=lambda pair: pair.name), lonely_images, [stem for stem in masks if stem not in used]
+
+
+def find_images_and_masks(image_dir: str | Path, mask_dir: str | Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """:func:`find_files` of both folders; one folder for both is split by the endings of :data:`MASK_ENDINGS`."""
+    images, masks = find_files(image_dir, "image"), find_files(mask_dir, "mask")
+    together = os.path.samefile(image_dir, mask_dir) and next(iter(masks.values())).is_file()
+    if together:
+        images = {stem: path for stem, path in images.items() if not stem.endswith(MASK_ENDINGS)}
+        masks = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
+        if not images or not masks:
+            raise InputError(
+                f"{image_dir} is given for images and masks: then the masks' names must end with _masks or _cp_masks"
+            )
+    return images, masks
+
+
+def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
+    """Every image with its mask, by name over mixed suffixes.
+
+    Returns:
+        pairs sorted by name.
+
+    Raises:
+        InputError: a file without partner (all of them in one message), a missing or empty folder.
+    """
+    images, masks = find_images_and_masks(image_dir, mask_dir)
+    pairs, lonely_images, lonely_masks = match_names(images, masks)
+    faults = []
+    if lonely_images:
+        faults.append(f"{len(lonely_images)} of {len(images)} images in {image_dir} have no mask in {mask_dir}: "
+                      f"{list_some(lonely_images)}")  # fmt: skip
+    if lonely_masks:
+        faults.append(f"{len(lonely_masks)} of {len(masks)} masks in {mask_dir} have no image in {image_dir}: "
+                      f"{list_some(lonely_masks)}")  # fmt: skip
+    if faults:
+        raise InputError("; ".join(faults) + ". A mask has its image's name (NAME, NAME_masks or NAME_cp_masks), "
+                         "with any of " + " ".join(MASK_SUFFIXES))  # fmt: skip
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------------------- read files
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """One image with its stored gray values.
+
+    PNG, JPEG, BMP and TIFF, recognised by content. A palette becomes RGB, an opaque alpha channel is dropped, 1-bit
+    becomes 0 and 255, float64 becomes float32; 16-bit colour keeps its 16 bits.
+
+    Returns:
+        (H, W, C) uint8, uint16 or another real dtype, C >= 1, finite.
+
+    Raises:
+        InputError: unreadable, truncated, a stack of planes, NaN or infinity, above :data:`MAX_DECODED_BYTES`.
+    """
+    array = _read(Path(path), as_mask=False)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.shape[2] in (2, 4) and array.dtype.kind == "u" and (array[:, :, -1] == np.iinfo(array.dtype).max).all():
+        array = array[:, :, :-1]
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    return _checked(np.ascontiguousarray(array), path)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """One mask with its stored values.
+
+    A gray palette is read as its gray values, a coloured one as its indices (as PASCAL VOC stores class ids); RGB only
+    where the three channels are equal. A folder is read as one nucleus per file: ids 1..n in the order of the names, the
+    first one keeps a pixel that two claim. ``.npy``, ``.npz`` and float TIFF may hold a stack (K, H, W).
+
+    Returns:
+        (H, W), or (K, H, W) for a stack of class probabilities; bool becomes 0 and 1.
+
+    Raises:
+        InputError: as :func:`read_image`; colours; a stack of integer planes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_nuclei(path)
+    array = _read(path, as_mask=True)
+    if array.ndim == 3 and path.suffix.lower() not in (".npy", ".npz") and array.dtype.kind != "f":
+        array = _gray_channel(array, path)
+    return _checked(np.ascontiguousarray(array), path)
+
+
+def _read_nuclei(folder: Path) -> np.ndarray:
+    files = _files_in(folder)
+    if not files:
+        raise InputError(f"{folder} holds no nucleus masks")
+    instance_map: np.ndarray | None = None
+    for index, file in enumerate(files, start=1):
+        nucleus = read_mask(file)
+        if nucleus.ndim != 2:
+            raise InputError(f"{file} is no flat mask of one nucleus")
+        if instance_map is None:
+            instance_map = np.zeros(nucleus.shape, np.uint16 if len(files) < 2**16 else np.int32)
+        if nucleus.shape != instance_map.shape:
+            raise InputError(f"{file} has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
+        values = np.unique(nucleus)
+        if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+            raise InputError(f"{file} is no mask of one nucleus: gray values {list_some(values.tolist())}")
+        instance_map[(nucleus > 0) & (instance_map == 0)] = index
+    return instance_map
+
+
+def _read(path: Path, as_mask: bool) -> np.ndarray:
+    """Decode by content; every fault of a decoder becomes an InputError."""
+    try:
+        if not path.is_file():  # also keeps pipes and devices from being opened
+            raise InputError(f"{path}: {'is no regular file' if path.exists() else 'no such file, or a broken link'}")
+        with path.open("rb") as file:
+            start = file.read(8)
+            file.seek(0)
+            if not start:
+                raise InputError(f"{path} is empty (0 bytes)")
+            if as_mask and path.suffix.lower() in (".npy", ".npz"):
+                array = _decode_numpy(file, path)
+            elif start.startswith(_TIFF_STARTS):
+                array = _decode_tiff(file, path, as_mask)
+            else:
+                array = _decode_with_pillow(file, path, as_mask)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} cannot be read ({' '.join(reason.split())[:120]}): damaged, or no image file") from None
+    return array
+
+
+def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> np.ndarray:
+    with Image.open(file, formats=["PNG", "JPEG", "MPO", "BMP"]) as image:
+        _check_size((image.height, image.width, 4), 2, path)
+        if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+            raise InputError(f"{path} is an animation of {image.n_frames} frames: {_NOT_FLAT}")
+        if any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile):
+            file.seek(0)
+            return imagecodecs.png_decode(file.read())  # Pillow would cut 16-bit colour to 8 bits
+        image.load()
+        if "exif" in image.info and image.getexif().get(0x0112, 1) != 1:
+            raise InputError(f"{path} carries a rotation tag (EXIF): save it upright, so that image and mask agree")
+        if image.mode == "P":
+            return _palette_to_array(image, as_mask)
+        if image.mode not in _PLAIN_MODES:
+            if image.mode not in _CONVERTED_MODES:
+                raise InputError(f"{path} has the unusual pixel format {image.mode}: save it as gray or RGB")
+            image = image.convert(_CONVERTED_MODES[image.mode])
+        return np.array(image)
+
+
+def _palette_to_array(image: Image.Image, as_mask: bool) -> np.ndarray:
+    if not as_mask:
+        return np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))
+    palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    return _palette_mask(np.array(image), palette)
+
+
+def _palette_mask(indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Gray values where all used colours are gray, else the indices. ``palette``: (n, 3)."""
+    used = np.unique(indices)
+    used = palette[used[used < len(palette)]]
+    if len(used) and (used == used[:, :1]).all():
+        return palette[:, 0][np.minimum(indices, len(palette) - 1)]
+    return indices
+
+
+def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> np.ndarray:
+    with tifffile.TiffFile(file, _multifile=False) as tiff:  # an OME header must not open other files
+        series = [one for one in tiff.series if not one.keyframe.is_reduced]
+        if len(series) != 1:
+            raise InputError(f"{path} holds {len(series)} images of different kinds: {_NOT_FLAT}")
+        series, page = series[0], series[0].keyframe
+        _check_size(series.shape, series.dtype.itemsize, path)
+        kept = [(axis, n) for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"]
+        axes, shape = "".join(axis for axis, _ in kept), tuple(n for _, n in kept)
+        extra = axes.replace("Y", "").replace("X", "")
+        if sorted(axes.replace(extra, "")) != ["X", "Y"] or len(extra) > 1:
+            raise InputError(f"{path} is a stack of shape {' x '.join(map(str, shape))}: {_NOT_FLAT}")
+        is_soft_stack = as_mask and series.dtype.kind == "f"
+        if extra and extra not in "SC" and not is_soft_stack:
+            raise InputError(
+                f"{path} is a 3-D stack of {shape[axes.index(extra)]} planes: {_NOT_FLAT} "
+                "(if they are channels, store them as such: axes CYX)"
+            )
+        array = series.asarray(maxworkers=1).reshape(shape)
+        array = _photometric_to_gray(array, page, path, as_mask)
+    order = extra + "YX" if is_soft_stack else "YX" + extra
+    if array.ndim == len(axes):  # a palette image gained its colour axis above
+        array = array.transpose([axes.index(axis) for axis in order])
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _photometric_to_gray(array: np.ndarray, page: tifffile.TiffPage, path: Path, as_mask: bool) -> np.ndarray:
+    """Turn palette and 1-bit TIFF pages into gray or RGB; refuse what could be read in two ways."""
+    kind = page.photometric.name
+    if kind == "PALETTE" and page.colormap is not None:
+        palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
+        return _palette_mask(array, palette) if as_mask else palette[array]
+    if kind == "MINISWHITE" and not page.software.startswith("tifffile"):
+        # Half of the programs invert such a file and half do not, so image and mask could disagree.
+        # tifffile itself writes bool arrays like this and means them as they are.
+        raise InputError(f"{path} is stored as 'white is zero': save it as 'black is zero' (in Fiji: Image > Lookup Tables)")
+    if kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
+        raise InputError(f"{path} has the colour space {kind}: save it as gray or RGB")
+    return array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
+
+
+def _decode_numpy(file: BinaryIO, path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".npz":
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len(members) != 1:
+                raise InputError(f"{path} holds {len(members)} arrays, one is expected: {list_some(archive.namelist())}")
+            _check_size((members[0].file_size,), 1, path)
+            with archive.open(members[0]) as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
+    else:
+        _check_size((os.fstat(file.fileno()).st_size,), 1, path)
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or array.size == 0:
+        shape = " x ".join(map(str, array.shape))
+        raise InputError(f"{path} holds {array.dtype} numbers of shape ({shape}): (H, W) or (K, H, W) is expected")
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _gray_channel(array: np.ndarray, path: Path) -> np.ndarray:
+    """The one channel of a mask stored as gray + alpha, RGB or RGBA with equal colours."""
+    colours, alpha = (array[:, :, :-1], array[:, :, -1:]) if array.shape[2] in (2, 4) else (array, None)
+    if alpha is not None and (alpha != np.iinfo(array.dtype).max).any():
+        raise InputError(f"{path} is partly transparent: save the mask as gray without alpha channel")
+    if (colours != colours[:, :, :1]).any():
+        raise InputError(f"{path} holds colours: save the mask as one gray channel of class or instance numbers")
+    return colours[:, :, 0]
+
+
+def _checked(array: np.ndarray, path: str | Path) -> np.ndarray:
+    if array.dtype.kind not in "uif" or array.size == 0 or array.dtype.itemsize > 8:
+        raise InputError(f"{path} holds {array.dtype} values: save it as 8-bit, 16-bit or float gray values")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(f"{path} holds NaN or infinite values: replace them")
+    return array
+
+
+def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> None:
+    """Refuse before decoding what would fill the memory (a damaged header, a decompression bomb, a whole slide)."""
+    size = math.prod(int(n) for n in shape) * bytes_per_value
+    if size > MAX_DECODED_BYTES or min(shape) < 1:
+        raise InputError(
+            f"{path} claims {' x '.join(map(str, shape))} values, {size / 2**30:.1f} GiB: more than "
+            f"{MAX_DECODED_BYTES / 2**30:.0f} GiB in one file. Cut it into tiles"
+        )
+
+
+def _size(array: np.ndarray) -> str:
+    """Width x height, as image viewers say it. (H, W), (K, H, W) by :func:`read_mask`."""
+    return f"{array.shape[-1]} x {array.shape[-2]}"

@@ -1,0 +1,390 @@
+"""SiT backbone conditioned per patch on a segmentation map, and the registry of its sizes.
+
+A Scalable Interpolant Transformer (Ma et al. 2024, arXiv 2401.08740) is a diffusion transformer (Peebles and Xie 2023,
+arXiv 2212.09748) whose blocks are modulated by ``c = time embedding + class embedding`` (adaLN-Zero). Here the class
+embedding of every patch is the mean of the class embeddings of the mask pixels under it, so ``c`` differs per token:
+
+    prob_map (B, K, H, W) -> average pooling to the token grid -> weighted sum of K class embeddings -> (B, T, D)
+
+A constant mask of class k therefore gives exactly what the class-conditional SiT gives for label k. Pooling tells a
+patch how much of it is cell and not where, so the input tokens also receive a linear embedding of the patch's own mask
+pixels less their mean (``mask_detail``), which is exactly zero where a patch holds one class only.
+
+Arguments and state-dict keys are SiT's; published SiT weights load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+# Distinct rows are padded to a multiple of this, so that a matrix product has few shapes: nothing recompiles, and the
+# same row comes out with the same bits whatever else is in the batch.
+ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class MaskCondition:
+    """What the model needs to know of a batch of masks, computed once per image and passed in place of the masks.
+
+    Attributes:
+        embedding: (B, T, D) mask embedding of every token, or (R, D) distinct rows of it when ``row_of_token`` is set.
+        detail: (B, T, D) what the input tokens receive, or None for a model without mask detail.
+        row_of_token: (B, T) long, which row of ``embedding`` a token has; None when every token has its own.
+            Rows are shared by all images, so all images must be at the same time t (as in one solver step).
+    """
+
+    embedding: Tensor
+    detail: Tensor | None
+    row_of_token: Tensor | None = None
+
+
+class TimestepEmbedder(nn.Module):
+    """Time (B,) -> (B, D): sinusoids (Vaswani et al. 2017) and a two-layer MLP.
+
+    SiT feeds t in [0, 1] to sinusoids whose periods were made for 0 to 1000; ``time_scale`` multiplies t before them.
+    Published weights need 1.
+    """
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, time_scale: float = 1.0) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+        self.time_scale = time_scale
+
+    def sinusoids(self, t: Tensor, max_period: float = 10_000.0) -> Tensor:
+        """(B,) float32 -> (B, frequency_embedding_size): cosines, then sines."""
+        half = self.frequency_embedding_size // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = (self.time_scale * t.float())[:, None] * torch.exp(-math.log(max_period) * exponent)  # (B, half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.sinusoids(t))
+
+
+class MaskEmbedder(nn.Module):
+    """Probability map (B, K, H, W) at any resolution -> one class embedding per token (B, T, D).
+
+    The last of the K + 1 rows of ``embedding_table`` is the learned null condition of classifier-free guidance
+    (Ho and Salimans 2022, arXiv 2207.12598). It is always there, whether or not masks are dropped in training.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.num_classes = num_classes
+        self.grid = grid
+
+    def pool(self, y: Tensor) -> Tensor:
+        """(B, K, H, W) -> (B, T, K): the share of every class in every patch, float32."""
+        return F.adaptive_avg_pool2d(y.float(), self.grid).flatten(2).transpose(1, 2)
+
+    def embed(self, shares: Tensor) -> Tensor:
+        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, in float32 under autocast too."""
+        with torch.autocast(shares.device.type, enabled=False):
+            return shares @ self.embedding_table.weight[: self.num_classes].float()
+
+    def null(self) -> Tensor:
+        """(D,) embedding of "no mask"."""
+        return self.embedding_table.weight[self.num_classes].float()
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embed(self.pool(y))
+
+
+class MaskDetail(nn.Module):
+    """Where in its patch the mask lies: a linear embedding of the patch's own mask pixels less their mean.
+
+    Starts at zero, has no bias, and is exactly zero for a patch of one class, so that the model begins as plain SiT and
+    keeps its output on constant masks.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, grid: tuple[int, int], mask_pixels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(num_classes * mask_pixels**2, hidden_size, bias=False)
+        self.grid = grid
+        self.mask_pixels = mask_pixels
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B, K, H, W) at any resolution -> (B, T, D)."""
+        (gh, gw), p = self.grid, self.mask_pixels
+        y = F.adaptive_avg_pool2d(y.float(), (gh * p, gw * p))  # (B, K, gh p, gw p)
+        y = y.unflatten(2, (gh, p)).unflatten(4, (gw, p))  # (B, K, gh, p, gw, p)
+        patches = y.permute(0, 2, 4, 1, 3, 5).reshape(y.shape[0], gh * gw, y.shape[1], p * p)  # (B, T, K, p p)
+        patches = patches - patches[..., :1]  # first pixel before mean: no rounding is left where all are equal
+        patches = patches - patches.mean(-1, keepdim=True)
+        return self.proj(patches.flatten(2))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, T, D) with a shift and a scale per token (B, T, D), or per image (B, 1, D)."""
+    return x * (1 + scale) + shift
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition of each token."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> Tensor:
+        """x (B, T, D), c (B, T, D) or (R, D) with ``row_of_token`` (B, T) -> (B, T, D)."""
+        modulation = spread_rows(self.adaLN_modulation(c), row_of_token)  # (B, T, 6 D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, T, D) -> patches (B, T, p p C), modulated like a block."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> Tensor:
+        shift, scale = spread_rows(self.adaLN_modulation(c), row_of_token).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
+    """(R, N) distinct rows -> (B, T, N), every token its own; (B, T, N) passes through."""
+    return rows if row_of_token is None else F.embedding(row_of_token, rows)
+
+
+class SiT(nn.Module):
+    """Transformer that predicts velocity, score, noise or data of a noisy image (or latent), given its mask.
+
+    Args:
+        input_size: side of the input in pixels (or latent pixels); a pair (H, W) where it is not square.
+        patch_size: side of a patch; divides the input size.
+        in_channels: channels C of the input.
+        hidden_size: width D.
+        depth: number of blocks.
+        num_heads: attention heads; divides D.
+        mlp_ratio: width of a block's MLP over D.
+        class_dropout_prob: probability in [0, 1] with which training drops a sample's whole mask.
+        num_classes: number K of mask classes.
+        learn_sigma: the network has 2 C output channels, of which the first C are used (as in published weights).
+        mask_pixels: mask pixels per token side that ``mask_detail`` sees (patch size x autoencoder factor); 0 = none.
+        time_scale: factor on t before its sinusoids; 1 for published weights.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = False,
+        mask_pixels: int = 0,
+        time_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"input size {height} x {width} is not divisible by the patch size {patch_size}")
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.learn_sigma = learn_sigma
+        self.grid = (height // patch_size, width // patch_size)
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+
+        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, time_scale=time_scale)
+        self.y_embedder = MaskEmbedder(num_classes, hidden_size, self.grid)
+        self.mask_detail = MaskDetail(num_classes, hidden_size, self.grid, mask_pixels) if mask_pixels else None
+        self.register_buffer("pos_embed", position_embedding(hidden_size, self.grid))  # (1, T, D), not learned
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform layers without bias, small normal embeddings, and zero for all that adaLN-Zero starts from."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zero_layers = [block.adaLN_modulation[-1] for block in self.blocks]
+        zero_layers += [self.final_layer.adaLN_modulation[-1], self.final_layer.linear]
+        zero_layers += [self.mask_detail.proj] if self.mask_detail is not None else []
+        for layer in zero_layers:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, T, p p C) with rows of a patch first, channels last -> (B, C, H, W)."""
+        (gh, gw), p = self.grid, self.patch_size
+        patches = patches.reshape(patches.shape[0], gh, gw, p, p, -1)  # (B, gh, gw, p, p, C)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, gh * p, gw * p)
+
+    def embed_mask(self, y: Tensor, drop: Tensor | None = None, share_rows: bool = False) -> MaskCondition:
+        """Everything that depends on the masks and not on x or t, once per image.
+
+        Args:
+            y: (B, K, H, W) probability map at any resolution.
+            drop: (B,) bool, samples that lose their whole mask; None keeps all.
+            share_rows: keep the distinct rows of the mask embedding only, exactly. For sampling, where all images are at
+                the same t: a hard binary mask gives at most p p + 1 rows, so a block's modulation of a whole batch
+                costs about as much as of one image. Ignored where rows exceed half the tokens or gradients are needed.
+
+        Raises:
+            ValueError: y does not have K channels.
+        """
+        if y.ndim != 4 or y.shape[1] != self.num_classes:
+            raise ValueError(f"masks have shape {tuple(y.shape)}; expected (B, {self.num_classes}, H, W)")
+        shares = self.y_embedder.pool(y)  # (B, T, K)
+        detail = self.mask_detail(y) if self.mask_detail is not None else None  # (B, T, D)
+        if share_rows and drop is None and not y.requires_grad:
+            rows, row_of_token = distinct_rows(shares)
+            if 2 * len(rows) <= shares.shape[0] * shares.shape[1]:
+                return MaskCondition(self.y_embedder.embed(rows), detail, row_of_token)
+        embedding = self.y_embedder.embed(shares)  # (B, T, D)
+        if drop is not None:
+            embedding = torch.where(drop[:, None, None], self.y_embedder.null(), embedding)
+            detail = None if detail is None else detail * ~drop[:, None, None]
+        return MaskCondition(embedding, detail)
+
+    def with_null_condition(self, condition: MaskCondition) -> MaskCondition:
+        """Condition of B images -> of 2 B: the same ones with their masks, then without."""
+        null, embedding, index = self.y_embedder.null(), condition.embedding, condition.row_of_token
+        if index is None:
+            embedding = torch.cat([embedding, null.expand_as(embedding)])
+        else:
+            index = torch.cat([index, torch.full_like(index, len(embedding))])
+            embedding = torch.cat([embedding, null.expand(ROW_MULTIPLE, -1)])  # whole multiples, as in distinct_rows
+        detail = condition.detail
+        detail = None if detail is None else torch.cat([detail, torch.zeros_like(detail)])
+        return MaskCondition(embedding, detail, index)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | MaskCondition) -> Tensor:
+        """Prediction for noisy inputs.
+
+        Args:
+            x: (B, C, H, W) points on the path.
+            t: (B,) times in [0, 1]; 0 is noise, 1 is data.
+            y: (B, K, H', W') probability maps at any resolution, or what ``embed_mask`` made of them.
+
+        Returns:
+            (B, C, H, W).
+        """
+        if isinstance(y, Tensor):
+            y = self.embed_mask(y, drop=self.draw_dropped(len(y), y.device))
+        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        if y.detail is not None:
+            x = x + y.detail
+        t_emb = self.t_embedder(t)  # (B, D)
+        # c: (B, T, D) per token, or (R, D) rows that all images share, at the time that all images share
+        c = t_emb[:, None] + y.embedding if y.row_of_token is None else t_emb[:1] + y.embedding
+        for block in self.blocks:
+            x = block(x, c, y.row_of_token)  # (B, T, D)
+        x = self.unpatchify(self.final_layer(x, c, y.row_of_token))  # (B, C or 2 C, H, W)
+        return x[:, : self.in_channels]
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor | MaskCondition, cfg_scale: float) -> Tensor:
+        """Classifier-free guidance on all channels: null + cfg_scale (masked - null), both halves in one call.
+
+        The state has size B; it is doubled here only. Scale 1 is the plain conditional model and costs no more.
+
+        Returns:
+            (B, C, H, W).
+        """
+        if cfg_scale == 1.0:
+            return self(x, t, y)
+        both = self.with_null_condition(self.embed_mask(y) if isinstance(y, Tensor) else y)
+        masked, null = self(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return null + cfg_scale * (masked - null)
+
+    def draw_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
+        """(B,) bool: which samples lose their mask in this training step; None outside of training."""
+        if not self.training or self.class_dropout_prob == 0:
+            return None
+        return torch.rand(batch_size, device=device) < self.class_dropout_prob
+
+
+def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows of (B, T, K) and which of them each token has.
+
+    Returns:
+        rows (R, K), R padded to a multiple of ROW_MULTIPLE by repeating the last one, and (B, T) long indices.
+    """
+    rows, row_of_token = torch.unique(shares.flatten(0, 1), dim=0, return_inverse=True)
+    padding = -len(rows) % ROW_MULTIPLE
+    rows = torch.cat([rows, rows[-1:].expand(padding, -1)])
+    return rows, row_of_token.view(shares.shape[:2])
+
+
+def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed two-dimensional sine-cosine embedding (1, T, D): first half of the channels for the column, second the row.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, one half of the channels per axis as in DiT's weights.
+    """
+    quarter = hidden_size // 4
+    frequency = 1.0 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    rows, columns = (index.reshape(-1, 1) * frequency for index in np.indices(grid))  # each (T, D / 4)
+    parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
+    return torch.from_numpy(np.concatenate(parts, axis=1)).float()[None]
+
+
+SIZES = {
+    # name: depth, width, heads
+    "Ti": (12, 192, 3),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCH_SIZES = (2, 4, 8, 16)
+
+SiT_models: dict[str, Callable[..., SiT]] = {
+    f"SiT-{size}/{patch_size}": partial(
+        SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch_size
+    )
+    for size, (depth, width, heads) in SIZES.items()
+    for patch_size in PATCH_SIZES
+}
+
+
+def build_model(config: dict[str, Any]) -> SiT:
+    """Model of a checkpoint's ``config["model"]``: the registry name under "name", the constructor's arguments beside it.
+
+    Raises:
+        ValueError: the name is not in the registry.
+    """
+    arguments = dict(config)
+    name = arguments.pop("name")
+    if name not in SiT_models:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(SiT_models)}")
+    return SiT_models[name](**arguments)

@@ -1,0 +1,373 @@
+"""Bulk sampling: a folder of masks becomes a data set of synthetic image/label pairs.
+
+    torchrun --nproc_per_node=N sample_ddp.py ODE --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS --num-classes 2 \\
+        --sample-dir samples/
+
+The same command runs without torchrun. It writes
+
+    SAMPLE_DIR/images/NAME.png       synthetic images (NAME_0001.png ... with --samples-per-mask above 1)
+    SAMPLE_DIR/masks/NAME.png        the label each was made from: the same pixels, the file's own values
+    SAMPLE_DIR/manifest.csv          one row per image: mask, seed, index, view, solver, checkpoint
+    SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
+    SAMPLE_DIR/settings.json         what the set was made with
+
+Started again it makes what is missing or torn, and refuses a folder made with other settings. With --data-path only
+masks that have an image there are used, and that real image stands beside the synthetic one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import logging
+import math
+import sys
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoint import file_sha256, write_atomically, write_json
+from data import MASK_TYPES, MaskFolder, MaskItem
+from errors import CommandParser, InputError, run_command
+from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
+from train_utils import (
+    Machine,
+    add_machine_arguments,
+    add_sampling_arguments,
+    add_solver_parsers,
+    derived_seed,
+    grid_image,
+    log_provenance,
+    mask_picture,
+    positive_int,
+    start_logging,
+    start_machine,
+    stop_machine,
+    to_uint8,
+)
+
+logger = logging.getLogger("sample_ddp")
+
+CONTACT_SHEET_ROWS = 8
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__.split("\n\n")[0])
+    for mode in add_solver_parsers(parser).values():
+        group = mode.add_argument_group("input and output")
+        group.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks (or one file)")
+        group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+        group.add_argument(
+            "--data-path", type=Path, metavar="IMAGES", help="use only masks with an image here, and show it beside"
+        )
+        group.add_argument("--sample-dir", type=Path, default=Path("samples"), help="where the data set goes")
+        group.add_argument("--samples-per-mask", type=positive_int, help="images drawn from every mask (default: 1)")
+        group.add_argument(
+            "--num-samples", "--num-fid-samples", type=positive_int, help="images in all, spread evenly over the masks"
+        )
+        group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID suites, as SiT does")
+        add_sampling_arguments(mode, cfg_scale=1.0)
+        add_machine_arguments(mode)
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------ what to make
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    name: str  # of the synthetic pair, without suffix
+    mask_name: str
+    index: int  # in the set: with the seed it decides the noise (and the window of a random crop)
+
+
+def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_samples: int | None) -> list[Job]:
+    """All images of a set, ordered by index = number of the mask x samples per mask + number of the sample.
+
+    With ``num_samples``, every mask gets one image before any mask gets its next.
+
+    Raises:
+        InputError: both are given and ask for different things.
+    """
+    if num_samples and samples_per_mask and num_samples > samples_per_mask * len(mask_names):
+        raise InputError(
+            f"--num-samples {num_samples} is more than --samples-per-mask {samples_per_mask} makes of {len(mask_names)} "
+            "masks: leave one of them out."
+        )
+    per_mask = samples_per_mask or (math.ceil(num_samples / len(mask_names)) if num_samples else 1)
+    jobs = [
+        Job(f"{mask}_{copy + 1:04d}" if per_mask > 1 else mask, mask, number * per_mask + copy)
+        for copy in range(per_mask)
+        for number, mask in enumerate(mask_names)
+    ][:num_samples]
+    return sorted(jobs, key=lambda job: job.index)
+
+
+def load_mask(masks: MaskFolder, job: Job, seed: int) -> MaskItem:
+    """The job's mask; the window of a random crop follows from (seed, index)."""
+    return masks.load(job.mask_name, rng=np.random.default_rng(derived_seed(seed, job.index, 1)))
+
+
+def set_settings(
+    args: argparse.Namespace, settings: SamplingSettings, trained: TrainedModel, masks: MaskFolder
+) -> dict[str, Any]:
+    """What decides the content of a set; a folder holds one set only."""
+    return {
+        "ckpt_sha256": trained.sha256,
+        "weights": "raw" if args.raw_weights else "ema",
+        "step": trained.step,
+        "seed": args.seed,
+        "sampling": settings.to_dict(),
+        "samples_per_mask": args.samples_per_mask,
+        "num_samples": args.num_samples,
+        "mask_type": masks.rule.mask_type,
+        "masks": len(masks.names),
+        "data_config": trained.data.to_dict(),
+        "precision": args.precision,
+        "per_proc_batch_size": args.per_proc_batch_size,
+    }
+
+
+# Change the speed, and the images by a rounding difference only: a set may be finished with other values.
+FREE_SETTINGS = ("precision", "per_proc_batch_size")
+
+
+def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or find it made with the same settings.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    path = sample_dir / "settings.json"
+    if path.is_file():
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: damaged; remove {sample_dir} or give another --sample-dir.") from error
+        new = json.loads(json.dumps(settings))
+        names = [name for name in new if name not in FREE_SETTINGS and old.get(name) != new[name]]
+        if names:
+            changes = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in names)
+            raise InputError(
+                f"--sample-dir {sample_dir} holds a set made with other settings ({changes}): give another folder."
+            )
+    elif sample_dir.is_dir() and any(sample_dir.iterdir()):
+        raise InputError(f"--sample-dir {sample_dir} is not empty and holds no settings.json of this command: give another.")
+    (sample_dir / "images").mkdir(parents=True, exist_ok=True)
+    (sample_dir / "masks").mkdir(exist_ok=True)
+    write_json(path, settings)
+
+
+# --------------------------------------------------------------------------------------------------- files of a pair
+
+
+def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
+    """A label as file content and suffix, every value kept: PNG for 8 and 16 bits, TIFF for the rest."""
+    buffer = io.BytesIO()
+    if label.ndim == 2 and label.dtype in (np.uint8, np.uint16):
+        Image.fromarray(label).save(buffer, format="PNG")
+        return buffer.getvalue(), ".png"
+    if label.ndim == 2 and np.issubdtype(label.dtype, np.integer) and 0 <= label.min() and label.max() < 2**16:
+        return label_bytes(label.astype(np.uint16))
+    import tifffile
+
+    tifffile.imwrite(buffer, label, compression="zlib", photometric="minisblack")
+    return buffer.getvalue(), ".tif"
+
+
+def image_is_whole(path: Path, size: int) -> bool:
+    """Whether a synthetic image decodes to the end at its size."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size == (size, size)
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem) -> bool:
+    """Whether the job's image is whole and its label is the one that would be written now."""
+    content, suffix = label_bytes(item.label)
+    label_path = sample_dir / "masks" / f"{job.name}{suffix}"
+    if not label_path.is_file() or label_path.read_bytes() != content:
+        return False
+    return image_is_whole(sample_dir / "images" / f"{job.name}.png", item.view.size)
+
+
+def write_pair(sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray) -> None:
+    """Label first, image last: where the image is, its label is, too."""
+    content, suffix = label_bytes(item.label)
+    write_atomically(sample_dir / "masks" / f"{job.name}{suffix}", lambda file: file.write(content))
+    picture = Image.fromarray(image)
+    write_atomically(sample_dir / "images" / f"{job.name}.png", lambda file: picture.save(file, format="PNG"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the work
+
+
+def main(args: argparse.Namespace) -> None:
+    start_logging(is_main=False)
+    settings = SamplingSettings.from_args(args)
+    machine = start_machine(args.device, args.precision)
+    try:
+        sample(args, settings, machine)
+    finally:
+        stop_machine()
+
+
+@torch.inference_mode()
+def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machine) -> None:
+    start_logging(machine.is_main)
+    trained = load_trained(args, machine)
+    masks = MaskFolder(args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, progress=machine.is_main)
+    jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
+    prepare_folder(args, set_settings(args, settings, trained, masks), machine)
+    log_provenance(machine, args.seed)
+    logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
+
+    mine = jobs[machine.rank :: machine.world_size]
+    todo = [job for job in mine if not pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed))]
+    logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
+    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings)
+    make_images(args, sampler, masks, todo, machine)
+    machine.barrier()
+    if machine.is_main:
+        write_manifest(args, settings, trained, masks, jobs)
+        write_contact_sheet(args, masks, jobs)
+        if args.npz:
+            write_npz(args.sample_dir, jobs, trained.data.image_size)
+        logger.info("done: %d pairs and manifest.csv in %s", len(jobs), args.sample_dir)
+    machine.barrier()
+
+
+def prepare_folder(args: argparse.Namespace, settings: dict[str, Any], machine: Machine) -> None:
+    """Rank 0 opens the folder; what is wrong with it ends every rank."""
+    problem = None
+    if machine.is_main:
+        try:
+            open_sample_dir(args.sample_dir, settings)
+        except (InputError, OSError) as error:
+            problem = str(error)
+    problem = machine.from_main(problem)
+    if problem:
+        raise InputError(problem)
+
+
+def make_images(
+    args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, todo: list[Job], machine: Machine
+) -> None:
+    """Draw batch after batch; background threads encode and write while the next batch is drawn."""
+    size = args.per_proc_batch_size
+    shown = machine.is_main and sys.stderr.isatty()
+    with ThreadPoolExecutor(max_workers=2) as writers, tqdm(total=len(todo), unit="image", disable=not shown) as bar:
+        pending: list[Future[None]] = []
+        for first in range(0, len(todo), size):
+            batch = todo[first : first + size]
+            items = [load_mask(masks, job, args.seed) for job in batch]
+            prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
+            seeds = [image_seed(args.seed, job.index) for job in batch]
+            images = sampler(prob_maps, seeds, batch_size=size)
+            for job, item, image in zip(batch, items, images, strict=True):
+                pending.append(writers.submit(write_pair, args.sample_dir, job, item, to_uint8(image)))
+            pending = finished(pending, most_left=4 * size)
+            bar.update(len(batch))
+            if not shown:
+                logger.info("%d of %d images", first + len(batch), len(todo))
+        finished(pending, most_left=0)
+
+
+def finished(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
+    """Wait until at most so many writes are left; raise what went wrong in those that ended."""
+    while len(pending) > most_left:
+        pending.pop(0).result()
+    return pending
+
+
+def write_manifest(
+    args: argparse.Namespace, settings: SamplingSettings, trained: TrainedModel, masks: MaskFolder, jobs: list[Job]
+) -> None:
+    """manifest.csv: how every pair came to be."""
+    hashes = {name: file_sha256(path) for name, path in masks.paths.items()}
+    buffer = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for job in jobs:
+        item = load_mask(masks, job, args.seed)
+        row = {
+            "image": f"images/{job.name}.png",
+            "label": f"masks/{job.name}{label_bytes(item.label)[1]}",
+            "source_mask": masks.paths[job.mask_name],
+            "source_mask_sha256": hashes[job.mask_name],
+            "real_image": masks.image_paths[job.mask_name] if masks.image_paths else "",
+            "seed": args.seed,
+            "index": job.index,
+            "crop_top": item.view.top,
+            "crop_left": item.view.left,
+            "crop_scaled_height": item.view.scaled_height,
+            "crop_scaled_width": item.view.scaled_width,
+            "crop_size": item.view.size,
+            "mask_type": masks.rule.mask_type,
+            "label_derivation": "same crop, nearest neighbour, source values",
+            "cfg_scale": settings.cfg_scale,
+            "guidance_interval": "{:g} {:g}".format(*settings.guidance_interval),
+            "sampler": settings.mode,
+            "method": settings.method,
+            "num_steps": settings.num_steps,
+            "weights": "raw" if args.raw_weights else "ema",
+            "ckpt_sha256": trained.sha256,
+        }
+        if writer is None:
+            writer = csv.DictWriter(buffer, fieldnames=list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+    write_atomically(args.sample_dir / "manifest.csv", lambda file: file.write(buffer.getvalue().encode()))
+
+
+def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[Job]) -> None:
+    """A look at the set: mask | synthetic | real, where there is a real one, of a few pairs spread over it."""
+    rows = []
+    for number in np.unique(np.linspace(0, len(jobs) - 1, CONTACT_SHEET_ROWS).astype(int)):
+        job = jobs[number]
+        item = load_mask(masks, job, args.seed)
+        with Image.open(args.sample_dir / "images" / f"{job.name}.png") as picture:
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        row = [mask_picture(torch.as_tensor(item.prob_map)), pixels]
+        rows.append(row + ([torch.as_tensor(item.image)] if item.image is not None else []))
+    sheet = Image.fromarray(grid_image(rows))
+    write_atomically(args.sample_dir / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
+
+
+def write_npz(sample_dir: Path, jobs: list[Job], size: int) -> None:
+    """SAMPLE_DIR.npz with arr_0 (N, H, W, 3) uint8, streamed: one image in memory at a time."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), size, size, 3)}
+
+    def write(file: Any) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for image in read_images(sample_dir, jobs):
+                array.write(image.tobytes())
+
+    path = sample_dir.with_name(f"{sample_dir.name}.npz")
+    write_atomically(path, write)
+    logger.info("%s: %d images", path, len(jobs))
+
+
+def read_images(sample_dir: Path, jobs: list[Job]) -> Iterable[np.ndarray]:
+    for job in jobs:
+        with Image.open(sample_dir / "images" / f"{job.name}.png") as picture:
+            yield np.array(picture.convert("RGB"))
+
+
+if __name__ == "__main__":
+    run_command(main, parse_args)

@@ -1,0 +1,195 @@
+"""wandb_utils.py: who may log in, one id per run folder, and no key in any file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import wandb_utils
+from errors import InputError
+
+ROOT = Path(__file__).parents[1]
+KEY = "5ec2e7" + "0123456789abcdef" * 2 + "ab"  # the form of a real one: 40 hexadecimal digits
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    """No key, login or mode of the machine that runs the tests."""
+    for name in list(os.environ):
+        if name.startswith("WANDB") or name in ("NETRC", "RANK"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    return home
+
+
+def test_without_key_login_or_offline_the_message_names_the_three_ways():
+    with pytest.raises(InputError) as caught:
+        wandb_utils.check_wandb()
+    for way in ("WANDB_API_KEY", "wandb login", "WANDB_MODE=offline"):
+        assert way in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled", "Offline"])
+def test_offline_needs_no_key(monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    wandb_utils.check_wandb()
+
+
+def test_key_in_the_environment_is_enough(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    wandb_utils.check_wandb()
+
+
+def test_key_in_the_constant_is_enough(monkeypatch):
+    monkeypatch.setattr(wandb_utils, "WANDB_API_KEY", KEY)
+    wandb_utils.check_wandb()
+
+
+def test_blank_key_is_no_key(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "  ")
+    with pytest.raises(InputError, match="no key"):
+        wandb_utils.check_wandb()
+
+
+def test_wandb_login_is_enough_for_its_own_server(monkeypatch, clean_environment):
+    (clean_environment / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+    wandb_utils.check_wandb()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(InputError):
+        wandb_utils.check_wandb()
+
+
+def test_damaged_netrc_is_no_login(clean_environment):
+    (clean_environment / ".netrc").write_text("machine\npassword password password")
+    with pytest.raises(InputError):
+        wandb_utils.check_wandb()
+
+
+def test_absent_wandb_is_said_in_words(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        wandb_utils.check_wandb()
+
+
+def test_environment_wins_over_constants_and_placeholders_count_as_nothing(monkeypatch):
+    assert wandb_utils.from_environment("WANDB_ENTITY", wandb_utils.WANDB_ENTITY) is None
+    assert wandb_utils.from_environment("WANDB_ENTITY", "lab") == "lab"
+    monkeypatch.setenv("WANDB_ENTITY", "other")
+    assert wandb_utils.from_environment("WANDB_ENTITY", "lab") == "other"
+
+
+def test_constants_in_the_repository_are_placeholders():
+    for constant in (wandb_utils.WANDB_ENTITY, wandb_utils.WANDB_PROJECT, wandb_utils.WANDB_API_KEY):
+        assert constant.startswith(wandb_utils.PLACEHOLDER_PREFIX)
+
+
+def test_run_id_is_random_and_kept(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (wandb_utils.run_id(folder) for folder in folders)
+    assert first != second and first == wandb_utils.run_id(folders[0])
+    (folders[0] / wandb_utils.ID_FILE).write_text("../../etc\n")
+    with pytest.raises(InputError, match="wandb_id.txt"):
+        wandb_utils.run_id(folders[0])
+
+
+def test_importing_the_module_does_not_import_wandb():
+    code = (
+        "import sys, wandb_utils; wandb_utils.log({'a': 1}, 0); wandb_utils.finish(); assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_only_rank_zero_starts_a_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    wandb_utils.start_run(tmp_path, "name", {})
+    assert wandb_utils._run is None and not (tmp_path / wandb_utils.ID_FILE).exists()
+
+
+def test_error_of_wandb_is_one_input_error_without_the_key(monkeypatch, tmp_path):
+    import wandb
+
+    def refuse(**_):
+        raise RuntimeError(f"the key {KEY} is not known")
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(InputError) as caught:
+        wandb_utils.start_run(tmp_path, "name", {})
+    assert KEY not in str(caught.value) and "***" in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_repeated_steps_of_a_continued_run_are_left_out(monkeypatch):
+    class Run:
+        step, lines = 10, []
+
+        def log(self, metrics, step):
+            self.lines.append((step, metrics))
+
+    monkeypatch.setattr(wandb_utils, "_run", Run())
+    for step in (9, 10, 11):
+        wandb_utils.log({"train/loss": 1.0}, step)
+    assert [step for step, _ in Run.lines] == [10, 11]
+
+
+OFFLINE_RUN = """
+import sys, wandb_utils
+run_folder, picture = sys.argv[1:]
+wandb_utils.start_run(run_folder, "name", {"lr": 1e-3})
+assert wandb_utils._run.settings.mode == "offline"
+assert wandb_utils._run.settings.disable_git, "online runs would upload uncommitted changes, a key among them"
+wandb_utils.log({"train/loss": 0.5}, 1)
+wandb_utils.log_image("preview", picture, 1)
+wandb_utils.finish()
+"""
+
+
+def offline_run(script_folder: Path, run_folder: Path, **environment: str) -> None:
+    """Start, log and finish an offline run in a process of its own (wandb keeps a service process)."""
+    script = run_folder.parent / "offline_run.py"
+    script.write_text(OFFLINE_RUN)
+    picture = run_folder.parent / "picture.png"
+    Image.new("RGB", (8, 4)).save(picture)
+    run_folder.mkdir()
+    given = {"WANDB_MODE": "offline", "PYTHONPATH": str(script_folder)} | environment
+    command = [sys.executable, str(script), str(run_folder), str(picture)]
+    finished = subprocess.run(command, cwd=script_folder, env=os.environ | given, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert KEY not in finished.stdout + finished.stderr
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_key_of_the_environment_is_in_no_file(tmp_path):
+    offline_run(ROOT, tmp_path / "run", WANDB_API_KEY=KEY)
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert files_with(KEY, tmp_path) == []
+
+
+def test_key_edited_into_the_constant_is_in_no_file_but_the_source(tmp_path):
+    """A key in uncommitted changes must not travel: online, wandb stores those changes unless git is off."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("wandb_utils.py", "errors.py"):
+        shutil.copy(ROOT / name, repository)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
+        subprocess.run(git + command, cwd=repository, check=True, capture_output=True)
+    source = repository / "wandb_utils.py"
+    source.write_text(source.read_text().replace('"YOUR_WANDB_API_KEY"', f'"{KEY}"'))
+    offline_run(repository, repository / "run")
+    assert set(files_with(KEY, tmp_path)) - set((repository / "__pycache__").rglob("*")) == {source}

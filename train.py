@@ -1,0 +1,577 @@
+"""Train SiT on image/mask pairs.
+
+    torchrun --nproc_per_node=N train.py --data-path IMAGES --mask-path MASKS --image-size 256 --num-classes 2 \\
+        --model SiT-B/2 --epochs 100 --global-batch-size 64 --wandb
+
+The same command runs without torchrun on one GPU or on a CPU (there: ``--vae none --model SiT-Ti/8 --image-size 64``).
+Started again with the same ``--run-name`` it continues, and ends with the weights of a run that was not interrupted.
+
+The resume policy, in the order that matters:
+ 1. The newest whole checkpoint of the run folder wins; a damaged one is passed over with a warning.
+ 2. Without one, --ckpt gives weights, EMA, optimiser and step; else --init-from gives weights; else all is new.
+ 3. Architecture, transport, space and data configuration come from the checkpoint. A flag that was given and contradicts
+    them is refused (FIXED_ON_RESUME); other flags that were given replace the file's and are logged; flags that were not
+    given keep the file's values.
+ 4. No random state is saved: every draw follows from (seed, step, rank), every batch from (seed, step).
+ 5. Sums of the metrics since their last line are in the checkpoint; lines after its step are cut and written again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import wandb_utils
+from autoencoder import PIXEL_SPACE, Space, check_space, load_space, space_config
+from checkpoint import RunFolder, choose_run_folder, launch_id, read_checkpoint, write_atomically, write_json
+from data import DataConfig, PairedFolder, to_prob_map
+from download import adapt_sit_weights, find_model
+from errors import CommandParser, InputError, run_command
+from models import SiT, SiT_models, build_model
+from sampling import ImageSampler, SamplingSettings, image_seed
+from train_utils import (
+    Machine,
+    StepBatches,
+    add_data_arguments,
+    add_machine_arguments,
+    add_transport_arguments,
+    count_parameters,
+    fraction,
+    grid_image,
+    log_provenance,
+    mask_picture,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed_step,
+    start_logging,
+    start_machine,
+    stop_machine,
+    update_ema,
+)
+from transport import Transport, create_transport
+
+logger = logging.getLogger("train")
+
+# What a checkpoint fixes for good. Everything else may change on resume and is logged.
+FIXED_ON_RESUME = (
+    "model", "image_size", "num_classes", "no_mask_detail", "time_scale", "vae", "crop", "window", "window_scope",
+    "path_type", "prediction", "loss_weight", "train_eps", "sample_eps", "time_sampling", "time_mean", "time_std",
+)  # fmt: skip
+# Where things are and how they are shown: never taken from a checkpoint.
+NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "init_from", "wandb", "device")
+MOST_SKIPPED_IN_A_ROW = 20
+EXIT_STOPPED_BY_SIGNAL = 143
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(description=__doc__.split("\n\n")[0])
+    group = parser.add_argument_group("data and run")
+    group.add_argument("--data-path", type=Path, required=True, metavar="IMAGES", help="folder of images")
+    group.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks, paired by name")
+    group.add_argument("--results-dir", type=Path, default=Path("results"), help="where run folders go")
+    group.add_argument("--run-name", help="name of the run folder; an existing one is continued")
+    group.add_argument("--ckpt", type=Path, metavar="FILE", help="resume from this checkpoint")
+    group.add_argument("--init-from", metavar="FILE", help="start new from these weights (ours, or SiT's by name or file)")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=list(SiT_models), default="SiT-B/2", metavar="NAME", help="SiT-SIZE/PATCH")
+    group.add_argument("--image-size", type=positive_int, default=256, help="side of the training images, pixels")
+    group.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
+    group.add_argument(
+        "--vae", default="ema", help="ema or mse (Stable Diffusion autoencoders), a diffusers folder, or none for pixels"
+    )
+    group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
+    group.add_argument("--mask-dropout", type=fraction, default=0.1, help="share of samples that lose their whole mask")
+    group.add_argument("--time-scale", type=positive_float, default=1.0, help="factor on t before its sinusoids")
+    add_data_arguments(parser)
+    add_transport_arguments(parser)
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
+    group.add_argument("--max-steps", type=positive_int, help="steps; given, it replaces --epochs")
+    group.add_argument("--global-batch-size", type=positive_int, default=256, help="images per step over all processes")
+    group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of AdamW")
+    group.add_argument("--warmup-steps", type=non_negative_int, default=100, help="steps until the full learning rate")
+    group.add_argument("--weight-decay", type=non_negative_float, default=0.0, help="of AdamW")
+    group.add_argument("--grad-clip", type=non_negative_float, default=1.0, help="bound of the gradient norm; 0 is none")
+    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of the averaged weights; warms up")
+    group.add_argument("--seed", "--global-seed", type=non_negative_int, default=0, help="of every random draw")
+
+    group = parser.add_argument_group("logging and checkpoints")
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
+    group.add_argument("--ckpt-every", type=positive_int, default=1000, help="steps; the last step is always kept")
+    group.add_argument("--keep", type=positive_int, default=3, help="how many checkpoints stay")
+    group.add_argument("--sample-every", type=positive_int, default=1000, help="steps between previews")
+    group.add_argument("--cfg-scale", type=non_negative_float, default=4.0, help="guidance of the previews")
+    group.add_argument("--wandb", action="store_true", help="log to Weights and Biases, too")
+    group.add_argument("--num-workers", type=non_negative_int, help="loader processes (default: 0 if the data fits memory)")
+    add_machine_arguments(parser)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags, and under ``given`` the names of those that stood on the command line."""
+    args = build_parser().parse_args(argv)
+    not_given = object()
+    spoken = build_parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), not_given)))
+    args.given = {name for name, value in vars(spoken).items() if value is not not_given}
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- before the work
+
+
+def check_arguments(args: argparse.Namespace, world_size: int) -> None:
+    """Everything that can be said without reading the data.
+
+    Raises:
+        InputError: the flag and how to mend it.
+    """
+    if args.global_batch_size % world_size:
+        raise InputError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by the {world_size} processes."
+        )
+    for flag, path in (("--data-path", args.data_path), ("--mask-path", args.mask_path)):
+        if not path.is_dir():
+            raise InputError(f"{flag} {path}: no such folder.")
+    if args.ckpt and args.init_from:
+        raise InputError("--ckpt resumes and --init-from starts new: give one of them.")
+    time_sampling = args.time_sampling or default_transport(args.vae)["time_sampling"]
+    if time_sampling == "uniform" and args.given & {"time_mean", "time_std"}:
+        raise InputError("--time-mean and --time-std have no effect on uniform times: give --time-sampling logit-normal.")
+    if args.window is not None and not 0 <= args.window[0] < args.window[1] <= 100:
+        raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: two percentiles, 0 <= LOW < HIGH <= 100.")
+    check_space(args.vae)
+    if args.wandb:
+        wandb_utils.check_wandb()
+
+
+def default_transport(vae: str) -> dict[str, str]:
+    """Velocity for latents as in SiT; in pixel space data prediction (Li and He 2025, arXiv 2511.13720)."""
+    if vae == PIXEL_SPACE:
+        return {"prediction": "data", "time_sampling": "logit-normal"}
+    return {"prediction": "velocity", "time_sampling": "uniform"}
+
+
+def transport_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``create_transport``."""
+    defaults = default_transport(args.vae)
+    prediction = args.prediction or defaults["prediction"]
+    return {
+        "path_type": args.path_type,
+        "prediction": prediction,
+        "loss_weight": args.loss_weight or ("velocity" if prediction == "data" else None),
+        "train_eps": args.train_eps,
+        "sample_eps": args.sample_eps,
+        "time_sampling": args.time_sampling or defaults["time_sampling"],
+        "time_mean": args.time_mean,
+        "time_std": args.time_std,
+    }
+
+
+def model_config(args: argparse.Namespace, space: Space) -> dict[str, Any]:
+    """Arguments of ``build_model``.
+
+    Raises:
+        InputError: the image size is no multiple of autoencoder factor x patch size.
+    """
+    patch_size = int(args.model.rsplit("/", 1)[1])
+    unit = space.factor * patch_size
+    if args.image_size % unit:
+        lower = args.image_size // unit * unit
+        sizes = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise InputError(
+            f"--image-size {args.image_size} is not divisible by {unit} (autoencoder factor {space.factor} x patch "
+            f"size {patch_size} of {args.model}): give {sizes}."
+        )
+    return {
+        "name": args.model,
+        "input_size": args.image_size // space.factor,
+        "in_channels": space.channels,
+        "num_classes": args.num_classes,
+        "class_dropout_prob": args.mask_dropout,
+        "mask_pixels": 0 if args.no_mask_detail else unit,
+        "time_scale": args.time_scale,
+    }
+
+
+def find_state(args: argparse.Namespace, run: RunFolder) -> dict[str, Any] | None:
+    """The checkpoint to continue from; None for a new run. See the resume policy above."""
+    steps = run.steps()
+    own = args.ckpt is not None and args.ckpt.resolve().parent == run.checkpoints.resolve()
+    if own and steps and args.ckpt.resolve() != run.checkpoint_path(steps[-1]).resolve():
+        raise InputError(
+            f"--ckpt {args.ckpt} is not the newest checkpoint of its run folder (that is {steps[-1]:07d}.pt), and going "
+            "back would overwrite what came after: branch off with another --run-name."
+        )
+    return run.newest() or (read_checkpoint(args.ckpt) if args.ckpt else None)
+
+
+def merge_arguments(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
+    """Take from the checkpoint what was not given on the command line.
+
+    Returns:
+        What the command line changed, for the log.
+
+    Raises:
+        InputError: flags that contradict the checkpoint.
+    """
+    contradicted, changed = [], []
+    for name, value in saved.items():
+        if name in NOT_FROM_CHECKPOINT or not hasattr(args, name):
+            continue
+        given = getattr(args, name)
+        same = list(given) == list(value) if isinstance(given, (list, tuple)) and value is not None else given == value
+        flag = f"--{name.replace('_', '-')}"
+        if name not in args.given or same:
+            setattr(args, name, value)
+        elif name in FIXED_ON_RESUME:
+            contradicted.append(f"{flag} {given} (the checkpoint has {value})")
+        else:
+            changed.append(f"{flag}: {value} -> {given}")
+    if contradicted:
+        raise InputError(
+            f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start anew with another --run-name."
+        )
+    return changed
+
+
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as plain types for config.json and the checkpoint."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "given"}
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+class Training:
+    """Model, EMA, optimiser and counters of one run: what a checkpoint holds, and the step that changes it."""
+
+    def __init__(self, args: argparse.Namespace, config: dict[str, Any], machine: Machine, space: Space) -> None:
+        self.args = args
+        self.config = config
+        self.machine = machine
+        self.space = space
+        torch.manual_seed(args.seed)  # the same initial weights on every rank
+        self.model: SiT = build_model(config["model"]).to(machine.device)
+        self.ema: SiT = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.wrapped: nn.Module = self.model
+        self.transport: Transport = create_transport(**config["transport"])
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+        )
+        self.step = 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
+        self.since_log = 0
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
+
+    def state(self) -> dict[str, Any]:
+        """What is saved. The sums are averages over the ranks' own batches and are kept for the metrics file."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "step": self.step,
+            "config": self.config,
+            "sums": self.sums.cpu(),
+            "since_log": self.since_log,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["opt"])
+        for group in self.optimizer.param_groups:  # the command line's, which may have changed
+            group["weight_decay"] = self.args.weight_decay
+        self.step = state["step"]
+        self.sums.copy_(state["sums"])
+        self.since_log = state["since_log"]
+
+    def start_from(self, source: str) -> list[str]:
+        """Take the weights of another run or of published SiT; returns the report of what was kept and what is new."""
+        weights, report = adapt_sit_weights(find_model(source), self.model)
+        self.model.load_state_dict(weights, strict=False)
+        self.ema.load_state_dict(self.model.state_dict())
+        return report
+
+    def distribute(self) -> None:
+        if self.machine.world_size > 1:
+            device_ids = [self.machine.device.index] if self.machine.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def train_step(self, batch: dict[str, Tensor]) -> None:
+        """One optimiser step on this rank's part of the batch; nothing here waits for the device."""
+        args, machine = self.args, self.machine
+        seed_step(args.seed, self.step, machine.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (self.step + 1) / max(1, args.warmup_steps))
+        images = batch["image"].to(machine.device, non_blocking=True)  # (B, 3, S, S)
+        masks = to_prob_map(batch["mask"].to(machine.device, non_blocking=True), args.num_classes)  # (B, K, S, S)
+        with machine.autocast():
+            x1 = self.space.encode(images)  # (B, C, H, W)
+        self.wrapped.train()
+        losses = self.transport.training_losses(self._predict, x1.float(), {"y": masks})
+        loss = losses["loss"].mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
+        # A step with a non-finite gradient is skipped inside the fused optimiser, on every rank alike and without a
+        # look at the number from here (the protocol that torch.amp.GradScaler uses).
+        bad = (~torch.isfinite(norm)).float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        update_ema(self.ema, self.model, args.ema_decay, self.step)
+        good = 1 - bad
+        self.sums += torch.stack([torch.nan_to_num(loss.detach()) * good, torch.nan_to_num(norm) * good, bad])
+        self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad)
+        self.step += 1
+        self.since_log += 1
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self.machine.autocast():
+            return self.wrapped(x, t, y).float()
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means since the last call; the only place of the loop that waits for the device."""
+        sums = self.sums.clone()
+        if self.machine.world_size > 1:
+            dist.all_reduce(sums)
+            sums /= self.machine.world_size
+        loss, norm, skipped = sums.tolist()
+        if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
+            raise InputError(
+                f"step {self.step}: loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row at learning rate "
+                f"{self.args.lr:g}. The last checkpoint is good: start again from it with a lower --lr."
+            )
+        taken = max(1.0, self.since_log - skipped)
+        self.sums.zero_()
+        self.since_log = 0
+        return {"train/loss": loss / taken, "train/grad_norm": norm / taken, "train/skipped_steps": skipped}
+
+
+class Previews:
+    """Fixed examples of the data, drawn again at every preview: rows of mask | real | generated."""
+
+    def __init__(self, dataset: PairedFolder, training: Training, count: int = 4) -> None:
+        examples = [self._with_cells(dataset, index) for index in np.linspace(0, len(dataset) - 1, count).astype(int)]
+        self.images = torch.stack([example["image"] for example in examples])  # (n, 3, S, S)
+        masks = torch.stack([example["mask"] for example in examples])
+        self.prob_maps = to_prob_map(masks, training.args.num_classes)  # (n, K, S, S)
+        settings = SamplingSettings(cfg_scale=training.args.cfg_scale)
+        self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
+
+    @staticmethod
+    def _with_cells(dataset: PairedFolder, index: int, tries: int = 8) -> dict[str, Tensor]:
+        """A view of the image that shows a cell, where a few tries find one."""
+        for draw in range(tries):
+            example = dataset.example(index, rng=np.random.default_rng((index, draw)))
+            if example["mask"].dtype != torch.uint8 or example["mask"].any():
+                break
+        return example
+
+    @torch.inference_mode()
+    def draw(self) -> np.ndarray:
+        """(H, W, 3) uint8 grid."""
+        seeds = [image_seed(0, index) for index in range(len(self.images))]
+        generated = self.sampler(self.prob_maps, seeds)
+        triples = zip(self.prob_maps, self.images, generated, strict=True)
+        return grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
+
+
+def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
+    """Make and lock the run folder on rank 0; every rank learns its name."""
+    path, problem = None, None
+    if machine.is_main:
+        try:
+            title = f"{args.model.replace('/', '-')}-{args.path_type}"
+            path = choose_run_folder(args.results_dir, args.run_name, title)
+            run = RunFolder(path, args.keep)
+            run.create()
+            run.lock()
+            write_atomically(path / ".launch", lambda file: file.write(launch_id().encode()))
+        except (InputError, OSError) as error:
+            problem = str(error)
+    path, problem = machine.from_main((path, problem))
+    if problem:
+        raise InputError(problem)
+    return run if machine.is_main else RunFolder(path, args.keep)
+
+
+def make_loader(dataset: PairedFolder, args: argparse.Namespace, machine: Machine, steps: range) -> DataLoader:
+    """Batches of the steps still to take. The data in memory needs no loader processes."""
+    workers = args.num_workers
+    if workers is None:
+        workers = 0 if dataset.in_memory else 4
+    batches = StepBatches(len(dataset), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=machine.device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+class StopRequest:
+    """SIGTERM and SIGUSR1 (Slurm's warning, torchrun's restart) ask the loop to save and leave."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.signal = number
+
+
+def main(args: argparse.Namespace) -> None:
+    start_logging(is_main=False)
+    machine = start_machine(args.device, args.precision)
+    try:
+        train(args, machine)
+    finally:
+        stop_machine()
+
+
+def train(args: argparse.Namespace, machine: Machine) -> None:
+    # Check
+    check_arguments(args, machine.world_size)
+    run = open_run(args, machine)
+    start_logging(machine.is_main, run.path / "log.txt")
+    log_provenance(machine, args.seed)
+    logger.info("run folder: %s", run.path)
+    state = find_state(args, run)
+    if state is not None:
+        for change in merge_arguments(args, state["config"]["train"]):
+            logger.info("changed on resume: %s", change)
+
+    # Space and data
+    space = load_space(args.vae).to(machine.device)
+    model = model_config(args, space)
+    data = DataConfig.from_dict(state["config"]["data"]) if state else data_config(args)
+    dataset = PairedFolder(args.data_path, args.mask_path, data, args.mask_type, seed=args.seed, progress=machine.is_main)
+    config = {
+        "model": model,
+        "transport": transport_config(args),
+        "space": space_config(space),
+        "data": dataset.config.to_dict(),
+        "train": plain_arguments(args),
+    }
+    if machine.is_main:
+        write_json(run.path / "config.json", config)
+
+    # Model, EMA, optimiser, resume
+    training = Training(args, config, machine, space)
+    logger.info("%s: %.1f million parameters", args.model, count_parameters(training.model) / 1e6)
+    if state is not None:
+        training.load(state)
+        logger.info("continuing after step %d", training.step)
+    elif args.init_from:
+        for line in training.start_from(args.init_from):
+            logger.info("%s", line)
+    if machine.is_main:
+        run.cut_metrics(training.step)
+    training.distribute()
+    run_loop(training, dataset, run)
+
+
+def data_config(args: argparse.Namespace) -> DataConfig:
+    window = tuple(args.window) if args.window else None
+    return DataConfig(
+        image_size=args.image_size, num_classes=args.num_classes, crop=args.crop,
+        window=window, window_scope=args.window_scope,
+    )  # fmt: skip
+
+
+def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
+    """All steps that are left, with metrics, previews and checkpoints on the way."""
+    args, machine = training.args, training.machine
+    total = args.max_steps or math.ceil(args.epochs * len(dataset) / args.global_batch_size)
+    logger.info(
+        "%d steps of %d images (%.1f epochs)", total, args.global_batch_size, total * args.global_batch_size / len(dataset)
+    )
+    if training.step >= total:
+        logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
+        return
+    previews = Previews(dataset, training) if machine.is_main else None
+    board = wandb_utils.start_run(run.path, run.path.name, training.config) if args.wandb and machine.is_main else None
+    stop = StopRequest()
+    loader = make_loader(dataset, args, machine, range(training.step, total))
+    bar = tqdm(
+        loader, initial=training.step, total=total, unit="step", disable=not (machine.is_main and sys.stderr.isatty())
+    )
+    started, steps_before = time.perf_counter(), training.step
+    for batch in bar:
+        training.train_step(batch)
+        step, last = training.step, training.step == total
+        if step % args.log_every == 0 or last:
+            metrics = training.read_metrics()
+            seconds = (time.perf_counter() - started) / (step - steps_before)
+            if machine.is_main:
+                record_metrics(training, run, board, metrics, seconds, total)
+            started, steps_before = time.perf_counter(), step
+        stopped = machine.any_rank(stop.signal is not None)
+        if machine.is_main and (step % args.ckpt_every == 0 or last or stopped):
+            logger.info("saved %s", run.save(training.state()))
+        if machine.is_main and (step % args.sample_every == 0 or last) and not stopped:
+            save_preview(previews, run, board, step)
+        if stopped:
+            logger.warning("signal received: saved at step %d, leaving; the same command continues", step)
+            sys.exit(EXIT_STOPPED_BY_SIGNAL)
+    machine.barrier()
+    if board is not None:
+        board.finish()
+    logger.info("done: %d steps; sample with --ckpt %s", total, run.checkpoint_path(total))
+
+
+def record_metrics(
+    training: Training, run: RunFolder, board: Any, metrics: dict[str, float], seconds_per_step: float, total: int
+) -> None:
+    """metrics.jsonl first, then the log, then wandb."""
+    args, step = training.args, training.step
+    lr = training.optimizer.param_groups[0]["lr"]
+    speed = args.global_batch_size / seconds_per_step
+    run.log_metrics({"step": step, **metrics, "train/lr": lr, "speed/images_per_sec": speed})
+    left = (total - step) * seconds_per_step
+    skipped = f", {metrics['train/skipped_steps']:.0f} steps skipped (not finite)" if metrics["train/skipped_steps"] else ""
+    logger.info(
+        "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.1f images/s, %s left%s",
+        step, total, metrics["train/loss"], metrics["train/grad_norm"], lr, speed,
+        time.strftime("%H:%M:%S", time.gmtime(left)), skipped,
+    )  # fmt: skip
+    if board is not None:
+        board.log({**metrics, "train/lr": lr, "speed/images_per_sec": speed}, step)
+
+
+def save_preview(previews: Previews, run: RunFolder, board: Any, step: int) -> None:
+    from PIL import Image
+
+    picture = previews.draw()
+    path = run.previews / f"{step:07d}.png"
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
+    logger.info("preview: %s", path)
+    if board is not None:
+        board.log_image("preview", picture, step)
+
+
+if __name__ == "__main__":
+    run_command(main, parse_args)

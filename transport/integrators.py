@@ -1,0 +1,138 @@
+"""One step of each solver. They know functions of (x, t), not models: ``sampler`` runs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+    """Explicit Euler: order 1, 1 call per step.
+
+    All steps of this module share these arguments.
+
+    Args:
+        velocity: dx/dt as a function of (x, t).
+        x: (B, ...) state at t.
+        t: time.
+        h: step size; negative runs backwards.
+        v: velocity(x, t), which every solver needs and the caller has computed.
+        v_before: velocity one step of the same size earlier; None at the first step.
+
+    Returns:
+        (B, ...) state at t + h.
+    """
+    return x + h * v
+
+
+def midpoint_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+    """Explicit midpoint rule: order 2, 2 calls per step."""
+    return x + h * velocity(x + h / 2 * v, t + h / 2)
+
+
+def heun_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+    """Heun's method (explicit trapezoid rule): order 2, 2 calls per step."""
+    return x + h / 2 * (v + velocity(x + h * v, t + h))
+
+
+def ab2_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+    """Adams-Bashforth with two stages: order 2, 1 call per step, 2 at the first one, which is Heun's."""
+    if v_before is None:
+        return heun_step(velocity, x, t, h, v, None)
+    return x + h * (1.5 * v - 0.5 * v_before)
+
+
+@dataclass(frozen=True)
+class OdeMethod:
+    """A row of ``ODE_METHODS``.
+
+    Attributes:
+        order: of convergence.
+        step: one fixed step; None where torchdiffeq adapts the step size.
+        calls: network calls per fixed step; 0 where the number adapts.
+        starter_calls: further calls in the first step.
+    """
+
+    order: int
+    step: Callable[..., Tensor] | None = None
+    calls: int = 0
+    starter_calls: int = 0
+
+    @property
+    def adaptive(self) -> bool:
+        return self.step is None
+
+
+ODE_METHODS = {
+    "euler": OdeMethod(1, euler_step, 1),
+    "midpoint": OdeMethod(2, midpoint_step, 2),
+    "heun": OdeMethod(2, heun_step, 2),
+    "ab2": OdeMethod(2, ab2_step, 1, starter_calls=1),
+    "dopri5": OdeMethod(5),
+    "dopri8": OdeMethod(8),
+    "bosh3": OdeMethod(3),
+    "fehlberg2": OdeMethod(2),
+    "adaptive_heun": OdeMethod(2),
+}
+
+
+def solve_adaptive(velocity: Velocity, x: Tensor, times: list[float], method: str, atol: float, rtol: float,
+                   norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """States (S, B, ...) at ``times`` (S of them, monotonic) by torchdiffeq's adaptive ``method``.
+
+    One error norm spans the batch, so an image depends, within the tolerance, on its batch neighbours.
+    """
+    low, high = min(times), max(times)
+
+    def bounded(t: Tensor, state: Tensor) -> Tensor:
+        # The search for the first step size may look beyond the end.
+        return velocity(state, min(max(float(t), low), high))
+
+    grid = torch.tensor(times, dtype=torch.float64, device=x.device)
+    # step_t: the last step ends at the end of the interval instead of overstepping it and interpolating back.
+    options: dict[str, object] = {"step_t": grid[-1:]}
+    if norm is not None:
+        options["norm"] = norm
+    return torchdiffeq.odeint(bounded, x, grid, method=method, atol=atol, rtol=rtol, options=options)
+
+
+Drift = Callable[[Tensor, float], Tensor]
+
+
+def sde_euler_step(drift: Drift, diffusion: Callable[[float], float], x: Tensor, t: float, h: float, noise: Tensor,
+                   ) -> Tensor:
+    """Euler-Maruyama (Ito) for dX = drift dt + sqrt(2 diffusion) dW: weak order 1, 1 call per step.
+
+    Args:
+        drift: function of (x, t).
+        diffusion: function of t.
+        x: (B, ...) state at t.
+        t: time.
+        h: step size, above 0.
+        noise: (B, ...) standard normal.
+
+    Returns:
+        (B, ...) state at t + h.
+    """
+    return x + h * drift(x, t) + math.sqrt(2 * h * diffusion(t)) * noise
+
+
+def sde_heun_step(drift: Drift, diffusion: Callable[[float], float], x: Tensor, t: float, h: float, noise: Tensor,
+                  ) -> Tensor:
+    """Stochastic Heun: weak order 2, 2 calls per step.
+
+    The noise is additive, so that Ito and Stratonovich are one; its variance is the trapezoid rule's.
+    """
+    kick = math.sqrt(h * (diffusion(t) + diffusion(t + h))) * noise
+    slope = drift(x, t)
+    return x + h / 2 * (slope + drift(x + h * slope + kick, t + h)) + kick
+
+
+SDE_METHODS: dict[str, Callable[..., Tensor]] = {"Euler": sde_euler_step, "Heun": sde_heun_step}

@@ -1,0 +1,301 @@
+"""From noise to data and back: runs of the ODE and SDE solvers, made by ``Sampler``.
+
+ODE: dX = velocity dt. SDE (Ito, t from 0 to 1): dX = (velocity + w score) dt + sqrt(2 w) dW with
+w(t) = ``diffusion_norm`` x the diffusion form. Both have the marginals p_t for every w >= 0. In the SiT paper
+(arXiv 2401.08740) the noise term is sqrt(w_paper) dW, so that w_paper = 2 w.
+
+The end at t = 1 is singular for all but the velocity of the Linear and GVP paths: there the velocity is a difference
+divided by sigma = 0. No solver calls the model there. The last ODE step goes to t = 1 in the coordinates of the
+straight path, z = x / (alpha + sigma) at tau = alpha / (alpha + sigma): in them dz/dtau = E[x1] - E[x0] stays finite,
+and at tau = 1 nothing of the noise is left, whatever the path and the step size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .integrators import ODE_METHODS, SDE_METHODS, OdeMethod, solve_adaptive
+from .likelihood import LikelihoodSolver
+from .path import DIFFUSION_FORMS, choose
+from .transport import Model, ModelField, Transport
+
+LAST_STEPS: dict[str, str] = {
+    "Mean": "the SDE's drift without its noise",
+    "Tweedie": "E[x1 given x_t], the denoised state",
+    "Euler": "one Euler step of the ODE",
+    "None": "none: the state at t_max, with the noise that is left there",
+}
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise FloatingPointError where a sample is not finite."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"{what} gave values that are not finite; check the model's output, or give a larger "
+                                 "sample_eps or more steps")
+
+
+class OdeSolver:
+    """Probability flow ODE between noise and data. Made by ``Sampler.sample_ode``.
+
+    Attributes:
+        nfe: network calls of the last run (each for the whole batch).
+    """
+
+    def __init__(self, transport: Transport, method: str, num_steps: int, atol: float, rtol: float, reverse: bool,
+                 trajectory: bool) -> None:
+        self.transport, self.reverse, self.trajectory = transport, reverse, trajectory
+        self.method, self.num_steps, self.atol, self.rtol = method, num_steps, atol, rtol
+        self.t_min, self.t_max = transport.sample_interval()
+        self.nfe = 0
+
+    @property
+    def planned_calls(self) -> int | None:
+        """Network calls of a run with ``num_steps``; None where the method adapts them.
+
+        Where t = 1 is singular, a reverse run saves the call there.
+        """
+        row = ODE_METHODS[self.method]
+        if row.adaptive:
+            return None
+        saved = 1 if self.reverse and self.t_max < 1 else 0
+        starter = 0 if saved and self.num_steps == 1 else row.starter_calls
+        return row.calls * self.num_steps + starter - saved + (saved and row.starter_calls)
+
+    def __call__(self, x0: Tensor, model: Model, **model_kwargs: object) -> Tensor:
+        """Integrate from noise at t = 0 to data at t = 1 (``reverse``: from data to noise).
+
+        Args:
+            x0: (B, ...) start; float64 stays, anything else becomes float32.
+            model: called as ``model(x, t, **model_kwargs)`` with t (B,) of x's dtype.
+            **model_kwargs: further arguments of the model; gradients flow to them.
+
+        Returns:
+            (S, B, ...) states, the final one last: S = 1, or with ``trajectory`` all num_steps + 1.
+
+        Raises:
+            ValueError: the model's output is not shaped like x0.
+            FloatingPointError: the result is not finite.
+        """
+        x0 = x0 if x0.dtype == torch.float64 else x0.float()
+        field = ModelField(self.transport, model, model_kwargs)
+        # A reverse run takes the same times backwards.
+        times = [self.t_min + (self.t_max - self.t_min) * i / self.num_steps for i in range(self.num_steps + 1)]
+        run = self._adaptive if ODE_METHODS[self.method].adaptive else self._fixed
+        try:
+            states = run(field, x0, times)
+        finally:
+            self.nfe = field.nfe
+        check_finite(states[-1], f"ODE method {self.method}")
+        return states
+
+    def _fixed(self, field: ModelField, x: Tensor, times: list[float]) -> Tensor:
+        row = ODE_METHODS[self.method]
+        times = [*times[:-1], 1.0]
+        if self.reverse:
+            times.reverse()
+        kept, before = [x], None
+        for t, t_next in pairwise(times):
+            if t == 1 and self.t_max < 1:
+                x = leave_data(field, row.order, x, t_next)
+            else:
+                v = field.velocity(x, t)
+                if t_next == 1 and self.t_max < 1:
+                    x_next = reach_data(field, row, x, t, v, (t + self.t_max) / 2, before)
+                else:
+                    x_next = row.step(field.velocity, x, t, t_next - t, v, before and before[2])
+                before, x = (x, t, v), x_next
+            kept = [*kept, x] if self.trajectory else [x]
+        return torch.stack(kept)
+
+    def _adaptive(self, field: ModelField, x: Tensor, times: list[float]) -> Tensor:
+        singular = self.t_max < 1
+        if self.reverse:
+            times.reverse()
+            x = leave_data(field, 1, x, self.t_max) if singular else x
+        times = times if self.trajectory else [times[0], times[-1]]
+        states = solve_adaptive(field.velocity, x, times, self.method, self.atol, self.rtol)
+        states = states if self.trajectory else states[1:]
+        if self.reverse or not singular:
+            return states
+        data = field.predict("data", states[-1], self.t_max)
+        return torch.cat([states[:-1], data[None]])
+
+
+def reach_data(field: ModelField, row: OdeMethod, x: Tensor, t: float, v: Tensor, t_middle: float,
+               before: tuple[Tensor, float, Tensor] | None) -> Tensor:
+    """Last ODE step, from t to t = 1, in straight coordinates (see the top of this file).
+
+    Order 1 is E[x1 given x_t]. Order 2 is the midpoint rule, or Adams-Bashforth with the state ``before`` for ab2.
+    """
+    path = field.transport.path
+    data, noise = path.ends(v, "velocity", x, field.times(x, t))
+    if row.order == 1:
+        return data
+    if before is None or not row.starter_calls:
+        c = path.coefficients(field.times(x, t_middle)[0])
+        x_other, t_other = c.alpha * data + c.sigma * noise, t_middle
+        v_other = field.velocity(x_other, t_other)
+    else:
+        x_other, t_other, v_other = before
+    data_other, noise_other = path.ends(v_other, "velocity", x_other, field.times(x, t_other))
+    gap, gap_other = field.straight_gap(x, t), field.straight_gap(x, t_other)
+    return data + gap**2 / (2 * (gap - gap_other)) * ((data_other - noise_other) - (data - noise))
+
+
+def leave_data(field: ModelField, order: int, x: Tensor, t: float) -> Tensor:
+    """First step of a reverse ODE run, from t = 1 to t, in straight coordinates: Heun's (1 call), or Euler's (none).
+
+    The slope at t = 1 needs no call: there E[x1] is x itself, and E[x0] is 0 for data with a smooth density.
+    """
+    path = field.transport.path
+    c = path.coefficients(field.times(x, t)[0])
+    if order == 1:
+        return c.alpha * x
+    data, noise = field.predict_ends(c.alpha * x, t)
+    return (c.alpha + c.sigma) * (x - field.straight_gap(x, t) / 2 * (x + data - noise))
+
+
+class SdeSolver:
+    """Reverse-time diffusion from noise to data. Made by ``Sampler.sample_sde``.
+
+    Attributes:
+        nfe: network calls of the last run (each for the whole batch).
+        planned_calls: the same, stated beforehand.
+    """
+
+    def __init__(self, transport: Transport, method: str, diffusion_form: str, diffusion_norm: float, last_step: str,
+                 last_step_size: float | None, num_steps: int, trajectory: bool) -> None:
+        self.transport, self.method, self.trajectory = transport, method, trajectory
+        self.diffusion_form, self.diffusion_norm = diffusion_form, diffusion_norm
+        self.last_step, self.num_steps = last_step, num_steps
+        t_min, t_max = transport.sample_interval(needs_score=True, diffusion_form=diffusion_form)
+        regular = num_steps
+        if last_step != "None":
+            size = (1 - t_min) / num_steps if last_step_size is None else last_step_size
+            t_max, regular = min(1 - size, t_max), num_steps - 1
+        # The last step is one of num_steps; the rest share what is left in equal parts.
+        self.times = [t_min + (t_max - t_min) * i / regular for i in range(regular + 1)] if regular else [t_min]
+        self.planned_calls = regular * {"Euler": 1, "Heun": 2}[method] + (last_step != "None")
+        self.nfe = 0
+
+    def diffusion(self, t: float) -> float:
+        """w(t) = norm x form."""
+        form = DIFFUSION_FORMS[self.diffusion_form]
+        return self.diffusion_norm * float(form(self.transport.path, torch.tensor(t, dtype=torch.float64)))
+
+    def __call__(self, x0: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None,
+                 **model_kwargs: object) -> Tensor:
+        """Integrate from noise to data; arguments, result and errors as for ``OdeSolver``.
+
+        Args:
+            x0: (B, ...) noise.
+            model: called as ``model(x, t, **model_kwargs)``.
+            noise_fn: ``noise_fn(x)`` gives standard normal noise like x, once per step; default torch.randn_like.
+            **model_kwargs: further arguments of the model.
+        """
+        x = x0 if x0.dtype == torch.float64 else x0.float()
+        field = ModelField(self.transport, model, model_kwargs)
+
+        def drift(x: Tensor, t: float) -> Tensor:
+            velocity, score = field.velocity_and_score(x, t)
+            return velocity + self.diffusion(t) * score
+
+        step, kept = SDE_METHODS[self.method], [x]
+        try:
+            for t, t_next in pairwise(self.times):
+                x = step(drift, self.diffusion, x, t, t_next - t, (noise_fn or torch.randn_like)(x))
+                kept = [*kept, x] if self.trajectory else [x]
+            if self.last_step != "None":
+                x = self._finish(field, drift, x)
+                kept = [*kept, x] if self.trajectory else [x]
+        finally:
+            self.nfe = field.nfe
+        check_finite(x, f"SDE with diffusion form {self.diffusion_form} and method {self.method}")
+        return torch.stack(kept)
+
+    def _finish(self, field: ModelField, drift: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:
+        t = self.times[-1]
+        if self.last_step == "Tweedie":
+            return field.predict("data", x, t)
+        slope = drift if self.last_step == "Mean" else field.velocity
+        return x + (1 - t) * slope(x, t)
+
+
+class Sampler:
+    """Makes solvers for a transport; the arguments are checked here, before any work."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+
+    def sample_ode(self, sampling_method: str = "heun", num_steps: int = 25, atol: float = 1e-6, rtol: float = 1e-3,
+                   reverse: bool = False, trajectory: bool = False) -> OdeSolver:
+        """A solver of the probability flow ODE.
+
+        Args:
+            sampling_method: key of ``ODE_METHODS``, any case.
+            num_steps: steps that a fixed-step method really takes. The adaptive ones choose theirs; for them it is
+                only the number of intervals between stored states of a trajectory.
+            atol: absolute tolerance of the adaptive methods.
+            rtol: relative tolerance of the adaptive methods.
+            reverse: from data to noise.
+            trajectory: store every state instead of the final one.
+        """
+        method = choose(sampling_method, ODE_METHODS, "ODE method")
+        check_steps(num_steps, atol, rtol)
+        return OdeSolver(self.transport, method, num_steps, atol, rtol, reverse, trajectory)
+
+    def sample_sde(self, sampling_method: str = "Euler", diffusion_form: str = "SBDM", diffusion_norm: float = 1.0,
+                   last_step: str | None = "Tweedie", last_step_size: float | None = None, num_steps: int = 250,
+                   trajectory: bool = False) -> SdeSolver:
+        """A solver of the reverse-time SDE.
+
+        Args:
+            sampling_method: key of ``SDE_METHODS``, any case.
+            diffusion_form: key of ``DIFFUSION_FORMS``.
+            diffusion_norm: factor of the form, above 0.
+            last_step: key of ``LAST_STEPS``; None leaves the state at t_max as it is.
+            last_step_size: in t, in (0, 1); None makes it as large as the other steps.
+            num_steps: steps in all, the last one among them.
+            trajectory: store every state instead of the final one.
+        """
+        method = choose(sampling_method, SDE_METHODS, "SDE method")
+        form = choose(diffusion_form, DIFFUSION_FORMS, "diffusion form")
+        last_step = choose(last_step, LAST_STEPS, "last step")
+        check_steps(num_steps)
+        if not diffusion_norm > 0:
+            raise ValueError(f"diffusion_norm is {diffusion_norm}; it must be above 0 (without diffusion, sample the ODE)")
+        if last_step_size is not None and last_step == "None":
+            raise ValueError("last_step_size has no effect without a last step; leave one of them out")
+        if last_step_size is not None and not 0 < last_step_size < 1:
+            raise ValueError(f"last_step_size is {last_step_size}; it must lie between 0 and 1")
+        return SdeSolver(self.transport, method, form, diffusion_norm, last_step, last_step_size, num_steps, trajectory)
+
+    def sample_ode_likelihood(self, sampling_method: str = "dopri5", num_steps: int = 50, atol: float = 1e-6,
+                              rtol: float = 1e-3, probes: int = 1, exact: bool = False) -> LikelihoodSolver:
+        """A solver for the log-density of data.
+
+        Args:
+            sampling_method: key of ``ODE_METHODS``, any case.
+            num_steps: steps of a fixed-step method; the adaptive ones choose theirs.
+            atol: absolute tolerance of the adaptive methods.
+            rtol: relative tolerance of the adaptive methods.
+            probes: Rademacher probes per image for the divergence, drawn once per run and averaged.
+            exact: the exact divergence instead, by one backward pass per number of an image: for small problems.
+        """
+        method = choose(sampling_method, ODE_METHODS, "ODE method")
+        check_steps(num_steps, atol, rtol)
+        if probes < 1:
+            raise ValueError(f"probes is {probes}; it must be at least 1")
+        return LikelihoodSolver(self.transport, method, num_steps, atol, rtol, probes, exact)
+
+
+def check_steps(num_steps: int, atol: float = 1.0, rtol: float = 1.0) -> None:
+    """Raise ValueError where a solver could not run with these numbers."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    if not (atol > 0 and rtol > 0):
+        raise ValueError(f"atol is {atol} and rtol is {rtol}; both must be above 0")

@@ -1,0 +1,180 @@
+"""Weights & Biases, for runs that ask for it with ``--wandb``; a run works with wandb absent.
+
+The only module that imports wandb, and only when a run starts. Who may log in, first found first used:
+
+1. the environment: ``WANDB_API_KEY`` (and ``WANDB_ENTITY``, ``WANDB_PROJECT``, ``WANDB_BASE_URL``, ``WANDB_MODE``);
+2. ``wandb login``, which keeps its key in ~/.netrc;
+3. the three constants below, which may stay as they are.
+
+``WANDB_MODE=offline`` needs no key; ``wandb sync RUN_FOLDER/wandb/offline-*`` uploads later. No key is written to any
+file by this module. Without a started run ``log``, ``log_image`` and ``finish`` do nothing, so that callers need no
+``if``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import netrc
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from errors import InputError
+
+logger = logging.getLogger(__name__)
+
+WANDB_ENTITY = "YOUR_WANDB_ENTITY"
+WANDB_PROJECT = "YOUR_WANDB_PROJECT"
+WANDB_API_KEY = "YOUR_WANDB_API_KEY"
+
+PLACEHOLDER_PREFIX = "YOUR_"
+DEFAULT_PROJECT = "mask-to-image"
+DEFAULT_BASE_URL = "https://api.wandb.ai"
+KEYLESS_MODES = ("offline", "dryrun", "disabled")
+ID_FILE = "wandb_id.txt"
+
+_run: Any = None  # the wandb.Run of this process; None on every rank but 0 and in runs without --wandb
+
+
+def from_environment(name: str, constant: str) -> str | None:
+    """Value of an environment variable, else of a constant that is no longer a placeholder, else None."""
+    value = os.environ.get(name, "").strip()
+    if value:
+        return value
+    constant = constant.strip()
+    return constant if constant and not constant.startswith(PLACEHOLDER_PREFIX) else None
+
+
+def has_login() -> bool:
+    """Whether ``wandb login`` left a key for the server in the netrc file."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or DEFAULT_BASE_URL).netloc
+    given = os.environ.get("NETRC")
+    files = [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in files:
+        try:
+            entry = netrc.netrc(file).authenticators(host)
+        except (OSError, netrc.NetrcParseError):  # absent, or written by another tool in its own way
+            continue
+        if entry and entry[2]:
+            return True
+    return False
+
+
+def check_wandb() -> None:
+    """Check before any work that ``--wandb`` can be honoured.
+
+    Raises:
+        InputError: wandb is not installed, or there is neither key, nor login, nor offline mode.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb: wandb is not installed; run pip install wandb, or leave --wandb out")
+    if os.environ.get("WANDB_MODE", "").strip().lower() in KEYLESS_MODES:
+        return
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or from_environment("WANDB_API_KEY", WANDB_API_KEY) or has_login():
+        return
+    raise InputError(
+        "--wandb: no key found; set WANDB_API_KEY in the environment, or run wandb login once, or set "
+        "WANDB_MODE=offline (upload later with wandb sync), or leave --wandb out"
+    )
+
+
+def run_id(run_folder: str | os.PathLike) -> str:
+    """The id of this run at wandb: random, drawn once and kept in the run folder.
+
+    A hash of the run's name would let two machines with equal names write into one run.
+
+    Raises:
+        InputError: the file does not hold an id.
+    """
+    file = Path(run_folder) / ID_FILE
+    if file.is_file():
+        identity = file.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identity):
+            raise InputError(f"{file} does not hold a wandb run id; delete it to log to a new run")
+        return identity
+    identity = secrets.token_hex(8)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
+    temporary.write_text(identity + "\n", encoding="utf-8")
+    temporary.replace(file)
+    return identity
+
+
+def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str, Any]) -> None:
+    """Start, or continue, the wandb run of a run folder; on ranks other than 0 do nothing.
+
+    Args:
+        run_folder: existing folder; wandb keeps its files in its ``wandb/``, the id is in ``wandb_id.txt``.
+        run_name: name shown at wandb.
+        config: plain settings shown at wandb.
+
+    Raises:
+        InputError: no way to log in (see ``check_wandb``), or wandb refused the start.
+    """
+    global _run
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    check_wandb()
+    key = from_environment("WANDB_API_KEY", WANDB_API_KEY)
+    if key and not os.environ.get("WANDB_API_KEY", "").strip() and not has_login():
+        os.environ["WANDB_API_KEY"] = key  # not wandb.login(key=...), which writes the key to ~/.netrc
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # wandb's own, on import
+        import wandb
+    try:
+        _run = wandb.init(
+            entity=from_environment("WANDB_ENTITY", WANDB_ENTITY),
+            project=from_environment("WANDB_PROJECT", WANDB_PROJECT) or DEFAULT_PROJECT,
+            name=run_name,
+            id=run_id(run_folder),
+            resume="allow",
+            dir=str(run_folder),
+            config=dict(config),
+            # wandb can store the uncommitted changes of the repository (diff.patch): a key put into the constant
+            # above would travel with them.
+            settings=wandb.Settings(disable_git=True, save_code=False, init_timeout=120),
+        )
+    except Exception as error:  # wandb has many exceptions, of its own, of the network and of the settings
+        reason = without_key(" ".join(str(error).split()) or type(error).__name__)
+        raise InputError(
+            f"--wandb: the run could not start ({reason[:300]}); check the key and the network, or set "
+            "WANDB_MODE=offline, or leave --wandb out"
+        ) from None  # the chained exception could show the key
+
+
+def without_key(text: str) -> str:
+    """The text with any API key that this process knows replaced by ***."""
+    for key in (os.environ.get("WANDB_API_KEY", "").strip(), WANDB_API_KEY.strip()):
+        if key and not key.startswith(PLACEHOLDER_PREFIX):
+            text = text.replace(key, "***")
+    return text
+
+
+def log(metrics: Mapping[str, float], step: int) -> None:
+    """Log scalars at a training step; steps that a continued run has logged before are left out.
+
+    A run that was killed repeats the steps since its last checkpoint, with the same numbers.
+    """
+    if _run is not None and step >= _run.step:
+        _run.log(dict(metrics), step=step)
+
+
+def log_image(name: str, path: str | os.PathLike, step: int) -> None:
+    """Log a picture file under ``name`` at a training step."""
+    if _run is not None and step >= _run.step:
+        import wandb
+
+        _run.log({name: wandb.Image(str(path))}, step=step)
+
+
+def finish(exit_code: int = 0) -> None:
+    """End the run and wait for its upload; a code other than 0 marks it as failed."""
+    global _run
+    if _run is not None:
+        _run.finish(exit_code=exit_code)
+        _run = None
