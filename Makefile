@@ -15,9 +15,10 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-# Quickstart: simulated pairs, or DATA=FOLDER with images/ and masks/.
+# Quickstart: simulated pairs, or DATA=FOLDER with images/ and masks/. Each has its own folder, so neither mixes with
+# the other's run.
 DATA ?=
-QUICKSTART := quickstart
+QUICKSTART := quickstart/$(if $(DATA),$(shell basename "$(DATA)" | tr -c 'A-Za-z0-9._\n-' '_'),simulated)
 
 .PHONY: help lint format test test-slow quickstart quickstart-data clean-quickstart .venv
 
@@ -51,15 +52,15 @@ test-slow: $(READY)  ## every test; those that need a GPU skip without one
 	$(PYTHON) -m pytest -q
 
 # --- quickstart ------------------------------------------------------------------------------------------------------
-# quickstart/train and quickstart/heldout each hold images/ and masks/. Both ways of filling them may be repeated.
+# $(QUICKSTART)/train and $(QUICKSTART)/heldout each hold images/ and masks/. Both ways of filling them may be repeated.
 
 # With DATA the last fifth by name is held out, not every fifth: neighbours in a series (tiles of one slide) then stay
 # on one side as far as they can.
 define LINK_DATA
-data=$$(cd "$(DATA)" && pwd)
-if [ ! -d "$$data/images" ] || [ ! -d "$$data/masks" ]; then
+if [ ! -d "$(DATA)/images" ] || [ ! -d "$(DATA)/masks" ]; then
   echo "DATA=$(DATA) needs the folders images/ and masks/ with equal file names." >&2; exit 2
 fi
+data=$$(cd "$(DATA)" && pwd)
 for part in train heldout; do mkdir -p "$(QUICKSTART)/$$part/images" "$(QUICKSTART)/$$part/masks"; done
 images=("$$data"/images/*)
 number=$${#images[@]}
@@ -70,7 +71,9 @@ for index in "$${!images[@]}"; do
   part=train
   if [ $$((index * 5)) -ge $$((number * 4)) ]; then part=heldout; fi
   ln -sf "$$image" "$(QUICKSTART)/$$part/images/"
-  for mask in "$$data/masks/$$stem".*; do ln -sf "$$mask" "$(QUICKSTART)/$$part/masks/"; done
+  for mask in "$$data/masks/$$stem".*; do  # an image without mask is for train.py to report
+    if [ -e "$$mask" ]; then ln -sf "$$mask" "$(QUICKSTART)/$$part/masks/"; fi
+  done
 done
 echo "quickstart: $$number images of $(DATA), the last fifth by name held out"
 endef
@@ -83,11 +86,11 @@ ifeq ($(DATA),)
 	$(SIMULATE) --output $(QUICKSTART)/train --count 240 --seed 0
 	$(SIMULATE) --output $(QUICKSTART)/heldout --count 40 --seed 1
 else
-	bash -euo pipefail -c "$$LINK_DATA_SCRIPT"
+	@bash -euo pipefail -c "$$LINK_DATA_SCRIPT"
 endif
 
 quickstart: quickstart-data  ## data, training, samples, one number and one picture in about ten minutes (DATA=FOLDER)
 	@echo "the training and sampling commands go here"
 
 clean-quickstart:  ## forget the quickstart's data, run and samples
-	rm -rf $(QUICKSTART)
+	rm -rf quickstart

@@ -1,14 +1,13 @@
-"""Image and mask folders as tensors: what masks mean, which part of an image is used, how gray values become [-1, 1].
+"""Image and mask folders as tensors: which part of an image is used and how gray values become [-1, 1].
 
-The way of a file: ``image_files`` reads it as stored; :func:`decide_mask_rule` says once per folder what its masks hold;
-a :class:`View` cuts the same square out of image, mask and label; the window maps gray values to [-1, 1].
+The way of a file: ``image_files`` reads it as stored; ``mask_rules`` says once per folder what its masks hold; a
+:class:`View` cuts the same square out of image, mask and label; the window maps gray values to [-1, 1].
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,9 +23,11 @@ from tqdm import tqdm
 
 from errors import InputError, list_some
 from image_files import (
+    IMAGE_ENDING,
     IMAGE_SUFFIXES,
     MASK_ENDINGS,
     MASK_SUFFIXES,
+    FileError,
     Pair,
     find_files,
     find_images_and_masks,
@@ -35,6 +35,18 @@ from image_files import (
     pair_files,
     read_image,
     read_mask,
+)
+from mask_rules import (
+    MASK_TYPES,
+    MAX_CLASSES,
+    MaskRule,
+    MaskStats,
+    class_map,
+    decide_mask_rule,
+    mask_stats,
+    one_hot,
+    prob_map,
+    to_prob_map,
 )
 
 __all__ = [
@@ -44,12 +56,9 @@ __all__ = [
     "read_mask", "to_prob_map", "window_image",
 ]  # fmt: skip
 
-MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
-HARD_TYPES = ("binary", "classes", "instances")
 CROPS = ("center", "random")
 WINDOW_SCOPES = ("image", "dataset")
 ROBUST_PERCENTILES = (0.1, 99.9)
-MAX_CLASSES = 255  # class maps are uint8
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +94,11 @@ class DataConfig:
             raise InputError(f"--image-size {self.image_size} and {self.channels} channels must be at least 1")
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise InputError(f"--num-classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included")
-        for flag, value, choices in (("--crop", self.crop, CROPS), ("--window-scope", self.window_scope, WINDOW_SCOPES)):
-            if value not in choices:
-                raise InputError(f"{flag} {value!r} is unknown; choose one of {', '.join(choices)}")
+        if self.crop not in CROPS:
+            raise InputError(f"--crop {self.crop!r} is unknown; choose one of {', '.join(CROPS)}")
+        if self.window_scope not in WINDOW_SCOPES:
+            scopes = ", ".join(WINDOW_SCOPES)
+            raise InputError(f"--window-scope {self.window_scope!r} is unknown; choose one of {scopes}")
         if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
             raise InputError(f"--window {self.window[0]} {self.window[1]}: percentiles with 0 <= LOW < HIGH <= 100")
 
@@ -117,7 +128,8 @@ class View:
     left: int
     size: int
 
-    def _is_native(self, height: int, width: int) -> bool:
+    def is_native(self, height: int, width: int) -> bool:
+        """Whether a source of this size is only cut, without resizing."""
         return (height, width) == (self.scaled_height, self.scaled_width)
 
     def cut(self, array: np.ndarray) -> np.ndarray:
@@ -125,8 +137,8 @@ class View:
         return array[self.top : self.top + self.size, self.left : self.left + self.size]
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Antialiased bicubic. (H, W, C) -> (size, size, C) of the same dtype, whole numbers rounded and kept in range."""
-        if self._is_native(*image.shape[:2]):
+        """Antialiased bicubic. (H, W, C) -> (size, size, C) of the same dtype, whole numbers rounded."""
+        if self.is_native(*image.shape[:2]):
             return self.cut(image)
         batch = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
         target = (self.scaled_height, self.scaled_width)
@@ -138,19 +150,19 @@ class View:
         return np.ascontiguousarray(square, dtype=image.dtype)
 
     def apply_labels(self, labels: np.ndarray) -> np.ndarray:
-        """Nearest neighbour at pixel centres. (H, W) -> (size, size) of the same dtype, no new values."""
-        height, width = labels.shape
-        if self._is_native(height, width):
-            return self.cut(labels)
+        """Nearest neighbour at pixel centres. (..., H, W) -> (..., size, size) of the same dtype, no new values."""
+        height, width = labels.shape[-2:]
+        if self.is_native(height, width):
+            return labels[..., self.top : self.top + self.size, self.left : self.left + self.size]
         rows = ((self.top + np.arange(self.size) + 0.5) * (height / self.scaled_height)).astype(np.int64)
         columns = ((self.left + np.arange(self.size) + 0.5) * (width / self.scaled_width)).astype(np.int64)
-        return labels[np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)]
+        return labels[..., np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)]
 
     def apply_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
         """Exact average over the area of each new pixel. (K, H, W) -> (K, size, size) float32; sums over K are kept."""
         _, height, width = probabilities.shape
-        if self._is_native(height, width):
-            return probabilities[:, self.top : self.top + self.size, self.left : self.left + self.size]
+        if self.is_native(height, width):
+            return self.apply_labels(probabilities)
         rows = _area_weights(height, self.scaled_height, self.top, self.size)
         columns = _area_weights(width, self.scaled_width, self.left, self.size)
         return rows @ probabilities.astype(np.float32, copy=False) @ columns.T
@@ -194,14 +206,21 @@ def _view_of(shape: Sequence[int], config: DataConfig, rng: np.random.Generator 
     return native_view(shape[0], shape[1], config.image_size, rng)
 
 
+def _view_of_file(path: Path, shape: Sequence[int], config: DataConfig) -> View:
+    try:
+        return _view_of(shape, config)
+    except InputError as error:
+        raise FileError(path, str(error)) from None
+
+
 def _hard_or_soft(mask: np.ndarray, view: View, rule: MaskRule) -> np.ndarray:
     """(S, S) uint8 class map of a hard mask, (K, S, S) float32 of a soft one; hard masks stay hard when resized."""
     height, width = mask.shape[-2:]
     if not rule.is_hard:
-        if view._is_native(height, width):
+        if view.is_native(height, width):
             return prob_map(view.apply_probabilities(mask.reshape(-1, height, width)), rule)
         return view.apply_probabilities(prob_map(mask, rule))
-    if view._is_native(height, width):
+    if view.is_native(height, width):
         return view.cut(class_map(mask, rule))  # touching cells are seen across the square's border
     return class_map(view.apply_labels(mask), rule)  # a boundary drawn after resizing keeps its width
 
@@ -250,7 +269,7 @@ def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndar
     if found in (1, channels):
         return image
     hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
-    raise InputError(f"{where} has {found} channels{hint.get(found, '')}, the model takes {channels}")
+    raise FileError(where, f"has {found} channels{hint.get(found, '')}, the model takes {channels}")
 
 
 def _to_tensor(image: np.ndarray, window: tuple[float, float], channels: int) -> Tensor:
@@ -266,44 +285,48 @@ def _to_tensor(image: np.ndarray, window: tuple[float, float], channels: int) ->
 def _for_all(function: Callable[[Any], Any], items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
     """``function`` of every item in order, by a few threads: decoders release the interpreter lock."""
     block = 256  # bounds what waits in memory
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = tqdm(total=len(items), desc=title, unit="file", disable=None if progress else True)
-        with bar:
-            for start in range(0, len(items), block):
-                for result in pool.map(function, items[start : start + block]):
-                    bar.update()
-                    yield result
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(items), desc=title, unit="file", disable=None if progress else True) as bar,
+    ):
+        for start in range(0, len(items), block):
+            for result in pool.map(function, items[start : start + block]):
+                bar.update()
+                yield result
 
 
 def _or_error(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return an InputError instead of raising it, so that all bad files can be named at once."""
+    """Return a FileError instead of raising it, so that all bad files can be named at once."""
 
     def wrapped(item: Any) -> Any:
         try:
             return function(item)
-        except InputError as error:
+        except FileError as error:
             return error
 
     return wrapped
 
 
-def _refuse_bad(errors: Sequence[InputError], total: int, what: str) -> None:
+def _refuse_bad(errors: Sequence[FileError], total: int, what: str) -> None:
+    """All bad files in one message: files with one fault together, three names of each and how many more."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        shown = "; ".join(str(error) for error in errors[:3])
-        rest = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise InputError(f"{len(errors)} of {total} {what} cannot be used: {shown}{rest}")
+        names_by_reason: dict[str, list[str]] = {}
+        for error in errors:
+            names_by_reason.setdefault(error.reason, []).append(error.path.name)
+        faults = [f"{list_some(names)}: {reason}" for reason, names in names_by_reason.items()]
+        more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        raise InputError(f"{len(errors)} of {total} {what} cannot be used. {'; '.join(faults[:3])}{more}")
 
 
 class _Checked(NamedTuple):
-    """What one pair leaves behind when it was read for the first time."""
+    """What is kept of a pair when it was read for the first time, beside its pixels."""
 
-    image: np.ndarray  # (H, W, C), or (S, S, C) for --crop center
-    mask: np.ndarray
     stats: MaskStats
     window: tuple[float, float]
     sample: np.ndarray  # some gray values, for a window over all images
+    brightest: float
     dtype: np.dtype
 
 
@@ -317,9 +340,10 @@ def _read_pair(pair: Pair, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
 def _check_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:
     if image.shape[:2] != mask.shape[-2:]:
         height, width = mask.shape[-2:]
-        raise InputError(
-            f"{mask_path.name} has {width} x {height} pixels, its image {image_path.name} "
-            f"{image.shape[1]} x {image.shape[0]}: they must agree"
+        raise FileError(
+            mask_path,
+            f"has {width} x {height} pixels, but its image {image_path.name} {image.shape[1]} x {image.shape[0]}: "
+            "they must agree",
         )
 
 
@@ -370,55 +394,54 @@ class PairedFolder(torch.utils.data.Dataset):
         self.pairs = _keep_names(pair_files(image_dir, mask_dir), names, image_dir)
         self.config, self.augment, self.seed = config, augment, seed
         self.in_memory = True
-        self.windows: list[tuple[float, float]] = []
         self._images: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
-        stats, samples, dtypes = self._read_all(memory_gb * 2**30, progress)
-        self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize)
+        checked = self._read_all(f"pairs of {image_dir} and {mask_dir}", memory_gb * 2**30, progress)
+        self.rule = decide_mask_rule([one.stats for one in checked], config.num_classes, mask_type, mask_dir, normalize)
+        self.windows = [one.window for one in checked]
         if config.window_scope == "dataset" and config.window_values is None:
-            self.config = dataclasses.replace(config, window_values=_common_window(samples, dtypes, config))
+            self.config = dataclasses.replace(config, window_values=_common_window(checked, config))
             self.windows = [self.config.window_values] * len(self.pairs)
+        _hint_at_window(checked, self.config)
         for index, mask in enumerate(self._masks):
             self._masks[index] = self._prepare_mask(mask)
         where = "in memory" if self.in_memory else "read again at each access"
         logger.info("%d pairs from %s, %s; %s", len(self.pairs), image_dir, where, self.rule.reason)
 
-    def _read_all(self, budget: float, progress: bool) -> tuple[list[MaskStats], list[np.ndarray], list[np.dtype]]:
-        stats, samples, dtypes, errors = [], [], [], []
+    def _read_all(self, what: str, budget: float, progress: bool) -> list[_Checked]:
+        """Fill ``_images`` and ``_masks`` while they fit; the pixels are taken out of what is returned."""
+        checked, errors = [], []
         used = 0.0
         for result in _for_all(_or_error(self._check_pair), self.pairs, "reading pairs", progress):
-            if isinstance(result, InputError):
+            if isinstance(result, FileError):
                 errors.append(result)
                 continue
-            stats.append(result.stats)
-            samples.append(result.sample)
-            dtypes.append(result.dtype)
-            self.windows.append(result.window)
-            used += result.image.nbytes + result.mask.nbytes
+            image, mask, facts = result
+            checked.append(facts)
+            used += image.nbytes + mask.nbytes
             if used > budget and self.in_memory:
                 self.in_memory = False
                 self._images, self._masks = [], []
             if self.in_memory:
-                self._images.append(result.image)
-                self._masks.append(result.mask)
-        _refuse_bad(errors, len(self.pairs), "pairs")
-        return stats, samples, dtypes
+                self._images.append(image)
+                self._masks.append(mask)
+        _refuse_bad(errors, len(self.pairs), what)
+        return checked
 
-    def _check_pair(self, pair: Pair) -> _Checked:
+    def _check_pair(self, pair: Pair) -> tuple[np.ndarray, np.ndarray, _Checked]:
         image, mask = _read_pair(pair, self.config)
-        try:
-            view = _view_of(image.shape, self.config)
-        except InputError as error:
-            raise InputError(f"{pair.image_path.name}: {error}") from None
+        view = _view_of_file(pair.image_path, image.shape, self.config)
         stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir())
         common = self.config.window_scope == "dataset" and self.config.window_values is None
-        sample = image.ravel()[:: max(1, image.size // 16384)].copy() if common else image[:0, 0, 0]
-        window = (0.0, 1.0) if common else image_window(image, self.config)
-        return _Checked(self._prepare_image(image, view), mask, stats, window, sample, image.dtype)
+        most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
+        sample = image.ravel()[:: max(1, image.size // most)].copy() if common else image[:0, 0, 0]
+        window = (0.0, 1.0) if common else image_window(image, self.config)  # the common one follows after all are read
+        facts = _Checked(stats, window, sample, float(image.max()), image.dtype)
+        return self._prepare_image(image, view), mask, facts
 
     def _prepare_image(self, image: np.ndarray, view: View) -> np.ndarray:
         """As kept in memory. The view of --crop center never changes, so the work is done once."""
-        return view.apply_image(image) if self.config.crop == "center" else image
+        return np.ascontiguousarray(view.apply_image(image)) if self.config.crop == "center" else image
 
     def _prepare_mask(self, mask: np.ndarray) -> np.ndarray:
         """As kept in memory: class maps of hard masks, soft masks as stored (resized for --crop center)."""
@@ -446,7 +469,7 @@ class PairedFolder(torch.utils.data.Dataset):
             "image": (C, S, S) float32 in [-1, 1]; "mask": (S, S) uint8 class map, or (K, S, S) float32 for soft masks.
         """
         index, draw = key
-        rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, draw % 2**64]))
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, draw % 2**64], np.uint64)))
         symmetry = int(rng.integers(8)) if self.augment else 0
         return self._example(index, rng, symmetry)
 
@@ -479,25 +502,32 @@ def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Pat
     wanted = set(names)
     missing = sorted(wanted - {pair.name for pair in pairs})
     if missing:
-        raise InputError(f"{len(missing)} of {len(wanted)} names are not among the pairs of {where}: {list_some(missing)}")
+        raise InputError(f"{len(missing)} of {len(wanted)} names are no pairs of {where}: {list_some(missing)}")
     kept = [pair for pair in pairs if pair.name in wanted]
     if not kept:
         raise InputError(f"no pair of {where} is left: the list of names is empty")
     return kept
 
 
-def _common_window(
-    samples: Sequence[np.ndarray], dtypes: Sequence[np.dtype], config: DataConfig
-) -> tuple[float, float]:
-    """One window for all images; each image counts alike."""
-    kinds = sorted({str(dtype) for dtype in dtypes})
+def _common_window(checked: Sequence[_Checked], config: DataConfig) -> tuple[float, float]:
+    """One window for all images; each image counts about alike, whatever its size."""
+    kinds = sorted({str(one.dtype) for one in checked})
     if len(kinds) > 1:
         raise InputError(
-            f"images are of different kinds ({', '.join(kinds)}), which one window cannot serve: use --window-scope image"
+            f"images hold different kinds of gray values ({', '.join(kinds)}), one window cannot serve them: use "
+            "--window-scope image"
         )
     if kinds == ["uint8"] and config.window is None:
         return 0.0, 255.0
-    return _percentile_window(np.concatenate(samples), config.window or ROBUST_PERCENTILES)
+    return _percentile_window(np.concatenate([one.sample for one in checked]), config.window or ROBUST_PERCENTILES)
+
+
+def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
+    """Dark 8-bit images keep their range by default; say so, because a network learns them badly."""
+    brightest = float(np.median([one.brightest for one in checked]))
+    if config.window is None and config.window_values is None and checked[0].dtype == np.uint8 and brightest < 128:
+        hint = "half of the images stay below gray %g of 255; --window %g %g would stretch each to the full range"
+        logger.warning(hint, brightest, *ROBUST_PERCENTILES)
 
 
 @dataclass(frozen=True)
@@ -508,7 +538,7 @@ class MaskItem:
         name: of the mask, without suffix and without _masks.
         path: its file, or its folder of nuclei.
         view: the square that is used.
-        label: (S, S) in the file's own dtype and ids, nearest neighbour; class ids for a (K, H, W) stack.
+        label: (S, S) in the file's own dtype and ids, nearest neighbour; (K, S, S) float for a stack.
         prob_map: (K, S, S) float32, sums to 1.
         image: (C, S, S) float32 in [-1, 1], the real image there, or None.
         window: gray values of the real image that became -1 and 1, or None.
@@ -562,7 +592,7 @@ class MaskFolder:
         self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
         self.names = sorted(self.paths)
         results = list(_for_all(_or_error(self._check), self.names, "reading masks", progress))
-        _refuse_bad([one for one in results if isinstance(one, InputError)], len(results), "masks")
+        _refuse_bad([one for one in results if isinstance(one, FileError)], len(results), f"masks of {mask_path}")
         self.rule = decide_mask_rule(results, config.num_classes, mask_type, mask_path, normalize)
         logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
 
@@ -579,10 +609,7 @@ class MaskFolder:
     def _check(self, name: str) -> MaskStats:
         mask, _ = self._read(name)
         path = self.paths[name]
-        try:
-            _view_of(mask.shape[-2:], self.config)
-        except InputError as error:
-            raise InputError(f"{path.name}: {error}") from None
+        _view_of_file(path, mask.shape[-2:], self.config)
         return mask_stats(path.name, mask, path.is_dir())
 
     def __len__(self) -> int:
@@ -595,11 +622,10 @@ class MaskFolder:
         view = _view_of(mask.shape[-2:], self.config, rng)
         target = _hard_or_soft(mask, view, self.rule)
         if self.rule.is_hard:
-            classes = np.arange(self.rule.num_classes)[:, None, None]
-            target = (target == classes).astype(np.float32)
-        label = view.apply_labels(mask.reshape(mask.shape[-2:])) if mask.ndim == 2 or len(mask) == 1 else None
-        if label is None:
-            label = target.argmax(axis=0).astype(np.uint8)
+            target = one_hot(target, self.rule.num_classes)
+        label = view.apply_labels(mask)
+        if label.ndim == 3 and label.dtype.kind != "f":  # a stack goes out as float TIFF, the only one that is read
+            label = prob_map(label, self.rule)
         window = tensor = None
         if image is not None:
             window = image_window(image, self.config)
@@ -618,14 +644,16 @@ def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str
     if image_dir is not None:
         pairs, _, lonely = match_names(images, masks)
         if not pairs:
-            raise InputError(f"none of the {len(lonely)} masks in {mask_path} has an image in {image_dir}: names must agree")
+            raise InputError(
+                f"none of the {len(lonely)} masks of {mask_path} has an image in {image_dir}: names must agree"
+            )
         if lonely:
             logger.info("%d masks without an image in %s are left out: %s", len(lonely), image_dir, list_some(lonely))
         return {pair.name: pair.mask_path for pair in pairs}, {pair.name: pair.image_path for pair in pairs}
     # Cellpose keeps NAME_img and NAME_masks in one folder: only the latter are masks.
     endings = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
-    beside = [stem for stem in masks if stem not in endings]
-    if endings and beside and all(_without_ending(stem) in {name.removesuffix("_img") for name in beside} for stem in endings):
+    beside = {stem.removesuffix(IMAGE_ENDING) for stem in masks if stem not in endings}
+    if endings and beside and all(_without_ending(stem) in beside for stem in endings):
         masks = endings
     short = {_without_ending(stem): path for stem, path in masks.items()}
     return (short if len(short) == len(masks) else masks), None

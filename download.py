@@ -20,6 +20,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +176,8 @@ def looks_like_web_page(head: bytes) -> bool:
 def _read_torch(path: Path) -> object:
     """``torch.load`` with tensors and plain types only; of foreign classes only the Namespace that SiT pickles."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on odd pickle protocols; the error below says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise any exception at all; none of them is a fault of ours
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))

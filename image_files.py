@@ -1,8 +1,8 @@
 """Read image and mask files as they are stored, and pair them by name.
 
-Everything that touches a user's file lies here. A file is read to a numpy array with its own gray values, or refused with
-an :class:`~errors.InputError` whose message says what is wrong and how to mend it: no other exception leaves this module,
-and no file can run code or fill the memory. What the gray values mean is decided in ``data.py``.
+Everything that touches a user's file lies here. A file is read to a numpy array with its own gray values, or refused
+with a :class:`FileError` that says what is wrong and how to mend it: no other exception leaves this module, and no file
+can run code or fill the memory. What the values of masks mean is decided in ``mask_rules.py``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,27 @@ IMAGE_ENDING = "_img"
 MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
 MAX_CHANNELS = 64
 
-# What Cellpose writes beside its masks and that is neither image nor mask.
-_BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)(_cp_masks)?\.\w+)$")
+# What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
+_BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
+_FLOWS_ENDING = "_flows"
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
 _PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
 _CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
 _NOT_FLAT = "one 2-D image per file is needed, save the planes as files of their own"
 
-# tifffile logs every damaged tag; the InputError says it once.
+# tifffile logs every damaged tag; the FileError says it once.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+# Pillow's limit on pixels is lower than stitched fields of a slide scanner; _check_size has ours, in bytes.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class FileError(InputError):
+    """One file cannot be used. ``reason`` stands without the path, so that files with one fault are named together."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,13 @@ class Pair:
 def find_files(folder: str | Path, what: str) -> dict[str, Path]:
     """Image or mask files of one folder, by stem; hidden files and by-products of Cellpose are left out.
 
-    A folder without files may hold one folder per image instead, as the 2018 Data Science Bowl does: ``NAME/images/*.png``
-    (one file) and ``NAME/masks/*.png`` (one file per nucleus), or ``NAME/*.png`` for masks. A mask is then a folder.
+    A folder without files may hold one folder per image instead, as the 2018 Data Science Bowl does:
+    ``NAME/images/*.png`` (one file) and ``NAME/masks/*.png`` (one file per nucleus), or ``NAME/*.png`` for masks. A
+    mask is then a folder.
 
     Args:
         folder: where to look; nothing below it is searched except in the layout above.
-        what: "image" or "mask"; masks may be .npy and .npz, too.
+        what: what is looked for, for messages. All but "image" may be .npy and .npz or in folders of nuclei, too.
 
     Returns:
         stem -> path, sorted by stem. ``NAME.ome.tif`` has the stem ``NAME``.
@@ -72,9 +84,9 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
         InputError: no such folder, no files in it, or two files with one stem.
     """
     folder = Path(folder)
-    suffixes = MASK_SUFFIXES if what.startswith("mask") else IMAGE_SUFFIXES
+    suffixes = IMAGE_SUFFIXES if what.startswith("image") else MASK_SUFFIXES
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of {what} files: {'it is a file' if folder.exists() else 'not found'}")
+        raise FileError(folder, f"is no folder of {what} files: {'it is a file' if folder.exists() else 'not found'}")
     found: dict[str, Path] = {}
     twice, others = [], []
     with os.scandir(folder) as entries:  # no stat per file: 100,000 names take well under a second
@@ -88,32 +100,30 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
                     twice.append(f"{found[stem].name} and {name}")
                 found[stem] = folder / name
     if twice:
-        raise InputError(f"{folder} has two {what} files with one name: {list_some(twice)}. Keep one of each")
+        raise FileError(folder, f"has two {what} files with one name: {list_some(twice)}. Keep one of each")
     if not found:
-        found = _find_one_folder_per_image(folder, others, what)
+        found = _find_one_folder_per_image(folder, others, is_image=what.startswith("image"))
     if not found:
-        hint = next((name for name in others if name.startswith((what, "image")) and (folder / name).is_dir()), None)
+        inner = [name for name in others if (folder / name).is_dir()]
+        hint = next((name for name in inner if name.startswith(what)), None)
         rest = f"; did you mean {folder / hint}?" if hint else ", it must hold " + " ".join(suffixes)
-        raise InputError(f"{folder} holds no {what} files{rest}")
-    return found
+        raise FileError(folder, f"holds no {what} files{rest}")
+    flows = {stem for stem in found if stem.endswith(_FLOWS_ENDING) and stem.removesuffix(_FLOWS_ENDING) in found}
+    return {stem: path for stem, path in sorted(found.items()) if stem not in flows}
 
 
-def _find_one_folder_per_image(folder: Path, names: Iterable[str], what: str) -> dict[str, Path]:
+def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: bool) -> dict[str, Path]:
     """The layout ``NAME/images/FILE`` and ``NAME/masks/FILES``: NAME -> image file or folder of masks."""
     found = {}
     for name in names:
-        inner = folder / name / ("masks" if what.startswith("mask") else "images")
+        inner = folder / name / ("images" if is_image else "masks")
         if inner.is_dir():
             files = _files_in(inner)
-            if what.startswith("mask"):
-                found[name] = inner
-            elif len(files) == 1:
-                found[name] = files[0]
-            else:
+            if is_image and len(files) != 1:
                 raise InputError(f"{inner} holds {len(files)} images, one is expected in a folder per image")
-        elif what.startswith("mask") and name not in ("images", "masks") and (folder / name).is_dir():
-            if _files_in(folder / name):
-                found[name] = folder / name
+            found[name] = files[0] if is_image else inner
+        elif not is_image and name not in ("images", "masks") and (folder / name).is_dir() and _files_in(folder / name):
+            found[name] = folder / name
     return found
 
 
@@ -129,7 +139,8 @@ def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[P
     Returns:
         pairs sorted by name, stems of images without mask, stems of masks without image.
     """
-    pairs, lonely_images = [], []
+    pairs: dict[str, Pair] = {}
+    lonely_images = []
     used: dict[str, str] = {}
     for stem, image_path in images.items():
         base = stem.removesuffix(IMAGE_ENDING) or stem
@@ -138,17 +149,20 @@ def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[P
         if key is None:
             lonely_images.append(stem)
             continue
-        if key in used:
-            raise InputError(f"images {used[key]} and {stem} both belong to mask {masks[key].name}: rename one")
+        name = stem if key == stem else base
+        if key in used or name in pairs:
+            other = used[key] if key in used else pairs[name].image_path.stem
+            raise InputError(f"images {other} and {stem} would make one pair of the name {name}: rename one")
         used[key] = stem
-        pairs.append(Pair(stem if key == stem else base, image_path, masks[key]))
-    return sorted(pairs, key=lambda pair: pair.name), lonely_images, [stem for stem in masks if stem not in used]
+        pairs[name] = Pair(name, image_path, masks[key])
+    lonely_masks = [stem for stem in masks if stem not in used]
+    return [pairs[name] for name in sorted(pairs)], lonely_images, lonely_masks
 
 
 def find_images_and_masks(image_dir: str | Path, mask_dir: str | Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """:func:`find_files` of both folders; one folder for both is split by the endings of :data:`MASK_ENDINGS`."""
     images, masks = find_files(image_dir, "image"), find_files(mask_dir, "mask")
-    together = os.path.samefile(image_dir, mask_dir) and next(iter(masks.values())).is_file()
+    together = Path(image_dir).samefile(mask_dir) and next(iter(masks.values())).is_file()
     if together:
         images = {stem: path for stem, path in images.items() if not stem.endswith(MASK_ENDINGS)}
         masks = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
@@ -172,14 +186,16 @@ def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
     pairs, lonely_images, lonely_masks = match_names(images, masks)
     faults = []
     if lonely_images:
-        faults.append(f"{len(lonely_images)} of {len(images)} images in {image_dir} have no mask in {mask_dir}: "
-                      f"{list_some(lonely_images)}")  # fmt: skip
+        count = f"{len(lonely_images)} of {len(images)} images in {image_dir}"
+        faults.append(f"{count} have no mask in {mask_dir}: {list_some(lonely_images)}")
     if lonely_masks:
-        faults.append(f"{len(lonely_masks)} of {len(masks)} masks in {mask_dir} have no image in {image_dir}: "
-                      f"{list_some(lonely_masks)}")  # fmt: skip
+        count = f"{len(lonely_masks)} of {len(masks)} masks in {mask_dir}"
+        faults.append(f"{count} have no image in {image_dir}: {list_some(lonely_masks)}")
     if faults:
-        raise InputError("; ".join(faults) + ". A mask has its image's name (NAME, NAME_masks or NAME_cp_masks), "
-                         "with any of " + " ".join(MASK_SUFFIXES))  # fmt: skip
+        raise InputError(
+            f"{'; '.join(faults)}. A mask has its image's name (NAME, NAME_masks or NAME_cp_masks) and any suffix of "
+            + " ".join(MASK_SUFFIXES)
+        )
     return pairs
 
 
@@ -196,7 +212,7 @@ def read_image(path: str | Path) -> np.ndarray:
         (H, W, C) uint8, uint16 or another real dtype, C >= 1, finite.
 
     Raises:
-        InputError: unreadable, truncated, a stack of planes, NaN or infinity, above :data:`MAX_DECODED_BYTES`.
+        FileError: unreadable, truncated, a stack of planes, NaN or infinity, above :data:`MAX_DECODED_BYTES`.
     """
     array = _read(Path(path), as_mask=False)
     if array.ndim == 2:
@@ -212,14 +228,14 @@ def read_mask(path: str | Path) -> np.ndarray:
     """One mask with its stored values.
 
     A gray palette is read as its gray values, a coloured one as its indices (as PASCAL VOC stores class ids); RGB only
-    where the three channels are equal. A folder is read as one nucleus per file: ids 1..n in the order of the names, the
-    first one keeps a pixel that two claim. ``.npy``, ``.npz`` and float TIFF may hold a stack (K, H, W).
+    where the three channels are equal. A folder is read as one nucleus per file: ids 1..n in the order of the names,
+    the first one keeps a pixel that two claim. ``.npy``, ``.npz`` and float TIFF may hold a stack (K, H, W).
 
     Returns:
         (H, W), or (K, H, W) for a stack of class probabilities; bool becomes 0 and 1.
 
     Raises:
-        InputError: as :func:`read_image`; colours; a stack of integer planes.
+        FileError: as :func:`read_image`; colours; a stack of integer planes.
     """
     path = Path(path)
     if path.is_dir():
@@ -233,33 +249,33 @@ def read_mask(path: str | Path) -> np.ndarray:
 def _read_nuclei(folder: Path) -> np.ndarray:
     files = _files_in(folder)
     if not files:
-        raise InputError(f"{folder} holds no nucleus masks")
+        raise FileError(folder, "holds no nucleus masks")
     instance_map: np.ndarray | None = None
     for index, file in enumerate(files, start=1):
         nucleus = read_mask(file)
         if nucleus.ndim != 2:
-            raise InputError(f"{file} is no flat mask of one nucleus")
+            raise FileError(file, "is no flat mask of one nucleus")
         if instance_map is None:
             instance_map = np.zeros(nucleus.shape, np.uint16 if len(files) < 2**16 else np.int32)
         if nucleus.shape != instance_map.shape:
-            raise InputError(f"{file} has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
+            raise FileError(file, f"has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
         values = np.unique(nucleus)
         if len(values) > 2 or (len(values) == 2 and values[0] != 0):
-            raise InputError(f"{file} is no mask of one nucleus: gray values {list_some(values.tolist())}")
+            raise FileError(file, f"is no mask of one nucleus: gray values {list_some(values.tolist())}")
         instance_map[(nucleus > 0) & (instance_map == 0)] = index
     return instance_map
 
 
 def _read(path: Path, as_mask: bool) -> np.ndarray:
-    """Decode by content; every fault of a decoder becomes an InputError."""
+    """Decode by content; every fault of a decoder becomes a FileError."""
     try:
         if not path.is_file():  # also keeps pipes and devices from being opened
-            raise InputError(f"{path}: {'is no regular file' if path.exists() else 'no such file, or a broken link'}")
+            raise FileError(path, "is no regular file" if path.exists() else "no such file, or a broken link")
         with path.open("rb") as file:
             start = file.read(8)
             file.seek(0)
             if not start:
-                raise InputError(f"{path} is empty (0 bytes)")
+                raise FileError(path, "is empty (0 bytes)")
             if as_mask and path.suffix.lower() in (".npy", ".npz"):
                 array = _decode_numpy(file, path)
             elif start.startswith(_TIFF_STARTS):
@@ -270,26 +286,29 @@ def _read(path: Path, as_mask: bool) -> np.ndarray:
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
         reason = str(error) or type(error).__name__
-        raise InputError(f"{path} cannot be read ({' '.join(reason.split())[:120]}): damaged, or no image file") from None
+        short = " ".join(reason.split())[:120]
+        raise FileError(path, f"cannot be read, it is damaged or no image file ({short})") from None
     return array
 
 
 def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> np.ndarray:
-    with Image.open(file, formats=["PNG", "JPEG", "MPO", "BMP"]) as image:
-        _check_size((image.height, image.width, 4), 2, path)
+    with Image.open(file, formats=["PNG", "JPEG", "BMP"]) as image:
+        deep_colour = any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile)
+        value_bytes = 4 if image.mode in ("I", "F") else 2 if deep_colour or image.mode.startswith("I;16") else 1
+        _check_size((image.height, image.width, len(image.getbands())), value_bytes, path)
         if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
-            raise InputError(f"{path} is an animation of {image.n_frames} frames: {_NOT_FLAT}")
-        if any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile):
+            raise FileError(path, f"is an animation of {image.n_frames} frames: {_NOT_FLAT}")
+        if deep_colour:
             file.seek(0)
             return imagecodecs.png_decode(file.read())  # Pillow would cut 16-bit colour to 8 bits
         image.load()
         if "exif" in image.info and image.getexif().get(0x0112, 1) != 1:
-            raise InputError(f"{path} carries a rotation tag (EXIF): save it upright, so that image and mask agree")
+            raise FileError(path, "carries a rotation tag (EXIF): save it upright, so that image and mask agree")
         if image.mode == "P":
             return _palette_to_array(image, as_mask)
         if image.mode not in _PLAIN_MODES:
             if image.mode not in _CONVERTED_MODES:
-                raise InputError(f"{path} has the unusual pixel format {image.mode}: save it as gray or RGB")
+                raise FileError(path, f"has the unusual pixel format {image.mode}: save it as gray or RGB")
             image = image.convert(_CONVERTED_MODES[image.mode])
         return np.array(image)
 
@@ -314,19 +333,20 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> np.ndarray:
     with tifffile.TiffFile(file, _multifile=False) as tiff:  # an OME header must not open other files
         series = [one for one in tiff.series if not one.keyframe.is_reduced]
         if len(series) != 1:
-            raise InputError(f"{path} holds {len(series)} images of different kinds: {_NOT_FLAT}")
+            raise FileError(path, f"holds {len(series)} images of different kinds: {_NOT_FLAT}")
         series, page = series[0], series[0].keyframe
         _check_size(series.shape, series.dtype.itemsize, path)
         kept = [(axis, n) for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"]
         axes, shape = "".join(axis for axis, _ in kept), tuple(n for _, n in kept)
         extra = axes.replace("Y", "").replace("X", "")
         if sorted(axes.replace(extra, "")) != ["X", "Y"] or len(extra) > 1:
-            raise InputError(f"{path} is a stack of shape {' x '.join(map(str, shape))}: {_NOT_FLAT}")
+            raise FileError(path, f"is a stack of shape {' x '.join(map(str, shape))}: {_NOT_FLAT}")
         is_soft_stack = as_mask and series.dtype.kind == "f"
         if extra and extra not in "SC" and not is_soft_stack:
-            raise InputError(
-                f"{path} is a 3-D stack of {shape[axes.index(extra)]} planes: {_NOT_FLAT} "
-                "(if they are channels, store them as such: axes CYX)"
+            raise FileError(
+                path,
+                f"is a 3-D stack of {shape[axes.index(extra)]} planes: {_NOT_FLAT} (if they are channels, store them "
+                "as such: axes CYX)",
             )
         array = series.asarray(maxworkers=1).reshape(shape)
         array = _photometric_to_gray(array, page, path, as_mask)
@@ -345,9 +365,11 @@ def _photometric_to_gray(array: np.ndarray, page: tifffile.TiffPage, path: Path,
     if kind == "MINISWHITE" and not page.software.startswith("tifffile"):
         # Half of the programs invert such a file and half do not, so image and mask could disagree.
         # tifffile itself writes bool arrays like this and means them as they are.
-        raise InputError(f"{path} is stored as 'white is zero': save it as 'black is zero' (in Fiji: Image > Lookup Tables)")
+        raise FileError(
+            path, "is stored as 'white is zero': save it as 'black is zero' (Fiji: Lookup Tables > Invert LUT)"
+        )
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
-        raise InputError(f"{path} has the colour space {kind}: save it as gray or RGB")
+        raise FileError(path, f"has the colour space {kind}: save it as gray or RGB")
     return array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
 
 
@@ -356,7 +378,7 @@ def _decode_numpy(file: BinaryIO, path: Path) -> np.ndarray:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len(members) != 1:
-                raise InputError(f"{path} holds {len(members)} arrays, one is expected: {list_some(archive.namelist())}")
+                raise FileError(path, f"holds {len(members)} arrays, not one: {list_some(archive.namelist())}")
             _check_size((members[0].file_size,), 1, path)
             with archive.open(members[0]) as member:
                 array = np.lib.format.read_array(member, allow_pickle=False)
@@ -365,7 +387,7 @@ def _decode_numpy(file: BinaryIO, path: Path) -> np.ndarray:
         array = np.lib.format.read_array(file, allow_pickle=False)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or array.size == 0:
         shape = " x ".join(map(str, array.shape))
-        raise InputError(f"{path} holds {array.dtype} numbers of shape ({shape}): (H, W) or (K, H, W) is expected")
+        raise FileError(path, f"holds {array.dtype} numbers of shape ({shape}): (H, W) or (K, H, W) is expected")
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
@@ -373,17 +395,17 @@ def _gray_channel(array: np.ndarray, path: Path) -> np.ndarray:
     """The one channel of a mask stored as gray + alpha, RGB or RGBA with equal colours."""
     colours, alpha = (array[:, :, :-1], array[:, :, -1:]) if array.shape[2] in (2, 4) else (array, None)
     if alpha is not None and (alpha != np.iinfo(array.dtype).max).any():
-        raise InputError(f"{path} is partly transparent: save the mask as gray without alpha channel")
+        raise FileError(path, "is partly transparent: save the mask as gray without alpha channel")
     if (colours != colours[:, :, :1]).any():
-        raise InputError(f"{path} holds colours: save the mask as one gray channel of class or instance numbers")
+        raise FileError(path, "holds colours: save the mask as one gray channel of class or instance numbers")
     return colours[:, :, 0]
 
 
 def _checked(array: np.ndarray, path: str | Path) -> np.ndarray:
     if array.dtype.kind not in "uif" or array.size == 0 or array.dtype.itemsize > 8:
-        raise InputError(f"{path} holds {array.dtype} values: save it as 8-bit, 16-bit or float gray values")
+        raise FileError(path, f"holds {array.dtype} values: save it as 8-bit, 16-bit or float gray values")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError(f"{path} holds NaN or infinite values: replace them")
+        raise FileError(path, "holds NaN or infinite values: replace them")
     return array
 
 
@@ -391,9 +413,10 @@ def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> Non
     """Refuse before decoding what would fill the memory (a damaged header, a decompression bomb, a whole slide)."""
     size = math.prod(int(n) for n in shape) * bytes_per_value
     if size > MAX_DECODED_BYTES or min(shape) < 1:
-        raise InputError(
-            f"{path} claims {' x '.join(map(str, shape))} values, {size / 2**30:.1f} GiB: more than "
-            f"{MAX_DECODED_BYTES / 2**30:.0f} GiB in one file. Cut it into tiles"
+        raise FileError(
+            path,
+            f"claims {' x '.join(map(str, shape))} values ({size / 2**30:.3g} GiB), at least one and at most "
+            f"{MAX_DECODED_BYTES / 2**30:g} GiB are read: cut it into tiles",
         )
 
 

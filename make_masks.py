@@ -364,7 +364,9 @@ def render_image(instance_map: np.ndarray, level: np.ndarray, cell_size: float, 
 
     in_focus = ndimage.gaussian_filter(signal, float(np.clip(0.04 * cell_size, 0.6, 3)))
     haze = rng.uniform(0.03, 0.1) * ndimage.gaussian_filter(signal, 0.6 * cell_size)
-    background = rng.uniform(0.03, 0.08) * np.exp(0.15 * _smooth_noise(rng, shape, 0.3 * max(shape)))
+    down, right = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
+    slope = rng.normal(0, 0.2, 2)  # uneven illumination
+    background = rng.uniform(0.03, 0.08) * np.exp(slope[0] * down + slope[1] * right)
     photons = rng.uniform(100, 400)  # at signal 1: how noisy the camera's picture is
     light = rng.poisson(photons * (in_focus + haze + background)) / photons + rng.normal(0, 0.01, shape)
     return np.clip(np.rint(light * rng.uniform(110, 150)), 0, 255).astype(np.uint8)
@@ -710,7 +712,8 @@ def write_summary(path: Path, columns: dict[str, dict[str, float]]) -> str:
     """The summaries side by side, as a file and as the text that is returned."""
     names = list(columns)
     table = [
-        [measure, *(f"{columns[name].get(measure, math.nan):.4g}" for name in names)] for measure in columns[names[0]]
+        [measure, *(f"{columns[name][measure]:.4g}" if measure in columns[name] else "" for name in names)]
+        for measure in columns[names[0]]
     ]
     _write_csv(path, [["measure", *names], *table])
     return "\n".join(f"{row[0]:<40}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in [["", *names], *table])
@@ -941,7 +944,9 @@ def _add_shared_flags(parser: argparse.ArgumentParser, size: int | None, size_he
 
 
 def _add_simulate(commands) -> None:
-    parser = commands.add_parser("simulate", help="draw nuclei from numbers", description="Draw nuclei from numbers.")
+    parser = commands.add_parser(
+        "simulate", help="draw nuclei from numbers", description="Draw nuclei from numbers.", allow_abbrev=False
+    )
     _add_shared_flags(parser, 256, "default: 256")
     cells = parser.add_argument_group("cells; spreads are standard deviation / mean")
     cells.add_argument("--cell-size", type=float, default=20, help="mean diameter in pixels (default: %(default)s)")
@@ -974,7 +979,10 @@ def _add_simulate(commands) -> None:
 
 def _add_recombine(commands) -> None:
     parser = commands.add_parser(
-        "recombine", help="lay a lab's own cells out anew", description="Lay a lab's own cells out anew."
+        "recombine",
+        help="lay a lab's own cells out anew",
+        description="Lay a lab's own cells out anew.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--instances", type=Path, required=True, metavar="FOLDER", help="label files: 0 background, one number per cell"

@@ -1,8 +1,8 @@
 """What the gray values of masks mean: decided once per folder, then turned into classes or class probabilities.
 
-:func:`mask_stats` collects facts about each mask, :func:`decide_mask_rule` draws one :class:`MaskRule` from all of them,
-:func:`class_map` and :func:`prob_map` apply it. Automatic takes clear cases only and refuses the rest with the likely
-types named: a wrong guess would train for hours on nonsense.
+:func:`mask_stats` collects facts about each mask, :func:`decide_mask_rule` draws one :class:`MaskRule` from all of
+them, :func:`class_map` and :func:`prob_map` apply it. Automatic takes clear cases only and refuses the rest with the
+likely types named: a wrong guess would train for hours on nonsense.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MAX_CLASSES = 255  # class maps are uint8
 
 FEW_VALUES = 16
 SUM_TOLERANCE = 0.01
-# A mask of numbered cells is piecewise constant, nearly every id is one piece, and there are too many ids for classes.
-# Measured on nuclei, histology and crowded bacteria: at most 8 % unequal pairs, 1.37 pieces per id in one mask.
+# A mask of numbered cells is piecewise constant, an id is one piece apart from crumbs, and there are too many ids for
+# classes. Measured: see test_thresholds_of_automatic_have_room_on_real_labels.
 MIN_IDS = 8
 MAX_UNEQUAL_SHARE = 0.2
-MAX_PIECES_PER_ID = 1.5
+MAX_SCATTERED_SHARE = 0.2
 MAX_STEP_SHARE = 0.9
 
 
@@ -76,7 +76,8 @@ class MaskStats:
     unequal_pairs: int = 0
     step_pairs: int = 0  # unequal pairs of two values that follow each other in the sorted values
     ids: int = 0
-    pieces: int = 0  # connected regions of one value
+    area: int = 0  # pixels above 0
+    main_area: int = 0  # pixels in the largest connected piece of each id
 
 
 def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False) -> MaskStats:
@@ -103,7 +104,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False) -> MaskSt
         "values": frozenset(values.tolist()) if len(values) <= FEW_VALUES else frozenset(),
     }
     if mask.ndim == 3:
-        total = mask.sum(axis=0, dtype=np.float64) / _full_scale(mask.dtype, facts["maximum"])
+        total = mask.sum(axis=0, dtype=np.float64) / _certainty(mask.dtype, facts["maximum"])
         facts["sum_error"] = float(np.abs(total - 1).max())
     elif facts["is_whole"] and len(values) > 2 and values[0] >= 0:
         near = facts["maximum"] / 16
@@ -127,13 +128,19 @@ def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:
         unequal_pairs += int(np.count_nonzero(unequal))
         step_pairs += int(np.count_nonzero(np.abs(ranks[0] - ranks[1]) == 1))
         cut[unequal] = 0
-    _, pieces = scipy.ndimage.label(parted > 0)
+    pieces, _ = scipy.ndimage.label(parted > 0)
+    _, first_pixels, areas = np.unique(pieces, return_index=True, return_counts=True)
+    id_of_piece = np.searchsorted(values, parted.ravel()[first_pixels])
+    main_areas = np.zeros(len(values), np.int64)
+    np.maximum.at(main_areas, id_of_piece, areas)
+    main_areas = main_areas[values > 0]
     return {
         "pairs": pairs,
         "unequal_pairs": unequal_pairs,
         "step_pairs": step_pairs,
-        "ids": np.count_nonzero(np.unique(parted)),
-        "pieces": int(pieces),
+        "ids": len(main_areas),
+        "area": int(np.count_nonzero(parted)),
+        "main_area": int(main_areas.sum()),
     }
 
 
@@ -148,8 +155,8 @@ def decide_mask_rule(
     - one file per nucleus is instances;
     - nothing but 0 and 255 (or 65535 in 16 bits), or 0 and 1, is binary when K = 2;
     - whole numbers below K are class ids when K > 2;
-    - whole numbers with at least :data:`MIN_IDS` ids in one file, each nearly always one piece of constant value, are
-      instances when K is 2 or 3.
+    - whole numbers with at least :data:`MIN_IDS` ids in one file, each of them one piece of constant value but for
+      crumbs, are instances when K is 2 or 3.
 
     Args:
         stats: of every mask, from :func:`mask_stats`.
@@ -201,8 +208,8 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
         raise InputError(
             f"masks in {where} hold fractions up to {largest:g}: probabilities lie in 0..1, ids are whole numbers"
         )
-    values = _all_values(stats)
-    if num_classes == 2:
+    values = _few_values(stats)
+    if num_classes == 2 and values is not None:
         full = 65535 if all(one.dtype == np.uint16 for one in stats) else 255
         for top in (1, 255, full):
             if values <= {0, top}:
@@ -214,9 +221,9 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
     raise InputError(_why_unclear(stats, num_classes, where))
 
 
-def _all_values(stats: Sequence[MaskStats]) -> frozenset[float]:
-    """The distinct values of all masks; a mask with many adds its largest and NaN, which is in no set of ours."""
-    return frozenset().union(*(one.values or {one.maximum, np.nan} for one in stats))
+def _few_values(stats: Sequence[MaskStats]) -> frozenset[float] | None:
+    """The distinct values of all masks, None where one mask has many."""
+    return frozenset().union(*(one.values for one in stats)) if all(one.values for one in stats) else None
 
 
 def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
@@ -228,7 +235,7 @@ def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
     return (
         max(one.ids for one in stats) >= MIN_IDS
         and unequal <= MAX_UNEQUAL_SHARE * pairs
-        and sum(one.pieces for one in stats) <= MAX_PIECES_PER_ID * sum(one.ids for one in stats)
+        and sum(one.main_area for one in stats) >= (1 - MAX_SCATTERED_SHARE) * sum(one.area for one in stats)
         and not graded
     )
 
@@ -236,24 +243,22 @@ def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
 def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path) -> str:
     """The refusal of automatic: what was found, the likely types, the flag that settles it."""
     largest = max(one.maximum for one in stats)
-    values = _all_values(stats)
-    many = len(values) > 8 or any(value != value for value in values)
-    shown = (
-        f"values up to {largest:g}, {max(one.distinct for one in stats)} different ones in one mask"
-        if many
-        else "the values " + ", ".join(f"{value:g}" for value in sorted(values))
-    )
+    values = _few_values(stats)
+    shown = f"values up to {largest:g}, {max(one.distinct for one in stats)} different ones in one mask"
+    if values is not None and len(values) <= 8:
+        shown = "the values " + ", ".join(f"{value:g}" for value in sorted(values))
+    one_value = values is not None and len(values - {0}) == 1
     patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
     soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.9
     binary = "" if num_classes == 2 else " --num-classes 2"
     likely = []
-    if len(values - {0}) == 1:
+    if one_value:
         likely.append(f"one class of cells (--mask-type binary{binary})")
     elif soft_edges:
         likely.append(f"two values with soft or JPEG edges (--mask-type binary{binary}, cut at half)")
-    if patchy and len(values) > 2 and largest < 2 * FEW_VALUES:
+    if patchy and not one_value and largest < 2 * FEW_VALUES:
         likely.append(f"class ids (--mask-type classes --num-classes {int(largest) + 1})")
-    if patchy and not soft_edges:
+    if patchy and not soft_edges and largest not in (255, 65535):
         count = "" if num_classes <= 3 else " with --num-classes 2 or 3"
         likely.append(f"numbered cells (--mask-type instances{count})")
     if not patchy:
@@ -305,9 +310,10 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
     largest = max(one.maximum for one in stats)
     if largest == 0:
         return 255.0
-    if len(_all_values(stats) - {0}) == 1:  # one value for cells, whatever it is
+    values = _few_values(stats)
+    if values is not None and len(values - {0}) == 1:  # one value for cells, whatever it is
         return largest
-    full = _full_scale(stats[0].dtype, largest)
+    full = _full_scale(largest)
     if largest < full / 2:
         raise InputError(
             f"masks in {where} reach {largest:g}, not half of {full:g}, with several values between: no binary masks. "
@@ -328,7 +334,7 @@ def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str 
     dtypes = sorted({"float" if one.dtype.kind == "f" else str(one.dtype) for one in stats})
     if len(dtypes) > 1:
         raise InputError(f"masks in {where} store probabilities as {', '.join(dtypes)}: save them all alike")
-    maximum = _full_scale(stats[0].dtype, max(one.maximum for one in stats))
+    maximum = _certainty(stats[0].dtype, max(one.maximum for one in stats))
     above = [f"{one.name} ({one.maximum:g})" for one in stats if one.maximum > maximum * (1 + SUM_TOLERANCE)]
     if above:
         raise InputError(f"{len(above)} masks in {where} hold probabilities above 1: {list_some(above)}")
@@ -341,11 +347,14 @@ def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str 
     return maximum
 
 
-def _full_scale(dtype: np.dtype, largest: float) -> float:
+def _full_scale(largest: float) -> float:
     """Value of certainty: what the storage offers and not what one folder reaches, so that folders agree."""
-    if largest <= 1:
-        return 1.0
-    return 255.0 if largest <= 255 else 65535.0 if largest <= 65535 else float(np.iinfo(dtype).max)
+    return next((full for full in (1.0, 255.0, 65535.0) if largest <= full), largest)
+
+
+def _certainty(dtype: np.dtype, largest: float) -> float:
+    """Value of probability 1: floats are probabilities as they are."""
+    return 1.0 if dtype.kind == "f" else _full_scale(largest)
 
 
 # ------------------------------------------------------------------------------------------------------ apply a rule

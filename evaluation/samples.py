@@ -15,19 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (
-    DataConfig,
-    MaskRule,
-    View,
-    center_view,
-    fit_channels,
-    image_window,
-    prob_map,
-    read_image,
-    read_mask,
-    window_image,
-)
+from data import DataConfig, View, center_view, fit_channels, image_window, window_image
 from errors import InputError, list_some
+from image_files import read_image, read_mask
+from mask_rules import MaskRule, class_map, prob_map
 
 MANIFEST = "manifest.csv"
 SETTINGS = "settings.json"
@@ -96,10 +87,15 @@ class SampleSet:
         """Whether the rows name their real images (all do, or none)."""
         return self.samples[0].real_path is not None
 
+    @property
+    def num_classes(self) -> int:
+        """Number K of mask classes, background counted."""
+        return self.config.num_classes if self.config is not None else 2
+
     def provenance(self) -> dict[str, list[str]]:
-        """Distinct values of the columns that say how the images were made, at most ten of each."""
+        """Distinct values of the columns that say how the images were made, at most three of each."""
         found = {
-            name: sorted({row.columns[name] for row in self.samples})[:10]
+            name: sorted({row.columns[name] for row in self.samples})[:3]
             for name in PROVENANCE_COLUMNS
             if name in self.columns
         }
@@ -132,22 +128,48 @@ class SampleSet:
         return _to_rgb(np.rint((gray + 1) * 127.5).astype(np.uint8), sample.real_path)
 
     def foreground(self, sample: Sample) -> np.ndarray:
-        """Where the label says cell, (S, S) bool; a probability label counts from one half on.
+        """Where the label says cell, (S, S) bool; a probability label counts above one half.
 
         Raises:
-            InputError: the label is unreadable, or its size is not its image's.
+            InputError: the label is unreadable, or holds other values than its type allows.
         """
+        return self.class_map(sample) > 0
+
+    def class_map(self, sample: Sample) -> np.ndarray:
+        """Class ids of the label, (S, S) uint8 in 0..K-1; of probabilities the most probable class.
+
+        Raises:
+            InputError: the label is unreadable, or holds other values than its type allows.
+        """
+        label = self._label(sample)
+        if sample.mask_type == "classes" or (sample.mask_type == "probability" and _holds_ids(label, self.num_classes)):
+            if label.max(initial=0) >= self.num_classes:
+                raise InputError(
+                    f"{sample.label_path} holds class {label.max()}, the set has {self.num_classes} classes"
+                )
+            return label.astype(np.uint8)
+        if sample.mask_type == "binary" and len(np.unique(label[label > 0])) < 2:  # {0, 1} as well as {0, 255}
+            return (label > 0).astype(np.uint8)
+        rule = self._rule_of(sample, label)
+        return class_map(label, rule) if rule.is_hard else prob_map(label, rule).argmax(axis=0).astype(np.uint8)
+
+    def instance_map(self, sample: Sample) -> np.ndarray | None:
+        """The label's cells, (S, S) int, 0 background; None where the label does not tell cells apart."""
+        return self._label(sample) if sample.mask_type == "instances" else None
+
+    def _label(self, sample: Sample) -> np.ndarray:
         label = read_mask(sample.label_path)
-        if label.ndim == 3 and len(label) == 1:
-            label = label[0]
-        if label.ndim == 2 and (sample.mask_type in ("classes", "instances") or len(np.unique(label[label > 0])) < 2):
-            return label > 0
-        if self._rule is None:
-            whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
-            rule = MaskRule(sample.mask_type, 2, whole, "the whole range of the label's type")
-        else:
-            rule = MaskRule(**self._rule)
-        return prob_map(label, rule)[0] <= 0.5  # channel 0 is the background
+        label = label[0] if label.ndim == 3 and len(label) == 1 else label
+        if label.ndim != 2:
+            raise InputError(f"{sample.label_path} is a stack of {len(label)} planes, not a label of sample_ddp.py")
+        return label
+
+    def _rule_of(self, sample: Sample, label: np.ndarray) -> MaskRule:
+        """The rule of the mask folder, from the set's settings; else the whole range of the label's type is meant."""
+        if self._rule is not None:
+            return MaskRule(**self._rule)
+        whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
+        return MaskRule(sample.mask_type, self.num_classes, whole, "the whole range of the label's type")
 
     def _sample(self, row: dict[str, str], real_dir: Path | None) -> Sample:
         real = row.get("real_image") or ""
@@ -190,6 +212,17 @@ class SampleSet:
 
 
 _VIEW_FIELDS = ("scaled_height", "scaled_width", "top", "left", "size")  # of data.View, in the order of VIEW_COLUMNS
+
+
+def _holds_ids(label: np.ndarray, num_classes: int) -> bool:
+    """Whether a label of probabilities holds class ids: stacks go out of sample_ddp.py as their most probable class."""
+    return label.dtype.kind in "ui" and label.max(initial=0) < num_classes
+
+
+def describe_provenance(provenance: dict[str, list[str]]) -> list[str]:
+    """One line that says how a set was made; none where the manifest does not say it."""
+    words = [f"{name} {'/'.join(value[:12] for value in values)}" for name, values in provenance.items()]
+    return [f"made with {', '.join(words)}"] if words else []
 
 
 def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:

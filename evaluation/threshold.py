@@ -21,7 +21,7 @@ import numpy as np
 
 from errors import InputError
 from evaluation.overlap import dice
-from evaluation.samples import Sample, SampleSet, write_json
+from evaluation.samples import Sample, SampleSet, describe_provenance, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +159,7 @@ class ThresholdScore:
             f"cells are {'brighter' if self.brighter else 'darker'} than the background, decided on the "
             f"{self.polarity_from} images; gray values in [0, 1]"
         )
-        made = ", ".join(f"{name} {'/'.join(values)}" for name, values in self.provenance.items() if len(values) < 4)
-        if made:
-            lines.append(f"made with {made}")
-        return lines
+        return lines + describe_provenance(self.provenance)
 
 
 def score_by_threshold(samples: SampleSet) -> ThresholdScore:

@@ -42,8 +42,8 @@ def shifted_row(shift: int, row: int = 30, **kinds) -> Row:
 
 
 def shifted_dice(shift: int) -> float:
-    """Dice of two discs of radius 12 at a distance: area of the lens over the area of a disc."""
-    radius = 12.5  # a drawn disk of radius r has about pi (r + 1/2)^2 pixels, less what its corners lose
+    """Dice of two discs at a distance: area of the lens over the area of a disc."""
+    radius = math.sqrt(disk(SIZE, 30, 25, 12).sum() / math.pi)  # of the circle with the drawn disk's area
     half = shift / (2 * radius)
     return (2 * math.acos(half) - 2 * half * math.sqrt(1 - half**2)) / math.pi
 
@@ -105,7 +105,7 @@ def test_extremes_are_worst_median_best_without_the_skipped():
 
 @pytest.mark.parametrize("kinds", [{}, {"cell": 40, "background": 200}], ids=["brighter", "darker"])
 def test_shifted_disks_give_the_dice_of_their_lens_and_real_images_one(tmp_path, kinds):
-    shifts = [0, 6, 12, 30]
+    shifts = [0, 6, 12, 26]
     samples = SampleSet(write_set(tmp_path / "set", [shifted_row(shift, **kinds) for shift in shifts]))
     score = score_by_threshold(samples)
     assert score.brighter == (not kinds) and score.polarity_from == "real"
@@ -176,7 +176,8 @@ def test_gray_value_statistics_are_those_of_all_pixels(tmp_path):
 )
 def test_every_kind_of_label_gives_the_same_cells(tmp_path, mask_type, encode):
     truth = disk(SIZE, 30, 25, 12)
-    samples = SampleSet(write_set(tmp_path / "set", [Row(encode(truth), paint(truth), mask_type=mask_type)]))
+    config = DataConfig(image_size=SIZE, num_classes=3 if mask_type == "classes" else 2)
+    samples = SampleSet(write_set(tmp_path / "set", [Row(encode(truth), paint(truth), mask_type=mask_type)], config))
     assert np.array_equal(samples.foreground(samples.samples[0]), truth)
 
 
@@ -184,9 +185,29 @@ def test_real_image_is_cut_by_the_view_of_its_label(tmp_path):
     whole = paint(disk(200, 70, 120, 12))[:90, :150]  # not square, larger than the crop
     window = disk(200, 70, 120, 12)[20 : 20 + SIZE, 80 : 80 + SIZE]
     row = Row(label_of(window), paint(window), whole, view=(90, 150, 20, 80, SIZE))
-    samples = SampleSet(write_set(tmp_path / "set", [row]))
+    samples = SampleSet(write_set(tmp_path / "set", [row], DataConfig(image_size=SIZE, crop="random")))
     assert np.array_equal(samples.real(samples.samples[0]), paint(window))
     assert score_by_threshold(samples).dice_real == 1
+
+
+def test_center_crop_resizes_the_real_image_as_training_does(tmp_path):
+    whole = paint(disk(2 * SIZE, 60, 50, 24))
+    truth = whole[::2, ::2, 0] > 99
+    row = Row(label_of(truth), paint(truth), whole)
+    samples = SampleSet(write_set(tmp_path / "set", [row]))
+    real = samples.real(samples.samples[0])
+    assert real.shape == (SIZE, SIZE, 3)
+    assert dice(real[..., 0] > 120, truth) > 0.97
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_real_image_of_another_size_than_the_view_was_made_for_is_refused(tmp_path, crop):
+    truth = disk(SIZE, 30, 25, 12)
+    whole = paint(disk(200, 70, 120, 12))[:100, :150]
+    row = Row(label_of(truth), paint(truth), whole, view=(90, 150, 20, 80, SIZE))
+    samples = SampleSet(write_set(tmp_path / "set", [row], DataConfig(image_size=SIZE, crop=crop)))
+    with pytest.raises(InputError, match="150 x 100 pixels"):
+        score_by_threshold(samples)
 
 
 def test_real_image_is_windowed_as_in_training(tmp_path):
@@ -195,6 +216,29 @@ def test_real_image_is_windowed_as_in_training(tmp_path):
     config = DataConfig(image_size=SIZE, window=(0.0, 100.0))
     samples = SampleSet(write_set(tmp_path / "set", [Row(label_of(truth), paint(truth), dark)], config))
     assert np.array_equal(samples.real(samples.samples[0]), paint(truth, cell=255, background=0))
+
+
+def test_real_nuclei_beside_themselves_give_equal_numbers_near_the_known_ceiling(tmp_path):
+    """Otsu's Dice of real 64 px fluorescence crops is known to be about 0.88."""
+    nuclei = ROOT.parent / "shared" / "data" / "nuclei" / "val"
+    if not nuclei.is_dir():
+        pytest.skip("the real nuclei are not on this machine")
+    config = DataConfig(image_size=SIZE, crop="random", window=(0.0, 99.8))
+    rows = []
+    for image_path in sorted((nuclei / "images").glob("fluo_*.png"))[::3]:
+        image = np.array(Image.open(image_path).convert("RGB"))
+        mask = np.array(Image.open(nuclei / "masks" / image_path.name))
+        height, width = mask.shape
+        top, left = (height - SIZE) // 2, (width - SIZE) // 2
+        crop = (slice(top, top + SIZE), slice(left, left + SIZE))
+        rows.append(Row(mask[crop], image[crop], image, view=(height, width, top, left, SIZE)))
+    folder = write_set(tmp_path / "set", rows, config)
+    samples = SampleSet(folder)
+    for sample in samples.samples:
+        Image.fromarray(samples.real(sample)).save(sample.image_path)
+    score = score_by_threshold(SampleSet(folder))
+    assert score.dice_synthetic == score.dice_real and score.mean_difference == 0 and score.brighter
+    assert 0.8 < score.dice_real < 0.95
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -241,6 +285,13 @@ def test_damaged_manifest_is_said_in_words(tmp_path, text, words):
     (tmp_path / "manifest.csv").write_text(text)
     with pytest.raises(InputError, match=words):
         SampleSet(tmp_path)
+
+
+def test_class_beyond_the_sets_classes_is_refused(tmp_path):
+    label = np.full((SIZE, SIZE), 2, np.uint8)
+    folder = write_set(tmp_path / "set", [Row(label, paint(label > 0), mask_type="classes")])
+    with pytest.raises(InputError, match="class 2, the set has 2 classes"):
+        score_by_threshold(SampleSet(folder))
 
 
 def test_label_of_another_size_is_refused(tmp_path):

@@ -70,6 +70,7 @@ class OdeMethod:
         return self.step is None
 
 
+# torchdiffeq's fehlberg2 is left out: at the default tolerances it ends 3 to 10 % off a Gaussian's standard deviation.
 ODE_METHODS = {
     "euler": OdeMethod(1, euler_step, 1),
     "midpoint": OdeMethod(2, midpoint_step, 2),
@@ -78,13 +79,19 @@ ODE_METHODS = {
     "dopri5": OdeMethod(5),
     "dopri8": OdeMethod(8),
     "bosh3": OdeMethod(3),
-    "fehlberg2": OdeMethod(2),
     "adaptive_heun": OdeMethod(2),
 }
 
 
-def solve_adaptive(velocity: Velocity, x: Tensor, times: list[float], method: str, atol: float, rtol: float,
-                   norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def solve_adaptive(
+    velocity: Velocity,
+    x: Tensor,
+    times: list[float],
+    method: str,
+    atol: float,
+    rtol: float,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """States (S, B, ...) at ``times`` (S of them, monotonic) by torchdiffeq's adaptive ``method``.
 
     One error norm spans the batch, so an image depends, within the tolerance, on its batch neighbours.
@@ -96,8 +103,10 @@ def solve_adaptive(velocity: Velocity, x: Tensor, times: list[float], method: st
         return velocity(state, min(max(float(t), low), high))
 
     grid = torch.tensor(times, dtype=torch.float64, device=x.device)
-    # step_t: the last step ends at the end of the interval instead of overstepping it and interpolating back.
-    options: dict[str, object] = {"step_t": grid[-1:]}
+    # Steps must end at the quarters of the interval: at its end, because torchdiffeq else oversteps it and interpolates
+    # back; before, because a flow that starts nearly straight lures it into one giant step (3 % off on a Gaussian).
+    quarters = [times[0] + (times[-1] - times[0]) * i / 4 for i in (1, 2, 3, 4)]
+    options: dict[str, object] = {"step_t": torch.tensor(quarters, dtype=torch.float64, device=x.device)}
     if norm is not None:
         options["norm"] = norm
     return torchdiffeq.odeint(bounded, x, grid, method=method, atol=atol, rtol=rtol, options=options)
@@ -106,8 +115,14 @@ def solve_adaptive(velocity: Velocity, x: Tensor, times: list[float], method: st
 Drift = Callable[[Tensor, float], Tensor]
 
 
-def sde_euler_step(drift: Drift, diffusion: Callable[[float], float], x: Tensor, t: float, h: float, noise: Tensor,
-                   ) -> Tensor:
+def sde_euler_step(
+    drift: Drift,
+    diffusion: Callable[[float], float],
+    x: Tensor,
+    t: float,
+    h: float,
+    noise: Tensor,
+) -> Tensor:
     """Euler-Maruyama (Ito) for dX = drift dt + sqrt(2 diffusion) dW: weak order 1, 1 call per step.
 
     Args:
@@ -124,8 +139,14 @@ def sde_euler_step(drift: Drift, diffusion: Callable[[float], float], x: Tensor,
     return x + h * drift(x, t) + math.sqrt(2 * h * diffusion(t)) * noise
 
 
-def sde_heun_step(drift: Drift, diffusion: Callable[[float], float], x: Tensor, t: float, h: float, noise: Tensor,
-                  ) -> Tensor:
+def sde_heun_step(
+    drift: Drift,
+    diffusion: Callable[[float], float],
+    x: Tensor,
+    t: float,
+    h: float,
+    noise: Tensor,
+) -> Tensor:
     """Stochastic Heun: weak order 2, 2 calls per step.
 
     The noise is additive, so that Ito and Stratonovich are one; its variance is the trapezoid rule's.

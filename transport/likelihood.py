@@ -43,15 +43,17 @@ class LikelihoodSolver:
         nfe: network calls of the last run (each for the whole batch, with its backward passes).
     """
 
-    def __init__(self, transport: Transport, method: str, num_steps: int, atol: float, rtol: float, probes: int,
-                 exact: bool) -> None:
+    def __init__(
+        self, transport: Transport, method: str, num_steps: int, atol: float, rtol: float, probes: int, exact: bool
+    ) -> None:
         self.transport, self.method, self.num_steps = transport, method, num_steps
         self.atol, self.rtol, self.probes, self.exact = atol, rtol, probes, exact
         self.t_min, self.t_max = transport.sample_interval()
         self.nfe = 0
 
-    def __call__(self, x1: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None,
-                 **model_kwargs: object) -> LikelihoodResult:
+    def __call__(
+        self, x1: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None, **model_kwargs: object
+    ) -> LikelihoodResult:
         """Log-densities of a batch; no gradient flows out of it.
 
         Args:
@@ -99,8 +101,9 @@ class LikelihoodSolver:
     def _integrate(self, augmented: Callable[[Tensor, float], Tensor], state: Tensor) -> Tensor:
         row = ODE_METHODS[self.method]
         if row.adaptive:
-            return solve_adaptive(augmented, state, [self.t_max, self.t_min], self.method, self.atol, self.rtol,
-                                  norm=_largest_error)[-1]
+            return solve_adaptive(
+                augmented, state, [self.t_max, self.t_min], self.method, self.atol, self.rtol, norm=_largest_error
+            )[-1]
         times = [self.t_max - (self.t_max - self.t_min) * i / self.num_steps for i in range(self.num_steps + 1)]
         before = None
         for t, t_next in pairwise(times):

@@ -34,8 +34,10 @@ LAST_STEPS: dict[str, str] = {
 def check_finite(x: Tensor, what: str) -> None:
     """Raise FloatingPointError where a sample is not finite."""
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"{what} gave values that are not finite; check the model's output, or give a larger "
-                                 "sample_eps or more steps")
+        raise FloatingPointError(
+            f"{what} gave values that are not finite; check the model's output, or give a larger "
+            "sample_eps or more steps"
+        )
 
 
 class OdeSolver:
@@ -45,8 +47,16 @@ class OdeSolver:
         nfe: network calls of the last run (each for the whole batch).
     """
 
-    def __init__(self, transport: Transport, method: str, num_steps: int, atol: float, rtol: float, reverse: bool,
-                 trajectory: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        method: str,
+        num_steps: int,
+        atol: float,
+        rtol: float,
+        reverse: bool,
+        trajectory: bool,
+    ) -> None:
         self.transport, self.reverse, self.trajectory = transport, reverse, trajectory
         self.method, self.num_steps, self.atol, self.rtol = method, num_steps, atol, rtol
         self.t_min, self.t_max = transport.sample_interval()
@@ -56,14 +66,14 @@ class OdeSolver:
     def planned_calls(self) -> int | None:
         """Network calls of a run with ``num_steps``; None where the method adapts them.
 
-        Where t = 1 is singular, a reverse run saves the call there.
+        Where t = 1 is singular, the first step of a reverse run has one call, or none for euler.
         """
-        row = ODE_METHODS[self.method]
+        row, steps = ODE_METHODS[self.method], self.num_steps
         if row.adaptive:
             return None
-        saved = 1 if self.reverse and self.t_max < 1 else 0
-        starter = 0 if saved and self.num_steps == 1 else row.starter_calls
-        return row.calls * self.num_steps + starter - saved + (saved and row.starter_calls)
+        if not (self.reverse and self.t_max < 1):
+            return row.calls * steps + row.starter_calls
+        return row.order - 1 + row.calls * (steps - 1) + row.starter_calls * (steps > 1)
 
     def __call__(self, x0: Tensor, model: Model, **model_kwargs: object) -> Tensor:
         """Integrate from noise at t = 0 to data at t = 1 (``reverse``: from data to noise).
@@ -97,7 +107,7 @@ class OdeSolver:
         times = [*times[:-1], 1.0]
         if self.reverse:
             times.reverse()
-        kept, before = [x], None
+        kept, before = [x] if self.trajectory else [], None
         for t, t_next in pairwise(times):
             if t == 1 and self.t_max < 1:
                 x = leave_data(field, row.order, x, t_next)
@@ -108,8 +118,9 @@ class OdeSolver:
                 else:
                     x_next = row.step(field.velocity, x, t, t_next - t, v, before and before[2])
                 before, x = (x, t, v), x_next
-            kept = [*kept, x] if self.trajectory else [x]
-        return torch.stack(kept)
+            if self.trajectory:
+                kept.append(x)
+        return torch.stack(kept) if self.trajectory else x[None]
 
     def _adaptive(self, field: ModelField, x: Tensor, times: list[float]) -> Tensor:
         singular = self.t_max < 1
@@ -125,25 +136,37 @@ class OdeSolver:
         return torch.cat([states[:-1], data[None]])
 
 
-def reach_data(field: ModelField, row: OdeMethod, x: Tensor, t: float, v: Tensor, t_middle: float,
-               before: tuple[Tensor, float, Tensor] | None) -> Tensor:
+def reach_data(
+    field: ModelField,
+    row: OdeMethod,
+    x: Tensor,
+    t: float,
+    v: Tensor,
+    t_middle: float,
+    before: tuple[Tensor, float, Tensor] | None,
+) -> Tensor:
     """Last ODE step, from t to t = 1, in straight coordinates (see the top of this file).
 
-    Order 1 is E[x1 given x_t]. Order 2 is the midpoint rule, or Adams-Bashforth with the state ``before`` for ab2.
+    Order 1 is E[x1 given x_t]. Order 2 is the midpoint rule, or, for ab2, the quadratic in 1 - tau with zero slope at
+    the data through E[x1] here and at the state ``before``. All of them combine E[x1] alone: no noise is left.
     """
     path = field.transport.path
     data, noise = path.ends(v, "velocity", x, field.times(x, t))
     if row.order == 1:
         return data
-    if before is None or not row.starter_calls:
+    gap = field.straight_gap(x, t)
+    if before is not None and row.starter_calls:
+        x_other, t_other, v_other = before
+        gap_other = field.straight_gap(x, t_other)
+        weight = gap**2 / (gap**2 - gap_other**2)
+    else:
         c = path.coefficients(field.times(x, t_middle)[0])
         x_other, t_other = c.alpha * data + c.sigma * noise, t_middle
         v_other = field.velocity(x_other, t_other)
-    else:
-        x_other, t_other, v_other = before
-    data_other, noise_other = path.ends(v_other, "velocity", x_other, field.times(x, t_other))
-    gap, gap_other = field.straight_gap(x, t), field.straight_gap(x, t_other)
-    return data + gap**2 / (2 * (gap - gap_other)) * ((data_other - noise_other) - (data - noise))
+        gap_other = field.straight_gap(x, t_other)
+        weight = gap**2 / (2 * gap_other * (gap - gap_other))
+    data_other = path.convert(v_other, "velocity", "data", x_other, field.times(x, t_other))
+    return data + weight * (data_other - data)
 
 
 def leave_data(field: ModelField, order: int, x: Tensor, t: float) -> Tensor:
@@ -167,8 +190,17 @@ class SdeSolver:
         planned_calls: the same, stated beforehand.
     """
 
-    def __init__(self, transport: Transport, method: str, diffusion_form: str, diffusion_norm: float, last_step: str,
-                 last_step_size: float | None, num_steps: int, trajectory: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        method: str,
+        diffusion_form: str,
+        diffusion_norm: float,
+        last_step: str,
+        last_step_size: float | None,
+        num_steps: int,
+        trajectory: bool,
+    ) -> None:
         self.transport, self.method, self.trajectory = transport, method, trajectory
         self.diffusion_form, self.diffusion_norm = diffusion_form, diffusion_norm
         self.last_step, self.num_steps = last_step, num_steps
@@ -187,8 +219,9 @@ class SdeSolver:
         form = DIFFUSION_FORMS[self.diffusion_form]
         return self.diffusion_norm * float(form(self.transport.path, torch.tensor(t, dtype=torch.float64)))
 
-    def __call__(self, x0: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None,
-                 **model_kwargs: object) -> Tensor:
+    def __call__(
+        self, x0: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None, **model_kwargs: object
+    ) -> Tensor:
         """Integrate from noise to data; arguments, result and errors as for ``OdeSolver``.
 
         Args:
@@ -204,18 +237,20 @@ class SdeSolver:
             velocity, score = field.velocity_and_score(x, t)
             return velocity + self.diffusion(t) * score
 
-        step, kept = SDE_METHODS[self.method], [x]
+        step, kept = SDE_METHODS[self.method], [x] if self.trajectory else []
         try:
             for t, t_next in pairwise(self.times):
                 x = step(drift, self.diffusion, x, t, t_next - t, (noise_fn or torch.randn_like)(x))
-                kept = [*kept, x] if self.trajectory else [x]
+                if self.trajectory:
+                    kept.append(x)
             if self.last_step != "None":
                 x = self._finish(field, drift, x)
-                kept = [*kept, x] if self.trajectory else [x]
+                if self.trajectory:
+                    kept.append(x)
         finally:
             self.nfe = field.nfe
         check_finite(x, f"SDE with diffusion form {self.diffusion_form} and method {self.method}")
-        return torch.stack(kept)
+        return torch.stack(kept) if self.trajectory else x[None]
 
     def _finish(self, field: ModelField, drift: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:
         t = self.times[-1]
@@ -231,8 +266,15 @@ class Sampler:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
-    def sample_ode(self, sampling_method: str = "heun", num_steps: int = 25, atol: float = 1e-6, rtol: float = 1e-3,
-                   reverse: bool = False, trajectory: bool = False) -> OdeSolver:
+    def sample_ode(
+        self,
+        sampling_method: str = "heun",
+        num_steps: int = 25,
+        atol: float = 1e-6,
+        rtol: float = 1e-3,
+        reverse: bool = False,
+        trajectory: bool = False,
+    ) -> OdeSolver:
         """A solver of the probability flow ODE.
 
         Args:
@@ -248,9 +290,16 @@ class Sampler:
         check_steps(num_steps, atol, rtol)
         return OdeSolver(self.transport, method, num_steps, atol, rtol, reverse, trajectory)
 
-    def sample_sde(self, sampling_method: str = "Euler", diffusion_form: str = "SBDM", diffusion_norm: float = 1.0,
-                   last_step: str | None = "Tweedie", last_step_size: float | None = None, num_steps: int = 250,
-                   trajectory: bool = False) -> SdeSolver:
+    def sample_sde(
+        self,
+        sampling_method: str = "Euler",
+        diffusion_form: str = "SBDM",
+        diffusion_norm: float = 1.0,
+        last_step: str | None = "Tweedie",
+        last_step_size: float | None = None,
+        num_steps: int = 250,
+        trajectory: bool = False,
+    ) -> SdeSolver:
         """A solver of the reverse-time SDE.
 
         Args:
@@ -267,15 +316,22 @@ class Sampler:
         last_step = choose(last_step, LAST_STEPS, "last step")
         check_steps(num_steps)
         if not diffusion_norm > 0:
-            raise ValueError(f"diffusion_norm is {diffusion_norm}; it must be above 0 (without diffusion, sample the ODE)")
+            raise ValueError(f"diffusion_norm is {diffusion_norm}; it must be above 0 (for none, sample the ODE)")
         if last_step_size is not None and last_step == "None":
             raise ValueError("last_step_size has no effect without a last step; leave one of them out")
         if last_step_size is not None and not 0 < last_step_size < 1:
             raise ValueError(f"last_step_size is {last_step_size}; it must lie between 0 and 1")
         return SdeSolver(self.transport, method, form, diffusion_norm, last_step, last_step_size, num_steps, trajectory)
 
-    def sample_ode_likelihood(self, sampling_method: str = "dopri5", num_steps: int = 50, atol: float = 1e-6,
-                              rtol: float = 1e-3, probes: int = 1, exact: bool = False) -> LikelihoodSolver:
+    def sample_ode_likelihood(
+        self,
+        sampling_method: str = "dopri5",
+        num_steps: int = 50,
+        atol: float = 1e-6,
+        rtol: float = 1e-3,
+        probes: int = 1,
+        exact: bool = False,
+    ) -> LikelihoodSolver:
         """A solver for the log-density of data.
 
         Args:

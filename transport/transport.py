@@ -14,32 +14,28 @@ Model = Callable[..., Tensor]
 
 DEFAULT_EPS = 1e-3  # distance in t kept from an end where the prediction or the score is singular
 
-# Loss weights grow without bound towards an end of the path. They are capped where 1 / (1 - t)^2, the weight of data
-# prediction with the loss on the velocity (Linear path), stands at t = 0.95; Li & He 2025, arXiv 2511.13720, clip there.
+# Loss weights grow without bound towards an end of the path. They are capped at the value that 1 / (1 - t)^2, the
+# weight of data prediction with the loss on the velocity (Linear path), has at t = 0.95, where Li & He 2025,
+# arXiv 2511.13720, clip it.
 LOSS_T_CLIP = 0.05
 MAX_LOSS_WEIGHT = 1 / LOSS_T_CLIP**2
 
 
-def _error_gain(c: Coefficients, prediction: str) -> Tensor:
-    """Error of E[x0 given x_t] that an error of 1 in the loss's residual stands for (up to its sign).
-
-    The residual of "score" is sigma (score error), which is the noise's error.
-    """
-    if prediction == "velocity":
-        return c.alpha / c.wronskian
-    return c.alpha / c.sigma if prediction == "data" else torch.ones_like(c.alpha)
-
-
 def _velocity_weight(c: Coefficients, prediction: str) -> Tensor:
-    return (_error_gain(c, prediction) * c.wronskian / c.alpha) ** 2
+    if prediction == "velocity":
+        return torch.ones_like(c.alpha)
+    return (c.wronskian / (c.sigma if prediction == "data" else c.alpha)) ** 2
 
 
 def _likelihood_weight(c: Coefficients, prediction: str) -> Tensor:
-    return _error_gain(c, prediction) ** 2 * c.wronskian / (c.alpha * c.sigma)
+    if prediction == "velocity":
+        return c.alpha / (c.sigma * c.wronskian)
+    return c.alpha * c.wronskian / c.sigma**3 if prediction == "data" else c.wronskian / (c.alpha * c.sigma)
 
 
-# What a weight makes of the squared error of the prediction; "velocity": the squared error of the velocity;
-# "likelihood": SBDM diffusion x squared error of the score, whose integral bounds the likelihood.
+# Factors of the squared residual of the prediction (of sigma x score for "score", which makes it the noise's).
+# "velocity" makes it the squared error of the velocity; "likelihood" makes it SBDM diffusion x squared error of the
+# score, whose integral bounds the likelihood.
 LOSS_WEIGHTS: dict[str, Callable[[Coefficients, str], Tensor]] = {
     "None": lambda c, prediction: torch.ones_like(c.alpha),
     "velocity": _velocity_weight,
@@ -78,7 +74,7 @@ class Transport:
         return start, end
 
     def train_interval(self) -> tuple[float, float]:
-        """Times [t_min, t_max] that training draws from: ``train_eps`` from both ends, default 0.001 from singular ones."""
+        """Times [t_min, t_max] of training: ``train_eps`` from both ends, by default 0.001 from singular ones."""
         if self.train_eps is not None:
             return self.train_eps, 1 - self.train_eps
         start, end = self.singular_ends()
@@ -96,8 +92,10 @@ class Transport:
             return DEFAULT_EPS * start, 1 - DEFAULT_EPS * end
         if self.sample_eps == 0 and (start or end):
             where = "t = 0" if start else "t = 1"
-            raise ValueError(f"sample_eps is 0, but prediction {self.prediction!r} on {type(self.path).__name__} is "
-                             f"singular at {where}; give sample_eps > 0 (default {DEFAULT_EPS})")
+            raise ValueError(
+                f"sample_eps is 0, but prediction {self.prediction!r} on {type(self.path).__name__} is "
+                f"singular at {where}; give sample_eps > 0 (default {DEFAULT_EPS})"
+            )
         return self.sample_eps, 1 - self.sample_eps
 
     def sample_times(self, size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -106,8 +104,12 @@ class Transport:
         draw = TIME_SAMPLINGS[self.time_sampling](size, device, self.time_mean, self.time_std)
         return t_min + (t_max - t_min) * draw
 
-    def training_losses(self, model: Model, x1: Tensor, model_kwargs: Mapping[str, object] | None = None,
-                        ) -> dict[str, Tensor]:
+    def training_losses(
+        self,
+        model: Model,
+        x1: Tensor,
+        model_kwargs: Mapping[str, object] | None = None,
+    ) -> dict[str, Tensor]:
         """Draw times and noise, call the model once and weigh its squared error.
 
         Args:
@@ -142,13 +144,22 @@ class Transport:
 def check_output(output: Tensor, x: Tensor) -> None:
     """Raise ValueError where a model's output is not shaped like its input."""
     if output.shape != x.shape:
-        raise ValueError(f"the model returned {tuple(output.shape)} for an input of {tuple(x.shape)}; they must be "
-                         "equal (a model with learn_sigma returns twice the channels)")
+        raise ValueError(
+            f"the model returned {tuple(output.shape)} for an input of {tuple(x.shape)}; they must be "
+            "equal (a model with learn_sigma returns twice the channels)"
+        )
 
 
-def create_transport(path_type: str = "Linear", prediction: str = "velocity", loss_weight: str | None = None,
-                     train_eps: float | None = None, sample_eps: float | None = None, time_sampling: str = "uniform",
-                     time_mean: float = 0.0, time_std: float = 1.0) -> Transport:
+def create_transport(
+    path_type: str = "Linear",
+    prediction: str = "velocity",
+    loss_weight: str | None = None,
+    train_eps: float | None = None,
+    sample_eps: float | None = None,
+    time_sampling: str = "uniform",
+    time_mean: float = 0.0,
+    time_std: float = 1.0,
+) -> Transport:
     """A checked ``Transport``. Names are case-insensitive.
 
     Args:
@@ -168,17 +179,26 @@ def create_transport(path_type: str = "Linear", prediction: str = "velocity", lo
     prediction = choose(prediction, PREDICTIONS, "prediction")
     loss_weight = choose(loss_weight, LOSS_WEIGHTS, "loss weight")
     if loss_weight == prediction == "velocity":
-        raise ValueError("loss weight 'velocity' has no effect on prediction 'velocity', whose loss it already is; "
-                         "leave it out")
+        raise ValueError(
+            "loss weight 'velocity' has no effect on prediction 'velocity', whose loss it already is; leave it out"
+        )
     for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
         if eps is not None and not 0 <= eps < 0.5:
             raise ValueError(f"{name} is {eps}; it must lie in [0, 0.5)")
     if train_eps == 0 and prediction == "velocity" and not path.finite_velocity_end:
-        raise ValueError(f"train_eps is 0, but the velocity of path {path_type} is infinite at t = 1; give train_eps > 0")
+        raise ValueError(f"train_eps is 0, but the velocity of path {path_type} is infinite at t = 1; give one above 0")
     if not time_std > 0:
         raise ValueError(f"time_std is {time_std}; it must be above 0")
-    return Transport(path, prediction, loss_weight, train_eps, sample_eps,
-                     choose(time_sampling, TIME_SAMPLINGS, "time sampling"), time_mean, time_std)
+    return Transport(
+        path,
+        prediction,
+        loss_weight,
+        train_eps,
+        sample_eps,
+        choose(time_sampling, TIME_SAMPLINGS, "time sampling"),
+        time_mean,
+        time_std,
+    )
 
 
 class ModelField:
@@ -218,8 +238,10 @@ class ModelField:
     def velocity_and_score(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Velocity and score, both (B, ...), from one call."""
         output, times = self.output(x, t), self.times(x, t)
-        velocity, score = (self.transport.path.convert(output, self.transport.prediction, target, x, times)
-                           for target in ("velocity", "score"))
+        velocity, score = (
+            self.transport.path.convert(output, self.transport.prediction, target, x, times)
+            for target in ("velocity", "score")
+        )
         return velocity, score
 
     def straight_gap(self, x: Tensor, t: float) -> Tensor:

@@ -1,0 +1,357 @@
+"""Does the image follow its mask, judged by a segmenter that knows real cells only.
+
+A small U-Net is trained on real pairs and run on the synthetic images; its segmentation is compared with the masks that
+the images were made from. The same judge on real images that it has not seen gives the ceiling: no synthetic set needs
+to score higher than real images do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+import torch
+
+from data import MaskFolder, PairedFolder, pair_files
+from errors import InputError
+from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, mean_of_known
+from evaluation.judge import Judge, JudgeConfig, load_or_train_judge, path_sha256
+from evaluation.overlap import dice
+from evaluation.samples import SampleSet, describe_provenance, write_json, write_manifest
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 0.2
+WINDOWS_PER_IMAGE = 4  # of a held-out image under --crop random
+FIDELITY_COLUMN = "fidelity_dice"
+BOUNDARY_SHARE = 0.0075  # of the image's diagonal; never below one pixel
+
+
+class LabelledImage(NamedTuple):
+    """What the judge is asked about.
+
+    Attributes:
+        image: uint8 (S, S, 3).
+        classes: (S, S) uint8 true class ids.
+        cells: (S, S) int true instance map.
+    """
+
+    image: np.ndarray
+    classes: np.ndarray
+    cells: np.ndarray
+
+
+@dataclass
+class AgreementScore:
+    """Agreement of the judge with the masks of one set of images; None where nothing can be said.
+
+    Attributes:
+        images: images judged.
+        dice: mean over the images whose mask holds a cell, foreground against background.
+        iou: per class, over all pixels of the set.
+        ap: IoU threshold -> average precision of single cells.
+        pq: panoptic quality of cells.
+        boundary_f: mean F-score of the foreground's boundary.
+        count_error: mean absolute difference of the number of cells per image.
+        per_image: foreground Dice of every image; without a cell in the mask 1 or 0, for none or some found.
+    """
+
+    images: int
+    dice: float | None
+    iou: list[float | None]
+    ap: dict[str, float | None]
+    pq: float | None
+    boundary_f: float | None
+    count_error: float | None
+    per_image: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain types without the values of the single images."""
+        content = asdict(self)
+        del content["per_image"]
+        return content
+
+
+@dataclass
+class FidelityReport:
+    """Result of ``score_fidelity``."""
+
+    synthetic: AgreementScore
+    real: AgreementScore
+    real_images_are: str
+    judge_pairs: int
+    judge_key: str
+    judge_cached: bool
+    masks_seen_by_judge: int
+    provenance: dict[str, list[str]]
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        nested = {"synthetic": self.synthetic.to_dict(), "real": self.real.to_dict()}
+        rest = {name: value for name, value in vars(self).items() if name not in nested}
+        return nested | rest
+
+    def lines(self) -> list[str]:
+        """The table that the command prints."""
+        rows = [("Dice of the cells", self.synthetic.dice, self.real.dice)]
+        for number, (synthetic, real) in enumerate(zip(self.synthetic.iou, self.real.iou, strict=True)):
+            rows.append((f"IoU of class {number}", synthetic, real))
+        rows += [(f"AP at IoU {name}", value, self.real.ap[name]) for name, value in self.synthetic.ap.items()]
+        rows.append(("panoptic quality", self.synthetic.pq, self.real.pq))
+        rows.append(("boundary F", self.synthetic.boundary_f, self.real.boundary_f))
+        rows.append(("count error per image", self.synthetic.count_error, self.real.count_error))
+        lines = [f"{'':24}{'synthetic':>11}{'real':>11}"]
+        for title, *values in rows:
+            lines.append(f"{title:24}" + "".join(f"{'-' if v is None else format(v, '.3f'):>11}" for v in values))
+        lines.append(
+            f"{self.synthetic.images} synthetic images; real: {self.real.images} images, {self.real_images_are}"
+        )
+        seen = f"; {self.masks_seen_by_judge} images were made from masks that it knows" * bool(
+            self.masks_seen_by_judge
+        )
+        lines.append(f"the judge learned from {self.judge_pairs} real pairs{seen}")
+        return lines + describe_provenance(self.provenance)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_agreement(
+    segment: Callable[[Sequence[np.ndarray]], np.ndarray],
+    images: Iterator[LabelledImage],
+    num_classes: int,
+    separated: bool = False,
+    batch_size: int = 16,
+) -> AgreementScore:
+    """Compare a segmenter with the labels of images.
+
+    Args:
+        segment: list of uint8 (S, S, 3) -> (B, S, S) uint8 class ids (``Judge.class_maps``).
+        images: what to judge.
+        num_classes: K.
+        separated: class 2 is the border between touching cells (instances with K = 3).
+        batch_size: images segmented at once.
+
+    Raises:
+        InputError: there is no image.
+    """
+    counts, table = InstanceCounts(), np.zeros((num_classes, num_classes), np.int64)
+    per_image, with_cells, boundaries = [], [], []
+    for batch in _batches(images, batch_size):
+        for predicted, item in zip(segment([item.image for item in batch]), batch, strict=True):
+            found, truth = predicted > 0, item.classes > 0
+            per_image.append(dice(found, truth))
+            if truth.any():
+                with_cells.append(per_image[-1])
+            tolerance = max(1.0, BOUNDARY_SHARE * math.hypot(*truth.shape))
+            boundaries.append(boundary_f(found, truth, tolerance))
+            counts.add(cells_of_classes(predicted, separated), item.cells)
+            np.add.at(table, (item.classes.ravel(), predicted.ravel()), 1)
+    if not per_image:
+        raise InputError("there is no image to judge; give a folder with images and masks")
+    return AgreementScore(
+        images=len(per_image),
+        dice=mean_of_known(with_cells),
+        iou=class_iou(table),
+        ap={str(threshold): counts.ap(threshold) for threshold in AP_THRESHOLDS},
+        pq=counts.pq,
+        boundary_f=mean_of_known(boundaries),
+        count_error=counts.count_error,
+        per_image=per_image,
+    )
+
+
+def class_iou(table: np.ndarray) -> list[float | None]:
+    """IoU of every class from a (K, K) table of pixel counts, truth by prediction; None for a class that is nowhere."""
+    hits = np.diag(table)
+    union = table.sum(axis=0) + table.sum(axis=1) - hits
+    return [float(hit / total) if total else None for hit, total in zip(hits, union, strict=True)]
+
+
+def cells_of_classes(classes: np.ndarray, separated: bool) -> np.ndarray:
+    """Instance map of a predicted class map: connected components, with ``separated`` cut along class 2.
+
+    Args:
+        classes: (H, W) class ids.
+        separated: components of class 1, each grown into the nearest pixels of class 2.
+    """
+    if not separated:
+        return connected_cells(classes > 0)
+    cores = connected_cells(classes == 1)
+    if not cores.any():
+        return connected_cells(classes > 0)
+    rows, columns = scipy.ndimage.distance_transform_edt(cores == 0, return_distances=False, return_indices=True)
+    return np.where(classes > 0, cores[rows, columns], 0)
+
+
+def _batches(images: Iterator[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:
+    batch: list[LabelledImage] = []
+    for item in images:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# --- which pairs teach, which are held out ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of the pairs that teach the judge and of those held out (empty: the set's own real images are judged)."""
+
+    train: list[str]
+    held_out: list[str]
+    masks_seen: int
+
+
+def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) -> Split:
+    """Decide what the judge learns from, so that it has not seen what it judges.
+
+    1. The set names its real images: pairs whose mask is in the set are kept from the judge, and the real images of the
+       very same masks give the ceiling. (Needs a fifth of the pairs, at least four, to be left for the judge.)
+    2. Otherwise a fifth of the pairs is held out, chosen by a hash of seed and name. Masks of the set can then be among
+       those that the judge knows; their number is reported.
+
+    Raises:
+        InputError: fewer than two pairs.
+    """
+    pairs = pair_files(image_dir, mask_dir)
+    used = {sample.columns.get("source_mask_sha256", "") for sample in samples.samples} - {""}
+    hashes = {pair.name: path_sha256(pair.mask_path) for pair in pairs}
+    free = [pair.name for pair in pairs if hashes[pair.name] not in used]
+    if samples.has_real and used and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
+        return Split(free, [], 0)
+    if len(pairs) < 2:
+        raise InputError(
+            f"{image_dir} holds one pair; the judge needs at least two, one to learn from and one held out"
+        )
+    names = sorted(hashes, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    held_out = max(1, round(HELD_OUT_SHARE * len(names)))
+    known = {hashes[name] for name in names[held_out:]}
+    seen = sum(sample.columns.get("source_mask_sha256") in known for sample in samples.samples)
+    return Split(sorted(names[held_out:]), sorted(names[:held_out]), seen)
+
+
+# --- the measure -----------------------------------------------------------------------------------------------------
+
+
+def score_fidelity(
+    samples: SampleSet,
+    image_dir: str,
+    mask_dir: str,
+    cache_dir: str | os.PathLike,
+    mask_type: str = "auto",
+    steps: int = 400,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> FidelityReport:
+    """Train (or load) the judge of the real pairs and compare it with the set's masks, beside real images.
+
+    Args:
+        samples: the synthetic set.
+        image_dir: real images.
+        mask_dir: their masks.
+        cache_dir: where judges are kept.
+        mask_type: what the masks hold.
+        steps: training steps of the judge.
+        seed: of the judge and of the held-out share.
+        device: None takes the GPU where there is one.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: unusable files, or a set without settings.
+    """
+    if samples.config is None:
+        raise InputError(f"{samples.folder}/settings.json has no data_config; sample the set again with sample_ddp.py")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    split = split_pairs(samples, image_dir, mask_dir, seed)
+    pairs = PairedFolder(
+        image_dir,
+        mask_dir,
+        samples.config,
+        mask_type,
+        seed=seed,
+        progress=progress,
+        names=split.train,
+        normalize=bool((samples.settings.get("mask_rule") or {}).get("normalize")),
+    )
+    config = JudgeConfig(num_classes=samples.num_classes, steps=steps, seed=seed)
+    judge, key, cached = load_or_train_judge(pairs, config, cache_dir, device, progress)
+    separated = pairs.rule.mask_type == "instances" and samples.num_classes == 3
+    if split.held_out:
+        real_images = held_out_images(image_dir, mask_dir, pairs, split.held_out, seed)
+        real_are = "held-out pairs"
+    else:
+        real_images, real_are = set_images(samples, real=True), "those of the same masks"
+    return FidelityReport(
+        synthetic=_judge(judge, set_images(samples, real=False), samples.num_classes, separated),
+        real=_judge(judge, real_images, samples.num_classes, separated),
+        real_images_are=real_are + ", which the judge has not seen",
+        judge_pairs=len(pairs),
+        judge_key=key,
+        judge_cached=cached,
+        masks_seen_by_judge=split.masks_seen,
+        provenance=samples.provenance(),
+    )
+
+
+def _judge(judge: Judge, images: Iterator[LabelledImage], num_classes: int, separated: bool) -> AgreementScore:
+    return score_agreement(judge.class_maps, images, num_classes, separated)
+
+
+def set_images(samples: SampleSet, real: bool) -> Iterator[LabelledImage]:
+    """The images of a set, synthetic or real, with the labels that both belong to."""
+    for sample in samples.samples:
+        classes = samples.class_map(sample)
+        image = samples.real(sample) if real else samples.synthetic(sample)
+        if image.shape[:2] != classes.shape:
+            raise InputError(f"{sample.image_path} and its label have different sizes; sample the set again")
+        cells = samples.instance_map(sample)
+        yield LabelledImage(image, classes, connected_cells(classes > 0) if cells is None else cells)
+
+
+def held_out_images(
+    image_dir: str, mask_dir: str, pairs: PairedFolder, names: Sequence[str], seed: int
+) -> Iterator[LabelledImage]:
+    """Real pairs as the judge's training data are read, the same squares at every call."""
+    folder = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=pairs.rule.normalize)
+    for number, name in enumerate(names):
+        for window in range(WINDOWS_PER_IMAGE if pairs.config.crop == "random" else 1):
+            item = folder.load(name, rng=np.random.default_rng([seed, number, window]))
+            image = np.rint((np.asarray(item.image).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)  # (S, S, C)
+            classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
+            cells = item.label if pairs.rule.mask_type == "instances" else connected_cells(classes > 0)
+            yield LabelledImage(np.broadcast_to(image, (*image.shape[:2], 3)), classes, cells)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_fidelity_report(samples: SampleSet, report: FidelityReport) -> Path:
+    """Write ``evaluation/fidelity.json``, and the column ``fidelity_dice`` into the manifest.
+
+    Returns:
+        The folder.
+    """
+    folder = samples.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "fidelity.json", report.to_dict())
+    columns = [name for name in samples.columns if name != FIDELITY_COLUMN] + [FIDELITY_COLUMN]
+    rows = [
+        sample.columns | {FIDELITY_COLUMN: f"{value:.4f}"}
+        for sample, value in zip(samples.samples, report.synthetic.per_image, strict=True)
+    ]
+    write_manifest(samples.folder, columns, rows)
+    return folder

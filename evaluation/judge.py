@@ -1,0 +1,172 @@
+"""The judge of mask fidelity: a small U-Net that learned from real pairs what a cell looks like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import PairedFolder
+from errors import InputError
+from mask_rules import to_prob_map
+
+logger = logging.getLogger(__name__)
+
+JUDGE_VERSION = 1  # raise it when the same data and settings would give another judge
+CHANNELS = (16, 32, 64, 128)
+STRIDE = 8  # three halvings: sides are padded to a multiple
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """How a judge is trained. ``steps`` is the budget, the same for every share of data."""
+
+    num_classes: int
+    steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+class Judge:
+    """A trained segmenter.
+
+    Args:
+        network: (B, 3, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
+        device: where it runs.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network = network.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def class_maps(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Most probable class of every pixel.
+
+        Args:
+            images: B arrays uint8 (S, S, 3).
+
+        Returns:
+            (B, S, S) uint8.
+        """
+        batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S)
+        logits = predict(self.network, batch.float() / 127.5 - 1)
+        return logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
+
+
+def predict(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, K, H, W) of images (B, 3, H, W) of any size: padded at the right and bottom, cut again."""
+    height, width = images.shape[-2:]
+    padding = (0, -width % STRIDE, 0, -height % STRIDE)
+    return network(F.pad(images, padding, mode="replicate"))[..., :height, :width]
+
+
+def build_network(num_classes: int, seed: int = 0) -> nn.Module:
+    """The U-Net of MONAI that the judge is (Ronneberger et al. 2015, arXiv 1505.04597); the global stream stays put."""
+    strides = (2,) * (len(CHANNELS) - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet(
+            spatial_dims=2, in_channels=3, out_channels=num_classes, channels=CHANNELS, strides=strides, num_res_units=1
+        )
+
+
+def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
+    """Train the U-Net on real pairs; the same data and config give the same network on the same machine.
+
+    Args:
+        pairs: real images and masks, as the generator saw them.
+        config: budget and seed.
+        device: where to train.
+        progress: show a progress bar.
+
+    Returns:
+        The network, on ``device``.
+    """
+    network = build_network(config.num_classes, config.seed).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
+    loss_of = DiceCELoss(softmax=True, batch=True)
+    order = np.random.default_rng(config.seed)
+    queue: list[int] = []
+    bar = tqdm(range(config.steps), desc="training the judge", disable=None if progress else True)
+    for step in bar:
+        while len(queue) < config.batch_size:
+            queue += order.permutation(len(pairs)).tolist()
+        indices, queue = queue[: config.batch_size], queue[config.batch_size :]
+        examples = [pairs[index, step * config.batch_size + place] for place, index in enumerate(indices)]
+        images = torch.stack([example["image"] for example in examples]).to(device)  # (B, C, S, S)
+        masks = torch.stack([example["mask"] for example in examples]).to(device)
+        loss = loss_of(
+            predict(network, images.expand(-1, 3, -1, -1)), to_prob_map(masks, config.num_classes)
+        )  # soft masks stay soft
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step + 1 == config.steps:
+            logger.info("judge: step %d of %d, loss %.4f", step + 1, config.steps, loss.item())
+    return network
+
+
+def load_or_train_judge(
+    pairs: PairedFolder, config: JudgeConfig, cache_dir: str | os.PathLike, device: torch.device, progress: bool = False
+) -> tuple[Judge, str, bool]:
+    """The judge of these pairs and settings, from the cache where it has been trained before.
+
+    Returns:
+        The judge, its key (a hash of data and settings) and whether it came from the cache.
+    """
+    key = judge_key(pairs, config)
+    path = Path(cache_dir) / f"judge-{key[:24]}.pt"
+    network = build_network(config.num_classes)
+    if path.is_file():
+        try:
+            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return Judge(network, device), key, True
+        except Exception as error:  # a damaged file can raise anything; it can be made again
+            logger.warning("%s is damaged (%s): training the judge again", path, type(error).__name__)
+    network = train_judge(pairs, config, device, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, temporary)
+    temporary.replace(path)
+    return Judge(network, device), key, False
+
+
+def judge_key(pairs: PairedFolder, config: JudgeConfig) -> str:
+    """sha256 of everything that decides the judge: the files, how they are read, and the training settings."""
+    settings = {
+        "version": JUDGE_VERSION,
+        "judge": asdict(config),
+        "data": pairs.config.to_dict(),
+        "mask_type": pairs.rule.mask_type,
+        "mask_maximum": pairs.rule.maximum,
+        "files": [[pair.name, path_sha256(pair.image_path), path_sha256(pair.mask_path)] for pair in pairs.pairs],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def path_sha256(path: Path) -> str:
+    """sha256 of a file, or of a folder's files in order of their names (one mask file per nucleus)."""
+    if path.is_dir():
+        parts = [path_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error

@@ -1,0 +1,501 @@
+"""Reading and pairing: every file is decoded as stored or refused in words, whatever its bytes are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import image_files
+from errors import InputError
+from image_files import find_files, pair_files, read_image, read_mask
+
+READERS = Path(__file__).parents[2] / "shared" / "data" / "readers"
+needs_readers = pytest.mark.skipif(not READERS.is_dir(), reason="the reader files in ../shared/data/readers are absent")
+
+HEIGHT, WIDTH = 37, 52
+
+
+def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if np.dtype(dtype).kind == "f":
+        return rng.normal(size=shape).astype(dtype)
+    return rng.integers(np.iinfo(dtype).max, size=shape, dtype=dtype, endpoint=True)
+
+
+def save(path: Path, array: np.ndarray, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.startswith(".tif"):
+        tifffile.imwrite(path, array, **options)
+    else:
+        Image.fromarray(array).save(path, **options)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------ real files
+
+
+def manifest_rows() -> list[dict[str, str]]:
+    if not READERS.is_dir():
+        return []
+    with (READERS / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_readers
+@pytest.mark.parametrize("row", manifest_rows(), ids=lambda row: row["file"][-30:])
+def test_every_reader_file_is_decoded_as_its_manifest_says_or_refused_in_words(row):
+    path = READERS / row["file"]
+    if int(row["pages"]) > 1:
+        for read in (read_image, read_mask):
+            with pytest.raises(InputError, match=r"3-D stack of 31 planes.*save the planes"):
+                read(path)
+        return
+    shape = tuple(int(n) for n in row["shape"].split("x"))
+    is_image = row["role"] in ("image", "not an image")
+    array = read_image(path) if is_image else read_mask(path)
+    assert array.dtype == (np.float32 if is_image and row["dtype"] == "float64" else row["dtype"])
+    assert array.shape[:2] == shape[:2]
+    if is_image:
+        assert array.shape[2] == (3 if len(shape) == 3 else 1)  # the alpha channels of these files are opaque
+        assert len(np.unique(array)) <= int(row["unique"])
+    else:
+        assert len(np.unique(array)) == int(row["unique"])
+        assert (array.min(), array.max()) == pytest.approx((float(row["min"]), float(row["max"])))
+
+
+@needs_readers
+@pytest.mark.parametrize(
+    ("name", "nuclei", "size"), [("fluo", 7, (256, 256)), ("pw", 10, (256, 320)), ("pp", 12, (256, 320))]
+)
+def test_dsb_folders_become_one_label_map_each(name, nuclei, size):
+    pairs = {pair.name: pair for pair in pair_files(READERS / "dsb_original", READERS / "dsb_original")}
+    assert sorted(pairs) == ["fluo", "pp", "pw"]
+    labels = read_mask(pairs[name].mask_path)
+    assert labels.shape == size == read_image(pairs[name].image_path).shape[:2]
+    assert sorted(np.unique(labels)) == list(range(nuclei + 1))
+    first = read_mask(sorted((READERS / "dsb_original" / name / "masks").iterdir())[0])
+    assert np.array_equal(labels == 1, first > 0)
+
+
+# ------------------------------------------------------------------------------------------------------ written files
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.uint32, np.float16, np.float32])
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "zstd", "packbits"])
+def test_tiff_keeps_dtype_and_values(tmp_path, dtype, compression):
+    array = noise(HEIGHT, WIDTH, dtype=dtype)
+    path = save(tmp_path / "a.tif", array, compression=compression, byteorder=">")
+    assert np.array_equal(read_image(path)[:, :, 0], array)
+    assert read_image(path).dtype == dtype
+    assert np.array_equal(read_mask(path), array)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5])
+@pytest.mark.parametrize("writer", ["imagej", "ome", "planar"])
+def test_channels_of_a_tiff_come_last(tmp_path, channels, writer):
+    array = noise(channels, HEIGHT, WIDTH, dtype=np.uint16)
+    if writer == "planar":
+        options = {"photometric": "minisblack", "planarconfig": "separate"}
+    else:
+        options = {writer: True, "metadata": {"axes": "CYX"}}
+    path = save(tmp_path / "a.ome.tif", array, **options)
+    assert np.array_equal(read_image(path), array.transpose(1, 2, 0))
+
+
+def test_16_bit_png_keeps_its_bits_gray_and_colour(tmp_path):
+    for channels in (1, 3, 4):
+        array = noise(HEIGHT, WIDTH, channels, dtype=np.uint16)
+        path = tmp_path / f"{channels}.png"
+        path.write_bytes(imagecodecs.png_encode(array if channels > 1 else array[:, :, 0]))
+        assert np.array_equal(read_image(path), array)
+        assert read_image(path).dtype == np.uint16
+
+
+def test_alpha_is_dropped_only_where_it_is_opaque(tmp_path):
+    array = noise(HEIGHT, WIDTH, 4)
+    array[:, :, 3] = 255
+    assert np.array_equal(read_image(save(tmp_path / "a.png", array)), array[:, :, :3])
+    array[3, 5, 3] = 254
+    assert read_image(save(tmp_path / "b.png", array)).shape == (HEIGHT, WIDTH, 4)
+    with pytest.raises(InputError, match="partly transparent"):
+        read_mask(tmp_path / "b.png")
+
+
+def test_content_decides_and_not_the_suffix(tmp_path):
+    array = noise(HEIGHT, WIDTH)
+    save(tmp_path / "a.png", array).rename(tmp_path / "a.tif")
+    assert np.array_equal(read_mask(tmp_path / "a.tif"), array)
+
+
+def test_jpeg_and_bmp_and_one_bit_are_read(tmp_path):
+    array = np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)
+    assert abs(read_image(save(tmp_path / "a.jpg", array)).astype(int) - 90).max() <= 2
+    assert np.array_equal(read_image(save(tmp_path / "a.bmp", array)), array)
+    cells = noise(HEIGHT, WIDTH) > 127
+    Image.fromarray(cells).save(tmp_path / "b.png")
+    tifffile.imwrite(tmp_path / "b.tif", cells)
+    for name in ("b.png", "b.tif"):
+        assert np.array_equal(read_mask(tmp_path / name), np.where(cells, 255, 0))
+
+
+def test_palette_masks_keep_indices_unless_the_palette_is_gray(tmp_path):
+    indices = noise(HEIGHT, WIDTH) % 3
+    for name, palette, expected in (
+        ("colour", [0, 0, 0, 128, 0, 0, 0, 128, 0], indices),
+        ("gray", [255, 255, 255, 0, 0, 0, 7, 7, 7], np.array([255, 0, 7], dtype=np.uint8)[indices]),
+    ):
+        image = Image.fromarray(indices).convert("P")
+        image.putpalette(palette)
+        image.save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_mask(tmp_path / f"{name}.png"), expected)
+    assert np.array_equal(read_image(tmp_path / "colour.png")[indices == 1], [[128, 0, 0]] * (indices == 1).sum())
+
+
+def test_rgb_masks_are_taken_only_without_colour(tmp_path):
+    array = np.repeat(noise(HEIGHT, WIDTH, 1), 3, axis=2)
+    assert np.array_equal(read_mask(save(tmp_path / "a.png", array)), array[:, :, 0])
+    array[0, 0, 0] ^= 1
+    with pytest.raises(InputError, match="holds colours"):
+        read_mask(save(tmp_path / "b.png", array))
+
+
+def test_soft_stacks_come_from_npy_npz_and_float_tiff(tmp_path):
+    stack = np.random.default_rng(0).dirichlet(np.ones(3), (HEIGHT, WIDTH)).transpose(2, 0, 1).astype(np.float32)
+    np.save(tmp_path / "a.npy", stack)
+    np.savez_compressed(tmp_path / "b.npz", stack)
+    tifffile.imwrite(tmp_path / "c.tif", stack, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "d.tif", np.ascontiguousarray(stack.transpose(1, 2, 0)), photometric="rgb")
+    for file in sorted(tmp_path.iterdir()):
+        assert np.array_equal(read_mask(file), stack), file.name
+    tifffile.imwrite(tmp_path / "e.tif", (stack * 255).astype(np.uint8), photometric="minisblack")
+    with pytest.raises(InputError, match="3-D stack of 3 planes"):
+        read_mask(tmp_path / "e.tif")
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("trap_was_sprung"),))
+
+
+def test_no_file_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "a.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "b.npz", np.array([Trap()], dtype=object))
+    for name in ("a.npy", "b.npz"):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_mask(tmp_path / name)
+    assert not (tmp_path / "trap_was_sprung").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_refused(tmp_path, value):
+    array = noise(HEIGHT, WIDTH, dtype=np.float32)
+    array[5, 6] = value
+    path = save(tmp_path / "a.tif", array)
+    for read in (read_image, read_mask):
+        with pytest.raises(InputError, match="NaN or infinite"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "words"),
+    [
+        ("empty.png", lambda p: p.write_bytes(b""), "0 bytes"),
+        ("text.png", lambda p: p.write_text("<html>not found</html>"), "damaged or no image file"),
+        ("absent.png", lambda p: None, "no such file"),
+        ("white.tif", lambda p: Image.new("L", (9, 7)).save(p, tiffinfo={262: 0}), "white is zero"),
+        ("complex.tif", lambda p: tifffile.imwrite(p, np.ones((9, 7), np.complex64)), "complex64"),
+        ("two.tif", lambda p: [tifffile.imwrite(p, noise(9, n), append=n > 7) for n in (7, 8)], "2 images"),
+        ("volume.tif", lambda p: tifffile.imwrite(p, noise(2, 3, 9, 7), photometric="minisblack"),
+         "2 x 3 x 9 x 7"),
+        ("turned.jpg", lambda p: Image.new("L", (9, 7)).save(p, exif=turned()), "rotation tag"),
+        ("film.png", lambda p: Image.new("L", (9, 7)).save(p, save_all=True, append_images=[Image.new("L", (9, 7), 9)]),
+         "animation of 2"),
+        ("flat.npy", lambda p: np.save(p, np.ones(5)), r"\(H, W\)"),
+        ("words.npy", lambda p: np.save(p, np.array([["a"]])), r"\(H, W\)"),
+        ("two.npz", lambda p: np.savez(p, a=np.ones((3, 3)), b=np.ones((3, 3))), "2 arrays"),
+    ],
+)  # fmt: skip
+def test_unusable_files_are_refused_in_words(tmp_path, name, write, words):
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=words) as caught:
+        read_mask(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    content = bytearray(SAMPLES["gray.png"])
+    content[12:33] = header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "bomb.png").write_bytes(content)
+    tifffile.imwrite(tmp_path / "bomb.tif", noise(9, 7), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "bomb.tif", mode="r+") as tiff:
+        for tag in ("ImageWidth", "ImageLength"):
+            tiff.pages[0].tags[tag].overwrite(70_000)
+    np.lib.format.open_memmap(tmp_path / "bomb.npy", "w+", np.uint8, (2, 40000, 40000))  # a sparse file
+    start = time.perf_counter()
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(InputError, match=r"GiB.*cut it into tiles"):
+            read_mask(file)
+    assert time.perf_counter() - start < 2
+
+
+def test_folders_links_and_pipes_in_place_of_files_are_refused(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("a.png", "no such file|link"), ("pipe.png", "no regular file"), ("empty", "no nucleus")):
+        with pytest.raises(InputError, match=words):
+            read_mask(tmp_path / name)
+
+
+def test_folders_of_nuclei_that_do_not_fit_are_refused(tmp_path):
+    save(tmp_path / "sizes" / "1.png", np.zeros((5, 6), np.uint8))
+    save(tmp_path / "sizes" / "2.png", np.zeros((5, 7), np.uint8))
+    with pytest.raises(InputError, match="7 x 5 pixels"):
+        read_mask(tmp_path / "sizes")
+    save(tmp_path / "gray" / "1.png", noise(5, 6))
+    with pytest.raises(InputError, match="no mask of one nucleus"):
+        read_mask(tmp_path / "gray")
+
+
+# ------------------------------------------------------------------------------------------------------ damaged bytes
+
+
+def sample_bytes() -> dict[str, bytes]:
+    gray, colour = noise(19, 23), noise(19, 23, 3)
+    deep = noise(19, 23, dtype=np.uint16)
+    samples = {}
+    for name, array in (("gray.png", gray), ("colour.png", colour), ("colour.jpg", colour), ("gray.bmp", gray)):
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, Image.registered_extensions()[name[-4:]])
+        samples[name] = buffer.getvalue()
+    tiff_options = {
+        "raw.tif": {},
+        "zlib.tif": {"compression": "zlib", "predictor": True},
+        "lzw.tif": {"compression": "lzw", "rowsperstrip": 5},
+        "tiles.tif": {"tile": (16, 16)},
+    }
+    for name, options in tiff_options.items():
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, deep, **options)
+        samples[name] = buffer.getvalue()
+    for name, write in (("stack.npy", np.save), ("stack.npz", np.savez_compressed)):
+        buffer = io.BytesIO()
+        write(buffer, np.stack([gray, gray]).astype(np.float32))
+        samples[name] = buffer.getvalue()
+    samples["deep.png"] = imagecodecs.png_encode(noise(19, 23, 3, dtype=np.uint16))
+    return samples
+
+
+SAMPLES = sample_bytes()
+
+
+def read_or_refuse(path: Path) -> None:
+    """Both readers give an array or our own error: any other exception fails the test."""
+    for read in (read_mask, read_image):
+        try:
+            array = read(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            assert array.ndim in (2, 3)
+            assert array.size > 0
+            assert array.dtype.kind in "uif"
+
+
+# The same examples in every run, so that a failure is one of the last change. TRIALS=5000 searches wider.
+fuzz = settings(
+    max_examples=int(os.environ.get("TRIALS", "200")),
+    derandomize="TRIALS" not in os.environ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """A damaged header may claim up to the limit: keep the zeros that are then filled in few."""
+    monkeypatch.setattr(image_files, "MAX_DECODED_BYTES", 2**24)
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+@fuzz
+@given(data=st.data())
+def test_flipped_and_random_bytes_never_raise_anything_else(tmp_path, name, data):
+    content = bytearray(SAMPLES[name])
+    for _ in range(data.draw(st.integers(1, 6))):
+        # Headers decide most: half of the damage goes there.
+        last = data.draw(st.sampled_from([min(200, len(content)) - 1, len(content) - 1]))
+        content[data.draw(st.integers(0, last))] = data.draw(st.integers(0, 255))
+    path = tmp_path / name
+    path.write_bytes(content)
+    read_or_refuse(path)
+
+
+MAGIC = [b"", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"\xff\xd8\xff", b"BM", b"PK\3\4", b"\x93NUMPY\1\0"]
+
+
+@fuzz
+@given(start=st.sampled_from(MAGIC), rest=st.binary(max_size=400), suffix=st.sampled_from([".png", ".npy", ".npz"]))
+def test_random_files_are_refused(tmp_path, start, rest, suffix):
+    path = tmp_path / f"random{suffix}"
+    path.write_bytes(start + rest)
+    read_or_refuse(path)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_truncated_files_are_refused(tmp_path, name):
+    content = SAMPLES[name]
+    path = tmp_path / name
+    whole = None if name.endswith(".jpg") else read_mask_or_image(tmp_path, name)
+    for end in sorted({*range(1, len(content), max(1, len(content) // 60)), int(len(content) * 0.9)}):
+        path.write_bytes(content[:end])
+        try:
+            array = read_mask(path)
+        except InputError:
+            continue
+        # Only what follows the pixels was lost.
+        assert whole is not None
+        assert np.array_equal(array, whole), f"{end} of {len(content)} bytes gave other pixels"
+
+
+def read_mask_or_image(folder: Path, name: str) -> np.ndarray | None:
+    (folder / name).write_bytes(SAMPLES[name])
+    try:
+        return read_mask(folder / name)
+    except InputError:  # colours
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------ pairing
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def names_of(image_dir: Path, mask_dir: Path) -> list[tuple[str, str, str]]:
+    return [(p.name, p.image_path.name, p.mask_path.name) for p in pair_files(image_dir, mask_dir)]
+
+
+def test_pairs_are_found_by_name_over_mixed_suffixes(tmp_path):
+    images = touch(tmp_path / "i", "b.PNG", "a.tif", "c.d.jpeg", "e.ome.tif", ".hidden.png", "notes.txt")
+    masks = touch(tmp_path / "m", "a.png", "b.npy", "c.d.bmp", "e.png", "._a.png", "Thumbs.db")
+    assert names_of(images, masks) == [
+        ("a", "a.tif", "a.png"), ("b", "b.PNG", "b.npy"), ("c.d", "c.d.jpeg", "c.d.bmp"), ("e", "e.ome.tif", "e.png"),
+    ]  # fmt: skip
+
+
+def test_names_of_cellpose_are_understood_in_one_folder_and_in_two(tmp_path):
+    one = touch(tmp_path / "one", "a_img.tif", "a_masks.tif", "b.tif", "b_cp_masks.tif", "b_seg.npy",
+                "b_outlines_cp_masks.png")  # fmt: skip
+    expected = [("a", "a_img.tif", "a_masks.tif"), ("b", "b.tif", "b_cp_masks.tif")]
+    assert names_of(one, one) == expected
+    images = touch(tmp_path / "i", "a_img.tif", "b.tif")
+    masks = touch(tmp_path / "m", "a_masks.tif", "b_cp_masks.tif")
+    assert names_of(images, masks) == expected
+    with pytest.raises(InputError, match="_cp_masks"):
+        pair_files(images, images)
+
+
+def test_only_flows_beside_their_image_are_left_out(tmp_path):
+    assert list(find_files(touch(tmp_path / "a", "x.tif", "x_flows.tif"), "image")) == ["x"]
+    assert list(find_files(touch(tmp_path / "b", "a-b.png", "a.png", "blood_flows.png"), "image")) == [
+        "a", "a-b", "blood_flows",
+    ]  # fmt: skip
+
+
+def test_two_images_for_one_name_are_refused(tmp_path):
+    images = touch(tmp_path / "i", "a.png", "a_img.png")
+    for index, masks in enumerate((["a.png"], ["a_cp_masks.png", "a_masks.png"], ["a.png", "a_masks.png"])):
+        with pytest.raises(InputError, match="one pair of the name a: rename one"):
+            pair_files(images, touch(tmp_path / f"m{index}", *masks))
+
+
+def test_all_missing_partners_are_named_at_once(tmp_path):
+    images = touch(tmp_path / "i", *(f"{letter}.png" for letter in "abcdefg"))
+    masks = touch(tmp_path / "m", "a.png", "x.png")
+    with pytest.raises(InputError, match=r"6 of 7 images .* b, c, d and 3 more; 1 of 2 masks .*: x\."):
+        pair_files(images, masks)
+
+
+def test_folders_that_cannot_be_meant_are_refused(tmp_path):
+    touch(tmp_path / "set", "images/a.png", "masks/a.png")
+    touch(tmp_path / "twice", "a.png", "a.tif")
+    (tmp_path / "empty").mkdir()
+    for folder, what, words in (
+        ("set", "image", "did you mean .*images"),
+        ("set", "mask", "did you mean .*masks"),
+        ("empty", "image", "holds no image files"),
+        ("absent", "mask", "not found"),
+        ("twice", "image", "a.png and a.tif"),
+        ("twice/a.png", "image", "it is a file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            find_files(tmp_path / folder, what)
+
+
+def test_dsb_layouts_pair_by_folder_name(tmp_path):
+    root = touch(
+        tmp_path / "dsb", "a/images/a.png", "a/masks/1.png", "a/masks/2.png", "b/images/b.png", "b/masks/1.png"
+    )
+    assert names_of(root, root) == [("a", "a.png", "masks"), ("b", "b.png", "masks")]
+    images = touch(tmp_path / "i", "a.png", "b.png")
+    masks = touch(tmp_path / "m", "a/1.png", "a/2.png", "b/1.png")
+    assert names_of(images, masks) == [("a", "a.png", "a"), ("b", "b.png", "b")]
+    assert names_of(images, root) == [("a", "a.png", "masks"), ("b", "b.png", "masks")]
+
+
+def test_a_hundred_thousand_names_pair_in_seconds(tmp_path, monkeypatch):
+    names = [f"{index:06d}.png" for index in range(100_000)]
+
+    class Listing(list):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+    listing = Listing(Entry(name) for name in names)
+    for folder in ("i", "m"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(image_files.os, "scandir", lambda _: listing)
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    start = time.perf_counter()
+    assert len(pair_files(tmp_path / "i", tmp_path / "m")) == 100_000
+    assert time.perf_counter() - start < 8

@@ -1,0 +1,485 @@
+"""make_masks.py: simulated nuclei, recombined layouts, and the folders they are written to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+import make_masks
+from errors import InputError
+
+ROOT = Path(__file__).parents[1]
+NUCLEI = Path(__file__).parents[2] / "shared" / "data" / "nuclei" / "train" / "instances"
+
+
+def nuclei_settings(**changes) -> make_masks.NucleiSettings:
+    settings = {
+        "height": 96, "width": 160, "cell_size": 16.0, "size_spread": 0.2, "elongation": 1.35, "irregularity": 0.04,
+        "density": 0.2, "density_spread": 0.0, "touching": True, "render": False, "seed": 0,
+    }  # fmt: skip
+    return make_masks.NucleiSettings(**{**settings, **changes})
+
+
+def layout_settings(**changes) -> make_masks.LayoutSettings:
+    settings = {
+        "height": 96, "width": 160, "density": None, "density_scale": 1.0, "scale_low": 1.0, "scale_high": 1.0,
+        "rotate": "none", "clusters": True, "gap": 1, "max_overlap": 0.0, "components": False, "seed": 0,
+        "source_sha256": "",
+    }  # fmt: skip
+    return make_masks.LayoutSettings(**{**settings, **changes})
+
+
+def run(*arguments: object) -> None:
+    make_masks.main(make_masks.parse_args([str(argument) for argument in arguments]))
+
+
+def simulate(output: Path, *arguments: object) -> None:
+    run("simulate", "--output", output, "--image-size", 48, 64, "--cell-size", 10, *arguments)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def read_png(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def disks(shape: tuple[int, int], centres_and_radii: list[tuple[float, float, float]]) -> np.ndarray:
+    """Instance map of disks, numbered in the order given."""
+    rows, columns = np.indices(shape)
+    instance_map = np.zeros(shape, np.int32)
+    for number, (row, column, radius) in enumerate(centres_and_radii, start=1):
+        instance_map[np.hypot(rows - row, columns - column) <= radius] = number
+    return instance_map
+
+
+def write_instances(folder: Path, maps: dict[str, np.ndarray]) -> Path:
+    folder.mkdir()
+    for name, instance_map in maps.items():
+        Image.fromarray(instance_map.astype(np.uint16)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def lab(tmp_path) -> Path:
+    """Three source images: lone disks, a touching pair (a small disk on a large one), and a cut disk."""
+    lone = disks((80, 100), [(20, 20, 6), (20, 60, 8), (55, 30, 5), (50, 75, 7)])
+    pair = disks((80, 100), [(40, 40, 10), (40, 55, 5), (15, 80, 6)])
+    cut = disks((80, 100), [(0, 50, 12), (50, 50, 6)])
+    return write_instances(tmp_path / "lab", {"a": lone, "b": pair, "c": cut})
+
+
+# --- simulated nuclei ---
+
+
+def test_files_are_equal_byte_for_byte_whatever_the_count_the_process_or_an_interruption(tmp_path):
+    simulate(tmp_path / "once", "--count", 5, "--render", "--seed", 3)
+    command = [sys.executable, "make_masks.py", "simulate", "--output", tmp_path / "parts", "--count", "2", "--render"]
+    command += ["--image-size", "48", "64", "--cell-size", "10", "--seed", "3"]
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True)
+    (tmp_path / "parts" / "images" / "sim_000001.png").unlink()
+    simulate(tmp_path / "parts", "--count", 5, "--render", "--seed", 3)
+    once = files_of(tmp_path / "once")
+    assert len(once) == 15
+    assert files_of(tmp_path / "parts") == once
+    assert (tmp_path / "parts" / "statistics.csv").read_bytes() == (tmp_path / "once" / "statistics.csv").read_bytes()
+
+
+def test_another_seed_gives_other_masks():
+    first, _ = make_masks.simulate_field(nuclei_settings(seed=0), 0)
+    assert not np.array_equal(first, make_masks.simulate_field(nuclei_settings(seed=1), 0)[0])
+    assert not np.array_equal(first, make_masks.simulate_field(nuclei_settings(seed=0), 1)[0])
+
+
+def test_masks_do_not_depend_on_whether_images_are_drawn(tmp_path):
+    simulate(tmp_path / "plain", "--count", 2)
+    simulate(tmp_path / "render", "--count", 2, "--render")
+    plain, render = files_of(tmp_path / "plain"), files_of(tmp_path / "render")
+    assert len(plain) == 4
+    assert plain == {name: render[name] for name in plain}
+
+
+def test_a_set_holds_16_bit_instances_the_same_pixels_as_mask_and_an_8_bit_image(tmp_path):
+    simulate(tmp_path / "set", "--count", 3, "--render")
+    for index in range(3):
+        kinds = {kind: tmp_path / "set" / kind / f"sim_{index:06d}.png" for kind in ("instances", "masks", "images")}
+        instances, mask, image = (read_png(path) for path in kinds.values())
+        assert instances.dtype == np.uint16
+        assert instances.shape == mask.shape == image.shape == (48, 64)
+        assert np.array_equal(np.unique(instances), np.arange(instances.max() + 1))
+        assert mask.dtype == image.dtype == np.uint8
+        assert np.array_equal(mask, np.where(instances > 0, 255, 0))
+    assert not list((tmp_path / "set").rglob("*.tmp"))
+
+
+def test_a_nucleus_has_the_area_of_the_circle_that_was_asked_for():
+    settings = nuclei_settings(size_spread=0.0, cell_size=24.0)
+    rng = np.random.default_rng(0)
+    areas = [make_masks.draw_nucleus(rng, settings).area for _ in range(50)]
+    assert np.allclose(areas, math.pi * 12**2, rtol=0.03)
+
+
+def test_a_round_regular_nucleus_is_a_disk():
+    settings = nuclei_settings(size_spread=0.0, cell_size=30.0, elongation=1.0, irregularity=0.0)
+    piece = make_masks.draw_nucleus(np.random.default_rng(0), settings)
+    rows, columns = np.nonzero(piece.labels)
+    distance = np.hypot(rows - rows.mean(), columns - columns.mean())
+    assert distance.max() == pytest.approx(15, abs=1)
+
+
+@pytest.mark.parametrize(("touching", "density"), [(True, 0.15), (True, 0.5), (False, 0.15), (False, 0.35)])
+def test_a_set_shows_what_was_asked_for(touching, density):
+    settings = nuclei_settings(height=160, width=200, touching=touching, density=density, density_spread=0.2)
+    found = make_masks.summarize(make_masks.measure(make_masks.simulate_field(settings, n)[0]) for n in range(10))
+    assert found["foreground share, mean"] == pytest.approx(density, rel=0.06)
+    assert found["foreground share, standard deviation"] == pytest.approx(0.2 * density, rel=0.3)
+    assert found["cell diameter in pixels, mean"] == pytest.approx(16, rel=0.06)
+    assert found["elongation, mean"] == pytest.approx(1.35, abs=0.08)
+
+
+def test_cells_touch_only_where_that_is_allowed():
+    for index in range(4):
+        apart, _ = make_masks.simulate_field(nuclei_settings(density=0.4, touching=False), index)
+        assert len(make_masks.touching_pairs(apart)) == 0
+        together, _ = make_masks.simulate_field(nuclei_settings(density=0.4, touching=True), index)
+        assert len(make_masks.touching_pairs(together)) > 0
+
+
+def test_every_cell_is_one_connected_part_even_where_cells_crowd():
+    instance_map, _ = make_masks.simulate_field(nuclei_settings(density=0.6), 0)
+    for cell_id in range(1, instance_map.max() + 1):
+        assert ndimage.label(instance_map == cell_id, np.ones((3, 3)))[1] == 1
+
+
+def test_cells_reach_over_the_border_and_the_border_is_as_full_as_the_middle():
+    maps = np.stack([make_masks.simulate_field(nuclei_settings(), n)[0] > 0 for n in range(60)])
+    border = np.concatenate(
+        [maps[:, :3].ravel(), maps[:, -3:].ravel(), maps[:, :, :3].ravel(), maps[:, :, -3:].ravel()]
+    )
+    assert border.mean() == pytest.approx(0.2, abs=0.04)
+
+
+def test_rendered_nuclei_stand_where_the_mask_says():
+    settings = nuclei_settings(render=True)
+    for index in range(3):
+        instance_map, level = make_masks.simulate_field(settings, index)
+        image = make_masks.render_image(instance_map, level, settings.cell_size, np.random.default_rng(index))
+        cells = instance_map > 0
+        bright = image > (image[cells].mean() + image[~cells].mean()) / 2
+        assert 2 * np.count_nonzero(bright & cells) / (np.count_nonzero(bright) + np.count_nonzero(cells)) > 0.9
+        assert image[cells].std() > 10  # texture, and cells of their own brightness
+
+
+# --- measuring ---
+
+
+def test_drawn_shapes_are_measured_as_drawn():
+    rows, columns = np.indices((90, 120))
+    instance_map = disks((90, 120), [(30, 30, 10), (30, 46, 5), (0, 90, 8)])
+    instance_map[((rows - 65) / 8) ** 2 + ((columns - 60) / 24) ** 2 <= 1] = 4
+    found = make_masks.measure(instance_map)
+    assert found.cells == 4
+    assert found.touching == 2
+    assert found.foreground == np.count_nonzero(instance_map) / (90 * 120)
+    assert found.areas == pytest.approx([math.pi * 100, math.pi * 25, math.pi * 8 * 24], rel=0.05)  # not the cut one
+    assert found.elongations == pytest.approx([1, 1, 3], rel=0.05)
+
+
+def test_weights_undo_that_the_border_cuts_large_cells_more_often():
+    height, width = 60, 80
+    counts = {}
+    for size in (6, 30):  # squares at every position that meets the image: how many lie whole in it
+        tops, lefts = np.arange(1 - size, height), np.arange(1 - size, width)
+        whole = np.count_nonzero((tops >= 0) & (tops + size <= height)) * np.count_nonzero(
+            (lefts >= 0) & (lefts + size <= width)
+        )
+        share = make_masks.share_seen_whole(np.array([[0, size, 0, size]]), (height, width))[0]
+        counts[size] = whole / share
+    assert counts[30] == pytest.approx(counts[6], rel=0.1)  # equal numbers per area, whatever the size
+
+
+def test_an_empty_field_is_measured_without_warning():
+    found = make_masks.summarize([make_masks.measure(np.zeros((20, 30), np.int32))])
+    assert found["foreground share, mean"] == 0
+    assert found["share of cells that touch another"] == 0
+    assert math.isnan(found["elongation, mean"])
+
+
+def test_cells_that_meet_at_a_corner_touch():
+    instance_map = np.array([[1, 0, 0, 3], [0, 2, 0, 3], [0, 0, 0, 0], [4, 4, 5, 0]])
+    assert make_masks.touching_pairs(instance_map).tolist() == [[1, 2], [4, 5]]
+
+
+def test_groups_are_connected_and_no_larger_than_allowed():
+    chain = np.array([[1, 2], [2, 3], [3, 4], [4, 5], [8, 9]])
+    assert make_masks.group_cells([1, 2, 3, 4, 5, 7, 8], chain, 3) == [[1, 2, 3], [4, 5], [7], [8]]
+
+
+def test_tidy_keeps_the_largest_part_drops_scraps_and_closes_gaps():
+    instance_map = np.zeros((20, 20), np.int32)
+    instance_map[2:8, 2:8] = 7
+    instance_map[15:18, 15:18] = 7
+    instance_map[12, 2:4] = 3
+    instance_map[10:14, 8:12] = 5
+    tidied = make_masks.tidy(instance_map)
+    assert np.array_equal(tidied == 1, instance_map == 5)
+    assert np.count_nonzero(tidied == 2) == 36
+    assert tidied.max() == 2
+
+
+# --- recombined layouts ---
+
+
+def shapes_in(instance_map: np.ndarray) -> set[bytes]:
+    """Every whole cell as it looks, wherever it lies."""
+    boxes, cut = ndimage.find_objects(instance_map), make_masks.border_ids(instance_map)
+    cells = [instance_map[box] == number for number, box in enumerate(boxes, start=1) if number not in cut]
+    return {np.array(cell.shape).tobytes() + cell.tobytes() for cell in cells}
+
+
+def test_every_whole_cell_of_a_layout_is_a_cell_of_the_source(lab):
+    maps = make_masks.read_sources(lab, components=False)
+    layouts = make_masks.Layouts([make_masks.cut_pieces(item, True) for item in maps.values()], layout_settings())
+    known = set.union(*(shapes_in(item) for item in maps.values()))
+    for index in range(5):
+        made = layouts.field(index)
+        assert made.shape == (96, 160)
+        assert made.max() > 0
+        assert shapes_in(made) <= known
+
+
+def test_touching_cells_stay_together_and_are_parted_on_request(lab):
+    pair = make_masks.read_sources(lab, components=False)["b"]
+    assert sorted(piece.labels.max() for piece in make_masks.cut_pieces(pair, clusters=True).pieces) == [1, 2]
+    assert [piece.labels.max() for piece in make_masks.cut_pieces(pair, clusters=False).pieces] == [1, 1, 1]
+
+
+def test_cells_that_the_border_cuts_are_not_used(lab):
+    pieces = make_masks.cut_pieces(make_masks.read_sources(lab, components=False)["c"], clusters=True).pieces
+    assert [piece.area for piece in pieces] == [np.count_nonzero(disks((80, 100), [(50, 50, 6)]))]
+
+
+@pytest.mark.parametrize("gap", [1, 4])
+def test_the_gap_between_pieces_is_kept(lab, gap):
+    sources = [make_masks.cut_pieces(item, True) for item in make_masks.read_sources(lab, False).values()]
+    layouts = make_masks.Layouts(sources, layout_settings(gap=gap, density=0.3, clusters=False))
+    lone = make_masks.Layouts([sources[0]], layout_settings(gap=gap, density=0.3)).field(0)
+    for cell_id in range(1, lone.max() + 1):
+        cell = lone == cell_id
+        halo = ndimage.binary_dilation(cell, np.ones((3, 3)), iterations=gap)
+        assert not np.any((lone > 0) & halo & ~cell)
+    assert layouts.field(0).max() > 0
+
+
+def test_overlap_hides_no_more_of_a_cell_than_allowed():
+    source = make_masks.cut_pieces(disks((40, 40), [(20, 20, 8)]), clusters=True)
+    area = np.count_nonzero(disks((40, 40), [(20, 20, 8)]))
+    settings = layout_settings(gap=0, max_overlap=0.3, density=0.6)
+    made = make_masks.Layouts([source], settings).field(0)
+    inner = np.setdiff1d(np.unique(made), np.append(make_masks.border_ids(made), 0))
+    areas = np.bincount(made.ravel())[inner]
+    assert areas.min() < area  # some are hidden in part
+    assert areas.min() >= 0.7 * area - 1
+
+
+def test_density_follows_the_source_or_the_flag(lab):
+    sources = [make_masks.cut_pieces(item, True) for item in make_masks.read_sources(lab, False).values()]
+    from_data = make_masks.Layouts(sources, layout_settings())
+    shares = [np.mean(from_data.field(index) > 0) for index in range(30)]
+    assert np.mean(shares) == pytest.approx(np.mean([source.foreground for source in sources]), rel=0.1)
+    fixed = make_masks.Layouts(sources, layout_settings(density=0.25))
+    assert np.mean([np.mean(fixed.field(index) > 0) for index in range(20)]) == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (5, 5), (6, 3), (8, 2)])
+def test_quarter_turns_move_pixels_and_change_none(shape):
+    labels = np.random.default_rng(1).integers(0, 4, shape).astype(np.int32)
+    labels[0, 0] = labels[-1, -1] = 3
+    piece = make_masks.Piece(labels, np.zeros(shape, np.float32))
+    turned = {np.rot90(side, turns).tobytes() for side in (labels, labels[:, ::-1]) for turns in range(4)}
+    seen = set()
+    for seed in range(60):
+        result = make_masks.turn_and_scale(piece, np.random.default_rng(seed), layout_settings(rotate="quarter")).labels
+        rows, columns = np.nonzero(result)
+        source_rows, source_columns = np.nonzero(labels)
+        full = np.pad(result, 8)
+        top, left = rows.min() + 8, columns.min() + 8
+        candidates = []
+        for high, wide in (shape, shape[::-1]):
+            for down in range(3):
+                for right in range(3):
+                    window = full[top - down : top - down + high, left - right : left - right + wide]
+                    if np.count_nonzero(window) == len(source_rows) and window.tobytes() in turned:
+                        candidates.append(window.tobytes())
+        assert candidates
+        seen.update(candidates)
+    assert seen == turned
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
+def test_free_turns_keep_the_ids_and_scale_the_area(factor):
+    labels = disks((48, 60), [(22, 20, 14), (24, 45, 12)])
+    piece = make_masks.Piece(labels, np.zeros(labels.shape, np.float32))
+    settings = layout_settings(rotate="free", scale_low=factor, scale_high=factor)
+    for seed in range(5):
+        turned = make_masks.turn_and_scale(piece, np.random.default_rng(seed), settings).labels
+        expected = np.bincount(labels.ravel())[1:] * factor**2
+        assert np.bincount(turned.ravel())[1:] == pytest.approx(expected, rel=0.06)
+
+
+def test_recombining_is_reproducible_and_writes_its_statistics_beside_the_sources(lab, tmp_path):
+    run("recombine", "--instances", lab, "--output", tmp_path / "x", "--count", 2)
+    run("recombine", "--instances", lab, "--output", tmp_path / "x", "--count", 4)
+    run("recombine", "--instances", lab, "--output", tmp_path / "y", "--count", 4)
+    assert len(files_of(tmp_path / "x")) == 8
+    assert files_of(tmp_path / "x") == files_of(tmp_path / "y")
+    assert read_png(tmp_path / "x" / "instances" / "mix_000003.png").shape == (80, 100)
+    with (tmp_path / "x" / "source_statistics.csv").open(newline="") as file:
+        assert [(row["name"], row["cells"]) for row in csv.DictReader(file)] == [("a", "4"), ("b", "3"), ("c", "2")]
+    with (tmp_path / "x" / "summary.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == ["measure", "made", "source"]
+
+
+def test_changed_source_labels_are_another_set(lab, tmp_path):
+    run("recombine", "--instances", lab, "--output", tmp_path / "x", "--count", 1)
+    Image.fromarray(disks((80, 100), [(40, 40, 9)]).astype(np.uint16)).save(lab / "a.png")
+    with pytest.raises(InputError, match="source_sha256"):
+        run("recombine", "--instances", lab, "--output", tmp_path / "x", "--count", 1)
+
+
+def test_a_source_image_without_cells_gives_an_empty_layout_at_times(tmp_path):
+    maps = {"empty": np.zeros((60, 60), np.int32), "full": disks((60, 60), [(20, 20, 8), (40, 40, 8)])}
+    sources = [make_masks.cut_pieces(item, True) for item in maps.values()]
+    counts = [make_masks.Layouts(sources, layout_settings()).field(index).max() for index in range(10)]
+    assert min(counts) == 0
+    assert max(counts) > 0
+
+
+def test_binary_masks_are_refused_and_taken_apart_on_request(tmp_path):
+    binary = {name: 255 * (disks((60, 60), [(15, 15, 6), (40, 40, 8)]) > 0) for name in "ab"}
+    folder = write_instances(tmp_path / "binary", binary)
+    with pytest.raises(InputError, match="one value for all cells.*--components"):
+        make_masks.read_sources(folder, components=False)
+    assert all(item.max() == 2 for item in make_masks.read_sources(folder, components=True).values())
+
+
+def test_every_unusable_source_file_is_named(lab, tmp_path):
+    (lab / "broken.png").write_bytes(b"no picture")
+    Image.fromarray(np.full((20, 30), 0.5, np.float32)).save(lab / "soft.tif")
+    with pytest.raises(InputError, match="2 of 5 files.*broken.*soft"):
+        run("recombine", "--instances", lab, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not NUCLEI.is_dir(), reason="needs the DSB2018 nuclei beside the checkout")
+def test_layouts_of_real_nuclei_have_the_statistics_of_the_source(tmp_path):
+    files = sorted(NUCLEI.glob("fluo_*.png"))[::12]
+    maps = {path.stem: read_png(path) for path in files}
+    sources = [make_masks.cut_pieces(item.astype(np.int32), True) for item in maps.values()]
+    settings = layout_settings(height=256, width=192, rotate="free", scale_low=0.9, scale_high=1.1)
+    layouts = make_masks.Layouts(sources, settings)
+    made = make_masks.summarize(make_masks.measure(layouts.field(index)) for index in range(60))
+    source = make_masks.summarize(make_masks.measure(item) for item in maps.values())
+    for measure, tolerance in {
+        "foreground share, mean": 0.3,
+        "cell diameter in pixels, mean": 0.25,
+        "elongation, mean": 0.1,
+    }.items():
+        assert made[measure] == pytest.approx(source[measure], rel=tolerance), measure
+
+
+# --- folders and flags ---
+
+
+def test_a_set_made_with_other_settings_is_never_mixed_or_overwritten(tmp_path):
+    simulate(tmp_path / "set", "--count", 2)
+    before = files_of(tmp_path / "set")
+    with pytest.raises(InputError, match="seed 0 and not 7"):
+        simulate(tmp_path / "set", "--count", 2, "--seed", 7)
+    assert files_of(tmp_path / "set") == before
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("notes")
+    with pytest.raises(InputError, match="no set of this command"):
+        simulate(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        simulate(tmp_path / "mine.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_damaged_settings_are_refused_in_words(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(InputError, match="settings.json cannot be read"):
+        simulate(tmp_path)
+
+
+def test_a_shorter_repeat_keeps_every_image_and_its_statistics(tmp_path):
+    simulate(tmp_path / "set", "--count", 3)
+    before = files_of(tmp_path / "set")
+    simulate(tmp_path / "set", "--count", 1)
+    assert files_of(tmp_path / "set") == before
+    with (tmp_path / "set" / "statistics.csv").open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["sim_000000", "sim_000001", "sim_000002"]
+
+
+def test_settings_are_kept_with_the_set(tmp_path):
+    simulate(tmp_path / "set", "--count", 1, "--no-touching")
+    settings = json.loads((tmp_path / "set" / "settings.json").read_text())
+    assert (settings["height"], settings["width"], settings["touching"]) == (48, 64, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["simulate", "--count", "0"], "--count 0"),
+        (["simulate", "--seed", "-1"], "--seed -1"),
+        (["simulate", "--image-size", "8"], "--image-size 8"),
+        (["simulate", "--image-size", "64", "64", "64"], "--image-size 64 64 64"),
+        (["simulate", "--density", "nan"], "--density nan"),
+        (["simulate", "--density", "0.6", "--no-touching"], "--density 0.6.*0.7 with --touching"),
+        (["simulate", "--cell-size", "300"], "--cell-size 300"),
+        (["simulate", "--elongation", "0.5", "--cell-size", "1"], "--cell-size 1.0.*--elongation 0.5"),
+        (["recombine", "--instances", "x", "--scale", "2", "1"], "--scale 2.0 1.0"),
+        (["recombine", "--instances", "x", "--gap", "2", "--max-overlap", "0.2"], "--max-overlap 0.2.*--gap 2"),
+        (["recombine", "--instances", "x", "--density", "0.2", "--density-scale", "2"], "--density-scale 2.0"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused_before_any_work(tmp_path, arguments, words):
+    with pytest.raises(InputError, match=words):
+        run(*arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "make_masks.py", "recombine", "--instances", str(tmp_path / "none"), "--output"]
+    done = subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "none" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--densit", "--count-all"])
+def test_shortened_and_misspelt_flags_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_masks.parse_args(["simulate", "--output", "x", flag, "0.2"])
+    assert stop.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["simulate"], ["recombine"]])
+def test_help_shows_the_flags(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_masks.parse_args([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage" in capsys.readouterr().out

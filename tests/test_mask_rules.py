@@ -1,0 +1,275 @@
+"""What masks mean: automatic takes the clear cases and refuses the rest in words; classes keep each pixel's meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+
+from errors import InputError
+from image_files import read_mask
+from mask_rules import (
+    MASK_TYPES,
+    MAX_SCATTERED_SHARE,
+    MAX_UNEQUAL_SHARE,
+    MaskRule,
+    class_map,
+    decide_mask_rule,
+    mask_stats,
+    one_hot,
+    prob_map,
+    to_prob_map,
+)
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data in ../shared/data are absent")
+
+HEIGHT, WIDTH = 90, 120
+
+
+def decide(masks: list[np.ndarray], num_classes: int = 2, mask_type: str = "auto", normalize: bool = False) -> MaskRule:
+    stats = [mask_stats(f"m{index}.png", mask) for index, mask in enumerate(masks)]
+    return decide_mask_rule(stats, num_classes, mask_type, "masks/", normalize)
+
+
+def disks(radius: float = 6, dtype: type = np.uint8) -> np.ndarray:
+    """Instance map of 20 disks in a grid; from radius 10 on they touch."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    labels = np.zeros((HEIGHT, WIDTH), dtype)
+    for index, (row, column) in enumerate(np.ndindex(4, 5)):
+        inside = (rows - 12 - 20 * row) ** 2 + (columns - 15 - 20 * column) ** 2 <= radius**2
+        labels[inside & (labels == 0)] = index + 1
+    return labels
+
+
+def blobs(levels: int = 255) -> np.ndarray:
+    """Smooth gray bumps where the disks are."""
+    distance = scipy.ndimage.distance_transform_edt(disks(8))
+    return np.round(np.round(distance / distance.max() * levels) * (255 / levels)).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------ clear cases
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_classes", "mask_type", "maximum"),
+    [
+        (np.where(disks(), 255, 0).astype(np.uint8), 2, "binary", 255),
+        (np.where(disks(), 1, 0).astype(np.uint8), 2, "binary", 1),
+        (np.where(disks(), 1, 0).astype(np.int64), 2, "binary", 1),
+        (np.where(disks(), 255, 0).astype(np.uint16), 2, "binary", 255),
+        (np.where(disks(), 65535, 0).astype(np.uint16), 2, "binary", 65535),
+        (np.where(disks(), 255.0, 0.0).astype(np.float32), 2, "binary", 255),
+        (np.zeros((9, 7), np.uint8), 2, "binary", 255),
+        (np.full((9, 7), 255, np.uint8), 2, "binary", 255),
+        (disks() % 3, 3, "classes", 1),
+        (disks() % 2, 3, "classes", 1),
+        (disks() % 7, 9, "classes", 1),
+        (disks(), 2, "instances", 1),
+        (disks(12), 3, "instances", 1),
+        (disks(12, np.uint16) * 300, 2, "instances", 1),
+        (disks(12, np.int32) * 70_000, 2, "instances", 1),
+        (disks(12, np.float32), 2, "instances", 1),
+        ((blobs() / 255).astype(np.float32), 2, "probability", 1),
+        (one_hot(disks() % 3, 3), 3, "probability", 1),
+        (one_hot(disks() % 3, 3).astype(np.uint8) * 255, 3, "probability", 255),
+    ],
+)
+def test_automatic_takes_the_clear_case(mask, num_classes, mask_type, maximum):
+    rule = decide([mask], num_classes)
+    assert (rule.mask_type, rule.maximum, rule.num_classes) == (mask_type, maximum, num_classes)
+    assert mask_type in rule.reason
+    # What was said once can be said again by hand.
+    assert decide([mask], num_classes, mask_type).maximum == maximum
+
+
+def test_one_folder_is_decided_from_all_of_its_masks():
+    empty, single = np.zeros((9, 7), np.uint8), (disks() == 1).astype(np.uint8)
+    assert decide([empty, single, disks(12)]).mask_type == "instances"
+    assert decide([empty, single]).mask_type == "binary"
+    assert decide([empty, (disks() > 0).astype(np.uint8) * np.uint8(255)]).maximum == 255
+
+
+def test_a_folder_per_nucleus_is_instances_however_few():
+    stats = [mask_stats("a", (disks() == 1).astype(np.uint16), from_folder=True)]
+    assert decide_mask_rule(stats, 2, "auto", "masks").mask_type == "instances"
+
+
+@needs_data
+@pytest.mark.parametrize("folder", ["nuclei/val/instances", "histology/val/instances", "readers/omnipose/labels"])
+def test_real_label_folders_are_instances(folder):
+    files = sorted((DATA / folder).iterdir())[:8]
+    stats = [mask_stats(file.name, read_mask(file)) for file in files]
+    assert decide_mask_rule(stats, 2, "auto", folder).mask_type == "instances"
+    assert decide_mask_rule(stats, 3, "auto", folder).mask_type == "instances"
+
+
+@needs_data
+@pytest.mark.parametrize("folder", ["nuclei/val/instances", "histology/val/instances", "readers/omnipose/labels"])
+def test_thresholds_of_automatic_have_room_on_real_labels(folder):
+    stats = [mask_stats(file.name, read_mask(file)) for file in sorted((DATA / folder).iterdir())]
+    assert max(one.unequal_pairs for one in stats) > 0 or "histology" in folder
+    assert sum(one.unequal_pairs for one in stats) < MAX_UNEQUAL_SHARE / 4 * sum(one.pairs for one in stats)
+    scattered = sum(one.area - one.main_area for one in stats)
+    assert scattered < MAX_SCATTERED_SHARE / 100 * sum(one.area for one in stats)
+
+
+@needs_data
+def test_real_gray_images_are_never_labels():
+    file = DATA / "readers" / "odd" / "ecoli_phase.tif"
+    with pytest.raises(InputError, match="probability.*images instead of masks"):
+        decide_mask_rule([mask_stats(file.name, read_mask(file))], 2, "auto", "masks")
+
+
+# ------------------------------------------------------------------------------------------------------ unclear cases
+
+
+def jpeg_like() -> np.ndarray:
+    mask = np.where(disks(), 250, 3).astype(np.int64) + np.random.default_rng(0).integers(-3, 6, (HEIGHT, WIDTH))
+    return np.clip(mask, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_classes", "words"),
+    [
+        (blobs(), 2, "--mask-type probability"),
+        (blobs(8), 2, "unclear"),
+        (jpeg_like(), 2, "binary, cut at half"),
+        (np.where(disks(), 128, 0).astype(np.uint8), 2, "one class of cells .--mask-type binary"),
+        (np.where(disks(), 255, 0).astype(np.uint8), 3, "--mask-type binary --num-classes 2"),
+        (disks() % 3, 2, "--num-classes 3.*--mask-type instances"),
+        (disks() % 5, 2, "the values 0, 1, 2, 3, 4 .*--num-classes 5"),
+        (disks(12), 5, "instances with --num-classes 2 or 3"),
+        (np.random.default_rng(0).integers(0, 65535, (HEIGHT, WIDTH)).astype(np.uint16), 2, "images instead of masks"),
+        (np.float32(2.5) * disks(), 2, "fractions up to 50"),
+        (-disks(6, np.int16), 2, "negative"),
+    ],
+)
+def test_automatic_refuses_the_unclear_and_names_likely_types(mask, num_classes, words):
+    with pytest.raises(InputError, match=words) as caught:
+        decide([mask], num_classes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("levels", [8, 12, 16, 32, 64, 255])
+@pytest.mark.parametrize("count", [1, 20])
+def test_gray_probabilities_are_never_taken_for_instances(levels, count):
+    mask = blobs(levels)
+    if count == 1:  # one large blob: each level is one ring, as each id is one cell
+        rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+        distance = np.clip(44 - np.hypot(rows - 45, columns - 60), 0, None) / 44
+        mask = np.round(np.round(distance * levels) * (255 / levels)).astype(np.uint8)
+    with pytest.raises(InputError, match="unclear"):
+        decide([mask])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+@pytest.mark.parametrize("radius", [2, 6, 10, 14])
+def test_labels_are_never_taken_for_probabilities(dtype, radius):
+    assert decide([disks(radius, dtype)]).mask_type == "instances"
+
+
+# ------------------------------------------------------------------------------------------------------ type given
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_classes", "mask_type", "words"),
+    [
+        (disks() % 4, 3, "classes", r"class id of 3 or more: m0.png \(3\)"),
+        (np.where(disks(), 255, 0).astype(np.uint8), 2, "classes", "--mask-type binary for 0 and 255"),
+        (disks(), 4, "instances", "not 4"),
+        (disks(), 2, "binary", "no binary masks"),
+        (np.where(disks(), 255, 0).astype(np.uint8), 3, "binary", "2 classes"),
+        (blobs(), 3, "probability", r"\(3, H, W\)"),
+        (one_hot(disks() % 3, 3), 4, "probability", "stacks of 3 planes"),
+        (one_hot(disks() % 3, 3), 3, "binary", "only --mask-type probability"),
+        ((blobs() / 255).astype(np.float32), 2, "instances", "fractions"),
+        (blobs().astype(np.float32), 2, "probability", "above 1"),
+        (disks(), 2, "depth", "choose one of auto, binary"),
+    ],
+)
+def test_a_given_type_that_does_not_fit_is_refused(mask, num_classes, mask_type, words):
+    with pytest.raises(InputError, match=words):
+        decide([mask], num_classes, mask_type)
+
+
+def test_all_masks_with_an_id_above_the_classes_are_counted():
+    with pytest.raises(InputError, match="5 of 6 masks .* m1.png .*, m2.png .*, m3.png .* and 2 more"):
+        decide([disks() % 2] + [disks() % 4] * 5, 2, "classes")
+
+
+def test_binary_by_hand_cuts_at_half():
+    rule = decide([jpeg_like()], 2, "binary")
+    assert np.array_equal(class_map(jpeg_like(), rule), disks() > 0)
+    assert class_map(np.array([[127, 128]], np.uint8), rule).tolist() == [[0, 1]]
+    assert class_map(np.array([[0, 7]], np.uint8), decide([np.array([[0, 7]], np.uint8)], 2, "binary")).tolist() == [
+        [0, 1]
+    ]
+
+
+def test_probability_by_hand_is_a_share_of_what_the_storage_offers():
+    gray = np.array([[0, 51, 102]], np.uint8)
+    assert prob_map(gray, decide([gray], 2, "probability"))[1] == pytest.approx(np.array([[0, 0.2, 0.4]]))
+    deep = np.array([[0, 13107, 65535]], np.uint16)
+    assert prob_map(deep, decide([deep], 2, "probability"))[1] == pytest.approx(np.array([[0, 0.2, 1]]))
+    with pytest.raises(InputError, match="uint16, uint8"):
+        decide([gray, deep], 2, "probability")
+
+
+def test_soft_stacks_that_do_not_sum_to_one_are_refused_or_normalised():
+    stack = one_hot(disks() % 3, 3) * np.float32(0.5)
+    stack[:, 0, 0] = 0
+    with pytest.raises(InputError, match=r"m0.png \(off by 1\).*--normalize-masks"):
+        decide([stack], 3)
+    soft = prob_map(stack, decide([stack], 3, normalize=True))
+    assert soft.sum(axis=0) == pytest.approx(np.ones((HEIGHT, WIDTH)))
+    assert soft[:, 0, 0].tolist() == [1, 0, 0]
+    assert np.array_equal(soft[:, 1:, 1:], one_hot(disks() % 3, 3)[:, 1:, 1:])
+
+
+def test_flat_masks_and_stacks_in_one_folder_are_refused():
+    with pytest.raises(InputError, match="flat, stacks of 3"):
+        decide([disks(), one_hot(disks() % 3, 3)], 3)
+
+
+# ------------------------------------------------------------------------------------------------------ classes out
+
+
+def test_instances_become_cell_or_interior_and_boundary():
+    labels = np.array([[1, 1, 1, 2, 2, 0, 3, 3]] * 5, dtype=np.uint16)
+    assert class_map(labels, decide([labels], 2, "instances"))[0].tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
+    three = class_map(labels, decide([labels], 3, "instances"))
+    assert three.dtype == np.uint8
+    assert three[0].tolist() == [1, 1, 2, 2, 1, 0, 1, 1]  # 3 touches nobody: it has no boundary
+    diagonal = np.array([[1, 0], [0, 2]])
+    assert class_map(diagonal, decide([labels], 3, "instances")).tolist() == [[2, 0], [0, 2]]
+
+
+def test_removing_the_boundary_class_parts_touching_cells():
+    labels = disks(12)
+    classes = class_map(labels, decide([labels], 3))
+    assert scipy.ndimage.label(labels > 0)[1] == 1
+    assert scipy.ndimage.label(classes == 1)[1] == labels.max()
+
+
+@pytest.mark.parametrize("mask_type", [name for name in MASK_TYPES if name != "auto"])
+def test_prob_maps_sum_to_one_for_every_type(mask_type):
+    masks = {"binary": np.where(disks(), 255, 0).astype(np.uint8), "classes": disks() % 2, "probability": blobs(),
+             "instances": disks(12)}  # fmt: skip
+    rule = decide([masks[mask_type]], 2, mask_type)
+    soft = prob_map(masks[mask_type], rule)
+    assert soft.shape == (2, HEIGHT, WIDTH)
+    assert soft.dtype == np.float32
+    assert soft.min() >= 0
+    assert soft.sum(axis=0) == pytest.approx(np.ones((HEIGHT, WIDTH)))
+    if rule.is_hard:
+        batch = torch.from_numpy(class_map(masks[mask_type], rule))[None]
+        assert torch.equal(to_prob_map(batch, 2)[0], torch.from_numpy(soft))
+
+
+def test_to_prob_map_lets_soft_maps_and_their_gradient_through():
+    soft = torch.rand(2, 3, 5, 7, requires_grad=True)
+    assert to_prob_map(soft, 3) is soft
