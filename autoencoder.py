@@ -169,7 +169,9 @@ def _load(source: str, local_files_only: bool) -> nn.Module:
     """Weights from safetensors only: a pickle could run code."""
     from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
 
-    vae = AutoencoderKL.from_pretrained(source, use_safetensors=True, local_files_only=local_files_only, low_cpu_mem_usage=False)
+    vae = AutoencoderKL.from_pretrained(
+        source, use_safetensors=True, local_files_only=local_files_only, low_cpu_mem_usage=False
+    )
     return vae.eval().requires_grad_(False)
 
 

@@ -103,8 +103,12 @@ def _check_crc(path: Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with Path(path).open("rb") as file:
+    """Hexadecimal SHA-256 of a file, or of a folder's files in the order of their names (one mask per nucleus)."""
+    path = Path(path)
+    if path.is_dir():
+        parts = [file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -139,7 +143,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"{self.path}: another process is training in this run folder. Wait for it, or choose another --run-name."
+                f"{self.path}: another process trains in this run folder. Wait for it, or choose another --run-name."
             ) from error
 
     def steps(self) -> list[int]:
@@ -171,7 +175,9 @@ class RunFolder:
             except InputError as error:
                 logger.warning("%s Falling back to the one before.", error)
         if steps:
-            raise InputError(f"{self.checkpoints}: all {len(steps)} checkpoints are damaged. Remove them to start anew.")
+            raise InputError(
+                f"{self.checkpoints}: all {len(steps)} checkpoints are damaged. Remove them to start anew."
+            )
         return None
 
     def cut_metrics(self, step: int) -> None:

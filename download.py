@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from checkpoint import file_sha256
 from errors import InputError, list_some
 
 logger = logging.getLogger(__name__)
@@ -389,12 +390,6 @@ def _stream_to(url: str, temporary: Path) -> str:
 def hash_file_of(path: Path) -> Path:
     """Where the hash of a weights file is recorded."""
     return path.with_name(path.name + ".sha256")
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def compare_recorded_hash(path: Path, record_new: bool = False) -> None:

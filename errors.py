@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
@@ -59,14 +60,14 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
     """Parse the command line, run ``main`` and end with one line and exit code 2 where the user's input is at fault.
 
     Under torchrun every rank meets the same error: the first of each machine says it. Operating system errors (a full
-    disk, a folder without write permission) are the user's to mend, too, and end alike.
+    disk, a folder without write permission) are the user's to mend, too, and so are samples that are not finite.
     """
     args = parse_args()
     try:
         main(args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            program = os.path.basename(sys.argv[0])
+            program = Path(sys.argv[0]).name
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:

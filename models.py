@@ -92,7 +92,7 @@ class MaskEmbedder(nn.Module):
         return F.adaptive_avg_pool2d(y.float(), self.grid).flatten(2).transpose(1, 2)
 
     def embed(self, shares: Tensor) -> Tensor:
-        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, in float32 under autocast too."""
+        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, always in float32."""
         with torch.autocast(shares.device.type, enabled=False):
             return shares @ self.embedding_table.weight[: self.num_classes].float()
 
@@ -256,9 +256,10 @@ class SiT(nn.Module):
         Args:
             y: (B, K, H, W) probability map at any resolution.
             drop: (B,) bool, samples that lose their whole mask; None keeps all.
-            share_rows: keep the distinct rows of the mask embedding only, exactly. For sampling, where all images are at
-                the same t: a hard binary mask gives at most p p + 1 rows, so a block's modulation of a whole batch
-                costs about as much as of one image. Ignored where rows exceed half the tokens or gradients are needed.
+            share_rows: keep the distinct rows of the mask embedding only, exactly. For sampling, where all images are
+                at the same t: a hard binary mask gives at most p p + 1 rows, so a block's modulation of a whole batch
+                costs about as much as of one image. Ignored where rows exceed half the tokens, and for masks that
+                need gradients.
 
         Raises:
             ValueError: y does not have K channels.
@@ -369,16 +370,14 @@ SIZES = {
 PATCH_SIZES = (2, 4, 8, 16)
 
 SiT_models: dict[str, Callable[..., SiT]] = {
-    f"SiT-{size}/{patch_size}": partial(
-        SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch_size
-    )
+    f"SiT-{size}/{patch_size}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch_size)
     for size, (depth, width, heads) in SIZES.items()
     for patch_size in PATCH_SIZES
 }
 
 
 def build_model(config: dict[str, Any]) -> SiT:
-    """Model of a checkpoint's ``config["model"]``: the registry name under "name", the constructor's arguments beside it.
+    """Model of a checkpoint's ``config["model"]``: the registry name under "name", the arguments beside it.
 
     Raises:
         ValueError: the name is not in the registry.

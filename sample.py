@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 
 from checkpoint import write_atomically
-from data import MASK_TYPES, MaskFolder
+from data import MaskFolder
 from errors import CommandParser, InputError, run_command
 from sampling import ImageSampler, SamplingSettings, image_seed, load_trained
 from train_utils import (
     add_machine_arguments,
+    add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
     grid_image,
@@ -41,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for mode in add_solver_parsers(parser).values():
         group = mode.add_argument_group("input and output")
         group.add_argument("--mask-path", type=Path, required=True, metavar="MASK", help="one mask file")
-        group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask file holds")
+        add_mask_arguments(group)
         group.add_argument(
             "--num-samples", "--num-fid-samples", type=positive_int, default=4, help="images to draw from the mask"
         )
@@ -54,7 +55,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises InputError for what would only fail after the work."""
     if not args.mask_path.is_file():
-        raise InputError(f"--mask-path {args.mask_path}: no such file. sample.py takes one mask, sample_ddp.py a folder.")
+        raise InputError(
+            f"--mask-path {args.mask_path}: no such file. sample.py takes one mask, sample_ddp.py a folder."
+        )
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: the picture is written as .png.")
     if not args.output.absolute().parent.is_dir():
@@ -68,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     settings = SamplingSettings.from_args(args)
     machine = start_machine(args.device, args.precision)
     trained = load_trained(args, machine)
-    masks = MaskFolder(args.mask_path, trained.data, args.mask_type)
+    masks = MaskFolder(args.mask_path, trained.data, args.mask_type, normalize=args.normalize_masks)
     item = masks.load(masks.names[0])
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
 

@@ -27,7 +27,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import file_sha256, write_atomically, write_json
-from data import MASK_TYPES, MaskFolder, MaskItem
+from data import MaskFolder, MaskItem
 from errors import CommandParser, InputError, run_command
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
 from train_utils import (
     Machine,
     add_machine_arguments,
+    add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
     derived_seed,
@@ -65,8 +66,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
     for mode in add_solver_parsers(parser).values():
         group = mode.add_argument_group("input and output")
-        group.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks (or one file)")
-        group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+        group.add_argument(
+            "--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks (or one file)"
+        )
+        add_mask_arguments(group)
         group.add_argument(
             "--data-path", type=Path, metavar="IMAGES", help="use only masks with an image here, and show it beside"
         )
@@ -103,8 +106,8 @@ def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_sampl
     """
     if num_samples and samples_per_mask and num_samples > samples_per_mask * len(mask_names):
         raise InputError(
-            f"--num-samples {num_samples} is more than --samples-per-mask {samples_per_mask} makes of {len(mask_names)} "
-            "masks: leave one of them out."
+            f"--num-samples {num_samples} is more than --samples-per-mask {samples_per_mask} makes of "
+            f"{len(mask_names)} masks: leave one of them out."
         )
     per_mask = samples_per_mask or (math.ceil(num_samples / len(mask_names)) if num_samples else 1)
     jobs = [
@@ -132,7 +135,7 @@ def set_settings(
         "sampling": settings.to_dict(),
         "samples_per_mask": args.samples_per_mask,
         "num_samples": args.num_samples,
-        "mask_type": masks.rule.mask_type,
+        "mask_rule": asdict(masks.rule),
         "masks": len(masks.names),
         "data_config": trained.data.to_dict(),
         "precision": args.precision,
@@ -164,7 +167,9 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
                 f"--sample-dir {sample_dir} holds a set made with other settings ({changes}): give another folder."
             )
     elif sample_dir.is_dir() and any(sample_dir.iterdir()):
-        raise InputError(f"--sample-dir {sample_dir} is not empty and holds no settings.json of this command: give another.")
+        raise InputError(
+            f"--sample-dir {sample_dir} is not empty and holds no settings.json of this command: give another."
+        )
     (sample_dir / "images").mkdir(parents=True, exist_ok=True)
     (sample_dir / "masks").mkdir(exist_ok=True)
     write_json(path, settings)
@@ -179,7 +184,7 @@ def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
     if label.ndim == 2 and label.dtype in (np.uint8, np.uint16):
         Image.fromarray(label).save(buffer, format="PNG")
         return buffer.getvalue(), ".png"
-    if label.ndim == 2 and np.issubdtype(label.dtype, np.integer) and 0 <= label.min() and label.max() < 2**16:
+    if label.ndim == 2 and np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() < 2**16:
         return label_bytes(label.astype(np.uint16))
     import tifffile
 
@@ -231,7 +236,10 @@ def main(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machine) -> None:
     start_logging(machine.is_main)
     trained = load_trained(args, machine)
-    masks = MaskFolder(args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, progress=machine.is_main)
+    masks = MaskFolder(
+        args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
+        progress=machine.is_main, normalize=args.normalize_masks,
+    )  # fmt: skip
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
     prepare_folder(args, set_settings(args, settings, trained, masks), machine)
     log_provenance(machine, args.seed)
@@ -298,10 +306,11 @@ def finished(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
 def write_manifest(
     args: argparse.Namespace, settings: SamplingSettings, trained: TrainedModel, masks: MaskFolder, jobs: list[Job]
 ) -> None:
-    """manifest.csv: how every pair came to be."""
+    """manifest.csv: how every pair came to be. Columns that evaluate.py added stay."""
     hashes = {name: file_sha256(path) for name, path in masks.paths.items()}
-    buffer = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
+    path = args.sample_dir / "manifest.csv"
+    added = read_manifest(path)
+    rows = []
     for job in jobs:
         item = load_mask(masks, job, args.seed)
         row = {
@@ -327,11 +336,21 @@ def write_manifest(
             "weights": "raw" if args.raw_weights else "ema",
             "ckpt_sha256": trained.sha256,
         }
-        if writer is None:
-            writer = csv.DictWriter(buffer, fieldnames=list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(row)
-    write_atomically(args.sample_dir / "manifest.csv", lambda file: file.write(buffer.getvalue().encode()))
+        rows.append(added.get(row["image"], {}) | row)
+    buffer = io.StringIO()
+    columns = dict.fromkeys([*row, *rows[0]])  # ours first
+    writer = csv.DictWriter(buffer, fieldnames=list(columns), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(buffer.getvalue().encode()))
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of a manifest by image; none where there is no manifest yet."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["image"]: row for row in csv.DictReader(file) if row.get("image")}
 
 
 def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[Job]) -> None:
@@ -353,7 +372,10 @@ def write_npz(sample_dir: Path, jobs: list[Job], size: int) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), size, size, 3)}
 
     def write(file: Any) -> None:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as array,
+        ):
             np.lib.format.write_array_header_1_0(array, header)
             for image in read_images(sample_dir, jobs):
                 array.write(image.tobytes())

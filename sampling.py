@@ -20,7 +20,7 @@ from data import DataConfig
 from errors import InputError
 from models import SiT, build_model
 from train_utils import Machine, derived_seed
-from transport import Sampler, Transport, create_transport
+from transport import ODE_METHODS, Sampler, Transport, create_transport
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,32 @@ class SamplingSettings:
         """Settings of a parsed command line; flags of the other mode keep their defaults.
 
         Raises:
-            InputError: a guidance interval that is empty, or that has no effect because there is no guidance.
+            InputError: a guidance interval that is empty, or a flag that has no effect beside the others.
         """
         low, high = args.guidance_interval
         if low >= high:
             raise InputError(f"--guidance-interval {low:g} {high:g}: the first time must be below the second.")
         if (low, high) != (0.0, 1.0) and args.cfg_scale == 1.0:
             raise InputError("--guidance-interval has no effect at --cfg-scale 1: give a scale other than 1.")
-        solver = {name: getattr(args, name) for name in SOLVER_FLAGS if hasattr(args, name)}
+        solver = {name: getattr(args, name, None) for name in ODE_ONLY + SDE_ONLY}
+        solver["num_steps"] = args.num_sampling_steps or (250 if args.mode == "SDE" else None)
+        adaptive = args.mode == "ODE" and ODE_METHODS[args.sampling_method].adaptive
+        idle = ["num_steps"] if adaptive else [name for name in ODE_ONLY if solver[name] is not None]
+        for name in idle:
+            if solver[name] is not None:
+                flag = "--num-sampling-steps" if adaptive else f"--{name}"
+                kind = "an adaptive" if adaptive else "a fixed-step"
+                raise InputError(f"{flag} has no effect on {args.sampling_method}, {kind} solver: leave it out.")
+        if getattr(args, "last_step", None) == "None" and args.last_step_size is not None:
+            raise InputError("--last-step-size has no effect on --last-step None: leave it out.")
+        given = {name: value for name, value in solver.items() if value is not None}
         return cls(
-            mode=args.mode, method=args.sampling_method, num_steps=args.num_sampling_steps,
-            cfg_scale=args.cfg_scale, guidance_interval=(low, high), **solver,
-        )  # fmt: skip
+            mode=args.mode,
+            method=args.sampling_method,
+            cfg_scale=args.cfg_scale,
+            guidance_interval=(low, high),
+            **given,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, the fields that the mode uses."""
@@ -65,7 +79,6 @@ class SamplingSettings:
 
 ODE_ONLY = ("atol", "rtol")
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
-SOLVER_FLAGS = ODE_ONLY + SDE_ONLY
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ Started again with the same ``--run-name`` it continues, and ends with the weigh
 The resume policy, in the order that matters:
  1. The newest whole checkpoint of the run folder wins; a damaged one is passed over with a warning.
  2. Without one, --ckpt gives weights, EMA, optimiser and step; else --init-from gives weights; else all is new.
- 3. Architecture, transport, space and data configuration come from the checkpoint. A flag that was given and contradicts
-    them is refused (FIXED_ON_RESUME); other flags that were given replace the file's and are logged; flags that were not
-    given keep the file's values.
+ 3. Architecture, transport, space and data configuration come from the checkpoint. A flag that was given and
+    contradicts them is refused (FIXED_ON_RESUME); other flags that were given replace the file's and are logged; flags
+    that were not given keep the file's values.
  4. No random state is saved: every draw follows from (seed, step, rank), every batch from (seed, step).
  5. Sums of the metrics since their last line are in the checkpoint; lines after its step are cut and written again.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import signal
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -90,14 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--results-dir", type=Path, default=Path("results"), help="where run folders go")
     group.add_argument("--run-name", help="name of the run folder; an existing one is continued")
     group.add_argument("--ckpt", type=Path, metavar="FILE", help="resume from this checkpoint")
-    group.add_argument("--init-from", metavar="FILE", help="start new from these weights (ours, or SiT's by name or file)")
+    group.add_argument(
+        "--init-from", metavar="FILE", help="start new from these weights (ours, or SiT's by name or file)"
+    )
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=list(SiT_models), default="SiT-B/2", metavar="NAME", help="SiT-SIZE/PATCH")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the training images, pixels")
     group.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
     group.add_argument(
-        "--vae", default="ema", help="ema or mse (Stable Diffusion autoencoders), a diffusers folder, or none for pixels"
+        "--vae",
+        default="ema",
+        help="ema or mse (Stable Diffusion autoencoders), a diffusers folder, or none for pixels",
     )
     group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
     group.add_argument("--mask-dropout", type=fraction, default=0.1, help="share of samples that lose their whole mask")
@@ -112,7 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of AdamW")
     group.add_argument("--warmup-steps", type=non_negative_int, default=100, help="steps until the full learning rate")
     group.add_argument("--weight-decay", type=non_negative_float, default=0.0, help="of AdamW")
-    group.add_argument("--grad-clip", type=non_negative_float, default=1.0, help="bound of the gradient norm; 0 is none")
+    group.add_argument(
+        "--grad-clip", type=non_negative_float, default=1.0, help="bound of the gradient norm; 0 is none"
+    )
     group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of the averaged weights; warms up")
     group.add_argument("--seed", "--global-seed", type=non_negative_int, default=0, help="of every random draw")
 
@@ -123,7 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--sample-every", type=positive_int, default=1000, help="steps between previews")
     group.add_argument("--cfg-scale", type=non_negative_float, default=4.0, help="guidance of the previews")
     group.add_argument("--wandb", action="store_true", help="log to Weights and Biases, too")
-    group.add_argument("--num-workers", type=non_negative_int, help="loader processes (default: 0 if the data fits memory)")
+    group.add_argument(
+        "--num-workers", type=non_negative_int, help="loader processes (default: 0 if the data fits memory)"
+    )
     add_machine_arguments(parser)
     return parser
 
@@ -157,10 +165,13 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
         raise InputError("--ckpt resumes and --init-from starts new: give one of them.")
     time_sampling = args.time_sampling or default_transport(args.vae)["time_sampling"]
     if time_sampling == "uniform" and args.given & {"time_mean", "time_std"}:
-        raise InputError("--time-mean and --time-std have no effect on uniform times: give --time-sampling logit-normal.")
+        raise InputError(
+            "--time-mean and --time-std have no effect on uniform times: give --time-sampling logit-normal."
+        )
     if args.window is not None and not 0 <= args.window[0] < args.window[1] <= 100:
         raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: two percentiles, 0 <= LOW < HIGH <= 100.")
     check_space(args.vae)
+    check_transport(args)
     if args.wandb:
         wandb_utils.check_wandb()
 
@@ -186,6 +197,14 @@ def transport_config(args: argparse.Namespace) -> dict[str, Any]:
         "time_mean": args.time_mean,
         "time_std": args.time_std,
     }
+
+
+def check_transport(args: argparse.Namespace) -> None:
+    """Raises InputError for a combination of transport flags that has no meaning or no effect."""
+    try:
+        create_transport(**transport_config(args))
+    except ValueError as error:
+        raise InputError(f"transport flags: {error}") from error
 
 
 def model_config(args: argparse.Namespace, space: Space) -> dict[str, Any]:
@@ -220,8 +239,8 @@ def find_state(args: argparse.Namespace, run: RunFolder) -> dict[str, Any] | Non
     own = args.ckpt is not None and args.ckpt.resolve().parent == run.checkpoints.resolve()
     if own and steps and args.ckpt.resolve() != run.checkpoint_path(steps[-1]).resolve():
         raise InputError(
-            f"--ckpt {args.ckpt} is not the newest checkpoint of its run folder (that is {steps[-1]:07d}.pt), and going "
-            "back would overwrite what came after: branch off with another --run-name."
+            f"--ckpt {args.ckpt} is not the newest checkpoint of its run folder (that is {steps[-1]:07d}.pt), and "
+            "going back would overwrite what came after: branch off with another --run-name."
         )
     return run.newest() or (read_checkpoint(args.ckpt) if args.ckpt else None)
 
@@ -250,14 +269,17 @@ def merge_arguments(args: argparse.Namespace, saved: dict[str, Any]) -> list[str
             changed.append(f"{flag}: {value} -> {given}")
     if contradicted:
         raise InputError(
-            f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start anew with another --run-name."
+            f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start anew with another "
+            "--run-name."
         )
     return changed
 
 
 def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The command line as plain types for config.json and the checkpoint."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "given"}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "given"
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -309,9 +331,9 @@ class Training:
     def start_from(self, source: str) -> list[str]:
         """Take the weights of another run or of published SiT; returns the report of what was kept and what is new."""
         weights, report = adapt_sit_weights(find_model(source), self.model)
-        self.model.load_state_dict(weights, strict=False)
-        self.ema.load_state_dict(self.model.state_dict())
-        return report
+        self.model.load_state_dict(weights)
+        self.ema.load_state_dict(weights)
+        return report.lines()
 
     def distribute(self) -> None:
         if self.machine.world_size > 1:
@@ -359,8 +381,8 @@ class Training:
         loss, norm, skipped = sums.tolist()
         if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
             raise InputError(
-                f"step {self.step}: loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row at learning rate "
-                f"{self.args.lr:g}. The last checkpoint is good: start again from it with a lower --lr."
+                f"step {self.step}: loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row at learning "
+                f"rate {self.args.lr:g}. The last checkpoint is good: start again from it with a lower --lr."
             )
         taken = max(1.0, self.since_log - skipped)
         self.sums.zero_()
@@ -468,7 +490,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     space = load_space(args.vae).to(machine.device)
     model = model_config(args, space)
     data = DataConfig.from_dict(state["config"]["data"]) if state else data_config(args)
-    dataset = PairedFolder(args.data_path, args.mask_path, data, args.mask_type, seed=args.seed, progress=machine.is_main)
+    dataset = PairedFolder(
+        args.data_path, args.mask_path, data, args.mask_type,
+        seed=args.seed, progress=machine.is_main, normalize=args.normalize_masks,
+    )  # fmt: skip
     config = {
         "model": model,
         "transport": transport_config(args),
@@ -507,13 +532,17 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     args, machine = training.args, training.machine
     total = args.max_steps or math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     logger.info(
-        "%d steps of %d images (%.1f epochs)", total, args.global_batch_size, total * args.global_batch_size / len(dataset)
+        "%d steps of %d images (%.1f epochs)",
+        total,
+        args.global_batch_size,
+        total * args.global_batch_size / len(dataset),
     )
     if training.step >= total:
         logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
         return
     previews = Previews(dataset, training) if machine.is_main else None
-    board = wandb_utils.start_run(run.path, run.path.name, training.config) if args.wandb and machine.is_main else None
+    if args.wandb:
+        wandb_utils.start_run(run.path, run.path.name, training.config)
     stop = StopRequest()
     loader = make_loader(dataset, args, machine, range(training.step, total))
     bar = tqdm(
@@ -527,24 +556,23 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
             metrics = training.read_metrics()
             seconds = (time.perf_counter() - started) / (step - steps_before)
             if machine.is_main:
-                record_metrics(training, run, board, metrics, seconds, total)
+                record_metrics(training, run, metrics, seconds, total)
             started, steps_before = time.perf_counter(), step
         stopped = machine.any_rank(stop.signal is not None)
         if machine.is_main and (step % args.ckpt_every == 0 or last or stopped):
             logger.info("saved %s", run.save(training.state()))
         if machine.is_main and (step % args.sample_every == 0 or last) and not stopped:
-            save_preview(previews, run, board, step)
+            save_preview(previews, run, step)
         if stopped:
             logger.warning("signal received: saved at step %d, leaving; the same command continues", step)
             sys.exit(EXIT_STOPPED_BY_SIGNAL)
     machine.barrier()
-    if board is not None:
-        board.finish()
+    wandb_utils.finish()
     logger.info("done: %d steps; sample with --ckpt %s", total, run.checkpoint_path(total))
 
 
 def record_metrics(
-    training: Training, run: RunFolder, board: Any, metrics: dict[str, float], seconds_per_step: float, total: int
+    training: Training, run: RunFolder, metrics: dict[str, float], seconds_per_step: float, total: int
 ) -> None:
     """metrics.jsonl first, then the log, then wandb."""
     args, step = training.args, training.step
@@ -552,25 +580,23 @@ def record_metrics(
     speed = args.global_batch_size / seconds_per_step
     run.log_metrics({"step": step, **metrics, "train/lr": lr, "speed/images_per_sec": speed})
     left = (total - step) * seconds_per_step
-    skipped = f", {metrics['train/skipped_steps']:.0f} steps skipped (not finite)" if metrics["train/skipped_steps"] else ""
+    skipped = (
+        f", {metrics['train/skipped_steps']:.0f} steps skipped (not finite)" if metrics["train/skipped_steps"] else ""
+    )
     logger.info(
         "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.1f images/s, %s left%s",
         step, total, metrics["train/loss"], metrics["train/grad_norm"], lr, speed,
         time.strftime("%H:%M:%S", time.gmtime(left)), skipped,
     )  # fmt: skip
-    if board is not None:
-        board.log({**metrics, "train/lr": lr, "speed/images_per_sec": speed}, step)
+    wandb_utils.log({**metrics, "train/lr": lr, "speed/images_per_sec": speed}, step)
 
 
-def save_preview(previews: Previews, run: RunFolder, board: Any, step: int) -> None:
-    from PIL import Image
-
+def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
     picture = previews.draw()
     path = run.previews / f"{step:07d}.png"
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
     logger.info("preview: %s", path)
-    if board is not None:
-        board.log_image("preview", picture, step)
+    wandb_utils.log_image("preview", path, step)
 
 
 if __name__ == "__main__":

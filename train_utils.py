@@ -79,10 +79,18 @@ def fraction(text: str) -> float:
 # ------------------------------------------------------------------------------------------------------- flag groups
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """How files become tensors. Training decides; sampling reads the rest from the checkpoint."""
-    group = parser.add_argument_group("images and masks")
+def add_mask_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the mask files hold, wherever masks are read."""
     group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+    group.add_argument(
+        "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """How files become tensors in training; sampling takes all but the masks' own flags from the checkpoint."""
+    group = parser.add_argument_group("images and masks")
+    add_mask_arguments(group)
     group.add_argument(
         "--crop",
         choices=CROPS,
@@ -133,13 +141,15 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
     ode = modes.add_parser("ODE", help="deterministic sampling")
     group = ode.add_argument_group("ODE solver")
     group.add_argument("--sampling-method", type=str.lower, choices=list(ODE_METHODS), default="heun", help="solver")
-    group.add_argument("--num-sampling-steps", type=positive_int, default=25, help="steps of a fixed-step solver")
-    group.add_argument("--atol", type=positive_float, default=1e-6, help="absolute tolerance of an adaptive solver")
-    group.add_argument("--rtol", type=positive_float, default=1e-3, help="relative tolerance of an adaptive solver")
+    group.add_argument("--num-sampling-steps", type=positive_int, help="steps of a fixed-step solver (default: 25)")
+    group.add_argument("--atol", type=positive_float, help="absolute tolerance of an adaptive solver (default: 1e-6)")
+    group.add_argument("--rtol", type=positive_float, help="relative tolerance of an adaptive solver (default: 1e-3)")
     sde = modes.add_parser("SDE", help="stochastic sampling")
     group = sde.add_argument_group("SDE solver")
-    group.add_argument("--sampling-method", type=str.capitalize, choices=list(SDE_METHODS), default="Euler", help="solver")
-    group.add_argument("--num-sampling-steps", type=positive_int, default=250, help="steps")
+    group.add_argument(
+        "--sampling-method", type=str.capitalize, choices=list(SDE_METHODS), default="Euler", help="solver"
+    )
+    group.add_argument("--num-sampling-steps", type=positive_int, help="steps (default: 250)")
     group.add_argument("--diffusion-form", choices=list(DIFFUSION_FORMS), default="SBDM", help="diffusion over time")
     group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="factor on the diffusion")
     group.add_argument("--last-step", choices=[str(name) for name in LAST_STEPS], default="Tweedie", help="how it ends")
@@ -177,7 +187,10 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
     group.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast where the hardware multiplies in it"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bf16 autocast where the hardware multiplies in it",
     )
 
 
@@ -361,11 +374,19 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-CLASS_COLORS = ((0, 0, 0), (255, 255, 255), (230, 80, 60), (70, 140, 230), (90, 190, 90), (240, 190, 60), (160, 90, 200))
+CLASS_COLORS = (
+    (0, 0, 0),
+    (255, 255, 255),
+    (230, 80, 60),
+    (70, 140, 230),
+    (90, 190, 90),
+    (240, 190, 60),
+    (160, 90, 200),
+)
 
 
 def mask_picture(prob_map: Tensor) -> Tensor:
-    """(K, H, W) class probabilities -> (3, H, W) in [-1, 1]: background black, cells white, further classes coloured."""
+    """(K, H, W) class probabilities -> (3, H, W) in [-1, 1]: background black, cells white, others coloured."""
     colors = torch.tensor([CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(len(prob_map))], dtype=torch.float32)
     return torch.einsum("khw,kc->chw", prob_map.float().cpu(), colors / 127.5 - 1)
 
@@ -392,7 +413,11 @@ def log_provenance(machine: Machine, seed: int) -> None:
     """First lines of a log: command, commit, versions, device, seed."""
     logger.info("command: %s", " ".join(sys.argv))
     logger.info("commit: %s; python %s, torch %s", commit(), sys.version.split()[0], torch.__version__)
-    name = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(machine.device)
+        if machine.device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
     logger.info(
         "device: %s (%s), precision %s, %d process(es), seed %d",
         machine.device, name, machine.precision, machine.world_size, seed,
