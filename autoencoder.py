@@ -66,8 +66,9 @@ class LatentSpace(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H / f, W / f)."""
         posteriors = [self.vae.encode(chunk).latent_dist for chunk in images.split(self.chunk_size)]
-        mean = torch.cat([posterior.mean for posterior in posteriors])
-        std = torch.cat([posterior.std for posterior in posteriors])
+        # Contiguous: random numbers drawn like a tensor follow its strides, which would follow the number of chunks.
+        mean = torch.cat([posterior.mean for posterior in posteriors]).contiguous()
+        std = torch.cat([posterior.std for posterior in posteriors]).contiguous()
         return (mean - self.shift) * self.scale, std * self.scale
 
     def encode(self, images: Tensor, sample: bool = True) -> Tensor:

@@ -1,59 +1,183 @@
-"""Measure a synthetic set of sample_ddp.py: do the images follow their masks, beside real images of the same masks.
+"""Measure data sets: before training, and what sample_ddp.py made: does it follow its masks, is it real, does it help?
 
+    python evaluate.py data --data-path IMAGES --mask-path MASKS
     python evaluate.py threshold SAMPLE_DIR
     python evaluate.py fidelity SAMPLE_DIR --data-path IMAGES --mask-path MASKS
+    python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST
 
-``threshold`` needs no training: Dice of the Otsu-thresholded images against their masks, synthetic beside real, with
-the gray values' mean and standard deviation. ``fidelity`` trains a small U-Net on real pairs (minutes
-on a CPU at small size, kept for the next set) and compares what it finds in the images with their masks, beside real
-images that it has not seen. Tables, rows per image and pictures go into SAMPLE_DIR/evaluation.
+``data`` looks at a data set before training. The other measures compare a synthetic set with real images; their
+tables, rows per image and pictures go into SAMPLE_DIR/evaluation. ``MEASURE --help`` explains each.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from data import MASK_TYPES
-from errors import run_command
+from data import CROPS, MASK_TYPES
+from errors import CommandParser, InputError, run_command
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line of ``evaluate.py``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="MEASURE")
-    threshold = commands.add_parser(
-        "threshold",
-        help="Dice of the thresholded images against their masks (no training)",
-        description="Dice of the Otsu-thresholded images against their masks, beside real images of the same masks.",
-        allow_abbrev=False,
+    measures = (
+        _add_data,
+        _add_threshold,
+        _add_fidelity,
+        _add_filter,
+        _add_realism,
+        _add_population,
+        _add_memorisation,
+        _add_report,
     )
-    _add_set_arguments(threshold)
-    fidelity = commands.add_parser(
-        "fidelity",
-        help="agreement of a segmenter trained on real pairs with the masks",
-        description="Agreement of a small U-Net, trained on real pairs, with the masks; adds the column fidelity_dice "
-        "to the manifest.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_set_arguments(fidelity)
-    fidelity.add_argument("--data-path", required=True, metavar="IMAGES", help="real images that teach the judge")
-    fidelity.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
-    fidelity.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
-    fidelity.add_argument("--steps", type=_positive, default=400, help="training steps of the judge")
-    fidelity.add_argument("--seed", type=int, default=0, help="seed of the judge and of the held-out share")
-    fidelity.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
+    for add in measures:
+        add(commands)
     return parser.parse_args(argv)
 
 
-def _add_set_arguments(parser: argparse.ArgumentParser) -> None:
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _add_data(commands) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="look at images and masks before training",
+        description="Report in plain language on a data set before training: counts, sizes, gray values, classes, "
+        "cells, unreadable files, files without partner, copies, and a contact sheet with the masks' outlines. Ends "
+        "with exit code 0 where training can start, 2 where it cannot.",
+    )
+    _add_real_pairs(parser, "to look at")
+    parser.add_argument("--num-classes", type=_positive, default=2, help="mask classes, background included")
+    parser.add_argument(
+        "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
+    )
+    parser.add_argument("--image-size", type=_positive, help="side of the training images, checked with --crop random")
+    parser.add_argument("--crop", choices=CROPS, default="center", help="as in training")
+    parser.add_argument("--output", type=Path, default=Path("data_report"), metavar="FOLDER", help="where it goes")
+
+
+def _add_threshold(commands) -> None:
+    parser = commands.add_parser(
+        "threshold",
+        help="Dice of the thresholded images against their masks (no training)",
+        description="Dice of the Otsu-thresholded images against their masks, beside real images of the same masks, "
+        "with the gray values' mean and standard deviation.",
+    )
+    _add_set(parser)
+
+
+def _add_fidelity(commands) -> None:
+    parser = commands.add_parser(
+        "fidelity",
+        help="agreement of a segmenter trained on real pairs with the masks",
+        description="Agreement of a small U-Net, trained on real pairs (minutes on a CPU at small size, kept for the "
+        "next set), with the masks, beside real images that it has not seen; adds the column fidelity_dice to the "
+        "manifest.",
+    )
+    _add_set(parser)
+    _add_real_pairs(parser, "that teach the judge")
+    _add_judge(parser)
+
+
+def _add_filter(commands) -> None:
+    parser = commands.add_parser(
+        "filter",
+        help="keep the images that follow their masks best",
+        description="Keep the images of the highest fidelity_dice. The set itself stays as it is: the lists kept.csv "
+        "and dropped.csv (with reasons) go into SAMPLE_DIR/evaluation, copies of the kept images into --output.",
+    )
+    parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="set on which evaluate.py fidelity has run")
+    rule = parser.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--min-fidelity", type=_share, metavar="DICE", help="keep images of at least this fidelity_dice")
+    rule.add_argument("--keep-share", type=_share, metavar="SHARE", help="keep this share of the images, the best ones")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for a set of the kept images")
+
+
+def _add_realism(commands) -> None:
+    parser = commands.add_parser(
+        "realism",
+        help="FID and KID, or a distance on the judge's features, beside real against real",
+        description="Distance of the synthetic to real images in a feature space, beside that of real to real images "
+        "over random splits. FID and KID with --inception-weights; without, a Frechet distance on the features of the "
+        "judge of the fidelity command, which is no FID.",
+    )
+    _add_set(parser)
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images, best unseen in training")
+    parser.add_argument("--mask-path", metavar="MASKS", help="their masks, for the judge (without Inception weights)")
+    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+    parser.add_argument(
+        "--inception-weights",
+        type=Path,
+        metavar="FILE",
+        help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases; never fetched from here",
+    )
+    parser.add_argument("--splits", type=_positive, default=20, help="random halves of the real images")
+    _add_judge(parser)
+
+
+def _add_population(commands) -> None:
+    parser = commands.add_parser(
+        "population",
+        help="number, size, shape, brightness and texture of the cells",
+        description="Histograms and Wasserstein distances of the cells' number, area, eccentricity, brightness and "
+        "texture, beside the distances of random halves of the real images.",
+    )
+    _add_set(parser)
+    parser.add_argument("--data-path", metavar="IMAGES", help="real images (default: those that the manifest names)")
+    parser.add_argument("--mask-path", metavar="MASKS", help="their masks")
+    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+
+
+def _add_memorisation(commands) -> None:
+    parser = commands.add_parser(
+        "memorisation",
+        help="nearest training image of every synthetic one",
+        description="Distance of every synthetic image to its nearest training image, in any turn or flip, beside the "
+        "same of held-out real images, with the ten closest pairs as a picture.",
+    )
+    parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help="images that the generator learned from")
+    parser.add_argument("--mask-path", metavar="MASKS", help="their masks: tells samples made from them apart")
+    parser.add_argument(
+        "--held-out",
+        metavar="IMAGES",
+        help="real images that it has not seen (default: each training image beside the others)",
+    )
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one HTML file of all that was measured on a set",
+        description="Put all measures of SAMPLE_DIR/evaluation, with their pictures and the worst and best images by "
+        "fidelity, into one HTML file that needs nothing beside it, and into report.json.",
+    )
+    _add_set(parser)
+    parser.add_argument("--images", type=_positive, default=8, help="worst and best images shown, each")
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
     parser.add_argument(
         "--real-dir",
         metavar="FOLDER",
         help="where the real images are now, if they are no longer where the manifest says",
     )
+
+
+def _add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images {what}")
+    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
+    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=400, help="training steps of the judge")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the judge and of the held-out share")
+    parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
 
 
 def _positive(text: str) -> int:
@@ -64,9 +188,42 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    """A number above 0 and up to 1, for argparse."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie above 0 and not above 1")
+    return value
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
 def main(args: argparse.Namespace) -> None:
     """Run the chosen measure, print its table and say where the files are."""
     COMMANDS[args.command](args)
+
+
+def run_data(args: argparse.Namespace) -> None:
+    """``evaluate.py data``."""
+    from evaluation.data_report import survey, write_data_report
+
+    report, pairs, rule = survey(
+        args.data_path,
+        args.mask_path,
+        num_classes=args.num_classes,
+        mask_type=args.mask_type,
+        image_size=args.image_size,
+        crop=args.crop,
+        normalize=args.normalize_masks,
+        progress=True,
+    )
+    written = write_data_report(report, pairs, rule, args.output)
+    print("\n".join(report.lines()))
+    print(f"written: {', '.join(map(str, written))}")
+    if report.problems:
+        count = len(report.problems)
+        raise InputError(f"{count} problem{'s' * (count > 1)} to mend before training, first: {report.problems[0]}")
 
 
 def run_threshold(args: argparse.Namespace) -> None:
@@ -102,7 +259,101 @@ def run_fidelity(args: argparse.Namespace) -> None:
     print(f"written: {folder}/fidelity.json, and the column fidelity_dice of {samples.folder}/manifest.csv")
 
 
-COMMANDS = {"threshold": run_threshold, "fidelity": run_fidelity}
+def run_filter(args: argparse.Namespace) -> None:
+    """``evaluate.py filter``."""
+    from evaluation.filter import filter_set, write_filter_report
+    from evaluation.samples import SampleSet
+
+    samples = SampleSet(args.sample_dir)
+    result = filter_set(samples, args.min_fidelity, args.keep_share)
+    written = write_filter_report(samples, result, args.output)
+    print("\n".join(result.lines()))
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def run_realism(args: argparse.Namespace) -> None:
+    """``evaluate.py realism``."""
+    import torch
+
+    from evaluation.fidelity import prepare_judge
+    from evaluation.realism import describe_weights, inception_features, score_realism, write_realism_report
+    from evaluation.samples import SampleSet
+
+    samples = SampleSet(args.sample_dir, args.real_dir)
+    if args.inception_weights is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        extract = inception_features(args.inception_weights, device)
+        features = describe_weights(args.inception_weights)
+    elif args.mask_path is None:
+        raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS for a distance by the judge")
+    else:
+        prepared = prepare_judge(
+            samples,
+            args.data_path,
+            args.mask_path,
+            args.cache_dir,
+            args.mask_type,
+            steps=args.steps,
+            seed=args.seed,
+            progress=True,
+        )
+        extract, features = prepared.judge.features, f"deepest layer of judge {prepared.key[:12]}"
+    inception = args.inception_weights is not None
+    report = score_realism(samples, args.data_path, extract, features, inception, splits=args.splits, seed=args.seed)
+    folder = write_realism_report(samples, report)
+    print("\n".join(report.lines()))
+    print(f"written: {folder}/realism.json, realism.png")
+
+
+def run_population(args: argparse.Namespace) -> None:
+    """``evaluate.py population``."""
+    from evaluation.population import score_population, write_population_report
+    from evaluation.samples import SampleSet
+
+    if (args.data_path is None) != (args.mask_path is None):
+        raise InputError("--data-path and --mask-path go together: give both, or none for the manifest's real images")
+    samples = SampleSet(args.sample_dir, args.real_dir)
+    report, synthetic, real = score_population(samples, args.data_path, args.mask_path, args.mask_type)
+    folder = write_population_report(samples, report, synthetic, real)
+    print("\n".join(report.lines()))
+    print(f"written: {folder}/population.json, population.csv, population.png")
+
+
+def run_memorisation(args: argparse.Namespace) -> None:
+    """``evaluate.py memorisation``."""
+    from evaluation.memorisation import score_memorisation, write_memorisation_report
+    from evaluation.samples import SampleSet
+
+    samples = SampleSet(args.sample_dir)
+    report, closest, paths = score_memorisation(samples, args.data_path, args.held_out, args.mask_path, progress=True)
+    folder = write_memorisation_report(samples, report, closest, paths)
+    print("\n".join(report.lines()))
+    print(f"written: {folder}/memorisation.json, memorisation.csv, memorisation.png")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """``evaluate.py report``."""
+    from evaluation.report import write_report
+    from evaluation.samples import SampleSet
+
+    samples = SampleSet(args.sample_dir, args.real_dir)
+    page, found, missing = write_report(samples, args.images)
+    print(f"measures in the report: {', '.join(found)}")
+    if missing:
+        print(f"not measured yet: {', '.join(missing)}")
+    print(f"written: {page}, {page.with_suffix('.json').name}")
+
+
+COMMANDS = {
+    "data": run_data,
+    "threshold": run_threshold,
+    "fidelity": run_fidelity,
+    "filter": run_filter,
+    "realism": run_realism,
+    "population": run_population,
+    "memorisation": run_memorisation,
+    "report": run_report,
+}
 
 if __name__ == "__main__":
     run_command(main, parse_args)

@@ -273,22 +273,8 @@ def score_fidelity(
     Raises:
         InputError: unusable files, or a set without settings.
     """
-    if samples.config is None:
-        raise InputError(f"{samples.folder}/settings.json has no data_config; sample the set again with sample_ddp.py")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = split_pairs(samples, image_dir, mask_dir, seed)
-    pairs = PairedFolder(
-        image_dir,
-        mask_dir,
-        samples.config,
-        mask_type,
-        seed=seed,
-        progress=progress,
-        names=split.train,
-        normalize=bool((samples.settings.get("mask_rule") or {}).get("normalize")),
-    )
-    config = JudgeConfig(num_classes=samples.num_classes, steps=steps, seed=seed)
-    judge, key, cached = load_or_train_judge(pairs, config, cache_dir, device, progress)
+    prepared = prepare_judge(samples, image_dir, mask_dir, cache_dir, mask_type, steps, seed, device, progress)
+    judge, pairs, split = prepared.judge, prepared.pairs, prepared.split
     separated = pairs.rule.mask_type == "instances" and samples.num_classes == 3
     if split.held_out:
         real_images = held_out_images(image_dir, mask_dir, pairs, split.held_out, seed)
@@ -300,11 +286,50 @@ def score_fidelity(
         real=_judge(judge, real_images, samples.num_classes, separated),
         real_images_are=real_are + ", which the judge has not seen",
         judge_pairs=len(pairs),
-        judge_key=key,
-        judge_cached=cached,
+        judge_key=prepared.key,
+        judge_cached=prepared.cached,
         masks_seen_by_judge=split.masks_seen,
         provenance=samples.provenance(),
     )
+
+
+class PreparedJudge(NamedTuple):
+    """A judge, and what it learned from."""
+
+    judge: Judge
+    key: str
+    cached: bool
+    pairs: PairedFolder
+    split: Split
+
+
+def prepare_judge(
+    samples: SampleSet,
+    image_dir: str,
+    mask_dir: str,
+    cache_dir: str | os.PathLike,
+    mask_type: str = "auto",
+    steps: int = 400,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> PreparedJudge:
+    """Choose the judge's pairs by :func:`split_pairs`, then load it from the cache or train it; see score_fidelity."""
+    config = samples.require_config()
+    split = split_pairs(samples, image_dir, mask_dir, seed)
+    pairs = PairedFolder(
+        image_dir,
+        mask_dir,
+        config,
+        mask_type,
+        seed=seed,
+        progress=progress,
+        names=split.train,
+        normalize=bool((samples.settings.get("mask_rule") or {}).get("normalize")),
+    )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = JudgeConfig(num_classes=samples.num_classes, steps=steps, seed=seed)
+    return PreparedJudge(*load_or_train_judge(pairs, settings, cache_dir, device, progress), pairs, split)
 
 
 def _judge(judge: Judge, images: Iterator[LabelledImage], num_classes: int, separated: bool) -> AgreementScore:
@@ -327,12 +352,17 @@ def held_out_images(
 ) -> Iterator[LabelledImage]:
     """Real pairs as the judge's training data are read, the same squares at every call."""
     folder = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=pairs.rule.normalize)
+    yield from folder_images(folder, names, seed)
+
+
+def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterator[LabelledImage]:
+    """Pairs of a folder with images as training sees them; several windows of each under --crop random."""
     for number, name in enumerate(names):
-        for window in range(WINDOWS_PER_IMAGE if pairs.config.crop == "random" else 1):
+        for window in range(WINDOWS_PER_IMAGE if folder.config.crop == "random" else 1):
             item = folder.load(name, rng=np.random.default_rng([seed, number, window]))
             image = np.rint((np.asarray(item.image).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)  # (S, S, C)
             classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
-            cells = item.label if pairs.rule.mask_type == "instances" else connected_cells(classes > 0)
+            cells = item.label if folder.rule.mask_type == "instances" else connected_cells(classes > 0)
             yield LabelledImage(np.broadcast_to(image, (*image.shape[:2], 3)), classes, cells)
 
 

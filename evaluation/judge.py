@@ -62,9 +62,40 @@ class Judge:
         Returns:
             (B, S, S) uint8.
         """
-        batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S)
-        logits = predict(self.network, batch.float() / 127.5 - 1)
-        return logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        return predict(self.network, self._batch(images)).argmax(dim=1).to(torch.uint8).cpu().numpy()
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """What the judge sees in whole images: its deepest layer, averaged over the image.
+
+        Args:
+            images: B arrays uint8 (S, S, 3).
+
+        Returns:
+            (B, CHANNELS[-1]) float64.
+        """
+        found: list[Tensor] = []
+        hook = deepest_layer(self.network).register_forward_hook(lambda layer, given, out: found.append(out))
+        try:
+            predict(self.network, self._batch(images))
+        finally:
+            hook.remove()
+        return found[0].mean(dim=(2, 3)).double().cpu().numpy()
+
+    def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(B, 3, S, S) float32 in [-1, 1] on the device."""
+        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def deepest_layer(network: nn.Module) -> nn.Module:
+    """The layer of lowest resolution of MONAI's U-Net: down, [down, [... deepest ...], up], up."""
+    layer = network.model
+    while isinstance(layer, nn.Sequential):
+        inner = [part for part in layer if hasattr(part, "submodule")]
+        if not inner:
+            break
+        layer = inner[0].submodule
+    return layer
 
 
 def predict(network: nn.Module, images: Tensor) -> Tensor:

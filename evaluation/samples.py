@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataConfig, View, center_view, fit_channels, image_window, window_image
+from data import DataConfig, View, center_view, fit_channels, image_window, native_view, window_image
 from errors import InputError, list_some
 from image_files import read_image, read_mask
 from mask_rules import MaskRule, class_map, prob_map
@@ -101,6 +101,16 @@ class SampleSet:
         }
         return {name: values for name, values in found.items() if values != [""]}
 
+    def require_config(self) -> DataConfig:
+        """How training read its files.
+
+        Raises:
+            InputError: the set's settings do not say it.
+        """
+        if self.config is None:
+            raise InputError(f"{self.folder / SETTINGS} has no data_config; sample the set again with sample_ddp.py")
+        return self.config
+
     def synthetic(self, sample: Sample) -> np.ndarray:
         """The synthetic image, uint8 (S, S, 3)."""
         return _to_rgb(read_image(sample.image_path), sample.image_path)
@@ -123,9 +133,7 @@ class SampleSet:
                 f"{sample.real_path} has {width} x {height} pixels, which is not the size that the row of "
                 f"{sample.columns['image']} in {MANIFEST} was cut from; give the folder of the original images"
             )
-        window = image_window(image, self.config)  # of the whole image, as in training, not of the crop
-        gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
-        return _to_rgb(np.rint((gray + 1) * 127.5).astype(np.uint8), sample.real_path)
+        return _windowed(image, view, self.config, sample.real_path)
 
     def foreground(self, sample: Sample) -> np.ndarray:
         """Where the label says cell, (S, S) bool; a probability label counts above one half.
@@ -212,6 +220,32 @@ class SampleSet:
 
 
 _VIEW_FIELDS = ("scaled_height", "scaled_width", "top", "left", "size")  # of data.View, in the order of VIEW_COLUMNS
+
+
+def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = None) -> np.ndarray:
+    """A real image as the generator was trained on it, uint8 (S, S, 3), rounded as the synthetic ones are.
+
+    Args:
+        path: any image file.
+        config: of the set: size, crop and the one intensity window that holds for real and synthetic images.
+        rng: draws the square with crop "random"; without it the middle is taken.
+
+    Raises:
+        InputError: unreadable, or smaller than the square.
+    """
+    image = fit_channels(read_image(path), config.channels, path)
+    height, width = image.shape[:2]
+    if config.crop == "center":
+        view = center_view(height, width, config.image_size)
+    else:
+        view = native_view(height, width, config.image_size, rng)
+    return _windowed(image, view, config, path)
+
+
+def _windowed(image: np.ndarray, view: View, config: DataConfig, path: Path) -> np.ndarray:
+    window = image_window(image, config)  # of the whole image, as in training, not of the crop
+    gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
+    return _to_rgb(np.rint((gray + 1) * 127.5).astype(np.uint8), path)
 
 
 def _holds_ids(label: np.ndarray, num_classes: int) -> bool:

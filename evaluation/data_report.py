@@ -1,0 +1,434 @@
+"""Look at images and masks before training, in plain language: what is there, what is wrong, what deserves a look.
+
+Nothing here trains or changes anything. Faults that training would refuse are *problems*; what it would take, but a
+person should know, are *remarks*.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import DataConfig, fit_channels, image_window, native_view, window_image
+from errors import InputError, list_some
+from evaluation.instances import connected_cells
+from evaluation.output import new_figure, save_figure, show_image
+from evaluation.samples import write_json
+from image_files import FileError, Pair, find_images_and_masks, match_names, read_image, read_mask
+from mask_rules import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
+
+logger = logging.getLogger(__name__)
+
+SIGNATURE_SIDE = 32
+NEAR_DUPLICATE = 0.99  # correlation of two images of SIGNATURE_SIDE x SIGNATURE_SIDE pixels
+SHEET_IMAGES = 12
+DARK = 128  # of 255
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is kept of one image file."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    minimum: float
+    maximum: float
+    digest: str
+    signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
+
+
+@dataclass
+class DataReport:
+    """Result of :func:`survey`.
+
+    Attributes:
+        images: image files found.
+        masks: mask files found.
+        pairs: images with a mask.
+        sizes: "WIDTH x HEIGHT" -> number of images, most frequent first.
+        dtypes: "uint8, 3 channels" -> number of images.
+        ranges: dtype -> darkest and brightest value of all images, and the median of the images' brightest values.
+        mask_type: what the masks hold, None where that could not be decided.
+        mask_reason: why, in one sentence.
+        class_shares: share of all pixels per class.
+        instances: cells per image, in the order of the pairs: ids, or connected components.
+        instances_are: "ids" or "connected components".
+        without_image: masks without image.
+        without_mask: images without mask.
+        unreadable: file and reason.
+        mismatched: pairs whose image and mask differ in size.
+        duplicates: (name, other name, correlation); 1.0 means equal pixels.
+        problems: what training would refuse.
+        remarks: what a person should know.
+    """
+
+    images: int
+    masks: int
+    pairs: int
+    sizes: dict[str, int]
+    dtypes: dict[str, int]
+    ranges: dict[str, dict[str, float]]
+    mask_type: str | None = None
+    mask_reason: str = ""
+    class_shares: list[float] = field(default_factory=list)
+    instances: list[int] = field(default_factory=list)
+    instances_are: str = ""
+    without_image: list[str] = field(default_factory=list)
+    without_mask: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    duplicates: list[tuple[str, str, float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report in plain language."""
+        lines = [f"{self.images} images, {self.masks} masks, {self.pairs} pairs"]
+        lines += _counted("sizes (width x height)", self.sizes) + _counted("kinds of images", self.dtypes)
+        lines += [
+            f"gray values of {dtype} images: {facts['minimum']:g} to {facts['maximum']:g}; half of the images stay "
+            f"below {facts['median_maximum']:g}"
+            for dtype, facts in self.ranges.items()
+        ]
+        if self.mask_type is not None:
+            lines.append(self.mask_reason)
+        if self.class_shares:
+            shares = ", ".join(f"class {k}: {share * 100:.1f} %" for k, share in enumerate(self.class_shares))
+            lines.append(f"share of the pixels: {shares}")
+        if self.instances:
+            lines.append(
+                f"cells per image: {min(self.instances)} to {max(self.instances)}, median "
+                f"{np.median(self.instances):g}, {sum(self.instances)} in all (counted as {self.instances_are})"
+            )
+        lines += [f"remark: {remark}" for remark in self.remarks]
+        lines += [f"PROBLEM: {problem}" for problem in self.problems]
+        return lines + ([] if self.problems else ["nothing stands in the way of training"])
+
+
+def _counted(title: str, counts: dict[str, int], most: int = 5) -> list[str]:
+    shown = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:most])
+    rest = len(counts) - most
+    return [f"{title}: {shown}{f' and {rest} more' if rest > 0 else ''}"] if counts else []
+
+
+def survey(
+    image_dir: str | Path,
+    mask_dir: str | Path,
+    num_classes: int = 2,
+    mask_type: str = "auto",
+    image_size: int | None = None,
+    crop: str = "center",
+    normalize: bool = False,
+    progress: bool = False,
+) -> tuple[DataReport, list[Pair], MaskRule | None]:
+    """Read every file of a data set once and say what is there.
+
+    Args:
+        image_dir: folder of images.
+        mask_dir: folder of masks.
+        num_classes: K.
+        mask_type: one of ``MASK_TYPES``.
+        image_size: side of the training images, checked against the images' sizes with ``crop`` "random".
+        crop: as in training.
+        normalize: soft maps need not sum to one.
+        progress: show progress bars.
+
+    Returns:
+        The report, the pairs that can be used, and the masks' rule (None where it could not be decided).
+
+    Raises:
+        InputError: a folder is missing or empty.
+    """
+    images, masks = find_images_and_masks(image_dir, mask_dir)
+    pairs, without_mask, without_image = match_names(images, masks)
+    facts, image_errors = _read_all(images, _image_facts, "reading images", progress)
+    stats, mask_errors = _read_all(masks, _mask_facts, "reading masks", progress)
+    report = DataReport(
+        images=len(images),
+        masks=len(masks),
+        pairs=len(pairs),
+        sizes=dict(Counter(f"{one.width} x {one.height}" for one in facts.values()).most_common()),
+        dtypes=dict(Counter(_kind(one) for one in facts.values()).most_common()),
+        ranges=_value_ranges(facts.values()),
+        without_image=without_image,
+        without_mask=without_mask,
+        unreadable=image_errors + mask_errors,
+        duplicates=near_duplicates(list(facts.values())),
+    )
+    usable = []
+    for pair in pairs:
+        image, mask = facts.get(pair.image_path), stats.get(pair.mask_path)
+        if image is None or mask is None:
+            continue
+        if (image.height, image.width) == mask[1]:
+            usable.append(pair)
+        else:
+            size = f"{mask[1][1]} x {mask[1][0]}"
+            report.mismatched.append(f"{pair.name} (image {image.width} x {image.height}, mask {size})")
+    _find_problems(report, facts.values(), image_dir, mask_dir, image_size, crop)
+    rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize)
+    if rule is not None:
+        _count_cells(report, usable, rule, progress)
+    _find_remarks(report, facts.values())
+    return report, usable, rule
+
+
+# --- one file --------------------------------------------------------------------------------------------------------
+
+
+def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple[dict, list[str]]:
+    """Facts by path, and one line for every file that cannot be read."""
+    found, errors = {}, []
+    for path in tqdm(files.values(), desc=title, unit="file", disable=None if progress else True):
+        try:
+            found[path] = read(path)
+        except FileError as error:
+            errors.append(str(error))
+    return found, errors
+
+
+def _image_facts(path: Path) -> ImageFacts:
+    image = read_image(path)
+    height, width, channels = image.shape
+    return ImageFacts(
+        name=path.name,
+        height=height,
+        width=width,
+        channels=channels,
+        dtype=str(image.dtype),
+        minimum=float(image.min()),
+        maximum=float(image.max()),
+        digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
+        signature=signature(image),
+    )
+
+
+def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, int]]:
+    mask = read_mask(path)
+    return mask_stats(path.name, mask, path.is_dir()), mask.shape[-2:]
+
+
+def signature(image: np.ndarray) -> np.ndarray:
+    """Small gray version of an image, zero mean and unit length, so that a dot product is a correlation.
+
+    Args:
+        image: (H, W, C) of any type.
+
+    Returns:
+        (SIGNATURE_SIDE ** 2,) float32; all 0 for an image of one gray value.
+    """
+    gray = torch.from_numpy(image.mean(axis=-1, dtype=np.float32))[None, None]
+    small = F.adaptive_avg_pool2d(gray, SIGNATURE_SIDE)[0, 0].numpy().ravel().astype(np.float64)
+    small -= small.mean()
+    length = np.linalg.norm(small)
+    scale = max(1.0, abs(float(image.max())))
+    return (small / length if length > 1e-4 * scale else np.zeros_like(small)).astype(np.float32)
+
+
+def near_duplicates(
+    facts: Sequence[ImageFacts], least: float = NEAR_DUPLICATE, block: int = 1024
+) -> list[tuple[str, str, float]]:
+    """Pairs of images that show the same, whatever their size, brightness and compression.
+
+    Returns:
+        (name, other name, correlation), highest first; 1.0 for equal pixels.
+    """
+    if not facts:
+        return []
+    signatures = np.stack([one.signature for one in facts])
+    found = []
+    for start in range(0, len(facts), block):
+        table = signatures[start : start + block] @ signatures.T
+        for row, column in np.argwhere(table >= least):
+            first, second = start + int(row), int(column)
+            if first < second and facts[first].digest != facts[second].digest:
+                found.append((facts[first].name, facts[second].name, round(float(table[row, column]), 4)))
+    by_digest: dict[str, str] = {}
+    for one in facts:
+        if by_digest.setdefault(one.digest, one.name) != one.name:
+            found.append((by_digest[one.digest], one.name, 1.0))
+    return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
+
+
+def _kind(facts: ImageFacts) -> str:
+    return f"{facts.dtype}, {facts.channels} channel{'s' * (facts.channels > 1)}"
+
+
+def _value_ranges(facts: Iterable[ImageFacts]) -> dict[str, dict[str, float]]:
+    by_dtype: dict[str, list[ImageFacts]] = {}
+    for one in facts:
+        by_dtype.setdefault(one.dtype, []).append(one)
+    return {
+        dtype: {
+            "minimum": min(one.minimum for one in group),
+            "maximum": max(one.maximum for one in group),
+            "median_maximum": float(np.median([one.maximum for one in group])),
+        }
+        for dtype, group in by_dtype.items()
+    }
+
+
+# --- judgement -------------------------------------------------------------------------------------------------------
+
+
+def _find_problems(
+    report: DataReport,
+    facts: Iterable[ImageFacts],
+    image_dir: str | Path,
+    mask_dir: str | Path,
+    image_size: int | None,
+    crop: str,
+) -> None:
+    """What training would refuse, but for the masks' values."""
+    if report.unreadable:
+        report.problems.append(f"{len(report.unreadable)} files cannot be read: {list_some(report.unreadable)}")
+    if report.without_mask:
+        names = list_some(report.without_mask)
+        report.problems.append(f"{len(report.without_mask)} images have no mask of their name in {mask_dir}: {names}")
+    if report.without_image:
+        names = list_some(report.without_image)
+        report.problems.append(f"{len(report.without_image)} masks have no image of their name in {image_dir}: {names}")
+    if report.mismatched:
+        names = list_some(report.mismatched)
+        report.problems.append(f"{len(report.mismatched)} masks have another size than their image: {names}")
+    channels = [f"{one.name} ({one.channels})" for one in facts if one.channels not in (1, 3)]
+    if channels:
+        report.problems.append(f"{len(channels)} images have neither 1 nor 3 channels: {list_some(channels)}")
+    if image_size is not None and crop == "random":
+        small = []
+        for one in facts:
+            try:
+                native_view(one.height, one.width, image_size)
+            except InputError:
+                small.append(f"{one.name} ({one.width} x {one.height})")
+        if small:
+            report.problems.append(
+                f"{len(small)} images are smaller than --image-size {image_size}, which --crop random needs: "
+                f"{list_some(small)}"
+            )
+
+
+def _decide(
+    report: DataReport,
+    stats: Sequence[MaskStats],
+    num_classes: int,
+    mask_type: str,
+    where: str | Path,
+    normalize: bool,
+) -> MaskRule | None:
+    if not stats:
+        return None
+    try:
+        rule = decide_mask_rule(stats, num_classes, mask_type, where, normalize)
+    except InputError as error:
+        report.problems.append(str(error))
+        return None
+    report.mask_type, report.mask_reason = rule.mask_type, rule.reason
+    return rule
+
+
+def _count_cells(report: DataReport, pairs: Sequence[Pair], rule: MaskRule, progress: bool) -> None:
+    """Shares of the classes and cells per image."""
+    totals = np.zeros(rule.num_classes)
+    ids = rule.mask_type == "instances"
+    report.instances_are = "ids" if ids else "connected components"
+    for pair in tqdm(pairs, desc="counting cells", unit="file", disable=None if progress else True):
+        mask = read_mask(pair.mask_path)
+        probabilities = prob_map(mask, rule)
+        totals += probabilities.sum(axis=(1, 2), dtype=np.float64)
+        cells = np.unique(mask[mask > 0]).size if ids else int(connected_cells(probabilities.argmax(axis=0) > 0).max())
+        report.instances.append(cells)
+    if totals.sum() > 0:
+        report.class_shares = [round(float(share), 6) for share in totals / totals.sum()]
+
+
+def _find_remarks(report: DataReport, facts: Iterable[ImageFacts]) -> None:
+    """What training takes, but a person should know."""
+    empty = sum(count == 0 for count in report.instances)
+    if empty:
+        report.remarks.append(f"{empty} of {len(report.instances)} masks hold no cell")
+    absent = [str(k) for k, share in enumerate(report.class_shares) if share == 0]
+    if absent:
+        report.remarks.append(f"no pixel of class {', '.join(absent)}: nothing can be learned about it")
+    if report.duplicates:
+        names = [f"{one} and {other}" for one, other, _ in report.duplicates]
+        report.remarks.append(
+            f"{len(names)} pairs of images show nearly the same: {list_some(names)}; keep copies out of the test images"
+        )
+    if len(report.ranges) > 1:
+        kinds = ", ".join(report.ranges)
+        report.remarks.append(f"images are stored as {kinds}: each is windowed by its own rule; see --window")
+    if len(report.sizes) > 1:
+        report.remarks.append(
+            "images have different sizes; --crop center scales each so that its short side fits, --crop random keeps "
+            "the scale"
+        )
+    bytes_ = [one.maximum for one in facts if one.dtype == "uint8"]
+    if bytes_ and np.median(bytes_) < DARK:
+        report.remarks.append(
+            f"half of the 8-bit images stay below gray {np.median(bytes_):g} of 255: --window 0.1 99.9 stretches each"
+        )
+    if report.pairs < 20:
+        report.remarks.append(f"{report.pairs} pairs are few; a generator learns from some hundred on")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule | None, output: Path) -> list[Path]:
+    """Write ``data.json``, ``data.txt`` and, where masks could be read, ``contact_sheet.png`` into ``output``.
+
+    Returns:
+        What was written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "data.json", report.to_dict())
+    (output / "data.txt").write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
+    written = [output / "data.json", output / "data.txt"]
+    if rule is not None and pairs:
+        draw_contact_sheet(pairs, rule, output / "contact_sheet.png")
+        written.append(output / "contact_sheet.png")
+    return written
+
+
+def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, path: Path) -> None:
+    """A few pairs spread over the set: images as training windows them, with the outline of their masks."""
+    chosen = [pairs[index] for index in np.unique(np.linspace(0, len(pairs) - 1, SHEET_IMAGES).astype(int))]
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = new_figure(2.8 * columns, 3 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (name, image, cells) in zip(axes, _drawable(chosen, rule), strict=False):
+        show_image(axis, image, name[:32], cells)
+    save_figure(figure, path)
+
+
+def _drawable(pairs: Sequence[Pair], rule: MaskRule) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, uint8 (H, W, 3) and cells (H, W) bool of every pair of one or three channels."""
+    for pair in pairs:
+        try:
+            image = fit_channels(read_image(pair.image_path), 3, pair.image_path)
+        except FileError:  # said among the problems
+            continue
+        gray = window_image(image, image_window(image, DataConfig(image_size=1)))
+        picture = np.rint((gray + 1) * 127.5).astype(np.uint8)
+        cells = prob_map(read_mask(pair.mask_path), rule).argmax(axis=0) > 0
+        yield pair.name, np.broadcast_to(picture, (*picture.shape[:2], 3)), cells

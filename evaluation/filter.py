@@ -1,0 +1,172 @@
+"""Keep the images of a set that follow their masks best. Nothing of the set itself is moved, changed or removed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from errors import InputError, list_some
+from evaluation.fidelity import FIDELITY_COLUMN
+from evaluation.output import number, write_csv
+from evaluation.samples import SETTINGS, Sample, SampleSet, write_json, write_manifest
+
+KEPT, DROPPED = "kept.csv", "dropped.csv"
+
+
+@dataclass(frozen=True)
+class FilterResult:
+    """Which images stay, and why the others do not.
+
+    Attributes:
+        rule: the filter in words.
+        kept: rows of the manifest, in its order.
+        dropped: (row, reason), in the order of the manifest.
+        mean_before: mean fidelity of all images.
+        mean_after: mean fidelity of those kept.
+    """
+
+    rule: str
+    kept: list[Sample]
+    dropped: list[tuple[Sample, str]]
+    mean_before: float
+    mean_after: float
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON; the rows are in the CSV files."""
+        return asdict(self) | {"kept": len(self.kept), "dropped": len(self.dropped)}
+
+    def lines(self) -> list[str]:
+        """What the command prints."""
+        return [
+            f"kept {len(self.kept)} of {len(self.kept) + len(self.dropped)} images: {self.rule}",
+            f"mean {FIDELITY_COLUMN}: {number(self.mean_before, 0)} of all, {number(self.mean_after, 0)} of those kept",
+        ]
+
+
+def filter_set(samples: SampleSet, min_fidelity: float | None = None, keep_share: float | None = None) -> FilterResult:
+    """Choose images by the column ``fidelity_dice`` of the manifest.
+
+    Args:
+        samples: a set on which ``evaluate.py fidelity`` has run.
+        min_fidelity: keep images of at least this Dice.
+        keep_share: keep this share of the images, the best ones, at least one; of equal ones the first.
+
+    Raises:
+        InputError: no fidelity in the manifest, or nothing would be kept.
+        ValueError: not exactly one rule given.
+    """
+    if (min_fidelity is None) == (keep_share is None):
+        raise ValueError("give min_fidelity or keep_share, one of them")
+    values = read_fidelity(samples)
+    if min_fidelity is not None:
+        rule = f"{FIDELITY_COLUMN} of at least {min_fidelity:g}"
+        limit = f"{FIDELITY_COLUMN} below {min_fidelity:g}"
+        keep = {index for index, value in enumerate(values) if value >= min_fidelity}
+    else:
+        count = max(1, math.floor(keep_share * len(values) + 0.5))
+        order = sorted(range(len(values)), key=lambda index: (-values[index], index))
+        rule = f"the best {keep_share * 100:g} % by {FIDELITY_COLUMN}, down to {values[order[count - 1]]:.4f}"
+        limit = f"not among the best {count} of {len(values)} by {FIDELITY_COLUMN}"
+        keep = set(order[:count])
+    if not keep:
+        raise InputError(
+            f"--min-fidelity {min_fidelity:g} keeps none of the {len(values)} images of {samples.folder}; the best has "
+            f"{max(values):.4f}"
+        )
+    return FilterResult(
+        rule=rule,
+        kept=[sample for index, sample in enumerate(samples.samples) if index in keep],
+        dropped=[(sample, limit) for index, sample in enumerate(samples.samples) if index not in keep],
+        mean_before=sum(values) / len(values),
+        mean_after=sum(values[index] for index in keep) / len(keep),
+    )
+
+
+def read_fidelity(samples: SampleSet) -> list[float]:
+    """The column ``fidelity_dice``, one number per image.
+
+    Raises:
+        InputError: the column is not there, or a row has no number.
+    """
+    if FIDELITY_COLUMN not in samples.columns:
+        raise InputError(
+            f"{samples.folder}/manifest.csv has no column {FIDELITY_COLUMN}; run evaluate.py fidelity on the set first"
+        )
+    values = [_number_or_nan(sample.columns[FIDELITY_COLUMN]) for sample in samples.samples]
+    bad = [sample.columns["image"] for sample, value in zip(samples.samples, values, strict=True) if math.isnan(value)]
+    if bad:
+        raise InputError(
+            f"{samples.folder}/manifest.csv: {len(bad)} rows have no number in {FIDELITY_COLUMN}: {list_some(bad)}; "
+            "run evaluate.py fidelity on the set again"
+        )
+    return values
+
+
+def _number_or_nan(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def write_filter_report(samples: SampleSet, result: FilterResult, output: Path | None = None) -> list[Path]:
+    """Write ``kept.csv``, ``dropped.csv`` and ``filter.json``, and on request a set of the kept images.
+
+    Args:
+        samples: the set.
+        result: of :func:`filter_set`.
+        output: new folder for copies of the kept images, their labels, manifest and settings.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: ``output`` holds something.
+    """
+    if output is not None:
+        copy_set(samples, result, output)
+    folder = samples.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_csv(folder / KEPT, samples.columns, ([s.columns[name] for name in samples.columns] for s in result.kept))
+    write_csv(
+        folder / DROPPED,
+        ["image", "label", FIDELITY_COLUMN, "reason"],
+        ([s.columns[name] for name in ("image", "label", FIDELITY_COLUMN)] + [why] for s, why in result.dropped),
+    )
+    write_json(folder / "filter.json", result.to_dict())
+    return [folder / KEPT, folder / DROPPED] + ([output] if output is not None else [])
+
+
+def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
+    """Copy the kept images into a new set; its manifest comes last, so that a torn copy is no set.
+
+    Raises:
+        InputError: ``output`` exists and is no empty folder, or lies in the set itself.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output {output} is there already and not empty; name a new folder")
+    if output.resolve().is_relative_to(samples.folder.resolve()):
+        raise InputError(f"--output {output} lies inside the set {samples.folder}; name a folder beside it")
+    rows = []
+    for sample in result.kept:
+        for name, path in (("image", sample.image_path), ("label", sample.label_path)):
+            target = output / sample.columns[name]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        real = {"real_image": str(sample.real_path.resolve())} if sample.real_path is not None else {}
+        rows.append(sample.columns | real)
+    note = {"filtered_from": str(samples.folder.resolve()), "rule": result.rule}
+    settings = output / SETTINGS
+    settings.write_text(json.dumps(samples.settings | {"filter": note}, indent=2) + "\n", encoding="utf-8")
+    dropped = io.StringIO()
+    csv.writer(dropped, lineterminator="\n").writerows(
+        [["image", FIDELITY_COLUMN, "reason"]]
+        + [[sample.columns["image"], sample.columns[FIDELITY_COLUMN], why] for sample, why in result.dropped]
+    )
+    (output / DROPPED).write_text(dropped.getvalue(), encoding="utf-8")
+    write_manifest(output, samples.columns, rows)

@@ -1,0 +1,55 @@
+"""How results go to disk: each file whole or not at all, pictures without a display."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OUTLINE = "#ff4fd8"  # of masks over images: a colour that neither fluorescence nor stains have
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table under a temporary name and put it in place in one step."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches; no pyplot, so no display and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part.png")
+    figure.savefig(temporary, dpi=130)
+    temporary.replace(path)
+
+
+def show_image(axis: Axes, image: np.ndarray, title: str, cells: np.ndarray | None = None) -> None:
+    """One picture of a grid: uint8 (H, W, 3), with the outline of ``cells`` (H, W) bool where given."""
+    axis.imshow(image, interpolation="nearest")
+    if cells is not None and cells.any() and not cells.all():
+        axis.contour(cells, levels=[0.5], colors=OUTLINE, linewidths=0.8)
+    axis.set_title(title, fontsize=8)
+    axis.set_axis_off()
+
+
+def number(value: float | None, width: int = 11, digits: int = 3) -> str:
+    """A cell of a printed table; a dash where nothing is known."""
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"

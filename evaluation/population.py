@@ -1,0 +1,293 @@
+"""Are the cells of the synthetic set those of the real one: how many, how large, how round, how bright, how textured.
+
+Numbers and shapes are those of the labels, brightness and texture those of the images inside of the labels. A set made
+from the real masks themselves has the real shapes by construction; then brightness, contrast and texture say something.
+Each distance stands beside that of one random half of the real images from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+from scipy.stats import wasserstein_distance
+
+from data import DataConfig, MaskFolder
+from errors import InputError
+from evaluation.fidelity import LabelledImage, folder_images, set_images
+from evaluation.instances import connected_cells
+from evaluation.output import new_figure, number, save_figure, write_csv
+from evaluation.samples import SampleSet, describe_provenance, write_json
+
+SPLITS = 20
+TEXTURE_SIGMA = 2.0  # pixels: structure below this size is texture
+BORDER_ROUND = 1  # cells this near to the image's edge are cut: no area and no shape
+
+# What is measured -> (title with unit, of every cell or of every image).
+QUANTITIES = {
+    "count": ("cells per image", "image"),
+    "area": ("area of a cell, pixels", "cell"),
+    "eccentricity": ("eccentricity of a cell", "cell"),
+    "intensity": ("mean gray of a cell, 0 to 1", "cell"),
+    "contrast": ("cell minus background, gray", "cell"),
+    "texture": ("fine structure in a cell, gray", "cell"),
+}
+
+
+def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
+    """All quantities of one image.
+
+    - ``count``: cells. ``area``, ``eccentricity``: of cells that do not touch the image's edge; eccentricity
+      sqrt(1 - minor^2 / major^2) of the ellipse with the cell's second moments, 0 for a disk, towards 1 for a line.
+    - ``intensity``: mean gray inside, 0..1. ``contrast``: that minus the mean gray outside of all cells.
+    - ``texture``: standard deviation inside of what a Gaussian mean of :data:`TEXTURE_SIGMA` pixels over pixels of
+      cells only leaves over: neither the step at the cell's edge nor its brightness counts.
+
+    Args:
+        item: image uint8 (S, S, 3) with its instance map.
+
+    Returns:
+        quantity -> one value per cell (``count``: one value).
+    """
+    gray = item.image.mean(axis=-1) / 255.0
+    ids, cells = np.unique(item.cells, return_inverse=True)
+    cells = cells.reshape(item.cells.shape) + (0 if ids[0] == 0 else 1)  # 0 background, 1..n
+    count = int(cells.max())
+    found = {"count": np.array([float(count)])}
+    area, eccentricity = _shapes(cells, count)
+    whole = ~np.isin(np.arange(1, count + 1), _at_edge(cells))
+    found["area"], found["eccentricity"] = area[whole], eccentricity[whole]
+    flat = cells.ravel()
+    found["intensity"] = _mean_by_cell(gray.ravel(), flat, count)
+    outside = gray[cells == 0]
+    found["contrast"] = found["intensity"] - outside.mean() if outside.size else np.zeros(0)
+    rest = (gray - _smooth_within(gray, cells)).ravel()
+    mean = _mean_by_cell(rest, flat, count)
+    found["texture"] = np.sqrt(np.maximum(_mean_by_cell(rest**2, flat, count) - mean**2, 0))
+    return found
+
+
+def _mean_by_cell(values: np.ndarray, cells: np.ndarray, count: int) -> np.ndarray:
+    """Mean over the pixels of cell 1..count, both flat."""
+    pixels = np.bincount(cells, minlength=count + 1)[1:]
+    return np.bincount(cells, values, minlength=count + 1)[1:] / pixels
+
+
+def _shapes(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Area in pixels and eccentricity of cell 1..count."""
+    flat = cells.ravel()
+    rows, columns = (axis.ravel().astype(np.float64) for axis in np.indices(cells.shape))
+    area = np.bincount(flat, minlength=count + 1)[1:].astype(np.float64)
+    row_mean, column_mean = _mean_by_cell(rows, flat, count), _mean_by_cell(columns, flat, count)
+    # 1 / 12 is the second moment of a pixel about its own centre: a pixel is a square and no point.
+    row_var = _mean_by_cell(rows**2, flat, count) - row_mean**2 + 1 / 12
+    column_var = _mean_by_cell(columns**2, flat, count) - column_mean**2 + 1 / 12
+    covariance = _mean_by_cell(rows * columns, flat, count) - row_mean * column_mean
+    middle, root = (row_var + column_var) / 2, np.hypot((row_var - column_var) / 2, covariance)
+    return area, np.sqrt(np.clip(2 * root / (middle + root), 0, 1))
+
+
+def _at_edge(cells: np.ndarray) -> np.ndarray:
+    edge = [cells[:BORDER_ROUND], cells[-BORDER_ROUND:], cells[:, :BORDER_ROUND], cells[:, -BORDER_ROUND:]]
+    return np.unique(np.concatenate([part.ravel() for part in edge]))
+
+
+def _smooth_within(gray: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Gaussian mean over the pixels of any cell; elsewhere meaningless."""
+    inside = (cells > 0).astype(np.float64)
+    weight = scipy.ndimage.gaussian_filter(inside, TEXTURE_SIGMA)
+    return scipy.ndimage.gaussian_filter(gray * inside, TEXTURE_SIGMA) / np.maximum(weight, 1e-12)
+
+
+Population = list[dict[str, np.ndarray]]  # one entry per image
+
+
+def measure_population(images: Iterable[LabelledImage]) -> Population:
+    """:func:`measure_image` of every image."""
+    return [measure_image(item) for item in images]
+
+
+def values_of(population: Population, quantity: str) -> np.ndarray:
+    """All values of a quantity."""
+    return np.concatenate([image[quantity] for image in population]) if population else np.zeros(0)
+
+
+@dataclass
+class QuantityScore:
+    """One quantity: synthetic beside real. ``None`` where one side has no value.
+
+    Attributes:
+        title: in words, with the unit.
+        synthetic_values: how many.
+        real_values: how many.
+        synthetic_mean, real_mean, synthetic_std, real_std: of the values.
+        distance: Wasserstein distance of the two, in the quantity's unit.
+        relative: distance over the standard deviation of the real values.
+        real_distance: mean distance between random halves of the real images.
+        real_distance_max: the largest of those.
+    """
+
+    title: str
+    synthetic_values: int
+    real_values: int
+    synthetic_mean: float | None = None
+    synthetic_std: float | None = None
+    real_mean: float | None = None
+    real_std: float | None = None
+    distance: float | None = None
+    relative: float | None = None
+    real_distance: float | None = None
+    real_distance_max: float | None = None
+
+
+@dataclass
+class PopulationReport:
+    """Result of ``score_population``."""
+
+    quantities: dict[str, QuantityScore]
+    synthetic_images: int
+    real_images: int
+    real_images_are: str
+    cells_are: str
+    provenance: dict[str, list[str]]
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The table that the command prints."""
+        lines = [f"{'':32}{'synthetic':>11}{'real':>11}{'distance':>11}{'real-real':>11}{'/ real std':>12}"]
+        for score in self.quantities.values():
+            digits = 1 if (score.real_mean or 0) >= 10 else 3
+            cells = (score.synthetic_mean, score.real_mean, score.distance, score.real_distance)
+            row = "".join(number(value, 11, digits) for value in cells)
+            lines.append(f"{score.title:32}{row}{number(score.relative, 12, 2)}")
+        lines.append("means; Wasserstein distance; the same between random halves of the real images")
+        lines.append(
+            f"{self.synthetic_images} synthetic images; real: {self.real_images} images, {self.real_images_are}; cells "
+            f"are {self.cells_are}"
+        )
+        return lines + describe_provenance(self.provenance)
+
+
+def compare_populations(synthetic: Population, real: Population, seed: int = 0) -> dict[str, QuantityScore]:
+    """Wasserstein distance of every quantity, beside that of random halves of the real images."""
+    rng = np.random.default_rng(seed)
+    halves = [np.array_split(rng.permutation(len(real)), 2) for _ in range(SPLITS)] if len(real) > 1 else []
+    scores = {}
+    for quantity, (title, _) in QUANTITIES.items():
+        ours, theirs = values_of(synthetic, quantity), values_of(real, quantity)
+        score = QuantityScore(title, len(ours), len(theirs))
+        if len(ours):
+            score.synthetic_mean, score.synthetic_std = float(ours.mean()), float(ours.std())
+        if len(theirs):
+            score.real_mean, score.real_std = float(theirs.mean()), float(theirs.std())
+        if len(ours) and len(theirs):
+            score.distance = float(wasserstein_distance(ours, theirs))
+            spread = score.real_std > 1e-9 * max(1.0, abs(score.real_mean))  # more than rounding
+            score.relative = score.distance / score.real_std if spread else None
+        sides = [[values_of([real[i] for i in part], quantity) for part in half] for half in halves]
+        floor = [wasserstein_distance(one, other) for one, other in sides if len(one) and len(other)]
+        if floor:
+            score.real_distance, score.real_distance_max = float(np.mean(floor)), float(np.max(floor))
+        scores[quantity] = score
+    return scores
+
+
+def score_population(
+    samples: SampleSet,
+    image_dir: str | None = None,
+    mask_dir: str | None = None,
+    mask_type: str = "auto",
+    seed: int = 0,
+) -> tuple[PopulationReport, Population, Population]:
+    """Measure the cells of the set and of real pairs.
+
+    Args:
+        samples: the synthetic set.
+        image_dir: real images; without them those that the manifest names.
+        mask_dir: their masks.
+        mask_type: what the masks hold.
+        seed: of the windows and halves.
+
+    Returns:
+        The report, and the populations of the synthetic and the real images.
+
+    Raises:
+        InputError: no real images known.
+    """
+    ids = samples.samples[0].mask_type == "instances"
+    if image_dir is not None and mask_dir is not None:
+        config: DataConfig = samples.require_config()
+        folder = MaskFolder(mask_dir, config, mask_type, image_dir)
+        ids = ids and folder.rule.mask_type == "instances"
+        real = measure_population(_cells_alike(folder_images(folder, folder.names, seed), ids))
+        real_are = f"those of {image_dir}"
+    elif samples.has_real:
+        real, real_are = (
+            measure_population(_cells_alike(set_images(samples, real=True), ids)),
+            "those of the same masks",
+        )
+    else:
+        raise InputError(f"{samples.folder} names no real images: give --data-path IMAGES and --mask-path MASKS")
+    synthetic = measure_population(_cells_alike(set_images(samples, real=False), ids))
+    report = PopulationReport(
+        quantities=compare_populations(synthetic, real, seed),
+        synthetic_images=len(synthetic),
+        real_images=len(real),
+        real_images_are=real_are,
+        cells_are="instances" if ids else "connected components",
+        provenance=samples.provenance(),
+    )
+    return report, synthetic, real
+
+
+def _cells_alike(images: Iterable[LabelledImage], ids: bool) -> Iterable[LabelledImage]:
+    """Instances only where both sides have them; else touching cells are one on both sides."""
+    for item in images:
+        yield item if ids else item._replace(cells=connected_cells(item.classes > 0))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_population_report(
+    samples: SampleSet, report: PopulationReport, synthetic: Population, real: Population
+) -> Path:
+    """Write ``population.json``, ``population.csv`` (a row per cell) and ``population.png``; the folder."""
+    folder = samples.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "population.json", report.to_dict())
+    rows = []
+    for kind, population in (("synthetic", synthetic), ("real", real)):
+        for quantity in QUANTITIES:
+            rows += [[kind, quantity, f"{value:.6g}"] for value in values_of(population, quantity)]
+    write_csv(folder / "population.csv", ["set", "quantity", "value"], rows)
+    draw_histograms(report, synthetic, real, folder / "population.png")
+    return folder
+
+
+def draw_histograms(report: PopulationReport, synthetic: Population, real: Population, path: Path) -> None:
+    """One histogram per quantity, densities of real and synthetic values over the same bins."""
+    figure = new_figure(10.5, 5.6)
+    axes = figure.subplots(2, 3).ravel()
+    for axis, (quantity, score) in zip(axes, report.quantities.items(), strict=True):
+        sides = {"real": values_of(real, quantity), "synthetic": values_of(synthetic, quantity)}
+        both = np.concatenate(list(sides.values()))
+        axis.set_title(score.title, fontsize=9)
+        if not len(both):
+            continue
+        low, high = np.percentile(both, [0, 99.5])
+        bins = np.linspace(low, high if high > low else low + 1, 31)
+        for (name, values), color in zip(sides.items(), ("#7a7a7a", "#d6278f"), strict=True):
+            if len(values):
+                weights = np.full(len(values), 1 / len(values))
+                axis.hist(values, bins, weights=weights, histtype="stepfilled", alpha=0.45, label=name, color=color)
+        axis.tick_params(labelsize=7)
+    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel("share", fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,340 @@
+"""Do synthetic images look like real ones: distances of feature distributions, beside real against real.
+
+With Inception weights: FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) on
+the features of torch-fidelity. Without: a Frechet distance on the features of the judge of ``evaluate.py fidelity``,
+which is not FID and is not called so.
+
+Every distance shrinks with the number of images, and two real sets are not at distance 0 either. So the real images are
+split at random into two halves, again and again: real half against real half, and synthetic against the same real
+half, with the same number of images each time. Only the two beside each other mean something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import DataConfig, find_files
+from errors import InputError
+from evaluation.output import new_figure, number, save_figure
+from evaluation.samples import SampleSet, describe_provenance, read_real, write_json
+
+logger = logging.getLogger(__name__)
+
+SPLITS = 20
+WINDOWS_PER_IMAGE = 4  # of a real image under --crop random
+LEAST_REAL, LEAST_SYNTHETIC = 4, 2
+JUDGE_DISTANCE = "Frechet distance on judge features"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256_START = "6726825d"
+
+Extractor = Callable[[Sequence[np.ndarray]], np.ndarray]  # B images uint8 (S, S, 3) -> (B, D) float64
+Distance = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclass
+class Distances:
+    """One distance: synthetic against real halves, and real halves against each other.
+
+    Attributes:
+        name: FID, KID, or the Frechet distance on the judge's features.
+        images_compared: images on each side of every comparison.
+        synthetic: of every split, synthetic against the first real half.
+        real: of every split, the second real half against the first.
+        whole: all synthetic against all real images; its size bias is not that of the splits.
+    """
+
+    name: str
+    images_compared: int
+    synthetic: list[float]
+    real: list[float]
+    whole: float
+
+
+@dataclass
+class RealismReport:
+    """Result of ``score_realism``."""
+
+    distances: list[Distances]
+    features: str
+    synthetic_images: int
+    real_images: int
+    real_windows: int
+    window: str
+    provenance: dict[str, list[str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON, with mean and standard deviation of each list."""
+        content = asdict(self)
+        for entry in content["distances"]:
+            for kind in ("synthetic", "real"):
+                entry[f"{kind}_mean"] = float(np.mean(entry[kind]))
+                entry[f"{kind}_std"] = float(np.std(entry[kind]))
+        return content
+
+    def lines(self) -> list[str]:
+        """The table that the command prints."""
+        width = max(len(one.name) for one in self.distances) + 2
+        lines = [f"{'':{width}}{'synthetic - real':>24}{'real - real':>24}{'all images':>14}"]
+        for one in self.distances:
+            cells = [
+                f"{np.mean(values):.4g} +- {np.std(values):.2g} ({min(values):.3g}..{max(values):.3g})"
+                for values in (one.synthetic, one.real)
+            ]
+            lines.append(f"{one.name:{width}}{cells[0]:>24}{cells[1]:>24}{number(one.whole, 14)}")
+        splits = len(self.distances[0].real)
+        lines.append(
+            f"mean +- standard deviation (smallest..largest) over {splits} random splits of {self.real_images} real "
+            f"images, {self.distances[0].images_compared} images on each side"
+        )
+        lines.append(f"{self.synthetic_images} synthetic images; features: {self.features}; gray values: {self.window}")
+        return lines + describe_provenance(self.provenance)
+
+
+# --- distances -------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians with the features' means and covariances.
+
+    |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2). With C = A' A the last trace is the nuclear norm of A1 A2', which
+    is exact and fast where there are fewer images than features, and needs no root of a singular matrix.
+
+    Source: Dowson and Landau 1982; for images Heusel et al. 2017, arXiv 1706.08500.
+
+    Args:
+        first: (n, D).
+        second: (m, D).
+
+    Raises:
+        ValueError: fewer than two rows, or other columns.
+    """
+    if first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
+        raise ValueError(f"features of shapes {first.shape} and {second.shape}")
+    means, roots = [], []
+    for features in (first.astype(np.float64), second.astype(np.float64)):
+        means.append(features.mean(axis=0))
+        root = (features - means[-1]) / np.sqrt(len(features) - 1)  # (n, D)
+        roots.append(np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root)
+    cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return float(((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * cross)
+
+
+def kernel_inception_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Unbiased squared MMD with torch-fidelity's cubic kernel, on as many images as both sides have (at most 1000).
+
+    Source: Binkowski et al. 2018, arXiv 1801.01401.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    size = min(len(first), len(second), 1000)
+    subsets = 1 if size == len(first) == len(second) else 20
+    found = kid_features_to_metric(
+        torch.from_numpy(first), torch.from_numpy(second), kid_subsets=subsets, kid_subset_size=size, verbose=False
+    )
+    return float(found[KEY_METRIC_KID_MEAN])
+
+
+def compare_with_splits(
+    name: str,
+    distance: Distance,
+    synthetic: np.ndarray,
+    real: np.ndarray,
+    groups: np.ndarray,
+    splits: int = SPLITS,
+    seed: int = 0,
+) -> Distances:
+    """A distance of synthetic to real features beside that of real to real ones, all with the same number of images.
+
+    Args:
+        name: of the distance.
+        distance: of (n, D) and (n, D) features.
+        synthetic: (N, D).
+        real: (M, D).
+        groups: (M,) which image each real row was cut from: windows of one image stay in one half.
+        splits: random halves.
+        seed: of the halves and of the synthetic images drawn.
+
+    Raises:
+        InputError: too few images.
+    """
+    images = np.unique(groups)
+    if len(images) < LEAST_REAL or len(synthetic) < LEAST_SYNTHETIC:
+        raise InputError(
+            f"{len(synthetic)} synthetic and {len(images)} real images are too few to compare; at least "
+            f"{LEAST_SYNTHETIC} and {LEAST_REAL} are needed, some hundred say more"
+        )
+    rng = np.random.default_rng(seed)
+    against_synthetic, against_real = [], []
+    count = _images_compared(len(synthetic), groups)
+    for _ in range(splits):
+        order = rng.permutation(images)
+        halves = [np.flatnonzero(np.isin(groups, half)) for half in np.array_split(order, 2)]
+        first, second = (real[rng.permutation(half)[:count]] for half in halves)
+        drawn = synthetic[rng.permutation(len(synthetic))[:count]]
+        against_synthetic.append(distance(drawn, first))
+        against_real.append(distance(second, first))
+    return Distances(name, count, against_synthetic, against_real, distance(synthetic, real))
+
+
+def _images_compared(synthetic: int, groups: np.ndarray) -> int:
+    """The largest number of rows that every split has on all sides."""
+    sizes = np.sort(np.unique(groups, return_counts=True)[1])
+    return int(min(synthetic, sizes[: len(sizes) // 2].sum()))
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def inception_features(weights: Path, device: torch.device) -> Extractor:
+    """The 2048 pooled features of torch-fidelity's Inception, from a file; nothing is fetched.
+
+    Raises:
+        InputError: no such file, not these weights, or a file that would run code.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    if not weights.is_file():
+        raise InputError(
+            f"--inception-weights {weights}: no such file. Fetch {INCEPTION_URL} once, or leave the flag out for a "
+            "distance on the judge's features"
+        )
+    try:
+        # torch-fidelity loads the file without restrictions, so it has to pass the restricted reader first.
+        torch.load(weights, map_location="cpu", weights_only=True)
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+        )
+    except Exception as error:  # a damaged or foreign file can raise anything
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"--inception-weights {weights} holds other weights than {INCEPTION_URL} ({type(error).__name__}: {reason})"
+        ) from error
+    network = network.to(device).eval()
+
+    @torch.inference_mode()
+    def extract(images: Sequence[np.ndarray]) -> np.ndarray:
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # (B, 3, S, S) uint8
+        return network(batch)[0].double().cpu().numpy()
+
+    return extract
+
+
+def describe_weights(weights: Path) -> str:
+    """Which Inception: the published one, or another, by its hash."""
+    with weights.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest.startswith(INCEPTION_SHA256_START):
+        return "Inception of torch-fidelity"
+    logger.warning("%s is not the published file: its numbers compare with no published FID", weights)
+    return f"Inception weights of sha256 {digest[:12]}, which are not the published ones"
+
+
+def extract_all(extract: Extractor, images: Iterable[np.ndarray], batch_size: int = 32) -> np.ndarray:
+    """(N, D) features of N images uint8 (S, S, 3)."""
+    rows, batch = [], []
+    for image in images:
+        batch.append(image)
+        if len(batch) == batch_size:
+            rows.append(extract(batch))
+            batch = []
+    if batch:
+        rows.append(extract(batch))
+    return np.concatenate(rows)
+
+
+def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tuple[list[Path], list[np.ndarray]]:
+    """All real images of a folder as training sees them; several windows of each under --crop random.
+
+    Returns:
+        For every window the file it was cut from, and uint8 (S, S, 3).
+    """
+    paths, images = [], []
+    for index, path in enumerate(find_files(image_dir, "image").values()):
+        for window in range(WINDOWS_PER_IMAGE if config.crop == "random" else 1):
+            paths.append(path)
+            images.append(read_real(path, config, np.random.default_rng([seed, index, window])))
+    return paths, images
+
+
+def describe_window(config: DataConfig) -> str:
+    """The one intensity window of real and synthetic images, in words."""
+    if config.window_values is not None:
+        return f"{config.window_values[0]:g} to {config.window_values[1]:g} for all images, as in training"
+    if config.window is not None:
+        return f"percentiles {config.window[0]:g} to {config.window[1]:g} of each image, as in training"
+    return "0 to 255 of 8-bit images, robust percentiles of others, as in training"
+
+
+# --- the measure -----------------------------------------------------------------------------------------------------
+
+
+def score_realism(
+    samples: SampleSet,
+    image_dir: str | Path,
+    extract: Extractor,
+    features: str,
+    inception: bool,
+    splits: int = SPLITS,
+    seed: int = 0,
+) -> RealismReport:
+    """Distances between the set and the real images of a folder.
+
+    Args:
+        samples: the synthetic set.
+        image_dir: real images; best ones that the generator has not seen.
+        extract: images to features.
+        features: what the features are, in words.
+        inception: the features are Inception's: FID and KID. Otherwise the Frechet distance has another name.
+        splits: random real halves.
+        seed: of the splits and windows.
+    """
+    config = samples.require_config()
+    paths, real = real_windows(image_dir, config, seed)
+    order = {path: number for number, path in enumerate(dict.fromkeys(paths))}
+    groups = np.array([order[path] for path in paths])
+    real_features = extract_all(extract, real)
+    synthetic_features = extract_all(extract, (samples.synthetic(sample) for sample in samples.samples))
+    measures = (
+        {"FID": frechet_distance, "KID": kernel_inception_distance} if inception else {JUDGE_DISTANCE: frechet_distance}
+    )
+    distances = [
+        compare_with_splits(name, distance, synthetic_features, real_features, groups, splits, seed)
+        for name, distance in measures.items()
+    ]
+    return RealismReport(
+        distances=distances,
+        features=features,
+        synthetic_images=len(samples),
+        real_images=len(order),
+        real_windows=len(paths),
+        window=describe_window(config),
+        provenance=samples.provenance(),
+    )
+
+
+def write_realism_report(samples: SampleSet, report: RealismReport) -> Path:
+    """Write ``realism.json`` and ``realism.png`` into ``SAMPLE_DIR/evaluation``; the folder."""
+    folder = samples.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "realism.json", report.to_dict())
+    figure = new_figure(4.2 * len(report.distances), 3.2)
+    axes = figure.subplots(1, len(report.distances), squeeze=False)[0]
+    for axis, one in zip(axes, report.distances, strict=True):
+        for place, (kind, values) in enumerate((("real - real", one.real), ("synthetic - real", one.synthetic))):
+            spread = np.linspace(-0.15, 0.15, len(values))  # so that equal values stay visible
+            axis.plot(place + spread, values, "o", markersize=4, alpha=0.7, label=kind)
+        axis.set_xticks([0, 1], ["real - real", "synthetic - real"])
+        axis.set_xlim(-0.5, 1.5)
+        axis.set_title(one.name, fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+    save_figure(figure, folder / "realism.png")
+    return folder

@@ -1,0 +1,52 @@
+"""Run the commands as a user does: in a process of their own, on the CPU, with tiny models and drawn cells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--vae", "none", "--model", "SiT-Ti/8", "--image-size", "16", "--global-batch-size", "4", "--device", "cpu"]
+TINY += ["--precision", "float32", "--warmup-steps", "2", "--lr", "1e-3"]
+
+
+def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (24, 20), seed: int = 0) -> tuple[Path, Path]:
+    """Bright disks on dark ground, and their masks of 0 and 255; the folders of images and masks."""
+    rng = np.random.default_rng(seed)
+    images, masks = folder / "images", folder / "masks"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    rows, columns = np.indices(size)
+    for number in range(count):
+        row, column = rng.integers(6, 14, 2)
+        cell = (rows - row) ** 2 + (columns - column) ** 2 < rng.integers(9, 36)
+        image = np.where(cell, 200, 40) + rng.normal(0, 5, size)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(images / f"cell_{number}.png")
+        Image.fromarray((cell * 255).astype(np.uint8)).save(masks / f"cell_{number}.png")
+    return images, masks
+
+
+def run(*words: object, ranks: int = 1, check: bool = True, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Run ``python SCRIPT ...``, or under torchrun with several ranks; one thread each."""
+    words = tuple(str(word) for word in words)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    result = subprocess.run(
+        [*launcher, ROOT / words[0], *words[1:]], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{words} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def train_arguments(images: Path, masks: Path, results: Path, name: str, steps: int) -> list[str]:
+    """``train.py`` with a tiny model for so many steps."""
+    arguments = ["train.py", "--data-path", images, "--mask-path", masks, "--results-dir", results, "--run-name", name]
+    return [*map(str, arguments), *TINY, "--max-steps", str(steps), "--log-every", "2", "--sample-every", "1000"]

@@ -1,0 +1,154 @@
+"""evaluate.py data: counts of drawn sets, every problem found and said, near-duplicates, the contact sheet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from drawn_sets import disk
+from PIL import Image
+
+import evaluate
+from errors import InputError
+from evaluation.data_report import survey, write_data_report
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+HEIGHT, WIDTH = 48, 64
+
+
+def draw_pair(folder: Path, name: str, cells: int, seed: int = 0, value: int = 255) -> None:
+    """One image of WIDTH x HEIGHT with its mask: ``cells`` disks of 21 pixels each, apart from each other."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    for number in range(cells):
+        mask |= disk(WIDTH, 8 + 16 * (number % 3), 8 + 16 * (number // 3), 2.4)[:HEIGHT]
+    rng = np.random.default_rng(seed)
+    coarse = np.kron(rng.uniform(20, 150, (6, 8)), np.ones((8, 8)))
+    Image.fromarray(np.where(mask, 220, coarse).astype(np.uint8)).save(folder / "images" / f"{name}.png")
+    Image.fromarray((mask * value).astype(np.uint8)).save(folder / "masks" / f"{name}.png")
+
+
+@pytest.fixture
+def drawn(tmp_path) -> Path:
+    """Four clean pairs of 0, 1, 4 and 5 cells."""
+    for number, cells in enumerate((0, 1, 4, 5)):
+        draw_pair(tmp_path, f"cell_{number}", cells, seed=number)
+    return tmp_path
+
+
+def look(folder: Path, **settings):
+    return survey(folder / "images", folder / "masks", **settings)
+
+
+def test_drawn_set_is_counted_as_drawn(drawn):
+    report, pairs, rule = look(drawn)
+    assert (report.images, report.masks, report.pairs, len(pairs)) == (4, 4, 4, 4)
+    assert report.sizes == {"64 x 48": 4} and report.dtypes == {"uint8, 1 channel": 4}
+    assert report.instances == [0, 1, 4, 5] and rule.mask_type == "binary"
+    share = 10 * 21 / (4 * HEIGHT * WIDTH)
+    assert report.class_shares == pytest.approx([1 - share, share], abs=1e-6)
+    assert report.problems == [] and report.duplicates == []
+    text = "\n".join(report.lines())
+    assert "cells per image: 0 to 5, median 2.5, 10 in all" in text and "nothing stands in the way" in text
+    assert "1 of 4 masks hold no cell" in text
+
+
+def test_instance_ids_are_counted_as_ids_even_where_cells_touch(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    labels = np.zeros((40, 50), np.uint16)
+    for number in range(9):
+        labels[10 * (number // 3) : 10 * (number // 3) + 10, 10 * (number % 3) : 10 * (number % 3) + 10] = 10 + number
+    tifffile.imwrite(tmp_path / "masks" / "a_masks.tif", labels)
+    tifffile.imwrite(tmp_path / "images" / "a_img.tif", np.arange(2000, dtype=np.uint16).reshape(40, 50))
+    report, _, rule = look(tmp_path)
+    assert rule.mask_type == "instances" and report.instances == [9]
+    assert report.ranges == {"uint16": {"minimum": 0, "maximum": 1999, "median_maximum": 1999}}
+
+
+def test_every_problem_is_found_and_said(drawn):
+    draw_pair(drawn, "lonely", 1, seed=7)
+    (drawn / "masks" / "lonely.png").rename(drawn / "masks" / "other.png")
+    draw_pair(drawn, "torn", 1, seed=8)
+    torn = drawn / "images" / "torn.png"
+    torn.write_bytes(torn.read_bytes()[:200])
+    draw_pair(drawn, "small", 1, seed=9)
+    Image.fromarray(np.zeros((10, 12), np.uint8)).save(drawn / "masks" / "small.png")
+    report, pairs, _ = look(drawn)
+    assert report.without_mask == ["lonely"] and report.without_image == ["other"]
+    assert len(report.unreadable) == 1 and "torn.png" in report.unreadable[0]
+    assert report.mismatched == ["small (image 64 x 48, mask 12 x 10)"]
+    assert [pair.name for pair in pairs] == [f"cell_{number}" for number in range(4)]
+    assert len(report.problems) == 4
+
+
+def test_unclear_masks_are_a_problem_with_the_likely_types_named(tmp_path):
+    draw_pair(tmp_path, "a", 3, value=37)
+    report, _, rule = look(tmp_path)
+    assert rule is None and "--mask-type" in report.problems[0] and report.instances == []
+    assert look(tmp_path, mask_type="binary")[0].problems == []
+
+
+def test_images_smaller_than_a_random_crop_are_a_problem(drawn):
+    assert look(drawn, image_size=64)[0].problems == []
+    assert "4 images are smaller than --image-size 64" in look(drawn, image_size=64, crop="random")[0].problems[0]
+
+
+def test_planted_copies_are_found_and_different_images_are_not(drawn):
+    image = np.array(Image.open(drawn / "images" / "cell_2.png"))
+    for name in ("copy.png", "again.jpg", "dark.png"):
+        (drawn / "masks" / name).with_suffix(".png").write_bytes((drawn / "masks" / "cell_2.png").read_bytes())
+    Image.fromarray(image).save(drawn / "images" / "copy.png")
+    Image.fromarray(image).save(drawn / "images" / "again.jpg", quality=70)
+    Image.fromarray((image * 0.6).astype(np.uint8)).save(drawn / "images" / "dark.png")
+    duplicates = look(drawn)[0].duplicates
+    assert {frozenset(entry[:2]) for entry in duplicates} >= {
+        frozenset(("cell_2.png", other)) for other in ("copy.png", "again.jpg", "dark.png")
+    }
+    assert len(duplicates) == 6 and not any({"cell_0.png", "cell_1.png", "cell_3.png"} & set(e[:2]) for e in duplicates)
+    assert next(entry[2] for entry in duplicates if set(entry[:2]) == {"cell_2.png", "copy.png"}) == 1.0
+
+
+def test_images_of_one_gray_value_are_duplicates_only_where_equal(tmp_path):
+    for number, gray in enumerate((10, 10, 90)):
+        draw_pair(tmp_path, f"flat_{number}", 1)
+        Image.fromarray(np.full((HEIGHT, WIDTH), gray, np.uint8)).save(tmp_path / "images" / f"flat_{number}.png")
+    assert look(tmp_path)[0].duplicates == [("flat_0.png", "flat_1.png", 1.0)]
+
+
+def test_contact_sheet_shows_the_outlines(drawn, tmp_path):
+    report, pairs, rule = look(drawn)
+    write_data_report(report, pairs, rule, tmp_path / "out")
+    sheet = np.array(Image.open(tmp_path / "out" / "contact_sheet.png").convert("RGB")).astype(int)
+    magenta = (sheet[..., 0] > 180) & (sheet[..., 1] < 140) & (sheet[..., 2] > 150)
+    assert magenta.sum() > 100
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["instances"] == [0, 1, 4, 5]
+
+
+def test_command_ends_with_zero_or_with_one_line_and_the_report_written(drawn, tmp_path, capsys):
+    command = ["data", "--data-path", str(drawn / "images"), "--mask-path", str(drawn / "masks")]
+    evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "good")]))
+    assert "4 images, 4 masks, 4 pairs" in capsys.readouterr().out
+    (drawn / "masks" / "cell_1.png").unlink()
+    with pytest.raises(InputError, match="1 problem"):
+        evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "bad")]))
+    assert "PROBLEM: 1 images have no mask" in (tmp_path / "bad" / "data.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
+@pytest.mark.parametrize(("kind", "pairs"), [("nuclei/val", 69), ("histology/val", 5)])
+def test_real_sets_have_no_problem_and_the_counts_of_their_index(kind, pairs):
+    import csv
+
+    folder = DATA / kind
+    report, _, _ = survey(folder / "images", folder / "instances", mask_type="instances")
+    rows = list(csv.DictReader((folder.parent / "index.csv").open()))
+    split = [row for row in rows if row["split"] == folder.name]
+    column = next(name for name in rows[0] if "instances" in name)
+    assert report.problems == [] and report.pairs == pairs
+    assert sum(report.instances) == sum(int(row[column]) for row in split)

@@ -1,0 +1,170 @@
+"""evaluate.py memorisation: a planted copy is found in every turn and at every offset, unrelated images are not."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_sets import Row, write_set
+from PIL import Image
+
+import evaluate
+from data import DataConfig
+from errors import InputError
+from evaluation.memorisation import (
+    SYMMETRIES,
+    Match,
+    NearestTraining,
+    score_memorisation,
+    small_gray,
+    turned,
+    write_memorisation_report,
+)
+from evaluation.samples import SampleSet, write_manifest
+
+SIZE = 48
+
+
+def blobs(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    """A smooth random gray picture, uint8 (H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    gray = np.zeros((height, width))
+    for _ in range(max(6, height * width // 300)):
+        row, column, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(3, 7)
+        gray += rng.uniform(0.3, 1) * np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * radius**2))
+    return np.repeat((30 + 200 * gray / gray.max()).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def noisy(image: np.ndarray, seed: int) -> np.ndarray:
+    return np.clip(image * 0.8 + 15 + np.random.default_rng(seed).normal(0, 5, image.shape), 0, 255).astype(np.uint8)
+
+
+def save(folder: Path, images: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(parents=True)
+    for name, image in images.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+    return folder
+
+
+def blob_set(folder: Path, images: list[np.ndarray], **settings) -> SampleSet:
+    label = np.zeros((SIZE, SIZE), np.uint8)
+    label[5:20, 7:30] = 255
+    config = DataConfig(image_size=SIZE, **settings)
+    return SampleSet(write_set(folder, [Row(label, image) for image in images], config))
+
+
+@pytest.fixture
+def training(tmp_path) -> Path:
+    return save(tmp_path / "train", {f"train_{seed}": blobs(seed) for seed in range(12)})
+
+
+@pytest.fixture
+def held_out(tmp_path) -> Path:
+    return save(tmp_path / "held_out", {f"other_{seed}": blobs(200 + seed) for seed in range(8)})
+
+
+# --- distance --------------------------------------------------------------------------------------------------------
+
+
+def test_copy_has_distance_zero_whatever_its_brightness_and_contrast():
+    pictures = [small_gray(blobs(seed) / 255, 1.5) for seed in range(3)]
+    nearest = NearestTraining(pictures, 32)
+    assert nearest(pictures[1] * 0.4 + 0.2) == Match(pytest.approx(0, abs=1e-6), 1, 0)
+    assert nearest(-pictures[1]).distance > 0.5
+
+
+def test_distance_follows_from_the_correlation():
+    rng = np.random.default_rng(0)
+    first, second = (one - one.mean() for one in rng.normal(size=(2, 20, 20)))
+    second -= first * (first * second).sum() / (first**2).sum()
+    mixed = first / np.linalg.norm(first) * 0.6 + second / np.linalg.norm(second) * 0.8  # correlation 0.6
+    assert NearestTraining([first], 20)(mixed).distance == pytest.approx(np.sqrt(2 * 0.4))
+
+
+@pytest.mark.parametrize("symmetry", range(SYMMETRIES))
+def test_turned_copy_is_found_with_its_turn_whole_and_sliding(symmetry):
+    large = [small_gray(blobs(seed, 60, 71) / 255, 1) for seed in range(3)]
+    whole = NearestTraining([one[:32, :32] for one in large], 32)
+    match = whole(turned(large[2][:32, :32], symmetry))
+    assert (match.index, match.symmetry) == (2, symmetry) and match.distance < 1e-6
+    match = NearestTraining(large, 32)(turned(large[1][13:45, 29:61], symmetry))
+    assert (match.index, match.symmetry, match.top, match.left) == (1, symmetry, 13, 29)
+    assert match.distance < 1e-6
+
+
+def test_flat_pictures_match_nothing_and_are_matched_by_nothing():
+    flat = np.full((32, 32), 0.5)
+    picture = small_gray(blobs(0) / 255, 1.5)
+    nearest = NearestTraining([flat, picture], 32)
+    assert nearest(flat) is None and nearest(picture).index == 1
+    assert NearestTraining([np.full((40, 50), 0.3)], 32)(picture).distance >= np.sqrt(2)
+
+
+# --- sets ------------------------------------------------------------------------------------------------------------
+
+
+def test_planted_copy_is_found_and_own_images_are_like_held_out_ones(tmp_path, training, held_out):
+    copy = noisy(np.rot90(blobs(7)), seed=0)
+    samples = blob_set(tmp_path / "set", [blobs(300), copy, blobs(301), blobs(302)])
+    report, closest, paths = score_memorisation(samples, training, held_out)
+    assert report.closest[0]["image"] == "images/cells_01.png"
+    assert report.closest[0]["training_image"] == "train_7.png" and paths[closest[0][1].index].name == "train_7.png"
+    assert report.samples[1] < 0.2 < min(report.reference) and report.nearly_same == 1
+    others = [value for index, value in enumerate(report.samples) if index != 1]
+    assert min(others) > 0.6 * min(report.reference) and report.closer_than_any >= 1
+    assert len(report.reference) == 8 and report.training_images == 12
+
+
+def test_planted_window_of_a_larger_training_image_is_found(tmp_path):
+    large = {f"large_{seed}": blobs(seed, 90, 110) for seed in range(3)}
+    training = save(tmp_path / "train", large)
+    held_out = save(tmp_path / "held_out", {"other": blobs(900, 90, 110)})
+    copy = noisy(np.flip(large["large_2"][22 : 22 + SIZE, 37 : 37 + SIZE], 1), seed=1)
+    samples = blob_set(tmp_path / "set", [blobs(300), copy], crop="random")
+    report, _, _ = score_memorisation(samples, training, held_out)
+    assert report.closest[0]["training_image"] == "large_2.png" and report.closest[0]["image"] == "images/cells_01.png"
+    assert report.samples[1] < 0.35 < report.samples[0]
+    assert abs(report.closest[0]["top"] * 1.5 - 22) <= 1 and abs(report.closest[0]["left"] * 1.5 - 37) <= 1
+
+
+def test_without_held_out_images_each_training_image_stands_beside_the_others(tmp_path, training):
+    report, _, _ = score_memorisation(blob_set(tmp_path / "set", [blobs(300)]), training)
+    assert len(report.reference) == 12 and min(report.reference) > 0.2 and "nearest other one" in report.reference_is
+    one = save(tmp_path / "one", {"a": blobs(1)})
+    with pytest.raises(InputError, match="--held-out"):
+        score_memorisation(blob_set(tmp_path / "set2", [blobs(300)]), one)
+
+
+def test_samples_made_from_training_masks_are_counted_apart(tmp_path, training, held_out):
+    samples = blob_set(tmp_path / "set", [noisy(blobs(3), 1), noisy(blobs(4), 2), blobs(300)])
+    masks = save(tmp_path / "masks", {"a": np.full((4, 5), 255, np.uint8)})
+    digest = hashlib.sha256((masks / "a.png").read_bytes()).hexdigest()
+    rows = [
+        row.columns | {"source_mask_sha256": digest if n == 0 else "other"} for n, row in enumerate(samples.samples)
+    ]
+    write_manifest(samples.folder, list(rows[0]), rows)
+    report, _, _ = score_memorisation(SampleSet(samples.folder), training, held_out, masks)
+    assert (report.nearly_same, report.made_from_training_masks, report.nearly_same_of_other_masks) == (2, 1, 1)
+
+
+def test_picture_shows_the_closest_pairs_and_csv_every_image(tmp_path, training, held_out):
+    samples = blob_set(tmp_path / "set", [noisy(np.rot90(blobs(7)), 0), np.full((SIZE, SIZE, 3), 9, np.uint8)])
+    folder = write_memorisation_report(samples, *score_memorisation(samples, training, held_out))
+    rows = list(csv.DictReader((folder / "memorisation.csv").open()))
+    assert [row["image"] for row in rows] == ["images/cells_00.png", "images/cells_01.png"]
+    assert float(rows[0]["distance"]) < 0.2 and rows[1]["distance"] == ""
+    assert len(json.loads((folder / "memorisation.json").read_text())["closest"]) == 1
+    assert np.array(Image.open(folder / "memorisation.png")).std() > 10
+
+
+def test_command_prints_the_numbers(tmp_path, training, held_out, capsys):
+    samples = blob_set(tmp_path / "set", [noisy(blobs(7), 0), blobs(300)])
+    command = ["memorisation", str(samples.folder), "--data-path", str(training), "--held-out", str(held_out)]
+    evaluate.main(evaluate.parse_args(command))
+    printed = capsys.readouterr().out
+    assert "1 are nearly the same" in printed and "held-out real images" in printed

@@ -1,0 +1,155 @@
+"""evaluate.py report: one page with every number of the results, nothing loaded from elsewhere, everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_sets import Row, disk, paint, write_set
+from PIL import Image
+
+import evaluate
+from errors import InputError
+from evaluation.fidelity import AgreementScore, FidelityReport, write_fidelity_report
+from evaluation.filter import filter_set, write_filter_report
+from evaluation.memorisation import score_memorisation, write_memorisation_report
+from evaluation.population import score_population, write_population_report
+from evaluation.realism import score_realism, write_realism_report
+from evaluation.report import SECTIONS, html_table, write_report
+from evaluation.samples import SampleSet
+from evaluation.threshold import score_by_threshold, write_threshold_report
+
+SIZE = 40
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A set of five images with real ones, in a folder whose name needs escaping."""
+    rows = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        cells = disk(SIZE, 12 + 3 * seed, 20, 7)
+        image = np.clip(paint(cells) + rng.normal(0, 4, (SIZE, SIZE, 1)), 0, 255).astype(np.uint8)
+        rows.append(Row(np.where(cells, 255, 0).astype(np.uint8), image, paint(cells)))
+    return write_set(tmp_path / "a <b> & c", rows)
+
+
+def measure_all(folder: Path) -> SampleSet:
+    """Every measure on a set, fidelity with given numbers."""
+    real = folder.parent / f"{folder.name}_real"
+    samples = SampleSet(folder)
+    score = AgreementScore(5, 0.8123, [0.9, 0.7], {"0.5": 0.6, "0.75": None}, 0.5, 0.4, 0.2, [0.9, 0.1, 0.5, 0.7, 0.3])
+    ceiling = AgreementScore(5, 0.9456, [0.95, 0.85], {"0.5": 0.8, "0.75": 0.5}, 0.7, 0.6, 0.1)
+    write_fidelity_report(samples, FidelityReport(score, ceiling, "held-out", 9, "key", False, 0, {}))
+    samples = SampleSet(folder)
+    write_threshold_report(samples, score_by_threshold(samples))
+    write_filter_report(samples, filter_set(samples, keep_share=0.6))
+    write_population_report(samples, *score_population(samples))
+    write_memorisation_report(samples, *score_memorisation(samples, real))
+
+    def features(images):
+        return np.array([[image.mean(), image.std()] for image in images])
+
+    write_realism_report(samples, score_realism(samples, real, features, "known", False, splits=3))
+    return samples
+
+
+class Page(HTMLParser):
+    """Collects tables, headings and sources of a page, and checks that tags close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.sources += [values[name] for name in ("src", "href") if name in values]
+        assert tag not in ("script", "link", "iframe")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_holds_every_measure_and_loads_nothing(folder):
+    page, found, missing = write_report(measure_all(folder), images=2)
+    text = page.read_text()
+    parsed = Page(text)
+    assert found == [section.name for section in SECTIONS] and missing == [] and parsed.open == []
+    assert parsed.sources and all(source.startswith("data:image/png;base64,") for source in parsed.sources)
+    assert not re.search(r"https?://|@import|url\(", text)
+    words = " ".join(parsed.text)
+    for number in ("0.8123", "0.9456", "a <b> & c", "Wasserstein"):
+        assert number in words
+    assert "<b>" not in text
+
+
+def test_worst_and_best_images_are_in_the_page_in_that_order(folder, monkeypatch):
+    import evaluation.report as module
+
+    shown = []
+    monkeypatch.setattr(module, "draw_grid", lambda samples, chosen: shown.append(chosen) or b"")
+    write_report(measure_all(folder), images=2)
+    names = [[(sample.name, value) for sample, value in chosen] for chosen in shown]
+    assert names == [[("cells_01", 0.1), ("cells_04", 0.3)], [("cells_00", 0.9), ("cells_03", 0.7)]]
+
+
+def test_pictures_decode_and_the_grid_shows_synthetic_over_real(folder):
+    page, _, _ = write_report(measure_all(folder), images=2)
+    images = [
+        np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB"))
+        for source in Page(page.read_text()).sources
+    ]
+    assert len(images) == 6 and all(image.std() > 5 for image in images)
+    worst = images[0]
+    assert worst.shape[0] > worst.shape[1] * 0.8  # two columns, two rows
+
+
+def test_json_holds_what_the_page_shows(folder):
+    page, _, _ = write_report(measure_all(folder))
+    content = json.loads(page.with_suffix(".json").read_text())
+    assert content["images"] == 5 and content["measures"]["fidelity"]["synthetic"]["dice"] == 0.8123
+    assert set(content["measures"]) == {section.name for section in SECTIONS}
+
+
+def test_set_without_results_is_refused_and_a_damaged_or_old_one_named(folder):
+    samples = SampleSet(folder)
+    with pytest.raises(InputError, match="holds no results"):
+        write_report(samples)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "realism.json").write_text("{")
+    with pytest.raises(InputError, match=r"realism.json is damaged"):
+        write_report(samples)
+    (folder / "evaluation" / "realism.json").write_text("{}")
+    with pytest.raises(InputError, match="run evaluate.py realism again"):
+        write_report(samples)
+
+
+def test_table_shows_dashes_and_escapes():
+    text = html_table(["", "a<b"], [["x & y", None], ["z", 0.123456], ["n", 7]])
+    assert (
+        "a&lt;b" in text and "x &amp; y" in text and "<td>-</td>" in text and "0.1235" in text and "<td>7</td>" in text
+    )
+
+
+def test_command_names_what_is_missing(folder, capsys):
+    samples = SampleSet(folder)
+    write_threshold_report(samples, score_by_threshold(samples))
+    evaluate.main(evaluate.parse_args(["report", str(folder)]))
+    printed = capsys.readouterr().out
+    assert "measures in the report: threshold" in printed and "not measured yet: fidelity, realism" in printed
+    assert list(csv.DictReader((folder / "manifest.csv").open()))

@@ -1,0 +1,286 @@
+"""The commands as processes: a run ends where an uninterrupted one does, a set is the same however it was made."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from script_helpers import run, train_arguments, write_pairs
+
+import sample
+import sample_ddp
+import train
+from checkpoint import read_checkpoint
+from data import center_view
+from errors import run_command
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> tuple[Path, Path]:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory) -> Path:
+    """Run folder of an uninterrupted run."""
+    results = tmp_path_factory.mktemp("results")
+    run(*train_arguments(*pairs, results, "whole", STEPS), "--sample-every", "4", "--ckpt-every", "3")
+    return results / "whole"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained) -> Path:
+    return trained / "checkpoints" / f"{STEPS:07d}.pt"
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state = read_checkpoint(path)
+    return {f"{part}.{name}": value for part in ("model", "ema") for name, value in state[part].items()}
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without the speed, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("speed")} for line in lines]
+
+
+def test_run_folder_holds_config_log_metrics_checkpoints_and_previews(trained):
+    assert json.loads((trained / "config.json").read_text())["model"]["name"] == "SiT-Ti/8"
+    assert "command:" in (trained / "log.txt").read_text().splitlines()[0]
+    assert [line["step"] for line in metrics(trained)] == [2, 4, 6]
+    assert sorted(path.name for path in trained.rglob("*.pt")) == ["0000003.pt", "0000006.pt"]
+    with Image.open(trained / "previews" / "0000004.png") as preview:
+        assert preview.size == (3 * 18 + 2, 4 * 18 + 2)  # mask, real, generated of four examples, 2 px between
+
+
+def test_training_changes_the_model_and_its_ema(checkpoint):
+    state = read_checkpoint(checkpoint)
+    assert state["step"] == STEPS
+    assert not torch.equal(state["model"]["final_layer.linear.weight"], state["ema"]["final_layer.linear.weight"])
+    assert state["model"]["mask_detail.proj.weight"].abs().sum() > 0
+
+
+def test_resume_continues_bit_for_bit(pairs, trained, checkpoint):
+    run(*train_arguments(*pairs, trained.parent, "halves", 3))
+    result = run(*train_arguments(*pairs, trained.parent, "halves", STEPS))
+    assert "continuing after step 3" in result.stderr
+    assert_equal_weights(trained.parent / "halves" / "checkpoints" / checkpoint.name, checkpoint)
+    assert metrics(trained.parent / "halves") == [{**line} for line in metrics_with_cut(trained)]
+
+
+def metrics_with_cut(folder: Path) -> list[dict[str, float]]:
+    """Metrics of the whole run as the run of two halves reports them: it also logs at its own last step, 3."""
+    lines = metrics(folder)
+    half = metrics(folder.parent / "halves")[1]
+    assert half["step"] == 3
+    after = metrics(folder.parent / "halves")[2]
+    both = {name: (half[name] + after[name]) / 2 for name in ("train/loss", "train/grad_norm")}
+    for name, value in both.items():  # the mean over steps 3 and 4, in two lines instead of one
+        assert value == pytest.approx(lines[1][name], rel=1e-12)
+    return [lines[0], half, after, lines[2]]
+
+
+def test_ckpt_resumes_from_a_file_into_a_new_folder(pairs, trained, checkpoint):
+    start = trained / "checkpoints" / "0000003.pt"
+    run(*train_arguments(*pairs, trained.parent, "branch", STEPS), "--ckpt", start)
+    assert_equal_weights(trained.parent / "branch" / "checkpoints" / checkpoint.name, checkpoint)
+
+
+def test_damaged_newest_checkpoint_falls_back_and_says_so(pairs, trained, checkpoint):
+    folder = trained.parent / "damaged" / "checkpoints"
+    run(*train_arguments(*pairs, trained.parent, "damaged", STEPS), "--ckpt-every", "3")
+    content = (folder / checkpoint.name).read_bytes()
+    (folder / checkpoint.name).write_bytes(content[: len(content) // 2])
+    result = run(*train_arguments(*pairs, trained.parent, "damaged", STEPS), "--ckpt-every", "3")
+    assert "Falling back" in result.stderr
+    assert "continuing after step 3" in result.stderr
+    assert_equal_weights(folder / checkpoint.name, checkpoint)
+
+
+def test_flags_that_contradict_the_checkpoint_are_refused(monkeypatch, capsys, pairs, trained):
+    arguments = [*train_arguments(*pairs, trained.parent, "whole", STEPS)[1:], "--path-type", "GVP"]
+    assert "--path-type GVP (the checkpoint has Linear)" in error_line(monkeypatch, capsys, train, *arguments)
+
+
+def test_two_ranks_train_and_resume_bit_for_bit(pairs, tmp_path):
+    run(*train_arguments(*pairs, tmp_path, "whole", 4), ranks=2)
+    run(*train_arguments(*pairs, tmp_path, "halves", 2), ranks=2)
+    run(*train_arguments(*pairs, tmp_path, "halves", 4), ranks=2)
+    name = Path("checkpoints") / "0000004.pt"
+    assert_equal_weights(tmp_path / "whole" / name, tmp_path / "halves" / name)
+
+
+def test_sample_writes_a_grid_with_the_mask_first(pairs, checkpoint, tmp_path):
+    mask = pairs[1] / "cell_0.png"
+    output = tmp_path / "grid.png"
+    run("sample.py", "ODE", "--ckpt", checkpoint, "--mask-path", mask, "--num-classes", 2, "--image-size", 16,
+        "--num-samples", 3, "--num-sampling-steps", 2, "--output", output)  # fmt: skip
+    with Image.open(output) as picture:
+        tiles = np.array(picture)
+    assert tiles.shape == (16 + 4, 4 * 18 + 2, 3)
+    assert set(np.unique(tiles[2:18, 2:18])) == {0, 255}
+    assert not np.array_equal(tiles[2:18, 20:36], tiles[2:18, 38:54])  # two seeds, two images
+
+
+def sample_set(checkpoint: Path, masks: Path, folder: Path, *more: object, ranks: int = 1) -> dict[str, bytes]:
+    """Make a set; its files by name, without the picture of the set."""
+    run("sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder, "--device", "cpu",
+        "--precision", "float32", "--num-sampling-steps", 2, "--per-proc-batch-size", 4, *more, ranks=ranks)  # fmt: skip
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+@pytest.fixture(scope="module")
+def whole_set(checkpoint, pairs, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("sets") / "whole"
+    more = ("--data-path", pairs[0], "--cfg-scale", 2, "--npz", "--samples-per-mask", 2)
+    return folder, sample_set(checkpoint, pairs[1], folder, *more)
+
+
+def test_bulk_set_has_images_labels_and_a_complete_manifest(whole_set, pairs):
+    folder, _ = whole_set
+    with (folder / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows[:3]] == [f"images/cell_{n}.png" for n in ("0_0001", "0_0002", "1_0001")]
+    assert len(rows) == 12
+    assert [int(row["index"]) for row in rows] == list(range(12))
+    assert all(Path(row["real_image"]).is_file() and Path(row["source_mask"]).is_file() for row in rows)
+    assert {row["cfg_scale"] for row in rows} == {"2.0"}
+
+
+def test_label_is_the_mask_under_the_generated_pixels(whole_set, pairs):
+    folder, _ = whole_set
+    with Image.open(folder / "masks" / "cell_3_0002.png") as label, Image.open(pairs[1] / "cell_3.png") as mask:
+        label, mask = np.array(label), np.array(mask)
+    view = center_view(*mask.shape, 16)
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((19, 24), (16, 20)))  # nearest neighbour
+    assert (view.scaled_height, view.scaled_width) == (19, 16)  # the short side 20 became 16
+    assert np.array_equal(label, mask[rows][:, columns][view.top : view.top + 16])
+
+
+def test_npz_holds_the_images_in_manifest_order(whole_set):
+    folder, files = whole_set
+    stored = np.load(folder.with_name("whole.npz"))["arr_0"]
+    assert stored.shape == (12, 16, 16, 3) and stored.dtype == np.uint8
+    with Image.open(folder / "images" / "cell_1_0001.png") as image:
+        assert np.array_equal(stored[2], np.array(image))
+
+
+def test_two_ranks_make_the_same_bytes_as_one(whole_set, checkpoint, pairs, tmp_path):
+    _, files = whole_set
+    more = ("--data-path", pairs[0], "--cfg-scale", 2, "--samples-per-mask", 2)
+    assert sample_set(checkpoint, pairs[1], tmp_path / "two", *more, ranks=2) == files
+
+
+def test_restart_makes_what_is_missing_or_torn_and_nothing_else(whole_set, checkpoint, pairs):
+    folder, files = whole_set
+    torn, missing, kept = (folder / "images" / f"cell_{n}.png" for n in ("0_0001", "4_0002", "2_0001"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    missing.unlink()
+    before = kept.stat().st_mtime_ns
+    more = ("--data-path", pairs[0], "--cfg-scale", 2, "--samples-per-mask", 2)
+    assert sample_set(checkpoint, pairs[1], folder, *more) == files
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_a_set_made_with_other_settings_is_not_touched(monkeypatch, capsys, whole_set, checkpoint, pairs):
+    folder, files = whole_set
+    arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder, "--seed", 7]
+    assert "seed 0 -> 7" in error_line(monkeypatch, capsys, sample_ddp, "ODE", *arguments)
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")} == files
+
+
+def test_sde_makes_images_too(checkpoint, pairs, tmp_path):
+    folder = tmp_path / "sde"
+    run("sample_ddp.py", "SDE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder,
+        "--num-samples", 2, "--num-sampling-steps", 3)  # fmt: skip
+    assert len(list((folder / "images").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "sample_ddp.py"])
+def test_help_works_without_anything_else(script):
+    assert "usage" in run(script, "--help").stdout
+
+
+def error_line(monkeypatch, capsys, command: ModuleType, *words: object) -> str:
+    """The one line on which a command ends with exit code 2, run inside this process."""
+    monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        run_command(command.main, command.parse_args)
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{command.__name__}.py: error:")
+    return last
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--global-batch-size", "0"], "--global-batch-size"),
+        (["--image-size", "20"], "not divisible by 8"),
+        (["--model", "SiT-Q/8"], "--model"),
+        (["--max-stepz", "3"], "did you mean --max-steps?"),
+        (["--vae", "nowhere"], "--vae nowhere"),
+        (["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
+        (["--ckpt", "nowhere.pt"], "--ckpt nowhere.pt: no such file"),
+        (["--prediction", "velocity", "--loss-weight", "velocity"], "no effect"),
+        (["--window", "90", "10"], "--window"),
+        (["--num-classes", "3", "--mask-type", "classes"], "255"),
+    ],
+)
+def test_bad_training_flag_ends_with_one_line(monkeypatch, capsys, pairs, tmp_path, change, words):
+    arguments = train_arguments(*pairs, tmp_path, "bad", 2)
+    assert words in error_line(monkeypatch, capsys, train, *arguments[1:], *change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--num-classes", "3"], "contradicts --num-classes 3 (the checkpoint has 2)"),
+        (["--image-size", "32"], "contradicts --image-size 32 (the checkpoint has 16)"),
+        (["--mask-path", "nowhere"], "nowhere"),
+        (["--sampling-method", "dopri6"], "--sampling-method"),
+        (["--sampling-method", "heun", "--atol", "1e-3"], "--atol has no effect on heun"),
+        (["--sampling-method", "dopri5", "--num-sampling-steps", "9"], "--num-sampling-steps has no effect on dopri5"),
+        (["--guidance-interval", "0.2", "0.8"], "--guidance-interval has no effect at --cfg-scale 1"),
+        (["--cfg-scale", "2", "--guidance-interval", "0.8", "0.2"], "the first time must be below the second"),
+        (["--vae", "nowhere"], "--vae nowhere"),
+    ],
+)
+def test_bad_sampling_flag_ends_with_one_line(monkeypatch, capsys, pairs, checkpoint, tmp_path, change, words):
+    arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set", "--device", "cpu"]
+    assert words in error_line(monkeypatch, capsys, sample_ddp, "ODE", *arguments, *change)
+    assert not (tmp_path / "set").exists()
+
+
+def test_all_missing_partners_are_reported_at_once(monkeypatch, capsys, tmp_path):
+    images, masks = write_pairs(tmp_path)
+    for number in (1, 4):
+        (masks / f"cell_{number}.png").unlink()
+    last = error_line(monkeypatch, capsys, train, *train_arguments(images, masks, tmp_path, "bad", 2)[1:])
+    assert "cell_1" in last and "cell_4" in last
+
+
+def test_checkpoint_that_would_run_code_is_refused(monkeypatch, capsys, pairs, tmp_path):
+    class Poison:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "it_ran",))
+
+    torch.save({"model": Poison()}, tmp_path / "poison.pt")
+    arguments = ["ODE", "--ckpt", tmp_path / "poison.pt", "--mask-path", pairs[1] / "cell_0.png"]
+    assert "would run code" in error_line(monkeypatch, capsys, sample, *arguments)
+    assert not (tmp_path / "it_ran").exists()

@@ -1,0 +1,178 @@
+"""What may import what, who may load what, and how: the source itself is read, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports from rows above its own only.
+LAYERS = [
+    {"errors"},
+    {"models", "transport", "image_files", "mask_rules", "autoencoder", "checkpoint", "wandb_utils"},
+    {"data", "download"},
+    {"train_utils"},
+    {"sampling"},
+    {"evaluation"},
+    {"train", "sample", "sample_ddp", "evaluate", "make_masks"},
+]
+COMMANDS = LAYERS[-1]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# The numerics stand on these alone, besides the standard library.
+FOREIGN = {"models": {"torch", "timm", "numpy"}, "transport": {"torch", "torchdiffeq"}}
+NO_USER_INTERFACE = {"argparse", "sys", "os", "pathlib"}  # of the standard library, not for the numerics
+
+SOURCES = [*ROOT.glob("*.py"), *(path for name in RANK for path in (ROOT / name).rglob("*.py"))]
+SCRIPTS = [*(ROOT / "benchmarks").glob("*.py")]
+
+
+def owner(path: Path) -> str:
+    """Module or package that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(node: ast.AST, package: str) -> Iterator[str]:
+    """Top-level names of all imports below a node, those inside of functions included."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield package if child.level else child.module.split(".")[0]
+
+
+def calls(node: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """All calls below a node with their written name, such as torch.load."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Call):
+            yield ast.unparse(child.func), child
+
+
+def places(paths: list[Path], wrong: object) -> list[str]:
+    """file:line of every call that ``wrong(name, call)`` is true for."""
+    return [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in paths
+        for name, call in calls(tree(path))
+        if wrong(name, call)
+    ]
+
+
+def test_every_module_has_its_row():
+    found = {owner(path) for path in SOURCES}
+    assert found == set(RANK), "a new top-level file needs its place in LAYERS (and a reason)"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path):
+    own = owner(path)
+    upward = {name for name in imports(tree(path), own) if name in RANK and name != own and RANK[name] >= RANK[own]}
+    assert upward == set()
+
+
+@pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_one_imports_a_command(path):
+    assert COMMANDS.isdisjoint(imports(tree(path), owner(path)))
+
+
+@pytest.mark.parametrize("module", FOREIGN)
+def test_numerics_import_numerics_only(module):
+    allowed = FOREIGN[module] | (set(sys.stdlib_module_names) - NO_USER_INTERFACE) | {module}
+    for path in SOURCES:
+        if owner(path) == module:
+            assert set(imports(tree(path), module)) <= allowed, path
+
+
+def test_transport_reaches_none_of_ours_by_running_it():
+    """The arrows of the source, seen once more from Python's side."""
+    program = "import sys, transport; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(loaded.stdout.split()).isdisjoint({"models", "data", "errors", "PIL", "wandb", "diffusers", "timm"})
+
+
+def test_wandb_is_imported_by_wandb_utils_alone_and_only_when_used():
+    for path in SOURCES + SCRIPTS:
+        if owner(path) != "wandb_utils":
+            assert "wandb" not in set(imports(tree(path), owner(path))), path
+    at_start = [node for node in tree(ROOT / "wandb_utils.py").body if not isinstance(node, ast.FunctionDef)]
+    assert all("wandb" not in set(imports(node, "")) for node in at_start)
+    assert "wandb" in set(imports(tree(ROOT / "wandb_utils.py"), ""))
+
+
+def test_no_import_hides_from_this_test():
+    hidden = ("__import__", "importlib.import_module", "import_module", "exec", "eval")
+    assert places(SOURCES, lambda name, call: name in hidden) == []
+
+
+def test_no_parser_swallows_unknown_flags():
+    swallowing = ("parse_known_args", "parse_known_intermixed_args")
+    assert places(SOURCES + SCRIPTS, lambda name, call: name.split(".")[-1] in swallowing) == []
+
+
+def loads_code(name: str, call: ast.Call) -> bool:
+    """Whether reading a file by this call could run what is in it."""
+    arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name == "torch.load":
+        weights_only = arguments.get("weights_only")
+        return not (isinstance(weights_only, ast.Constant) and weights_only.value is True)
+    pickles = arguments.get("allow_pickle")
+    unpickles = name.split(".")[0] in ("pickle", "dill", "joblib", "cloudpickle", "marshal")
+    return (unpickles and "load" in name) or not (pickles is None or ast.unparse(pickles) == "False")
+
+
+def test_loading_a_file_never_runs_code_from_it():
+    assert places(SOURCES + SCRIPTS, loads_code) == []
+    assert places(SOURCES, lambda name, call: name == "torch.load"), "the guard above has nothing to guard"
+
+
+def test_torch_load_goes_by_its_full_name():
+    """So that the guard above sees it."""
+    for path in SOURCES + SCRIPTS:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.serialization", "pickle"):
+                assert {"load", "loads", "Unpickler"}.isdisjoint(alias.name for alias in node.names), path
+            if isinstance(node, ast.Import):
+                assert all(alias.asname is None for alias in node.names if alias.name in ("torch", "pickle")), path
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("torch.load(f)", True),
+        ("torch.load(f, weights_only=False)", True),
+        ("torch.load(f, weights_only=flag)", True),
+        ("torch.load(f, weights_only=True)", False),
+        ("pickle.loads(f)", True),
+        ("np.load(f, allow_pickle=True)", True),
+        ("np.load(f)", False),
+        ("json.load(f)", False),
+    ],
+)
+def test_guard_of_loads_knows_the_unsafe_ones(source, wrong):
+    ((name, call),) = calls(ast.parse(source))
+    assert loads_code(name, call) == wrong
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_parse_args_and_main_and_ends_by_run_command(command):
+    module = tree(ROOT / f"{command}.py")
+    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    assert {"parse_args", "main"} <= set(functions)
+    assert [argument.arg for argument in functions["main"].args.args] == ["args"]
+    assert len(functions["parse_args"].args.defaults) == len(functions["parse_args"].args.args) == 1
+    assert ast.get_docstring(module)
+    assert "run_command(main, parse_args)" in ast.unparse(module.body[-1])
+
+
+def test_library_modules_never_print():
+    libraries = [path for path in SOURCES if owner(path) not in COMMANDS | {"errors"}]
+    assert places(libraries, lambda name, call: name == "print") == []
