@@ -133,8 +133,8 @@ def space_config(space: Space) -> dict[str, Any]:
 
 
 def fingerprint(vae: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of all weights: tells one autoencoder from another wherever it lies."""
-    digest = hashlib.sha256()
+    """First 16 hex digits of the SHA-256 of scale, shift and weights: tells one autoencoder from another."""
+    digest = hashlib.sha256(repr((vae.config.scaling_factor, getattr(vae.config, "shift_factor", None))).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -170,9 +170,17 @@ def _load(source: str, local_files_only: bool) -> nn.Module:
     """Weights from safetensors only: a pickle could run code."""
     from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
 
-    vae = AutoencoderKL.from_pretrained(
-        source, use_safetensors=True, local_files_only=local_files_only, low_cpu_mem_usage=False
+    vae, info = AutoencoderKL.from_pretrained(
+        source,
+        use_safetensors=True,
+        local_files_only=local_files_only,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
     )
+    if info["missing_keys"]:  # diffusers would go on with random numbers in their place
+        raise OSError(f"the weights lack {info['missing_keys'][0]}")
+    if not vae.config.scaling_factor:
+        raise OSError("scaling_factor in config.json is 0 or missing")
     return vae.eval().requires_grad_(False)
 
 
