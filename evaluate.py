@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data import CROPS, MASK_TYPES
 from errors import CommandParser, InputError, run_command
+from train_utils import add_machine_arguments, start_machine
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _add_population,
         _add_memorisation,
         _add_report,
+        _add_sweep,
     )
     for add in measures:
         add(commands)
@@ -159,6 +161,37 @@ def _add_report(commands) -> None:
     parser.add_argument("--images", type=_positive, default=8, help="worst and best images shown, each")
 
 
+def _add_sweep(commands) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="which guidance and solver to sample with",
+        description="Draw the same masks with every combination of guidance scale, guidance interval, solver and "
+        "number of steps; fidelity and realism of each, one plot and a recommended setting.",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
+    parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
+    parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
+    _add_real_pairs(parser, "some for the sweep, the others for the judge; best unseen in training")
+    parser.add_argument("--images", type=_positive, default=48, help="masks drawn with every setting")
+    parser.add_argument("--cfg-scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 4.0], metavar="SCALE")
+    parser.add_argument(
+        "--guidance-intervals",
+        type=_interval,
+        nargs="+",
+        default=[(0.0, 1.0)],
+        metavar="LO:HI",
+        help="times at which guidance is on, such as 0:1 0.2:0.8",
+    )
+    parser.add_argument(
+        "--solvers", nargs="+", default=["heun"], metavar="NAME", help="such as euler heun ab2 sde-euler"
+    )
+    parser.add_argument("--num-steps", type=_positive, nargs="+", default=[10, 25], metavar="STEPS")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="images drawn at once")
+    parser.add_argument("--output", type=Path, default=Path("sweep"), metavar="FOLDER", help="where it goes")
+    _add_judge(parser)
+    add_machine_arguments(parser)
+
+
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
     parser.add_argument(
@@ -194,6 +227,18 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} must lie above 0 and not above 1")
     return value
+
+
+def _interval(text: str) -> tuple[float, float]:
+    """LO:HI as two numbers in [0, 1], for argparse."""
+    low, colon, high = text.partition(":")
+    try:
+        values = float(low), float(high)
+    except ValueError:
+        colon = ""
+    if not colon or not 0 <= values[0] < values[1] <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LO:HI with 0 <= LO < HI <= 1")
+    return values
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -344,6 +389,37 @@ def run_report(args: argparse.Namespace) -> None:
     print(f"written: {page}, {page.with_suffix('.json').name}")
 
 
+def run_sweep(args: argparse.Namespace) -> None:
+    """``evaluate.py sweep``."""
+    from evaluation.sweep import SOLVERS, load_sweep_data, run_sweep, sampler_draw, settings_grid, write_sweep_report
+    from sampling import load_trained
+
+    unknown = [name for name in args.solvers if name not in SOLVERS]
+    if unknown:
+        raise InputError(f"--solvers {unknown[0]}: unknown; choose from {', '.join(SOLVERS)}")
+    grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps)
+    machine = start_machine(args.device, args.precision)
+    trained = load_trained(args, machine)
+    data = load_sweep_data(
+        trained,
+        args.data_path,
+        args.mask_path,
+        args.mask_type,
+        args.images,
+        args.cache_dir,
+        machine.device,
+        steps=args.steps,
+        seed=args.seed,
+        progress=True,
+    )
+    draw = sampler_draw(trained, machine, data.items, args.seed, args.batch_size)
+    classes = trained.data.num_classes
+    report = run_sweep(draw, grid, data.real, data.judge, classes, data.separated, args.seed, progress=True)
+    written = write_sweep_report(report, args.output)
+    print("\n".join(report.lines()))
+    print(f"written: {', '.join(map(str, written))}")
+
+
 COMMANDS = {
     "data": run_data,
     "threshold": run_threshold,
@@ -353,6 +429,7 @@ COMMANDS = {
     "population": run_population,
     "memorisation": run_memorisation,
     "report": run_report,
+    "sweep": run_sweep,
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import wandb_utils
 from autoencoder import PIXEL_SPACE, Space, check_space, load_space, space_config
 from checkpoint import RunFolder, choose_run_folder, launch_id, read_checkpoint, write_atomically, write_json
 from data import DataConfig, PairedFolder, to_prob_map
-from download import adapt_sit_weights, find_model
+from download import adapt_sit_weights, find_weights
 from errors import CommandParser, InputError, run_command
 from models import SiT, SiT_models, build_model
 from sampling import ImageSampler, SamplingSettings, image_seed
@@ -330,10 +330,17 @@ class Training:
 
     def start_from(self, source: str) -> list[str]:
         """Take the weights of another run or of published SiT; returns the report of what was kept and what is new."""
-        weights, report = adapt_sit_weights(find_model(source), self.model)
+        found = find_weights(source)
+        weights, report = adapt_sit_weights(found.state_dict, self.model)
         self.model.load_state_dict(weights)
         self.ema.load_state_dict(weights)
-        return report.lines()
+        lines = report.lines()
+        trained_as = {"prediction": "velocity", "path_type": "Linear"}
+        if found.config is None and any(self.config["transport"][name] != value for name, value in trained_as.items()):
+            lines.append("warning: SiT's weights predict the velocity on the Linear path, and this run does not")
+        if found.config is None and self.config["model"]["time_scale"] != 1:
+            lines.append("warning: SiT's weights were trained with --time-scale 1, and this run is not")
+        return lines
 
     def distribute(self) -> None:
         if self.machine.world_size > 1:

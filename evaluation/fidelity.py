@@ -20,7 +20,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 
-from data import MaskFolder, PairedFolder, pair_files
+from data import MaskFolder, MaskItem, MaskRule, PairedFolder, pair_files
 from errors import InputError
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, mean_of_known
 from evaluation.judge import Judge, JudgeConfig, load_or_train_judge, path_sha256
@@ -360,10 +360,15 @@ def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterat
     for number, name in enumerate(names):
         for window in range(WINDOWS_PER_IMAGE if folder.config.crop == "random" else 1):
             item = folder.load(name, rng=np.random.default_rng([seed, number, window]))
-            image = np.rint((np.asarray(item.image).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)  # (S, S, C)
-            classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
-            cells = item.label if folder.rule.mask_type == "instances" else connected_cells(classes > 0)
-            yield LabelledImage(np.broadcast_to(image, (*image.shape[:2], 3)), classes, cells)
+            yield labelled_image(item, folder.rule)
+
+
+def labelled_image(item: MaskItem, rule: MaskRule) -> LabelledImage:
+    """A mask of a folder and its real image, rounded as synthetic images are."""
+    image = np.rint((np.asarray(item.image).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)  # (S, S, C)
+    classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
+    cells = item.label if rule.mask_type == "instances" else connected_cells(classes > 0)
+    return LabelledImage(np.broadcast_to(image, (*image.shape[:2], 3)), classes, cells)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ Images are compared as gray pictures of at most ``SIDE`` pixels a side, in all e
 flips its images) and, under --crop random, at every offset. The distance is sqrt(2 (1 - r)) with r the correlation of
 the two pictures: 0 for a copy whatever its brightness and contrast, about 1.4 for unrelated pictures.
 
+How near is too near depends on the images: dim windows with one nucleus resemble each other, real ones too. So samples
+count that are nearer to a training image than any reference image is, beside how many of them chance would put there.
+
 A sample made from a training image's own mask has its cells where that image has them and is nearer to it than held-out
 images with cells elsewhere can be. So samples are counted apart by whether their mask is one of training, where the
 masks are known. How a sample looks beside its nearest training image, in the picture, decides.
@@ -31,8 +34,8 @@ from image_files import read_image
 SIDE = 32
 SYMMETRIES = 8
 CLOSEST = 10
+CANDIDATES = 16
 FLAT = 1e-3  # standard deviation of gray in [-1, 1] below which a picture shows nothing that could be repeated
-COPY = 0.3  # distance below which two pictures are called nearly the same: correlation above 0.955
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ def small_gray(image: np.ndarray, factor: float) -> np.ndarray:
 class NearestTraining:
     """Finds the nearest of the training pictures.
 
+    Pictures larger than what is asked for are searched at half the resolution first, and the :data:`CANDIDATES` best of
+    them at full: a copy is among those, since it correlates at half the resolution, too.
+
     Args:
         pictures: (h, w) float64 each, at least as large as what is asked for.
         side: (side, side) of the pictures asked for.
@@ -85,12 +91,12 @@ class NearestTraining:
 
     def __init__(self, pictures: Sequence[np.ndarray], side: int) -> None:
         self.side = side
-        self.pictures = list(pictures)
         self._whole = all(picture.shape == (side, side) for picture in pictures)
         if self._whole:  # every symmetry of every picture is one row
             self._rows = np.stack([_unit(turned(one, s)) for one in pictures for s in range(SYMMETRIES)])
         else:
-            self._prepared = [_Sliding(picture, side) for picture in pictures]
+            self._fine = [_Sliding(picture, side) for picture in pictures]
+            self._coarse = [_Sliding(_halved(picture), side // 2) for picture in pictures]
 
     def __call__(self, picture: np.ndarray, skip: int | None = None) -> Match | None:
         """Nearest training picture, None for a flat one.
@@ -107,39 +113,49 @@ class NearestTraining:
                 correlation[skip * SYMMETRIES : (skip + 1) * SYMMETRIES] = -1
             best = int(correlation.argmax())
             return Match(_distance(correlation[best]), best // SYMMETRIES, best % SYMMETRIES)
-        units = [_unit(turned(picture, _inverse(s))).reshape(self.side, self.side) for s in range(SYMMETRIES)]
-        best = None
-        for index, sliding in enumerate(self._prepared):
-            if index == skip:
-                continue
-            for symmetry, unit in enumerate(units):
-                value, top, left = sliding.best(unit)
-                if best is None or _distance(value) < best.distance:
-                    best = Match(_distance(value), index, symmetry, top, left)
-        return best
+        coarse = _all_turns(_halved(picture))
+        values = [-2.0 if i == skip else one.best(coarse)[0] for i, one in enumerate(self._coarse)]
+        candidates = [int(index) for index in np.argsort(values)[::-1][:CANDIDATES] if index != skip]
+        fine = _all_turns(picture)
+        found = [(*self._fine[index].best(fine), index) for index in candidates]
+        value, symmetry, top, left, index = max(found, key=lambda entry: entry[0])
+        return Match(_distance(value), index, symmetry, top, left)
 
 
 class _Sliding:
-    """Correlation of a small picture with every window of a larger one, by Fourier transforms."""
+    """Correlation of small pictures with every window of a larger one, by Fourier transforms in float32."""
 
     def __init__(self, picture: np.ndarray, side: int) -> None:
-        self.side = side
         self.valid = tuple(length - side + 1 for length in picture.shape)
         self.shape = tuple(scipy.fft.next_fast_len(length, real=True) for length in picture.shape)
         picture = picture - picture.mean()  # keeps the differences below exact
-        self.transform = scipy.fft.rfft2(picture, self.shape)
+        self.transform = scipy.fft.rfft2(picture.astype(np.float32), self.shape)
         mean = _window_sums(picture, side) / side**2
         variance = _window_sums(picture**2, side) / side**2 - mean**2
-        self.length = np.sqrt(np.maximum(variance, 0)) * side  # of every window without its mean
+        length = np.sqrt(np.maximum(variance, 0)) * side  # of every window without its mean
+        clear = length > FLAT * side
+        self.scale = np.where(clear, 1 / np.where(clear, length, 1), 0).astype(
+            np.float32
+        )  # flat windows: correlation 0
 
-    def best(self, unit: np.ndarray) -> tuple[float, int, int]:
-        """Largest correlation with a picture of mean 0 and length 1, and where its window begins."""
-        product = self.transform * np.conj(scipy.fft.rfft2(unit, self.shape))
-        found = scipy.fft.irfft2(product, self.shape)[: self.valid[0], : self.valid[1]]
-        clear = self.length > FLAT * self.side
-        correlation = np.where(clear, found / np.where(clear, self.length, 1), -1)
-        top, left = np.unravel_index(int(correlation.argmax()), correlation.shape)
-        return float(correlation[top, left]), int(top), int(left)
+    def best(self, units: np.ndarray) -> tuple[float, int, int, int]:
+        """Largest correlation with pictures (n, side, side) of mean 0 and length 1, which one, and where."""
+        product = self.transform * np.conj(scipy.fft.rfft2(units, self.shape))
+        found = scipy.fft.irfft2(product, self.shape)[:, : self.valid[0], : self.valid[1]] * self.scale
+        which, top, left = np.unravel_index(int(found.argmax()), found.shape)
+        return float(found[which, top, left]), int(which), int(top), int(left)
+
+
+def _all_turns(picture: np.ndarray) -> np.ndarray:
+    """(8, side, side) float32: entry s lies on a picture that ``turned(., s)`` brings onto ``picture``."""
+    units = [_unit(turned(picture, _inverse(s))).reshape(picture.shape) for s in range(SYMMETRIES)]
+    return np.stack(units).astype(np.float32)
+
+
+def _halved(picture: np.ndarray) -> np.ndarray:
+    """Means of blocks of 2 x 2 pixels; an odd last row or column is left out."""
+    height, width = (length // 2 * 2 for length in picture.shape)
+    return picture[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
 
 
 def _window_sums(values: np.ndarray, side: int) -> np.ndarray:
@@ -178,9 +194,9 @@ class MemorisationReport:
             to the nearest other one).
         reference_is: in words.
         closer_than_any: samples nearer to a training image than any reference image is.
-        nearly_same: samples below the distance :data:`COPY`.
+        closer_by_chance: how many that would be on average if samples were like the reference images.
         made_from_training_masks: samples whose source mask is one of training; None where that is not known.
-        nearly_same_of_other_masks: of the samples below :data:`COPY`, those with a mask that is not one of training.
+        closer_of_other_masks: of the samples counted in ``closer_than_any`` those made from other masks.
         closest: the nearest pairs.
     """
 
@@ -189,15 +205,15 @@ class MemorisationReport:
     reference: list[float]
     reference_is: str
     closer_than_any: int
-    nearly_same: int
+    closer_by_chance: float
     made_from_training_masks: int | None
-    nearly_same_of_other_masks: int | None
+    closer_of_other_masks: int | None
     closest: list[dict]
     provenance: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Plain types for JSON."""
-        return asdict(self) | {"copy_distance": COPY}
+        return asdict(self)
 
     def lines(self) -> list[str]:
         """The table that the command prints."""
@@ -206,20 +222,20 @@ class MemorisationReport:
         for title, values in (("synthetic images", known), (self.reference_is, self.reference)):
             cells = np.percentile(values, [0, 5, 50]) if values else [None] * 3
             lines.append(f"{title:44}" + "".join(number(value, 9) for value in cells))
-        lines.append(
+        return lines + self.words() + describe_provenance(self.provenance)
+
+    def words(self) -> list[str]:
+        """What the distances say."""
+        words = [
             f"{self.closer_than_any} of {len(self.samples)} synthetic images are nearer to a training image than any "
-            f"of the {len(self.reference)} reference images"
-        )
-        lines.append(
-            f"{self.nearly_same} are nearly the same as a training image (distance below {COPY:g}, in any turn or flip)"
-        )
+            f"of the {len(self.reference)} reference images; {self.closer_by_chance:.1f} would be by chance"
+        ]
         if self.made_from_training_masks is not None:
-            lines.append(
-                f"{self.made_from_training_masks} were made from masks of training and have their cells in the same "
-                f"places; of the others {self.nearly_same_of_other_masks} are nearly the same"
+            words.append(
+                f"{self.made_from_training_masks} synthetic images were made from masks of training and have their "
+                f"cells in the same places; of the others {self.closer_of_other_masks} are nearer than any reference image"
             )
-        lines.append("0 is a copy, 1.4 unrelated; look at memorisation.png: grain and background tell a copy")
-        return lines + describe_provenance(self.provenance)
+        return [*words, "0 is a copy, 1.4 unrelated; look at memorisation.png: grain and background tell a copy"]
 
 
 def score_memorisation(
@@ -257,19 +273,19 @@ def score_memorisation(
     ]
     reference, reference_is = _reference(nearest, paths, held_out_dir, config, factor)
     from_training = _made_from(samples, train_mask_dir)
-    near = [match is not None and match.distance < COPY for match in matches]
+    least = min(reference, default=0.0)
+    near = [match is not None and match.distance < least for match in matches]
     order = sorted((i for i, match in enumerate(matches) if match is not None), key=lambda i: matches[i].distance)
     closest = [(index, matches[index]) for index in order[:CLOSEST]]
-    least = min(reference, default=0.0)
     report = MemorisationReport(
         training_images=len(paths),
         samples=[None if match is None else match.distance for match in matches],
         reference=reference,
         reference_is=reference_is,
-        closer_than_any=sum(match is not None and match.distance < least for match in matches),
-        nearly_same=sum(near),
+        closer_than_any=sum(near),
+        closer_by_chance=len(order) / (len(reference) + 1),
         made_from_training_masks=None if from_training is None else sum(from_training),
-        nearly_same_of_other_masks=None
+        closer_of_other_masks=None
         if from_training is None
         else sum(one and not known for one, known in zip(near, from_training, strict=True)),
         closest=[

@@ -2,7 +2,7 @@
 
 With Inception weights: FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) on
 the features of torch-fidelity. Without: a Frechet distance on the features of the judge of ``evaluate.py fidelity``,
-which is not FID and is not called so.
+each in units of its spread over the real images, which is not FID and is not called so.
 
 Every distance shrinks with the number of images, and two real sets are not at distance 0 either. So the real images are
 split at random into two halves, again and again: real half against real half, and synthetic against the same real
@@ -159,7 +159,7 @@ def compare_with_splits(
         distance: of (n, D) and (n, D) features.
         synthetic: (N, D).
         real: (M, D).
-        groups: (M,) which image each real row was cut from: windows of one image stay in one half.
+        groups: (M,) which image each real row was cut from; a split uses one window of each.
         splits: random halves.
         seed: of the halves and of the synthetic images drawn.
 
@@ -174,21 +174,33 @@ def compare_with_splits(
         )
     rng = np.random.default_rng(seed)
     against_synthetic, against_real = [], []
-    count = _images_compared(len(synthetic), groups)
+    count = min(len(synthetic), len(images) // 2)
     for _ in range(splits):
-        order = rng.permutation(images)
-        halves = [np.flatnonzero(np.isin(groups, half)) for half in np.array_split(order, 2)]
-        first, second = (real[rng.permutation(half)[:count]] for half in halves)
+        rows = _one_of_each(groups, rng)
         drawn = synthetic[rng.permutation(len(synthetic))[:count]]
-        against_synthetic.append(distance(drawn, first))
-        against_real.append(distance(second, first))
+        against_synthetic.append(distance(drawn, real[rows[:count]]))
+        against_real.append(distance(real[rows[-count:]], real[rows[:count]]))
     return Distances(name, count, against_synthetic, against_real, distance(synthetic, real))
 
 
-def _images_compared(synthetic: int, groups: np.ndarray) -> int:
-    """The largest number of rows that every split has on all sides."""
-    sizes = np.sort(np.unique(groups, return_counts=True)[1])
-    return int(min(synthetic, sizes[: len(sizes) // 2].sum()))
+def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One random row of every group, in random order: windows of one image are no independent images."""
+    order = rng.permutation(len(groups))
+    return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
+
+
+def in_real_spreads(features: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Every feature divided by its standard deviation over the real images; what never varies there is left out.
+
+    A network's own scale is arbitrary, and a few large features would speak for all.
+
+    Args:
+        features: (N, D).
+        real: (M, D).
+    """
+    spread = real.std(axis=0)
+    varies = spread > 1e-6 * max(float(spread.max()), 1e-12)
+    return features[:, varies] / spread[varies]
 
 
 # --- features --------------------------------------------------------------------------------------------------------
@@ -303,6 +315,9 @@ def score_realism(
     groups = np.array([order[path] for path in paths])
     real_features = extract_all(extract, real)
     synthetic_features = extract_all(extract, (samples.synthetic(sample) for sample in samples.samples))
+    if not inception:
+        synthetic_features = in_real_spreads(synthetic_features, real_features)
+        real_features = in_real_spreads(real_features, real_features)
     measures = (
         {"FID": frechet_distance, "KID": kernel_inception_distance} if inception else {JUDGE_DISTANCE: frechet_distance}
     )

@@ -16,6 +16,7 @@ from PIL import Image
 from errors import InputError
 from evaluation.fidelity import FIDELITY_COLUMN
 from evaluation.filter import read_fidelity
+from evaluation.memorisation import MemorisationReport
 from evaluation.output import new_figure, show_image
 from evaluation.samples import Sample, SampleSet, write_json
 
@@ -83,16 +84,7 @@ def _memorisation_table(content: dict) -> Table:
 
 
 def _memorisation_words(content: dict) -> list[str]:
-    words = [
-        f"{content['closer_than_any']} synthetic images are nearer to a training image than any reference image; "
-        f"{content['nearly_same']} are nearly the same as one."
-    ]
-    if content["made_from_training_masks"] is not None:
-        words.append(
-            f"{content['made_from_training_masks']} were made from masks of training; of the others "
-            f"{content['nearly_same_of_other_masks']} are nearly the same as a training image."
-        )
-    return words
+    return MemorisationReport(**content).words()[:-1]
 
 
 def _filter_table(content: dict) -> Table:

@@ -21,6 +21,7 @@ from evaluation.realism import (
     compare_with_splits,
     extract_all,
     frechet_distance,
+    in_real_spreads,
     inception_features,
     kernel_inception_distance,
     real_windows,
@@ -105,14 +106,26 @@ def test_same_distribution_lies_within_real_against_real_and_a_shifted_one_above
     assert same.real == shifted.real
 
 
-def test_windows_of_one_image_stay_in_one_half():
-    """Windows of an image are equal here: if they were spread over both halves, the distance would be near 0."""
-    images = gaussian(8, 2, 0) * 10
+def test_windows_of_one_image_never_meet_each_other():
+    """Windows of an image are equal here and images far apart: a pair of windows would be at distance 0."""
+    images = np.arange(8)[:, None] * np.ones(2) * 100
     groups = np.repeat(np.arange(8), 4)
-    found = compare_with_splits("d", frechet_distance, gaussian(40, 2, 1), images[groups], groups, splits=5)
-    assert found.images_compared == 16
-    for start, value in enumerate(found.real):
-        assert value > 0.05, start
+    met = []
+
+    def record(first, second):
+        met.append((set(first[:, 0]), set(second[:, 0])))
+        return 0.0
+
+    found = compare_with_splits("d", record, gaussian(40, 2, 1), images[groups], groups, splits=5)
+    assert found.images_compared == 4
+    for ours, theirs in met[1:-1:2]:  # real against real; the last call compares all images
+        assert len(ours) == len(theirs) == 4 and not ours & theirs
+
+
+def test_features_are_weighed_by_their_spread_over_the_real_images():
+    real = gaussian(50, 3, 0) * np.array([1, 1000, 0])
+    scaled = in_real_spreads(real + np.array([0, 500, 7]), real)
+    assert scaled.shape == (50, 2) and scaled.std(axis=0) == pytest.approx([1, 1])
 
 
 def test_too_few_images_are_refused():
@@ -129,7 +142,8 @@ def test_images_of_known_statistics_give_their_distance_beside_the_real_spread(t
     (close,), (wide,) = near.distances, far.distances
     assert close.name == JUDGE_DISTANCE and "FID" not in "\n".join(near.lines())
     assert np.mean(close.synthetic) < 2 * max(close.real)
-    assert wide.whole == pytest.approx(40**2, rel=0.05) and min(wide.synthetic) > 50 * max(wide.real)
+    spread = np.std([image.mean() for image in real_windows(real / "images", DataConfig(image_size=SIZE))[1]])
+    assert wide.whole == pytest.approx((40 / spread) ** 2, rel=0.05) and min(wide.synthetic) > 50 * max(wide.real)
     assert near.real_images == 24 and close.images_compared == 12
 
 

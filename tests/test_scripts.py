@@ -117,6 +117,32 @@ def test_flags_that_contradict_the_checkpoint_are_refused(monkeypatch, capsys, p
     assert "--path-type GVP (the checkpoint has Linear)" in error_line(monkeypatch, capsys, train, *arguments)
 
 
+def test_init_from_starts_a_new_run_from_the_averaged_weights(pairs, trained, checkpoint):
+    result = run(*train_arguments(*pairs, trained.parent, "new", 1), "--init-from", checkpoint, "--lr", "1e-12")
+    start, end = read_checkpoint(checkpoint), read_checkpoint(trained.parent / "new" / "checkpoints" / "0000001.pt")
+    assert end["step"] == 1
+    assert "kept:" in result.stderr and "warning" not in result.stderr
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.allclose(end["model"][name], start["ema"][name], atol=1e-6)
+
+
+def test_latent_space_and_native_crops_from_training_to_bulk_set(autoencoder_folder, pairs, tmp_path):
+    arguments = train_arguments(*pairs, tmp_path, "latent", 2)
+    run(*arguments, "--vae", autoencoder_folder, "--model", "SiT-Ti/2", "--crop", "random", "--window", "1", "99")
+    path = tmp_path / "latent" / "checkpoints" / "0000002.pt"
+    config = read_checkpoint(path)["config"]
+    assert config["transport"]["prediction"] == "velocity" and config["model"]["in_channels"] == 5
+    files = sample_set(path, pairs[1], tmp_path / "set")
+    assert len([name for name in files if name.startswith("images")]) == 6
+    with (tmp_path / "set" / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["crop_top"], row["crop_left"]) for row in rows}) > 1  # windows, not the middle of each
+    for row in rows:
+        top, left = int(row["crop_top"]), int(row["crop_left"])
+        label, mask = (np.array(Image.open(path)) for path in (tmp_path / "set" / row["label"], row["source_mask"]))
+        assert np.array_equal(label, mask[top : top + 16, left : left + 16])
+
+
 def test_two_ranks_train_and_resume_bit_for_bit(pairs, tmp_path):
     run(*train_arguments(*pairs, tmp_path, "whole", 4), ranks=2)
     run(*train_arguments(*pairs, tmp_path, "halves", 2), ranks=2)
@@ -139,8 +165,9 @@ def test_sample_writes_a_grid_with_the_mask_first(pairs, checkpoint, tmp_path):
 
 def sample_set(checkpoint: Path, masks: Path, folder: Path, *more: object, ranks: int = 1) -> dict[str, bytes]:
     """Make a set; its files by name, without the picture of the set."""
-    run("sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder, "--device", "cpu",
-        "--precision", "float32", "--num-sampling-steps", 2, "--per-proc-batch-size", 4, *more, ranks=ranks)  # fmt: skip
+    fixed = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", 2, "--per-proc-batch-size", 4]
+    paths = ["--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder]
+    run("sample_ddp.py", "ODE", *paths, *fixed, *more, ranks=ranks)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
 
 

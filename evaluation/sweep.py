@@ -1,0 +1,352 @@
+"""Which guidance and solver to sample with: fidelity and realism over a grid, one plot, one recommended setting.
+
+Every setting draws the same masks with the same noise, and the same judge looks at all of them: a segmenter trained on
+real pairs that the sweep does not use. Its agreement with the real images of the same masks is the ceiling of fidelity,
+the distance of real from real images the floor of realism.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import MaskFolder, MaskItem, PairedFolder, pair_files
+from errors import InputError
+from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
+from evaluation.judge import Judge, JudgeConfig, load_or_train_judge
+from evaluation.output import new_figure, number, save_figure, write_csv
+from evaluation.realism import compare_with_splits, extract_all, frechet_distance, in_real_spreads
+from evaluation.samples import write_json
+from evaluation.threshold import to_gray
+from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
+from train_utils import Machine, to_uint8
+from transport import ODE_METHODS, SDE_METHODS
+
+logger = logging.getLogger(__name__)
+
+# Solvers with a fixed number of steps: the cost of an adaptive one is not a setting.
+SOLVERS = {name: ("ODE", name) for name, method in ODE_METHODS.items() if not method.adaptive} | {
+    f"sde-{name.lower()}": ("SDE", name) for name in SDE_METHODS
+}
+NO_INTERVAL = (0.0, 1.0)
+LEAST_IMAGES = 4
+FIDELITY_TOLERANCE = 0.02  # Dice below the best that still counts as best
+DISTANCE_TOLERANCE = 1.1  # times the smallest distance that still counts as smallest
+
+Draw = Callable[[SamplingSettings], tuple[list[np.ndarray], int]]  # -> images uint8 (S, S, 3), network calls
+
+
+def settings_grid(
+    scales: Sequence[float], intervals: Sequence[tuple[float, float]], solvers: Sequence[str], steps: Sequence[int]
+) -> list[SamplingSettings]:
+    """All combinations; without guidance the interval has no effect and appears once.
+
+    Raises:
+        ValueError: a solver that is not in :data:`SOLVERS`.
+        InputError: an empty interval.
+    """
+    unknown = [name for name in solvers if name not in SOLVERS]
+    if unknown:
+        raise ValueError(f"unknown solver {unknown[0]!r}; choose one of {', '.join(SOLVERS)}")
+    empty = [interval for interval in intervals if interval[0] >= interval[1]]
+    if empty:
+        raise InputError(
+            f"--guidance-intervals {empty[0][0]:g}:{empty[0][1]:g}: the first time must be the smaller one"
+        )
+    grid = {}
+    for solver, count, scale, interval in itertools.product(solvers, steps, scales, intervals):
+        mode, method = SOLVERS[solver]
+        span = NO_INTERVAL if scale == 1 else tuple(interval)
+        grid[SamplingSettings(mode, method, count, scale, span)] = None
+    return list(grid)
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One setting and what it gave.
+
+    Attributes:
+        settings: of the sampler.
+        fidelity: mean Dice of the judge with the masks.
+        distance: Frechet distance on the judge's features, mean over the splits.
+        mean: mean gray of the images, 0..1; guidance moves it.
+        std: standard deviation of their gray values.
+        network_calls: forward passes per image, guided ones counted twice.
+        seconds: per image.
+    """
+
+    settings: SamplingSettings
+    fidelity: float
+    distance: float
+    mean: float
+    std: float
+    network_calls: float
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Short text for tables and plots."""
+        settings = self.settings
+        span = "" if settings.guidance_interval == NO_INTERVAL else " in {:g}:{:g}".format(*settings.guidance_interval)
+        solver = settings.method if settings.mode == "ODE" else f"sde-{settings.method.lower()}"
+        return f"cfg {settings.cfg_scale:g}{span}, {solver} {settings.num_steps}"
+
+    def flags(self) -> str:
+        """The setting as flags of sample.py and sample_ddp.py."""
+        settings = self.settings
+        words = [settings.mode, f"--sampling-method {settings.method}", f"--num-sampling-steps {settings.num_steps}"]
+        words.append(f"--cfg-scale {settings.cfg_scale:g}")
+        if settings.guidance_interval != NO_INTERVAL:
+            words.append("--guidance-interval {:g} {:g}".format(*settings.guidance_interval))
+        return " ".join(words)
+
+
+@dataclass
+class SweepReport:
+    """Result of ``run_sweep``."""
+
+    rows: list[SweepRow]
+    recommended: int
+    real_fidelity: float
+    real_distance: float
+    real_distance_std: float
+    real_mean: float
+    real_std: float
+    images: int
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        rows = [asdict(row) | {"settings": row.settings.to_dict(), "name": row.name} for row in self.rows]
+        return asdict(self) | {"rows": rows, "recommended_flags": self.rows[self.recommended].flags()}
+
+    def lines(self) -> list[str]:
+        """The table that the command prints, and the recommendation."""
+        width = max(len(row.name) for row in self.rows) + 2
+        lines = [f"{'':{width}}{'fidelity':>10}{'distance':>10}{'mean':>8}{'std':>8}{'calls':>8}{'s/image':>9}"]
+        for index, row in enumerate(self.rows):
+            cells = [number(row.fidelity, 10), number(row.distance, 10), number(row.mean, 8), number(row.std, 8)]
+            cells += [number(row.network_calls, 8, 0), number(row.seconds, 9, 2)]
+            lines.append(f"{row.name:{width}}{''.join(cells)}{'  <- recommended' * (index == self.recommended)}")
+        floor = number(self.real_distance, 10)
+        real = [number(self.real_fidelity, 10), floor, number(self.real_mean, 8), number(self.real_std, 8)]
+        lines.append(f"{'real images':{width}}{''.join(real)}")
+        lines.append(
+            f"fidelity: Dice of the judge with masks; distance: Frechet distance of its features; {self.images} masks"
+        )
+        lines.append(
+            f"recommended: the cheapest of the settings within {FIDELITY_TOLERANCE:g} of the best fidelity (no more "
+            f"than real images reach counts) and then within {(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest "
+            "distance"
+        )
+        lines.append(f"sample with: {self.rows[self.recommended].flags()}")
+        return lines
+
+
+def recommend(rows: Sequence[SweepRow], real_fidelity: float) -> int:
+    """Index of the cheapest setting that follows the masks and looks real as well as any.
+
+    1. Fidelity within :data:`FIDELITY_TOLERANCE` of the best; above that of real images it counts as theirs, since more
+       is exaggeration.
+    2. Of those a distance of at most :data:`DISTANCE_TOLERANCE` times the smallest.
+    3. Of those the fewest network calls, then the smallest distance.
+    """
+    capped = [min(row.fidelity, real_fidelity) for row in rows]
+    best = max(capped)
+    faithful = [index for index, value in enumerate(capped) if value >= best - FIDELITY_TOLERANCE]
+    limit = DISTANCE_TOLERANCE * min(max(rows[index].distance, 0.0) for index in faithful)
+    near = [index for index in faithful if rows[index].distance <= limit]
+    return min(near, key=lambda index: (rows[index].network_calls, rows[index].distance))
+
+
+def run_sweep(
+    draw: Draw,
+    grid: Sequence[SamplingSettings],
+    real: Sequence[LabelledImage],
+    judge: Judge,
+    num_classes: int,
+    separated: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> SweepReport:
+    """Draw and judge every setting.
+
+    Args:
+        draw: settings -> one image for every entry of ``real``, from its mask.
+        grid: settings.
+        real: real images of the masks, with the masks.
+        judge: segmenter that has seen none of them.
+        num_classes: K.
+        separated: class 2 is the border between cells.
+        seed: of the splits of the real images.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: fewer than four masks.
+    """
+    if len(real) < LEAST_IMAGES:
+        raise InputError(f"{len(real)} masks are too few to compare settings; at least {LEAST_IMAGES}, better 50")
+    raw = extract_all(judge.features, (item.image for item in real))
+    features = in_real_spreads(raw, raw)
+    groups = np.arange(len(real))
+    floor = compare_with_splits("", frechet_distance, features, features, groups, seed=seed).real
+    rows = []
+    for settings in tqdm(grid, desc="settings", disable=None if progress else True):
+        started = time.perf_counter()
+        images, calls = draw(settings)
+        seconds = (time.perf_counter() - started) / len(images)
+        drawn = [item._replace(image=image) for item, image in zip(real, images, strict=True)]
+        score = score_agreement(judge.class_maps, iter(drawn), num_classes, separated)
+        ours = in_real_spreads(extract_all(judge.features, images), raw)
+        found = compare_with_splits("", frechet_distance, ours, features, groups, seed=seed).synthetic
+        mean, std = _gray_statistics(images)
+        fidelity = float(np.mean(score.per_image)) if score.dice is None else score.dice
+        rows.append(SweepRow(settings, fidelity, float(np.mean(found)), mean, std, _cost(settings, calls), seconds))
+        logger.info("%s: fidelity %.3f, distance %.3g", rows[-1].name, fidelity, rows[-1].distance)
+    ceiling = score_agreement(judge.class_maps, iter(real), num_classes, separated)
+    real_fidelity = float(np.mean(ceiling.per_image)) if ceiling.dice is None else ceiling.dice
+    mean, std = _gray_statistics([item.image for item in real])
+    return SweepReport(
+        rows=rows,
+        recommended=recommend(rows, real_fidelity),
+        real_fidelity=real_fidelity,
+        real_distance=float(np.mean(floor)),
+        real_distance_std=float(np.std(floor)),
+        real_mean=mean,
+        real_std=std,
+        images=len(real),
+    )
+
+
+def _gray_statistics(images: Sequence[np.ndarray]) -> tuple[float, float]:
+    gray = np.stack([to_gray(image) for image in images])
+    return float(gray.mean()), float(gray.std())
+
+
+def _cost(settings: SamplingSettings, calls: int) -> float:
+    """Forward passes per image: a guided call is two, and guidance is on for its share of the time."""
+    guided = 0.0 if settings.cfg_scale == 1 else settings.guidance_interval[1] - settings.guidance_interval[0]
+    return calls * (1 + guided)
+
+
+# --- from checkpoint and folders -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SweepData:
+    """Masks to draw from with their real images, and the judge that has seen neither."""
+
+    items: list[MaskItem]
+    real: list[LabelledImage]
+    judge: Judge
+    separated: bool
+
+
+def load_sweep_data(
+    trained: TrainedModel,
+    image_dir: str | Path,
+    mask_dir: str | Path,
+    mask_type: str,
+    images: int,
+    cache_dir: str | Path,
+    device: torch.device,
+    steps: int = 400,
+    seed: int = 0,
+    progress: bool = False,
+) -> SweepData:
+    """Choose ``images`` pairs by a hash of seed and name, and train the judge on the others.
+
+    Raises:
+        InputError: unusable files, or too few pairs for both.
+    """
+    names = [pair.name for pair in pair_files(image_dir, mask_dir)]
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    if len(order) < 2 * LEAST_IMAGES:
+        raise InputError(
+            f"{image_dir} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
+        )
+    chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
+    pairs = PairedFolder(image_dir, mask_dir, trained.data, mask_type, seed=seed, progress=progress, names=rest)
+    config = JudgeConfig(num_classes=trained.data.num_classes, steps=steps, seed=seed)
+    judge, _, _ = load_or_train_judge(pairs, config, cache_dir, device, progress)
+    masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir)
+    items = [masks.load(name, rng=np.random.default_rng([seed, place])) for place, name in enumerate(sorted(chosen))]
+    separated = pairs.rule.mask_type == "instances" and trained.data.num_classes == 3
+    return SweepData(items, [labelled_image(item, masks.rule) for item in items], judge, separated)
+
+
+def sampler_draw(
+    trained: TrainedModel, machine: Machine, items: Sequence[MaskItem], seed: int = 0, batch_size: int = 32
+) -> Draw:
+    """Draws all masks with one setting; image i has the same noise under every setting."""
+    prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
+    seeds = [image_seed(seed, index) for index in range(len(items))]
+
+    @torch.inference_mode()
+    def draw(settings: SamplingSettings) -> tuple[list[np.ndarray], int]:
+        sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings)
+        images: list[np.ndarray] = []
+        for first in range(0, len(items), batch_size):
+            part = slice(first, first + batch_size)
+            images += [to_uint8(image) for image in sampler(prob_maps[part], seeds[part])]
+        return images, sampler.nfe
+
+    return draw
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_sweep_report(report: SweepReport, output: Path) -> list[Path]:
+    """Write ``sweep.json``, ``sweep.csv`` and ``sweep.png``; what was written."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "sweep.json", report.to_dict())
+    columns = ["setting", "flags", "fidelity", "distance", "mean", "std", "network_calls", "seconds", "recommended"]
+    rows = [
+        [row.name, row.flags(), *(f"{getattr(row, name):.6g}" for name in columns[2:8]), int(i == report.recommended)]
+        for i, row in enumerate(report.rows)
+    ]
+    write_csv(output / "sweep.csv", columns, rows)
+    draw_sweep(report, output / "sweep.png")
+    return [output / name for name in ("sweep.json", "sweep.csv", "sweep.png")]
+
+
+def draw_sweep(report: SweepReport, path: Path) -> None:
+    """Fidelity against distance: a colour per guidance scale, a marker per solver, size by network calls."""
+    figure = new_figure(8, 5.2)
+    axis = figure.subplots()
+    scales = sorted({row.settings.cfg_scale for row in report.rows})
+    solvers = sorted({(row.settings.mode, row.settings.method) for row in report.rows})
+    most = max(row.network_calls for row in report.rows)
+    shown = set()
+    for row in report.rows:
+        solver = (row.settings.mode, row.settings.method)
+        label = f"cfg {row.settings.cfg_scale:g}, {' '.join(solver)}"
+        axis.scatter(
+            row.fidelity,
+            row.distance,
+            s=30 + 120 * row.network_calls / most,
+            color=f"C{scales.index(row.settings.cfg_scale) % 10}",
+            marker="osD^vP*X"[solvers.index(solver) % 8],
+            alpha=0.75,
+            label=None if label in shown else label,
+        )
+        shown.add(label)
+    best = report.rows[report.recommended]
+    axis.scatter(best.fidelity, best.distance, s=330, facecolors="none", edgecolors="black", linewidths=1.5)
+    axis.annotate(best.name, (best.fidelity, best.distance), (8, 10), textcoords="offset points", fontsize=8)
+    axis.axvline(report.real_fidelity, color="gray", linestyle="--", linewidth=1, label="real images")
+    axis.axhline(report.real_distance, color="gray", linestyle=":", linewidth=1, label="real - real")
+    axis.set_xlabel("fidelity (Dice of the judge with the mask), more is better")
+    axis.set_ylabel("Frechet distance on judge features, less is better")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    save_figure(figure, path)

@@ -1,0 +1,126 @@
+"""Checkpoints are whole or absent and run nothing; run folders are numbered, locked and pruned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import RunFolder, choose_run_folder, file_sha256, launch_id, read_checkpoint, save_checkpoint
+from errors import InputError
+
+
+def state(step: int) -> dict:
+    config = {"model": {}, "transport": {}, "space": {}, "data": {}}
+    return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run", keep=2)
+    folder.create()
+    return folder
+
+
+def test_a_checkpoint_is_read_as_it_was_written(run):
+    path = run.save(state(3))
+    assert path.name == "0000003.pt"
+    assert torch.equal(read_checkpoint(path)["model"]["w"], torch.arange(6.0) + 3)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(run, monkeypatch):
+    path = run.save(state(1))
+    before = path.read_bytes()
+
+    def full_disk(content, file):
+        file.write(b"half of it")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="Is the disk full"):
+        save_checkpoint(path, state(1))
+    assert path.read_bytes() == before
+    assert [file.name for file in run.checkpoints.iterdir()] == ["0000001.pt"]
+
+
+def test_only_the_newest_are_kept(run):
+    for step in (1, 2, 10, 11):
+        run.save(state(step))
+    assert run.steps() == [10, 11]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_newest_falls_back_to_the_one_before(run, damage, caplog):
+    run.save(state(1))
+    path = run.save(state(2))
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[content.index(torch.tensor([4.0, 5.0]).numpy().tobytes())] ^= (
+            1  # inside a tensor: only a checksum sees it
+        )
+    path.write_bytes({"truncated": content[:-200], "empty": b"", "text": b"<html>", "flipped": content}[damage])
+    assert run.newest()["step"] == 1
+    assert "0000002.pt" in caplog.text and "Falling back" in caplog.text
+
+
+def test_all_damaged_is_said_and_nothing_is_removed(run):
+    path = run.save(state(1))
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="all 1 checkpoints are damaged"):
+        run.newest()
+    assert path.exists()
+
+
+def test_a_new_run_has_no_newest(run):
+    assert run.newest() is None
+
+
+def test_a_file_of_another_project_is_refused_by_its_missing_parts(tmp_path):
+    torch.save({"model": {}, "ema": {}}, tmp_path / "sit.pt")
+    with pytest.raises(InputError, match="has no opt, step, config"):
+        read_checkpoint(tmp_path / "sit.pt")
+
+
+def test_a_second_process_is_kept_out_of_the_run_folder(run):
+    run.lock()
+    code = f"from checkpoint import RunFolder; from pathlib import Path; RunFolder(Path({str(run.path)!r}), 1).lock()"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "another process trains in this run folder" in other.stderr
+
+
+def test_numbers_of_run_folders_are_never_reused(tmp_path):
+    for name in ("000-SiT", "001-SiT", "007-SiT", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "000-SiT").rmdir()
+    assert choose_run_folder(tmp_path, None, "SiT-B/2 x").name == "008-SiT-B-2-x"
+    assert choose_run_folder(tmp_path, "mine", "SiT").name == "mine"
+
+
+def test_restarted_workers_continue_the_folder_of_their_launch(tmp_path, monkeypatch):
+    for name, launch in (("000-SiT", "other"), ("001-SiT", launch_id()), ("002-SiT", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".launch").write_text(launch)
+    assert choose_run_folder(tmp_path, None, "SiT").name == "003-SiT"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert choose_run_folder(tmp_path, None, "SiT").name == "001-SiT"
+
+
+def test_metrics_after_the_resumed_step_and_torn_lines_are_cut(run):
+    for step in (2, 4, 6):
+        run.log_metrics({"step": step, "train/loss": step / 10})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 8, "tra')
+    run.cut_metrics(4)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [2, 4]
+
+
+def test_hash_of_a_folder_follows_its_files(tmp_path):
+    (tmp_path / "a").write_text("one")
+    first = file_sha256(tmp_path)
+    (tmp_path / "b").write_text("two")
+    assert file_sha256(tmp_path) != first
+    assert len(file_sha256(tmp_path / "a")) == 64
