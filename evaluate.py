@@ -34,6 +34,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _add_memorisation,
         _add_report,
         _add_sweep,
+        _add_split,
+        _add_utility,
     )
     for add in measures:
         add(commands)
@@ -159,6 +161,8 @@ def _add_report(commands) -> None:
     )
     _add_set(parser)
     parser.add_argument("--images", type=_positive, default=8, help="worst and best images shown, each")
+    parser.add_argument("--utility", type=Path, metavar="FOLDER", help="results of the utility command, to include")
+    parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="results of the sweep command, to include")
 
 
 def _add_sweep(commands) -> None:
@@ -190,6 +194,52 @@ def _add_sweep(commands) -> None:
     parser.add_argument("--output", type=Path, default=Path("sweep"), metavar="FOLDER", help="where it goes")
     _add_judge(parser)
     add_machine_arguments(parser)
+
+
+def _add_split(commands) -> None:
+    parser = commands.add_parser(
+        "split",
+        help="test images and shares of the labels, for the utility measure",
+        description="Copy real pairs into test images and nested shares of the others. Train a generator on every "
+        "SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated ones; then run utility.",
+    )
+    _add_real_pairs(parser, "to divide")
+    parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied along to recombine")
+    parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
+    parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
+    parser.add_argument("--test-share", type=_share, default=0.2, help="of the pairs, where no test images are given")
+    parser.add_argument("--shares", type=_percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
+
+
+def _add_utility(commands) -> None:
+    parser = commands.add_parser(
+        "utility",
+        help="does training on real + synthetic images beat real ones alone",
+        description="Train a segmenter on real, synthetic, and real + synthetic images at several shares of the "
+        "labels, with the same steps and several seeds, and test it on real images. A synthetic set that has seen "
+        "more than its share, or the test images, is refused.",
+    )
+    parser.add_argument("split", metavar="SPLIT", help="folder that evaluate.py split has made")
+    parser.add_argument(
+        "--synthetic", type=_by_share, nargs="+", required=True, metavar="PERCENT=SAMPLE_DIR", help="set of every share"
+    )
+    parser.add_argument(
+        "--ckpt",
+        type=_by_share,
+        nargs="+",
+        default=[],
+        metavar="PERCENT=FILE",
+        help="checkpoint of every set, where its settings do not say what its generator was trained on",
+    )
+    parser.add_argument(
+        "--shares", type=_percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
+    )
+    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the real masks hold")
+    parser.add_argument("--steps", type=_positive, default=400, help="of every training, the same in all arms")
+    parser.add_argument("--seeds", type=_positive, default=3, help="trainings of every arm")
+    parser.add_argument("--output", type=Path, default=Path("utility"), metavar="FOLDER", help="where it goes")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +289,22 @@ def _interval(text: str) -> tuple[float, float]:
     if not colon or not 0 <= values[0] < values[1] <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not LO:HI with 0 <= LO < HI <= 1")
     return values
+
+
+def _percent(text: str) -> int:
+    """A whole number in 1..100, for argparse."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no percentage from 1 to 100")
+    return value
+
+
+def _by_share(text: str) -> tuple[int, Path]:
+    """PERCENT=PATH, for argparse."""
+    share, equals, path = text.partition("=")
+    if not equals or not share.isdecimal() or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PERCENT=PATH, such as 10=samples_10")
+    return _percent(share), Path(path)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -378,11 +444,12 @@ def run_memorisation(args: argparse.Namespace) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     """``evaluate.py report``."""
-    from evaluation.report import write_report
+    from evaluation.report import ELSEWHERE, write_report
     from evaluation.samples import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
-    page, found, missing = write_report(samples, args.images)
+    others = {name: path for name in ELSEWHERE if (path := getattr(args, name)) is not None}
+    page, found, missing = write_report(samples, args.images, others)
     print(f"measures in the report: {', '.join(found)}")
     if missing:
         print(f"not measured yet: {', '.join(missing)}")
@@ -420,6 +487,50 @@ def run_sweep(args: argparse.Namespace) -> None:
     print(f"written: {', '.join(map(str, written))}")
 
 
+def run_split(args: argparse.Namespace) -> None:
+    """``evaluate.py split``."""
+    from evaluation.split import make_split
+
+    if (args.test_data_path is None) != (args.test_mask_path is None):
+        raise InputError("--test-data-path and --test-mask-path go together: give both, or none")
+    plan = make_split(
+        args.output,
+        args.data_path,
+        args.mask_path,
+        shares=args.shares,
+        test_share=args.test_share,
+        seed=args.seed,
+        test_image_dir=args.test_data_path,
+        test_mask_dir=args.test_mask_path,
+        instance_dir=args.instances,
+    )
+    print(f"{len(plan.test)} test pairs: {plan.part(None)}")
+    for share, names in plan.shares.items():
+        print(f"{share:>3} %: {len(names)} pairs: {plan.part(share)}")
+
+
+def run_utility(args: argparse.Namespace) -> None:
+    """``evaluate.py utility``."""
+    from evaluation.samples import SampleSet
+    from evaluation.split import read_split
+    from evaluation.utility import score_utility, write_utility_report
+
+    sets = {share: SampleSet(path) for share, path in args.synthetic}
+    report = score_utility(
+        read_split(args.split),
+        sets,
+        dict(args.ckpt),
+        args.shares,
+        mask_type=args.mask_type,
+        steps=args.steps,
+        seeds=range(args.seeds),
+        progress=True,
+    )
+    written = write_utility_report(report, args.output)
+    print("\n".join(report.lines()))
+    print(f"written: {', '.join(map(str, written))}")
+
+
 COMMANDS = {
     "data": run_data,
     "threshold": run_threshold,
@@ -430,6 +541,8 @@ COMMANDS = {
     "memorisation": run_memorisation,
     "report": run_report,
     "sweep": run_sweep,
+    "split": run_split,
+    "utility": run_utility,
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@
 
 Model, sizes, classes, space and transport come from the checkpoint. ``sample.py SDE`` samples with noise added on the
 way. ``sample_ddp.py`` makes whole data sets.
+
+The ODE also runs backwards, on real images:
+
+    python sample.py ODE --likelihood --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS --output likelihood.csv
+    python sample.py ODE --reverse --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS --output round_trip.png
 """
 
 from __future__ import annotations
@@ -12,12 +17,14 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+from autoencoder import PixelSpace
 from checkpoint import write_atomically
 from data import MaskFolder
 from errors import CommandParser, InputError, run_command
@@ -39,54 +46,138 @@ logger = logging.getLogger("sample")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
-    for mode in add_solver_parsers(parser).values():
+    modes = add_solver_parsers(parser)
+    for mode in modes.values():
         group = mode.add_argument_group("input and output")
         group.add_argument("--mask-path", type=Path, required=True, metavar="MASK", help="one mask file")
         add_mask_arguments(group)
         group.add_argument(
-            "--num-samples", "--num-fid-samples", type=positive_int, default=4, help="images to draw from the mask"
+            "--num-samples", "--num-fid-samples", type=positive_int, help="images to draw from the mask (default: 4)"
         )
-        group.add_argument("--output", type=Path, default=Path("samples.png"), help="picture to write (PNG)")
+        group.add_argument("--output", type=Path, help="file to write (default: samples.png)")
         add_sampling_arguments(mode, cfg_scale=1.0)
         add_machine_arguments(mode)
-    return parser.parse_args(argv)
+    group = modes["ODE"].add_argument_group("real images instead of samples; --mask-path is then a folder")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument(
+        "--likelihood", action="store_true", help="log-likelihood and bits per number of every image (CSV)"
+    )
+    what.add_argument(
+        "--reverse", action="store_true", help="images to their noise and back (PNG, and .npz with the noise)"
+    )
+    group.add_argument(
+        "--data-path", type=Path, metavar="IMAGES", help="the real images, paired with the masks by name"
+    )
+    args = parser.parse_args(argv)
+    args.likelihood, args.reverse = getattr(args, "likelihood", False), getattr(args, "reverse", False)
+    args.data_path = getattr(args, "data_path", None)
+    args.output = args.output or Path("likelihood.csv" if args.likelihood else "samples.png")
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for what would only fail after the work."""
-    if not args.mask_path.is_file():
+    """Raises InputError for what would only fail after the work, and for flags without effect."""
+    on_real = args.likelihood or args.reverse
+    if on_real and args.data_path is None:
+        raise InputError("--likelihood and --reverse work on real images: give --data-path IMAGES.")
+    if on_real and args.num_samples:
+        raise InputError("--num-samples has no effect on --likelihood and --reverse: leave it out.")
+    if not on_real and args.data_path:
+        raise InputError("--data-path has no effect here: it goes with --likelihood or --reverse.")
+    if not on_real and not args.mask_path.is_file():
         raise InputError(
             f"--mask-path {args.mask_path}: no such file. sample.py takes one mask, sample_ddp.py a folder."
         )
-    if args.output.suffix.lower() != ".png":
-        raise InputError(f"--output {args.output}: the picture is written as .png.")
+    suffix = ".csv" if args.likelihood else ".png"
+    if args.output.suffix.lower() != suffix:
+        raise InputError(f"--output {args.output}: the result is written as {suffix}.")
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: its folder does not exist.")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
     check_arguments(args)
     settings = SamplingSettings.from_args(args)
     machine = start_machine(args.device, args.precision)
     trained = load_trained(args, machine)
-    masks = MaskFolder(args.mask_path, trained.data, args.mask_type, normalize=args.normalize_masks)
-    item = masks.load(masks.names[0])
+    masks = MaskFolder(
+        args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, normalize=args.normalize_masks
+    )
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
-
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings)
-    prob_map = torch.as_tensor(item.prob_map)
+    if args.likelihood:
+        write_likelihoods(args, sampler, masks)
+    elif args.reverse:
+        write_round_trip(args, sampler, masks)
+    else:
+        write_samples(args, sampler, masks)
+
+
+def write_samples(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder) -> None:
+    """The mask and images drawn from it, in one picture."""
+    prob_map = torch.as_tensor(masks.load(masks.names[0]).prob_map)
     images = []
-    for first in range(0, args.num_samples, args.per_proc_batch_size):
-        indices = range(first, min(first + args.per_proc_batch_size, args.num_samples))
+    for indices in batches(range(args.num_samples or 4), args.per_proc_batch_size):
         seeds = [image_seed(args.seed, index) for index in indices]
         images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds).cpu()
     write_grid(args.output, [mask_picture(prob_map), *images])
+    settings = sampler.settings
     logger.info(
         "%s: the mask and %d images at guidance %g, %s %s, %d network calls each",
         args.output, len(images), settings.cfg_scale, settings.mode, settings.method, sampler.nfe,
     )  # fmt: skip
+
+
+def write_likelihoods(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder) -> None:
+    """A row per image: log-likelihood in nats and bits per number; for pixels, per 8-bit gray value."""
+    per_gray_value = math.log2(255 / 2) if isinstance(sampler.space, PixelSpace) else 0.0
+    rows = []
+    for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
+        names, images, prob_maps = load_real(masks, numbers)
+        result = sampler.likelihood(images, prob_maps, [image_seed(args.seed, number) for number in numbers])
+        for name, logp, bits in zip(names, result.logp.tolist(), result.bits_per_dim.tolist(), strict=True):
+            rows.append((name, logp, bits + per_gray_value))
+            logger.info("%s: log-likelihood %.1f nats, %.3f bits per dimension", *rows[-1])
+    lines = ["name,log_likelihood_nats,bits_per_dim", *(f"{name},{logp:.3f},{bits:.5f}" for name, logp, bits in rows)]
+    write_atomically(args.output, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    unit = "8-bit gray value" if per_gray_value else "latent number"
+    mean = sum(bits for *_, bits in rows) / len(rows)
+    logger.info("%s: %d images, mean %.3f bits per %s", args.output, len(rows), mean, unit)
+
+
+def write_round_trip(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder) -> None:
+    """Rows of mask | real | real to noise to image, and the noise of every image beside the picture."""
+    tiles, noises, errors = [], {}, []
+    for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
+        names, images, prob_maps = load_real(masks, numbers)
+        noise = sampler.encode(images, prob_maps)
+        again = sampler.decode(noise, prob_maps).cpu()
+        noises |= {name: one.cpu().numpy() for name, one in zip(names, noise, strict=True)}
+        errors += (again - images).square().mean((1, 2, 3)).sqrt().tolist()
+        for mask, real, back in zip(prob_maps, images, again, strict=True):
+            tiles.append([mask_picture(mask), real, back])
+    picture = Image.fromarray(grid_image(tiles))
+    write_atomically(args.output, lambda file: picture.save(file, format="PNG"))
+    write_atomically(args.output.with_suffix(".npz"), lambda file: np.savez(file, **noises))
+    rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    logger.info(
+        "%s: %d images to noise and back, root mean square difference %.4f on [-1, 1] (largest of an image %.4f); "
+        "noise in %s", args.output, len(errors), rms, max(errors), args.output.with_suffix(".npz").name,
+    )  # fmt: skip
+
+
+def load_real(masks: MaskFolder, numbers: Sequence[int]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Names, images (n, 3, S, S) and masks (n, K, S, S); of a random crop the middle window."""
+    items = [masks.load(masks.names[number]) for number in numbers]
+    images = torch.stack([torch.as_tensor(item.image) for item in items])
+    return [item.name for item in items], images, torch.stack([torch.as_tensor(item.prob_map) for item in items])
+
+
+def batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(numbers), size):
+        yield numbers[first : first + size]
 
 
 def write_grid(path: Path, tiles: list[torch.Tensor]) -> None:

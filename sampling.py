@@ -18,9 +18,9 @@ from autoencoder import Space, load_space
 from checkpoint import file_sha256, read_checkpoint
 from data import DataConfig
 from errors import InputError
-from models import SiT, build_model
+from models import MaskCondition, SiT, build_model
 from train_utils import Machine, derived_seed
-from transport import ODE_METHODS, Sampler, Transport, create_transport
+from transport import ODE_METHODS, LikelihoodResult, Sampler, Transport, create_transport
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class ImageSampler:
         self.space = space
         self.machine = machine
         self.settings = settings
+        self.transport = transport
         self.solver = create_solver(transport, settings)
         self.latent_shape = (model.in_channels, *(side * model.patch_size for side in model.grid))
 
@@ -195,6 +196,47 @@ class ImageSampler:
         states = self.solver(noise, self._predict, y=condition, **extra)  # (1, B, C, H, W)
         return self.space.decode(states[-1][:count])
 
+    def encode(self, images: Tensor, prob_maps: Tensor) -> Tensor:
+        """Real images to their noise: the probability flow ODE backwards.
+
+        Args:
+            images: (n, 3, S, S) in [-1, 1].
+            prob_maps: (n, K, H, W) class probabilities.
+
+        Returns:
+            (n, C, h, w) float32 noise; ``decode`` leads back to the images.
+        """
+        x1, condition = self._prepare(images, prob_maps)
+        return create_solver(self.transport, self.settings, reverse=True)(x1, self._predict, y=condition)[-1]
+
+    def decode(self, noise: Tensor, prob_maps: Tensor) -> Tensor:
+        """Noise (n, C, h, w) and masks (n, K, H, W) to images (n, 3, S, S) in [-1, 1]."""
+        _, condition = self._prepare(None, prob_maps)
+        return self.space.decode(self.solver(noise, self._predict, y=condition)[-1])
+
+    def likelihood(self, images: Tensor, prob_maps: Tensor, seeds: Sequence[int]) -> LikelihoodResult:
+        """Log-density of real images (or of their latents' mean) under the model, one probe per image and run.
+
+        Args:
+            images: (n, 3, S, S) in [-1, 1].
+            prob_maps: (n, K, H, W) class probabilities.
+            seeds: n seeds of the probes.
+        """
+        settings = self.settings
+        x1, condition = self._prepare(images, prob_maps)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        solver = Sampler(self.transport).sample_ode_likelihood(
+            settings.method, settings.num_steps, settings.atol, settings.rtol
+        )
+        return solver(x1, self._predict, noise_fn=lambda x: self._noise(generators, x.shape[1:]), y=condition)
+
+    def _prepare(self, images: Tensor | None, prob_maps: Tensor) -> tuple[Tensor | None, MaskCondition]:
+        """Images as the model sees them, without a draw from a posterior, and the masks' condition."""
+        with self.machine.autocast():
+            condition = self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True)
+            x1 = None if images is None else self.space.encode(images.to(self.machine.device), sample=False).float()
+        return x1, condition
+
     def _noise(self, generators: list[torch.Generator], shape: Sequence[int]) -> Tensor:
         """(B, *shape) standard normal numbers, every image's from its own generator."""
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(self.machine.device)
@@ -208,12 +250,16 @@ class ImageSampler:
             return self.model.forward_with_cfg(x, t, y, scale).float()
 
 
-def create_solver(transport: Transport, settings: SamplingSettings) -> Callable[..., Tensor]:
-    """The transport's solver for these settings."""
+def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> Callable[..., Tensor]:
+    """The transport's solver for these settings; ``reverse`` runs an ODE from data to noise."""
     sampler = Sampler(transport)
     if settings.mode == "ODE":
         return sampler.sample_ode(
-            sampling_method=settings.method, num_steps=settings.num_steps, atol=settings.atol, rtol=settings.rtol
+            sampling_method=settings.method,
+            num_steps=settings.num_steps,
+            atol=settings.atol,
+            rtol=settings.rtol,
+            reverse=reverse,
         )
     return sampler.sample_sde(
         sampling_method=settings.method,

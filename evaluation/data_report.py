@@ -157,7 +157,7 @@ def survey(
     """
     images, masks = find_images_and_masks(image_dir, mask_dir)
     pairs, without_mask, without_image = match_names(images, masks)
-    facts, image_errors = _read_all(images, _image_facts, "reading images", progress)
+    facts, image_errors = _read_all(images, image_facts, "reading images", progress)
     stats, mask_errors = _read_all(masks, _mask_facts, "reading masks", progress)
     report = DataReport(
         images=len(images),
@@ -203,7 +203,8 @@ def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple
     return found, errors
 
 
-def _image_facts(path: Path) -> ImageFacts:
+def image_facts(path: Path) -> ImageFacts:
+    """Read one image; raises FileError where it cannot be read."""
     image = read_image(path)
     height, width, channels = image.shape
     return ImageFacts(

@@ -92,6 +92,7 @@ class FidelityReport:
     judge_cached: bool
     masks_seen_by_judge: int
     provenance: dict[str, list[str]]
+    judge_images_sha256: list[str] = field(default_factory=list)  # what the judge has seen, for checks of leaks
 
     def to_dict(self) -> dict:
         """Plain types for JSON."""
@@ -290,6 +291,7 @@ def score_fidelity(
         judge_cached=prepared.cached,
         masks_seen_by_judge=split.masks_seen,
         provenance=samples.provenance(),
+        judge_images_sha256=[path_sha256(pair.image_path) for pair in pairs.pairs],
     )
 
 

@@ -161,6 +161,10 @@ def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
         real = {"real_image": str(sample.real_path.resolve())} if sample.real_path is not None else {}
         rows.append(sample.columns | real)
     note = {"filtered_from": str(samples.folder.resolve()), "rule": result.rule}
+    fidelity = samples.folder / "evaluation" / "fidelity.json"
+    if fidelity.is_file():
+        judged = json.loads(fidelity.read_text(encoding="utf-8"))
+        note["judge_images_sha256"] = judged.get("judge_images_sha256", [])
     settings = output / SETTINGS
     settings.write_text(json.dumps(samples.settings | {"filter": note}, indent=2) + "\n", encoding="utf-8")
     dropped = io.StringIO()

@@ -233,7 +233,7 @@ class MemorisationReport:
         if self.made_from_training_masks is not None:
             words.append(
                 f"{self.made_from_training_masks} synthetic images were made from masks of training and have their "
-                f"cells in the same places; of the others {self.closer_of_other_masks} are nearer than any reference image"
+                f"cells in the same places; of the others {self.closer_of_other_masks} are nearer than any reference"
             )
         return [*words, "0 is a copy, 1.4 unrelated; look at memorisation.png: grain and background tell a copy"]
 

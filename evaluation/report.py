@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -87,6 +87,24 @@ def _memorisation_words(content: dict) -> list[str]:
     return MemorisationReport(**content).words()[:-1]
 
 
+def _utility_table(content: dict) -> Table:
+    rows = []
+    for one in content["summary"]:
+        scores = [
+            None if one[name] is None else f"{one[name]:.3f} ± {one[f'{name}_std']:.3f}"
+            for name in ("dice", "ap50", "pq")
+        ]
+        rows.append([f"{one['share']} % of the labels, {one['arm']}", *scores, one["gain"], one["seeds"]])
+    return ["trained on", "Dice", "AP at IoU 0.5", "panoptic quality", "gain in Dice", "seeds"], rows
+
+
+def _sweep_table(content: dict) -> Table:
+    names = ("fidelity", "distance", "mean", "std", "network_calls")
+    rows = [[one["name"], *(one[name] for name in names)] for one in content["rows"]]
+    rows.append(["real images", *(content[f"real_{name}"] for name in names[:4]), None])
+    return ["", "fidelity", "distance", "mean gray", "std of gray", "network calls"], rows
+
+
 def _filter_table(content: dict) -> Table:
     return ["", "images", f"mean {FIDELITY_COLUMN}"], [
         ["all", content["kept"] + content["dropped"], content["mean_before"]],
@@ -148,18 +166,38 @@ SECTIONS = (
         _memorisation_words,
     ),
     Section("filter", "Filter", "The set itself is unchanged; see kept.csv and dropped.csv.", _filter_table),
+    Section(
+        "utility",
+        "Does it help: a segmenter trained on it, tested on real images",
+        "Mean and standard deviation over the seeds; the same number of steps in every arm. Gain is the Dice over that "
+        "of real images alone at the same share of the labels.",
+        _utility_table,
+        ("utility.png",),
+    ),
+    Section(
+        "sweep",
+        "Guidance and solver",
+        "Fidelity: Dice of the judge with the masks. Distance: Frechet distance of its features to real images.",
+        _sweep_table,
+        ("sweep.png",),
+        lambda content: [f"Recommended: {content['recommended_flags']}"],
+    ),
 )
+ELSEWHERE = ("utility", "sweep")  # about more than one set: in folders of their own
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def write_report(samples: SampleSet, images: int = 8) -> tuple[Path, list[str], list[str]]:
+def write_report(
+    samples: SampleSet, images: int = 8, others: Mapping[str, Path] | None = None
+) -> tuple[Path, list[str], list[str]]:
     """Write ``report.html`` and ``report.json`` into ``SAMPLE_DIR/evaluation``.
 
     Args:
         samples: a set on which at least one measure has run.
         images: worst and best images by fidelity, each.
+        others: "utility" and "sweep" -> the folders with their results.
 
     Returns:
         The page, the measures in it and those that have not run.
@@ -168,18 +206,25 @@ def write_report(samples: SampleSet, images: int = 8) -> tuple[Path, list[str], 
         InputError: nothing was measured yet, or a result is damaged.
     """
     folder = samples.folder / "evaluation"
-    contents = {section.name: _read(folder / f"{section.name}.json") for section in SECTIONS}
+    folders = dict.fromkeys((section.name for section in SECTIONS), folder) | dict(others or {})
+    contents = {name: _read(path / f"{name}.json") for name, path in folders.items()}
+    absent = [name for name in others or {} if contents[name] is None]
+    if absent:
+        raise InputError(
+            f"--{absent[0]} {folders[absent[0]]} holds no {absent[0]}.json; give the folder of its results"
+        )
     found = [name for name, content in contents.items() if content is not None]
     if not found:
         raise InputError(f"{folder} holds no results: run evaluate.py fidelity or another measure on the set first")
+    folder.mkdir(exist_ok=True)
     parts = [f"<h1>{escape(samples.folder.name)}: {len(samples)} synthetic images</h1>", _provenance(samples)]
     for section in SECTIONS:
         content = contents[section.name]
         if content is not None:
-            parts += _section(section, content, folder)
+            parts += _section(section, content, folders[section.name])
             if section.name == "fidelity" and FIDELITY_COLUMN in samples.columns:
                 parts += _extremes(samples, images)
-    missing = [section.name for section in SECTIONS if section.name not in found]
+    missing = [section.name for section in SECTIONS if section.name not in (*found, *ELSEWHERE)]
     if missing:
         parts.append(f"<footer>Not measured: {escape(', '.join(missing))}.</footer>")
     page = folder / "report.html"

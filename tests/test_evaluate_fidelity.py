@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
+import evaluate
 from data import DataConfig, PairedFolder
 from errors import InputError
 from evaluation.fidelity import (
@@ -26,11 +25,10 @@ from evaluation.fidelity import (
     split_pairs,
     write_fidelity_report,
 )
-from evaluation.judge import JudgeConfig, build_network, judge_key, load_or_train_judge, predict
+from evaluation.judge import JudgeConfig, build_network, judge_key, load_or_train_judge, path_sha256, predict
 from evaluation.overlap import dice
 from evaluation.samples import SampleSet
 
-ROOT = Path(__file__).parents[1]
 SIZE = 32
 CPU = torch.device("cpu")
 
@@ -247,15 +245,16 @@ def test_set_without_settings_is_refused(real, cache, tmp_path):
         score(SampleSet(samples.folder), real, cache)
 
 
-def test_command_prints_the_table_with_real_beside_synthetic(real, tmp_path):
+def test_command_prints_the_table_with_real_beside_synthetic(real, tmp_path, capsys):
     samples = make_set(tmp_path / "set", [100, 101], [100, 101])
     command = [
-        sys.executable, str(ROOT / "evaluate.py"), "fidelity", str(samples.folder),
-        "--data-path", str(real / "images"), "--mask-path", str(real / "masks"),
+        "fidelity", str(samples.folder), "--data-path", str(real / "images"), "--mask-path", str(real / "masks"),
         "--steps", "2", "--cache-dir", str(tmp_path / "judges"),
     ]  # fmt: skip
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    evaluate.main(evaluate.parse_args(command))
+    printed = capsys.readouterr().out
     for word in ("Dice of the cells", "AP at IoU 0.75", "panoptic quality", "16 real pairs", "held-out pairs"):
-        assert word in finished.stdout
+        assert word in printed
     assert "fidelity_dice" in (samples.folder / "manifest.csv").read_text()
+    known = json.loads((samples.folder / "evaluation" / "fidelity.json").read_text())["judge_images_sha256"]
+    assert len(known) == 16 and set(known) < {path_sha256(path) for path in (real / "images").iterdir()}

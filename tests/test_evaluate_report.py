@@ -89,7 +89,7 @@ def test_page_holds_every_measure_and_loads_nothing(folder):
     page, found, missing = write_report(measure_all(folder), images=2)
     text = page.read_text()
     parsed = Page(text)
-    assert found == [section.name for section in SECTIONS] and missing == [] and parsed.open == []
+    assert found == [section.name for section in SECTIONS[:6]] and missing == [] and parsed.open == []
     assert parsed.sources and all(source.startswith("data:image/png;base64,") for source in parsed.sources)
     assert not re.search(r"https?://|@import|url\(", text)
     words = " ".join(parsed.text)
@@ -123,7 +123,25 @@ def test_json_holds_what_the_page_shows(folder):
     page, _, _ = write_report(measure_all(folder))
     content = json.loads(page.with_suffix(".json").read_text())
     assert content["images"] == 5 and content["measures"]["fidelity"]["synthetic"]["dice"] == 0.8123
-    assert set(content["measures"]) == {section.name for section in SECTIONS}
+    assert set(content["measures"]) == {section.name for section in SECTIONS[:6]}
+
+
+def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tmp_path):
+    from evaluation.sweep import SweepReport, SweepRow, write_sweep_report
+    from evaluation.utility import UtilityReport, UtilityRow, write_utility_report
+    from sampling import SamplingSettings
+
+    rows = [UtilityRow(10, arm, 0, 4, 9, dice, 0.5, 0.4) for arm, dice in (("real", 0.711), ("synthetic", 0.633))]
+    write_utility_report(UtilityReport(rows, 5, 3, {}), tmp_path / "u")
+    row = SweepRow(SamplingSettings(), 0.9, 1.5, 0.2, 0.1, 50, 0.1)
+    write_sweep_report(SweepReport([row], 0, 0.95, 1.1, 0.1, 0.2, 0.1, 8), tmp_path / "s")
+    samples = SampleSet(folder)
+    page, found, _ = write_report(samples, others={"utility": tmp_path / "u", "sweep": tmp_path / "s"})
+    words = " ".join(Page(page.read_text()).text)
+    assert found == ["utility", "sweep"] and "0.711 ± 0.000" in words and "-0.078" in words
+    assert "Recommended: ODE --sampling-method heun" in words
+    with pytest.raises(InputError, match="holds no sweep.json"):
+        write_report(samples, others={"sweep": tmp_path / "u"})
 
 
 def test_set_without_results_is_refused_and_a_damaged_or_old_one_named(folder):

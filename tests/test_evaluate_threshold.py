@@ -14,6 +14,7 @@ import pytest
 from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
+import evaluate
 from data import DataConfig
 from errors import InputError
 from evaluation.overlap import dice, iou
@@ -309,11 +310,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_command_prints_the_table_and_writes_json_csv_and_picture(tmp_path):
+def test_command_prints_the_table_and_writes_json_csv_and_picture(tmp_path, capsys):
     folder = write_set(tmp_path / "set", [shifted_row(0), shifted_row(6), shifted_row(12)])
-    finished = run("threshold", str(folder))
-    assert finished.returncode == 0, finished.stderr
-    assert "Dice with the mask" in finished.stdout and "cfg_scale 1.0" in finished.stdout
+    evaluate.main(evaluate.parse_args(["threshold", str(folder)]))
+    printed = capsys.readouterr().out
+    assert "Dice with the mask" in printed and "cfg_scale 1.0" in printed
     summary = json.loads((folder / "evaluation" / "threshold.json").read_text())
     assert summary["images"] == 3 and summary["dice_real"] == 1 and summary["polarity"] == "brighter"
     rows = list(csv.DictReader((folder / "evaluation" / "threshold.csv").open()))
@@ -332,11 +333,16 @@ def test_command_ends_with_one_line_and_code_two_on_bad_input(tmp_path):
     assert "manifest.csv" in finished.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["threshold", "--help"]])
-def test_help_exits_zero(arguments):
-    assert run(*arguments).returncode == 0
+@pytest.mark.parametrize("arguments", [[], *([name] for name in evaluate.COMMANDS)], ids=str)
+def test_help_exits_zero(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.parse_args([*arguments, "--help"])
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
-def test_misspelt_flag_is_refused(tmp_path):
-    finished = run("threshold", str(tmp_path), "--real-dirr", "x")
-    assert finished.returncode == 2 and "--real-dirr" in finished.stderr
+def test_misspelt_flag_is_refused_with_the_one_that_was_meant(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.parse_args(["threshold", str(tmp_path), "--real-dirr", "x"])
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "--real-dirr" in printed and printed.count("\n") == 1

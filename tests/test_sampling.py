@@ -97,3 +97,24 @@ def test_jobs_count_through_masks_and_samples():
 def test_a_number_of_samples_is_spread_evenly_over_the_masks():
     jobs = plan_jobs(["a", "b", "c"], None, 4)
     assert [(job.name, job.index) for job in jobs] == [("a_0001", 0), ("a_0002", 1), ("b_0001", 2), ("c_0001", 4)]
+
+
+@torch.no_grad()
+def test_noise_of_an_image_leads_back_to_it(model):
+    settings = SamplingSettings(num_steps=60)
+    draw = ImageSampler(model, create_transport(prediction="velocity"), PixelSpace(4), CPU, settings)
+    images, y = 0.3 * torch.tanh(torch.randn(2, 4, 12, 8, generator=torch.Generator().manual_seed(0))), masks(2)
+    again = draw.decode(draw.encode(images, y), y)
+    assert (again - images).abs().max() < 0.01
+    assert not torch.allclose(draw.encode(images, masks(2, seed=9)), draw.encode(images, y), atol=1e-2)
+
+
+@torch.no_grad()
+def test_likelihood_is_finite_and_the_same_for_the_same_seeds(model):
+    settings = SamplingSettings(num_steps=10)
+    draw = ImageSampler(model, create_transport(prediction="velocity"), PixelSpace(4), CPU, settings)
+    images, y = torch.zeros(2, 4, 12, 8), masks(2)
+    first, again = (draw.likelihood(images, y, SEEDS[:2]) for _ in range(2))
+    assert torch.isfinite(first.logp).all()
+    assert torch.equal(first.logp, again.logp)
+    assert torch.allclose(first.bits_per_dim, -first.logp / (4 * 12 * 8 * torch.log(torch.tensor(2.0))).double())

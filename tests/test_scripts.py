@@ -250,7 +250,7 @@ def error_line(monkeypatch, capsys, command: ModuleType, *words: object) -> str:
         run_command(command.main, command.parse_args)
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"{command.__name__}.py: error:")
+    assert last.startswith(f"{command.__name__}.py") and ": error: " in last
     return last
 
 
@@ -292,6 +292,38 @@ def test_bad_sampling_flag_ends_with_one_line(monkeypatch, capsys, pairs, checkp
     arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set", "--device", "cpu"]
     assert words in error_line(monkeypatch, capsys, sample_ddp, "ODE", *arguments, *change)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--likelihood"], "give --data-path"),
+        (["--data-path", "images"], "--data-path has no effect here"),
+        (["--reverse", "--data-path", "images", "--num-samples", "2"], "--num-samples has no effect"),
+        (
+            ["--likelihood", "--data-path", "images", "--output", "x.png"],
+            "--output x.png: the result is written as .csv",
+        ),
+        (["--output", "nowhere/x.png"], "its folder does not exist"),
+    ],
+)
+def test_bad_preview_flag_ends_with_one_line(monkeypatch, capsys, pairs, checkpoint, change, words):
+    arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1] / "cell_0.png", *change]
+    assert words in error_line(monkeypatch, capsys, sample, *arguments)
+
+
+def test_likelihood_and_round_trip_of_real_images(monkeypatch, pairs, checkpoint, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    fixed = ["--ckpt", checkpoint, "--data-path", pairs[0], "--mask-path", pairs[1], "--num-sampling-steps", "4"]
+    words = [str(word) for word in (*fixed, "--device", "cpu", "--precision", "float32")]
+    sample.main(sample.parse_args(["ODE", "--likelihood", *words]))
+    sample.main(sample.parse_args(["ODE", "--reverse", "--output", "back.png", *words]))
+    with Path("likelihood.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [f"cell_{n}" for n in range(6)]
+    assert np.isfinite([float(row["bits_per_dim"]) for row in rows]).all()
+    assert np.load("back.npz")["cell_0"].shape == (3, 16, 16)
+    assert Image.open("back.png").size == (3 * 18 + 2, 6 * 18 + 2)
 
 
 def test_all_missing_partners_are_reported_at_once(monkeypatch, capsys, tmp_path):

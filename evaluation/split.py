@@ -1,0 +1,186 @@
+"""Test images and nested shares of the training images, as folders: where the utility experiment begins.
+
+SPLIT/test/images, masks          real pairs that nothing is trained on
+SPLIT/share_010/images, masks     10 % of the others; share_020 holds these and more, and so on
+SPLIT/split.json                  names and hashes: what ``evaluate.py utility`` checks leaks with
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from data import find_files, pair_files
+from errors import InputError, list_some
+from evaluation.data_report import image_facts, near_duplicates
+from evaluation.judge import path_sha256
+from evaluation.samples import write_json
+from image_files import Pair, match_names
+
+SPLIT_FILE = "split.json"
+DEFAULT_SHARES = (10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Who is tested on and who is trained on at each share.
+
+    Attributes:
+        folder: SPLIT.
+        seed: of the order.
+        test: names of the test pairs.
+        shares: percent -> names, each share holding the smaller ones.
+        images: name -> sha256 of the image file.
+        masks: name -> sha256 of the mask file (or folder of nuclei).
+    """
+
+    folder: Path
+    seed: int
+    test: list[str]
+    shares: dict[int, list[str]]
+    images: dict[str, str] = field(repr=False)
+    masks: dict[str, str] = field(repr=False)
+
+    def part(self, share: int | None) -> Path:
+        """Folder of a share, of the test images for None."""
+        return self.folder / ("test" if share is None else f"share_{share:03d}")
+
+
+def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequence[int], seed: int) -> tuple:
+    """Names of test and shares; a group of near-duplicates is never divided between test and training.
+
+    Args:
+        groups: names that belong together.
+        test_share: of all names, 0 for none.
+        shares: percent of the training names.
+        seed: of the order, which follows from a hash of seed and name and not from the folder.
+
+    Returns:
+        (test names, percent -> training names).
+    """
+    order = sorted(groups, key=lambda names: hashlib.sha256(f"{seed} {min(names)}".encode()).hexdigest())
+    total = sum(len(names) for names in order)
+    test: list[str] = []
+    while order and len(test) < test_share * total - 1e-9:
+        test += order.pop(0)
+    rest = [name for names in order for name in names]
+    return sorted(test), {share: sorted(rest[: max(1, math.ceil(share / 100 * len(rest)))]) for share in sorted(shares)}
+
+
+def group_near_duplicates(pairs: Sequence[Pair]) -> list[list[str]]:
+    """Names in groups that show nearly the same."""
+    facts = {pair.image_path.name: pair.name for pair in pairs}
+    group = {pair.name: [pair.name] for pair in pairs}
+    for first, second, _ in near_duplicates([image_facts(pair.image_path) for pair in pairs]):
+        one, other = group[facts[first]], group[facts[second]]
+        if one is not other:
+            one += other
+            for name in other:
+                group[name] = one
+    return list({id(names): names for names in group.values()}.values())
+
+
+def make_split(
+    output: Path,
+    image_dir: str | Path,
+    mask_dir: str | Path,
+    shares: Sequence[int] = DEFAULT_SHARES,
+    test_share: float = 0.2,
+    seed: int = 0,
+    test_image_dir: str | Path | None = None,
+    test_mask_dir: str | Path | None = None,
+    instance_dir: str | Path | None = None,
+) -> SplitPlan:
+    """Copy pairs into ``output``.
+
+    Args:
+        output: new folder.
+        image_dir: real images.
+        mask_dir: their masks.
+        shares: percent of the training pairs, 1..100.
+        test_share: share of the pairs that is tested on; not used where test folders are given.
+        seed: of the choice.
+        test_image_dir: images to test on.
+        test_mask_dir: their masks.
+        instance_dir: instance labels of the pairs, copied along for ``make_masks.py recombine``.
+
+    Raises:
+        InputError: the folder holds something, too few pairs, test images among the training images.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output {output} is there already and not empty; name a new folder")
+    pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
+    given = test_image_dir is not None
+    test_pairs = {pair.name: pair for pair in pair_files(test_image_dir, test_mask_dir)} if given else {}
+    names, by_share = plan_shares(group_near_duplicates(list(pairs.values())), 0 if given else test_share, shares, seed)
+    test_pairs = test_pairs or {name: pairs[name] for name in names}
+    if not test_pairs or not by_share[max(by_share)]:
+        raise InputError(f"{image_dir} holds {len(pairs)} pairs, too few for test images and shares")
+    plan = SplitPlan(output, seed, sorted(test_pairs), by_share, {}, {})
+    everything = test_pairs if given else {}
+    for name, pair in {**pairs, **{f"test/{name}": pair for name, pair in everything.items()}}.items():
+        plan.images[name], plan.masks[name] = path_sha256(pair.image_path), path_sha256(pair.mask_path)
+    if given:
+        both = {plan.images[name] for name in pairs} & {plan.images[f"test/{name}"] for name in test_pairs}
+        if both:
+            raise InputError(f"{len(both)} images of {test_image_dir} are among those of {image_dir}: that is a leak")
+        plan = SplitPlan(
+            output, seed, [f"test/{name}" for name in sorted(test_pairs)], by_share, plan.images, plan.masks
+        )
+    instances = _instances_of(pairs, image_dir, instance_dir)
+    _copy(test_pairs.values(), plan.part(None), {})
+    for share, chosen in by_share.items():
+        _copy([pairs[name] for name in chosen], plan.part(share), instances)
+    write_json(output / SPLIT_FILE, {name: value for name, value in asdict(plan).items() if name != "folder"})
+    return plan
+
+
+def _instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: str | Path | None) -> dict[str, Path]:
+    if instance_dir is None:
+        return {}
+    found, without, _ = match_names(find_files(image_dir, "image"), find_files(instance_dir, "instance labels"))
+    if without:
+        raise InputError(f"{len(without)} images of {image_dir} have no file in {instance_dir}: {list_some(without)}")
+    return {pair.name: pair.mask_path for pair in found if pair.name in pairs}
+
+
+def _copy(pairs, folder: Path, instances: dict[str, Path]) -> None:
+    for pair in pairs:
+        files = {"images": pair.image_path, "masks": pair.mask_path, "instances": instances.get(pair.name)}
+        for kind, path in files.items():
+            if path is None:
+                continue
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, folder / kind / pair.name)
+            else:
+                shutil.copyfile(path, folder / kind / f"{pair.name}{path.suffix}")
+
+
+def read_split(folder: str | Path) -> SplitPlan:
+    """The plan of a folder that :func:`make_split` made.
+
+    Raises:
+        InputError: it is none, or files were changed since.
+    """
+    folder = Path(folder)
+    path = folder / SPLIT_FILE
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make the folder with evaluate.py split")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shares = {int(share): names for share, names in content["shares"].items()}
+        plan = SplitPlan(folder, content["seed"], content["test"], shares, content["images"], content["masks"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}); make the split again") from error
+    for share, names in [(None, plan.test), *plan.shares.items()]:
+        for kind, hashes in (("images", plan.images), ("masks", plan.masks)):
+            found = {path_sha256(file) for file in find_files(plan.part(share) / kind, kind[:-1]).values()}
+            if found != {hashes[name] for name in names}:
+                raise InputError(f"{plan.part(share) / kind} is not what {path} says; make the split again")
+    return plan

@@ -1,0 +1,278 @@
+"""Does the synthetic set help: a segmenter trained on real, synthetic, or real + synthetic images, tested on real ones.
+
+At every share of the labels the segmenter has the same budget of steps in each arm, several seeds, and test images that
+nothing was trained on. In "real + synthetic" half of the examples are real, whatever the sizes of the sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import DataConfig, MaskFolder, PairedFolder, to_prob_map
+from errors import InputError
+from evaluation.fidelity import LabelledImage, folder_images, score_agreement
+from evaluation.judge import Judge, JudgeConfig, train_judge
+from evaluation.leaks import refuse_leaks
+from evaluation.output import new_figure, number, save_figure, write_csv
+from evaluation.samples import SampleSet, write_json
+from evaluation.split import SplitPlan
+
+logger = logging.getLogger(__name__)
+
+ARMS = ("real", "synthetic", "real + synthetic")
+METRICS = {"dice": "Dice", "ap50": "AP at IoU 0.5", "pq": "panoptic quality"}
+
+
+class SyntheticPairs:
+    """Images and labels of a set as training examples, augmented as real pairs are.
+
+    Images lie in the folder as training saw the real ones, so they get no window and no crop of their own.
+
+    Args:
+        samples: the set.
+        seed: of the flips and turns.
+    """
+
+    def __init__(self, samples: SampleSet, seed: int = 0) -> None:
+        config = samples.require_config()
+        sizes = {samples.class_map(sample).shape for sample in samples.samples}
+        if sizes != {(config.image_size, config.image_size)}:
+            raise InputError(f"{samples.folder} holds labels that are not {config.image_size} x {config.image_size}")
+        self._images = [samples.synthetic(sample) for sample in samples.samples]
+        self._masks = [samples.class_map(sample) for sample in samples.samples]
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """(index, draw) -> "image": (3, S, S) float32 in [-1, 1], "mask": (S, S) uint8; the turn follows the draw."""
+        index, draw = key
+        symmetry = int(np.random.default_rng([self._seed, draw]).integers(8))
+        image, mask = (np.rot90(one, symmetry % 4, (0, 1)) for one in (self._images[index], self._masks[index]))
+        if symmetry >= 4:
+            image, mask = np.flip(image, 1), np.flip(mask, 1)
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
+        scaled = torch.from_numpy(planes) / 127.5 - 1
+        return {"image": scaled, "mask": torch.from_numpy(mask.copy())}
+
+
+class MixedPairs:
+    """Real pairs at even indices, synthetic ones at odd indices: each half of the examples, whatever their sizes."""
+
+    def __init__(self, real: PairedFolder, synthetic: SyntheticPairs) -> None:
+        self.sets = (real, synthetic)
+
+    def __len__(self) -> int:
+        return 2 * max(len(one) for one in self.sets)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        index, draw = key
+        chosen = self.sets[index % 2]
+        example = chosen[(index // 2) % len(chosen), draw]
+        mask = example["mask"]
+        if not self.sets[0].rule.is_hard and not mask.is_floating_point():  # soft real masks: one batch holds one kind
+            mask = to_prob_map(mask[None], self.sets[0].config.num_classes)[0]
+        return {"image": example["image"].expand(3, -1, -1), "mask": mask}
+
+
+@dataclass(frozen=True)
+class UtilityRow:
+    """One training: which share, arm and seed, on how many images, and its scores on the real test images."""
+
+    share: int
+    arm: str
+    seed: int
+    real_images: int
+    synthetic_images: int
+    dice: float | None
+    ap50: float | None
+    pq: float | None
+
+
+@dataclass
+class UtilityReport:
+    """Result of ``score_utility``."""
+
+    rows: list[UtilityRow]
+    steps: int
+    test_images: int
+    provenance: dict[int, dict[str, list[str]]]
+
+    def summary(self) -> list[dict]:
+        """Mean and standard deviation over the seeds of every share and arm, with the gain over real alone."""
+        found = []
+        for share, arm in dict.fromkeys((row.share, row.arm) for row in self.rows):
+            rows = [row for row in self.rows if (row.share, row.arm) == (share, arm)]
+            entry = {"share": share, "arm": arm, "seeds": len(rows)}
+            for metric in METRICS:
+                values = [getattr(row, metric) for row in rows if getattr(row, metric) is not None]
+                entry[metric] = float(np.mean(values)) if values else None
+                entry[f"{metric}_std"] = float(np.std(values)) if values else None
+            found.append(entry | {"real_images": rows[0].real_images, "synthetic_images": rows[0].synthetic_images})
+        real = {entry["share"]: entry["dice"] for entry in found if entry["arm"] == "real"}
+        for entry in found:
+            alone = real.get(entry["share"])
+            entry["gain"] = None if entry["dice"] is None or alone is None else entry["dice"] - alone
+        return found
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        return asdict(self) | {"summary": self.summary()}
+
+    def lines(self) -> list[str]:
+        """The table that the command prints."""
+        lines = [f"{'labels':>7}  {'trained on':18}{'Dice':>16}{'AP at 0.5':>16}{'PQ':>16}{'gain':>9}{'images':>14}"]
+        for entry in self.summary():
+            cells = [f"{number(entry[name], 0)} +- {number(entry[f'{name}_std'], 0)}".rjust(16) for name in METRICS]
+            images = f"{entry['real_images']} + {entry['synthetic_images']}"
+            lines.append(
+                f"{entry['share']:>5} %  {entry['arm']:18}{''.join(cells)}{number(entry['gain'], 9)}{images:>14}"
+            )
+        seeds = len({row.seed for row in self.rows})
+        lines.append(
+            f"{self.steps} steps each, mean +- standard deviation over {seeds} seeds; tested on {self.test_images} "
+            "real images; gain: Dice over that of the real images alone; images: real + synthetic"
+        )
+        return lines
+
+
+def score_utility(
+    split: SplitPlan,
+    sets: Mapping[int, SampleSet],
+    checkpoints: Mapping[int, Path] | None = None,
+    shares: Sequence[int] | None = None,
+    mask_type: str = "auto",
+    steps: int = 400,
+    seeds: Sequence[int] = (0, 1, 2),
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> UtilityReport:
+    """Train and test every arm at every share; leaks are refused before anything is trained.
+
+    Args:
+        split: test pairs and shares.
+        sets: percent -> the synthetic set of that share.
+        checkpoints: percent -> checkpoint of the set's generator, where its settings do not say what it has seen.
+        shares: percents to run; those of ``sets`` when not given. A share without a set trains on real images only.
+        mask_type: what the real masks hold.
+        steps: of every training.
+        seeds: one training each.
+        device: None takes the GPU where there is one.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a leak, a share that the split does not have, or sets of different sizes or classes.
+    """
+    shares = sorted(shares or sets)
+    unknown = sorted({*shares, *sets} - set(split.shares))
+    if unknown:
+        raise InputError(f"{split.folder} has no share of {unknown[0]} %; it has {', '.join(map(str, split.shares))}")
+    config = _common_config(sets)
+    for share, samples in sets.items():
+        refuse_leaks(split, share, samples, (checkpoints or {}).get(share))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = [(share, arm) for share in shares for arm in (ARMS if share in sets else ARMS[:1])]
+    rows: list[UtilityRow] = []
+    bar = tqdm(total=len(jobs) * len(seeds), desc="trainings", disable=None if progress else True)
+    tested = 0
+    for share in shares:
+        samples = sets.get(share)
+        folder = split.part(share)
+        own = samples.config if samples is not None else config
+        for seed in seeds:
+            real = PairedFolder(folder / "images", folder / "masks", own, mask_type, seed=seed)
+            arms = {"real": real}
+            if samples is not None:
+                arms["synthetic"] = SyntheticPairs(samples, seed)
+                arms["real + synthetic"] = MixedPairs(real, arms["synthetic"])
+            test = _test_images(split, real, seed=0)
+            tested = len(test)
+            for arm, pairs in arms.items():
+                score = _train_and_test(pairs, test, own.num_classes, real, steps, seed, device)
+                counts = (0 if arm == "synthetic" else len(real), 0 if arm == "real" else len(samples))
+                rows.append(UtilityRow(share, arm, seed, *counts, *score))
+                logger.info("%d %% of the labels, %s, seed %d: Dice %s", share, arm, seed, number(rows[-1].dice, 0))
+                bar.update()
+    bar.close()
+    rows.sort(key=lambda row: (row.share, ARMS.index(row.arm), row.seed))
+    return UtilityReport(rows, steps, tested, {share: samples.provenance() for share, samples in sets.items()})
+
+
+def _common_config(sets: Mapping[int, SampleSet]) -> DataConfig:
+    """How all sets read their files. Gray values of a window over the data set differ with the share, and may."""
+    if not sets:
+        raise InputError("no synthetic set is given: --synthetic SHARE=SAMPLE_DIR")
+    configs = {
+        share: dataclasses.replace(samples.require_config(), window_values=None) for share, samples in sets.items()
+    }
+    first = next(iter(configs))
+    for share, config in configs.items():
+        if config != configs[first]:
+            raise InputError(
+                f"the sets of {first} % and {share} % were made at different sizes, classes, crops or windows"
+            )
+    return sets[first].config
+
+
+def _test_images(split: SplitPlan, real: PairedFolder, seed: int) -> list[LabelledImage]:
+    folder = split.part(None)
+    rule = real.rule
+    test = MaskFolder(folder / "masks", real.config, rule.mask_type, folder / "images", normalize=rule.normalize)
+    return list(folder_images(test, test.names, seed))
+
+
+def _train_and_test(
+    pairs: PairedFolder | SyntheticPairs | MixedPairs,
+    test: list[LabelledImage],
+    num_classes: int,
+    real: PairedFolder,
+    steps: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[float | None, float | None, float | None]:
+    """Dice, AP at IoU 0.5 and panoptic quality of one training on the test images."""
+    network = train_judge(pairs, JudgeConfig(num_classes=num_classes, steps=steps, seed=seed), device)
+    separated = real.rule.mask_type == "instances" and num_classes == 3
+    score = score_agreement(Judge(network, device).class_maps, iter(test), num_classes, separated)
+    return score.dice, score.ap["0.5"], score.pq
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_utility_report(report: UtilityReport, output: Path) -> list[Path]:
+    """Write ``utility.json``, ``utility.csv`` (a row per training) and ``utility.png``; what was written."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "utility.json", report.to_dict())
+    columns = [field.name for field in dataclasses.fields(UtilityRow)]
+    rows = [["" if value is None else value for value in asdict(row).values()] for row in report.rows]
+    write_csv(output / "utility.csv", columns, rows)
+    draw_utility(report, output / "utility.png")
+    return [output / name for name in ("utility.json", "utility.csv", "utility.png")]
+
+
+def draw_utility(report: UtilityReport, path: Path) -> None:
+    """Scores over the share of the labels, a line per arm, bars of one standard deviation over the seeds."""
+    figure = new_figure(11, 3.6)
+    for axis, (metric, title) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
+        for arm, marker in zip(ARMS, "os^", strict=True):
+            points = [entry for entry in report.summary() if entry["arm"] == arm and entry[metric] is not None]
+            if points:
+                spread = [entry[f"{metric}_std"] for entry in points]
+                values = [entry[metric] for entry in points]
+                axis.errorbar([e["share"] for e in points], values, spread, marker=marker, capsize=3, label=arm)
+        axis.set_xlabel("share of the labels, %")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,368 @@
+"""evaluate.py split and utility: nested shares, every planted leak refused, sets of which it is known if they help."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_sets import Row, disk, paint, write_set
+from PIL import Image
+
+import evaluate
+import make_masks
+from checkpoint import file_sha256, save_checkpoint
+from data import DataConfig
+from errors import InputError
+from evaluation.judge import path_sha256
+from evaluation.leaks import find_leaks, refuse_leaks
+from evaluation.samples import SampleSet, write_manifest
+from evaluation.split import SplitPlan, make_split, plan_shares, read_split
+from evaluation.utility import MixedPairs, SyntheticPairs, score_utility, write_utility_report
+
+SIZE = 32
+CPU = torch.device("cpu")
+
+
+def cells_at(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return disk(SIZE, *rng.uniform(5, SIZE - 5, 2), rng.uniform(4, 6)) | disk(SIZE, *rng.uniform(5, SIZE - 5, 2), 5)
+
+
+def noisy(cells: np.ndarray, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(1000 + seed).normal(0, 12, (*cells.shape, 1))
+    return np.clip(paint(cells) + noise, 0, 255).astype(np.uint8)
+
+
+def label_of(cells: np.ndarray) -> np.ndarray:
+    return np.where(cells, 255, 0).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """Twenty real pairs."""
+    folder = tmp_path_factory.mktemp("real")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    for seed in range(20):
+        Image.fromarray(noisy(cells_at(seed), seed)).save(folder / "images" / f"real_{seed:02d}.png")
+        Image.fromarray(label_of(cells_at(seed))).save(folder / "masks" / f"real_{seed:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(real, tmp_path_factory) -> SplitPlan:
+    """Four test pairs; 4 pairs at 25 %, 16 at 100 %."""
+    output = tmp_path_factory.mktemp("plan") / "split"
+    make_split(output, real / "images", real / "masks", shares=[25, 100])
+    return read_split(output)
+
+
+def set_of(
+    folder: Path,
+    masks: list[Path],
+    images: list[np.ndarray] | None = None,
+    trained_on: list[str] | None = None,
+    **settings: object,
+) -> SampleSet:
+    """A synthetic set drawn from mask files; ``images`` in place of faithful drawings."""
+    labels = [np.array(Image.open(path)) for path in masks]
+    images = images or [noisy(label > 0, 500 + number) for number, label in enumerate(labels)]
+    known = {} if trained_on is None else {"trained_on": trained_on}
+    write_set(folder, [Row(label, image) for label, image in zip(labels, images, strict=True)], **known, **settings)
+    samples = SampleSet(folder)
+    rows = [
+        sample.columns | {"source_mask": str(path), "source_mask_sha256": path_sha256(path), "ckpt_sha256": "c"}
+        for sample, path in zip(samples.samples, masks, strict=True)
+    ]
+    write_manifest(folder, list(rows[0]), rows)
+    return SampleSet(folder)
+
+
+def files_of(split: SplitPlan, share: int | None, kind: str) -> list[Path]:
+    return sorted((split.part(share) / kind).iterdir())
+
+
+def seen(split: SplitPlan, share: int | None) -> list[str]:
+    return [path_sha256(path) for path in files_of(split, share, "images")]
+
+
+# --- split -----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_nested_and_never_meet_the_test_names():
+    names = [[f"n{number}"] for number in range(50)]
+    test, shares = plan_shares(names, 0.2, [10, 20, 50, 100], seed=0)
+    assert len(test) == 10 and [len(part) for part in shares.values()] == [4, 8, 20, 40]
+    assert set(shares[10]) < set(shares[20]) < set(shares[50]) < set(shares[100])
+    assert not set(test) & set(shares[100])
+    assert plan_shares(names[::-1], 0.2, [10], 0)[0] == test != plan_shares(names, 0.2, [10], 1)[0]
+
+
+def test_folders_hold_what_the_plan_says_and_changes_are_noticed(split, real, tmp_path):
+    assert len(split.test) == 4 and [len(names) for names in split.shares.values()] == [4, 16]
+    assert [path.stem for path in files_of(split, 25, "masks")] == split.shares[25]
+    copy = make_split(tmp_path / "again", real / "images", real / "masks", shares=[25, 100])
+    assert copy.test == split.test and copy.images == split.images
+    (copy.part(25) / "images" / f"{copy.shares[25][0]}.png").unlink()
+    with pytest.raises(InputError, match="is not what"):
+        read_split(tmp_path / "again")
+    with pytest.raises(InputError, match="not empty"):
+        make_split(tmp_path / "again", real / "images", real / "masks")
+
+
+def test_near_duplicates_stay_on_one_side(real, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for path in (real / kind).iterdir():
+            array = np.array(Image.open(path))
+            Image.fromarray(array).save(tmp_path / kind / path.name)
+            brighter = np.clip(array.astype(int) + 9, 0, 255).astype(np.uint8) if kind == "images" else array
+            Image.fromarray(brighter).save(tmp_path / kind / f"copy_{path.name}")
+    plan = make_split(tmp_path / "split", tmp_path / "images", tmp_path / "masks", shares=[100])
+    assert len(plan.test) == 8
+    assert {name.removeprefix("copy_") for name in plan.test}.isdisjoint(
+        name.removeprefix("copy_") for name in plan.shares[100]
+    )
+
+
+def test_given_test_images_are_used_and_refused_where_they_are_training_images(real, split, tmp_path):
+    folders = [split.part(25) / kind for kind in ("images", "masks")]
+    with pytest.raises(InputError, match="4 images .* leak"):
+        make_split(
+            tmp_path / "bad", real / "images", real / "masks", test_image_dir=folders[0], test_mask_dir=folders[1]
+        )
+    assert not (tmp_path / "bad").exists()
+    test = [split.part(None) / kind for kind in ("images", "masks")]
+    plan = make_split(tmp_path / "good", *folders, [50, 100], test_image_dir=test[0], test_mask_dir=test[1])
+    assert [len(names) for names in plan.shares.values()] == [2, 4] and len(plan.test) == 4
+    assert read_split(tmp_path / "good").test == plan.test
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+
+def test_set_of_its_own_share_is_no_leak(split, tmp_path):
+    samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=seen(split, 25))
+    assert find_leaks(split, 25, samples) == [] == find_leaks(split, 100, samples)
+
+
+def test_planted_test_mask_is_found(split, tmp_path):
+    masks = [*files_of(split, 25, "masks"), files_of(split, None, "masks")[0]]
+    leaks = find_leaks(split, 25, set_of(tmp_path / "set", masks, trained_on=seen(split, 25)))
+    assert leaks[0] == "1 images are made from masks of the test set"
+    assert leaks[1] == "1 labels show the cells of test masks"
+
+
+def test_test_mask_under_another_name_and_hash_is_found_by_its_pixels(split, tmp_path):
+    simulated = tmp_path / "made" / "masks"
+    simulated.mkdir(parents=True)
+    (simulated.parent / "settings.json").write_text(json.dumps({"command": "simulate"}))
+    label = np.array(Image.open(files_of(split, None, "masks")[0])) // 255  # 0 and 1: another file
+    Image.fromarray(label).save(simulated / "sim_1.png")
+    samples = set_of(tmp_path / "set", [simulated / "sim_1.png"], trained_on=seen(split, 25))
+    assert find_leaks(split, 25, samples) == ["1 labels show the cells of test masks"]
+
+
+def test_mask_outside_of_the_share_is_found(split, tmp_path):
+    samples = set_of(tmp_path / "set", files_of(split, 100, "masks"), trained_on=seen(split, 25))
+    assert find_leaks(split, 25, samples) == ["12 images are made from masks of pairs outside of the share"]
+    assert find_leaks(split, 100, samples) == []
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "words"),
+    [
+        (None, "give --ckpt 25=FILE"),
+        (100, "trained on 12 images outside of the share"),
+        ("test", "trained on 1 images of the test set"),
+        ("other", "trained on 1 images that are not in the split"),
+    ],
+)
+def test_generator_that_has_seen_more_is_found(split, tmp_path, trained_on, words):
+    images = {
+        None: None,
+        100: seen(split, 100),
+        "test": seen(split, 25) + seen(split, None)[:1],
+        "other": [*seen(split, 25), "0" * 64],
+    }[trained_on]
+    samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=images)
+    (leak,) = find_leaks(split, 25, samples)
+    assert words in leak
+
+
+def checkpoint_of(path: Path, data_path: Path, **train: object) -> Path:
+    config = {"model": {}, "transport": {}, "space": {}, "data": {}, "train": {"data_path": str(data_path), **train}}
+    save_checkpoint(path, {"model": {}, "ema": {}, "opt": {}, "step": 1, "config": config})
+    return path
+
+
+def test_checkpoint_says_what_the_generator_has_seen(split, tmp_path):
+    def leaks_with(name: str, share: int, **train: object) -> list[str]:
+        checkpoint = checkpoint_of(tmp_path / f"{name}.pt", split.part(share) / "images", **train)
+        samples = set_of(tmp_path / name, files_of(split, 25, "masks"))
+        rows = [sample.columns | {"ckpt_sha256": file_sha256(checkpoint)} for sample in samples.samples]
+        write_manifest(samples.folder, list(rows[0]), rows)
+        return find_leaks(split, 25, SampleSet(samples.folder), checkpoint)
+
+    assert leaks_with("own", 25) == []
+    assert "12 images outside" in leaks_with("all", 100)[0]
+    assert "started from big.pt" in leaks_with("started", 25, init_from="big.pt")[0]
+    assert leaks_with("published", 25, init_from="SiT-XL-2-256x256.pt") == []
+    other = set_of(tmp_path / "other", files_of(split, 25, "masks"))
+    assert "not the checkpoint" in find_leaks(split, 25, other, tmp_path / "own.pt")[0]
+
+
+def test_simulated_masks_pass_and_unknown_ones_do_not(split, tmp_path):
+    command = ["simulate", "--count", "2", "--image-size", str(SIZE), "--output", str(tmp_path / "sim")]
+    make_masks.main(make_masks.parse_args(command))
+    masks = sorted((tmp_path / "sim" / "masks").iterdir())
+    assert find_leaks(split, 25, set_of(tmp_path / "a", masks, trained_on=seen(split, 25))) == []
+    (tmp_path / "mine").mkdir()
+    Image.fromarray(label_of(cells_at(77))).save(tmp_path / "mine" / "m.png")
+    samples = set_of(tmp_path / "b", [tmp_path / "mine" / "m.png"], trained_on=seen(split, 25))
+    assert "origin is unknown" in find_leaks(split, 25, samples)[0]
+    Image.fromarray(label_of(cells_at(78))).save(masks[0])
+    assert "changed since" in find_leaks(split, 25, SampleSet(tmp_path / "a"))[0]
+
+
+def test_recombined_masks_pass_for_the_share_that_their_cells_are_of(split, tmp_path):
+    source = split.part(25) / "masks"
+    command = [
+        "recombine",
+        "--instances",
+        str(source),
+        "--components",
+        "--count",
+        "2",
+        "--output",
+        str(tmp_path / "mix"),
+    ]
+    make_masks.main(make_masks.parse_args(command))
+    masks = sorted((tmp_path / "mix" / "masks").iterdir())
+    samples = set_of(tmp_path / "set", masks, trained_on=seen(split, 25))
+    assert find_leaks(split, 25, samples) == []
+    (leak,) = find_leaks(split, 100, samples)
+    assert "recombined from other cells" in leak
+
+
+def test_filter_by_a_judge_that_has_seen_more_is_found(split, tmp_path):
+    masks, images = files_of(split, 25, "masks"), seen(split, 25)
+    good = set_of(tmp_path / "a", masks, trained_on=images, filter={"judge_images_sha256": images[:2]})
+    bad = set_of(tmp_path / "b", masks, trained_on=images, filter={"judge_images_sha256": seen(split, None)})
+    unknown = set_of(tmp_path / "c", masks, trained_on=images, filter={"rule": "x"})
+    assert find_leaks(split, 25, good) == []
+    assert find_leaks(split, 25, bad) == ["the judge of its filter was trained on 4 images of the test set"]
+    assert "not known" in find_leaks(split, 25, unknown)[0]
+
+
+def test_leaks_are_refused_in_one_message_before_any_training(split, tmp_path):
+    samples = set_of(tmp_path / "set", files_of(split, None, "masks"), trained_on=seen(split, 100))
+    with pytest.raises(InputError, match=r"leaks at 25 % .*masks of the test set.*outside of the share"):
+        refuse_leaks(split, 25, samples)
+    with pytest.raises(InputError, match="leaks at 25 %"):
+        score_utility(split, {25: samples}, steps=10**9)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_pairs_are_the_images_and_labels_of_the_set_turned_together(split, tmp_path):
+    samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=[])
+    pairs = SyntheticPairs(samples)
+    turns = set()
+    for draw in range(40):
+        example = pairs[1, draw]
+        assert example["image"].shape == (3, SIZE, SIZE) and example["mask"].dtype == torch.uint8
+        bright = example["image"].mean(0) > 0
+        assert (bright == example["mask"].bool()).float().mean() > 0.97
+        assert torch.equal(pairs[1, draw]["image"], example["image"])
+        turns.add(example["mask"].numpy().tobytes())
+    assert len(turns) == 8
+
+
+def test_mixed_pairs_are_half_real_whatever_the_sizes(split, tmp_path):
+    from data import PairedFolder
+
+    folder = split.part(25)
+    real = PairedFolder(folder / "images", folder / "masks", DataConfig(image_size=SIZE))
+    flat = [np.full((SIZE, SIZE, 3), 255, np.uint8)] * 11
+    synthetic = SyntheticPairs(set_of(tmp_path / "set", [files_of(split, 25, "masks")[0]] * 11, images=flat))
+    mixed = MixedPairs(real, synthetic)
+    white = [bool((mixed[index, index]["image"] == 1).all()) for index in range(len(mixed))]
+    assert len(mixed) == 22 and sum(white) == 11
+
+
+def faithful_and_ignoring(split: SplitPlan, folder: Path) -> tuple[SampleSet, SampleSet]:
+    """Sets of the 16 training masks: one whose images follow them, one whose images belong to other masks."""
+    masks = files_of(split, 100, "masks")
+    cells = [np.array(Image.open(path)) > 0 for path in masks]
+    wrong = [noisy(one, 900 + number) for number, one in enumerate(cells[1:] + cells[:1])]
+    images = seen(split, 100)
+    return set_of(folder / "good", masks, trained_on=images), set_of(folder / "bad", masks, wrong, trained_on=images)
+
+
+@pytest.mark.slow
+def test_set_that_follows_its_masks_teaches_and_one_that_ignores_them_does_not(split, tmp_path):
+    good, bad = faithful_and_ignoring(split, tmp_path)
+    found = {}
+    for name, samples in (("good", good), ("bad", bad)):
+        report = score_utility(split, {100: samples}, steps=80, seeds=[0], device=CPU)
+        found[name] = {entry["arm"]: entry for entry in report.summary()}
+    assert found["good"]["real"]["dice"] == found["bad"]["real"]["dice"] > 0.85
+    assert found["good"]["synthetic"]["dice"] > 0.85
+    assert found["bad"]["synthetic"]["dice"] < 0.6
+    assert found["bad"]["synthetic"]["gain"] < -0.25 and abs(found["good"]["real + synthetic"]["gain"]) < 0.1
+    assert found["good"]["real"]["gain"] == 0 and report.test_images == 4
+
+
+def test_report_is_written_with_a_row_per_training(split, tmp_path):
+    samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=seen(split, 25))
+    report = score_utility(split, {25: samples}, shares=[25, 100], steps=2, seeds=[0, 1], device=CPU)
+    write_utility_report(report, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "utility.csv").open()))
+    arms = ["real", "real", "synthetic", "synthetic", "real + synthetic", "real + synthetic", "real", "real"]
+    assert [row["arm"] for row in rows] == arms and [row["share"] for row in rows] == ["25"] * 6 + ["100"] * 2
+    assert [row["real_images"] for row in rows] == ["4", "4", "0", "0", "4", "4", "16", "16"]
+    assert len(json.loads((tmp_path / "out" / "utility.json").read_text())["summary"]) == 4
+    assert np.array(Image.open(tmp_path / "out" / "utility.png")).std() > 5
+
+
+def test_unknown_shares_and_sets_made_differently_are_refused(split, tmp_path):
+    masks, images = files_of(split, 25, "masks"), seen(split, 25)
+    samples = set_of(tmp_path / "a", masks, trained_on=images)
+    with pytest.raises(InputError, match="no share of 10 %"):
+        score_utility(split, {10: samples})
+    other = set_of(tmp_path / "b", masks, trained_on=images)
+    settings = json.loads((other.folder / "settings.json").read_text())
+    settings["data_config"]["window"] = [1, 99]
+    (other.folder / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="different sizes, classes, crops or windows"):
+        score_utility(split, {25: samples, 100: SampleSet(other.folder)})
+
+
+def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):
+    plan = tmp_path / "plan"
+    command = ["split", "--data-path", str(real / "images"), "--mask-path", str(real / "masks"), "--output", str(plan)]
+    evaluate.main(evaluate.parse_args([*command, "--shares", "50"]))
+    assert " 50 %: 8 pairs" in capsys.readouterr().out
+    split = read_split(plan)
+    samples = set_of(tmp_path / "set", files_of(split, 50, "masks"), trained_on=seen(split, 50))
+    command = ["utility", str(plan), "--synthetic", f"50={samples.folder}", "--steps", "2", "--seeds", "1"]
+    evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "out")]))
+    printed = capsys.readouterr().out
+    assert "real + synthetic" in printed and "2 steps each" in printed
+    for wrong in ("50", "x=a", "0=a", "50="):
+        with pytest.raises(SystemExit):
+            evaluate.parse_args(["utility", str(plan), "--synthetic", wrong])
+
+
+def test_manifest_without_hashes_is_a_leak(split, tmp_path):
+    label = label_of(cells_at(3))
+    folder = write_set(tmp_path / "set", [Row(label, noisy(label > 0, 3))], trained_on=seen(split, 25))
+    assert "no column source_mask_sha256" in find_leaks(split, 25, SampleSet(folder))[0]
+    assert hashlib.sha256(b"").hexdigest() not in seen(split, 25)
