@@ -1,12 +1,19 @@
 """Measure data sets: before training, and what sample_ddp.py made: does it follow its masks, is it real, does it help?
 
-    python evaluate.py data --data-path IMAGES --mask-path MASKS
-    python evaluate.py threshold SAMPLE_DIR
-    python evaluate.py fidelity SAMPLE_DIR --data-path IMAGES --mask-path MASKS
-    python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST
+    python evaluate.py data --data-path IMAGES --mask-path MASKS                    a look before training
+    python evaluate.py threshold SAMPLE_DIR                                         bright against dark, no training
+    python evaluate.py fidelity SAMPLE_DIR --data-path IMAGES --mask-path MASKS     a segmenter against the masks
+    python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST             the images that follow them best
+    python evaluate.py realism SAMPLE_DIR --data-path IMAGES --mask-path MASKS      (or --inception-weights FILE)
+    python evaluate.py population SAMPLE_DIR                                        number, size, brightness of cells
+    python evaluate.py memorisation SAMPLE_DIR --data-path TRAINING --held-out OTHERS
+    python evaluate.py report SAMPLE_DIR                                            all of it as one HTML file
+    python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    which guidance and solver
+    python evaluate.py split --data-path IMAGES --mask-path MASKS --output SPLIT    for the next one
+    python evaluate.py utility SPLIT --synthetic 10=SAMPLES_10 100=SAMPLES_100      does it help a segmenter
 
-``data`` looks at a data set before training. The other measures compare a synthetic set with real images; their
-tables, rows per image and pictures go into SAMPLE_DIR/evaluation. ``MEASURE --help`` explains each.
+Measures of a set compare it with real images; their tables, rows per image and pictures go into SAMPLE_DIR/evaluation.
+``MEASURE --help`` explains each.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from pathlib import Path
 
 from data import CROPS, MASK_TYPES
 from errors import CommandParser, InputError, run_command
-from train_utils import add_machine_arguments, start_machine
+from train_utils import DEVICES, add_machine_arguments, non_negative_float, resolve_device, start_machine
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +60,7 @@ def _add_data(commands) -> None:
         "cells, unreadable files, files without partner, copies, and a contact sheet with the masks' outlines. Ends "
         "with exit code 0 where training can start, 2 where it cannot.",
     )
-    _add_real_pairs(parser, "to look at")
+    _add_real_pairs(parser, "")
     parser.add_argument("--num-classes", type=_positive, default=2, help="mask classes, background included")
     parser.add_argument(
         "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
@@ -82,8 +89,9 @@ def _add_fidelity(commands) -> None:
         "manifest.",
     )
     _add_set(parser)
-    _add_real_pairs(parser, "that teach the judge")
+    _add_real_pairs(parser, " that teach the judge")
     _add_judge(parser)
+    _add_device(parser)
 
 
 def _add_filter(commands) -> None:
@@ -120,6 +128,7 @@ def _add_realism(commands) -> None:
     )
     parser.add_argument("--splits", type=_positive, default=20, help="random halves of the real images")
     _add_judge(parser)
+    _add_device(parser)
 
 
 def _add_population(commands) -> None:
@@ -175,9 +184,16 @@ def _add_sweep(commands) -> None:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
     parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
     parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
-    _add_real_pairs(parser, "some for the sweep, the others for the judge; best unseen in training")
+    _add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
     parser.add_argument("--images", type=_positive, default=48, help="masks drawn with every setting")
-    parser.add_argument("--cfg-scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 4.0], metavar="SCALE")
+    parser.add_argument(
+        "--cfg-scales",
+        type=non_negative_float,
+        nargs="+",
+        default=[1.0, 1.5, 2.0, 4.0],
+        metavar="SCALE",
+        help="guidance; 1 is none",
+    )
     parser.add_argument(
         "--guidance-intervals",
         type=_interval,
@@ -189,7 +205,9 @@ def _add_sweep(commands) -> None:
     parser.add_argument(
         "--solvers", nargs="+", default=["heun"], metavar="NAME", help="such as euler heun ab2 sde-euler"
     )
-    parser.add_argument("--num-steps", type=_positive, nargs="+", default=[10, 25], metavar="STEPS")
+    parser.add_argument(
+        "--num-steps", type=_positive, nargs="+", default=[10, 25], metavar="STEPS", help="of the solver"
+    )
     parser.add_argument("--batch-size", type=_positive, default=32, help="images drawn at once")
     parser.add_argument("--output", type=Path, default=Path("sweep"), metavar="FOLDER", help="where it goes")
     _add_judge(parser)
@@ -203,7 +221,7 @@ def _add_split(commands) -> None:
         description="Copy real pairs into test images and nested shares of the others. Train a generator on every "
         "SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated ones; then run utility.",
     )
-    _add_real_pairs(parser, "to divide")
+    _add_real_pairs(parser, " to divide")
     parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied along to recombine")
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
     parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
@@ -239,6 +257,7 @@ def _add_utility(commands) -> None:
     parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the real masks hold")
     parser.add_argument("--steps", type=_positive, default=400, help="of every training, the same in all arms")
     parser.add_argument("--seeds", type=_positive, default=3, help="trainings of every arm")
+    _add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("utility"), metavar="FOLDER", help="where it goes")
 
 
@@ -252,9 +271,13 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images {what}")
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images{what}")
     parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
     parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
@@ -363,6 +386,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
         mask_type=args.mask_type,
         steps=args.steps,
         seed=args.seed,
+        device=resolve_device(args.device),
         progress=True,
     )
     folder = write_fidelity_report(samples, report)
@@ -384,16 +408,13 @@ def run_filter(args: argparse.Namespace) -> None:
 
 def run_realism(args: argparse.Namespace) -> None:
     """``evaluate.py realism``."""
-    import torch
-
     from evaluation.fidelity import prepare_judge
     from evaluation.realism import describe_weights, inception_features, score_realism, write_realism_report
     from evaluation.samples import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
     if args.inception_weights is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        extract = inception_features(args.inception_weights, device)
+        extract = inception_features(args.inception_weights, resolve_device(args.device))
         features = describe_weights(args.inception_weights)
     elif args.mask_path is None:
         raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS for a distance by the judge")
@@ -406,6 +427,7 @@ def run_realism(args: argparse.Namespace) -> None:
             args.mask_type,
             steps=args.steps,
             seed=args.seed,
+            device=resolve_device(args.device),
             progress=True,
         )
         extract, features = prepared.judge.features, f"deepest layer of judge {prepared.key[:12]}"
@@ -524,6 +546,7 @@ def run_utility(args: argparse.Namespace) -> None:
         mask_type=args.mask_type,
         steps=args.steps,
         seeds=range(args.seeds),
+        device=resolve_device(args.device),
         progress=True,
     )
     written = write_utility_report(report, args.output)

@@ -176,11 +176,15 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
         wandb_utils.check_wandb()
 
 
-def default_transport(vae: str) -> dict[str, str]:
-    """Velocity for latents as in SiT; in pixel space data prediction (Li and He 2025, arXiv 2511.13720)."""
+def default_transport(vae: str) -> dict[str, Any]:
+    """Velocity for latents as in SiT; in pixel space data prediction (Li and He 2025, arXiv 2511.13720).
+
+    Pixels have more noise at the same t than latents: the brightness of a patch is decided early, and training has to
+    be there. Measured on nuclei (64 px, patch 8, 300 steps): Dice 0.44 at mean 0, 0.70 at -1.2, 0.55 at -2.
+    """
     if vae == PIXEL_SPACE:
-        return {"prediction": "data", "time_sampling": "logit-normal"}
-    return {"prediction": "velocity", "time_sampling": "uniform"}
+        return {"prediction": "data", "time_sampling": "logit-normal", "time_mean": -1.2}
+    return {"prediction": "velocity", "time_sampling": "uniform", "time_mean": 0.0}
 
 
 def transport_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def transport_config(args: argparse.Namespace) -> dict[str, Any]:
         "train_eps": args.train_eps,
         "sample_eps": args.sample_eps,
         "time_sampling": args.time_sampling or defaults["time_sampling"],
-        "time_mean": args.time_mean,
+        "time_mean": defaults["time_mean"] if args.time_mean is None else args.time_mean,
         "time_std": args.time_std,
     }
 

@@ -131,7 +131,9 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(TIME_SAMPLINGS),
         help="how training times are drawn (default: uniform for latents, logit-normal for pixels)",
     )
-    group.add_argument("--time-mean", type=float, default=0.0, help="logit-normal: mean of logit(t)")
+    group.add_argument(
+        "--time-mean", type=float, help="logit-normal: mean of logit(t) (default: 0 for latents, -1.2 for pixels)"
+    )
     group.add_argument("--time-std", type=positive_float, default=1.0, help="logit-normal: its standard deviation")
 
 

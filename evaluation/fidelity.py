@@ -327,7 +327,7 @@ def prepare_judge(
         seed=seed,
         progress=progress,
         names=split.train,
-        normalize=bool((samples.settings.get("mask_rule") or {}).get("normalize")),
+        normalize=samples.normalizes,
     )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = JudgeConfig(num_classes=samples.num_classes, steps=steps, seed=seed)

@@ -1,8 +1,8 @@
 """Do synthetic images look like real ones: distances of feature distributions, beside real against real.
 
 With Inception weights: FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) on
-the features of torch-fidelity. Without: a Frechet distance on the features of the judge of ``evaluate.py fidelity``,
-each in units of its spread over the real images, which is not FID and is not called so.
+the features of torch-fidelity. Without: a Frechet distance along the main directions in which real images differ in the
+features of the judge of ``evaluate.py fidelity``, which is not FID and is not called so.
 
 Every distance shrinks with the number of images, and two real sets are not at distance 0 either. So the real images are
 split at random into two halves, again and again: real half against real half, and synthetic against the same real
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SPLITS = 20
 WINDOWS_PER_IMAGE = 4  # of a real image under --crop random
 LEAST_REAL, LEAST_SYNTHETIC = 4, 2
+COMPONENTS = 16
 JUDGE_DISTANCE = "Frechet distance on judge features"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -151,8 +152,12 @@ def compare_with_splits(
     groups: np.ndarray,
     splits: int = SPLITS,
     seed: int = 0,
+    partners: np.ndarray | None = None,
 ) -> Distances:
     """A distance of synthetic to real features beside that of real to real ones, all with the same number of images.
+
+    A synthetic image has the layout of its mask, and so has the real image of that mask. Where partners are known, the
+    synthetic images compared with a real half are of other masks than its images, as the other real half is.
 
     Args:
         name: of the distance.
@@ -162,6 +167,7 @@ def compare_with_splits(
         groups: (M,) which image each real row was cut from; a split uses one window of each.
         splits: random halves.
         seed: of the halves and of the synthetic images drawn.
+        partners: (N,) group of the real image of every synthetic image's mask, -1 where it is not among them.
 
     Raises:
         InputError: too few images.
@@ -177,8 +183,10 @@ def compare_with_splits(
     count = min(len(synthetic), len(images) // 2)
     for _ in range(splits):
         rows = _one_of_each(groups, rng)
-        drawn = synthetic[rng.permutation(len(synthetic))[:count]]
-        against_synthetic.append(distance(drawn, real[rows[:count]]))
+        order = rng.permutation(len(synthetic))
+        if partners is not None:  # those of other masks first
+            order = order[np.argsort(np.isin(partners[order], groups[rows[:count]]), kind="stable")]
+        against_synthetic.append(distance(synthetic[order[:count]], real[rows[:count]]))
         against_real.append(distance(real[rows[-count:]], real[rows[:count]]))
     return Distances(name, count, against_synthetic, against_real, distance(synthetic, real))
 
@@ -189,18 +197,30 @@ def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
 
 
-def in_real_spreads(features: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Every feature divided by its standard deviation over the real images; what never varies there is left out.
+def real_components(features: np.ndarray, real: np.ndarray, most: int = COMPONENTS) -> np.ndarray:
+    """Features along the main directions in which real images differ, each in units of its spread there.
 
-    A network's own scale is arbitrary, and a few large features would speak for all.
+    A network's features have a scale of their own and say the same several times over: brightness alone would decide.
+    Measured on nuclei (64 px, 108 images a side, the distance of real from real images and its standard deviation over
+    the splits, then of blurred and of noisier ones): features as they are 10.4 +- 10.9, 7.2, 7.9; 16 directions 2.0 +-
+    0.3, 2.3, 2.7.
 
     Args:
         features: (N, D).
         real: (M, D).
+        most: directions kept; fewer where the real images have fewer, or are fewer than four for each.
+
+    Returns:
+        (N, k).
     """
-    spread = real.std(axis=0)
+    mean, spread = real.mean(axis=0), real.std(axis=0)
     varies = spread > 1e-6 * max(float(spread.max()), 1e-12)
-    return features[:, varies] / spread[varies]
+    standard = (real - mean)[:, varies] / spread[varies]
+    _, lengths, directions = np.linalg.svd(standard, full_matrices=False)
+    known = int((lengths > 1e-6 * lengths[0]).sum()) if len(lengths) else 0
+    count = max(1, min(most, known, len(real) // 4))
+    scale = lengths[:count] / np.sqrt(len(real) - 1)
+    return ((features - mean)[:, varies] / spread[varies]) @ (directions[:count].T / scale)
 
 
 # --- features --------------------------------------------------------------------------------------------------------
@@ -316,13 +336,15 @@ def score_realism(
     real_features = extract_all(extract, real)
     synthetic_features = extract_all(extract, (samples.synthetic(sample) for sample in samples.samples))
     if not inception:
-        synthetic_features = in_real_spreads(synthetic_features, real_features)
-        real_features = in_real_spreads(real_features, real_features)
+        synthetic_features = real_components(synthetic_features, real_features)
+        real_features = real_components(real_features, real_features)
     measures = (
         {"FID": frechet_distance, "KID": kernel_inception_distance} if inception else {JUDGE_DISTANCE: frechet_distance}
     )
+    places = {path.resolve(): number for path, number in order.items()}
+    partners = np.array([places.get(one.real_path.resolve(), -1) if one.real_path else -1 for one in samples.samples])
     distances = [
-        compare_with_splits(name, distance, synthetic_features, real_features, groups, splits, seed)
+        compare_with_splits(name, distance, synthetic_features, real_features, groups, splits, seed, partners)
         for name, distance in measures.items()
     ]
     return RealismReport(

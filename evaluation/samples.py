@@ -92,6 +92,11 @@ class SampleSet:
         """Number K of mask classes, background counted."""
         return self.config.num_classes if self.config is not None else 2
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether the set's soft masks were divided by their sum."""
+        return bool((self._rule or {}).get("normalize"))
+
     def provenance(self) -> dict[str, list[str]]:
         """Distinct values of the columns that say how the images were made, at most three of each."""
         found = {

@@ -24,7 +24,7 @@ from errors import InputError
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
 from evaluation.judge import Judge, JudgeConfig, load_or_train_judge
 from evaluation.output import new_figure, number, save_figure, write_csv
-from evaluation.realism import compare_with_splits, extract_all, frechet_distance, in_real_spreads
+from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.samples import write_json
 from evaluation.threshold import to_gray
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
@@ -195,7 +195,7 @@ def run_sweep(
     if len(real) < LEAST_IMAGES:
         raise InputError(f"{len(real)} masks are too few to compare settings; at least {LEAST_IMAGES}, better 50")
     raw = extract_all(judge.features, (item.image for item in real))
-    features = in_real_spreads(raw, raw)
+    features = real_components(raw, raw)
     groups = np.arange(len(real))
     floor = compare_with_splits("", frechet_distance, features, features, groups, seed=seed).real
     rows = []
@@ -205,8 +205,8 @@ def run_sweep(
         seconds = (time.perf_counter() - started) / len(images)
         drawn = [item._replace(image=image) for item, image in zip(real, images, strict=True)]
         score = score_agreement(judge.class_maps, iter(drawn), num_classes, separated)
-        ours = in_real_spreads(extract_all(judge.features, images), raw)
-        found = compare_with_splits("", frechet_distance, ours, features, groups, seed=seed).synthetic
+        ours = real_components(extract_all(judge.features, images), raw)
+        found = compare_with_splits("", frechet_distance, ours, features, groups, seed=seed, partners=groups).synthetic
         mean, std = _gray_statistics(images)
         fidelity = float(np.mean(score.per_image)) if score.dice is None else score.dice
         rows.append(SweepRow(settings, fidelity, float(np.mean(found)), mean, std, _cost(settings, calls), seconds))
@@ -274,10 +274,13 @@ def load_sweep_data(
             f"{image_dir} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
         )
     chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
-    pairs = PairedFolder(image_dir, mask_dir, trained.data, mask_type, seed=seed, progress=progress, names=rest)
+    normalize = bool(trained.config.get("train", {}).get("normalize_masks"))
+    pairs = PairedFolder(
+        image_dir, mask_dir, trained.data, mask_type, seed=seed, progress=progress, names=rest, normalize=normalize
+    )
     config = JudgeConfig(num_classes=trained.data.num_classes, steps=steps, seed=seed)
     judge, _, _ = load_or_train_judge(pairs, config, cache_dir, device, progress)
-    masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir)
+    masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=normalize)
     items = [masks.load(name, rng=np.random.default_rng([seed, place])) for place, name in enumerate(sorted(chosen))]
     separated = pairs.rule.mask_type == "instances" and trained.data.num_classes == 3
     return SweepData(items, [labelled_image(item, masks.rule) for item in items], judge, separated)

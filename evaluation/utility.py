@@ -178,6 +178,7 @@ def score_utility(
     if unknown:
         raise InputError(f"{split.folder} has no share of {unknown[0]} %; it has {', '.join(map(str, split.shares))}")
     config = _common_config(sets)
+    any_set = next(iter(sets.values()))
     for share, samples in sets.items():
         refuse_leaks(split, share, samples, (checkpoints or {}).get(share))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,7 +191,9 @@ def score_utility(
         folder = split.part(share)
         own = samples.config if samples is not None else config
         for seed in seeds:
-            real = PairedFolder(folder / "images", folder / "masks", own, mask_type, seed=seed)
+            real = PairedFolder(
+                folder / "images", folder / "masks", own, mask_type, seed=seed, normalize=any_set.normalizes
+            )
             arms = {"real": real}
             if samples is not None:
                 arms["synthetic"] = SyntheticPairs(samples, seed)
