@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import safetensors
+import safetensors.torch
 import torch
 
 from errors import InputError
@@ -65,8 +67,35 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise OSError(f"cannot write {path}: {error}. Is the disk full?") from error
 
 
+def export_safetensors(path: Path, state: dict[str, Any]) -> None:
+    """The averaged weights with their configuration as one safetensors file, for sharing; sampling reads it.
+
+    The command line of the training stays behind: it may hold paths.
+    """
+    config = {part: state["config"][part] for part in CONFIG_PARTS}
+    metadata = {"format": "pt", "config": json.dumps(config), "step": str(state["step"])}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """What ``export_safetensors`` wrote, shaped like a checkpoint without an optimiser.
+
+    Raises:
+        ValueError: damaged, or written by something else.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        config, step = json.loads(metadata.get("config", "{}")), int(metadata.get("step", "0"))
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(str(error)) from error
+    return {"model": weights, "ema": weights, "opt": {}, "step": step, "config": config}
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Checkpoint of this project, on the CPU. Nothing in the file is run.
+    """Checkpoint of this project (or its exported safetensors), on the CPU. Nothing in the file is run.
 
     Raises:
         InputError: no such file, not a checkpoint, damaged, would run code, or not one of this project.
@@ -75,8 +104,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"--ckpt {path}: no such file. Checkpoints lie in RUN_FOLDER/checkpoints/NNNNNNN.pt.")
     try:
-        _check_crc(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = _read_safetensors(path)
+        else:
+            _check_crc(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"--ckpt {path}: holds more than plain tensors and would run code when loaded, or is no checkpoint; "
@@ -112,6 +144,30 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def lock_folder(folder: Path, mend: str) -> IO[bytes]:
+    """Hold a folder for this process alone, and remove the temporary files of killed ones.
+
+    Args:
+        folder: the folder; its lock lies in ``.lock``.
+        mend: what else the user can do, for the message.
+
+    Returns:
+        The lock; it is given back when the file is closed or the process ends, however it ends.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    lock = (folder / ".lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise InputError(f"{folder}: another process works in this folder. Wait for it, or {mend}.") from error
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return lock
+
+
 class RunFolder:
     """One training run on disk: config.json, log.txt, metrics.jsonl, checkpoints/ and previews/.
 
@@ -133,18 +189,12 @@ class RunFolder:
         self.previews.mkdir(exist_ok=True)
 
     def lock(self) -> None:
-        """Keep a second process out for as long as this one lives.
+        """Keep a second process out for as long as this one lives, and clear away what a killed one left half-written.
 
         Raises:
             InputError: another process trains in this folder.
         """
-        self._lock = (self.path / ".lock").open("ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{self.path}: another process trains in this run folder. Wait for it, or choose another --run-name."
-            ) from error
+        self._lock = lock_folder(self.path, "choose another --run-name")
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, ascending."""

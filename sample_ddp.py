@@ -29,14 +29,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import file_sha256, write_atomically, write_json
+from checkpoint import file_sha256, lock_folder, write_atomically, write_json
 from data import MaskFolder, MaskItem
 from errors import CommandParser, InputError, run_command
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
@@ -241,7 +241,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
         progress=machine.is_main, normalize=args.normalize_masks,
     )  # fmt: skip
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
-    prepare_folder(args, set_settings(args, settings, trained, masks), machine)
+    lock = prepare_folder(args, set_settings(args, settings, trained, masks), machine)
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
@@ -258,19 +258,23 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
             write_npz(args.sample_dir, jobs, trained.data.image_size)
         logger.info("done: %d pairs and manifest.csv in %s", len(jobs), args.sample_dir)
     machine.barrier()
+    if lock is not None:
+        lock.close()
 
 
-def prepare_folder(args: argparse.Namespace, settings: dict[str, Any], machine: Machine) -> None:
-    """Rank 0 opens the folder; what is wrong with it ends every rank."""
-    problem = None
+def prepare_folder(args: argparse.Namespace, settings: dict[str, Any], machine: Machine) -> IO[bytes] | None:
+    """Rank 0 opens and locks the folder; what is wrong with it ends every rank."""
+    problem, lock = None, None
     if machine.is_main:
         try:
             open_sample_dir(args.sample_dir, settings)
+            lock = lock_folder(args.sample_dir, "give another --sample-dir")
         except (InputError, OSError) as error:
             problem = str(error)
     problem = machine.from_main(problem)
     if problem:
         raise InputError(problem)
+    return lock
 
 
 def make_images(

@@ -40,7 +40,15 @@ from tqdm import tqdm
 
 import wandb_utils
 from autoencoder import PIXEL_SPACE, Space, check_space, load_space, space_config
-from checkpoint import RunFolder, choose_run_folder, launch_id, read_checkpoint, write_atomically, write_json
+from checkpoint import (
+    RunFolder,
+    choose_run_folder,
+    export_safetensors,
+    launch_id,
+    read_checkpoint,
+    write_atomically,
+    write_json,
+)
 from data import DataConfig, PairedFolder, to_prob_map
 from download import adapt_sit_weights, find_weights
 from errors import CommandParser, InputError, run_command
@@ -126,6 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=1000, help="steps; the last step is always kept")
     group.add_argument("--keep", type=positive_int, default=3, help="how many checkpoints stay")
+    group.add_argument(
+        "--export-safetensors",
+        action="store_true",
+        help="at the end also write model.safetensors: averaged weights, config",
+    )
     group.add_argument("--sample-every", type=positive_int, default=1000, help="steps between previews")
     group.add_argument("--cfg-scale", type=non_negative_float, default=4.0, help="guidance of the previews")
     group.add_argument("--wandb", action="store_true", help="log to Weights and Biases, too")
@@ -161,6 +174,8 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
     for flag, path in (("--data-path", args.data_path), ("--mask-path", args.mask_path)):
         if not path.is_dir():
             raise InputError(f"{flag} {path}: no such folder.")
+    if args.ckpt and args.ckpt.suffix == ".safetensors":
+        raise InputError(f"--ckpt {args.ckpt}: exported weights have no optimiser to resume with; give --init-from.")
     if args.ckpt and args.init_from:
         raise InputError("--ckpt resumes and --init-from starts new: give one of them.")
     time_sampling = args.time_sampling or default_transport(args.vae)["time_sampling"]
@@ -511,6 +526,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         "space": space_config(space),
         "data": dataset.config.to_dict(),
         "train": plain_arguments(args),
+        "machine": {"world_size": machine.world_size, "device": machine.device.type, "precision": machine.precision},
     }
     if machine.is_main:
         write_json(run.path / "config.json", config)
@@ -521,6 +537,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     if state is not None:
         training.load(state)
         logger.info("continuing after step %d", training.step)
+        log_machine_changes(state["config"].get("machine", {}), config["machine"])
     elif args.init_from:
         for line in training.start_from(args.init_from):
             logger.info("%s", line)
@@ -528,6 +545,15 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         run.cut_metrics(training.step)
     training.distribute()
     run_loop(training, dataset, run)
+
+
+def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Another number of processes sees the same batches in the same order; only the noise is drawn anew."""
+    for name, value in before.items():
+        if now[name] != value:
+            logger.warning(
+                "changed on resume: %s: %s -> %s (equal in distribution, not bit for bit)", name, value, now[name]
+            )
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -577,6 +603,9 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
         if stopped:
             logger.warning("signal received: saved at step %d, leaving; the same command continues", step)
             sys.exit(EXIT_STOPPED_BY_SIGNAL)
+    if args.export_safetensors and machine.is_main:
+        export_safetensors(run.path / "model.safetensors", training.state())
+        logger.info("exported %s", run.path / "model.safetensors")
     machine.barrier()
     wandb_utils.finish()
     logger.info("done: %d steps; sample with --ckpt %s", total, run.checkpoint_path(total))

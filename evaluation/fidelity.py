@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.2
 WINDOWS_PER_IMAGE = 4  # of a held-out image under --crop random
 FIDELITY_COLUMN = "fidelity_dice"
+EMPTY_TOLERANCE = 0.02  # share of an image found as cells that makes the fidelity of an empty mask 0
 BOUNDARY_SHARE = 0.0075  # of the image's diagonal; never below one pixel
 
 
@@ -61,7 +62,7 @@ class AgreementScore:
         pq: panoptic quality of cells.
         boundary_f: mean F-score of the foreground's boundary.
         count_error: mean absolute difference of the number of cells per image.
-        per_image: foreground Dice of every image; without a cell in the mask 1 or 0, for none or some found.
+        per_image: foreground Dice of every image; see :func:`fidelity_of` for masks without a cell.
     """
 
     images: int
@@ -149,7 +150,7 @@ def score_agreement(
     for batch in _batches(images, batch_size):
         for predicted, item in zip(segment([item.image for item in batch]), batch, strict=True):
             found, truth = predicted > 0, item.classes > 0
-            per_image.append(dice(found, truth))
+            per_image.append(fidelity_of(found, truth))
             if truth.any():
                 with_cells.append(per_image[-1])
             tolerance = max(1.0, BOUNDARY_SHARE * math.hypot(*truth.shape))
@@ -168,6 +169,18 @@ def score_agreement(
         count_error=counts.count_error,
         per_image=per_image,
     )
+
+
+def fidelity_of(found: np.ndarray, truth: np.ndarray) -> float:
+    """Foreground Dice; for a mask without a cell 1 where nothing is found, and 0 from :data:`EMPTY_TOLERANCE` on.
+
+    Dice would be 0 for one wrong pixel there, and a filter would throw the empty images away.
+
+    Args:
+        found: (H, W) bool, the judge's cells.
+        truth: (H, W) bool, the mask's.
+    """
+    return dice(found, truth) if truth.any() else max(0.0, 1 - float(found.mean()) / EMPTY_TOLERANCE)
 
 
 def class_iou(table: np.ndarray) -> list[float | None]:

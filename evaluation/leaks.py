@@ -151,8 +151,8 @@ def _without_gaps(label: np.ndarray) -> np.ndarray:
 def _labels(split: SplitPlan, samples: SampleSet) -> list[str]:
     """Labels that show the cells of a test mask, whatever their file is called and however it is stored."""
     config = samples.require_config()
-    shapes = [read_mask(path) for path in find_files(split.part(None) / "masks", "mask").values()]
-    foregrounds = [(mask if mask.ndim == 2 else mask[1:].sum(axis=0)) > 0 for mask in shapes]
+    tested = find_files(split.part(None) / "masks", "mask").values()
+    foregrounds = [cells for path in tested for cells in _foregrounds(read_mask(path))]
     by_view: dict[View | None, set[bytes]] = {}
     found = 0
     for sample in samples.samples:
@@ -163,6 +163,14 @@ def _labels(split: SplitPlan, samples: SampleSet) -> list[str]:
             by_view[sample.view] = {_digest(part) for part in _test_parts(foregrounds, sample.view, config)}
         found += _digest(cells) in by_view[sample.view]
     return [f"{found} labels show the cells of test masks"] if found else []
+
+
+def _foregrounds(mask: np.ndarray) -> list[np.ndarray]:
+    """Where a mask file can mean cells, (H, W) bool each: above 0, above half, or not background in a stack."""
+    if mask.ndim == 3 and len(mask) > 1:
+        return [mask.argmax(axis=0) > 0]
+    mask = mask.reshape(mask.shape[-2:])
+    return [mask > 0, mask > mask.max() / 2]
 
 
 def _test_parts(foregrounds: list[np.ndarray], view: View | None, config: DataConfig) -> Iterable[np.ndarray]:

@@ -84,13 +84,13 @@ class RealismReport:
     def lines(self) -> list[str]:
         """The table that the command prints."""
         width = max(len(one.name) for one in self.distances) + 2
-        lines = [f"{'':{width}}{'synthetic - real':>24}{'real - real':>24}{'all images':>14}"]
+        lines = [f"{'':{width}}{'synthetic - real':>36}{'real - real':>36}{'all images':>14}"]
         for one in self.distances:
             cells = [
                 f"{np.mean(values):.4g} +- {np.std(values):.2g} ({min(values):.3g}..{max(values):.3g})"
                 for values in (one.synthetic, one.real)
             ]
-            lines.append(f"{one.name:{width}}{cells[0]:>24}{cells[1]:>24}{number(one.whole, 14)}")
+            lines.append(f"{one.name:{width}}{cells[0]:>36}{cells[1]:>36}{number(one.whole, 14)}")
         splits = len(self.distances[0].real)
         lines.append(
             f"mean +- standard deviation (smallest..largest) over {splits} random splits of {self.real_images} real "

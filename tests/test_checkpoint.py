@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import RunFolder, choose_run_folder, file_sha256, launch_id, read_checkpoint, save_checkpoint
+from checkpoint import (
+    RunFolder,
+    choose_run_folder,
+    export_safetensors,
+    file_sha256,
+    launch_id,
+    read_checkpoint,
+    save_checkpoint,
+)
 from errors import InputError
 
 
@@ -85,11 +93,35 @@ def test_a_file_of_another_project_is_refused_by_its_missing_parts(tmp_path):
         read_checkpoint(tmp_path / "sit.pt")
 
 
+def test_exported_weights_are_read_with_their_config_and_without_the_command_line(tmp_path):
+    whole = state(5) | {"ema": {"w": torch.arange(3.0)}}
+    whole["config"] |= {"model": {"name": "SiT-Ti/8"}, "train": {"data_path": "/home/someone"}}
+    export_safetensors(tmp_path / "model.safetensors", whole)
+    again = read_checkpoint(tmp_path / "model.safetensors")
+    assert again["step"] == 5 and again["config"]["model"] == {"name": "SiT-Ti/8"}
+    assert torch.equal(again["ema"]["w"], torch.arange(3.0))
+    assert b"someone" not in (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])
+def test_a_damaged_export_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "model.safetensors")
+
+
 def test_a_second_process_is_kept_out_of_the_run_folder(run):
     run.lock()
     code = f"from checkpoint import RunFolder; from pathlib import Path; RunFolder(Path({str(run.path)!r}), 1).lock()"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "another process trains in this run folder" in other.stderr
+    assert "another process works in this folder" in other.stderr
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(run):
+    leftover = run.checkpoints / ".0000005.pt.123.tmp"
+    leftover.write_bytes(b"half")
+    run.lock()
+    assert not leftover.exists()
 
 
 def test_numbers_of_run_folders_are_never_reused(tmp_path):

@@ -20,6 +20,7 @@ from evaluation.fidelity import (
     LabelledImage,
     cells_of_classes,
     class_iou,
+    fidelity_of,
     score_agreement,
     score_fidelity,
     split_pairs,
@@ -114,6 +115,16 @@ def test_image_without_cells_is_left_out_of_the_mean_and_scored_by_what_is_found
     answers = iter([empty, np.ones_like(empty)])
     found = score_agreement(lambda images: np.stack([next(answers) for _ in images]), iter([item, item]), 2)
     assert found.per_image == [1, 0] and found.dice is None and found.count_error == 0.5
+
+
+def test_one_wrong_pixel_costs_an_empty_image_little_and_a_wrong_cell_everything():
+    empty, found = np.zeros((50, 60), bool), np.zeros((50, 60), bool)
+    assert fidelity_of(found, empty) == 1
+    found[3, 4] = True
+    assert fidelity_of(found, empty) == pytest.approx(1 - 1 / 60)
+    found[10:20, 10:20] = True
+    assert fidelity_of(found, empty) == 0
+    assert fidelity_of(empty, found) == 0 and fidelity_of(found, found) == 1
 
 
 def test_no_image_is_refused():

@@ -83,6 +83,14 @@ def test_filtered_copy_is_a_set_again_with_equal_files(tmp_path):
     assert "filtered_from" in best.settings["filter"]
 
 
+def test_filtered_copy_knows_what_its_judge_has_seen(tmp_path):
+    samples = SampleSet(scored_set(tmp_path / "set"))
+    (samples.folder / "evaluation").mkdir()
+    (samples.folder / "evaluation" / "fidelity.json").write_text(json.dumps({"judge_images_sha256": ["a", "b"]}))
+    write_filter_report(samples, filter_set(samples, keep_share=0.6), tmp_path / "best")
+    assert SampleSet(tmp_path / "best").settings["filter"]["judge_images_sha256"] == ["a", "b"]
+
+
 def test_filled_output_folder_is_refused_before_anything_is_written(tmp_path):
     samples = SampleSet(scored_set(tmp_path / "set"))
     (tmp_path / "best").mkdir()

@@ -168,6 +168,28 @@ def test_test_mask_under_another_name_and_hash_is_found_by_its_pixels(split, tmp
     assert find_leaks(split, 25, samples) == ["1 labels show the cells of test masks"]
 
 
+def test_test_mask_in_a_large_field_is_found_in_its_window(tmp_path, real):
+    """Under --crop random the label is a window of the test mask."""
+    for kind in ("images", "masks"):
+        (tmp_path / "large" / kind).mkdir(parents=True)
+    large = [np.concatenate([cells_at(seed), cells_at(50 + seed)], axis=1) for seed in range(6)]
+    for seed, cells in enumerate(large):
+        Image.fromarray(noisy(cells, seed)).save(tmp_path / "large" / "images" / f"l{seed}.png")
+        Image.fromarray(label_of(cells)).save(tmp_path / "large" / "masks" / f"l{seed}.png")
+    folders = [tmp_path / "large" / kind for kind in ("images", "masks")]
+    split = make_split(tmp_path / "split", *folders, shares=[100])
+    made = tmp_path / "made" / "masks"
+    made.mkdir(parents=True)
+    (made.parent / "settings.json").write_text(json.dumps({"command": "simulate"}))
+    for name, leaks in ((split.test[0], 1), (split.shares[100][0], 0)):
+        window = label_of(large[int(name[1:])][:, 13 : 13 + SIZE])
+        Image.fromarray(window).save(made / f"{name}.png")
+        samples = set_of(tmp_path / name, [made / f"{name}.png"], trained_on=seen(split, 100))
+        view = {"crop_scaled_height": "32", "crop_scaled_width": "64", "crop_top": "0", "crop_left": "13"}
+        write_manifest(samples.folder, samples.columns, [samples.samples[0].columns | view])
+        assert len(find_leaks(split, 100, SampleSet(samples.folder))) == leaks
+
+
 def test_mask_outside_of_the_share_is_found(split, tmp_path):
     samples = set_of(tmp_path / "set", files_of(split, 100, "masks"), trained_on=seen(split, 25))
     assert find_leaks(split, 25, samples) == ["12 images are made from masks of pairs outside of the share"]

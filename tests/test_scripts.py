@@ -33,7 +33,8 @@ def pairs(tmp_path_factory) -> tuple[Path, Path]:
 def trained(pairs, tmp_path_factory) -> Path:
     """Run folder of an uninterrupted run."""
     results = tmp_path_factory.mktemp("results")
-    run(*train_arguments(*pairs, results, "whole", STEPS), "--sample-every", "4", "--ckpt-every", "3")
+    often = ["--sample-every", "4", "--ckpt-every", "3", "--export-safetensors"]
+    run(*train_arguments(*pairs, results, "whole", STEPS), *often)
     return results / "whole"
 
 
@@ -229,6 +230,14 @@ def test_a_set_made_with_other_settings_is_not_touched(monkeypatch, capsys, whol
     arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder, "--seed", 7]
     assert "seed 0 -> 7" in error_line(monkeypatch, capsys, sample_ddp, "ODE", *arguments)
     assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")} == files
+
+
+def test_exported_weights_sample_like_the_checkpoint(checkpoint, trained, pairs, tmp_path):
+    for name, path in (("pt", checkpoint), ("st", trained / "model.safetensors")):
+        words = ["ODE", "--ckpt", path, "--mask-path", pairs[1] / "cell_0.png", "--num-sampling-steps", 1]
+        words += ["--device", "cpu", "--precision", "float32", "--num-samples", 1, "--output", tmp_path / f"{name}.png"]
+        sample.main(sample.parse_args([str(word) for word in words]))
+    assert (tmp_path / "pt.png").read_bytes() == (tmp_path / "st.png").read_bytes()
 
 
 def test_sde_makes_images_too(checkpoint, pairs, tmp_path):

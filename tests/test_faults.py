@@ -1,0 +1,112 @@
+"""Runs that are killed at random moments: nothing is lost, and they end as if nothing had happened (make test-slow)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from script_helpers import ROOT, run, train_arguments, write_pairs
+
+from checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.slow
+STEPS = 300
+MOST_KILLS = 6
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> tuple[Path, Path]:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def start(*words: object, ranks: int = 1) -> subprocess.Popen[str]:
+    """The command in a process group of its own, so that all its processes can be killed at once."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen(
+        [*launcher, ROOT / str(words[0]), *map(str, words[1:])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_until_done(words: list[object], seen: Path, number: int, ranks: int = 1) -> int:
+    """Start, kill when a file matching ``seen`` is there and some random time has passed, and start again.
+
+    Args:
+        words: the command.
+        seen: pattern of files that show that work has begun.
+        number: signal to send.
+        ranks: processes.
+
+    Returns:
+        How often it was killed before it ended by itself.
+    """
+    rng = random.Random(0)
+    for kills in range(MOST_KILLS):
+        process = start(*words, ranks=ranks)
+        before = set(seen.parent.glob(seen.name))
+        while process.poll() is None and set(seen.parent.glob(seen.name)) <= before:
+            time.sleep(0.02)
+        try:
+            process.wait(rng.uniform(0, 0.5))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, number)
+        process.communicate(timeout=120)
+        if process.returncode == 0:
+            return kills
+    run(*words, ranks=ranks)
+    return MOST_KILLS
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_killed_training_ends_with_the_weights_of_an_unbroken_run(pairs, tmp_path, number):
+    fast = ["--ckpt-every", "20", "--log-every", "10"]
+    run(*train_arguments(*pairs, tmp_path, "whole", STEPS), *fast)
+    killed = [*train_arguments(*pairs, tmp_path, "killed", STEPS), *fast]
+    assert kill_until_done(killed, tmp_path / "killed" / "checkpoints" / "*.pt", number) > 0
+    one, other = (read_checkpoint(tmp_path / name / "checkpoints" / f"{STEPS:07d}.pt") for name in ("whole", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    whole, resumed = ([json.loads(line) for line in text] for text in lines)
+    assert [line["step"] for line in resumed] == [line["step"] for line in whole]  # no gap, no line twice
+    assert [line["train/loss"] for line in resumed] == [line["train/loss"] for line in whole]
+
+
+def test_killed_sampling_of_two_ranks_ends_with_the_bytes_of_an_unbroken_one(pairs, tmp_path):
+    run(*train_arguments(*pairs, tmp_path, "model", 2))
+    checkpoint = tmp_path / "model" / "checkpoints" / "0000002.pt"
+    fixed = ["--device", "cpu", "--precision", "float32", "--per-proc-batch-size", 2, "--num-sampling-steps", 4]
+    words = ["sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--samples-per-mask", 6, *fixed]
+    run(*words, "--sample-dir", tmp_path / "whole")
+    broken = tmp_path / "broken"
+    assert kill_until_done([*words, "--sample-dir", broken], broken / "images" / "*.png", signal.SIGKILL, ranks=2) > 0
+    files = [
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*.*") if p.is_file()} for f in (tmp_path / "whole", broken)
+    ]
+    assert files[1] == files[0]
+
+
+def test_a_rank_that_dies_ends_the_others(pairs, tmp_path):
+    process = start(*train_arguments(*pairs, tmp_path, "two", 100_000), "--ckpt-every", "5", ranks=2)
+    while not list((tmp_path / "two" / "checkpoints").glob("*.pt")) and process.poll() is None:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    begun = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - begun < 60
