@@ -10,6 +10,7 @@ The same command runs without torchrun. It writes
     SAMPLE_DIR/manifest.csv          one row per image: mask, seed, index, view, solver, checkpoint
     SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
     SAMPLE_DIR/settings.json         what the set was made with
+    SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco: as these segmenters read it
 
 Started again it makes what is missing or torn, and refuses a folder made with other settings. With --data-path only
 masks that have an image there are used, and that real image stands beside the synthetic one.
@@ -39,6 +40,7 @@ from tqdm import tqdm
 from checkpoint import file_sha256, lock_folder, write_atomically, write_json
 from data import MaskFolder, MaskItem
 from errors import CommandParser, InputError, run_command
+from export import EXPORTS, check_export, export_set
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
 from train_utils import (
     Machine,
@@ -78,6 +80,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         group.add_argument(
             "--num-samples", "--num-fid-samples", type=positive_int, help="images in all, spread evenly over the masks"
         )
+        group.add_argument(
+            "--export", nargs="+", choices=["plain", *EXPORTS], default=["plain"],
+            help="also write the set as these segmenters read it; plain is the set itself",
+        )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID suites, as SiT does")
         add_sampling_arguments(mode, cfg_scale=1.0)
         add_machine_arguments(mode)
@@ -240,6 +246,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
         args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
         progress=machine.is_main, normalize=args.normalize_masks,
     )  # fmt: skip
+    exports = [name for name in args.export if name != "plain"]
+    check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
     lock = prepare_folder(args, set_settings(args, settings, trained, masks), machine)
     log_provenance(machine, args.seed)
@@ -254,6 +262,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     if machine.is_main:
         write_manifest(args, settings, trained, masks, jobs)
         write_contact_sheet(args, masks, jobs)
+        for name in exports:
+            logger.info("exported %s", export_set(args.sample_dir, [job.name for job in jobs], masks.rule, name))
         if args.npz:
             write_npz(args.sample_dir, jobs, trained.data.image_size)
         logger.info("done: %d pairs and manifest.csv in %s", len(jobs), args.sample_dir)

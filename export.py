@@ -1,0 +1,156 @@
+"""A synthetic set in the layout that a segmenter reads: Cellpose, StarDist, COCO.
+
+Written beside the set that sample_ddp.py made, from its PNG images and labels:
+
+    SAMPLE_DIR/cellpose/NAME_img.tif, NAME_masks.tif       uint16 ids, 0 background
+    SAMPLE_DIR/stardist/images/NAME.tif, masks/NAME.tif    the same
+    SAMPLE_DIR/coco/annotations.json, images/NAME.png      one run-length-encoded annotation per cell
+
+Instance labels keep their ids. Binary and class masks hold no instances: every connected region of a class is one cell.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+from scipy import ndimage
+
+from checkpoint import write_atomically, write_json
+from data import read_mask
+from errors import InputError
+from mask_rules import MaskRule, class_map
+
+
+@dataclass(frozen=True)
+class ExportedPair:
+    """A pair as a segmenter sees it.
+
+    Attributes:
+        name: without suffix.
+        image: (H, W, 3) uint8.
+        instance_map: (H, W) uint16, 0 background.
+        class_map: (H, W) uint8, 0 background.
+    """
+
+    name: str
+    image: np.ndarray
+    instance_map: np.ndarray
+    class_map: np.ndarray
+
+
+def check_export(formats: Sequence[str], rule: MaskRule) -> None:
+    """Raises InputError where the masks hold no cells that could be told apart."""
+    if formats and not rule.is_hard:
+        raise InputError(
+            f"--export {formats[0]}: {rule.mask_type} masks have no cells with outlines; leave --export out."
+        )
+
+
+def export_set(sample_dir: Path, names: Sequence[str], rule: MaskRule, format_name: str) -> Path:
+    """Write the set once more in another layout; what is there is written anew.
+
+    Args:
+        sample_dir: a complete set of sample_ddp.py.
+        names: of its pairs.
+        rule: what its labels hold.
+        format_name: key of ``EXPORTS``.
+
+    Returns:
+        The folder.
+    """
+    folder = sample_dir / format_name
+    folder.mkdir(exist_ok=True)
+    EXPORTS[format_name](folder, _pairs(sample_dir, names, rule))
+    return folder
+
+
+def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
+    """(H, W) uint16 cells of a label: its own ids, or the connected regions of each class, numbered through.
+
+    Raises:
+        InputError: more than 65,535 cells or an id above that.
+    """
+    if rule.mask_type == "instances":
+        cells = label
+    else:
+        cells, classes = np.zeros(label.shape, dtype=np.int64), class_map(label, rule)
+        for number in range(1, rule.num_classes):
+            regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))
+            cells = np.where(regions > 0, regions + cells.max(), cells)
+    if cells.max(initial=0) > np.iinfo(np.uint16).max:
+        raise InputError(f"a label holds the id {cells.max()}, and the exported label images end at 65535.")
+    return cells.astype(np.uint16)
+
+
+def _pairs(sample_dir: Path, names: Sequence[str], rule: MaskRule) -> Iterator[ExportedPair]:
+    for name in names:
+        with Image.open(sample_dir / "images" / f"{name}.png") as picture:
+            image = np.array(picture.convert("RGB"))
+        (path,) = (sample_dir / "masks").glob(f"{name}.*")
+        label = read_mask(path)
+        classes = label > 0 if rule.mask_type == "instances" else class_map(label, rule)  # not interior and boundary
+        yield ExportedPair(name, image, instances_of(label, rule), classes.astype(np.uint8))
+
+
+def _write_tiff(path: Path, array: np.ndarray) -> None:
+    photometric = "rgb" if array.ndim == 3 else "minisblack"
+    write_atomically(path, lambda file: tifffile.imwrite(file, array, photometric=photometric, compression="zlib"))
+
+
+def _cellpose(folder: Path, pairs: Iterator[ExportedPair]) -> None:
+    for pair in pairs:
+        _write_tiff(folder / f"{pair.name}_img.tif", pair.image)
+        _write_tiff(folder / f"{pair.name}_masks.tif", pair.instance_map)
+
+
+def _stardist(folder: Path, pairs: Iterator[ExportedPair]) -> None:
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "masks").mkdir(exist_ok=True)
+    for pair in pairs:
+        _write_tiff(folder / "images" / f"{pair.name}.tif", pair.image)
+        _write_tiff(folder / "masks" / f"{pair.name}.tif", pair.instance_map)
+
+
+def _coco(folder: Path, pairs: Iterator[ExportedPair]) -> None:
+    from pycocotools import mask as rle
+
+    (folder / "images").mkdir(exist_ok=True)
+    images, annotations, categories = [], [], set()
+    for number, pair in enumerate(pairs, start=1):
+        shutil.copyfile(folder.parent / "images" / f"{pair.name}.png", folder / "images" / f"{pair.name}.png")
+        height, width = pair.instance_map.shape
+        images.append({"id": number, "file_name": f"{pair.name}.png", "height": height, "width": width})
+        for cell in np.unique(pair.instance_map[pair.instance_map > 0]).tolist():
+            region = pair.instance_map == cell
+            code = rle.encode(np.asfortranarray(region.astype(np.uint8)))
+            category = int(np.bincount(pair.class_map[region]).argmax())
+            categories.add(category)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "instance_id": cell,
+                    "segmentation": {"size": [height, width], "counts": code["counts"].decode()},
+                    "area": int(region.sum()),
+                    "bbox": rle.toBbox(code).tolist(),
+                    "iscrowd": 0,
+                }
+            )
+    named = [
+        {"id": number, "name": "cell" if number == 1 else f"class {number}"} for number in sorted(categories | {1})
+    ]
+    write_json(folder / "annotations.json", {"images": images, "annotations": annotations, "categories": named})
+
+
+EXPORTS: dict[str, Callable[[Path, Iterator[ExportedPair]], None]] = {
+    "cellpose": _cellpose,
+    "stardist": _stardist,
+    "coco": _coco,
+}

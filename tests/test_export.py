@@ -1,0 +1,89 @@
+"""Exported sets hold the ids of the labels, in the layouts of the tools and readable by their own readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from errors import InputError
+from export import check_export, export_set, instances_of
+from mask_rules import MaskRule
+
+INSTANCES = MaskRule("instances", 2, 1, "")
+BINARY = MaskRule("binary", 2, 255, "")
+NAMES = ["a", "b_0001"]
+
+
+def labels() -> np.ndarray:
+    """(20, 24) uint16: three cells with ids that are not consecutive, two of them touching."""
+    label = np.zeros((20, 24), dtype=np.uint16)
+    label[2:8, 3:9], label[2:8, 9:14], label[12:18, 15:22] = 7, 300, 41
+    return label
+
+
+@pytest.fixture
+def sample_dir(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in NAMES:
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{name}.png")
+        Image.fromarray(labels()).save(tmp_path / "masks" / f"{name}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("layout", "image", "label"),
+    [("cellpose", "{}_img.tif", "{}_masks.tif"), ("stardist", "images/{}.tif", "masks/{}.tif")],
+)
+def test_tiffs_hold_the_image_and_the_original_ids(sample_dir, layout, image, label):
+    folder = export_set(sample_dir, NAMES, INSTANCES, layout)
+    for name in NAMES:
+        written = tifffile.imread(folder / label.format(name))
+        assert written.dtype == np.uint16 and np.array_equal(written, labels())
+        with Image.open(sample_dir / "images" / f"{name}.png") as picture:
+            assert np.array_equal(tifffile.imread(folder / image.format(name)), np.array(picture))
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 4
+
+
+def test_coco_is_read_back_with_every_cell(sample_dir):
+    coco = pytest.importorskip("pycocotools.coco")
+    folder = export_set(sample_dir, NAMES, INSTANCES, "coco")
+    dataset = coco.COCO(folder / "annotations.json")
+    (number,) = [one["id"] for one in dataset.loadImgs(dataset.getImgIds()) if one["file_name"] == "b_0001.png"]
+    cells = dataset.loadAnns(dataset.getAnnIds(imgIds=number))
+    assert sorted(cell["instance_id"] for cell in cells) == [7, 41, 300]
+    for cell in cells:
+        assert np.array_equal(dataset.annToMask(cell) > 0, labels() == cell["instance_id"])
+        assert cell["area"] == (labels() == cell["instance_id"]).sum()
+    assert next(cell["bbox"] for cell in cells if cell["instance_id"] == 41) == [15, 12, 7, 6]
+    assert (folder / "images" / "a.png").is_file()
+    assert [one["name"] for one in json.loads((folder / "annotations.json").read_text())["categories"]] == ["cell"]
+
+
+def test_connected_regions_of_a_binary_mask_become_cells():
+    cells = instances_of((labels() > 0).astype(np.uint8) * 255, BINARY)
+    assert sorted(np.unique(cells)) == [0, 1, 2]  # the touching two are one region
+    assert len(np.unique(cells[2:8, 3:14])) == 1
+
+
+def test_regions_of_different_classes_are_different_cells():
+    classes = np.zeros((6, 9), dtype=np.uint8)
+    classes[1:5, 1:4], classes[1:5, 4:8] = 1, 2
+    assert sorted(np.unique(instances_of(classes, MaskRule("classes", 3, 1, "")))) == [0, 1, 2]
+
+
+def test_an_id_that_does_not_fit_16_bits_is_refused():
+    with pytest.raises(InputError, match="70000"):
+        instances_of(np.full((2, 2), 70_000, dtype=np.int32), INSTANCES)
+
+
+def test_probability_masks_are_refused_before_the_work():
+    with pytest.raises(InputError, match="--export coco: probability"):
+        check_export(["coco"], MaskRule("probability", 2, 255, ""))
+    check_export([], MaskRule("probability", 2, 255, ""))
