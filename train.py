@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-steps", type=positive_int, help="steps; given, it replaces --epochs")
     group.add_argument("--global-batch-size", type=positive_int, default=256, help="images per step over all processes")
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of AdamW")
+    group.add_argument("--adam-beta2", type=fraction, default=0.95, help="memory of AdamW's squared gradients")
     group.add_argument("--warmup-steps", type=non_negative_int, default=100, help="steps until the full learning rate")
     group.add_argument("--weight-decay", type=non_negative_float, default=0.0, help="of AdamW")
     group.add_argument(
@@ -318,7 +319,11 @@ class Training:
         self.wrapped: nn.Module = self.model
         self.transport: Transport = create_transport(**config["transport"])
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+            self.model.parameters(),
+            lr=args.lr,
+            betas=(0.9, args.adam_beta2),
+            weight_decay=args.weight_decay,
+            fused=True,
         )
         self.step = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
@@ -343,6 +348,7 @@ class Training:
         self.optimizer.load_state_dict(state["opt"])
         for group in self.optimizer.param_groups:  # the command line's, which may have changed
             group["weight_decay"] = self.args.weight_decay
+            group["betas"] = (0.9, self.args.adam_beta2)
         self.step = state["step"]
         self.sums.copy_(state["sums"])
         self.since_log = state["since_log"]

@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data import find_files, pair_files
@@ -85,6 +85,15 @@ def group_near_duplicates(pairs: Sequence[Pair]) -> list[list[str]]:
     return list({id(names): names for names in group.values()}.values())
 
 
+def shown_in_both(pairs: Iterable[Pair], test_pairs: Iterable[Pair]) -> list[str]:
+    """Names of test pairs whose image is (nearly) one of the others."""
+    facts = [replace(image_facts(pair.image_path), name=f"train {pair.name}") for pair in pairs]
+    facts += [replace(image_facts(pair.image_path), name=f"test {pair.name}") for pair in test_pairs]
+    found = [{first, second} for first, second, _ in near_duplicates(facts)]
+    crossing = [names for names in found if len({name.split()[0] for name in names}) == 2]
+    return sorted({name.removeprefix("test ") for names in crossing for name in names if name.startswith("test ")})
+
+
 def make_split(
     output: Path,
     image_dir: str | Path,
@@ -126,9 +135,12 @@ def make_split(
     for name, pair in {**pairs, **{f"test/{name}": pair for name, pair in everything.items()}}.items():
         plan.images[name], plan.masks[name] = path_sha256(pair.image_path), path_sha256(pair.mask_path)
     if given:
-        both = {plan.images[name] for name in pairs} & {plan.images[f"test/{name}"] for name in test_pairs}
+        both = shown_in_both(pairs.values(), test_pairs.values())
         if both:
-            raise InputError(f"{len(both)} images of {test_image_dir} are among those of {image_dir}: that is a leak")
+            raise InputError(
+                f"{len(both)} images of {test_image_dir} show nearly the same as images of {image_dir}: that is a leak: "
+                f"{list_some(both)}"
+            )
         plan = SplitPlan(
             output, seed, [f"test/{name}" for name in sorted(test_pairs)], by_share, plan.images, plan.masks
         )
@@ -149,7 +161,7 @@ def _instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: s
     return {pair.name: pair.mask_path for pair in found if pair.name in pairs}
 
 
-def _copy(pairs, folder: Path, instances: dict[str, Path]) -> None:
+def _copy(pairs: Iterable[Pair], folder: Path, instances: dict[str, Path]) -> None:
     for pair in pairs:
         files = {"images": pair.image_path, "masks": pair.mask_path, "instances": instances.get(pair.name)}
         for kind, path in files.items():

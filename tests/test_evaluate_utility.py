@@ -137,6 +137,14 @@ def test_given_test_images_are_used_and_refused_where_they_are_training_images(r
             tmp_path / "bad", real / "images", real / "masks", test_image_dir=folders[0], test_mask_dir=folders[1]
         )
     assert not (tmp_path / "bad").exists()
+    brighter = tmp_path / "brighter"
+    for kind in ("images", "masks"):
+        (brighter / kind).mkdir(parents=True)
+    image = np.array(Image.open(real / "images" / "real_03.png"))
+    Image.fromarray(np.clip(image.astype(int) + 9, 0, 255).astype(np.uint8)).save(brighter / "images" / "new.png")
+    (brighter / "masks" / "new.png").write_bytes((real / "masks" / "real_03.png").read_bytes())
+    with pytest.raises(InputError, match="1 images .* leak: new"):
+        make_split(output, *paths, test_image_dir=brighter / "images", test_mask_dir=brighter / "masks")
     test = [split.part(None) / kind for kind in ("images", "masks")]
     plan = make_split(tmp_path / "good", *folders, [50, 100], test_image_dir=test[0], test_mask_dir=test[1])
     assert [len(names) for names in plan.shares.values()] == [2, 4] and len(plan.test) == 4
