@@ -144,6 +144,7 @@ def set_settings(
         "mask_rule": asdict(masks.rule),
         "masks": len(masks.names),
         "data_config": trained.data.to_dict(),
+        "trained_on": trained.trained_on,
         "precision": args.precision,
         "per_proc_batch_size": args.per_proc_batch_size,
     }
@@ -168,7 +169,7 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
         new = json.loads(json.dumps(settings))
         names = [name for name in new if name not in FREE_SETTINGS and old.get(name) != new[name]]
         if names:
-            changes = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in names)
+            changes = ", ".join(f"{name} {old.get(name)} -> {new[name]}"[:100] for name in names)
             raise InputError(
                 f"--sample-dir {sample_dir} holds a set made with other settings ({changes}): give another folder."
             )
@@ -330,9 +331,9 @@ def write_manifest(
         row = {
             "image": f"images/{job.name}.png",
             "label": f"masks/{job.name}{label_bytes(item.label)[1]}",
-            "source_mask": masks.paths[job.mask_name],
+            "source_mask": masks.paths[job.mask_name].absolute(),
             "source_mask_sha256": hashes[job.mask_name],
-            "real_image": masks.image_paths[job.mask_name] if masks.image_paths else "",
+            "real_image": masks.image_paths[job.mask_name].absolute() if masks.image_paths else "",
             "seed": args.seed,
             "index": job.index,
             "crop_top": item.view.top,

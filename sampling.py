@@ -92,6 +92,7 @@ class TrainedModel:
     config: dict[str, Any]
     step: int
     sha256: str
+    trained_on: list[str] | None  # SHA-256 of every training image, where it is known
 
 
 def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
@@ -123,6 +124,7 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
         config=config,
         step=state["step"],
         sha256=file_sha256(args.ckpt),
+        trained_on=state.get("trained_on"),
     )
 
 

@@ -44,6 +44,7 @@ from checkpoint import (
     RunFolder,
     choose_run_folder,
     export_safetensors,
+    file_sha256,
     launch_id,
     read_checkpoint,
     write_atomically,
@@ -326,6 +327,7 @@ class Training:
             fused=True,
         )
         self.step = 0
+        self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
         self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
@@ -338,6 +340,7 @@ class Training:
             "opt": self.optimizer.state_dict(),
             "step": self.step,
             "config": self.config,
+            "trained_on": self.trained_on,
             "sums": self.sums.cpu(),
             "since_log": self.since_log,
         }
@@ -350,6 +353,7 @@ class Training:
             group["weight_decay"] = self.args.weight_decay
             group["betas"] = (0.9, self.args.adam_beta2)
         self.step = state["step"]
+        self.trained_on = state["trained_on"]
         self.sums.copy_(state["sums"])
         self.since_log = state["since_log"]
 
@@ -548,9 +552,17 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         for line in training.start_from(args.init_from):
             logger.info("%s", line)
     if machine.is_main:
+        note_images(training, dataset)
         run.cut_metrics(training.step)
     training.distribute()
     run_loop(training, dataset, run)
+
+
+def note_images(training: Training, dataset: PairedFolder) -> None:
+    """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from."""
+    if training.args.init_from is None and (training.step == 0 or training.trained_on is not None):
+        images = {file_sha256(pair.image_path) for pair in dataset.pairs}
+        training.trained_on = sorted(images.union(training.trained_on or ()))
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

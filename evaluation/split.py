@@ -138,8 +138,8 @@ def make_split(
         both = shown_in_both(pairs.values(), test_pairs.values())
         if both:
             raise InputError(
-                f"{len(both)} images of {test_image_dir} show nearly the same as images of {image_dir}: that is a leak: "
-                f"{list_some(both)}"
+                f"{len(both)} images of {test_image_dir} show nearly the same as images of {image_dir}, that is a "
+                f"leak: {list_some(both)}"
             )
         plan = SplitPlan(
             output, seed, [f"test/{name}" for name in sorted(test_pairs)], by_share, plan.images, plan.masks

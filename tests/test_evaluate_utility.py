@@ -132,10 +132,9 @@ def test_near_duplicates_stay_on_one_side(real, tmp_path):
 
 def test_given_test_images_are_used_and_refused_where_they_are_training_images(real, split, tmp_path):
     folders = [split.part(25) / kind for kind in ("images", "masks")]
+    output, paths = tmp_path / "bad", (real / "images", real / "masks")
     with pytest.raises(InputError, match="4 images .* leak"):
-        make_split(
-            tmp_path / "bad", real / "images", real / "masks", test_image_dir=folders[0], test_mask_dir=folders[1]
-        )
+        make_split(output, *paths, test_image_dir=folders[0], test_mask_dir=folders[1])
     assert not (tmp_path / "bad").exists()
     brighter = tmp_path / "brighter"
     for kind in ("images", "masks"):
