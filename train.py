@@ -123,8 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-steps", type=positive_int, help="steps; given, it replaces --epochs")
     group.add_argument("--global-batch-size", type=positive_int, default=256, help="images per step over all processes")
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of AdamW")
-    group.add_argument("--adam-beta2", type=fraction, default=0.95, help="memory of AdamW's squared gradients")
     group.add_argument("--warmup-steps", type=non_negative_int, default=100, help="steps until the full learning rate")
+    group.add_argument(
+        "--cooldown-steps", type=non_negative_int, default=0, help="last steps, over which the learning rate falls to 0"
+    )
     group.add_argument("--weight-decay", type=non_negative_float, default=0.0, help="of AdamW")
     group.add_argument(
         "--grad-clip", type=non_negative_float, default=1.0, help="bound of the gradient norm; 0 is none"
@@ -320,13 +322,10 @@ class Training:
         self.wrapped: nn.Module = self.model
         self.transport: Transport = create_transport(**config["transport"])
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=args.lr,
-            betas=(0.9, args.adam_beta2),
-            weight_decay=args.weight_decay,
-            fused=True,
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
         self.step = 0
+        self.total_steps = 0
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
@@ -351,9 +350,8 @@ class Training:
         self.optimizer.load_state_dict(state["opt"])
         for group in self.optimizer.param_groups:  # the command line's, which may have changed
             group["weight_decay"] = self.args.weight_decay
-            group["betas"] = (0.9, self.args.adam_beta2)
         self.step = state["step"]
-        self.trained_on = state["trained_on"]
+        self.trained_on = state.get("trained_on")
         self.sums.copy_(state["sums"])
         self.since_log = state["since_log"]
 
@@ -376,12 +374,19 @@ class Training:
             device_ids = [self.machine.device.index] if self.machine.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
+    def lr_factor(self) -> float:
+        """Warm-up over the first steps, constant, and a straight fall over the last ``--cooldown-steps``."""
+        args = self.args
+        warmup = (self.step + 1) / max(1, args.warmup_steps)
+        cooldown = (self.total_steps - self.step) / max(1, args.cooldown_steps)
+        return min(1.0, warmup, cooldown)
+
     def train_step(self, batch: dict[str, Tensor]) -> None:
         """One optimiser step on this rank's part of the batch; nothing here waits for the device."""
         args, machine = self.args, self.machine
         seed_step(args.seed, self.step, machine.rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (self.step + 1) / max(1, args.warmup_steps))
+            group["lr"] = args.lr * self.lr_factor()
         images = batch["image"].to(machine.device, non_blocking=True)  # (B, 3, S, S)
         masks = to_prob_map(batch["mask"].to(machine.device, non_blocking=True), args.num_classes)  # (B, K, S, S)
         with machine.autocast():
@@ -586,6 +591,7 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     """All steps that are left, with metrics, previews and checkpoints on the way."""
     args, machine = training.args, training.machine
     total = args.max_steps or math.ceil(args.epochs * len(dataset) / args.global_batch_size)
+    training.total_steps = total
     logger.info(
         "%d steps of %d images (%.1f epochs)",
         total,
