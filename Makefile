@@ -6,6 +6,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+# Threads that wait asleep: spinning ones bring training on a CPU to a crawl as soon as another process wants a core.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BASE_PYTHON ?= python3
 VENV := .venv
 ifeq ($(origin PYTHON),command line)
