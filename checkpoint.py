@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """JSON, indented, written atomically."""
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -135,13 +135,20 @@ def _check_crc(path: Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file, or of a folder's files in the order of their names (one mask per nucleus)."""
+    """Hexadecimal SHA-256 of a file, or of a folder's files in the order of their names (one mask per nucleus).
+
+    Raises:
+        InputError: it cannot be read.
+    """
     path = Path(path)
     if path.is_dir():
         parts = [file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def lock_folder(folder: Path, mend: str) -> IO[bytes]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data import CROPS, MASK_TYPES
 from errors import CommandParser, InputError, run_command
-from train_utils import DEVICES, add_machine_arguments, non_negative_float, resolve_device, start_machine
+from train_utils import DEVICES, add_machine_arguments, non_negative_float, positive_int, resolve_device, start_machine
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,11 +61,13 @@ def _add_data(commands) -> None:
         "with exit code 0 where training can start, 2 where it cannot.",
     )
     _add_real_pairs(parser, "")
-    parser.add_argument("--num-classes", type=_positive, default=2, help="mask classes, background included")
+    parser.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
     parser.add_argument(
         "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
     )
-    parser.add_argument("--image-size", type=_positive, help="side of the training images, checked with --crop random")
+    parser.add_argument(
+        "--image-size", type=positive_int, help="side of the training images, checked with --crop random"
+    )
     parser.add_argument("--crop", choices=CROPS, default="center", help="as in training")
     parser.add_argument("--output", type=Path, default=Path("data_report"), metavar="FOLDER", help="where it goes")
 
@@ -126,7 +128,7 @@ def _add_realism(commands) -> None:
         metavar="FILE",
         help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases; never fetched from here",
     )
-    parser.add_argument("--splits", type=_positive, default=20, help="random halves of the real images")
+    parser.add_argument("--splits", type=positive_int, default=20, help="random halves of the real images")
     _add_judge(parser)
     _add_device(parser)
 
@@ -169,7 +171,7 @@ def _add_report(commands) -> None:
         "fidelity, into one HTML file that needs nothing beside it, and into report.json.",
     )
     _add_set(parser)
-    parser.add_argument("--images", type=_positive, default=8, help="worst and best images shown, each")
+    parser.add_argument("--images", type=positive_int, default=8, help="worst and best images shown, each")
     parser.add_argument("--utility", type=Path, metavar="FOLDER", help="results of the utility command, to include")
     parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="results of the sweep command, to include")
 
@@ -185,7 +187,7 @@ def _add_sweep(commands) -> None:
     parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
     parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
     _add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
-    parser.add_argument("--images", type=_positive, default=48, help="masks drawn with every setting")
+    parser.add_argument("--images", type=positive_int, default=48, help="masks drawn with every setting")
     parser.add_argument(
         "--cfg-scales",
         type=non_negative_float,
@@ -206,9 +208,9 @@ def _add_sweep(commands) -> None:
         "--solvers", nargs="+", default=["heun"], metavar="NAME", help="such as euler heun ab2 sde-euler"
     )
     parser.add_argument(
-        "--num-steps", type=_positive, nargs="+", default=[10, 25], metavar="STEPS", help="of the solver"
+        "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS", help="of the solver"
     )
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images drawn at once")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
     parser.add_argument("--output", type=Path, default=Path("sweep"), metavar="FOLDER", help="where it goes")
     _add_judge(parser)
     add_machine_arguments(parser)
@@ -255,8 +257,8 @@ def _add_utility(commands) -> None:
         "--shares", type=_percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
     )
     parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the real masks hold")
-    parser.add_argument("--steps", type=_positive, default=400, help="of every training, the same in all arms")
-    parser.add_argument("--seeds", type=_positive, default=3, help="trainings of every arm")
+    parser.add_argument("--steps", type=positive_int, default=400, help="of every training, the same in all arms")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="trainings of every arm")
     _add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("utility"), metavar="FOLDER", help="where it goes")
 
@@ -281,17 +283,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive, default=400, help="training steps of the judge")
+    parser.add_argument("--steps", type=positive_int, default=400, help="training steps of the judge")
     parser.add_argument("--seed", type=int, default=0, help="seed of the judge and of the held-out share")
     parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def _share(text: str) -> float:

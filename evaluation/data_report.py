@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from checkpoint import write_json
 from data import DataConfig, fit_channels, image_window, native_view, window_image
 from errors import InputError, list_some
 from evaluation.instances import connected_cells
 from evaluation.output import new_figure, save_figure, show_image
-from evaluation.samples import write_json
 from image_files import FileError, Pair, find_images_and_masks, match_names, read_image, read_mask
 from mask_rules import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
 

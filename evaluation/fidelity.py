@@ -20,12 +20,13 @@ import numpy as np
 import scipy.ndimage
 import torch
 
+from checkpoint import file_sha256, write_json
 from data import MaskFolder, MaskItem, MaskRule, PairedFolder, pair_files
 from errors import InputError
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, mean_of_known
-from evaluation.judge import Judge, JudgeConfig, load_or_train_judge, path_sha256
+from evaluation.judge import Judge, JudgeConfig, load_or_train_judge
 from evaluation.overlap import dice
-from evaluation.samples import SampleSet, describe_provenance, write_json, write_manifest
+from evaluation.samples import SampleSet, describe_provenance, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) ->
     """
     pairs = pair_files(image_dir, mask_dir)
     used = {sample.columns.get("source_mask_sha256", "") for sample in samples.samples} - {""}
-    hashes = {pair.name: path_sha256(pair.mask_path) for pair in pairs}
+    hashes = {pair.name: file_sha256(pair.mask_path) for pair in pairs}
     free = [pair.name for pair in pairs if hashes[pair.name] not in used]
     if samples.has_real and used and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
         return Split(free, [], 0)
@@ -304,7 +305,7 @@ def score_fidelity(
         judge_cached=prepared.cached,
         masks_seen_by_judge=split.masks_seen,
         provenance=samples.provenance(),
-        judge_images_sha256=[path_sha256(pair.image_path) for pair in pairs.pairs],
+        judge_images_sha256=[file_sha256(pair.image_path) for pair in pairs.pairs],
     )
 
 

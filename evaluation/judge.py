@@ -18,8 +18,8 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint import file_sha256, write_atomically
 from data import PairedFolder
-from errors import InputError
 from mask_rules import to_prob_map
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,8 @@ def load_or_train_judge(
             logger.warning("%s is damaged (%s): training the judge again", path, type(error).__name__)
     network = train_judge(pairs, config, device, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, temporary)
-    temporary.replace(path)
+    weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    write_atomically(path, lambda file: torch.save(weights, file))
     return Judge(network, device), key, False
 
 
@@ -186,18 +185,6 @@ def judge_key(pairs: PairedFolder, config: JudgeConfig) -> str:
         "data": pairs.config.to_dict(),
         "mask_type": pairs.rule.mask_type,
         "mask_maximum": pairs.rule.maximum,
-        "files": [[pair.name, path_sha256(pair.image_path), path_sha256(pair.mask_path)] for pair in pairs.pairs],
+        "files": [[pair.name, file_sha256(pair.image_path), file_sha256(pair.mask_path)] for pair in pairs.pairs],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def path_sha256(path: Path) -> str:
-    """sha256 of a file, or of a folder's files in order of their names (one mask file per nucleus)."""
-    if path.is_dir():
-        parts = [path_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error

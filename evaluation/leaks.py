@@ -21,7 +21,6 @@ from data import DataConfig, View, center_view, find_files
 from download import PUBLISHED_URLS
 from errors import InputError
 from evaluation.instances import EIGHT_NEIGHBOURS
-from evaluation.judge import path_sha256
 from evaluation.samples import SampleSet
 from evaluation.split import SplitPlan
 from image_files import read_mask
@@ -116,7 +115,7 @@ def _unchanged(samples: SampleSet, known: set[str]) -> list[str]:
     changed = 0
     for sample in samples.samples:
         digest, path = sample.columns["source_mask_sha256"], Path(sample.columns.get("source_mask") or ".")
-        if digest not in known and not (path.exists() and path_sha256(path) == digest):
+        if digest not in known and not (path.exists() and file_sha256(path) == digest):
             changed += 1
     return [f"{changed} source masks are gone or changed since, so their origin is unknown"] if changed else []
 
@@ -217,7 +216,7 @@ def trained_on_by_checkpoint(samples: SampleSet, checkpoint: Path) -> list[str] 
     folder = config.get("train", {}).get("data_path")
     if not folder or not Path(folder).is_dir():
         return f"the folder that its generator was trained on ({folder}) is not there, so it cannot be checked"
-    return [path_sha256(path) for path in find_files(folder, "image").values()]
+    return [file_sha256(path) for path in find_files(folder, "image").values()]
 
 
 def _judge(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:

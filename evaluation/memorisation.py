@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from checkpoint import file_sha256, write_json
 from data import DataConfig, center_view, find_files, fit_channels, image_window, window_image
 from errors import InputError
-from evaluation.judge import path_sha256
 from evaluation.output import new_figure, number, save_figure, show_image, write_csv
-from evaluation.samples import SampleSet, describe_provenance, read_real, write_json
+from evaluation.samples import SampleSet, describe_provenance, read_real
 from image_files import read_image
 
 SIDE = 32
@@ -315,7 +315,7 @@ def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bo
     """Which samples were made from masks of a folder, by the hash in the manifest."""
     if train_mask_dir is None or "source_mask_sha256" not in samples.columns:
         return None
-    known = {path_sha256(path) for path in find_files(train_mask_dir, "mask").values()}
+    known = {file_sha256(path) for path in find_files(train_mask_dir, "mask").values()}
     return [sample.columns["source_mask_sha256"] in known for sample in samples.samples]
 
 

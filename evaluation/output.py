@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,13 +20,12 @@ OUTLINE = "#ff4fd8"  # of masks over images: a colour that neither fluorescence 
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table under a temporary name and put it in place in one step."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-    temporary.replace(path)
+    """Write a table, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -36,9 +37,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part.png")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(path)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
 def show_image(axis: Axes, image: np.ndarray, title: str, cells: np.ndarray | None = None) -> None:

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import write_json
 from data import DataConfig, find_files
 from errors import InputError
 from evaluation.output import new_figure, number, save_figure
-from evaluation.samples import SampleSet, describe_provenance, read_real, write_json
+from evaluation.samples import SampleSet, describe_provenance, read_real
 
 logger = logging.getLogger(__name__)
 

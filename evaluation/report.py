@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from checkpoint import write_atomically, write_json
 from errors import InputError
 from evaluation.fidelity import FIDELITY_COLUMN
 from evaluation.filter import read_fidelity
 from evaluation.memorisation import MemorisationReport
 from evaluation.output import new_figure, show_image
-from evaluation.samples import Sample, SampleSet, write_json
+from evaluation.samples import Sample, SampleSet
 
 Table = tuple[Sequence[str], list[Sequence[object]]]  # header and rows
 
@@ -234,9 +235,7 @@ def write_report(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    temporary = page.with_name("report.html.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(page)
+    write_atomically(page, lambda file: file.write(text.encode()))
     results = {name: contents[name] for name in found}
     write_json(page.with_suffix(".json"), {"set": samples.folder.name, "images": len(samples), "measures": results})
     return page, found, missing

@@ -7,6 +7,7 @@ in training, cut by the same view as their label and rounded as the synthetic on
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import write_atomically
 from data import DataConfig, View, center_view, fit_channels, image_window, native_view, window_image
 from errors import InputError, list_some
 from image_files import read_image, read_mask
@@ -292,23 +294,12 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def write_manifest(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """Write a manifest under a temporary name and put it in place in one step."""
-    path = folder / MANIFEST
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name and put it in place in one step."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a manifest, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / MANIFEST, lambda file: file.write(text.getvalue().encode()))
 
 
 def _read_settings(folder: Path) -> dict:

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from checkpoint import file_sha256, write_json
 from data import find_files, pair_files
 from errors import InputError, list_some
 from evaluation.data_report import image_facts, near_duplicates
-from evaluation.judge import path_sha256
-from evaluation.samples import write_json
 from image_files import Pair, match_names
 
 SPLIT_FILE = "split.json"
@@ -133,7 +132,7 @@ def make_split(
     plan = SplitPlan(output, seed, sorted(test_pairs), by_share, {}, {})
     everything = test_pairs if given else {}
     for name, pair in {**pairs, **{f"test/{name}": pair for name, pair in everything.items()}}.items():
-        plan.images[name], plan.masks[name] = path_sha256(pair.image_path), path_sha256(pair.mask_path)
+        plan.images[name], plan.masks[name] = file_sha256(pair.image_path), file_sha256(pair.mask_path)
     if given:
         both = shown_in_both(pairs.values(), test_pairs.values())
         if both:
@@ -192,7 +191,7 @@ def read_split(folder: str | Path) -> SplitPlan:
         raise InputError(f"{path} is damaged ({error}); make the split again") from error
     for share, names in [(None, plan.test), *plan.shares.items()]:
         for kind, hashes in (("images", plan.images), ("masks", plan.masks)):
-            found = {path_sha256(file) for file in find_files(plan.part(share) / kind, kind[:-1]).values()}
+            found = {file_sha256(file) for file in find_files(plan.part(share) / kind, kind[:-1]).values()}
             if found != {hashes[name] for name in names}:
                 raise InputError(f"{plan.part(share) / kind} is not what {path} says; make the split again")
     return plan

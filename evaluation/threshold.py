@@ -10,18 +10,18 @@ Source of the threshold: Otsu 1979, IEEE Trans. Systems, Man and Cybernetics 9(1
 
 from __future__ import annotations
 
-import csv
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint import write_json
 from errors import InputError
+from evaluation.output import new_figure, save_figure, write_csv
 from evaluation.overlap import dice
-from evaluation.samples import Sample, SampleSet, describe_provenance, write_json
+from evaluation.samples import Sample, SampleSet, describe_provenance
 
 logger = logging.getLogger(__name__)
 
@@ -288,14 +288,11 @@ def write_threshold_report(samples: SampleSet, score: ThresholdScore) -> Path:
     folder = samples.folder / "evaluation"
     folder.mkdir(exist_ok=True)
     write_json(folder / "threshold.json", score.to_dict())
-    temporary = folder / f"threshold.csv.{os.getpid()}.part"
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["image", "dice_synthetic", "dice_real", "skipped"])
-        for row in score.per_image:
-            numbers = ["" if value is None else f"{value:.6f}" for value in (row.dice_synthetic, row.dice_real)]
-            writer.writerow([row.image, *numbers, row.skipped])
-    temporary.replace(folder / "threshold.csv")
+    rows = []
+    for row in score.per_image:
+        numbers = ["" if value is None else f"{value:.6f}" for value in (row.dice_synthetic, row.dice_real)]
+        rows.append([row.image, *numbers, row.skipped])
+    write_csv(folder / "threshold.csv", ["image", "dice_synthetic", "dice_real", "skipped"], rows)
     draw_extremes(samples, score, folder / "threshold.png")
     return folder
 
@@ -316,10 +313,8 @@ def draw_extremes(samples: SampleSet, score: ThresholdScore, path: Path) -> None
     picked = pick_extremes([row.dice_synthetic for row in score.per_image])
     if not picked:
         return
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
     columns = 3 if samples.has_real else 2
-    figure = Figure(figsize=(2.6 * columns, 2.8 * len(picked)), layout="constrained")
+    figure = new_figure(2.6 * columns, 2.8 * len(picked))
     axes = figure.subplots(len(picked), columns, squeeze=False)
     titles = PICTURE_ROWS if len(picked) == 3 else [""] * len(picked)
     for row, index, title in zip(axes, picked, titles, strict=True):
@@ -336,6 +331,4 @@ def draw_extremes(samples: SampleSet, score: ThresholdScore, path: Path) -> None
             axis.set_title(f"{kind}, Dice {value:.2f}", fontsize=8)
         for axis in row:
             axis.set_axis_off()
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part.png")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(path)
+    save_figure(figure, path)

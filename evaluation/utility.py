@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import write_json
 from data import DataConfig, MaskFolder, PairedFolder, to_prob_map
 from errors import InputError
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Judge, JudgeConfig, train_judge
 from evaluation.leaks import refuse_leaks
 from evaluation.output import new_figure, number, save_figure, write_csv
-from evaluation.samples import SampleSet, write_json
+from evaluation.samples import SampleSet
 from evaluation.split import SplitPlan
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
 import evaluate
+from checkpoint import file_sha256
 from data import DataConfig, PairedFolder
 from errors import InputError
 from evaluation.fidelity import (
@@ -26,7 +27,7 @@ from evaluation.fidelity import (
     split_pairs,
     write_fidelity_report,
 )
-from evaluation.judge import JudgeConfig, build_network, judge_key, load_or_train_judge, path_sha256, predict
+from evaluation.judge import JudgeConfig, build_network, judge_key, load_or_train_judge, predict
 from evaluation.overlap import dice
 from evaluation.samples import SampleSet
 
@@ -268,4 +269,4 @@ def test_command_prints_the_table_with_real_beside_synthetic(real, tmp_path, cap
         assert word in printed
     assert "fidelity_dice" in (samples.folder / "manifest.csv").read_text()
     known = json.loads((samples.folder / "evaluation" / "fidelity.json").read_text())["judge_images_sha256"]
-    assert len(known) == 16 and set(known) < {path_sha256(path) for path in (real / "images").iterdir()}
+    assert len(known) == 16 and set(known) < {file_sha256(path) for path in (real / "images").iterdir()}

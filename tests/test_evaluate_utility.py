@@ -18,7 +18,6 @@ import make_masks
 from checkpoint import file_sha256, save_checkpoint
 from data import DataConfig
 from errors import InputError
-from evaluation.judge import path_sha256
 from evaluation.leaks import find_leaks, refuse_leaks
 from evaluation.samples import SampleSet, write_manifest
 from evaluation.split import SplitPlan, make_split, plan_shares, read_split
@@ -76,7 +75,7 @@ def set_of(
     write_set(folder, [Row(label, image) for label, image in zip(labels, images, strict=True)], **known, **settings)
     samples = SampleSet(folder)
     rows = [
-        sample.columns | {"source_mask": str(path), "source_mask_sha256": path_sha256(path), "ckpt_sha256": "c"}
+        sample.columns | {"source_mask": str(path), "source_mask_sha256": file_sha256(path), "ckpt_sha256": "c"}
         for sample, path in zip(samples.samples, masks, strict=True)
     ]
     write_manifest(folder, list(rows[0]), rows)
@@ -88,7 +87,7 @@ def files_of(split: SplitPlan, share: int | None, kind: str) -> list[Path]:
 
 
 def seen(split: SplitPlan, share: int | None) -> list[str]:
-    return [path_sha256(path) for path in files_of(split, share, "images")]
+    return [file_sha256(path) for path in files_of(split, share, "images")]
 
 
 # --- split -----------------------------------------------------------------------------------------------------------
