@@ -117,54 +117,61 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class View:
-    """The square of a source image that is used: output = resize(source, scaled)[top : top + size, left : left + size].
+    """The part of a source image that is used: resize(source, scaled)[top : top + height, left : left + width].
 
-    One view serves image, mask and label, so that they stay on the same pixels. At native scale it only cuts.
+    One view serves image, mask and label, so that they stay on the same pixels. At native scale it only cuts. It is the
+    square that the model sees, or, where a whole field is generated, all of the source.
     """
 
     scaled_height: int
     scaled_width: int
     top: int
     left: int
-    size: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return self.height, self.width
 
     def is_native(self, height: int, width: int) -> bool:
         """Whether a source of this size is only cut, without resizing."""
         return (height, width) == (self.scaled_height, self.scaled_width)
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """The square of an array (H, W, ...) that already has the scaled size; no copy."""
-        return array[self.top : self.top + self.size, self.left : self.left + self.size]
+        """The view of an array (H, W, ...) that already has the scaled size; no copy."""
+        return array[self.top : self.top + self.height, self.left : self.left + self.width]
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Antialiased bicubic. (H, W, C) -> (size, size, C) of the same dtype, whole numbers rounded."""
+        """Antialiased bicubic. (H, W, C) -> (height, width, C) of the same dtype, whole numbers rounded."""
         if self.is_native(*image.shape[:2]):
             return self.cut(image)
         batch = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
         target = (self.scaled_height, self.scaled_width)
         scaled = F.interpolate(batch, target, mode="bicubic", antialias=True, align_corners=False)[0]
-        square = self.cut(scaled.permute(1, 2, 0).numpy())
+        part = self.cut(scaled.permute(1, 2, 0).numpy())
         if image.dtype.kind in "ui":
             limits = np.iinfo(image.dtype)
-            square = np.clip(np.rint(square, dtype=np.float64), limits.min, limits.max)
-        return np.ascontiguousarray(square, dtype=image.dtype)
+            part = np.clip(np.rint(part, dtype=np.float64), limits.min, limits.max)
+        return np.ascontiguousarray(part, dtype=image.dtype)
 
     def apply_labels(self, labels: np.ndarray) -> np.ndarray:
-        """Nearest neighbour at pixel centres. (..., H, W) -> (..., size, size) of the same dtype, no new values."""
+        """Nearest neighbour at pixel centres. (..., H, W) -> (..., height, width) of the same dtype, no new values."""
         height, width = labels.shape[-2:]
         if self.is_native(height, width):
-            return labels[..., self.top : self.top + self.size, self.left : self.left + self.size]
-        rows = ((self.top + np.arange(self.size) + 0.5) * (height / self.scaled_height)).astype(np.int64)
-        columns = ((self.left + np.arange(self.size) + 0.5) * (width / self.scaled_width)).astype(np.int64)
+            return labels[..., self.top : self.top + self.height, self.left : self.left + self.width]
+        rows = ((self.top + np.arange(self.height) + 0.5) * (height / self.scaled_height)).astype(np.int64)
+        columns = ((self.left + np.arange(self.width) + 0.5) * (width / self.scaled_width)).astype(np.int64)
         return labels[..., np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)]
 
     def apply_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
-        """Exact average over the area of each new pixel. (K, H, W) -> (K, size, size) float32; sums over K are kept."""
+        """Exact mean over each new pixel's area. (K, H, W) -> (K, height, width) float32; sums over K are kept."""
         _, height, width = probabilities.shape
         if self.is_native(height, width):
             return self.apply_labels(probabilities)
-        rows = _area_weights(height, self.scaled_height, self.top, self.size)
-        columns = _area_weights(width, self.scaled_width, self.left, self.size)
+        rows = _area_weights(height, self.scaled_height, self.top, self.height)
+        columns = _area_weights(width, self.scaled_width, self.left, self.width)
         return rows @ probabilities.astype(np.float32, copy=False) @ columns.T
 
 
@@ -181,7 +188,7 @@ def center_view(height: int, width: int, size: int) -> View:
     """Short side resized to ``size``, middle square (as SiT and ADM do)."""
     scale = size / min(height, width)
     scaled_height, scaled_width = max(size, round(height * scale)), max(size, round(width * scale))
-    return View(scaled_height, scaled_width, (scaled_height - size) // 2, (scaled_width - size) // 2, size)
+    return View(scaled_height, scaled_width, (scaled_height - size) // 2, (scaled_width - size) // 2, size, size)
 
 
 def native_view(height: int, width: int, size: int, rng: np.random.Generator | None = None) -> View:
@@ -196,8 +203,9 @@ def native_view(height: int, width: int, size: int, rng: np.random.Generator | N
             "take a smaller --image-size or --crop center"
         )
     if rng is None:
-        return View(height, width, (height - size) // 2, (width - size) // 2, size)
-    return View(height, width, int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1)), size)
+        return View(height, width, (height - size) // 2, (width - size) // 2, size, size)
+    top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+    return View(height, width, top, left, size, size)
 
 
 def _view_of(shape: Sequence[int], config: DataConfig, rng: np.random.Generator | None = None) -> View:

@@ -199,12 +199,12 @@ def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), ".tif"
 
 
-def image_is_whole(path: Path, size: int) -> bool:
-    """Whether a synthetic image decodes to the end at its size."""
+def image_is_whole(path: Path, size: tuple[int, int]) -> bool:
+    """Whether a synthetic image decodes to the end at its height and width."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image.size == (size, size)
+            return image.size == size[::-1]
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -340,7 +340,8 @@ def write_manifest(
             "crop_left": item.view.left,
             "crop_scaled_height": item.view.scaled_height,
             "crop_scaled_width": item.view.scaled_width,
-            "crop_size": item.view.size,
+            "crop_height": item.view.height,
+            "crop_width": item.view.width,
             "mask_type": masks.rule.mask_type,
             "label_derivation": "same crop, nearest neighbour, source values",
             "cfg_scale": settings.cfg_scale,

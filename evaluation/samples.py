@@ -24,7 +24,7 @@ from mask_rules import MaskRule, class_map, prob_map
 
 MANIFEST = "manifest.csv"
 SETTINGS = "settings.json"
-VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_size")
+VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
 # Columns that say how the images were made: a measure without them is not repeatable.
 PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
 
@@ -132,7 +132,7 @@ class SampleSet:
         height, width = image.shape[:2]
         view = sample.view or center_view(height, width, self.config.image_size)
         if self.config.crop == "center":
-            fits = view == center_view(height, width, view.size)
+            fits = view == center_view(height, width, self.config.image_size)
         else:
             fits = (height, width) == (view.scaled_height, view.scaled_width)
         if not fits:
@@ -226,7 +226,7 @@ class SampleSet:
             raise InputError(f"{len(absent)} real images are not there ({where}): {list_some(absent)}")
 
 
-_VIEW_FIELDS = ("scaled_height", "scaled_width", "top", "left", "size")  # of data.View, in the order of VIEW_COLUMNS
+_VIEW_FIELDS = [name.removeprefix("crop_") for name in VIEW_COLUMNS]  # of data.View
 
 
 def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data import DataConfig
+from evaluation.samples import VIEW_COLUMNS
 
 
 def disk(size: int, row: float, column: float, radius: float) -> np.ndarray:
@@ -31,7 +32,7 @@ class Row:
     label: np.ndarray
     synthetic: np.ndarray
     real: np.ndarray | None = None
-    view: tuple[int, int, int, int, int] | None = None  # scaled height, scaled width, top, left, size
+    view: tuple[int, ...] | None = None  # scaled height, scaled width, top, left, height, width
     mask_type: str = "binary"
 
 
@@ -43,13 +44,12 @@ def write_set(folder: Path, rows: list[Row], config: DataConfig | None = None, *
     lines = []
     for number, row in enumerate(rows):
         name = f"cells_{number:02d}.png"
-        size = row.label.shape[-1]
+        size = row.label.shape[-2:]
         Image.fromarray(row.synthetic).save(folder / "images" / name)
         Image.fromarray(row.label).save(folder / "masks" / name)
         if row.real is not None:
             Image.fromarray(row.real).save(real_dir / name)
-        view = row.view or (size, size, 0, 0, size)
-        names = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_size")
+        view = row.view or (*size, 0, 0, *size)
         lines.append(
             {
                 "image": f"images/{name}",
@@ -57,7 +57,7 @@ def write_set(folder: Path, rows: list[Row], config: DataConfig | None = None, *
                 "real_image": "" if row.real is None else str(real_dir / name),
                 "mask_type": row.mask_type,
                 "cfg_scale": "1.0",
-                **dict(zip(names, view, strict=True)),
+                **dict(zip(VIEW_COLUMNS, view, strict=True)),
             }
         )
     with (folder / "manifest.csv").open("w", newline="") as stream:

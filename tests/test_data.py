@@ -106,15 +106,15 @@ def test_center_view_keeps_image_labels_and_probabilities_on_the_same_pixels(hei
 @settings(max_examples=40, deadline=None)
 def test_probabilities_are_averaged_by_exact_area_and_keep_their_sum(height, width, size):
     first = np.random.default_rng(0).random((height, width), dtype=np.float32)
-    whole = View(size, size, 0, 0, size).apply_probabilities(np.stack([first, 1 - first]))
+    whole = View(size, size, 0, 0, size, size).apply_probabilities(np.stack([first, 1 - first]))
     assert whole.sum(axis=0) == pytest.approx(np.ones((size, size)), abs=1e-5)
     assert whole[0].mean() == pytest.approx(first.mean(), abs=1e-5)
 
 
 def test_labels_resized_up_and_down_take_the_pixel_under_the_centre():
     labels = np.arange(12).reshape(3, 4)
-    assert np.array_equal(View(6, 8, 0, 2, 6).apply_labels(labels), labels.repeat(2, 0).repeat(2, 1)[:, 2:8])
-    assert View(1, 2, 0, 0, 1).apply_labels(labels).tolist() == [[5]]
+    assert np.array_equal(View(6, 8, 0, 2, 6, 6).apply_labels(labels), labels.repeat(2, 0).repeat(2, 1)[:, 2:8])
+    assert View(1, 2, 0, 0, 1, 1).apply_labels(labels).tolist() == [[5]]
 
 
 def test_images_at_native_scale_are_cut_and_not_touched():

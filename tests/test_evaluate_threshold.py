@@ -185,7 +185,7 @@ def test_every_kind_of_label_gives_the_same_cells(tmp_path, mask_type, encode):
 def test_real_image_is_cut_by_the_view_of_its_label(tmp_path):
     whole = paint(disk(200, 70, 120, 12))[:90, :150]  # not square, larger than the crop
     window = disk(200, 70, 120, 12)[20 : 20 + SIZE, 80 : 80 + SIZE]
-    row = Row(label_of(window), paint(window), whole, view=(90, 150, 20, 80, SIZE))
+    row = Row(label_of(window), paint(window), whole, view=(90, 150, 20, 80, SIZE, SIZE))
     samples = SampleSet(write_set(tmp_path / "set", [row], DataConfig(image_size=SIZE, crop="random")))
     assert np.array_equal(samples.real(samples.samples[0]), paint(window))
     assert score_by_threshold(samples).dice_real == 1
@@ -205,7 +205,7 @@ def test_center_crop_resizes_the_real_image_as_training_does(tmp_path):
 def test_real_image_of_another_size_than_the_view_was_made_for_is_refused(tmp_path, crop):
     truth = disk(SIZE, 30, 25, 12)
     whole = paint(disk(200, 70, 120, 12))[:100, :150]
-    row = Row(label_of(truth), paint(truth), whole, view=(90, 150, 20, 80, SIZE))
+    row = Row(label_of(truth), paint(truth), whole, view=(90, 150, 20, 80, SIZE, SIZE))
     samples = SampleSet(write_set(tmp_path / "set", [row], DataConfig(image_size=SIZE, crop=crop)))
     with pytest.raises(InputError, match="150 x 100 pixels"):
         score_by_threshold(samples)
@@ -232,7 +232,7 @@ def test_real_nuclei_beside_themselves_give_equal_numbers_near_the_known_ceiling
         height, width = mask.shape
         top, left = (height - SIZE) // 2, (width - SIZE) // 2
         crop = (slice(top, top + SIZE), slice(left, left + SIZE))
-        rows.append(Row(mask[crop], image[crop], image, view=(height, width, top, left, SIZE)))
+        rows.append(Row(mask[crop], image[crop], image, view=(height, width, top, left, SIZE, SIZE)))
     folder = write_set(tmp_path / "set", rows, config)
     samples = SampleSet(folder)
     for sample in samples.samples:
