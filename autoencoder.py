@@ -7,6 +7,7 @@ The only owner of a latent scale: everything outside this file sees latents of a
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -94,36 +95,55 @@ def load_space(vae: str, channels: int = 3) -> Space:
     Args:
         vae: "none" for pixels, "ema" or "mse" for the published Stable Diffusion autoencoders, else the folder of any
             diffusers autoencoder on disk. What is on disk is used without asking a hub.
-        channels: image channels, for pixel space.
+        channels: image channels; an autoencoder has a number of its own, which this must be.
 
     Raises:
-        InputError: no such folder, no autoencoder in it, or a hub name that is neither on disk nor to be had.
+        InputError: no such folder, no autoencoder in it, a hub name that is neither on disk nor to be had, or another
+            number of channels.
     """
     if vae == PIXEL_SPACE:
         return PixelSpace(channels)
     if vae in HUB_AUTOENCODERS:
+        _check_channels(vae, channels)
         return LatentSpace(_from_hub(vae), vae)
     if not Path(vae).is_dir():
         raise InputError(
             f"--vae {vae}: no such folder. Give the folder of a diffusers autoencoder (config.json and its weights), "
             f"one of {', '.join(HUB_AUTOENCODERS)}, or {PIXEL_SPACE} to work on pixels."
         )
+    _check_channels(vae, channels)
     return LatentSpace(_from_folder(Path(vae)), vae)
 
 
-def check_space(vae: str) -> None:
-    """What can be said of ``--vae`` before anything is loaded: a folder has to hold an autoencoder.
+def check_space(vae: str, channels: int = 3) -> None:
+    """What can be said of ``--vae`` before anything is loaded: a folder has to hold an autoencoder of such images.
 
     Raises:
         InputError: see ``load_space``.
     """
-    if vae == PIXEL_SPACE or vae in HUB_AUTOENCODERS:
-        return
     config = Path(vae) / "config.json"
-    if not config.is_file():
+    if vae != PIXEL_SPACE and vae not in HUB_AUTOENCODERS and not config.is_file():
         raise InputError(
             f"--vae {vae}: {config} does not exist. Give the folder of a diffusers autoencoder, one of "
             f"{', '.join(HUB_AUTOENCODERS)}, or {PIXEL_SPACE} to work on pixels."
+        )
+    _check_channels(vae, channels)
+
+
+def _check_channels(vae: str, channels: int) -> None:
+    """Pixels may have any number of channels, an autoencoder has one of its own: what its config says, else 3."""
+    config, takes = Path(vae) / "config.json", 3
+    if vae == PIXEL_SPACE:
+        return
+    if vae not in HUB_AUTOENCODERS and config.is_file():
+        try:
+            takes = json.loads(config.read_text()).get("in_channels", takes)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+            return  # said when it is loaded
+    if channels != takes:
+        raise InputError(
+            f"--in-channels {channels}: the autoencoder --vae {vae} takes images of {takes} channel(s). Give {takes}, "
+            f"or work on pixels: --vae {PIXEL_SPACE}."
         )
 
 

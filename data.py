@@ -75,7 +75,7 @@ class DataConfig:
             :data:`ROBUST_PERCENTILES` for all others.
         window_scope: "image" (each image its own percentiles) or "dataset" (those of all images together).
         window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
-        channels: image channels; one stored channel is repeated.
+        channels: image channels; one stored channel is repeated to three, three equal ones count as one.
     """
 
     image_size: int
@@ -266,18 +266,25 @@ def window_image(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndarray:
-    """Check that (H, W, C) can give ``channels``: C is that, or 1, or 3 equal channels where 1 is asked for.
+    """Check that (H, W, C) can give ``channels``: C is that, or 1 for RGB, or RGB of equal channels for 1.
 
     Returns:
         (H, W, channels), or (H, W, 1), which :func:`_to_tensor` repeats: memory holds each gray value once.
+
+    Raises:
+        FileError: another number of channels, or colours where gray is asked for.
     """
     found = image.shape[2]
-    if channels == 1 and found == 3 and (image == image[:, :, :1]).all():
+    if channels == 1 and found == 3:
+        if (image != image[:, :, :1]).any():
+            raise FileError(where, "holds colours, the model takes 1 gray channel: save it as gray, or train with 3")
         return np.ascontiguousarray(image[:, :, :1])
-    if found in (1, channels):
+    if found == channels or (found, channels) == (1, 3):
         return image
     hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
-    raise FileError(where, f"has {found} channels{hint.get(found, '')}, the model takes {channels}")
+    mend = "train.py --vae none --in-channels N trains on N"
+    count = f"{found} channel{'s' * (found > 1)}{hint.get(found, '')}"
+    raise FileError(where, f"has {count}, the model takes {channels}; {mend}")
 
 
 def _to_tensor(image: np.ndarray, window: tuple[float, float], channels: int) -> Tensor:

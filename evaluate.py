@@ -407,6 +407,11 @@ def run_realism(args: argparse.Namespace) -> None:
     from evaluation.samples import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
+    if args.inception_weights is not None and samples.require_config().channels not in (1, 3):
+        raise InputError(
+            f"--inception-weights: Inception takes gray and RGB, the set has {samples.config.channels} channels; "
+            "leave the flag out for a distance on the judge's features"
+        )
     if args.inception_weights is not None:
         extract = inception_features(args.inception_weights, resolve_device(args.device))
         features = describe_weights(args.inception_weights)

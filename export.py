@@ -1,10 +1,12 @@
 """A synthetic set in the layout that a segmenter reads: Cellpose, StarDist, COCO.
 
-Written beside the set that sample_ddp.py made, from its PNG images and labels:
+Written beside the set that sample_ddp.py made, from its images and labels:
 
     SAMPLE_DIR/cellpose/NAME_img.tif, NAME_masks.tif       uint16 ids, 0 background
     SAMPLE_DIR/stardist/images/NAME.tif, masks/NAME.tif    the same
     SAMPLE_DIR/coco/annotations.json, images/NAME.png      one run-length-encoded annotation per cell
+
+An image of several channels that is no RGB becomes a TIFF of one plane per channel (axes CYX) in all of them.
 
 Instance labels keep their ids. Binary and class masks hold no instances: every connected region of a class is one cell.
 """
@@ -17,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tifffile
-from PIL import Image
 from scipy import ndimage
 
 from checkpoint import write_atomically, write_json
 from data import read_mask
 from errors import InputError
+from image_files import encode_tiff, read_image
 from mask_rules import MaskRule, class_map
 
 
@@ -33,12 +34,14 @@ class ExportedPair:
 
     Attributes:
         name: without suffix.
-        image: (H, W, 3) uint8.
+        image_path: the image in the set.
+        image: (H, W, C) as it lies there.
         instance_map: (H, W) uint16, 0 background.
         class_map: (H, W) uint8, 0 background.
     """
 
     name: str
+    image_path: Path
     image: np.ndarray
     instance_map: np.ndarray
     class_map: np.ndarray
@@ -52,12 +55,12 @@ def check_export(formats: Sequence[str], rule: MaskRule) -> None:
         )
 
 
-def export_set(sample_dir: Path, names: Sequence[str], rule: MaskRule, format_name: str) -> Path:
+def export_set(sample_dir: Path, images: Sequence[Path], rule: MaskRule, format_name: str) -> Path:
     """Write the set once more in another layout; what is there is written anew.
 
     Args:
         sample_dir: a complete set of sample_ddp.py.
-        names: of its pairs.
+        images: the set's images; a label has its image's name.
         rule: what its labels hold.
         format_name: key of ``EXPORTS``.
 
@@ -66,7 +69,7 @@ def export_set(sample_dir: Path, names: Sequence[str], rule: MaskRule, format_na
     """
     folder = sample_dir / format_name
     folder.mkdir(exist_ok=True)
-    EXPORTS[format_name](folder, _pairs(sample_dir, names, rule))
+    EXPORTS[format_name](folder, _pairs(sample_dir, images, rule))
     return folder
 
 
@@ -88,19 +91,17 @@ def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
     return cells.astype(np.uint16)
 
 
-def _pairs(sample_dir: Path, names: Sequence[str], rule: MaskRule) -> Iterator[ExportedPair]:
-    for name in names:
-        with Image.open(sample_dir / "images" / f"{name}.png") as picture:
-            image = np.array(picture.convert("RGB"))
-        (path,) = (sample_dir / "masks").glob(f"{name}.*")
-        label = read_mask(path)
+def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator[ExportedPair]:
+    for image in images:
+        paths = (sample_dir / "masks" / f"{image.stem}{suffix}" for suffix in (".png", ".tif"))
+        label = read_mask(next(path for path in paths if path.is_file()))
         classes = label > 0 if rule.mask_type == "instances" else class_map(label, rule)  # not interior and boundary
-        yield ExportedPair(name, image, instances_of(label, rule), classes.astype(np.uint8))
+        yield ExportedPair(image.stem, image, read_image(image), instances_of(label, rule), classes.astype(np.uint8))
 
 
 def _write_tiff(path: Path, array: np.ndarray) -> None:
-    photometric = "rgb" if array.ndim == 3 else "minisblack"
-    write_atomically(path, lambda file: tifffile.imwrite(file, array, photometric=photometric, compression="zlib"))
+    content = encode_tiff(array)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _cellpose(folder: Path, pairs: Iterator[ExportedPair]) -> None:
@@ -123,9 +124,9 @@ def _coco(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     (folder / "images").mkdir(exist_ok=True)
     images, annotations, categories = [], [], set()
     for number, pair in enumerate(pairs, start=1):
-        shutil.copyfile(folder.parent / "images" / f"{pair.name}.png", folder / "images" / f"{pair.name}.png")
+        shutil.copyfile(pair.image_path, folder / "images" / pair.image_path.name)
         height, width = pair.instance_map.shape
-        images.append({"id": number, "file_name": f"{pair.name}.png", "height": height, "width": width})
+        images.append({"id": number, "file_name": pair.image_path.name, "height": height, "width": width})
         for cell in np.unique(pair.instance_map[pair.instance_map > 0]).tolist():
             region = pair.instance_map == cell
             code = rle.encode(np.asfortranarray(region.astype(np.uint8)))

@@ -1,4 +1,4 @@
-"""Read image and mask files as they are stored, and pair them by name.
+"""Read image and mask files as they are stored, pair them by name, and write images.
 
 Everything that touches a user's file lies here. A file is read to a numpy array with its own gray values, or refused
 with a :class:`FileError` that says what is wrong and how to mend it: no other exception leaves this module, and no file
@@ -7,6 +7,7 @@ can run code or fill the memory. What the values of masks mean is decided in ``m
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -217,8 +218,6 @@ def read_image(path: str | Path) -> np.ndarray:
     array = _read(Path(path), as_mask=False)
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.shape[2] in (2, 4) and array.dtype.kind == "u" and (array[:, :, -1] == np.iinfo(array.dtype).max).all():
-        array = array[:, :, :-1]
     if array.dtype == np.float64:
         array = array.astype(np.float32)
     return _checked(np.ascontiguousarray(array), path)
@@ -282,6 +281,7 @@ def _read(path: Path, as_mask: bool) -> np.ndarray:
                 array = _decode_tiff(file, path, as_mask)
             else:
                 array = _decode_with_pillow(file, path, as_mask)
+                array = array if as_mask else _without_opaque_alpha(array)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
@@ -353,6 +353,8 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> np.ndarray:
     order = extra + "YX" if is_soft_stack else "YX" + extra
     if array.ndim == len(axes):  # a palette image gained its colour axis above
         array = array.transpose([axes.index(axis) for axis in order])
+    if extra == "S" and page.photometric.name == "RGB" and not as_mask:  # channels of their own may be saturated
+        array = _without_opaque_alpha(array)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -371,6 +373,13 @@ def _photometric_to_gray(array: np.ndarray, page: tifffile.TiffPage, path: Path,
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
         raise FileError(path, f"has the colour space {kind}: save it as gray or RGB")
     return array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
+
+
+def _without_opaque_alpha(array: np.ndarray) -> np.ndarray:
+    """Gray + alpha or RGBA without the alpha channel, where that is full everywhere."""
+    if array.ndim == 3 and array.shape[2] in (2, 4) and array.dtype.kind == "u":
+        return array[:, :, :-1] if (array[:, :, -1] == np.iinfo(array.dtype).max).all() else array
+    return array
 
 
 def _decode_numpy(file: BinaryIO, path: Path) -> np.ndarray:
@@ -423,3 +432,63 @@ def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> Non
 def _size(array: np.ndarray) -> str:
     """Width x height, as image viewers say it. (H, W), (K, H, W) by :func:`read_mask`."""
     return f"{array.shape[-1]} x {array.shape[-2]}"
+
+
+# ------------------------------------------------------------------------------------------------- pictures and files
+
+# Colours of the channels of an image that is neither gray nor RGB, as Fiji's composite view has them.
+_CHANNEL_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """A picture to look at: gray is repeated, RGB stays, other channels lie over each other in colours of their own.
+
+    Args:
+        image: (H, W, C) uint8.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    channels = image.shape[-1]
+    if channels in (1, 3):
+        return np.broadcast_to(image, (*image.shape[:2], 3))
+    colors = np.array([_CHANNEL_COLORS[k % len(_CHANNEL_COLORS)] for k in range(channels)])
+    return np.minimum(image.astype(np.uint32) @ colors.astype(np.uint32), 255).astype(np.uint8)
+
+
+def repeat_gray(image: np.ndarray) -> np.ndarray:
+    """(H, W, 1) as three equal channels, for what knows only colour; other images as they are."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+def image_suffix(channels: int, dtype: np.dtype | type) -> str:
+    """Suffix of the file that :func:`encode_image` makes: PNG where it holds such an image, else TIFF."""
+    return ".png" if channels in (1, 3) and dtype in (np.uint8, np.uint16) else ".tif"
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """An image as file content, every value kept; the same bytes for the same image.
+
+    Gray and RGB of 8 or 16 bits become PNG, all else TIFF: one plane per channel (axes CYX), as Fiji and Cellpose
+    expect fluorescence.
+
+    Args:
+        image: (H, W, C) of any dtype that :func:`read_image` returns.
+    """
+    if image_suffix(image.shape[2], image.dtype) == ".png":
+        return imagecodecs.png_encode(image if image.shape[2] == 3 else image[:, :, 0])
+    return encode_tiff(image)
+
+
+def encode_tiff(image: np.ndarray) -> bytes:
+    """(H, W, C) or (H, W) as TIFF, compressed: RGB of three whole-number channels, else one plane per channel."""
+    buffer = io.BytesIO()
+    if image.ndim == 3 and image.shape[2] == 3 and image.dtype.kind == "u":
+        tifffile.imwrite(buffer, image, photometric="rgb", compression="zlib")
+    elif image.ndim == 2 or image.shape[2] == 1:
+        plane = image.reshape(image.shape[:2])
+        tifffile.imwrite(buffer, plane, photometric="minisblack", compression="zlib")
+    else:
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+        tifffile.imwrite(buffer, planes, photometric="minisblack", compression="zlib", metadata={"axes": "CYX"})
+    return buffer.getvalue()

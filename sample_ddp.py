@@ -5,7 +5,8 @@
 
 The same command runs without torchrun. It writes
 
-    SAMPLE_DIR/images/NAME.png       synthetic images (NAME_0001.png ... with --samples-per-mask above 1)
+    SAMPLE_DIR/images/NAME.png       synthetic images (NAME_0001.png ... with --samples-per-mask above 1; TIFF where
+                                     the model has other than one or three channels)
     SAMPLE_DIR/masks/NAME.png        the label each was made from: the same pixels, the file's own values
     SAMPLE_DIR/manifest.csv          one row per image: mask, seed, index, view, solver, checkpoint
     SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
@@ -26,7 +27,7 @@ import logging
 import math
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from checkpoint import file_sha256, lock_folder, write_atomically, write_json
 from data import MaskFolder, MaskItem
 from errors import CommandParser, InputError, run_command
 from export import EXPORTS, check_export, export_set
+from image_files import FileError, encode_image, image_suffix, read_image, repeat_gray
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
 from train_utils import (
     Machine,
@@ -199,31 +201,34 @@ def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), ".tif"
 
 
-def image_is_whole(path: Path, size: tuple[int, int]) -> bool:
-    """Whether a synthetic image decodes to the end at its height and width."""
+def image_path(sample_dir: Path, job: Job, channels: int) -> Path:
+    """Where the job's synthetic image lies."""
+    return sample_dir / "images" / f"{job.name}{image_suffix(channels, np.uint8)}"
+
+
+def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether a synthetic image decodes to the end with its height, width and channels."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.size == size[::-1]
-    except (OSError, SyntaxError, ValueError):
+        return read_image(path).shape == shape
+    except FileError:
         return False
 
 
-def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem) -> bool:
+def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem, channels: int) -> bool:
     """Whether the job's image is whole and its label is the one that would be written now."""
     content, suffix = label_bytes(item.label)
     label_path = sample_dir / "masks" / f"{job.name}{suffix}"
     if not label_path.is_file() or label_path.read_bytes() != content:
         return False
-    return image_is_whole(sample_dir / "images" / f"{job.name}.png", item.view.size)
+    return image_is_whole(image_path(sample_dir, job, channels), (*item.view.size, channels))
 
 
 def write_pair(sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray) -> None:
-    """Label first, image last: where the image is, its label is, too."""
+    """Label first, image (S, S, C) last: where the image is, its label is, too."""
     content, suffix = label_bytes(item.label)
     write_atomically(sample_dir / "masks" / f"{job.name}{suffix}", lambda file: file.write(content))
-    picture = Image.fromarray(image)
-    write_atomically(sample_dir / "images" / f"{job.name}.png", lambda file: picture.save(file, format="PNG"))
+    picture = encode_image(image)
+    write_atomically(image_path(sample_dir, job, image.shape[2]), lambda file: file.write(picture))
 
 
 # ---------------------------------------------------------------------------------------------------------- the work
@@ -255,7 +260,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
     mine = jobs[machine.rank :: machine.world_size]
-    todo = [job for job in mine if not pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed))]
+    channels = trained.data.channels
+    todo = [job for job in mine if not pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed), channels)]
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings)
     make_images(args, sampler, masks, todo, machine)
@@ -263,10 +269,11 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     if machine.is_main:
         write_manifest(args, settings, trained, masks, jobs)
         write_contact_sheet(args, masks, jobs)
+        images = [image_path(args.sample_dir, job, channels) for job in jobs]
         for name in exports:
-            logger.info("exported %s", export_set(args.sample_dir, [job.name for job in jobs], masks.rule, name))
+            logger.info("exported %s", export_set(args.sample_dir, images, masks.rule, name))
         if args.npz:
-            write_npz(args.sample_dir, jobs, trained.data.image_size)
+            write_npz(args.sample_dir, images)
         logger.info("done: %d pairs and manifest.csv in %s", len(jobs), args.sample_dir)
     machine.barrier()
     if lock is not None:
@@ -329,7 +336,7 @@ def write_manifest(
     for job in jobs:
         item = load_mask(masks, job, args.seed)
         row = {
-            "image": f"images/{job.name}.png",
+            "image": f"images/{image_path(args.sample_dir, job, masks.config.channels).name}",
             "label": f"masks/{job.name}{label_bytes(item.label)[1]}",
             "source_mask": masks.paths[job.mask_name].absolute(),
             "source_mask_sha256": hashes[job.mask_name],
@@ -375,17 +382,18 @@ def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[
     for number in np.unique(np.linspace(0, len(jobs) - 1, CONTACT_SHEET_ROWS).astype(int)):
         job = jobs[number]
         item = load_mask(masks, job, args.seed)
-        with Image.open(args.sample_dir / "images" / f"{job.name}.png") as picture:
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        picture = read_image(image_path(args.sample_dir, job, masks.config.channels))
+        pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
         row = [mask_picture(torch.as_tensor(item.prob_map)), pixels]
         rows.append(row + ([torch.as_tensor(item.image)] if item.image is not None else []))
     sheet = Image.fromarray(grid_image(rows))
     write_atomically(args.sample_dir / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
 
 
-def write_npz(sample_dir: Path, jobs: list[Job], size: int) -> None:
-    """SAMPLE_DIR.npz with arr_0 (N, H, W, 3) uint8, streamed: one image in memory at a time."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), size, size, 3)}
+def write_npz(sample_dir: Path, paths: Sequence[Path]) -> None:
+    """SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8, streamed: one image in memory at a time. Gray is repeated to 3."""
+    shape = repeat_gray(read_image(paths[0])).shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
 
     def write(file: Any) -> None:
         with (
@@ -393,18 +401,12 @@ def write_npz(sample_dir: Path, jobs: list[Job], size: int) -> None:
             archive.open("arr_0.npy", "w", force_zip64=True) as array,
         ):
             np.lib.format.write_array_header_1_0(array, header)
-            for image in read_images(sample_dir, jobs):
-                array.write(image.tobytes())
+            for one in paths:
+                array.write(repeat_gray(read_image(one)).tobytes())
 
     path = sample_dir.with_name(f"{sample_dir.name}.npz")
     write_atomically(path, write)
-    logger.info("%s: %d images", path, len(jobs))
-
-
-def read_images(sample_dir: Path, jobs: list[Job]) -> Iterable[np.ndarray]:
-    for job in jobs:
-        with Image.open(sample_dir / "images" / f"{job.name}.png") as picture:
-            yield np.array(picture.convert("RGB"))
+    logger.info("%s: %d images", path, len(paths))
 
 
 if __name__ == "__main__":

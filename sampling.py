@@ -108,7 +108,7 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
     state = read_checkpoint(args.ckpt)
     config = state["config"]
     check_against_checkpoint(args, config)
-    space = load_space(args.vae or config["space"]["vae"], config["space"]["channels"])
+    space = load_space(args.vae or config["space"]["vae"], config["data"]["channels"])
     if space.fingerprint != config["space"]["fingerprint"]:
         raise InputError(
             f"--vae {space.name}: not the autoencoder that {args.ckpt} was trained with (that was "
@@ -184,7 +184,7 @@ class ImageSampler:
             batch_size: pad to this many by repeating the last image, so that all batches are of one shape.
 
         Returns:
-            (n, 3, S, S) float32 in [-1, 1] on the device. Differentiable in ``prob_maps`` in pixel space.
+            (n, C, S, S) float32 in [-1, 1] on the device. Differentiable in ``prob_maps`` in pixel space.
         """
         count = len(seeds)
         padding = max(0, (batch_size or count) - count)
@@ -202,7 +202,7 @@ class ImageSampler:
         """Real images to their noise: the probability flow ODE backwards.
 
         Args:
-            images: (n, 3, S, S) in [-1, 1].
+            images: (n, C, S, S) in [-1, 1].
             prob_maps: (n, K, H, W) class probabilities.
 
         Returns:
@@ -212,7 +212,7 @@ class ImageSampler:
         return create_solver(self.transport, self.settings, reverse=True)(x1, self._predict, y=condition)[-1]
 
     def decode(self, noise: Tensor, prob_maps: Tensor) -> Tensor:
-        """Noise (n, C, h, w) and masks (n, K, H, W) to images (n, 3, S, S) in [-1, 1]."""
+        """Noise (n, C, h, w) and masks (n, K, H, W) to images (n, C, S, S) in [-1, 1]."""
         _, condition = self._prepare(None, prob_maps)
         return self.space.decode(self.solver(noise, self._predict, y=condition)[-1])
 
@@ -220,7 +220,7 @@ class ImageSampler:
         """Log-density of real images (or of their latents' mean) under the model, one probe per image and run.
 
         Args:
-            images: (n, 3, S, S) in [-1, 1].
+            images: (n, C, S, S) in [-1, 1].
             prob_maps: (n, K, H, W) class probabilities.
             seeds: n seeds of the probes.
         """

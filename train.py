@@ -82,8 +82,9 @@ logger = logging.getLogger("train")
 
 # What a checkpoint fixes for good. Everything else may change on resume and is logged.
 FIXED_ON_RESUME = (
-    "model", "image_size", "num_classes", "no_mask_detail", "time_scale", "vae", "crop", "window", "window_scope",
-    "path_type", "prediction", "loss_weight", "train_eps", "sample_eps", "time_sampling", "time_mean", "time_std",
+    "model", "image_size", "in_channels", "num_classes", "no_mask_detail", "time_scale", "vae", "crop", "window",
+    "window_scope", "path_type", "prediction", "loss_weight", "train_eps", "sample_eps", "time_sampling", "time_mean",
+    "time_std",
 )  # fmt: skip
 # Where things are and how they are shown: never taken from a checkpoint.
 NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "init_from", "wandb", "device")
@@ -106,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=list(SiT_models), default="SiT-B/2", metavar="NAME", help="SiT-SIZE/PATCH")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the training images, pixels")
+    group.add_argument(
+        "--in-channels", type=positive_int, default=3,
+        help="channels of the images; other than 3 with --vae none: 1 for gray, 2, 4, ... for fluorescence",
+    )  # fmt: skip
     group.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
     group.add_argument(
         "--vae",
@@ -189,7 +194,7 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
         )
     if args.window is not None and not 0 <= args.window[0] < args.window[1] <= 100:
         raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: two percentiles, 0 <= LOW < HIGH <= 100.")
-    check_space(args.vae)
+    check_space(args.vae, args.in_channels)
     check_transport(args)
     if args.wandb:
         wandb_utils.check_wandb()
@@ -387,7 +392,7 @@ class Training:
         seed_step(args.seed, self.step, machine.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * self.lr_factor()
-        images = batch["image"].to(machine.device, non_blocking=True)  # (B, 3, S, S)
+        images = batch["image"].to(machine.device, non_blocking=True)  # (B, C, S, S)
         masks = to_prob_map(batch["mask"].to(machine.device, non_blocking=True), args.num_classes)  # (B, K, S, S)
         with machine.autocast():
             x1 = self.space.encode(images)  # (B, C, H, W)
@@ -436,7 +441,7 @@ class Previews:
 
     def __init__(self, dataset: PairedFolder, training: Training, count: int = 4) -> None:
         examples = [self._with_cells(dataset, index) for index in np.linspace(0, len(dataset) - 1, count).astype(int)]
-        self.images = torch.stack([example["image"] for example in examples])  # (n, 3, S, S)
+        self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
         masks = torch.stack([example["mask"] for example in examples])
         self.prob_maps = to_prob_map(masks, training.args.num_classes)  # (n, K, S, S)
         settings = SamplingSettings(cfg_scale=training.args.cfg_scale)
@@ -528,7 +533,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
             logger.info("changed on resume: %s", change)
 
     # Space and data
-    space = load_space(args.vae).to(machine.device)
+    space = load_space(args.vae, args.in_channels).to(machine.device)
     model = model_config(args, space)
     data = DataConfig.from_dict(state["config"]["data"]) if state else data_config(args)
     dataset = PairedFolder(
@@ -583,7 +588,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     window = tuple(args.window) if args.window else None
     return DataConfig(
         image_size=args.image_size, num_classes=args.num_classes, crop=args.crop,
-        window=window, window_scope=args.window_scope,
+        window=window, window_scope=args.window_scope, channels=args.in_channels,
     )  # fmt: skip
 
 

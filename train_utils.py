@@ -22,6 +22,7 @@ from torch.utils.data import Sampler as BatchSampler
 
 from data import CROPS, MASK_TYPES, WINDOW_SCOPES
 from errors import InputError
+from image_files import as_rgb
 from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
@@ -363,12 +364,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
-    """Rows of equally large images (3, H, W) in [-1, 1] -> one uint8 image (H', W', 3), white between them."""
+    """Rows of equally large images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3), white between them."""
     from torchvision.utils import make_grid
 
-    tiles = torch.stack([tile.float().cpu().clamp(-1, 1) for row in rows for tile in row])
-    grid = make_grid(tiles, nrow=len(rows[0]), padding=pad, pad_value=1.0)
-    return to_uint8(grid)
+    tiles = np.stack([as_rgb(to_uint8(tile)) for row in rows for tile in row])
+    grid = make_grid(torch.from_numpy(tiles).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=pad, pad_value=255)
+    return grid.permute(1, 2, 0).numpy()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import write_json
-from data import DataConfig, fit_channels, image_window, native_view, window_image
+from data import DataConfig, image_window, native_view, window_image
 from errors import InputError, list_some
 from evaluation.instances import connected_cells
 from evaluation.output import new_figure, save_figure, show_image
@@ -45,6 +45,7 @@ class ImageFacts:
     dtype: str
     minimum: float
     maximum: float
+    is_gray: bool  # one channel, or RGB of equal channels
     digest: str
     signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
 
@@ -181,11 +182,11 @@ def survey(
         else:
             size = f"{mask[1][1]} x {mask[1][0]}"
             report.mismatched.append(f"{pair.name} (image {image.width} x {image.height}, mask {size})")
-    _find_problems(report, facts.values(), image_dir, mask_dir, image_size, crop)
+    _find_problems(report, list(facts.values()), image_dir, mask_dir, image_size, crop)
     rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize)
     if rule is not None:
         _count_cells(report, usable, rule, progress)
-    _find_remarks(report, facts.values())
+    _find_remarks(report, list(facts.values()))
     return report, usable, rule
 
 
@@ -215,6 +216,7 @@ def image_facts(path: Path) -> ImageFacts:
         dtype=str(image.dtype),
         minimum=float(image.min()),
         maximum=float(image.max()),
+        is_gray=channels in (1, 3) and bool((image == image[:, :, :1]).all()),
         digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
         signature=signature(image),
     )
@@ -267,6 +269,12 @@ def near_duplicates(
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
 
+def common_channels(facts: Sequence[ImageFacts]) -> int:
+    """Channels to train with: what all images have, where it is neither gray nor RGB; else 3, which takes both."""
+    counts = {one.channels for one in facts}
+    return counts.pop() if len(counts) == 1 and not counts & {1, 3} else 3
+
+
 def _kind(facts: ImageFacts) -> str:
     return f"{facts.dtype}, {facts.channels} channel{'s' * (facts.channels > 1)}"
 
@@ -290,7 +298,7 @@ def _value_ranges(facts: Iterable[ImageFacts]) -> dict[str, dict[str, float]]:
 
 def _find_problems(
     report: DataReport,
-    facts: Iterable[ImageFacts],
+    facts: Sequence[ImageFacts],
     image_dir: str | Path,
     mask_dir: str | Path,
     image_size: int | None,
@@ -308,9 +316,10 @@ def _find_problems(
     if report.mismatched:
         names = list_some(report.mismatched)
         report.problems.append(f"{len(report.mismatched)} masks have another size than their image: {names}")
-    channels = [f"{one.name} ({one.channels})" for one in facts if one.channels not in (1, 3)]
-    if channels:
-        report.problems.append(f"{len(channels)} images have neither 1 nor 3 channels: {list_some(channels)}")
+    channels = common_channels(facts)
+    others = [f"{one.name} ({one.channels})" for one in facts if one.channels not in (1, channels)]
+    if channels == 3 and others:
+        report.problems.append(f"{len(others)} images have neither 1 nor 3 channels: {list_some(others)}")
     if image_size is not None and crop == "random":
         small = []
         for one in facts:
@@ -359,7 +368,7 @@ def _count_cells(report: DataReport, pairs: Sequence[Pair], rule: MaskRule, prog
         report.class_shares = [round(float(share), 6) for share in totals / totals.sum()]
 
 
-def _find_remarks(report: DataReport, facts: Iterable[ImageFacts]) -> None:
+def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     """What training takes, but a person should know."""
     empty = sum(count == 0 for count in report.instances)
     if empty:
@@ -380,6 +389,11 @@ def _find_remarks(report: DataReport, facts: Iterable[ImageFacts]) -> None:
             "images have different sizes; --crop center scales each so that its short side fits, --crop random keeps "
             "the scale"
         )
+    channels = common_channels(facts)
+    if channels != 3:
+        report.remarks.append(f"images have {channels} channels: train with --vae none --in-channels {channels}")
+    elif all(one.is_gray for one in facts):
+        report.remarks.append("all images are gray; in pixel space --vae none --in-channels 1 wastes nothing on colour")
     bytes_ = [one.maximum for one in facts if one.dtype == "uint8"]
     if bytes_ and np.median(bytes_) < DARK:
         report.remarks.append(
@@ -423,13 +437,10 @@ def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, path: Path) -> Non
 
 
 def _drawable(pairs: Sequence[Pair], rule: MaskRule) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, uint8 (H, W, 3) and cells (H, W) bool of every pair of one or three channels."""
+    """Name, uint8 (H, W, C) and cells (H, W) bool of every pair."""
     for pair in pairs:
-        try:
-            image = fit_channels(read_image(pair.image_path), 3, pair.image_path)
-        except FileError:  # said among the problems
-            continue
+        image = read_image(pair.image_path)
         gray = window_image(image, image_window(image, DataConfig(image_size=1)))
         picture = np.rint((gray + 1) * 127.5).astype(np.uint8)
         cells = prob_map(read_mask(pair.mask_path), rule).argmax(axis=0) > 0
-        yield pair.name, np.broadcast_to(picture, (*picture.shape[:2], 3)), cells
+        yield pair.name, picture, cells

@@ -24,9 +24,10 @@ from checkpoint import file_sha256, write_json
 from data import MaskFolder, MaskItem, MaskRule, PairedFolder, pair_files
 from errors import InputError
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, mean_of_known
-from evaluation.judge import Judge, JudgeConfig, load_or_train_judge
+from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
 from evaluation.overlap import dice
 from evaluation.samples import SampleSet, describe_provenance, write_manifest
+from image_files import repeat_gray
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class LabelledImage(NamedTuple):
     """What the judge is asked about.
 
     Attributes:
-        image: uint8 (S, S, 3).
+        image: uint8 (S, S, C).
         classes: (S, S) uint8 true class ids.
         cells: (S, S) int true instance map.
     """
@@ -137,7 +138,7 @@ def score_agreement(
     """Compare a segmenter with the labels of images.
 
     Args:
-        segment: list of uint8 (S, S, 3) -> (B, S, S) uint8 class ids (``Judge.class_maps``).
+        segment: list of uint8 (S, S, C) -> (B, S, S) uint8 class ids (``Judge.class_maps``).
         images: what to judge.
         num_classes: K.
         separated: class 2 is the border between touching cells (instances with K = 3).
@@ -344,7 +345,7 @@ def prepare_judge(
         normalize=samples.normalizes,
     )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = JudgeConfig(num_classes=samples.num_classes, steps=steps, seed=seed)
+    settings = JudgeConfig(samples.num_classes, judged_channels(pairs.config), steps, seed=seed)
     return PreparedJudge(*load_or_train_judge(pairs, settings, cache_dir, device, progress), pairs, split)
 
 
@@ -384,7 +385,7 @@ def labelled_image(item: MaskItem, rule: MaskRule) -> LabelledImage:
     image = np.rint((np.asarray(item.image).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)  # (S, S, C)
     classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
     cells = item.label if rule.mask_type == "instances" else connected_cells(classes > 0)
-    return LabelledImage(np.broadcast_to(image, (*image.shape[:2], 3)), classes, cells)
+    return LabelledImage(repeat_gray(image), classes, cells)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

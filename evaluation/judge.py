@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import file_sha256, write_atomically
-from data import PairedFolder
+from data import DataConfig, PairedFolder
 from mask_rules import to_prob_map
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,10 @@ STRIDE = 8  # three halvings: sides are padded to a multiple
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """How a judge is trained. ``steps`` is the budget, the same for every share of data."""
+    """How a judge is trained. ``steps`` is the budget, the same for every share of data; gray counts as 3 channels."""
 
     num_classes: int
+    channels: int = 3
     steps: int = 400
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -44,7 +45,7 @@ class Judge:
     """A trained segmenter.
 
     Args:
-        network: (B, 3, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
+        network: (B, C, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
         device: where it runs.
     """
 
@@ -57,7 +58,7 @@ class Judge:
         """Most probable class of every pixel.
 
         Args:
-            images: B arrays uint8 (S, S, 3).
+            images: B arrays uint8 (S, S, C).
 
         Returns:
             (B, S, S) uint8.
@@ -69,7 +70,7 @@ class Judge:
         """What the judge sees in whole images: its deepest layer, averaged over the image.
 
         Args:
-            images: B arrays uint8 (S, S, 3).
+            images: B arrays uint8 (S, S, C).
 
         Returns:
             (B, CHANNELS[-1]) float64.
@@ -83,7 +84,7 @@ class Judge:
         return found[0].mean(dim=(2, 3)).double().cpu().numpy()
 
     def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
-        """(B, 3, S, S) float32 in [-1, 1] on the device."""
+        """(B, C, S, S) float32 in [-1, 1] on the device."""
         return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -99,20 +100,26 @@ def deepest_layer(network: nn.Module) -> nn.Module:
 
 
 def predict(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, K, H, W) of images (B, 3, H, W) of any size: padded at the right and bottom, cut again."""
+    """Logits (B, K, H, W) of images (B, C, H, W) of any size: padded at the right and bottom, cut again."""
     height, width = images.shape[-2:]
     padding = (0, -width % STRIDE, 0, -height % STRIDE)
     return network(F.pad(images, padding, mode="replicate"))[..., :height, :width]
 
 
-def build_network(num_classes: int, seed: int = 0) -> nn.Module:
+def judged_channels(config: DataConfig) -> int:
+    """Channels that a segmenter sees: the model's own, with gray repeated to three."""
+    return 3 if config.channels == 1 else config.channels
+
+
+def build_network(num_classes: int, seed: int = 0, channels: int = 3) -> nn.Module:
     """The U-Net of MONAI that the judge is (Ronneberger et al. 2015, arXiv 1505.04597); the global stream stays put."""
     strides = (2,) * (len(CHANNELS) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet(
-            spatial_dims=2, in_channels=3, out_channels=num_classes, channels=CHANNELS, strides=strides, num_res_units=1
-        )
+            spatial_dims=2, in_channels=channels, out_channels=num_classes, channels=CHANNELS, strides=strides,
+            num_res_units=1,
+        )  # fmt: skip
 
 
 def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
@@ -127,7 +134,7 @@ def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, 
     Returns:
         The network, on ``device``.
     """
-    network = build_network(config.num_classes, config.seed).to(device).train()
+    network = build_network(config.num_classes, config.seed, config.channels).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
     loss_of = DiceCELoss(softmax=True, batch=True)
@@ -142,7 +149,7 @@ def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, 
         images = torch.stack([example["image"] for example in examples]).to(device)  # (B, C, S, S)
         masks = torch.stack([example["mask"] for example in examples]).to(device)
         loss = loss_of(
-            predict(network, images.expand(-1, 3, -1, -1)), to_prob_map(masks, config.num_classes)
+            predict(network, images.expand(-1, config.channels, -1, -1)), to_prob_map(masks, config.num_classes)
         )  # soft masks stay soft
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -163,7 +170,7 @@ def load_or_train_judge(
     """
     key = judge_key(pairs, config)
     path = Path(cache_dir) / f"judge-{key[:24]}.pt"
-    network = build_network(config.num_classes)
+    network = build_network(config.num_classes, channels=config.channels)
     if path.is_file():
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -370,11 +370,10 @@ def draw_closest(samples: SampleSet, closest: list[tuple[int, Match]], paths: li
 
 
 def _matching_window(path: Path, match: Match, config: DataConfig, factor: float) -> np.ndarray:
-    """The part of a training image that a match means, uint8 (S, S, 3)."""
+    """The part of a training image that a match means, uint8 (S, S, C)."""
     picture = _training_picture(path, config)
     size = config.image_size
     top, left = (min(round(start * factor), max(0, length - size)) for start, length in
                  zip((match.top, match.left), picture.shape[:2], strict=True))  # fmt: skip
     window = turned(picture[top : top + size, left : left + size], match.symmetry)
-    gray = np.rint((window + 1) * 127.5).astype(np.uint8)
-    return np.broadcast_to(gray, (*gray.shape[:2], 3))
+    return np.rint((window + 1) * 127.5).astype(np.uint8)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from checkpoint import write_atomically
+from image_files import as_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +42,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def show_image(axis: Axes, image: np.ndarray, title: str, cells: np.ndarray | None = None) -> None:
-    """One picture of a grid: uint8 (H, W, 3), with the outline of ``cells`` (H, W) bool where given."""
-    axis.imshow(image, interpolation="nearest")
+    """One picture of a grid: uint8 (H, W, C), with the outline of ``cells`` (H, W) bool where given."""
+    axis.imshow(as_rgb(image), interpolation="nearest")
     if cells is not None and cells.any() and not cells.all():
         axis.contour(cells, levels=[0.5], colors=OUTLINE, linewidths=0.8)
     axis.set_title(title, fontsize=8)

@@ -48,7 +48,7 @@ def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
       cells only leaves over: neither the step at the cell's edge nor its brightness counts.
 
     Args:
-        item: image uint8 (S, S, 3) with its instance map.
+        item: image uint8 (S, S, C) with its instance map.
 
     Returns:
         quantity -> one value per cell (``count``: one value).

@@ -38,7 +38,7 @@ INCEPTION_URL = (
 )
 INCEPTION_SHA256_START = "6726825d"
 
-Extractor = Callable[[Sequence[np.ndarray]], np.ndarray]  # B images uint8 (S, S, 3) -> (B, D) float64
+Extractor = Callable[[Sequence[np.ndarray]], np.ndarray]  # B images uint8 (S, S, C) -> (B, D) float64
 Distance = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -272,7 +272,7 @@ def describe_weights(weights: Path) -> str:
 
 
 def extract_all(extract: Extractor, images: Iterable[np.ndarray], batch_size: int = 32) -> np.ndarray:
-    """(N, D) features of N images uint8 (S, S, 3)."""
+    """(N, D) features of N images uint8 (S, S, C)."""
     rows, batch = [], []
     for image in images:
         batch.append(image)
@@ -288,7 +288,7 @@ def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tu
     """All real images of a folder as training sees them; several windows of each under --crop random.
 
     Returns:
-        For every window the file it was cut from, and uint8 (S, S, 3).
+        For every window the file it was cut from, and uint8 (S, S, C).
     """
     paths, images = [], []
     for index, path in enumerate(find_files(image_dir, "image").values()):
@@ -322,7 +322,7 @@ def score_realism(
     """Distances between the set and the real images of a folder.
 
     Args:
-        samples: the synthetic set.
+        samples: the synthetic set; Inception takes gray and RGB only.
         image_dir: real images; best ones that the generator has not seen.
         extract: images to features.
         features: what the features are, in words.

@@ -1,7 +1,8 @@
 """A synthetic set as ``sample_ddp.py`` writes it: manifest, images, labels, and the real images behind the labels.
 
-All images leave here alike, as uint8 (S, S, 3): the synthetic ones as they lie in the folder, the real ones windowed as
-in training, cut by the same view as their label and rounded as the synthetic ones were.
+All images leave here alike, as uint8 (S, S, C): the synthetic ones as they lie in the folder, the real ones windowed as
+in training, cut by the same view as their label and rounded as the synthetic ones were. C is the model's number of
+channels, but gray is repeated to three.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from checkpoint import write_atomically
 from data import DataConfig, View, center_view, fit_channels, image_window, native_view, window_image
 from errors import InputError, list_some
-from image_files import read_image, read_mask
+from image_files import read_image, read_mask, repeat_gray
 from mask_rules import MaskRule, class_map, prob_map
 
 MANIFEST = "manifest.csv"
@@ -119,11 +120,16 @@ class SampleSet:
         return self.config
 
     def synthetic(self, sample: Sample) -> np.ndarray:
-        """The synthetic image, uint8 (S, S, 3)."""
-        return _to_rgb(read_image(sample.image_path), sample.image_path)
+        """The synthetic image, uint8 (S, S, C)."""
+        image = read_image(sample.image_path)
+        if image.dtype != np.uint8:
+            raise InputError(f"{sample.image_path} is {image.dtype}, not 8-bit as sample_ddp.py writes its images")
+        if self.config is None:  # a set of another tool: gray or RGB
+            return repeat_gray(image)[:, :, :3]
+        return repeat_gray(fit_channels(image, self.config.channels, sample.image_path))
 
     def real(self, sample: Sample) -> np.ndarray:
-        """The real image behind the label, windowed and cut as in training, uint8 (S, S, 3).
+        """The real image behind the label, windowed and cut as in training, uint8 (S, S, C).
 
         Raises:
             InputError: the image is unreadable, or not the one that the view was made for.
@@ -140,7 +146,7 @@ class SampleSet:
                 f"{sample.real_path} has {width} x {height} pixels, which is not the size that the row of "
                 f"{sample.columns['image']} in {MANIFEST} was cut from; give the folder of the original images"
             )
-        return _windowed(image, view, self.config, sample.real_path)
+        return _windowed(image, view, self.config)
 
     def foreground(self, sample: Sample) -> np.ndarray:
         """Where the label says cell, (S, S) bool; a probability label counts above one half.
@@ -230,7 +236,7 @@ _VIEW_FIELDS = [name.removeprefix("crop_") for name in VIEW_COLUMNS]  # of data.
 
 
 def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A real image as the generator was trained on it, uint8 (S, S, 3), rounded as the synthetic ones are.
+    """A real image as the generator was trained on it, uint8 (S, S, C), rounded as the synthetic ones are.
 
     Args:
         path: any image file.
@@ -246,13 +252,13 @@ def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = 
         view = center_view(height, width, config.image_size)
     else:
         view = native_view(height, width, config.image_size, rng)
-    return _windowed(image, view, config, path)
+    return _windowed(image, view, config)
 
 
-def _windowed(image: np.ndarray, view: View, config: DataConfig, path: Path) -> np.ndarray:
+def _windowed(image: np.ndarray, view: View, config: DataConfig) -> np.ndarray:
     window = image_window(image, config)  # of the whole image, as in training, not of the crop
     gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
-    return _to_rgb(np.rint((gray + 1) * 127.5).astype(np.uint8), path)
+    return repeat_gray(np.rint((gray + 1) * 127.5).astype(np.uint8))
 
 
 def _holds_ids(label: np.ndarray, num_classes: int) -> bool:
@@ -318,12 +324,3 @@ def _read_settings(folder: Path) -> dict:
 def _resolve(path: Path, folder: Path) -> Path:
     """A path as it was given on the command line; from another working directory, perhaps relative to the set."""
     return folder / path if not path.is_absolute() and not path.is_file() and (folder / path).is_file() else path
-
-
-def _to_rgb(image: np.ndarray, path: Path) -> np.ndarray:
-    """uint8 (H, W, 3) of an image of the set; gray is repeated."""
-    if image.dtype != np.uint8:
-        raise InputError(f"{path} is {image.dtype}, not 8-bit as sample_ddp.py writes its images")
-    if image.shape[-1] == 1:
-        return np.repeat(image, 3, axis=-1)
-    return image[..., :3]

@@ -23,10 +23,11 @@ from checkpoint import write_json
 from data import MaskFolder, MaskItem, PairedFolder, pair_files
 from errors import InputError
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
-from evaluation.judge import Judge, JudgeConfig, load_or_train_judge
+from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
 from evaluation.output import new_figure, number, save_figure, write_csv
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
+from image_files import repeat_gray
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from train_utils import Machine, to_uint8
 from transport import ODE_METHODS, SDE_METHODS
@@ -42,7 +43,7 @@ LEAST_IMAGES = 4
 FIDELITY_TOLERANCE = 0.02  # Dice below the best that still counts as best
 DISTANCE_TOLERANCE = 1.1  # times the smallest distance that still counts as smallest
 
-Draw = Callable[[SamplingSettings], tuple[list[np.ndarray], int]]  # -> images uint8 (S, S, 3), network calls
+Draw = Callable[[SamplingSettings], tuple[list[np.ndarray], int]]  # -> images uint8 (S, S, C), network calls
 
 
 def settings_grid(
@@ -278,7 +279,7 @@ def load_sweep_data(
     pairs = PairedFolder(
         image_dir, mask_dir, trained.data, mask_type, seed=seed, progress=progress, names=rest, normalize=normalize
     )
-    config = JudgeConfig(num_classes=trained.data.num_classes, steps=steps, seed=seed)
+    config = JudgeConfig(trained.data.num_classes, judged_channels(pairs.config), steps, seed=seed)
     judge, _, _ = load_or_train_judge(pairs, config, cache_dir, device, progress)
     masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=normalize)
     items = [masks.load(name, rng=np.random.default_rng([seed, place])) for place, name in enumerate(sorted(chosen))]
@@ -299,7 +300,7 @@ def sampler_draw(
         images: list[np.ndarray] = []
         for first in range(0, len(items), batch_size):
             part = slice(first, first + batch_size)
-            images += [to_uint8(image) for image in sampler(prob_maps[part], seeds[part])]
+            images += [repeat_gray(to_uint8(image)) for image in sampler(prob_maps[part], seeds[part])]
         return images, sampler.nfe
 
     return draw

@@ -22,6 +22,7 @@ from errors import InputError
 from evaluation.output import new_figure, save_figure, write_csv
 from evaluation.overlap import dice
 from evaluation.samples import Sample, SampleSet, describe_provenance
+from image_files import as_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def thresholded(gray: np.ndarray, brighter: bool) -> np.ndarray:
 
 
 def to_gray(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> (H, W) float64 in [0, 1], the mean of the channels."""
+    """uint8 (H, W, C) -> (H, W) float64 in [0, 1], the mean of the channels."""
     return image.mean(axis=-1) / 255.0
 
 
@@ -326,7 +327,7 @@ def draw_extremes(samples: SampleSet, score: ThresholdScore, path: Path) -> None
         if samples.has_real:
             pictures.append(("real", samples.real(sample), found.dice_real))
         for axis, (kind, image, value) in zip(row[1:], pictures, strict=True):
-            axis.imshow(image, interpolation="nearest")
+            axis.imshow(as_rgb(image), interpolation="nearest")
             axis.contour(cells, levels=[0.5], colors="#ff4fd8", linewidths=0.8)
             axis.set_title(f"{kind}, Dice {value:.2f}", fontsize=8)
         for axis in row:

@@ -21,7 +21,7 @@ from checkpoint import write_json
 from data import DataConfig, MaskFolder, PairedFolder, to_prob_map
 from errors import InputError
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
-from evaluation.judge import Judge, JudgeConfig, train_judge
+from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
 from evaluation.output import new_figure, number, save_figure, write_csv
 from evaluation.samples import SampleSet
@@ -56,7 +56,7 @@ class SyntheticPairs:
         return len(self._images)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """(index, draw) -> "image": (3, S, S) float32 in [-1, 1], "mask": (S, S) uint8; the turn follows the draw."""
+        """(index, draw) -> "image": (C, S, S) float32 in [-1, 1], "mask": (S, S) uint8; the turn follows the draw."""
         index, draw = key
         symmetry = int(np.random.default_rng([self._seed, draw]).integers(8))
         image, mask = (np.rot90(one, symmetry % 4, (0, 1)) for one in (self._images[index], self._masks[index]))
@@ -83,7 +83,7 @@ class MixedPairs:
         mask = example["mask"]
         if not self.sets[0].rule.is_hard and not mask.is_floating_point():  # soft real masks: one batch holds one kind
             mask = to_prob_map(mask[None], self.sets[0].config.num_classes)[0]
-        return {"image": example["image"].expand(3, -1, -1), "mask": mask}
+        return {"image": example["image"].expand(judged_channels(self.sets[0].config), -1, -1), "mask": mask}
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,8 @@ def _train_and_test(
     device: torch.device,
 ) -> tuple[float | None, float | None, float | None]:
     """Dice, AP at IoU 0.5 and panoptic quality of one training on the test images."""
-    network = train_judge(pairs, JudgeConfig(num_classes=num_classes, steps=steps, seed=seed), device)
+    config = JudgeConfig(num_classes, judged_channels(real.config), steps, seed=seed)
+    network = train_judge(pairs, config, device)
     separated = real.rule.mask_type == "instances" and num_classes == 3
     score = score_agreement(Judge(network, device).class_maps, iter(test), num_classes, separated)
     return score.dice, score.ap["0.5"], score.pq

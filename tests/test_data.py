@@ -204,8 +204,11 @@ def test_channels_are_repeated_kept_or_refused():
     assert fit_channels(gray, 3, "a") is gray
     assert fit_channels(colour, 3, "a") is colour
     assert np.array_equal(fit_channels(np.repeat(gray, 3, 2), 1, "a"), gray)
-    for image, channels in ((colour, 1), (np.ones((4, 5, 4)), 3), (np.ones((4, 5, 2)), 3), (colour, 5)):
-        with pytest.raises(InputError, match=f"a: has {image.shape[2]} channels.*model takes {channels}"):
+    with pytest.raises(InputError, match="a: holds colours, the model takes 1 gray channel"):
+        fit_channels(colour, 1, "a")
+    wrong = ((gray, 2), (np.ones((4, 5, 4)), 3), (np.ones((4, 5, 2)), 3), (colour, 5))
+    for image, channels in wrong:
+        with pytest.raises(InputError, match=f"has {image.shape[2]} channels?.*takes {channels}; .*--in-channels"):
             fit_channels(image, channels, "a")
 
 

@@ -16,7 +16,7 @@ from mask_rules import MaskRule
 
 INSTANCES = MaskRule("instances", 2, 1, "")
 BINARY = MaskRule("binary", 2, 255, "")
-NAMES = ["a", "b_0001"]
+NAMES = ["a", "a.b_0001"]  # the first with a dot is also a name and a suffix
 
 
 def labels() -> np.ndarray:
@@ -37,12 +37,16 @@ def sample_dir(tmp_path) -> Path:
     return tmp_path
 
 
+def images(sample_dir: Path) -> list[Path]:
+    return [sample_dir / "images" / f"{name}.png" for name in NAMES]
+
+
 @pytest.mark.parametrize(
     ("layout", "image", "label"),
     [("cellpose", "{}_img.tif", "{}_masks.tif"), ("stardist", "images/{}.tif", "masks/{}.tif")],
 )
 def test_tiffs_hold_the_image_and_the_original_ids(sample_dir, layout, image, label):
-    folder = export_set(sample_dir, NAMES, INSTANCES, layout)
+    folder = export_set(sample_dir, images(sample_dir), INSTANCES, layout)
     for name in NAMES:
         written = tifffile.imread(folder / label.format(name))
         assert written.dtype == np.uint16 and np.array_equal(written, labels())
@@ -53,9 +57,9 @@ def test_tiffs_hold_the_image_and_the_original_ids(sample_dir, layout, image, la
 
 def test_coco_is_read_back_with_every_cell(sample_dir):
     coco = pytest.importorskip("pycocotools.coco")
-    folder = export_set(sample_dir, NAMES, INSTANCES, "coco")
+    folder = export_set(sample_dir, images(sample_dir), INSTANCES, "coco")
     dataset = coco.COCO(folder / "annotations.json")
-    (number,) = [one["id"] for one in dataset.loadImgs(dataset.getImgIds()) if one["file_name"] == "b_0001.png"]
+    (number,) = [one["id"] for one in dataset.loadImgs(dataset.getImgIds()) if one["file_name"] == "a.b_0001.png"]
     cells = dataset.loadAnns(dataset.getAnnIds(imgIds=number))
     assert sorted(cell["instance_id"] for cell in cells) == [7, 41, 300]
     for cell in cells:
