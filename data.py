@@ -608,7 +608,9 @@ class MaskFolder:
         self.names = sorted(self.paths)
         results = list(_for_all(_or_error(self._check), self.names, "reading masks", progress))
         _refuse_bad([one for one in results if isinstance(one, FileError)], len(results), f"masks of {mask_path}")
-        self.rule = decide_mask_rule(results, config.num_classes, mask_type, mask_path, normalize)
+        self._sizes = {name: size for name, (_, size) in zip(self.names, results, strict=True)}
+        stats = [stats for stats, _ in results]
+        self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_path, normalize)
         logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
 
     def _read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -621,15 +623,20 @@ class MaskFolder:
         _check_same_size(image, mask, image_path, path)
         return mask, image
 
-    def _check(self, name: str) -> MaskStats:
+    def _check(self, name: str) -> tuple[MaskStats, tuple[int, int]]:
+        """Facts about a mask, and its height and width."""
         mask, _ = self._read(name)
         path = self.paths[name]
         _view_of_file(path, mask.shape[-2:], self.config)
-        return mask_stats(path.name, mask, path.is_dir())
+        return mask_stats(path.name, mask, path.is_dir()), (mask.shape[-2], mask.shape[-1])
 
     def __len__(self) -> int:
         """Number of masks."""
         return len(self.names)
+
+    def view(self, name: str, rng: np.random.Generator | None = None) -> View:
+        """The square that :meth:`load` would take, without reading the file."""
+        return _view_of(self._sizes[name], self.config, rng)
 
     def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
         """Read one mask and its image. --crop random takes the middle square unless ``rng`` is given."""

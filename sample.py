@@ -34,6 +34,7 @@ from train_utils import (
     add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
+    check_compiler,
     grid_image,
     mask_picture,
     positive_int,
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         group.add_argument("--output", type=Path, help="file to write (default: samples.png)")
         add_sampling_arguments(mode, cfg_scale=1.0)
-        add_machine_arguments(mode)
+        add_machine_arguments(mode, can_compile=True)
     group = modes["ODE"].add_argument_group("real images instead of samples; --mask-path is then a folder")
     what = group.add_mutually_exclusive_group()
     what.add_argument(
@@ -88,6 +89,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(
             f"--mask-path {args.mask_path}: no such file. sample.py takes one mask, sample_ddp.py a folder."
         )
+    if args.likelihood and args.compile:
+        raise InputError("--compile is not offered for --likelihood, which differentiates the network: leave it out.")
     suffix = ".csv" if args.likelihood else ".png"
     if args.output.suffix.lower() != suffix:
         raise InputError(f"--output {args.output}: the result is written as {suffix}.")
@@ -100,13 +103,15 @@ def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
     check_arguments(args)
     settings = SamplingSettings.from_args(args)
+    if args.compile:
+        check_compiler()
     machine = start_machine(args.device, args.precision)
     trained = load_trained(args, machine)
     masks = MaskFolder(
         args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, normalize=args.normalize_masks
     )
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
-    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings)
+    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     if args.likelihood:
         write_likelihoods(args, sampler, masks)
     elif args.reverse:
@@ -119,9 +124,11 @@ def write_samples(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFo
     """The mask and images drawn from it, in one picture."""
     prob_map = torch.as_tensor(masks.load(masks.names[0]).prob_map)
     images = []
-    for indices in batches(range(args.num_samples or 4), args.per_proc_batch_size):
+    count = args.num_samples or 4
+    size = min(count, args.per_proc_batch_size)
+    for indices in batches(range(count), size):
         seeds = [image_seed(args.seed, index) for index in indices]
-        images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds).cpu()
+        images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size).cpu()
     write_grid(args.output, [mask_picture(prob_map), *images])
     settings = sampler.settings
     logger.info(

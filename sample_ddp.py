@@ -50,6 +50,7 @@ from train_utils import (
     add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
+    check_compiler,
     derived_seed,
     grid_image,
     log_provenance,
@@ -88,7 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID suites, as SiT does")
         add_sampling_arguments(mode, cfg_scale=1.0)
-        add_machine_arguments(mode)
+        add_machine_arguments(mode, can_compile=True)
     return parser.parse_args(argv)
 
 
@@ -126,9 +127,14 @@ def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_sampl
     return sorted(jobs, key=lambda job: job.index)
 
 
+def window_rng(seed: int, job: Job) -> np.random.Generator:
+    """Decides the window of a random crop; it follows from (seed, index)."""
+    return np.random.default_rng(derived_seed(seed, job.index, 1))
+
+
 def load_mask(masks: MaskFolder, job: Job, seed: int) -> MaskItem:
-    """The job's mask; the window of a random crop follows from (seed, index)."""
-    return masks.load(job.mask_name, rng=np.random.default_rng(derived_seed(seed, job.index, 1)))
+    """The job's mask, cut to its window."""
+    return masks.load(job.mask_name, rng=window_rng(seed, job))
 
 
 def set_settings(
@@ -148,12 +154,13 @@ def set_settings(
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
         "precision": args.precision,
+        "compile": args.compile,
         "per_proc_batch_size": args.per_proc_batch_size,
     }
 
 
 # Change the speed, and the images by a rounding difference only: a set may be finished with other values.
-FREE_SETTINGS = ("precision", "per_proc_batch_size")
+FREE_SETTINGS = ("precision", "compile", "per_proc_batch_size")
 
 
 def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
@@ -214,6 +221,23 @@ def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
         return False
 
 
+def written_label(sample_dir: Path, job: Job) -> Path:
+    """Where the label of a pair that was written lies."""
+    path = sample_dir / "masks" / f"{job.name}.png"
+    return path if path.is_file() else path.with_suffix(".tif")
+
+
+def jobs_to_do(args: argparse.Namespace, masks: MaskFolder, jobs: Sequence[Job], channels: int) -> list[Job]:
+    """Jobs whose image is missing or torn. Masks are read for images that are there only, by a few threads."""
+
+    def is_done(job: Job) -> bool:
+        there = image_path(args.sample_dir, job, channels).is_file()
+        return there and pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed), channels)
+
+    with ThreadPoolExecutor() as pool:
+        return [job for job, done in zip(jobs, pool.map(is_done, jobs), strict=True) if not done]
+
+
 def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem, channels: int) -> bool:
     """Whether the job's image is whole and its label is the one that would be written now."""
     content, suffix = label_bytes(item.label)
@@ -237,6 +261,8 @@ def write_pair(sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray) ->
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=False)
     settings = SamplingSettings.from_args(args)
+    if args.compile:
+        check_compiler()
     machine = start_machine(args.device, args.precision)
     try:
         sample(args, settings, machine)
@@ -261,9 +287,9 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
 
     mine = jobs[machine.rank :: machine.world_size]
     channels = trained.data.channels
-    todo = [job for job in mine if not pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed), channels)]
+    todo = jobs_to_do(args, masks, mine, channels)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
-    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings)
+    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     make_images(args, sampler, masks, todo, machine)
     machine.barrier()
     if machine.is_main:
@@ -334,21 +360,21 @@ def write_manifest(
     added = read_manifest(path)
     rows = []
     for job in jobs:
-        item = load_mask(masks, job, args.seed)
+        view = masks.view(job.mask_name, window_rng(args.seed, job))
         row = {
             "image": f"images/{image_path(args.sample_dir, job, masks.config.channels).name}",
-            "label": f"masks/{job.name}{label_bytes(item.label)[1]}",
+            "label": f"masks/{written_label(args.sample_dir, job).name}",
             "source_mask": masks.paths[job.mask_name].absolute(),
             "source_mask_sha256": hashes[job.mask_name],
             "real_image": masks.image_paths[job.mask_name].absolute() if masks.image_paths else "",
             "seed": args.seed,
             "index": job.index,
-            "crop_top": item.view.top,
-            "crop_left": item.view.left,
-            "crop_scaled_height": item.view.scaled_height,
-            "crop_scaled_width": item.view.scaled_width,
-            "crop_height": item.view.height,
-            "crop_width": item.view.width,
+            "crop_top": view.top,
+            "crop_left": view.left,
+            "crop_scaled_height": view.scaled_height,
+            "crop_scaled_width": view.scaled_width,
+            "crop_height": view.height,
+            "crop_width": view.width,
             "mask_type": masks.rule.mask_type,
             "label_derivation": "same crop, nearest neighbour, source values",
             "cfg_scale": settings.cfg_scale,

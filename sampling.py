@@ -155,14 +155,23 @@ class ImageSampler:
         model: in evaluation mode, on the machine's device.
         transport: of the checkpoint.
         space: of the checkpoint, on the machine's device.
-        machine: device and precision of the model's calls; the solver's state stays float32.
+        machine: device and precision of the model's calls and the decoder's; the solver's state stays float32.
         settings: solver and guidance.
+        compiled: run the network through torch.compile: one graph with guidance, one without, whatever the masks.
     """
 
     def __init__(
-        self, model: SiT, transport: Transport, space: Space, machine: Machine, settings: SamplingSettings
+        self,
+        model: SiT,
+        transport: Transport,
+        space: Space,
+        machine: Machine,
+        settings: SamplingSettings,
+        compiled: bool = False,
     ) -> None:
         self.model = model
+        self.compiled = compiled
+        self._guided = torch.compile(model.forward_with_cfg, fullgraph=True) if compiled else model.forward_with_cfg
         self.space = space
         self.machine = machine
         self.settings = settings
@@ -189,14 +198,13 @@ class ImageSampler:
         count = len(seeds)
         padding = max(0, (batch_size or count) - count)
         seeds = [*seeds, *[seeds[-1]] * padding]
-        prob_maps = torch.cat([prob_maps, prob_maps[-1:].expand(padding, -1, -1, -1)]).to(self.machine.device)
+        prob_maps = torch.cat([prob_maps, prob_maps[-1:].expand(padding, -1, -1, -1)])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = self._noise(generators, self.latent_shape)
-        with self.machine.autocast():
-            condition = self.model.embed_mask(prob_maps, share_rows=True)
+        condition = self._condition(prob_maps)
         extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
         states = self.solver(noise, self._predict, y=condition, **extra)  # (1, B, C, H, W)
-        return self.space.decode(states[-1][:count])
+        return self._decode(states[-1])[:count]
 
     def encode(self, images: Tensor, prob_maps: Tensor) -> Tensor:
         """Real images to their noise: the probability flow ODE backwards.
@@ -214,7 +222,7 @@ class ImageSampler:
     def decode(self, noise: Tensor, prob_maps: Tensor) -> Tensor:
         """Noise (n, C, h, w) and masks (n, K, H, W) to images (n, C, S, S) in [-1, 1]."""
         _, condition = self._prepare(None, prob_maps)
-        return self.space.decode(self.solver(noise, self._predict, y=condition)[-1])
+        return self._decode(self.solver(noise, self._predict, y=condition)[-1])
 
     def likelihood(self, images: Tensor, prob_maps: Tensor, seeds: Sequence[int]) -> LikelihoodResult:
         """Log-density of real images (or of their latents' mean) under the model, one probe per image and run.
@@ -235,9 +243,21 @@ class ImageSampler:
     def _prepare(self, images: Tensor | None, prob_maps: Tensor) -> tuple[Tensor | None, MaskCondition]:
         """Images as the model sees them, without a draw from a posterior, and the masks' condition."""
         with self.machine.autocast():
-            condition = self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True)
             x1 = None if images is None else self.space.encode(images.to(self.machine.device), sample=False).float()
-        return x1, condition
+        return x1, self._condition(prob_maps)
+
+    def _condition(self, prob_maps: Tensor) -> MaskCondition:
+        """All that the network needs of the masks, once per image."""
+        with self.machine.autocast():
+            condition = self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True)
+        if self.compiled and condition.row_of_token is not None:
+            torch._dynamo.mark_dynamic(condition.embedding, 0)  # else every new number of distinct rows recompiles
+        return condition
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """States (B, C, h, w) to images, in the machine's precision: the decoder costs more than a small network."""
+        with self.machine.autocast():
+            return self.space.decode(x)
 
     def _noise(self, generators: list[torch.Generator], shape: Sequence[int]) -> Tensor:
         """(B, *shape) standard normal numbers, every image's from its own generator."""
@@ -249,7 +269,7 @@ class ImageSampler:
         if (low, high) != (0.0, 1.0) and not low <= float(t[0]) <= high:
             scale = 1.0
         with self.machine.autocast():
-            return self.model.forward_with_cfg(x, t, y, scale).float()
+            return self._guided(x, t, y, scale).float()
 
 
 def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> Callable[..., Tensor]:

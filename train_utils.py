@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -185,8 +186,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images drawn at once by a process")
 
 
-def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where and how precisely the work is done."""
+def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = False) -> None:
+    """Where and how precisely the work is done; ``can_compile`` where torch.compile is offered."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
     group.add_argument(
@@ -195,6 +196,22 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: bf16 autocast where the hardware multiplies in it",
     )
+    if can_compile:
+        group.add_argument(
+            "--compile", action="store_true",
+            help="torch.compile the network: minutes at the start, faster steps; on a CPU it needs a C++ compiler",
+        )  # fmt: skip
+
+
+def check_compiler() -> None:
+    """torch.compile builds its code with a C++ compiler, also for a GPU.
+
+    Raises:
+        InputError: there is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"--compile: no C++ compiler {compiler}. Install it or name one in CXX, or drop the flag.")
 
 
 # ------------------------------------------------------------------------------------------- processes and precision

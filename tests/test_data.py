@@ -370,6 +370,7 @@ def test_label_prob_map_and_image_of_a_mask_lie_on_the_same_pixels(folders, crop
     assert masks.names == [f"c{index}" for index in range(5)]
     assert masks.rule.mask_type == "instances"
     item = masks.load("c2", np.random.default_rng(5))
+    assert item.view == masks.view("c2", np.random.default_rng(5))
     stored = np.array(Image.open(instances / "c2.png"))
     assert item.label.dtype == np.uint16
     assert np.array_equal(item.label, item.view.apply_labels(stored))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from autoencoder import PixelSpace
+from autoencoder import PixelSpace, load_space
 from sample_ddp import Job, plan_jobs
 from sampling import ImageSampler, SamplingSettings, image_seed
 from train_utils import Machine
@@ -81,6 +85,64 @@ def test_no_guidance_costs_nothing(sampler, batch_sizes):
     draw(masks(2), SEEDS[:2])
     assert batch_sizes == [2] * 6
     assert draw.nfe == 6
+
+
+def partly_noise(count: int, height: int) -> torch.Tensor:
+    """(count, 3, 96, 64) hard class maps, noise above ``height``, background below."""
+    labels = torch.zeros(count, 96, 64, dtype=torch.long)
+    labels[:, :height] = torch.randint(0, 3, (count, height, 64), generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
+
+
+@pytest.fixture
+def large_sampler(make_model) -> Callable[..., ImageSampler]:
+    """Builds a sampler of 24 x 16 tokens, four mask pixels each way."""
+
+    def make(compiled: bool, **settings: object) -> ImageSampler:
+        model = make_model(input_size=(48, 32), mask_pixels=4).requires_grad_(False)
+        settings = SamplingSettings(method="euler", num_steps=2, **settings)
+        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, settings, compiled)
+
+    return make
+
+
+@torch.inference_mode()
+def test_a_compiled_sampler_has_one_graph_whatever_the_number_of_distinct_rows(large_sampler, monkeypatch):
+    counter = CompileCounter()  # runs the graphs as they are: no C++ compiler is needed
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    draw, plain = large_sampler(True, cfg_scale=2.0), large_sampler(False, cfg_scale=2.0)
+    rows = []
+    for y in (partly_noise(4, 4), partly_noise(4, 40), partly_noise(4, 0)):
+        rows.append(len(draw.model.embed_mask(y, share_rows=True).embedding))
+        torch.testing.assert_close(draw(y, SEEDS[:4]), plain(y, SEEDS[:4]), rtol=0, atol=1e-4)
+    assert len(set(rows)) > 1
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow  # minutes of C++
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+@torch.inference_mode()
+def test_a_compiled_sampler_draws_the_same_images(large_sampler):
+    y = partly_noise(4, 40)
+    difference = large_sampler(True)(y, SEEDS[:4]) - large_sampler(False)(y, SEEDS[:4])
+    assert difference.abs().max() < 2 / 255
+
+
+@torch.inference_mode()
+def test_latents_are_decoded_in_chunks_and_in_the_precision_of_the_machine(make_model, autoencoder_folder):
+    model = make_model(in_channels=5, mask_pixels=8)
+    space = load_space(str(autoencoder_folder))
+    images = {}
+    for precision, chunk_size in (("float32", 8), ("float32", 2), ("bf16", 2)):
+        space.chunk_size = chunk_size
+        machine = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision=precision)
+        draw = ImageSampler(model, create_transport(), space, machine, SamplingSettings(num_steps=1))
+        noise = draw._noise([torch.Generator().manual_seed(seed) for seed in SEEDS[:3]], draw.latent_shape)
+        images[precision, chunk_size] = draw._decode(noise)
+    exact, chunks, rounded = images.values()
+    assert exact.shape == (3, 3, 48, 32) and exact.dtype == rounded.dtype == torch.float32
+    assert (chunks - exact).abs().max() < 1e-5
+    assert 0 < (rounded - exact).abs().max() < 0.1
 
 
 def test_a_gradient_reaches_a_soft_mask(sampler):

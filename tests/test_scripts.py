@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 from script_helpers import run, train_arguments, write_pairs
 
+import data
 import sample
 import sample_ddp
 import train
 from checkpoint import read_checkpoint
 from data import center_view
 from errors import run_command
+from image_files import read_mask
 
 STEPS = 6
 
@@ -223,6 +225,16 @@ def test_restart_makes_what_is_missing_or_torn_and_nothing_else(whole_set, check
     more = ("--data-path", pairs[0], "--cfg-scale", 2, "--samples-per-mask", 2)
     assert sample_set(checkpoint, pairs[1], folder, *more) == files
     assert kept.stat().st_mtime_ns == before
+
+
+def test_every_mask_is_read_once_to_check_it_and_once_to_draw_from_it(monkeypatch, checkpoint, pairs, tmp_path):
+    reads = []
+    monkeypatch.setattr(data, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
+    monkeypatch.setattr(sample_ddp, "write_contact_sheet", lambda *_: None)
+    arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set"]
+    arguments += ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", 1]
+    sample_ddp.main(sample_ddp.parse_args([str(word) for word in arguments]))
+    assert sorted(reads) == sorted(2 * [f"cell_{n}.png" for n in range(6)])
 
 
 def test_a_set_made_with_other_settings_is_not_touched(monkeypatch, capsys, whole_set, checkpoint, pairs):
