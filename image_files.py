@@ -476,7 +476,7 @@ def encode_image(image: np.ndarray) -> bytes:
         image: (H, W, C) of any dtype that :func:`read_image` returns.
     """
     if image_suffix(image.shape[2], image.dtype) == ".png":
-        return imagecodecs.png_encode(image if image.shape[2] == 3 else image[:, :, 0])
+        return imagecodecs.png_encode(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
     return encode_tiff(image)
 
 
