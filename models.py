@@ -19,13 +19,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Distinct rows are padded to a multiple of this, so that a matrix product has few shapes: nothing recompiles, and the
 # same row comes out with the same bits whatever else is in the batch.
@@ -40,12 +41,25 @@ class MaskCondition:
         embedding: (B, T, D) mask embedding of every token, or (R, D) distinct rows of it when ``row_of_token`` is set.
         detail: (B, T, D) what the input tokens receive, or None for a model without mask detail.
         row_of_token: (B, T) long, which row of ``embedding`` a token has; None when every token has its own.
-            Rows are shared by all images, so all images must be at the same time t (as in one solver step).
+        image_of_row: (R,) long, the image whose time t a row is at; None when rows are shared by all images, which must
+            then be at the same t (as in one solver step).
     """
 
     embedding: Tensor
     detail: Tensor | None
     row_of_token: Tensor | None = None
+    image_of_row: Tensor | None = None
+
+
+class MaskRows(NamedTuple):
+    """Distinct class shares within each image of a batch, see :func:`mask_rows`."""
+
+    shares: Tensor  # (R, K) float32
+    row_of_token: Tensor  # (B, T) long
+    image_of_row: Tensor  # (R,) long
+
+    def to(self, device: torch.device) -> MaskRows:
+        return MaskRows(*(part.to(device, non_blocking=True) for part in self))
 
 
 class TimestepEmbedder(nn.Module):
@@ -213,6 +227,8 @@ class SiT(nn.Module):
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
         self.learn_sigma = learn_sigma
+        self.recompute = False  # training keeps the input of each block only and runs the block again going backward
+        self.compiled = False
         self.grid = (height // patch_size, width // patch_size)
         out_channels = 2 * in_channels if learn_sigma else in_channels
 
@@ -250,12 +266,15 @@ class SiT(nn.Module):
         patches = patches.reshape(patches.shape[0], gh, gw, p, p, -1)  # (B, gh, gw, p, p, C)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, gh * p, gw * p)
 
-    def embed_mask(self, y: Tensor, drop: Tensor | None = None, share_rows: bool = False) -> MaskCondition:
+    def embed_mask(
+        self, y: Tensor, drop: Tensor | None = None, share_rows: bool = False, rows: MaskRows | None = None
+    ) -> MaskCondition:
         """Everything that depends on the masks and not on x or t, once per image.
 
         Args:
             y: (B, K, H, W) probability map at any resolution.
             drop: (B,) bool, samples that lose their whole mask; None keeps all.
+            rows: what ``mask_rows`` found in y, for training: the modulation of these rows only is computed.
             share_rows: keep the distinct rows of the mask embedding only, exactly. For sampling, where all images are
                 at the same t: a hard binary mask gives at most p p + 1 rows, so a block's modulation of a whole batch
                 costs about as much as of one image. Ignored where rows exceed half the tokens, and for masks that
@@ -266,16 +285,22 @@ class SiT(nn.Module):
         """
         if y.ndim != 4 or y.shape[1] != self.num_classes:
             raise ValueError(f"masks have shape {tuple(y.shape)}; expected (B, {self.num_classes}, H, W)")
-        shares = self.y_embedder.pool(y)  # (B, T, K)
         detail = self.mask_detail(y) if self.mask_detail is not None else None  # (B, T, D)
+        if drop is not None and detail is not None:
+            detail = detail * ~drop[:, None, None]
+        if rows is not None:
+            embedding = self.y_embedder.embed(rows.shares)  # (R, D)
+            if drop is not None:
+                embedding = torch.where(drop[rows.image_of_row][:, None], self.y_embedder.null(), embedding)
+            return MaskCondition(embedding, detail, rows.row_of_token, rows.image_of_row)
+        shares = self.y_embedder.pool(y)  # (B, T, K)
         if share_rows and drop is None and not y.requires_grad:
-            rows, row_of_token = distinct_rows(shares)
-            if 2 * len(rows) <= shares.shape[0] * shares.shape[1]:
-                return MaskCondition(self.y_embedder.embed(rows), detail, row_of_token)
+            distinct, row_of_token = distinct_rows(shares)
+            if 2 * len(distinct) <= shares.shape[0] * shares.shape[1]:
+                return MaskCondition(self.y_embedder.embed(distinct), detail, row_of_token)
         embedding = self.y_embedder.embed(shares)  # (B, T, D)
         if drop is not None:
             embedding = torch.where(drop[:, None, None], self.y_embedder.null(), embedding)
-            detail = None if detail is None else detail * ~drop[:, None, None]
         return MaskCondition(embedding, detail)
 
     def with_null_condition(self, condition: MaskCondition) -> MaskCondition:
@@ -290,29 +315,57 @@ class SiT(nn.Module):
         detail = None if detail is None else torch.cat([detail, torch.zeros_like(detail)])
         return MaskCondition(embedding, detail, index)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | MaskCondition) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | MaskCondition,
+        drop: Tensor | None = None,
+        rows: MaskRows | None = None,
+    ) -> Tensor:
         """Prediction for noisy inputs.
 
         Args:
             x: (B, C, H, W) points on the path.
             t: (B,) times in [0, 1]; 0 is noise, 1 is data.
             y: (B, K, H', W') probability maps at any resolution, or what ``embed_mask`` made of them.
+            drop: (B,) bool, samples that lose their whole mask; None lets training draw them.
+            rows: see ``embed_mask``.
 
         Returns:
             (B, C, H, W).
         """
         if isinstance(y, Tensor):
-            y = self.embed_mask(y, drop=self.draw_dropped(len(y), y.device))
+            drop = self.draw_dropped(len(y), y.device) if drop is None else drop
+            y = self.embed_mask(y, drop=drop, rows=rows)
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         if y.detail is not None:
             x = x + y.detail
         t_emb = self.t_embedder(t)  # (B, D)
-        # c: (B, T, D) per token, or (R, D) rows that all images share, at the time that all images share
-        c = t_emb[:, None] + y.embedding if y.row_of_token is None else t_emb[:1] + y.embedding
+        if y.row_of_token is None:
+            c = t_emb[:, None] + y.embedding  # (B, T, D), per token
+        elif y.image_of_row is None:
+            c = t_emb[:1] + y.embedding  # (R, D), rows that all images share, at the time that all images share
+        else:
+            c = t_emb[y.image_of_row] + y.embedding  # (R, D), every row at the time of its image
+            if self.compiled:
+                torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         for block in self.blocks:
-            x = block(x, c, y.row_of_token)  # (B, T, D)
+            x = self._run_block(block, x, c, y.row_of_token)  # (B, T, D)
         x = self.unpatchify(self.final_layer(x, c, y.row_of_token))  # (B, C or 2 C, H, W)
         return x[:, : self.in_channels]
+
+    def _run_block(self, block: nn.Module, x: Tensor, c: Tensor, row_of_token: Tensor | None) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(block, x, c, row_of_token, use_reentrant=False, preserve_rng_state=False)
+        return block(x, c, row_of_token)
+
+    def compile_blocks(self) -> None:
+        """Compile what is run often. All blocks share one graph, so it takes seconds and not minutes; and gradients
+        leave block by block, so that several processes exchange them while the backward pass goes on."""
+        self.compiled = True
+        for module in (*self.blocks, self.final_layer):
+            module.compile(fullgraph=True)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor | MaskCondition, cfg_scale: float) -> Tensor:
         """Classifier-free guidance on all channels: null + cfg_scale (masked - null), both halves in one call.
@@ -345,6 +398,34 @@ def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
     padding = -len(rows) % ROW_MULTIPLE
     rows = torch.cat([rows, rows[-1:].expand(padding, -1)])
     return rows, row_of_token.view(shares.shape[:2])
+
+
+def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
+    """Distinct class shares within each image, found on the CPU, so that no device has to say how many there are.
+
+    In training every image is at a time of its own, so rows repeat within an image only; of binary masks about a third
+    of the tokens is left. Exact: tokens share a row where all their class counts are equal.
+
+    Args:
+        class_maps: (B, H, W) whole numbers 0..K-1 on the CPU; H and W are multiples of the grid.
+        num_classes: K.
+        grid: (gh, gw) tokens.
+
+    Returns:
+        Rows of all images, images in order; R is padded to a multiple of ROW_MULTIPLE by rows of the last image.
+    """
+    (gh, gw), (batch, height, width) = grid, class_maps.shape
+    patches = class_maps.numpy().reshape(batch, gh, height // gh, gw, width // gw)
+    area = (height // gh) * (width // gw)
+    counts = [(patches == k).sum(axis=(2, 4), dtype=np.int64).ravel() for k in range(num_classes)]  # K of (B T,)
+    row = np.repeat(np.arange(batch), gh * gw)
+    for count in counts[1:]:  # the counts of one class follow from the others
+        _, first, row = np.unique(row * (area + 1) + count, return_index=True, return_inverse=True)
+    first = np.pad(first, (0, -len(first) % ROW_MULTIPLE), mode="edge")
+    shares = np.stack([count[first] for count in counts], axis=1) / np.float32(area)  # (R, K)
+    image = first // (gh * gw)
+    row_of_token = torch.from_numpy(row.reshape(batch, gh * gw))
+    return MaskRows(torch.from_numpy(shares.astype(np.float32)), row_of_token, torch.from_numpy(image))
 
 
 def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:

@@ -25,7 +25,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import wandb_utils
 from autoencoder import PIXEL_SPACE, Space, check_space, load_space, space_config
+from batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from checkpoint import (
     RunFolder,
     choose_run_folder,
@@ -53,14 +54,14 @@ from checkpoint import (
 from data import DataConfig, PairedFolder, to_prob_map
 from download import adapt_sit_weights, find_weights
 from errors import CommandParser, InputError, run_command
-from models import SiT, SiT_models, build_model
+from models import MaskRows, SiT, SiT_models, build_model, mask_rows
 from sampling import ImageSampler, SamplingSettings, image_seed
 from train_utils import (
     Machine,
-    StepBatches,
     add_data_arguments,
     add_machine_arguments,
     add_transport_arguments,
+    check_compiler,
     count_parameters,
     fraction,
     grid_image,
@@ -89,6 +90,7 @@ FIXED_ON_RESUME = (
 # Where things are and how they are shown: never taken from a checkpoint.
 NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "init_from", "wandb", "device")
 MOST_SKIPPED_IN_A_ROW = 20
+WAITING_WORTH_SAYING = 0.05
 EXIT_STOPPED_BY_SIGNAL = 143
 
 
@@ -127,6 +129,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, help="steps; given, it replaces --epochs")
     group.add_argument("--global-batch-size", type=positive_int, default=256, help="images per step over all processes")
+    group.add_argument(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="PARTS",
+        help="work through a batch in so many parts: the same update with less memory",
+    )
+    group.add_argument(
+        "--recompute-activations",
+        action="store_true",
+        help="keep less for the backward pass and compute it again: much less memory, about a third slower",
+    )
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of AdamW")
     group.add_argument("--warmup-steps", type=non_negative_int, default=100, help="steps until the full learning rate")
     group.add_argument(
@@ -154,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--num-workers", type=non_negative_int, help="loader processes (default: 0 if the data fits memory)"
     )
-    add_machine_arguments(parser)
+    add_machine_arguments(parser, can_compile=True)
     return parser
 
 
@@ -180,6 +194,13 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
         raise InputError(
             f"--global-batch-size {args.global_batch_size} is not divisible by the {world_size} processes."
         )
+    if args.global_batch_size // world_size % args.accumulate:
+        raise InputError(
+            f"--accumulate {args.accumulate} does not divide the {args.global_batch_size // world_size} images that a "
+            "process has of --global-batch-size."
+        )
+    if args.compile:
+        check_compiler()
     for flag, path in (("--data-path", args.data_path), ("--mask-path", args.mask_path)):
         if not path.is_dir():
             raise InputError(f"{flag} {path}: no such folder.")
@@ -334,6 +355,7 @@ class Training:
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
+        self.share_rows = True  # in the modulation, see models.mask_rows
         self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
 
     def state(self) -> dict[str, Any]:
@@ -374,10 +396,23 @@ class Training:
             lines.append("warning: SiT's weights were trained with --time-scale 1, and this run is not")
         return lines
 
-    def distribute(self) -> None:
+    def prepare_model(self) -> None:
+        """Compile, recompute and distribute as asked. The averaged model, a copy made before, stays as it is."""
+        self.model.recompute = self.args.recompute_activations
+        if self.args.compile:
+            self.model.compile_blocks()
         if self.machine.world_size > 1:
             device_ids = [self.machine.device.index] if self.machine.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(
+                self.model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """What is found out on the CPU, in the background: the distinct rows of hard masks, for every part."""
+        if self.share_rows and not batch["mask"].is_floating_point():
+            parts = batch["mask"].chunk(self.args.accumulate)
+            batch["rows"] = [mask_rows(part, self.args.num_classes, self.model.grid) for part in parts]
+        return batch
 
     def lr_factor(self) -> float:
         """Warm-up over the first steps, constant, and a straight fall over the last ``--cooldown-steps``."""
@@ -386,21 +421,15 @@ class Training:
         cooldown = (self.total_steps - self.step) / max(1, args.cooldown_steps)
         return min(1.0, warmup, cooldown)
 
-    def train_step(self, batch: dict[str, Tensor]) -> None:
+    def train_step(self, batch: Batch) -> None:
         """One optimiser step on this rank's part of the batch; nothing here waits for the device."""
         args, machine = self.args, self.machine
         seed_step(args.seed, self.step, machine.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * self.lr_factor()
-        images = batch["image"].to(machine.device, non_blocking=True)  # (B, C, S, S)
-        masks = to_prob_map(batch["mask"].to(machine.device, non_blocking=True), args.num_classes)  # (B, K, S, S)
-        with machine.autocast():
-            x1 = self.space.encode(images)  # (B, C, H, W)
         self.wrapped.train()
-        losses = self.transport.training_losses(self._predict, x1.float(), {"y": masks})
-        loss = losses["loss"].mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self._accumulate_gradients(batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
         # A step with a non-finite gradient is skipped inside the fused optimiser, on every rank alike and without a
         # look at the number from here (the protocol that torch.amp.GradScaler uses).
@@ -409,14 +438,37 @@ class Training:
         self.optimizer.step()
         update_ema(self.ema, self.model, args.ema_decay, self.step)
         good = 1 - bad
-        self.sums += torch.stack([torch.nan_to_num(loss.detach()) * good, torch.nan_to_num(norm) * good, bad])
+        self.sums += torch.stack([torch.nan_to_num(loss) * good, torch.nan_to_num(norm) * good, bad])
         self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad)
         self.step += 1
         self.since_log += 1
 
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _accumulate_gradients(self, batch: Batch) -> Tensor:
+        """Gradient of the mean loss, part by part. All is drawn for the whole batch, so the number of parts changes
+        the memory and not the update. Ranks exchange gradients once, during the last part."""
+        device, parts = self.machine.device, self.args.accumulate
+        images = batch["image"].to(device, non_blocking=True)  # (B, C, S, S)
+        masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.args.num_classes)  # (B, K, S, S)
         with self.machine.autocast():
-            return self.wrapped(x, t, y).float()
+            x1 = self.space.encode(images).float()  # (B, C, H, W)
+        t, x0 = self.transport.sample_times(len(x1), device), torch.randn_like(x1)
+        drop = self.model.draw_dropped(len(x1), device)  # (B,)
+        drops = [None] * parts if drop is None else drop.chunk(parts)
+        rows = [found.to(device) for found in batch["rows"]] if "rows" in batch else [None] * parts
+        tensors = (tensor.chunk(parts) for tensor in (x1, masks, t, x0))
+        total = torch.zeros((), device=device)
+        for number, (x1, y, t, x0, drop, found) in enumerate(zip(*tensors, drops, rows, strict=True), start=1):
+            with self.wrapped.no_sync() if number < parts and self.machine.world_size > 1 else nullcontext():
+                kwargs = {"y": y, "drop": drop, "rows": found}
+                losses = self.transport.training_losses(self._predict, x1, kwargs, t=t, x0=x0)
+                loss = losses["loss"].sum() / len(images)
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, rows: MaskRows | None) -> Tensor:
+        with self.machine.autocast():
+            return self.wrapped(x, t, y, drop=drop, rows=rows).float()
 
     def read_metrics(self) -> dict[str, float]:
         """Means since the last call; the only place of the loop that waits for the device."""
@@ -484,19 +536,16 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
     return run if machine.is_main else RunFolder(path, args.keep)
 
 
-def make_loader(dataset: PairedFolder, args: argparse.Namespace, machine: Machine, steps: range) -> DataLoader:
-    """Batches of the steps still to take. The data in memory needs no loader processes."""
+def step_batches(dataset: PairedFolder, training: Training) -> Iterator[Batch]:
+    """Batches of the steps still to take, fetched in the background. Data in memory needs no loader processes."""
+    args, machine = training.args, training.machine
+    steps = range(training.step, training.total_steps)
+    keys = StepBatches(len(dataset), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
     workers = args.num_workers
     if workers is None:
         workers = 0 if dataset.in_memory else 4
-    batches = StepBatches(len(dataset), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=machine.device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
+    loader = make_loader(dataset, keys, workers, pin_memory=machine.device.type == "cuda")
+    return prefetch(loader, training.prepare_batch)
 
 
 class StopRequest:
@@ -564,7 +613,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     if machine.is_main:
         note_images(training, dataset)
         run.cut_metrics(training.step)
-    training.distribute()
+    training.prepare_model()
     run_loop(training, dataset, run)
 
 
@@ -610,19 +659,22 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     if args.wandb:
         wandb_utils.start_run(run.path, run.path.name, training.config)
     stop = StopRequest()
-    loader = make_loader(dataset, args, machine, range(training.step, total))
+    clock = WaitingClock(machine.device)
     bar = tqdm(
-        loader, initial=training.step, total=total, unit="step", disable=not (machine.is_main and sys.stderr.isatty())
-    )
+        clock.watch(step_batches(dataset, training)),
+        initial=training.step, total=total, unit="step", disable=not (machine.is_main and sys.stderr.isatty()),
+    )  # fmt: skip
     started, steps_before = time.perf_counter(), training.step
     for batch in bar:
         training.train_step(batch)
         step, last = training.step, training.step == total
         if step % args.log_every == 0 or last:
             metrics = training.read_metrics()
-            seconds = (time.perf_counter() - started) / (step - steps_before)
+            seconds = time.perf_counter() - started
+            metrics["speed/images_per_sec"] = (step - steps_before) * args.global_batch_size / seconds
+            metrics["speed/waiting_share"] = machine.max_over_ranks(clock.read_seconds() / seconds)
             if machine.is_main:
-                record_metrics(training, run, metrics, seconds, total)
+                record_metrics(training, run, metrics, total)
             started, steps_before = time.perf_counter(), step
         stopped = machine.any_rank(stop.signal is not None)
         if machine.is_main and (step % args.ckpt_every == 0 or last or stopped):
@@ -640,24 +692,22 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     logger.info("done: %d steps; sample with --ckpt %s", total, run.checkpoint_path(total))
 
 
-def record_metrics(
-    training: Training, run: RunFolder, metrics: dict[str, float], seconds_per_step: float, total: int
-) -> None:
+def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float], total: int) -> None:
     """metrics.jsonl first, then the log, then wandb."""
-    args, step = training.args, training.step
-    lr = training.optimizer.param_groups[0]["lr"]
-    speed = args.global_batch_size / seconds_per_step
-    run.log_metrics({"step": step, **metrics, "train/lr": lr, "speed/images_per_sec": speed})
-    left = (total - step) * seconds_per_step
-    skipped = (
-        f", {metrics['train/skipped_steps']:.0f} steps skipped (not finite)" if metrics["train/skipped_steps"] else ""
-    )
+    step, lr = training.step, training.optimizer.param_groups[0]["lr"]
+    metrics = {**metrics, "train/lr": lr}
+    run.log_metrics({"step": step, **metrics})
+    speed, waiting = metrics["speed/images_per_sec"], metrics["speed/waiting_share"]
+    left = (total - step) * training.args.global_batch_size / speed
+    notes = f", {100 * waiting:.0f}% of the time waiting for data" if waiting >= WAITING_WORTH_SAYING else ""
+    if metrics["train/skipped_steps"]:
+        notes += f", {metrics['train/skipped_steps']:.0f} steps skipped (not finite)"
     logger.info(
         "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.1f images/s, %s left%s",
         step, total, metrics["train/loss"], metrics["train/grad_norm"], lr, speed,
-        time.strftime("%H:%M:%S", time.gmtime(left)), skipped,
+        time.strftime("%H:%M:%S", time.gmtime(left)), notes,
     )  # fmt: skip
-    wandb_utils.log({**metrics, "train/lr": lr, "speed/images_per_sec": speed}, step)
+    wandb_utils.log(metrics, step)
 
 
 def save_preview(previews: Previews, run: RunFolder, step: int) -> None:

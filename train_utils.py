@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import Sampler as BatchSampler
 
 from data import CROPS, MASK_TYPES, WINDOW_SCOPES
 from errors import InputError
@@ -247,6 +245,14 @@ class Machine:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def max_over_ranks(self, value: float) -> float:
+        """The largest of the ranks' values, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.item()
+
     def from_main(self, value: Any) -> Any:
         """What rank 0 has, on every rank."""
         if self.world_size == 1:
@@ -320,47 +326,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     saved random state to draw what an uninterrupted one would have drawn.
     """
     torch.manual_seed(derived_seed(seed, step, rank))
-
-
-class StepBatches(BatchSampler):
-    """Keys (index, draw) of every training step's batch on one rank.
-
-    The data set is an endless stream: epoch e is a permutation drawn from (seed, e), and step n takes the next
-    ``global_batch_size`` positions, which the ranks share out. What a step sees depends on (seed, step) and neither on
-    the number of ranks or workers nor on where a run was interrupted; a set smaller than a batch is seen several times.
-
-    Args:
-        num_items: images in the data set.
-        global_batch_size: images per step over all ranks; divisible by the number of ranks.
-        steps: the steps to take, for instance range(first, last).
-        seed: of the permutations.
-        rank: this process.
-        world_size: number of processes.
-    """
-
-    def __init__(self, num_items: int, global_batch_size: int, steps: range, seed: int, rank: int, world_size: int):
-        self.num_items = num_items
-        self.global_batch_size = global_batch_size
-        self.steps = steps
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in self.steps:
-            keys = []
-            first = step * self.global_batch_size
-            for position in range(first, first + self.global_batch_size):
-                if position // self.num_items != epoch:
-                    epoch = position // self.num_items
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
-                if position % self.world_size == self.rank:
-                    keys.append((int(order[position % self.num_items]), position))
-            yield keys
 
 
 # ------------------------------------------------------------------------------------------------------------- model

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors"},
     {"models", "transport", "image_files", "mask_rules", "autoencoder", "checkpoint", "wandb_utils"},
     {"data", "download"},
-    {"export"},
+    {"export", "batches"},
     {"train_utils"},
     {"sampling"},
     {"evaluation"},

@@ -1,47 +1,15 @@
-"""Batches, seeds, averages and pictures that the commands share."""
+"""Seeds, averages and pictures that the commands share."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from train_utils import StepBatches, derived_seed, grid_image, mask_picture, seed_step, to_uint8, update_ema
-
-
-def batches(steps: range, rank: int = 0, world_size: int = 1, items: int = 7, size: int = 4) -> list:
-    return list(StepBatches(items, size, steps, seed=3, rank=rank, world_size=world_size))
-
-
-def test_every_image_is_seen_once_per_epoch_across_batches():
-    keys = [key for batch in batches(range(7)) for key in batch]  # 7 steps x 4 = 4 epochs of 7
-    assert all(Counter(index for index, _ in keys[7 * epoch : 7 * epoch + 7]).total() == 7 for epoch in range(4))
-    assert all(len({index for index, _ in keys[7 * epoch : 7 * epoch + 7]}) == 7 for epoch in range(4))
-    assert [draw for _, draw in keys] == list(range(28))
-
-
-def test_epochs_have_different_orders():
-    keys = [index for batch in batches(range(7)) for index, _ in batch]
-    assert keys[:7] != keys[7:14]
-
-
-def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one():
-    assert batches(range(9))[5:] == batches(range(5, 9))
-
-
-def test_ranks_share_out_the_same_global_batch():
-    whole, halves = batches(range(5)), [batches(range(5), rank, 2) for rank in range(2)]
-    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]
-    assert all(len(batch) == 2 for half in halves for batch in half)
-
-
-def test_a_set_smaller_than_a_batch_is_seen_several_times():
-    (batch,) = batches(range(1), items=3, size=8)
-    assert set(Counter(index for index, _ in batch).values()) <= {2, 3}
+from train_utils import derived_seed, grid_image, mask_picture, seed_step, to_uint8, update_ema
 
 
 def test_neighbouring_seeds_are_unrelated_and_fit_torch():

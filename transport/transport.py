@@ -109,6 +109,8 @@ class Transport:
         model: Model,
         x1: Tensor,
         model_kwargs: Mapping[str, object] | None = None,
+        t: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Draw times and noise, call the model once and weigh its squared error.
 
@@ -116,6 +118,8 @@ class Transport:
             model: called as ``model(xt, t, **model_kwargs)`` with xt (B, ...) float32 and t (B,) float32.
             x1: (B, ...) data.
             model_kwargs: further arguments of the model, such as the mask.
+            t: (B,) float32 times from ``sample_times``, where the caller drew them.
+            x0: (B, ...) noise, where the caller drew it.
 
         Returns:
             "loss": (B,) float32, the mean over all but the batch of weight x (prediction - target)^2, where the
@@ -126,8 +130,8 @@ class Transport:
             ValueError: the model's output is not shaped like x1.
         """
         x1 = x1 if x1.dtype == torch.float64 else x1.float()
-        t = self.sample_times(len(x1), x1.device)
-        x0 = torch.randn_like(x1)
+        t = self.sample_times(len(x1), x1.device) if t is None else t
+        x0 = torch.randn_like(x1) if x0 is None else x0
         xt, velocity = self.path.interpolate(x0, x1, t)
         pred = model(xt, t, **(model_kwargs or {}))
         check_output(pred, xt)

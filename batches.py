@@ -1,0 +1,119 @@
+"""What a training step is fed: which images, fetched in the background, and how long the device waited for them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler as BatchSampler
+
+Batch = dict[str, Any]
+
+READY_BATCHES = 2  # fetched before they are asked for
+
+
+class StepBatches(BatchSampler):
+    """Keys (index, draw) of every training step's batch on one rank.
+
+    The data set is an endless stream: epoch e is a permutation drawn from (seed, e), and step n takes the next
+    ``global_batch_size`` positions, which the ranks share out. What a step sees depends on (seed, step) and neither on
+    the number of ranks or workers nor on where a run was interrupted; a set smaller than a batch is seen several times.
+
+    Args:
+        num_items: images in the data set.
+        global_batch_size: images per step over all ranks; divisible by the number of ranks.
+        steps: the steps to take, for instance range(first, last).
+        seed: of the permutations.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, num_items: int, global_batch_size: int, steps: range, seed: int, rank: int, world_size: int):
+        self.num_items = num_items
+        self.global_batch_size = global_batch_size
+        self.steps = steps
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in self.steps:
+            keys = []
+            first = step * self.global_batch_size
+            for position in range(first, first + self.global_batch_size):
+                if position // self.num_items != epoch:
+                    epoch = position // self.num_items
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+                if position % self.world_size == self.rank:
+                    keys.append((int(order[position % self.num_items]), position))
+            yield keys
+
+
+def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of the steps still to take, by so many processes (0: by whoever asks for them)."""
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0
+    )
+
+
+def prefetch(batches: Iterable[Batch], prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """``prepare(batch)`` of every batch in order, done by one thread while earlier batches are used."""
+    iterator = iter(batches)  # here, since a loader draws from torch's global generator once
+
+    def fetch() -> Batch | None:
+        batch = next(iterator, None)
+        return None if batch is None else prepare(batch)
+
+    with ThreadPoolExecutor(1) as pool:
+        ready = deque(pool.submit(fetch) for _ in range(READY_BATCHES))
+        while (batch := ready.popleft().result()) is not None:
+            ready.append(pool.submit(fetch))
+            yield batch
+
+
+class WaitingClock:
+    """Time in which the device had nothing to do because the next batch was not there.
+
+    On a GPU, which works through what it was given while the program runs ahead, it is the time on the device's own
+    clock between the end of a step's work and the arrival of the next batch. No step waits for the device: the clocks
+    are read by ``read_seconds``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self._waits: list[tuple[Any, Any]] = []  # begin and end
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches."""
+        iterator = iter(batches)
+        while True:
+            begin = self._now()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self._waits.append((begin, self._now()))
+            yield batch
+
+    def read_seconds(self) -> float:
+        """Waiting since the last call; to be called where the device was waited for anyway."""
+        waits, self._waits = self._waits, []
+        if self.on_gpu:
+            return sum(begin.elapsed_time(end) for begin, end in waits) / 1000
+        return sum(end - begin for begin, end in waits)

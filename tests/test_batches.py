@@ -1,0 +1,79 @@
+"""What a training step is fed: every image once per epoch, in an order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from batches import StepBatches, WaitingClock, prefetch
+
+
+def batches(steps: range, rank: int = 0, world_size: int = 1, items: int = 7, size: int = 4) -> list:
+    return list(StepBatches(items, size, steps, seed=3, rank=rank, world_size=world_size))
+
+
+def test_every_image_is_seen_once_per_epoch_across_batches():
+    keys = [key for batch in batches(range(7)) for key in batch]  # 7 steps x 4 = 4 epochs of 7
+    assert all(Counter(index for index, _ in keys[7 * epoch : 7 * epoch + 7]).total() == 7 for epoch in range(4))
+    assert all(len({index for index, _ in keys[7 * epoch : 7 * epoch + 7]}) == 7 for epoch in range(4))
+    assert [draw for _, draw in keys] == list(range(28))
+
+
+def test_epochs_have_different_orders():
+    keys = [index for batch in batches(range(7)) for index, _ in batch]
+    assert keys[:7] != keys[7:14]
+
+
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one():
+    assert batches(range(9))[5:] == batches(range(5, 9))
+
+
+def test_ranks_share_out_the_same_global_batch():
+    whole, halves = batches(range(5)), [batches(range(5), rank, 2) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]
+    assert all(len(batch) == 2 for half in halves for batch in half)
+
+
+def test_a_set_smaller_than_a_batch_is_seen_several_times():
+    (batch,) = batches(range(1), items=3, size=8)
+    assert set(Counter(index for index, _ in batch).values()) <= {2, 3}
+
+
+def test_prefetch_keeps_the_order_and_prepares_every_batch():
+    assert list(prefetch([{"n": n} for n in range(7)], lambda batch: batch["n"] ** 2)) == [n**2 for n in range(7)]
+
+
+def test_prefetch_hands_on_what_went_wrong():
+    def refuse(batch: dict) -> dict:
+        raise ValueError("torn")
+
+    with pytest.raises(ValueError, match="torn"):
+        next(prefetch([{}], refuse))
+
+
+def test_prefetch_works_while_a_batch_is_used():
+    fetched = []
+    stream = prefetch(({"n": n} for n in range(9)), lambda batch: fetched.append(batch["n"]) or batch)
+    next(stream)
+    deadline = time.monotonic() + 10
+    while fetched != [0, 1, 2] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert fetched == [0, 1, 2]  # two more than were asked for, and no more
+    stream.close()
+
+
+def test_waiting_is_the_time_until_batches_come_and_not_the_time_of_steps():
+    def late():
+        for n in range(3):
+            time.sleep(0.05)
+            yield {"n": n}
+
+    clock, started = WaitingClock(torch.device("cpu")), time.perf_counter()
+    for _ in clock.watch(late()):
+        time.sleep(0.1)
+    total, waited = time.perf_counter() - started, clock.read_seconds()
+    assert 0.15 <= waited <= total - 0.3
+    assert clock.read_seconds() == 0

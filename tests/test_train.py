@@ -1,0 +1,150 @@
+"""One training step: the same update however a batch is worked through."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from script_helpers import TINY, run, train_arguments, write_pairs
+
+import train
+from autoencoder import PixelSpace
+from batches import Batch
+from checkpoint import read_checkpoint
+from train_utils import Machine
+
+BATCH, SIZE = 6, 16
+
+
+@pytest.fixture
+def make_training(tmp_path: Path) -> Callable[..., train.Training]:
+    """A run in memory, always with the same weights, none of which is at its start (where most gradients are 0)."""
+
+    def make(*flags: str) -> train.Training:
+        folders = ["--data-path", str(tmp_path), "--mask-path", str(tmp_path)]
+        args = train.parse_args([*folders, *TINY, "--global-batch-size", str(BATCH), "--mask-dropout", "0.4", *flags])
+        train.check_arguments(args, 1)
+        space = PixelSpace()
+        config = {"model": train.model_config(args, space), "transport": train.transport_config(args)}
+        config["model"].update(name="SiT-Ti/4", mask_pixels=4)
+        training = train.Training(args, config, Machine(0, 1, torch.device("cpu"), "float32"), space)
+        training.total_steps = 100
+        with torch.no_grad():
+            for parameter in training.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        training.prepare_model()
+        return training
+
+    return make
+
+
+def make_batch(seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    cells = np.kron(rng.integers(0, 2, (BATCH, 4, 4)), np.ones((4, 4)))
+    cells[:, :, :5] = rng.integers(0, 2, (BATCH, SIZE, 5))  # some patches of one class, some of both
+    image = torch.from_numpy(rng.uniform(-1, 1, (BATCH, 3, SIZE, SIZE)).astype(np.float32))
+    return {"image": image, "mask": torch.from_numpy(cells.astype(np.uint8))}
+
+
+def take_steps(training: train.Training, count: int = 2) -> dict[str, torch.Tensor]:
+    """Gradients of so many steps, the sums for the metrics among them."""
+    seen = {}
+    for step in range(count):
+        training.train_step(training.prepare_batch(make_batch(step)))
+        for name, parameter in training.model.named_parameters():
+            seen[f"{step} {name}"] = parameter.grad.clone()
+    return {**seen, "sums": training.sums.clone()}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
+        assert value.norm() > 0, f"{name} says nothing"
+
+
+@pytest.fixture
+def expected(make_training) -> dict[str, torch.Tensor]:
+    training = make_training()
+    training.share_rows = False
+    seen = take_steps(training)
+    seen["sums"][2] = 1.0  # what follows compares numbers above 0
+    return seen
+
+
+def close_to(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    found["sums"][2] += 1.0
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_a_batch_in_parts_gives_the_update_of_the_whole_batch(make_training, expected, parts):
+    training = make_training("--accumulate", str(parts))
+    close_to(take_steps(training), expected)
+    assert training.step == training.since_log == 2
+    assert {int(state["step"]) for state in training.optimizer.state.values()} == {2}
+
+
+def test_distinct_rows_give_the_update_of_a_modulation_per_token(make_training, expected):
+    training = make_training()
+    rows = training.prepare_batch(make_batch())["rows"][0]
+    assert len(rows.shares) < BATCH * 16
+    close_to(take_steps(training), expected)
+
+
+def test_recomputed_activations_give_the_same_gradients_bit_for_bit(make_training):
+    kept, recomputed = make_training(), make_training("--recompute-activations")
+    calls = []
+    recomputed.model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    one, other = take_steps(kept), take_steps(recomputed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(calls) == 4  # forward and again in the backward pass, in two steps
+
+
+def test_compiled_model_has_one_graph_for_its_blocks_and_is_not_compiled_again(make_training, expected):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    training = make_training("--compile")
+    close_to(take_steps(training), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    sizes = set()
+    for seed in range(10, 16):
+        batch = make_batch(seed)
+        batch["mask"][: seed - 10] = 0  # another number of distinct rows
+        batch = training.prepare_batch(batch)
+        sizes.add(len(batch["rows"][0].shares))
+        training.train_step(batch)
+    assert graphs == counters["stats"]["unique_graphs"] == 2  # the blocks and the last layer
+    assert not counters["graph_break"]
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("bad", [0, BATCH - 1])
+def test_a_step_with_one_bad_part_is_left_out_as_a_whole(make_training, bad):
+    training = make_training("--accumulate", "3")
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    batch = training.prepare_batch(make_batch())
+    batch["image"][bad, 0, 0, 0] = torch.inf
+    training.train_step(batch)
+    assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
+    assert training.step == 1 and training.sums.tolist() == [0, 0, 1]
+    training.train_step(training.prepare_batch(make_batch()))
+    assert not torch.equal(training.model.final_layer.linear.weight, before["final_layer.linear.weight"])
+    assert training.sums[2] == 1 and training.skipped_in_a_row == 0
+
+
+@pytest.mark.slow
+def test_ranks_that_accumulate_train_as_ranks_that_do_not(tmp_path):
+    pairs = write_pairs(tmp_path)
+    states = []
+    for parts in (1, 2):
+        words = train_arguments(*pairs, tmp_path, f"parts_{parts}", 2)
+        run(*words, "--accumulate", parts, ranks=2)
+        states.append(read_checkpoint(tmp_path / f"parts_{parts}" / "checkpoints" / "0000002.pt")["model"])
+    whole, parts = states
+    assert all((whole[name] - parts[name]).abs().max() < 1e-5 for name in whole)
