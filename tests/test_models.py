@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mask_rules import to_prob_map
 from models import (
     ROW_MULTIPLE,
     MaskCondition,
+    MaskEmbedder,
     SiT,
     SiT_models,
     build_model,
     distinct_rows,
+    mask_rows,
     position_embedding,
 )
 from transport import Sampler, create_transport
@@ -584,3 +587,29 @@ def test_build_model_takes_the_checkpoint_config_and_leaves_it_alone():
 def test_unknown_model_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"unknown model 'SiT-B/3'; choose one of .*SiT-Ti/2.*SiT-XL/16"):
         build_model({"name": "SiT-B/3"})
+
+
+def test_rows_found_on_the_cpu_are_the_distinct_shares_of_each_image():
+    class_maps = torch.randint(3, (2, 24, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    class_maps[0, :12] = 1  # half of the first image is of one class
+    rows = mask_rows(class_maps, 3, (6, 4))
+    shares = MaskEmbedder(3, 8, (6, 4)).pool(to_prob_map(class_maps, 3))  # (2, 24, 3)
+    assert torch.equal(rows.shares[rows.row_of_token], shares)
+    assert torch.equal(rows.image_of_row[rows.row_of_token], torch.arange(2)[:, None].expand(2, 24))
+    assert len(rows.shares) == len(rows.image_of_row) == 64
+    distinct = [len({tuple(share) for share in image.tolist()}) for image in shares]
+    assert [len(set(image.tolist())) for image in rows.row_of_token] == distinct
+    assert distinct[0] < 24
+
+
+def test_rows_within_images_give_the_output_and_gradients_of_one_condition_per_token(model):
+    x, t, drop = torch.randn(3, 4, 12, 8), torch.rand(3), torch.tensor([False, True, False])
+    class_maps = torch.randint(3, (3, 24, 16), dtype=torch.uint8).repeat_interleave(2, 1)[:, :24]
+    y, seen = to_prob_map(class_maps, 3), []
+    for rows in (None, mask_rows(class_maps, 3, model.grid)):
+        model.zero_grad()
+        output = model(x, t, y, drop=drop, rows=rows)
+        output.square().sum().backward()
+        seen.append([output.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for per_token, per_row in zip(*seen, strict=True):
+        torch.testing.assert_close(per_row, per_token, rtol=1e-4, atol=1e-4 * float(per_token.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,8 @@ def test_recomputed_activations_give_the_same_gradients_bit_for_bit(make_trainin
     assert len(calls) == 4  # forward and again in the backward pass, in two steps
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler on this machine")
 def test_compiled_model_has_one_graph_for_its_blocks_and_is_not_compiled_again(make_training, expected):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -113,15 +116,16 @@ def test_compiled_model_has_one_graph_for_its_blocks_and_is_not_compiled_again(m
     close_to(take_steps(training), expected)
     graphs = counters["stats"]["unique_graphs"]
     sizes = set()
-    for seed in range(10, 16):
+    for seed in range(4):
         batch = make_batch(seed)
-        batch["mask"][: seed - 10] = 0  # another number of distinct rows
+        if seed % 2:  # hardly a patch like another
+            batch["mask"] = torch.randint(2, (BATCH, SIZE, SIZE), dtype=torch.uint8)
         batch = training.prepare_batch(batch)
         sizes.add(len(batch["rows"][0].shares))
         training.train_step(batch)
     assert graphs == counters["stats"]["unique_graphs"] == 2  # the blocks and the last layer
     assert not counters["graph_break"]
-    assert len(sizes) > 1
+    assert sizes == {64, 128}
 
 
 @pytest.mark.parametrize("bad", [0, BATCH - 1])
