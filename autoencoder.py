@@ -75,8 +75,13 @@ class LatentSpace(nn.Module):
     def encode(self, images: Tensor, sample: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H / f, W / f), drawn from the posterior or its mean."""
         mean, std = self.moments(images)
-        latents = mean + std * torch.randn_like(std) if sample else mean
+        latents = self.draw(mean, std) if sample else mean
         return latents.clone()  # no longer an inference tensor: the training step may differentiate through the model
+
+    @staticmethod
+    def draw(mean: Tensor, std: Tensor) -> Tensor:
+        """A draw from the posterior; shapes as in ``moments``."""
+        return mean + std * torch.randn_like(std)
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import file_sha256
 from errors import InputError, list_some
 from image_files import (
     IMAGE_ENDING,
@@ -58,6 +60,7 @@ __all__ = [
 
 CROPS = ("center", "random")
 WINDOW_SCOPES = ("image", "dataset")
+SYMMETRIES = 8  # of the square
 ROBUST_PERCENTILES = (0.1, 99.9)
 
 logger = logging.getLogger(__name__)
@@ -470,6 +473,11 @@ class PairedFolder(torch.utils.data.Dataset):
         image, mask = _read_pair(self.pairs[index], self.config)
         return self._prepare_image(image, _view_of(image.shape, self.config)), self._prepare_mask(mask)
 
+    @cached_property
+    def image_hashes(self) -> list[str]:
+        """SHA-256 of every image file."""
+        return list(_for_all(file_sha256, [pair.image_path for pair in self.pairs], "hashing images", progress=False))
+
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
@@ -484,9 +492,21 @@ class PairedFolder(torch.utils.data.Dataset):
             "image": (C, S, S) float32 in [-1, 1]; "mask": (S, S) uint8 class map, or (K, S, S) float32 for soft masks.
         """
         index, draw = key
-        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, draw % 2**64], np.uint64)))
-        symmetry = int(rng.integers(8)) if self.augment else 0
+        rng = self._rng(draw)
+        symmetry = int(rng.integers(SYMMETRIES)) if self.augment else 0
         return self._example(index, rng, symmetry)
+
+    def _rng(self, draw: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, draw % 2**64], np.uint64)))
+
+    def symmetry(self, draw: int) -> int:
+        """Which flip and turn :meth:`__getitem__` makes in this draw."""
+        return int(self._rng(draw).integers(SYMMETRIES)) if self.augment else 0
+
+    def mask(self, index: int, symmetry: int) -> Tensor:
+        """The mask of :meth:`__getitem__` alone, for --crop center; the image is not read."""
+        mask = self._masks[index] if self.in_memory else self._prepare_mask(read_mask(self.pairs[index].mask_path))
+        return torch.from_numpy(np.array(turn(mask, (-2, -1), symmetry)))
 
     def example(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         """As :meth:`__getitem__` without flips and turns; --crop random takes the middle unless ``rng`` is given."""
@@ -498,14 +518,14 @@ class PairedFolder(torch.utils.data.Dataset):
             view = native_view(image.shape[0], image.shape[1], self.config.image_size, rng)
             image = view.cut(image)
             mask = view.cut(mask) if self.rule.is_hard else _hard_or_soft(mask, view, self.rule)
-        image, mask = _turn(image, (0, 1), symmetry), _turn(mask, (-2, -1), symmetry)
+        image, mask = turn(image, (0, 1), symmetry), turn(mask, (-2, -1), symmetry)
         return {
             "image": _to_tensor(image, self.windows[index], self.config.channels),
             "mask": torch.from_numpy(np.array(mask)),  # a copy: callers may write
         }
 
 
-def _turn(array: np.ndarray, axes: tuple[int, int], symmetry: int) -> np.ndarray:
+def turn(array: np.ndarray, axes: tuple[int, int], symmetry: int) -> np.ndarray:
     """One of the eight symmetries of the square: ``symmetry % 4`` quarter turns, then a flip from 4 on."""
     turned = np.rot90(array, symmetry % 4, axes)
     return np.flip(turned, axes[1]) if symmetry >= 4 else turned

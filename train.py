@@ -39,21 +39,21 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import wandb_utils
-from autoencoder import PIXEL_SPACE, Space, check_space, load_space, space_config
+from autoencoder import PIXEL_SPACE, LatentSpace, Space, check_space, load_space, space_config
 from batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from checkpoint import (
     RunFolder,
     choose_run_folder,
     export_safetensors,
-    file_sha256,
     launch_id,
     read_checkpoint,
     write_atomically,
     write_json,
 )
-from data import DataConfig, PairedFolder, to_prob_map
+from data import SYMMETRIES, DataConfig, PairedFolder, to_prob_map
 from download import adapt_sit_weights, find_weights
 from errors import CommandParser, InputError, run_command
+from latent_cache import LatentPairs
 from models import MaskRows, SiT, SiT_models, build_model, mask_rows
 from sampling import ImageSampler, SamplingSettings, image_seed
 from train_utils import (
@@ -90,6 +90,7 @@ FIXED_ON_RESUME = (
 # Where things are and how they are shown: never taken from a checkpoint.
 NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "init_from", "wandb", "device")
 MOST_SKIPPED_IN_A_ROW = 20
+NO_CACHE = "none"
 WAITING_WORTH_SAYING = 0.05
 EXIT_STOPPED_BY_SIGNAL = 143
 
@@ -118,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--vae",
         default="ema",
         help="ema or mse (Stable Diffusion autoencoders), a diffusers folder, or none for pixels",
+    )
+    group.add_argument(
+        "--latent-cache",
+        metavar="FOLDER",
+        help=f"where encoded images are kept, or {NO_CACHE} to encode anew at each step (default: RESULTS_DIR/latents "
+        "for --crop center, where a run is long enough to gain from it)",
     )
     group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
     group.add_argument("--mask-dropout", type=fraction, default=0.1, help="share of samples that lose their whole mask")
@@ -280,6 +287,16 @@ def model_config(args: argparse.Namespace, space: Space) -> dict[str, Any]:
         "mask_pixels": 0 if args.no_mask_detail else unit,
         "time_scale": args.time_scale,
     }
+
+
+def check_latent_cache(args: argparse.Namespace) -> None:
+    """Raises InputError where --latent-cache was given and has no effect."""
+    if "latent_cache" in args.given and args.vae == PIXEL_SPACE:
+        raise InputError("--latent-cache has no effect with --vae none: there are no latents.")
+    if "latent_cache" in args.given and args.crop != "center":
+        raise InputError(
+            "--latent-cache has no effect with --crop random, whose windows are new at each step: give --crop center."
+        )
 
 
 def find_state(args: argparse.Namespace, run: RunFolder) -> dict[str, Any] | None:
@@ -447,10 +464,8 @@ class Training:
         """Gradient of the mean loss, part by part. All is drawn for the whole batch, so the number of parts changes
         the memory and not the update. Ranks exchange gradients once, during the last part."""
         device, parts = self.machine.device, self.args.accumulate
-        images = batch["image"].to(device, non_blocking=True)  # (B, C, S, S)
+        x1 = self._to_latents(batch)  # (B, C, H, W)
         masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.args.num_classes)  # (B, K, S, S)
-        with self.machine.autocast():
-            x1 = self.space.encode(images).float()  # (B, C, H, W)
         t, x0 = self.transport.sample_times(len(x1), device), torch.randn_like(x1)
         drop = self.model.draw_dropped(len(x1), device)  # (B,)
         drops = [None] * parts if drop is None else drop.chunk(parts)
@@ -461,10 +476,18 @@ class Training:
             with self.wrapped.no_sync() if number < parts and self.machine.world_size > 1 else nullcontext():
                 kwargs = {"y": y, "drop": drop, "rows": found}
                 losses = self.transport.training_losses(self._predict, x1, kwargs, t=t, x0=x0)
-                loss = losses["loss"].sum() / len(images)
+                loss = losses["loss"].sum() / len(batch["mask"])
                 loss.backward()
             total += loss.detach()
         return total
+
+    def _to_latents(self, batch: Batch) -> Tensor:
+        """Images of a batch, or the moments that they were encoded to before, -> (B, C, H, W) float32."""
+        device = self.machine.device
+        if "moments" in batch:
+            return self.space.draw(*batch["moments"].to(device, non_blocking=True).unbind(1))
+        with self.machine.autocast():
+            return self.space.encode(batch["image"].to(device, non_blocking=True)).float()
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, rows: MaskRows | None) -> Tensor:
         with self.machine.autocast():
@@ -536,15 +559,33 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
     return run if machine.is_main else RunFolder(path, args.keep)
 
 
-def step_batches(dataset: PairedFolder, training: Training) -> Iterator[Batch]:
+def encode_once(pairs: PairedFolder, training: Training) -> LatentPairs | None:
+    """The data set as kept latents, filled where it is not yet; None where images are encoded at each step."""
+    args, machine, space, folder = training.args, training.machine, training.space, training.args.latent_cache
+    if not isinstance(space, LatentSpace) or folder == NO_CACHE:
+        return None
+    if args.crop != "center":
+        logger.info("images are encoded at each step: windows of --crop random are always new")
+        return None
+    if folder is None and training.total_steps * args.global_batch_size < SYMMETRIES * len(pairs):
+        logger.info("images are encoded at each step: in so short a run that is less work than all views of each")
+        return None
+    folder = Path(folder or args.results_dir / "latents")
+    hashes = machine.from_main(pairs.image_hashes if machine.is_main else None)
+    latents = LatentPairs(pairs, space, folder, hashes)
+    latents.prepare(machine)
+    return latents
+
+
+def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iterator[Batch]:
     """Batches of the steps still to take, fetched in the background. Data in memory needs no loader processes."""
     args, machine = training.args, training.machine
     steps = range(training.step, training.total_steps)
-    keys = StepBatches(len(dataset), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
+    keys = StepBatches(len(source), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
     workers = args.num_workers
     if workers is None:
-        workers = 0 if dataset.in_memory else 4
-    loader = make_loader(dataset, keys, workers, pin_memory=machine.device.type == "cuda")
+        workers = 0 if source.in_memory else 4
+    loader = make_loader(source, keys, workers, pin_memory=machine.device.type == "cuda")
     return prefetch(loader, training.prepare_batch)
 
 
@@ -580,6 +621,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     if state is not None:
         for change in merge_arguments(args, state["config"]["train"]):
             logger.info("changed on resume: %s", change)
+    check_latent_cache(args)
 
     # Space and data
     space = load_space(args.vae, args.in_channels).to(machine.device)
@@ -620,8 +662,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
 def note_images(training: Training, dataset: PairedFolder) -> None:
     """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from."""
     if training.args.init_from is None and (training.step == 0 or training.trained_on is not None):
-        images = {file_sha256(pair.image_path) for pair in dataset.pairs}
-        training.trained_on = sorted(images.union(training.trained_on or ()))
+        training.trained_on = sorted({*dataset.image_hashes, *(training.trained_on or ())})
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -655,13 +696,14 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     if training.step >= total:
         logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
         return
+    source = encode_once(dataset, training) or dataset
     previews = Previews(dataset, training) if machine.is_main else None
     if args.wandb:
         wandb_utils.start_run(run.path, run.path.name, training.config)
     stop = StopRequest()
     clock = WaitingClock(machine.device)
     bar = tqdm(
-        clock.watch(step_batches(dataset, training)),
+        clock.watch(step_batches(source, training)),
         initial=training.step, total=total, unit="step", disable=not (machine.is_main and sys.stderr.isatty()),
     )  # fmt: skip
     started, steps_before = time.perf_counter(), training.step
