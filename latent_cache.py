@@ -112,7 +112,7 @@ class LatentPairs(torch.utils.data.Dataset):
             )
 
     def _encode_share(self, rank: int, ranks: int, machine: Machine, check: bool = True) -> int:
-        """Make what is missing of every ``ranks``-th image and return how many that were; ``check`` reads the others."""
+        """Make what is missing of every ``ranks``-th image; ``check`` reads the others. Returns how many were made."""
         made = 0
         share = range(rank, len(self), ranks)
         for index in tqdm(share, desc="encoding images", unit="image", disable=None if machine.is_main else True):
