@@ -442,7 +442,7 @@ def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:
 
 SIZES = {
     # name: depth, width, heads
-    "Ti": (12, 192, 3),
+    "Ti": (4, 256, 4),  # for a CPU: at equal time ahead of 12 x 192 (benchmarks/nuclei_64px_cpu.md)
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -455,6 +455,16 @@ SiT_models: dict[str, Callable[..., SiT]] = {
     for size, (depth, width, heads) in SIZES.items()
     for patch_size in PATCH_SIZES
 }
+
+
+def patch_size(name: str) -> int:
+    """Side of a patch of a registered model, in pixels (or latent pixels)."""
+    return SiT_models[name].keywords["patch_size"]
+
+
+def model_width(name: str) -> int:
+    """Width D of a registered model's tokens."""
+    return SiT_models[name].keywords["hidden_size"]
 
 
 def build_model(config: dict[str, Any]) -> SiT:

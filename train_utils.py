@@ -117,7 +117,7 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prediction",
         choices=list(PREDICTIONS),
-        help="what the model predicts (default: velocity for latents, data for pixels)",
+        help="what the model predicts (default: velocity; data for pixels whose patch exceeds 3/4 of the width)",
     )
     group.add_argument(
         "--loss-weight",
@@ -132,7 +132,7 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
         help="how training times are drawn (default: uniform for latents, logit-normal for pixels)",
     )
     group.add_argument(
-        "--time-mean", type=float, help="logit-normal: mean of logit(t) (default: 0 for latents, -1.2 for pixels)"
+        "--time-mean", type=float, help="logit-normal: mean of logit(t) (default: 0; -1.2 for data prediction of pixels)"
     )
     group.add_argument("--time-std", type=positive_float, default=1.0, help="logit-normal: its standard deviation")
 

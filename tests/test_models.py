@@ -542,7 +542,7 @@ OTHER_KEYS = [
     ),
     *(f"final_layer.adaLN_modulation.1.{kind}" for kind in ("weight", "bias")),
 ]
-SHAPES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SHAPES = {"Ti": (4, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def test_registry_holds_every_size_with_every_patch():

@@ -152,3 +152,23 @@ def test_ranks_that_accumulate_train_as_ranks_that_do_not(tmp_path):
         states.append(read_checkpoint(tmp_path / f"parts_{parts}" / "checkpoints" / "0000002.pt")["model"])
     whole, parts = states
     assert all((whole[name] - parts[name]).abs().max() < 1e-5 for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "prediction", "time_mean", "time_scale"),
+    [
+        (["--vae", "ema", "--model", "SiT-B/2"], "velocity", 0.0, 1.0),
+        (["--vae", "none", "--model", "SiT-Ti/8"], "velocity", 0.0, 1000.0),  # 192 numbers a patch, width 256
+        (["--vae", "none", "--model", "SiT-B/16"], "data", -1.2, 1000.0),  # 768 of 768
+        (["--vae", "none", "--model", "SiT-B/16", "--in-channels", "1"], "velocity", 0.0, 1000.0),  # 256 of 768
+        (["--vae", "none", "--model", "SiT-Ti/8", "--prediction", "data"], "data", -1.2, 1000.0),
+        (["--vae", "none", "--model", "SiT-B/16", "--time-mean", "0.3", "--time-scale", "1"], "data", 0.3, 1.0),
+    ],
+)
+def test_the_velocity_is_learned_where_the_width_carries_a_patch(flags, prediction, time_mean, time_scale):
+    args = train.parse_args(["--data-path", "images", "--mask-path", "masks", *flags])
+    config = train.transport_config(args)
+    assert (config["prediction"], config["time_mean"]) == (prediction, time_mean)
+    assert config["loss_weight"] == ("velocity" if prediction == "data" else None)
+    if args.vae == "none":
+        assert train.model_config(args, PixelSpace(args.in_channels))["time_scale"] == time_scale
