@@ -132,7 +132,7 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
         help="how training times are drawn (default: uniform for latents, logit-normal for pixels)",
     )
     group.add_argument(
-        "--time-mean", type=float, help="logit-normal: mean of logit(t) (default: 0; -1.2 for data prediction of pixels)"
+        "--time-mean", type=float, help="logit-normal: mean of logit(t) (default: 0; -1.2 where pixels are predicted)"
     )
     group.add_argument("--time-std", type=positive_float, default=1.0, help="logit-normal: its standard deviation")
 
