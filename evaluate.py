@@ -22,9 +22,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import CROPS, MASK_TYPES
+from data import CROPS
 from errors import CommandParser, InputError, run_command
-from train_utils import DEVICES, add_machine_arguments, non_negative_float, positive_int, resolve_device, start_machine
+from train_utils import (
+    add_device_argument,
+    add_machine_arguments,
+    add_mask_arguments,
+    add_mask_type_argument,
+    non_negative_float,
+    non_negative_int,
+    positive_fraction,
+    positive_int,
+    resolve_device,
+    start_machine,
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,11 +71,10 @@ def _add_data(commands) -> None:
         "cells, unreadable files, files without partner, copies, and a contact sheet with the masks' outlines. Ends "
         "with exit code 0 where training can start, 2 where it cannot.",
     )
-    _add_real_pairs(parser, "")
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images")
+    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
+    add_mask_arguments(parser)
     parser.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
-    parser.add_argument(
-        "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
-    )
     parser.add_argument(
         "--image-size", type=positive_int, help="side of the training images, checked with --crop random"
     )
@@ -93,7 +103,7 @@ def _add_fidelity(commands) -> None:
     _add_set(parser)
     _add_real_pairs(parser, " that teach the judge")
     _add_judge(parser)
-    _add_device(parser)
+    add_device_argument(parser)
 
 
 def _add_filter(commands) -> None:
@@ -105,8 +115,12 @@ def _add_filter(commands) -> None:
     )
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="set on which evaluate.py fidelity has run")
     rule = parser.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--min-fidelity", type=_share, metavar="DICE", help="keep images of at least this fidelity_dice")
-    rule.add_argument("--keep-share", type=_share, metavar="SHARE", help="keep this share of the images, the best ones")
+    rule.add_argument(
+        "--min-fidelity", type=positive_fraction, metavar="DICE", help="keep images of at least this fidelity_dice"
+    )
+    rule.add_argument(
+        "--keep-share", type=positive_fraction, metavar="SHARE", help="keep this share of the images, the best ones"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for a set of the kept images")
 
 
@@ -121,7 +135,7 @@ def _add_realism(commands) -> None:
     _add_set(parser)
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images, best unseen in training")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks, for the judge (without Inception weights)")
-    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+    add_mask_type_argument(parser)
     parser.add_argument(
         "--inception-weights",
         type=Path,
@@ -130,7 +144,7 @@ def _add_realism(commands) -> None:
     )
     parser.add_argument("--splits", type=positive_int, default=20, help="random halves of the real images")
     _add_judge(parser)
-    _add_device(parser)
+    add_device_argument(parser)
 
 
 def _add_population(commands) -> None:
@@ -143,7 +157,7 @@ def _add_population(commands) -> None:
     _add_set(parser)
     parser.add_argument("--data-path", metavar="IMAGES", help="real images (default: those that the manifest names)")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks")
-    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+    add_mask_type_argument(parser)
 
 
 def _add_memorisation(commands) -> None:
@@ -227,9 +241,11 @@ def _add_split(commands) -> None:
     parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied along to recombine")
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
     parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
-    parser.add_argument("--test-share", type=_share, default=0.2, help="of the pairs, where no test images are given")
+    parser.add_argument(
+        "--test-share", type=positive_fraction, default=0.2, help="of the pairs, where no test images are given"
+    )
     parser.add_argument("--shares", type=_percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the choice")
     parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
 
 
@@ -256,10 +272,10 @@ def _add_utility(commands) -> None:
     parser.add_argument(
         "--shares", type=_percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
     )
-    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the real masks hold")
+    add_mask_type_argument(parser)
     parser.add_argument("--steps", type=positive_int, default=400, help="of every training, the same in all arms")
     parser.add_argument("--seeds", type=positive_int, default=3, help="trainings of every arm")
-    _add_device(parser)
+    add_device_argument(parser)
     parser.add_argument("--output", type=Path, default=Path("utility"), metavar="FOLDER", help="where it goes")
 
 
@@ -275,25 +291,13 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 def _add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images{what}")
     parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
-    parser.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    add_mask_type_argument(parser)
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=400, help="training steps of the judge")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the judge and of the held-out share")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the judge and of the held-out share")
     parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
-
-
-def _share(text: str) -> float:
-    """A number above 0 and up to 1, for argparse."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie above 0 and not above 1")
-    return value
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -12,6 +12,7 @@ The same command runs without torchrun. It writes
     SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
     SAMPLE_DIR/settings.json         what the set was made with
     SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco: as these segmenters read it
+    SAMPLE_DIR/attempts/NAME.json    with --min-fidelity, which draws again what does not follow its mask
 
 Started again it makes what is missing or torn, and refuses a folder made with other settings. With --data-path only
 masks that have an image there are used, and that real image stands beside the synthetic one.
@@ -27,11 +28,12 @@ import logging
 import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import file_sha256, lock_folder, write_atomically, write_json
-from data import MaskFolder, MaskItem
+from data import MASK_TYPES, MaskFolder, MaskItem
 from errors import CommandParser, InputError, run_command
 from export import EXPORTS, check_export, export_set
 from image_files import FileError, encode_image, image_suffix, read_image, repeat_gray
@@ -55,6 +57,7 @@ from train_utils import (
     grid_image,
     log_provenance,
     mask_picture,
+    positive_fraction,
     positive_int,
     start_logging,
     start_machine,
@@ -62,9 +65,15 @@ from train_utils import (
     to_uint8,
 )
 
+if TYPE_CHECKING:
+    from evaluation.redraw import Redraw
+
 logger = logging.getLogger("sample_ddp")
 
 CONTACT_SHEET_ROWS = 8
+MAX_ATTEMPTS, JUDGE_STEPS, JUDGE_CACHE = 4, 400, Path("judges")
+
+T = TypeVar("T")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,9 +97,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="also write the set as these segmenters read it; plain is the set itself",
         )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID suites, as SiT does")
+        add_redraw_arguments(mode)
         add_sampling_arguments(mode, cfg_scale=1.0)
         add_machine_arguments(mode, can_compile=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_redraw_arguments(parser, args)
+    return args
+
+
+def add_redraw_arguments(parser: argparse.ArgumentParser) -> None:
+    """When to draw an image again. Defaults are filled in later, so that a flag without effect is seen."""
+    group = parser.add_argument_group("drawing again what does not follow its mask")
+    group.add_argument(
+        "--min-fidelity", type=positive_fraction, metavar="DICE",
+        help="draw an image again while a small segmenter, trained on real pairs first, finds its mask in it with a "
+        "lower Dice than this (evaluate.py fidelity shows what real images reach)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-attempts", type=positive_int, metavar="N",
+        help=f"draws of an image; then the best one stays, marked in the manifest (default: {MAX_ATTEMPTS})",
+    )  # fmt: skip
+    group.add_argument("--judge-images", type=Path, metavar="IMAGES", help="real images that teach the segmenter")
+    group.add_argument("--judge-masks", type=Path, metavar="MASKS", help="their masks")
+    group.add_argument("--judge-mask-type", choices=MASK_TYPES, help="what those mask files hold (default: auto)")
+    group.add_argument("--judge-steps", type=positive_int, help=f"its training steps (default: {JUDGE_STEPS})")
+    group.add_argument(
+        "--judge-cache", type=Path, metavar="FOLDER", help=f"where trained ones are kept (default: {JUDGE_CACHE})"
+    )
+
+
+def check_redraw_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one line where a flag for drawing again has no effect, or the judge nothing to learn from."""
+    names = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
+    given = [name for name in names if getattr(args, name) is not None]
+    if args.min_fidelity is None and given:
+        parser.error(f"--{given[0].replace('_', '-')} has no effect without --min-fidelity: leave it out")
+    if args.min_fidelity is not None and (args.judge_images is None or args.judge_masks is None):
+        parser.error("--min-fidelity needs --judge-images IMAGES and --judge-masks MASKS: real pairs for its judge")
 
 
 # ------------------------------------------------------------------------------------------------------ what to make
@@ -138,9 +181,13 @@ def load_mask(masks: MaskFolder, job: Job, seed: int) -> MaskItem:
 
 
 def set_settings(
-    args: argparse.Namespace, settings: SamplingSettings, trained: TrainedModel, masks: MaskFolder
+    args: argparse.Namespace,
+    settings: SamplingSettings,
+    trained: TrainedModel,
+    masks: MaskFolder,
+    judged: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What decides the content of a set; a folder holds one set only."""
+    """What decides the content of a set; a folder holds one set only. ``judged`` is the note of its judge, if any."""
     return {
         "ckpt_sha256": trained.sha256,
         "weights": "raw" if args.raw_weights else "ema",
@@ -153,6 +200,7 @@ def set_settings(
         "masks": len(masks.names),
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
+        "filter": judged,
         "precision": args.precision,
         "compile": args.compile,
         "per_proc_batch_size": args.per_proc_batch_size,
@@ -188,6 +236,8 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
         )
     (sample_dir / "images").mkdir(parents=True, exist_ok=True)
     (sample_dir / "masks").mkdir(exist_ok=True)
+    if settings["filter"] is not None:
+        (sample_dir / "attempts").mkdir(exist_ok=True)
     write_json(path, settings)
 
 
@@ -232,6 +282,8 @@ def jobs_to_do(args: argparse.Namespace, masks: MaskFolder, jobs: Sequence[Job],
 
     def is_done(job: Job) -> bool:
         there = image_path(args.sample_dir, job, channels).is_file()
+        if there and args.min_fidelity is not None:
+            there = bool(read_attempt(args.sample_dir, job))
         return there and pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed), channels)
 
     with ThreadPoolExecutor() as pool:
@@ -247,10 +299,25 @@ def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem, channels: int) -> 
     return image_is_whole(image_path(sample_dir, job, channels), (*item.view.size, channels))
 
 
-def write_pair(sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray) -> None:
-    """Label first, image (S, S, C) last: where the image is, its label is, too."""
+def attempt_path(sample_dir: Path, job: Job) -> Path:
+    """Where --min-fidelity notes which attempt at the job's image stayed."""
+    return sample_dir / "attempts" / f"{job.name}.json"
+
+
+def read_attempt(sample_dir: Path, job: Job) -> dict[str, str]:
+    """The note on the attempt that stayed, as columns of the manifest; empty where there is none or it is torn."""
+    try:
+        return json.loads(attempt_path(sample_dir, job).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_pair(sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray, note: dict[str, str]) -> None:
+    """Label first, image (S, S, C) last: where the image is, its label is, too, and the note on its attempt."""
     content, suffix = label_bytes(item.label)
     write_atomically(sample_dir / "masks" / f"{job.name}{suffix}", lambda file: file.write(content))
+    if note:
+        write_json(attempt_path(sample_dir, job), note)
     picture = encode_image(image)
     write_atomically(image_path(sample_dir, job, image.shape[2]), lambda file: file.write(picture))
 
@@ -281,7 +348,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     exports = [name for name in args.export if name != "plain"]
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
-    lock = prepare_folder(args, set_settings(args, settings, trained, masks), machine)
+    redraw, judged = load_redraw(args, trained, machine)
+    lock = prepare_folder(args, set_settings(args, settings, trained, masks, judged), machine)
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
@@ -290,10 +358,12 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     todo = jobs_to_do(args, masks, mine, channels)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
-    make_images(args, sampler, masks, todo, machine)
+    make_images(args, sampler, masks, todo, machine, redraw)
     machine.barrier()
     if machine.is_main:
         write_manifest(args, settings, trained, masks, jobs)
+        if redraw is not None:
+            log_attempts(args, jobs)
         write_contact_sheet(args, masks, jobs)
         images = [image_path(args.sample_dir, job, channels) for job in jobs]
         for name in exports:
@@ -306,42 +376,109 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
         lock.close()
 
 
-def prepare_folder(args: argparse.Namespace, settings: dict[str, Any], machine: Machine) -> IO[bytes] | None:
-    """Rank 0 opens and locks the folder; what is wrong with it ends every rank."""
-    problem, lock = None, None
+def on_main(machine: Machine, work: Callable[[], T]) -> T | None:
+    """What ``work`` gives on rank 0, None elsewhere; what is wrong with the user's input there ends every rank."""
+    problem, found = None, None
     if machine.is_main:
         try:
-            open_sample_dir(args.sample_dir, settings)
-            lock = lock_folder(args.sample_dir, "give another --sample-dir")
+            found = work()
         except (InputError, OSError) as error:
             problem = str(error)
     problem = machine.from_main(problem)
     if problem:
         raise InputError(problem)
-    return lock
+    return found
+
+
+def prepare_folder(args: argparse.Namespace, settings: dict[str, Any], machine: Machine) -> IO[bytes] | None:
+    """Rank 0 opens and locks the folder."""
+
+    def open_and_lock() -> IO[bytes]:
+        open_sample_dir(args.sample_dir, settings)
+        return lock_folder(args.sample_dir, "give another --sample-dir")
+
+    return on_main(machine, open_and_lock)
+
+
+def load_redraw(
+    args: argparse.Namespace, trained: TrainedModel, machine: Machine
+) -> tuple[Redraw | None, dict[str, Any] | None]:
+    """With --min-fidelity: who decides what is drawn again, the same on all ranks, and its note for the settings."""
+    if args.min_fidelity is None:
+        return None, None
+    from evaluation.redraw import Redraw, RedrawSettings, train_redraw_judge  # seconds to import
+
+    settings = RedrawSettings(
+        min_fidelity=args.min_fidelity,
+        max_attempts=args.max_attempts or MAX_ATTEMPTS,
+        images=args.judge_images,
+        masks=args.judge_masks,
+        mask_type=args.judge_mask_type or "auto",
+        normalize=args.normalize_masks,
+        steps=args.judge_steps or JUDGE_STEPS,
+        cache_dir=args.judge_cache or JUDGE_CACHE,
+    )
+    with torch.inference_mode(False):  # it learns
+        judge = on_main(machine, lambda: train_redraw_judge(settings, trained.data, machine.device, progress=True))
+    judge = machine.from_main(judge)
+    return Redraw.from_trained(judge, trained.data, machine.device), judge.note
 
 
 def make_images(
-    args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, todo: list[Job], machine: Machine
+    args: argparse.Namespace,
+    sampler: ImageSampler,
+    masks: MaskFolder,
+    todo: list[Job],
+    machine: Machine,
+    redraw: Redraw | None = None,
 ) -> None:
-    """Draw batch after batch; background threads encode and write while the next batch is drawn."""
+    """Draw batch after batch; background threads encode and write while the next batch is drawn.
+
+    What is to be drawn again comes first in the next batch, so that few images wait in memory.
+    """
     size = args.per_proc_batch_size
     shown = machine.is_main and sys.stderr.isatty()
+    waiting = deque((job, 1) for job in todo)
     with ThreadPoolExecutor(max_workers=2) as writers, tqdm(total=len(todo), unit="image", disable=not shown) as bar:
         pending: list[Future[None]] = []
-        for first in range(0, len(todo), size):
-            batch = todo[first : first + size]
-            items = [load_mask(masks, job, args.seed) for job in batch]
+        while waiting:
+            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+            items = [load_mask(masks, job, args.seed) for job, _ in batch]
             prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
-            seeds = [image_seed(args.seed, job.index) for job in batch]
+            seeds = [image_seed(args.seed, job.index, attempt) for job, attempt in batch]
             images = sampler(prob_maps, seeds, batch_size=size)
-            for job, item, image in zip(batch, items, images, strict=True):
-                pending.append(writers.submit(write_pair, args.sample_dir, job, item, to_uint8(image)))
+            for (job, attempt), item, image in zip(batch, items, images, strict=True):
+                kept = kept_image(redraw, job, item, to_uint8(image), attempt)
+                if kept is None:
+                    waiting.appendleft((job, attempt + 1))
+                else:
+                    pending.append(writers.submit(write_pair, args.sample_dir, job, item, *kept))
+                    bar.update()
             pending = finished(pending, most_left=4 * size)
-            bar.update(len(batch))
             if not shown:
-                logger.info("%d of %d images", first + len(batch), len(todo))
+                logger.info("%d of %d images", len(todo) - len(waiting), len(todo))
         finished(pending, most_left=0)
+
+
+def kept_image(
+    redraw: Redraw | None, job: Job, item: MaskItem, image: np.ndarray, attempt: int
+) -> tuple[np.ndarray, dict[str, str]] | None:
+    """The image that stays (this one, or an attempt before it) with the note on it; None: draw it again."""
+    if redraw is None:
+        return image, {}
+    kept = redraw(job.index, np.asarray(item.prob_map), image, attempt)
+    return None if kept is None else (kept.image, kept.columns())
+
+
+def log_attempts(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """How often images were drawn, and how many never reached --min-fidelity."""
+    found = [read_attempt(args.sample_dir, job) for job in jobs]
+    again = sum(int(notes["attempt"]) > 1 or notes["fidelity_reached"] == "no" for notes in found)
+    missed = sum(notes["fidelity_reached"] == "no" for notes in found)
+    logger.info(
+        "--min-fidelity %g: %d of %d images were drawn again; %d did not reach it, their best attempts stay (column "
+        "fidelity_reached of the manifest)", args.min_fidelity, again, len(jobs), missed,
+    )  # fmt: skip
 
 
 def finished(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
@@ -352,7 +489,11 @@ def finished(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
 
 
 def write_manifest(
-    args: argparse.Namespace, settings: SamplingSettings, trained: TrainedModel, masks: MaskFolder, jobs: list[Job]
+    args: argparse.Namespace,
+    settings: SamplingSettings,
+    trained: TrainedModel,
+    masks: MaskFolder,
+    jobs: list[Job],
 ) -> None:
     """manifest.csv: how every pair came to be. Columns that evaluate.py added stay."""
     hashes = {name: file_sha256(path) for name, path in masks.paths.items()}
@@ -384,6 +525,7 @@ def write_manifest(
             "num_steps": settings.num_steps,
             "weights": "raw" if args.raw_weights else "ema",
             "ckpt_sha256": trained.sha256,
+            **(read_attempt(args.sample_dir, job) if args.min_fidelity else {}),
         }
         rows.append(added.get(row["image"], {}) | row)
     buffer = io.StringIO()

@@ -293,6 +293,9 @@ def create_solver(transport: Transport, settings: SamplingSettings, reverse: boo
     )
 
 
-def image_seed(seed: int, index: int) -> int:
-    """Seed of the noise of image ``index`` in a set drawn with ``--seed``."""
-    return derived_seed(seed, index)
+def image_seed(seed: int, index: int, attempt: int = 1) -> int:
+    """Seed of the noise of image ``index`` in a set drawn with ``--seed``; every further attempt at it has its own.
+
+    ``derived_seed(seed, index, 1)`` is taken: sample_ddp.py cuts windows with it.
+    """
+    return derived_seed(seed, index) if attempt == 1 else derived_seed(seed, index, 2, attempt)

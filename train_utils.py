@@ -76,12 +76,27 @@ def fraction(text: str) -> float:
     return value
 
 
+def positive_fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
+    return value
+
+
 # ------------------------------------------------------------------------------------------------------- flag groups
 
 
-def add_mask_arguments(group: argparse._ArgumentGroup) -> None:
-    """What the mask files hold, wherever masks are read."""
+def add_mask_type_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+
+
+def add_device_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+
+
+def add_mask_arguments(group: argparse._ActionsContainer) -> None:
+    """What the mask files hold, wherever masks are read."""
+    add_mask_type_argument(group)
     group.add_argument(
         "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
     )
@@ -187,7 +202,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
 def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = False) -> None:
     """Where and how precisely the work is done; ``can_compile`` where torch.compile is offered."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    add_device_argument(group)
     group.add_argument(
         "--precision",
         choices=PRECISIONS,

@@ -96,6 +96,7 @@ class FidelityReport:
     masks_seen_by_judge: int
     provenance: dict[str, list[str]]
     judge_images_sha256: list[str] = field(default_factory=list)  # what the judge has seen, for checks of leaks
+    chosen_by_this_judge: bool = False  # the set was drawn again until this very judge was content
 
     def to_dict(self) -> dict:
         """Plain types for JSON."""
@@ -122,6 +123,8 @@ class FidelityReport:
             self.masks_seen_by_judge
         )
         lines.append(f"the judge learned from {self.judge_pairs} real pairs{seen}")
+        if self.chosen_by_this_judge:
+            lines.append("its images were drawn again until this very judge found their masks: --seed gives another")
         return lines + describe_provenance(self.provenance)
 
 
@@ -307,6 +310,7 @@ def score_fidelity(
         masks_seen_by_judge=split.masks_seen,
         provenance=samples.provenance(),
         judge_images_sha256=[file_sha256(pair.image_path) for pair in pairs.pairs],
+        chosen_by_this_judge=(samples.settings.get("filter") or {}).get("judge_key") == prepared.key,
     )
 
 

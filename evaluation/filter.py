@@ -143,6 +143,22 @@ def write_filter_report(samples: SampleSet, result: FilterResult, output: Path |
     return [folder / KEPT, folder / DROPPED] + ([output] if output is not None else [])
 
 
+def filter_note(samples: SampleSet, result: FilterResult) -> dict:
+    """What the new set's settings say: the rule, and the images of every judge that has chosen among its images.
+
+    A set may have been chosen from before, by ``sample_ddp.py --min-fidelity`` or by this command. Where the images of
+    one judge are not known the list is empty, and ``evaluate.py utility`` refuses the set.
+    """
+    fidelity = samples.folder / "evaluation" / "fidelity.json"
+    known = [json.loads(fidelity.read_text(encoding="utf-8")) if fidelity.is_file() else {}]
+    before = samples.settings.get("filter")
+    known += [before] if before else []
+    judges = [judge.get("judge_images_sha256") or [] for judge in known]
+    images = sorted(set().union(*judges)) if all(judges) else []
+    note = {"filtered_from": str(samples.folder.resolve()), "rule": result.rule, "judge_images_sha256": images}
+    return note | ({"before": before} if before else {})
+
+
 def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
     """Copy the kept images into a new set; its manifest comes last, so that a torn copy is no set.
 
@@ -161,11 +177,7 @@ def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
             shutil.copyfile(path, target)
         real = {"real_image": str(sample.real_path.resolve())} if sample.real_path is not None else {}
         rows.append(sample.columns | real)
-    note = {"filtered_from": str(samples.folder.resolve()), "rule": result.rule}
-    fidelity = samples.folder / "evaluation" / "fidelity.json"
-    if fidelity.is_file():
-        judged = json.loads(fidelity.read_text(encoding="utf-8"))
-        note["judge_images_sha256"] = judged.get("judge_images_sha256", [])
+    note = filter_note(samples, result)
     settings = output / SETTINGS
     settings.write_text(json.dumps(samples.settings | {"filter": note}, indent=2) + "\n", encoding="utf-8")
     dropped = io.StringIO()

@@ -91,6 +91,18 @@ def test_filtered_copy_knows_what_its_judge_has_seen(tmp_path):
     assert SampleSet(tmp_path / "best").settings["filter"]["judge_images_sha256"] == ["a", "b"]
 
 
+def test_filtered_copy_of_a_set_that_was_drawn_again_knows_both_judges(tmp_path):
+    samples = SampleSet(scored_set(tmp_path / "set"))
+    for note, known in (({"judge_images_sha256": ["a", "c"]}, ["a", "b", "c"]), ({"judge_images_sha256": []}, [])):
+        (samples.folder / "evaluation").mkdir(exist_ok=True)
+        (samples.folder / "evaluation" / "fidelity.json").write_text(json.dumps({"judge_images_sha256": ["a", "b"]}))
+        samples.settings["filter"] = note
+        output = tmp_path / f"best_{len(known)}"
+        write_filter_report(samples, filter_set(samples, keep_share=0.5), output)
+        found = SampleSet(output).settings["filter"]
+        assert found["judge_images_sha256"] == known and found["before"] == note
+
+
 def test_filled_output_folder_is_refused_before_anything_is_written(tmp_path):
     samples = SampleSet(scored_set(tmp_path / "set"))
     (tmp_path / "best").mkdir()

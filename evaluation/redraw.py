@@ -1,0 +1,157 @@
+"""Draw again what does not follow its mask: the judge of ``evaluate.py fidelity`` inside of bulk sampling.
+
+An image is drawn until the judge finds its mask in it with the Dice asked for, each attempt with noise of its own, at
+most ``max_attempts`` times; then the best attempt stays and is marked. What was chosen by a judge is at its best before
+that judge: measure such a set with another one (``evaluate.py fidelity --seed``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from checkpoint import file_sha256
+from data import DataConfig, PairedFolder
+from evaluation.fidelity import fidelity_of
+from evaluation.judge import Judge, JudgeConfig, build_network, judged_channels, load_or_train_judge
+from image_files import repeat_gray
+
+COLUMNS = ("attempt", "attempt_fidelity", "fidelity_reached")  # of the manifest
+
+
+@dataclass(frozen=True)
+class RedrawSettings:
+    """When to draw again, and what the judge learns from.
+
+    Attributes:
+        min_fidelity: Dice with the mask (:func:`evaluation.fidelity.fidelity_of`) from which an image is kept, (0, 1].
+        max_attempts: draws of an image at most.
+        images: real images that teach the judge.
+        masks: their masks.
+        mask_type: what the masks hold.
+        normalize: divide soft masks by their sum.
+        steps: training steps of the judge.
+        seed: of the judge.
+        cache_dir: where trained judges are kept.
+    """
+
+    min_fidelity: float
+    max_attempts: int
+    images: Path
+    masks: Path
+    mask_type: str = "auto"
+    normalize: bool = False
+    steps: int = 400
+    seed: int = 0
+    cache_dir: Path = Path("judges")
+
+
+class TrainedJudge(NamedTuple):
+    """Weights of a judge on the CPU, and what a set made with it says about it (plain types)."""
+
+    weights: dict[str, torch.Tensor]
+    note: dict[str, Any]
+
+
+def train_redraw_judge(
+    settings: RedrawSettings, config: DataConfig, device: torch.device, progress: bool = False
+) -> TrainedJudge:
+    """The judge, from the cache where it has been trained before.
+
+    Args:
+        settings: its pairs and budget.
+        config: of the generator; the judge sees images as it does.
+        device: where to train.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: unusable files.
+    """
+    pairs = PairedFolder(
+        settings.images, settings.masks, config, settings.mask_type,
+        seed=settings.seed, progress=progress, normalize=settings.normalize,
+    )  # fmt: skip
+    judge_config = JudgeConfig(config.num_classes, judged_channels(config), settings.steps, seed=settings.seed)
+    judge, key, _ = load_or_train_judge(pairs, judge_config, settings.cache_dir, device, progress)
+    weights = {name: value.detach().cpu() for name, value in judge.network.state_dict().items()}
+    note = {
+        "min_fidelity": settings.min_fidelity,
+        "max_attempts": settings.max_attempts,
+        "judge_key": key,
+        "judge_weights_sha256": weights_sha256(weights),
+        "judge_images_sha256": sorted(file_sha256(pair.image_path) for pair in pairs.pairs),
+    }
+    return TrainedJudge(weights, note)
+
+
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    """One hash of all weights: a judge that was trained again is another one where its numbers differ."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Attempt(NamedTuple):
+    """One draw of an image, uint8 (S, S, C): which one, and how well it follows its mask."""
+
+    image: np.ndarray
+    number: int  # 1 is the first draw
+    fidelity: float
+    reached: bool
+
+    def columns(self) -> dict[str, str]:
+        """What the manifest says about it."""
+        values = (str(self.number), f"{self.fidelity:.4f}", "yes" if self.reached else "no")
+        return dict(zip(COLUMNS, values, strict=True))
+
+
+class Redraw:
+    """Decides after every draw whether it stays.
+
+    One image is judged at a time: what a network answers depends in the last bits on how many images it is given, and
+    whether an image stays may not depend on its neighbours.
+
+    Args:
+        judge: segmenter that learned from real pairs.
+        min_fidelity: see :class:`RedrawSettings`.
+        max_attempts: see :class:`RedrawSettings`.
+    """
+
+    def __init__(self, judge: Judge, min_fidelity: float, max_attempts: int) -> None:
+        self.judge = judge
+        self.min_fidelity = min_fidelity
+        self.max_attempts = max_attempts
+        self._best: dict[int, Attempt] = {}  # of images still to be drawn again
+
+    @classmethod
+    def from_trained(cls, trained: TrainedJudge, config: DataConfig, device: torch.device) -> Redraw:
+        """The same judge on any process."""
+        network = build_network(config.num_classes, channels=judged_channels(config))
+        network.load_state_dict(trained.weights)
+        return cls(Judge(network, device), trained.note["min_fidelity"], trained.note["max_attempts"])
+
+    def __call__(self, index: int, prob_map: np.ndarray, image: np.ndarray, number: int) -> Attempt | None:
+        """The attempt that stays, None where the image is to be drawn again.
+
+        Args:
+            index: of the image in the set.
+            prob_map: (K, S, S) its mask.
+            image: uint8 (S, S, C), this attempt.
+            number: of this attempt, from 1.
+        """
+        found = self.judge.class_maps([repeat_gray(image)])[0] > 0
+        truth = prob_map.argmax(axis=0) > 0
+        fidelity = fidelity_of(found, truth)
+        attempt = Attempt(image, number, fidelity, fidelity >= self.min_fidelity)
+        before = self._best.pop(index, None)
+        best = attempt if before is None or attempt.fidelity > before.fidelity else before
+        if best.reached or number >= self.max_attempts:
+            return best
+        self._best[index] = best
+        return None

@@ -1,0 +1,197 @@
+"""sample_ddp.py --min-fidelity: what is drawn again, which attempt stays, and that nothing else decides it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_sets import disk, paint
+from PIL import Image
+from script_helpers import run, train_arguments, write_pairs
+
+import sample_ddp
+import train
+from checkpoint import file_sha256
+from evaluation.fidelity import fidelity_of
+from evaluation.judge import Judge, build_network
+from evaluation.redraw import Redraw, weights_sha256
+from sampling import image_seed
+from train_utils import derived_seed
+
+SIZE = 18
+
+
+class BrightIsCell:
+    """Judge for which a bright pixel is a cell."""
+
+    def class_maps(self, images: list[np.ndarray]) -> np.ndarray:
+        return np.stack([image.mean(axis=-1) > 120 for image in images]).astype(np.uint8)
+
+
+CELLS = disk(SIZE, 8, 9, 5)
+MASK = np.stack([~CELLS, CELLS]).astype(np.float32)
+RIGHT, NEAR, FAR = (paint(np.roll(CELLS, shift, axis=1)) for shift in (0, 1, 6))
+SCORES = [fidelity_of(np.roll(CELLS, shift, axis=1), CELLS) for shift in (0, 1, 6)]
+
+
+def test_an_image_that_follows_its_mask_stays_at_once():
+    attempt = Redraw(BrightIsCell(), 0.8, 3)(0, MASK, NEAR, 1)
+    assert attempt.columns() == {"attempt": "1", "attempt_fidelity": f"{SCORES[1]:.4f}", "fidelity_reached": "yes"}
+    assert np.array_equal(attempt.image, NEAR) and 0.8 < SCORES[1] < 1
+
+
+def test_an_image_is_drawn_until_it_reaches_the_threshold():
+    redraw = Redraw(BrightIsCell(), 0.95, 5)
+    assert redraw(0, MASK, NEAR, 1) is None
+    assert redraw(1, MASK, FAR, 1) is None  # another image of the set in between
+    attempt = redraw(0, MASK, RIGHT, 2)
+    assert (attempt.number, attempt.fidelity, attempt.reached) == (2, 1, True)
+
+
+def test_the_best_attempt_stays_when_none_reaches_the_threshold():
+    redraw = Redraw(BrightIsCell(), 0.999, 3)
+    assert [redraw(0, MASK, image, n + 1) for n, image in enumerate((FAR, NEAR))] == [None, None]
+    attempt = redraw(0, MASK, FAR, 3)
+    assert (attempt.number, attempt.fidelity, attempt.reached) == (2, SCORES[1], False)
+    assert np.array_equal(attempt.image, NEAR) and attempt.columns()["fidelity_reached"] == "no"
+    assert redraw(0, MASK, FAR, 1) is None  # nothing is remembered of a finished image
+
+
+def test_every_attempt_has_its_own_noise_and_the_first_is_the_plain_image():
+    assert image_seed(3, 7) == image_seed(3, 7, 1) == derived_seed(3, 7)
+    seeds = [image_seed(seed, index, attempt) for seed in (0, 3) for index in range(6) for attempt in range(1, 7)]
+    windows = [derived_seed(seed, index, 1) for seed in (0, 3) for index in range(6)]  # of random crops
+    assert len({*seeds, *windows}) == len(seeds) + len(windows)
+
+
+def test_hash_of_weights_sees_a_single_number():
+    weights = build_network(2).state_dict()
+    before = weights_sha256(weights)
+    next(iter(weights.values())).view(-1)[0] += 1e-6
+    assert weights_sha256(weights) != before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-attempts", "3"], "--max-attempts has no effect without --min-fidelity"),
+        (["--judge-mask-type", "auto"], "--judge-mask-type has no effect without --min-fidelity"),
+        (["--min-fidelity", "0.8", "--judge-images", "a"], "needs --judge-images IMAGES and --judge-masks MASKS"),
+        (["--min-fidelity", "0"], "0 is not above 0 and up to 1"),
+    ],
+)
+def test_flags_without_effect_or_pairs_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        sample_ddp.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "masks", *words])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Folder with images/, masks/ and a checkpoint, run.pt, of a hardly trained generator."""
+    folder = tmp_path_factory.mktemp("redraw")
+    images, masks = write_pairs(folder)
+    train.main(train.parse_args(train_arguments(images, masks, folder, "run", 4)[1:]))
+    (folder / "run" / "checkpoints" / "0000004.pt").rename(folder / "run.pt")
+    return folder
+
+
+def arguments(made: Path, folder: Path, *more: object) -> list[str]:
+    words = ["ODE", "--ckpt", made / "run.pt", "--mask-path", made / "masks", "--sample-dir", folder, "--device", "cpu"]
+    words += ["--precision", "float32", "--num-sampling-steps", 2, "--per-proc-batch-size", 4]
+    return [str(word) for word in (*words, *more)]
+
+
+def judged(made: Path, *more: object) -> list[object]:
+    pairs = ["--judge-images", made / "images", "--judge-masks", made / "masks", "--judge-steps", 20]
+    return [*pairs, "--judge-cache", made / "judges", *more]
+
+
+def make(made: Path, folder: Path, *more: object) -> list[dict[str, str]]:
+    """Run the command in this process; rows of the manifest."""
+    sample_ddp.main(sample_ddp.parse_args(arguments(made, folder, *more)))
+    with (folder / "manifest.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+@pytest.fixture(scope="module")
+def hopeless(made) -> tuple[Path, list[dict[str, str]]]:
+    """A set whose images are drawn three times each, since no image reaches a Dice of 1."""
+    folder = made / "hopeless"
+    return folder, make(made, folder, *judged(made, "--min-fidelity", 1, "--max-attempts", 3))
+
+
+def test_manifest_and_settings_say_which_attempt_stayed_and_who_judged(hopeless, made):
+    folder, rows = hopeless
+    assert {row["fidelity_reached"] for row in rows} == {"no"} and {row["attempt"] for row in rows} <= {"1", "2", "3"}
+    note = json.loads((folder / "settings.json").read_text())["filter"]
+    assert (note["min_fidelity"], note["max_attempts"]) == (1, 3)
+    assert note["judge_images_sha256"] == sorted(file_sha256(path) for path in (made / "images").iterdir())
+    (cached,) = (made / "judges").iterdir()
+    assert note["judge_key"].startswith(cached.stem.removeprefix("judge-"))
+
+
+def test_noted_fidelity_is_what_the_judge_says_of_the_file(hopeless, made):
+    folder, rows = hopeless
+    network = build_network(2)
+    (cached,) = (made / "judges").iterdir()
+    network.load_state_dict(torch.load(cached, weights_only=True))
+    judge = Judge(network, torch.device("cpu"))
+    for row in rows:
+        image, label = (np.array(Image.open(folder / row[name])) for name in ("image", "label"))
+        fidelity = fidelity_of(judge.class_maps([image])[0] > 0, label > 0)
+        assert row["attempt_fidelity"] == f"{fidelity:.4f}"
+
+
+def test_first_attempts_are_the_images_of_a_set_without_threshold(hopeless, made, tmp_path):
+    folder, rows = hopeless
+    make(made, tmp_path / "plain")
+    for row in rows:
+        kept, first = (np.array(Image.open(place / row["image"])) for place in (folder, tmp_path / "plain"))
+        assert np.array_equal(kept, first) == (row["attempt"] == "1")
+
+
+def test_a_reachable_threshold_keeps_the_first_attempt_that_reaches_it(hopeless, made):
+    _, best = hopeless
+    scores = sorted(float(row["attempt_fidelity"]) for row in best)
+    threshold = scores[len(scores) // 2]
+    rows = make(made, made / "half", *judged(made, "--min-fidelity", threshold - 1e-4, "--max-attempts", 3))
+    assert {"yes", "no"} == {row["fidelity_reached"] for row in rows}
+    for row, other in zip(rows, best, strict=True):
+        reached = float(other["attempt_fidelity"]) >= threshold - 1e-4
+        assert row["fidelity_reached"] == ("yes" if reached else "no")
+        assert int(row["attempt"]) <= int(other["attempt"]) if reached else row["attempt"] == other["attempt"]
+
+
+def test_ranks_and_restarts_do_not_change_a_byte(hopeless, made, tmp_path):
+    folder, _ = hopeless
+    files = files_of(folder)
+    words = judged(made, "--min-fidelity", 1, "--max-attempts", 3)
+    run("sample_ddp.py", *arguments(made, tmp_path / "two", *words), ranks=2)
+    assert files_of(tmp_path / "two") == files
+    for name in ("cell_0", "cell_4"):
+        (folder / "images" / f"{name}.png").unlink()
+    (folder / "attempts" / "cell_2.json").write_text("{")  # a whole image, but nothing says which attempt it is
+    (folder / "manifest.csv").unlink()
+    make(made, folder, *words)
+    assert files_of(folder) == files
+
+
+def test_a_set_is_not_finished_with_another_threshold_or_judge(hopeless, made):
+    folder, _ = hopeless
+    for words in (["--min-fidelity", 0.9, "--max-attempts", 3], ["--min-fidelity", 1, "--max-attempts", 2]):
+        with pytest.raises(ValueError, match="made with other settings .filter"):
+            make(made, folder, *judged(made, *words))
+    with pytest.raises(ValueError, match="made with other settings .filter"):
+        make(made, folder)
