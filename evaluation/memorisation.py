@@ -14,14 +14,17 @@ masks are known. How a sample looks beside its nearest training image, in the pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from checkpoint import file_sha256, write_json
@@ -34,7 +37,8 @@ from image_files import read_image
 SIDE = 32
 SYMMETRIES = 8
 CLOSEST = 10
-CANDIDATES = 16
+CANDIDATES = 12
+QUERIES, WINDOWS = 64, 4096  # rows of a product: what fits into the cache and the memory
 FLAT = 1e-3  # standard deviation of gray in [-1, 1] below which a picture shows nothing that could be repeated
 
 
@@ -79,10 +83,15 @@ def small_gray(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 class NearestTraining:
-    """Finds the nearest of the training pictures.
+    """Finds the nearest of the training pictures, for many pictures at once: all heavy work is products of matrices.
 
-    Pictures larger than what is asked for are searched at half the resolution first, and the :data:`CANDIDATES` best of
-    them at full: a copy is among those, since it correlates at half the resolution, too.
+    Pictures larger than what is asked for are searched in three steps, each on what the step before leaves over:
+
+    1. At half the resolution, every window against every picture, without regard to turns: an upper bound of their
+       correlation in any turn (:func:`turn_free`), 1 for a copy. The :data:`CANDIDATES` training pictures with the
+       largest bounds stay.
+    2. At half the resolution, all windows of these in all turns: the best turn and place in each.
+    3. At full resolution, the windows around that place.
 
     Args:
         pictures: (h, w) float64 each, at least as large as what is asked for.
@@ -90,66 +99,178 @@ class NearestTraining:
     """
 
     def __init__(self, pictures: Sequence[np.ndarray], side: int) -> None:
-        self.side = side
+        self.pictures, self.side = pictures, side
         self._whole = all(picture.shape == (side, side) for picture in pictures)
-        if self._whole:  # every symmetry of every picture is one row
-            self._rows = np.stack([_unit(turned(one, s)) for one in pictures for s in range(SYMMETRIES)])
-        else:
-            self._fine = [_Sliding(picture, side) for picture in pictures]
-            self._coarse = [_Sliding(_halved(picture), side // 2) for picture in pictures]
 
-    def __call__(self, picture: np.ndarray, skip: int | None = None) -> Match | None:
-        """Nearest training picture, None for a flat one.
+    def find(
+        self, pictures: Sequence[np.ndarray], skip: Sequence[int] | None = None, progress: bool = False
+    ) -> list[Match | None]:
+        """Nearest training picture of every picture, None for a flat one.
 
         Args:
-            picture: (side, side) float64.
-            skip: index of a training picture that does not count (the picture itself).
+            pictures: (side, side) float64 each.
+            skip: for every picture the index of a training picture that does not count (the picture itself).
+            progress: show a progress bar.
         """
-        if picture.std() < FLAT:
-            return None
-        if self._whole:
-            correlation = self._rows @ _unit(picture)
-            if skip is not None:
-                correlation[skip * SYMMETRIES : (skip + 1) * SYMMETRIES] = -1
-            best = int(correlation.argmax())
-            return Match(_distance(correlation[best]), best // SYMMETRIES, best % SYMMETRIES)
-        coarse = _all_turns(_halved(picture))
-        values = [-2.0 if i == skip else one.best(coarse)[0] for i, one in enumerate(self._coarse)]
-        candidates = [int(index) for index in np.argsort(values)[::-1][:CANDIDATES] if index != skip]
-        fine = _all_turns(picture)
-        found = [(*self._fine[index].best(fine), index) for index in candidates]
-        value, symmetry, top, left, index = max(found, key=lambda entry: entry[0])
-        return Match(_distance(value), index, symmetry, top, left)
+        shown = [index for index, picture in enumerate(pictures) if picture.std() >= FLAT]
+        asked = [pictures[index] for index in shown]
+        skipped = np.array([-1 if skip is None else skip[index] for index in shown], int)
+        search = self._search_whole if self._whole else self._search_windows
+        found: list[Match | None] = [None] * len(pictures)
+        for index, picture, places in zip(shown, asked, search(asked, skipped, progress), strict=True):
+            found[index] = min((self._exact(picture, *place) for place in places), key=lambda match: match.distance)
+        return found
+
+    def _search_whole(self, asked: list[np.ndarray], skipped: np.ndarray, progress: bool) -> Iterator[list[Place]]:
+        """The best training picture and turn, where nothing can be shifted."""
+        rows = units(np.stack([picture.ravel() for picture in self.pictures]).astype(np.float32))
+        for first in _steps(len(asked), QUERIES, "comparing", progress):
+            some = slice(first, first + QUERIES)
+            turns = np.stack([all_turns(picture) for picture in asked[some]])  # (q, 8, side * side)
+            correlation = turns @ rows.T  # (q, 8, n)
+            known = np.flatnonzero(skipped[some] >= 0)
+            correlation[known, :, skipped[some][known]] = -2
+            for best in correlation.reshape(len(turns), -1).argmax(axis=1):
+                yield [Place(int(best) % len(rows), int(best) // len(rows), 0, 0)]
+
+    def _search_windows(self, asked: list[np.ndarray], skipped: np.ndarray, progress: bool) -> Iterator[list[Place]]:
+        """Steps 1 and 2 of the class: the place in every candidate, for step 3."""
+        half = self.side // 2
+        turns = np.stack([all_turns(_halved(picture)) for picture in asked]) if asked else np.zeros((0, 8, half**2))
+        candidates = self._candidates(turns[:, 0], skipped, progress)  # (q, c)
+        places = np.zeros((*candidates.shape, 3), int)
+        for index in _steps(len(self.pictures), 1, "comparing", progress):
+            queries, columns = np.nonzero(candidates == index)
+            kernels = turns[queries].reshape(-1, half**2)  # (q * 8, half * half)
+            best = np.full(len(queries), -2, np.float32)
+            for tops, lefts, windows in half_windows(self.pictures[index], half) if len(queries) else ():
+                product = (kernels @ windows.T).reshape(len(queries), -1)  # (q, 8 * n)
+                symmetry, window = np.divmod(product.argmax(axis=1), len(windows))
+                value = product.max(axis=1)
+                better = value > best
+                found = np.stack([symmetry, tops[window], lefts[window]], axis=1)
+                places[queries[better], columns[better]] = found[better]
+                best = np.maximum(best, value)
+        for indices, where, unwanted in zip(candidates, places, skipped, strict=True):
+            yield [Place(i, *place) for i, place in zip(indices.tolist(), where.tolist(), strict=True) if i != unwanted]
+
+    def _candidates(self, asked: np.ndarray, skipped: np.ndarray, progress: bool) -> np.ndarray:
+        """(q, c) indices of the training pictures with the largest bounds.
+
+        Args:
+            asked: (q, half * half) float32 pictures at half the resolution, of mean 0 and length 1.
+            skipped: (q,) index of the training picture that does not count, or -1.
+            progress: show a progress bar.
+        """
+        half = self.side // 2
+        basis = turn_basis(half)
+        wanted = turn_free(asked, basis).T  # (d + 1, q)
+        bounds = np.full((len(self.pictures), len(asked)), -1, np.float32)
+        for index in _steps(len(self.pictures), 1, "looking for candidates", progress):
+            for _, _, windows in half_windows(self.pictures[index], half):
+                np.maximum(bounds[index], (turn_free(windows, basis) @ wanted).max(axis=0), out=bounds[index])
+        known = np.flatnonzero(skipped >= 0)
+        bounds[skipped[known], known] = -2
+        return np.argsort(-bounds, axis=0, kind="stable")[:CANDIDATES].T
+
+    def _exact(self, picture: np.ndarray, index: int, symmetry: int, top: int, left: int) -> Match:
+        """The best window at most two pixels from a place, in float64."""
+        training = self.pictures[index]
+        tops, lefts = (
+            range(max(0, start - 2), min(length - self.side, start + 2) + 1)
+            for start, length in zip((top, left), training.shape, strict=True)
+        )
+        part = training[tops[0] : tops[-1] + self.side, lefts[0] : lefts[-1] + self.side]
+        windows = sliding_window_view(part, (self.side, self.side)).reshape(-1, self.side**2)
+        query = units(turned(picture, _inverse(symmetry)).reshape(1, -1))[0]
+        correlation = units(windows) @ query
+        best = int(correlation.argmax())
+        row, column = divmod(best, len(lefts))
+        return Match(_distance(correlation[best]), index, symmetry, tops[row], lefts[column])
 
 
-class _Sliding:
-    """Correlation of small pictures with every window of a larger one, by Fourier transforms in float32."""
+class Place(NamedTuple):
+    """Where a picture may lie in the training pictures; see :class:`Match`."""
 
-    def __init__(self, picture: np.ndarray, side: int) -> None:
-        self.valid = tuple(length - side + 1 for length in picture.shape)
-        self.shape = tuple(scipy.fft.next_fast_len(length, real=True) for length in picture.shape)
-        picture = picture - picture.mean()  # keeps the differences below exact
-        self.transform = scipy.fft.rfft2(picture.astype(np.float32), self.shape)
-        mean = _window_sums(picture, side) / side**2
-        variance = _window_sums(picture**2, side) / side**2 - mean**2
-        length = np.sqrt(np.maximum(variance, 0)) * side  # of every window without its mean
-        clear = length > FLAT * side
-        self.scale = np.where(clear, 1 / np.where(clear, length, 1), 0).astype(
-            np.float32
-        )  # flat windows: correlation 0
-
-    def best(self, units: np.ndarray) -> tuple[float, int, int, int]:
-        """Largest correlation with pictures (n, side, side) of mean 0 and length 1, which one, and where."""
-        product = self.transform * np.conj(scipy.fft.rfft2(units, self.shape))
-        found = scipy.fft.irfft2(product, self.shape)[:, : self.valid[0], : self.valid[1]] * self.scale
-        which, top, left = np.unravel_index(int(found.argmax()), found.shape)
-        return float(found[which, top, left]), int(which), int(top), int(left)
+    index: int
+    symmetry: int
+    top: int
+    left: int
 
 
-def _all_turns(picture: np.ndarray) -> np.ndarray:
-    """(8, side, side) float32: entry s lies on a picture that ``turned(., s)`` brings onto ``picture``."""
-    units = [_unit(turned(picture, _inverse(s))).reshape(picture.shape) for s in range(SYMMETRIES)]
-    return np.stack(units).astype(np.float32)
+def _steps(count: int, step: int, title: str, progress: bool) -> Iterator[int]:
+    """First numbers of the chunks of so many pictures, with a progress bar over the pictures."""
+    with tqdm(total=count, desc=title, unit="image", disable=None if progress else True) as bar:
+        for first in range(0, count, step):
+            yield first
+            bar.update(min(step, count - first))
+
+
+def units(rows: np.ndarray) -> np.ndarray:
+    """Rows of mean 0 and length 1, (n, d) in the dtype given; 0 for a flat row."""
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    clear = length > FLAT * np.sqrt(rows.shape[1])
+    return rows * np.where(clear, 1 / np.where(clear, length, 1), 0).astype(rows.dtype)
+
+
+def all_turns(picture: np.ndarray) -> np.ndarray:
+    """(8, side * side) float32 units: entry s lies on a picture that ``turned(., s)`` brings onto ``picture``."""
+    rows = np.stack([turned(picture, _inverse(s)).ravel() for s in range(SYMMETRIES)])
+    return units(rows.astype(np.float32))
+
+
+def unit_windows(picture: np.ndarray, side: int) -> Iterator[tuple[int, np.ndarray]]:
+    """All windows of a picture, row after row, as :func:`units`, about :data:`WINDOWS` at a time.
+
+    Yields:
+        Number of the first window, (n, side * side) float32.
+    """
+    windows = sliding_window_view(picture.astype(np.float32), (side, side))
+    step = max(1, WINDOWS // windows.shape[1])
+    for first in range(0, len(windows), step):
+        yield first * windows.shape[1], units(windows[first : first + step].reshape(-1, side**2))
+
+
+def half_windows(picture: np.ndarray, side: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """All windows at half the resolution, those at odd rows and columns of the picture too.
+
+    Yields:
+        Top rows and left columns in the picture, (n,) int each, and (n, side * side) float32 as of :func:`units`.
+    """
+    for top, left in itertools.product((0, 1), (0, 1)):
+        small = _halved(picture[top:, left:])
+        if min(small.shape) >= side:
+            for first, windows in unit_windows(small, side):
+                rows, columns = np.divmod(first + np.arange(len(windows)), small.shape[1] - side + 1)
+                yield 2 * rows + top, 2 * columns + left, windows
+
+
+def turn_basis(side: int) -> np.ndarray:
+    """(side * side, d) float32 orthonormal: one column for the pixels that the eight symmetries exchange."""
+    numbers = np.arange(side**2).reshape(side, side)
+    smallest = np.min([turned(numbers, s) for s in range(SYMMETRIES)], axis=0)
+    orbit = np.unique(smallest, return_inverse=True)[1].ravel()
+    basis = np.eye(orbit.max() + 1, dtype=np.float32)[orbit]
+    return basis / np.linalg.norm(basis, axis=0)
+
+
+def turn_free(rows: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """What turns do not change: the product of two bounds the correlation of the pictures in any turn from above.
+
+    A unit vector u is a part P u that no symmetry changes, and a rest: <u, turned v> = <P u, P v> + <rest of u, turned
+    rest of v>, and the last is at most the product of the rests' lengths (Cauchy-Schwarz).
+
+    Args:
+        rows: (n, side * side) of :func:`units`.
+        basis: of :func:`turn_basis`.
+
+    Returns:
+        (n, d + 1): the part in the basis, and the length of the rest.
+    """
+    part = rows @ basis
+    rest = np.sqrt(np.maximum((rows**2).sum(axis=1) - (part**2).sum(axis=1), 0))
+    return np.concatenate([part, rest[:, None]], axis=1)
 
 
 def _halved(picture: np.ndarray) -> np.ndarray:
@@ -158,23 +279,9 @@ def _halved(picture: np.ndarray) -> np.ndarray:
     return picture[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
 
 
-def _window_sums(values: np.ndarray, side: int) -> np.ndarray:
-    """Sum over every (side, side) window."""
-    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
-    table[1:, 1:] = values.cumsum(axis=0).cumsum(axis=1)
-    return table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
-
-
 def _inverse(symmetry: int) -> int:
     """The symmetry that undoes another: a flip undoes itself, n quarter turns are undone by 4 - n."""
     return symmetry if symmetry >= 4 else -symmetry % 4
-
-
-def _unit(picture: np.ndarray) -> np.ndarray:
-    """Flat, mean 0, length 1; 0 for a flat picture."""
-    flat = picture.ravel() - picture.mean()
-    length = np.linalg.norm(flat)
-    return flat / length if length > FLAT * np.sqrt(flat.size) else np.zeros_like(flat)
 
 
 def _distance(correlation: float) -> float:
@@ -266,12 +373,17 @@ def score_memorisation(
     paths = list(find_files(train_dir, "image").values())
     if held_out_dir is None and len(paths) < 2:
         raise InputError(f"{train_dir} holds one image: give held-out real images with --held-out")
-    nearest = NearestTraining([small_gray(_training_picture(path, config), factor) for path in paths], side)
-    matches = [
-        nearest(small_gray(_to_unit(samples.synthetic(sample)), factor))
-        for sample in tqdm(samples.samples, desc="comparing", unit="image", disable=None if progress else True)
-    ]
-    reference, reference_is = _reference(nearest, paths, held_out_dir, config, factor)
+    bar = partial(tqdm, unit="image", disable=None if progress else True)
+    training = [small_gray(_training_picture(path, config), factor) for path in bar(paths, desc="reading training")]
+    drawn = [small_gray(_to_unit(samples.synthetic(one)), factor) for one in bar(samples.samples, desc="reading set")]
+    nearest = NearestTraining(training, side)
+    matches = nearest.find(drawn, progress=progress)
+    if held_out_dir is None:
+        others, skip, reference_is = paths, range(len(paths)), "training images to the nearest other one"
+    else:
+        others, skip, reference_is = find_files(held_out_dir, "image").values(), None, "held-out real images"
+    real = [small_gray(_to_unit(read_real(path, config)), factor) for path in bar(others, desc="reading reference")]
+    reference = [match.distance for match in nearest.find(real, skip, progress) if match is not None]
     from_training = _made_from(samples, train_mask_dir)
     least = min(reference, default=0.0)
     near = [match is not None and match.distance < least for match in matches]
@@ -295,20 +407,6 @@ def score_memorisation(
         provenance=samples.provenance(),
     )
     return report, closest, paths
-
-
-def _reference(
-    nearest: NearestTraining, paths: list[Path], held_out_dir: str | Path | None, config: DataConfig, factor: float
-) -> tuple[list[float], str]:
-    """Distances of real images that should be no copies, and what they are."""
-    if held_out_dir is None:
-        matches = [nearest(small_gray(_to_unit(read_real(p, config)), factor), i) for i, p in enumerate(paths)]
-        words = "training images to the nearest other one"
-    else:
-        others = find_files(held_out_dir, "image").values()
-        matches = [nearest(small_gray(_to_unit(read_real(path, config)), factor)) for path in others]
-        words = "held-out real images"
-    return [match.distance for match in matches if match is not None], words
 
 
 def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bool] | None:

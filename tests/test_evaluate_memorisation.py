@@ -15,13 +15,18 @@ from PIL import Image
 import evaluate
 from data import DataConfig
 from errors import InputError
+from evaluation import memorisation
 from evaluation.memorisation import (
     SYMMETRIES,
     Match,
     NearestTraining,
     score_memorisation,
     small_gray,
+    turn_basis,
+    turn_free,
     turned,
+    unit_windows,
+    units,
     write_memorisation_report,
 )
 from evaluation.samples import SampleSet, write_manifest
@@ -74,8 +79,8 @@ def held_out(tmp_path) -> Path:
 def test_copy_has_distance_zero_whatever_its_brightness_and_contrast():
     pictures = [small_gray(blobs(seed) / 255, 1.5) for seed in range(3)]
     nearest = NearestTraining(pictures, 32)
-    assert nearest(pictures[1] * 0.4 + 0.2) == Match(pytest.approx(0, abs=1e-6), 1, 0)
-    assert nearest(-pictures[1]).distance > 0.5
+    copy, negative = nearest.find([pictures[1] * 0.4 + 0.2, -pictures[1]])
+    assert copy == Match(pytest.approx(0, abs=1e-6), 1, 0) and negative.distance > 0.5
 
 
 def test_distance_follows_from_the_correlation():
@@ -83,26 +88,60 @@ def test_distance_follows_from_the_correlation():
     first, second = (one - one.mean() for one in rng.normal(size=(2, 20, 20)))
     second -= first * (first * second).sum() / (first**2).sum()
     mixed = first / np.linalg.norm(first) * 0.6 + second / np.linalg.norm(second) * 0.8  # correlation 0.6
-    assert NearestTraining([first], 20)(mixed).distance == pytest.approx(np.sqrt(2 * 0.4))
+    assert NearestTraining([first], 20).find([mixed])[0].distance == pytest.approx(np.sqrt(2 * 0.4))
 
 
 @pytest.mark.parametrize("symmetry", range(SYMMETRIES))
 def test_turned_copy_is_found_with_its_turn_whole_and_sliding(symmetry):
     large = [small_gray(blobs(seed, 60, 71) / 255, 1) for seed in range(3)]
     whole = NearestTraining([one[:32, :32] for one in large], 32)
-    match = whole(turned(large[2][:32, :32], symmetry))
+    (match,) = whole.find([turned(large[2][:32, :32], symmetry)])
     assert (match.index, match.symmetry) == (2, symmetry) and match.distance < 1e-6
-    match = NearestTraining(large, 32)(turned(large[1][13:45, 29:61], symmetry))
+    (match,) = NearestTraining(large, 32).find([turned(large[1][13:45, 29:61], symmetry)])
     assert (match.index, match.symmetry, match.top, match.left) == (1, symmetry, 13, 29)
-    assert match.distance < 0.01  # float32
+    assert match.distance < 1e-6
 
 
 def test_flat_pictures_match_nothing_and_are_matched_by_nothing():
     flat = np.full((32, 32), 0.5)
     picture = small_gray(blobs(0) / 255, 1.5)
     nearest = NearestTraining([flat, picture], 32)
-    assert nearest(flat) is None and nearest(picture).index == 1
-    assert NearestTraining([np.full((40, 50), 0.3)], 32)(picture).distance >= np.sqrt(2)
+    nothing, match = nearest.find([flat, picture])
+    assert nothing is None and match.index == 1
+    assert NearestTraining([np.full((40, 50), 0.3)], 32).find([picture])[0].distance >= np.sqrt(2)
+
+
+def test_a_picture_that_is_skipped_does_not_match_itself():
+    for height, width in ((32, 32), (50, 43)):
+        pictures = [small_gray(blobs(seed, height, width) / 255, 1) for seed in range(40)]
+        nearest = NearestTraining(pictures, 32)
+        windows = [picture[:32, :32] for picture in pictures]
+        own, others = nearest.find(windows), nearest.find(windows, range(40))
+        assert [match.index for match in own] == list(range(40)) and max(match.distance for match in own) < 1e-6
+        assert all(match.index != number and match.distance > 0.1 for number, match in enumerate(others))
+
+
+def test_bound_is_never_below_the_correlation_in_any_turn_and_is_one_for_a_copy():
+    rng = np.random.default_rng(0)
+    first, second = units(rng.normal(size=(30, 49))), units(rng.normal(size=(20, 49)))
+    second[:8] = [turned(first[3].reshape(7, 7), s).ravel() for s in range(SYMMETRIES)]
+    basis = turn_basis(7)
+    assert basis.shape == (49, 10) and np.allclose(basis.T @ basis, np.eye(10), atol=1e-6)
+    bound = turn_free(first, basis) @ turn_free(second, basis).T
+    turns = [np.stack([turned(one.reshape(7, 7), s).ravel() for one in second]) for s in range(SYMMETRIES)]
+    correlation = np.max([first @ one.T for one in turns], axis=0)
+    assert (bound >= correlation - 1e-6).all() and np.allclose(bound[3, :8], 1, atol=1e-6)
+    assert (bound - correlation).mean() < 0.8  # a bound that says something
+
+
+def test_windows_of_a_picture_come_in_order_whatever_the_chunks(monkeypatch):
+    picture = small_gray(blobs(0, 20, 31) / 255, 1)
+    whole = np.concatenate([rows for _, rows in unit_windows(picture, 8)])
+    monkeypatch.setattr(memorisation, "WINDOWS", 60)
+    parts = list(unit_windows(picture, 8))
+    assert len(parts) > 3 and [first for first, _ in parts] == list(range(0, 13 * 24, 48))
+    assert np.array_equal(np.concatenate([rows for _, rows in parts]), whole)
+    assert np.allclose(whole[5 * 24 + 9], units(picture[5:13, 9:17].reshape(1, -1))[0], atol=1e-5)
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
