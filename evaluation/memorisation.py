@@ -37,7 +37,7 @@ from image_files import read_image
 SIDE = 32
 SYMMETRIES = 8
 CLOSEST = 10
-CANDIDATES = 12
+CANDIDATES = 24
 QUERIES, WINDOWS = 64, 4096  # rows of a product: what fits into the cache and the memory
 FLAT = 1e-3  # standard deviation of gray in [-1, 1] below which a picture shows nothing that could be repeated
 
@@ -143,12 +143,12 @@ class NearestTraining:
             queries, columns = np.nonzero(candidates == index)
             kernels = turns[queries].reshape(-1, half**2)  # (q * 8, half * half)
             best = np.full(len(queries), -2, np.float32)
-            for tops, lefts, windows in half_windows(self.pictures[index], half) if len(queries) else ():
-                product = (kernels @ windows.T).reshape(len(queries), -1)  # (q, 8 * n)
-                symmetry, window = np.divmod(product.argmax(axis=1), len(windows))
-                value = product.max(axis=1)
+            for part in half_windows(self.pictures[index], half) if len(queries) else ():
+                correlation = (kernels @ part.rows.T * part.scale).reshape(len(queries), -1)  # (q, 8 * n)
+                symmetry, window = np.divmod(correlation.argmax(axis=1), len(part.rows))
+                value = correlation.max(axis=1)
                 better = value > best
-                found = np.stack([symmetry, tops[window], lefts[window]], axis=1)
+                found = np.stack([symmetry, part.tops[window], part.lefts[window]], axis=1)
                 places[queries[better], columns[better]] = found[better]
                 best = np.maximum(best, value)
         for indices, where, unwanted in zip(candidates, places, skipped, strict=True):
@@ -164,11 +164,13 @@ class NearestTraining:
         """
         half = self.side // 2
         basis = turn_basis(half)
-        wanted = turn_free(asked, basis).T  # (d + 1, q)
+        zeros, ones = np.zeros(len(asked), np.float32), np.ones(len(asked), np.float32)
+        wanted = turn_free(asked, zeros, ones, basis).T  # (d + 1, q)
         bounds = np.full((len(self.pictures), len(asked)), -1, np.float32)
         for index in _steps(len(self.pictures), 1, "looking for candidates", progress):
-            for _, _, windows in half_windows(self.pictures[index], half):
-                np.maximum(bounds[index], (turn_free(windows, basis) @ wanted).max(axis=0), out=bounds[index])
+            for part in half_windows(self.pictures[index], half):
+                bound = turn_free(part.rows, part.mean, part.scale, basis) @ wanted  # (n, q)
+                np.maximum(bounds[index], bound.max(axis=0), out=bounds[index])
         known = np.flatnonzero(skipped >= 0)
         bounds[skipped[known], known] = -2
         return np.argsort(-bounds, axis=0, kind="stable")[:CANDIDATES].T
@@ -220,30 +222,54 @@ def all_turns(picture: np.ndarray) -> np.ndarray:
     return units(rows.astype(np.float32))
 
 
-def unit_windows(picture: np.ndarray, side: int) -> Iterator[tuple[int, np.ndarray]]:
-    """All windows of a picture, row after row, as :func:`units`, about :data:`WINDOWS` at a time.
+class Windows(NamedTuple):
+    """Windows of a picture as they are, and what makes them units.
 
-    Yields:
-        Number of the first window, (n, side * side) float32.
+    Attributes:
+        tops: (n,) first row of each in the picture at full resolution.
+        lefts: (n,) first column.
+        rows: (n, side * side) float32.
+        mean: (n,) of each.
+        scale: (n,) 1 / length without the mean; 0 for a flat one.
     """
-    windows = sliding_window_view(picture.astype(np.float32), (side, side))
-    step = max(1, WINDOWS // windows.shape[1])
-    for first in range(0, len(windows), step):
-        yield first * windows.shape[1], units(windows[first : first + step].reshape(-1, side**2))
+
+    tops: np.ndarray
+    lefts: np.ndarray
+    rows: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
 
 
-def half_windows(picture: np.ndarray, side: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All windows at half the resolution, those at odd rows and columns of the picture too.
-
-    Yields:
-        Top rows and left columns in the picture, (n,) int each, and (n, side * side) float32 as of :func:`units`.
-    """
+def half_windows(picture: np.ndarray, side: int) -> Iterator[Windows]:
+    """All windows at half the resolution, from odd rows and columns too, about :data:`WINDOWS` at a time."""
     for top, left in itertools.product((0, 1), (0, 1)):
         small = _halved(picture[top:, left:])
-        if min(small.shape) >= side:
-            for first, windows in unit_windows(small, side):
-                rows, columns = np.divmod(first + np.arange(len(windows)), small.shape[1] - side + 1)
-                yield 2 * rows + top, 2 * columns + left, windows
+        if min(small.shape) < side:
+            continue
+        small = small - small.mean()  # keeps the differences of sums exact
+        mean = _window_sums(small, side) / side**2
+        length = np.sqrt(np.maximum(_window_sums(small**2, side) - side**2 * mean**2, 0))
+        clear = length > FLAT * side
+        scale = np.where(clear, 1 / np.where(clear, length, 1), 0)
+        windows = sliding_window_view(small.astype(np.float32), (side, side))
+        step = max(1, WINDOWS // windows.shape[1])
+        for first in range(0, len(windows), step):
+            part = slice(first, first + step)
+            tops, lefts = np.indices(scale[part].shape).reshape(2, -1)
+            yield Windows(
+                2 * (first + tops) + top,
+                2 * lefts + left,
+                windows[part].reshape(-1, side**2),
+                mean[part].ravel().astype(np.float32),
+                scale[part].ravel().astype(np.float32),
+            )
+
+
+def _window_sums(values: np.ndarray, side: int) -> np.ndarray:
+    """Sum over every (side, side) window."""
+    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
+    table[1:, 1:] = values.cumsum(axis=0).cumsum(axis=1)
+    return table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
 
 
 def turn_basis(side: int) -> np.ndarray:
@@ -255,21 +281,23 @@ def turn_basis(side: int) -> np.ndarray:
     return basis / np.linalg.norm(basis, axis=0)
 
 
-def turn_free(rows: np.ndarray, basis: np.ndarray) -> np.ndarray:
+def turn_free(rows: np.ndarray, mean: np.ndarray, scale: np.ndarray, basis: np.ndarray) -> np.ndarray:
     """What turns do not change: the product of two bounds the correlation of the pictures in any turn from above.
 
     A unit vector u is a part P u that no symmetry changes, and a rest: <u, turned v> = <P u, P v> + <rest of u, turned
     rest of v>, and the last is at most the product of the rests' lengths (Cauchy-Schwarz).
 
     Args:
-        rows: (n, side * side) of :func:`units`.
+        rows: (n, side * side) float32 pictures.
+        mean: (n,) of each.
+        scale: (n,) 1 / length without the mean; 0 for a flat one.
         basis: of :func:`turn_basis`.
 
     Returns:
         (n, d + 1): the part in the basis, and the length of the rest.
     """
-    part = rows @ basis
-    rest = np.sqrt(np.maximum((rows**2).sum(axis=1) - (part**2).sum(axis=1), 0))
+    part = (rows @ basis - mean[:, None] * basis.sum(axis=0)) * scale[:, None]
+    rest = np.sqrt(np.maximum((scale > 0) - (part**2).sum(axis=1), 0))
     return np.concatenate([part, rest[:, None]], axis=1)
 
 

@@ -20,12 +20,12 @@ from evaluation.memorisation import (
     SYMMETRIES,
     Match,
     NearestTraining,
+    half_windows,
     score_memorisation,
     small_gray,
     turn_basis,
     turn_free,
     turned,
-    unit_windows,
     units,
     write_memorisation_report,
 )
@@ -127,21 +127,27 @@ def test_bound_is_never_below_the_correlation_in_any_turn_and_is_one_for_a_copy(
     second[:8] = [turned(first[3].reshape(7, 7), s).ravel() for s in range(SYMMETRIES)]
     basis = turn_basis(7)
     assert basis.shape == (49, 10) and np.allclose(basis.T @ basis, np.eye(10), atol=1e-6)
-    bound = turn_free(first, basis) @ turn_free(second, basis).T
+    bound = turn_free(3 * first + 5, np.full(30, 5), np.full(30, 1 / 3), basis)
+    bound = bound @ turn_free(second, np.zeros(20), np.ones(20), basis).T
     turns = [np.stack([turned(one.reshape(7, 7), s).ravel() for one in second]) for s in range(SYMMETRIES)]
     correlation = np.max([first @ one.T for one in turns], axis=0)
     assert (bound >= correlation - 1e-6).all() and np.allclose(bound[3, :8], 1, atol=1e-6)
     assert (bound - correlation).mean() < 0.8  # a bound that says something
 
 
-def test_windows_of_a_picture_come_in_order_whatever_the_chunks(monkeypatch):
+def test_windows_at_half_the_resolution_are_all_there_whatever_the_chunks(monkeypatch):
     picture = small_gray(blobs(0, 20, 31) / 255, 1)
-    whole = np.concatenate([rows for _, rows in unit_windows(picture, 8)])
-    monkeypatch.setattr(memorisation, "WINDOWS", 60)
-    parts = list(unit_windows(picture, 8))
-    assert len(parts) > 3 and [first for first, _ in parts] == list(range(0, 13 * 24, 48))
-    assert np.array_equal(np.concatenate([rows for _, rows in parts]), whole)
-    assert np.allclose(whole[5 * 24 + 9], units(picture[5:13, 9:17].reshape(1, -1))[0], atol=1e-5)
+    (*_, last) = whole = list(half_windows(picture, 8))
+    monkeypatch.setattr(memorisation, "WINDOWS", 20)
+    parts = list(half_windows(picture, 8))
+    assert len(whole) == 4 < len(parts)
+    for field in range(5):
+        assert np.array_equal(*(np.concatenate([one[field] for one in some]) for some in (whole, parts)))
+    places = [(row, column) for one in whole for row, column in zip(one.tops, one.lefts, strict=True)]
+    assert sorted(places) == [(row, column) for row in range(5) for column in range(16)]
+    row, column = last.tops[7], last.lefts[7]
+    window = picture[row : row + 16, column : column + 16].reshape(8, 2, 8, 2).mean(axis=(1, 3)).reshape(1, -1)
+    assert np.allclose((last.rows[7] - last.mean[7]) * last.scale[7], units(window)[0], atol=1e-5)
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
