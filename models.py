@@ -182,7 +182,25 @@ class FinalLayer(nn.Module):
 
 def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
     """(R, N) distinct rows -> (B, T, N), every token its own; (B, T, N) passes through."""
-    return rows if row_of_token is None else F.embedding(row_of_token, rows)
+    if row_of_token is None:
+        return rows
+    return SpreadRows.apply(rows, row_of_token) if rows.requires_grad else F.embedding(row_of_token, rows)
+
+
+class SpreadRows(torch.autograd.Function):
+    """``F.embedding`` whose gradient is summed in float32: the tokens of a row are many, and sums in bf16 stand still."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, row_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_token)
+        ctx.num_rows, ctx.dtype = len(rows), rows.dtype
+        return F.embedding(row_of_token, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row_of_token,) = ctx.saved_tensors
+        total = torch.ops.aten.embedding_dense_backward(grad.float(), row_of_token, ctx.num_rows, -1, False)
+        return total.to(ctx.dtype), None
 
 
 class SiT(nn.Module):

@@ -177,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cfg-scale", type=non_negative_float, default=4.0, help="guidance of the previews")
     group.add_argument("--wandb", action="store_true", help="log to Weights and Biases, too")
     group.add_argument(
-        "--num-workers", type=non_negative_int, help="loader processes (default: 0 if the data fits memory)"
+        "--num-workers", type=non_negative_int, help="loader processes (default: 4, or 0 where one thread keeps up)"
     )
     add_machine_arguments(parser, can_compile=True)
     return parser
@@ -587,13 +587,15 @@ def encode_once(pairs: PairedFolder, training: Training) -> LatentPairs | None:
 
 
 def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iterator[Batch]:
-    """Batches of the steps still to take, fetched in the background. Data in memory needs no loader processes."""
+    """Batches of the steps still to take, fetched in the background. Loader processes are started where one thread
+    could not keep up: for data that is read again each time, and for images in memory that feed a GPU."""
     args, machine = training.args, training.machine
     steps = range(training.step, training.total_steps)
     keys = StepBatches(len(source), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
     workers = args.num_workers
     if workers is None:
-        workers = 0 if source.in_memory else 4
+        light = isinstance(source, LatentPairs) or machine.device.type == "cpu"
+        workers = 0 if source.in_memory and light else 4
     loader = make_loader(source, keys, workers, pin_memory=machine.device.type == "cuda")
     return prefetch(loader, training.prepare_batch)
 

@@ -20,6 +20,7 @@ from models import (
     distinct_rows,
     mask_rows,
     position_embedding,
+    spread_rows,
 )
 from transport import Sampler, create_transport
 
@@ -613,3 +614,9 @@ def test_rows_within_images_give_the_output_and_gradients_of_one_condition_per_t
         seen.append([output.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     for per_token, per_row in zip(*seen, strict=True):
         torch.testing.assert_close(per_row, per_token, rtol=1e-4, atol=1e-4 * float(per_token.abs().max()))
+
+
+def test_gradients_of_many_tokens_are_summed_in_float32():
+    rows = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    spread_rows(rows, torch.zeros(1, 1000, dtype=torch.long)).sum().backward()
+    assert rows.grad.tolist() == [[1000.0] * 3, [0.0] * 3]  # a sum in bf16 stays at 256
