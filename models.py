@@ -188,7 +188,7 @@ def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
 
 
 class SpreadRows(torch.autograd.Function):
-    """``F.embedding`` whose gradient is summed in float32: the tokens of a row are many, and sums in bf16 stand still."""
+    """``F.embedding`` whose gradient is summed in float32: a row has many tokens, and long sums in bf16 stand still."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, row_of_token: Tensor) -> Tensor:
