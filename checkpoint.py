@@ -74,6 +74,7 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
     """
     config = {part: state["config"][part] for part in CONFIG_PARTS}
     metadata = {"format": "pt", "config": json.dumps(config), "step": str(state["step"])}
+    metadata["intensity"] = json.dumps(state["intensity"])
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}
     write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
@@ -89,9 +90,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         config, step = json.loads(metadata.get("config", "{}")), int(metadata.get("step", "0"))
+        intensity = json.loads(metadata.get("intensity", "null"))
     except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(str(error)) from error
-    return {"model": weights, "ema": weights, "opt": {}, "step": step, "config": config}
+    return {"model": weights, "ema": weights, "opt": {}, "step": step, "config": config, "intensity": intensity}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

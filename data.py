@@ -52,16 +52,20 @@ from mask_rules import (
 )
 
 __all__ = [
-    "CROPS", "IMAGE_SUFFIXES", "MASK_SUFFIXES", "MASK_TYPES", "WINDOW_SCOPES", "DataConfig", "MaskFolder", "MaskItem",
-    "MaskRule", "MaskStats", "Pair", "PairedFolder", "View", "center_view", "class_map", "decide_mask_rule",
-    "find_files", "fit_channels", "image_window", "mask_stats", "native_view", "pair_files", "prob_map", "read_image",
-    "read_mask", "to_prob_map", "window_image",
+    "CROPS", "IMAGE_SUFFIXES", "MASK_SUFFIXES", "MASK_TYPES", "WINDOW_CHANNELS", "WINDOW_SCOPES", "DataConfig",
+    "MaskFolder", "MaskItem", "MaskRule", "MaskStats", "Pair", "PairedFolder", "View", "center_view", "class_map",
+    "decide_mask_rule", "default_window_channels", "find_files", "fit_channels", "image_window", "mask_stats",
+    "native_view", "pair_files", "prob_map", "read_image", "read_mask", "to_prob_map", "window_image",
 ]  # fmt: skip
 
 CROPS = ("center", "random")
 WINDOW_SCOPES = ("image", "dataset")
 SYMMETRIES = 8  # of the square
+WINDOW_CHANNELS = ("joint", "separate")
 ROBUST_PERCENTILES = (0.1, 99.9)
+
+# Gray values (low, high) that become -1 and 1: one pair for all channels of an image, or one for each.
+Window = tuple[tuple[float, float], ...]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ class DataConfig:
         window: percentiles (0..100) of an image's gray values that become -1 and 1. None: 0..255 for 8-bit images,
             :data:`ROBUST_PERCENTILES` for all others.
         window_scope: "image" (each image its own percentiles) or "dataset" (those of all images together).
+        window_channels: "joint" (one window for all channels: RGB keeps its colours) or "separate" (each its own:
+            fluorescence channels differ in brightness).
         window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
         channels: image channels; one stored channel is repeated to three, three equal ones count as one.
     """
@@ -86,13 +92,16 @@ class DataConfig:
     crop: str = "center"
     window: tuple[float, float] | None = None
     window_scope: str = "image"
-    window_values: tuple[float, float] | None = None
+    window_channels: str = "joint"
+    window_values: Window | None = None
     channels: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("window", "window_values"):  # a list where the dict went through JSON
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else (float(value[0]), float(value[1])))
+        if self.window is not None:  # lists where the dict went through JSON
+            object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
+        if self.window_values is not None:
+            pairs = tuple((float(low), float(high)) for low, high in self.window_values)
+            object.__setattr__(self, "window_values", pairs)
         if self.image_size < 1 or self.channels < 1:
             raise InputError(f"--image-size {self.image_size} and {self.channels} channels must be at least 1")
         if not 2 <= self.num_classes <= MAX_CLASSES:
@@ -102,6 +111,9 @@ class DataConfig:
         if self.window_scope not in WINDOW_SCOPES:
             scopes = ", ".join(WINDOW_SCOPES)
             raise InputError(f"--window-scope {self.window_scope!r} is unknown; choose one of {scopes}")
+        if self.window_channels not in WINDOW_CHANNELS:
+            choices = ", ".join(WINDOW_CHANNELS)
+            raise InputError(f"--window-channels {self.window_channels!r} is unknown; choose one of {choices}")
         if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
             raise InputError(f"--window {self.window[0]} {self.window[1]}: percentiles with 0 <= LOW < HIGH <= 100")
 
@@ -239,13 +251,25 @@ def _hard_or_soft(mask: np.ndarray, view: View, rule: MaskRule) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------- gray values to [-1, 1]
 
 
-def image_window(image: np.ndarray, config: DataConfig) -> tuple[float, float]:
-    """Gray values of one image (H, W, C) that become -1 and 1, one pair for all its channels."""
+def default_window_channels(channels: int) -> str:
+    """Gray and RGB have one window; other channels are fluorescence, each of a brightness of its own."""
+    return "joint" if channels in (1, 3) else "separate"
+
+
+def image_window(image: np.ndarray, config: DataConfig) -> Window:
+    """Gray values of one image (H, W, C) that become -1 and 1."""
     if config.window_values is not None:
         return config.window_values
     if config.window is None and image.dtype == np.uint8:
-        return 0.0, 255.0
-    return _percentile_window(image, config.window or ROBUST_PERCENTILES)
+        return ((0.0, 255.0),)
+    return _percentile_windows(image, config)
+
+
+def _percentile_windows(values: np.ndarray, config: DataConfig) -> Window:
+    """One window of (..., C) gray values, or one per channel."""
+    percentiles = config.window or ROBUST_PERCENTILES
+    channels = np.moveaxis(values, -1, 0) if config.window_channels == "separate" else [values]
+    return tuple(_percentile_window(np.ascontiguousarray(channel), percentiles) for channel in channels)
 
 
 def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
@@ -261,12 +285,14 @@ def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> 
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def window_image(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Map the window to [-1, 1] and clip at its ends. (...) any dtype -> float32."""
-    low, high = window
+def window_image(image: np.ndarray, window: Window, channels_first: bool = False) -> np.ndarray:
+    """Map the window to [-1, 1] and clip at its ends. (..., C) or (C, ...) of any dtype -> float32."""
+    low, high = np.array(window, np.float64).T  # (1,) or (C,) each
+    if channels_first:
+        low, high = (ends.reshape(-1, *[1] * (image.ndim - 1)) for ends in (low, high))
     scaled = image.astype(np.float32)  # a copy, changed in place: this is the loader's largest cost
-    scaled -= np.float32(low)
-    scaled *= np.float32(2 / (high - low))
+    scaled -= low.astype(np.float32)
+    scaled *= (2 / (high - low)).astype(np.float32)
     scaled -= np.float32(1)
     return np.clip(scaled, -1, 1, out=scaled)
 
@@ -293,10 +319,10 @@ def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndar
     raise FileError(where, f"has {count}, the model takes {channels}; {mend}")
 
 
-def _to_tensor(image: np.ndarray, window: tuple[float, float], channels: int) -> Tensor:
+def _to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:
     """(S, S, C or 1) as stored -> (channels, S, S) float32 in [-1, 1]."""
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # while values are small
-    tensor = torch.from_numpy(window_image(planes, window))
+    tensor = torch.from_numpy(window_image(planes, window, channels_first=True))
     return tensor if len(planes) == channels else tensor.repeat(channels, 1, 1)
 
 
@@ -345,8 +371,8 @@ class _Checked(NamedTuple):
     """What is kept of a pair when it was read for the first time, beside its pixels."""
 
     stats: MaskStats
-    window: tuple[float, float]
-    sample: np.ndarray  # some gray values, for a window over all images
+    window: Window
+    sample: np.ndarray  # (n, C) some gray values, for a window over all images
     brightest: float
     dtype: np.dtype
 
@@ -379,6 +405,7 @@ class PairedFolder(torch.utils.data.Dataset):
         config: with ``window_values`` set where the scope is "dataset".
         rule: what the masks hold.
         windows: gray values of each pair's window.
+        dtypes: of each pair's image file.
         in_memory: whether all files fit.
     """
 
@@ -420,6 +447,7 @@ class PairedFolder(torch.utils.data.Dataset):
         checked = self._read_all(f"pairs of {image_dir} and {mask_dir}", memory_gb * 2**30, progress)
         self.rule = decide_mask_rule([one.stats for one in checked], config.num_classes, mask_type, mask_dir, normalize)
         self.windows = [one.window for one in checked]
+        self.dtypes = [one.dtype for one in checked]
         if config.window_scope == "dataset" and config.window_values is None:
             self.config = dataclasses.replace(config, window_values=_common_window(checked, config))
             self.windows = [self.config.window_values] * len(self.pairs)
@@ -455,8 +483,11 @@ class PairedFolder(torch.utils.data.Dataset):
         stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir())
         common = self.config.window_scope == "dataset" and self.config.window_values is None
         most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
-        sample = image.ravel()[:: max(1, image.size // most)].copy() if common else image[:0, 0, 0]
-        window = (0.0, 1.0) if common else image_window(image, self.config)  # the common one follows after all are read
+        pixels = image.reshape(-1, image.shape[2])
+        sample = pixels[:: max(1, image.size // most)].copy() if common else pixels[:0]
+        window = (
+            ((0.0, 1.0),) if common else image_window(image, self.config)
+        )  # the common one follows after all are read
         facts = _Checked(stats, window, sample, float(image.max()), image.dtype)
         return self._prepare_image(image, view), mask, facts
 
@@ -547,7 +578,7 @@ def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Pat
     return kept
 
 
-def _common_window(checked: Sequence[_Checked], config: DataConfig) -> tuple[float, float]:
+def _common_window(checked: Sequence[_Checked], config: DataConfig) -> Window:
     """One window for all images; each image counts about alike, whatever its size."""
     kinds = sorted({str(one.dtype) for one in checked})
     if len(kinds) > 1:
@@ -556,8 +587,9 @@ def _common_window(checked: Sequence[_Checked], config: DataConfig) -> tuple[flo
             "--window-scope image"
         )
     if kinds == ["uint8"] and config.window is None:
-        return 0.0, 255.0
-    return _percentile_window(np.concatenate([one.sample for one in checked]), config.window or ROBUST_PERCENTILES)
+        return ((0.0, 255.0),)
+    samples = [np.broadcast_to(one.sample, (len(one.sample), config.channels)) for one in checked]  # gray beside RGB
+    return _percentile_windows(np.concatenate(samples), config)
 
 
 def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
@@ -588,7 +620,7 @@ class MaskItem:
     label: np.ndarray
     prob_map: np.ndarray
     image: np.ndarray | None
-    window: tuple[float, float] | None = None
+    window: Window | None = None
 
 
 class MaskFolder:

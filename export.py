@@ -6,7 +6,8 @@ Written beside the set that sample_ddp.py made, from its images and labels:
     SAMPLE_DIR/stardist/images/NAME.tif, masks/NAME.tif    the same
     SAMPLE_DIR/coco/annotations.json, images/NAME.png      one run-length-encoded annotation per cell
 
-An image of several channels that is no RGB becomes a TIFF of one plane per channel (axes CYX) in all of them.
+An image of several channels that is no RGB becomes a TIFF: of one plane per channel (axes CYX), but for StarDist, which
+expects channels last.
 
 Instance labels keep their ids. Binary and class masks hold no instances: every connected region of a class is one cell.
 """
@@ -99,8 +100,8 @@ def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator
         yield ExportedPair(image.stem, image, read_image(image), instances_of(label, rule), classes.astype(np.uint8))
 
 
-def _write_tiff(path: Path, array: np.ndarray) -> None:
-    content = encode_tiff(array)
+def _write_tiff(path: Path, array: np.ndarray, planes: bool = True) -> None:
+    content = encode_tiff(array, planes)
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -114,7 +115,7 @@ def _stardist(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     (folder / "images").mkdir(exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
     for pair in pairs:
-        _write_tiff(folder / "images" / f"{pair.name}.tif", pair.image)
+        _write_tiff(folder / "images" / f"{pair.name}.tif", pair.image, planes=False)
         _write_tiff(folder / "masks" / f"{pair.name}.tif", pair.instance_map)
 
 

@@ -353,7 +353,8 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> np.ndarray:
     order = extra + "YX" if is_soft_stack else "YX" + extra
     if array.ndim == len(axes):  # a palette image gained its colour axis above
         array = array.transpose([axes.index(axis) for axis in order])
-    if extra == "S" and page.photometric.name == "RGB" and not as_mask:  # channels of their own may be saturated
+    alpha = page.photometric.name == "RGB" or {1, 2} & set(page.extrasamples)  # else a channel, perhaps saturated
+    if extra == "S" and alpha and not as_mask:
         array = _without_opaque_alpha(array)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
@@ -480,15 +481,21 @@ def encode_image(image: np.ndarray) -> bytes:
     return encode_tiff(image)
 
 
-def encode_tiff(image: np.ndarray) -> bytes:
-    """(H, W, C) or (H, W) as TIFF, compressed: RGB of three whole-number channels, else one plane per channel."""
+def encode_tiff(image: np.ndarray, planes: bool = True) -> bytes:
+    """(H, W, C) or (H, W) as TIFF, compressed.
+
+    Three channels of whole numbers are RGB. Others become one plane per channel (axes CYX), or, without ``planes``,
+    stay the last axis.
+    """
     buffer = io.BytesIO()
     if image.ndim == 3 and image.shape[2] == 3 and image.dtype.kind == "u":
         tifffile.imwrite(buffer, image, photometric="rgb", compression="zlib")
     elif image.ndim == 2 or image.shape[2] == 1:
         plane = image.reshape(image.shape[:2])
         tifffile.imwrite(buffer, plane, photometric="minisblack", compression="zlib")
+    elif planes:
+        stack = np.ascontiguousarray(image.transpose(2, 0, 1))
+        tifffile.imwrite(buffer, stack, photometric="minisblack", compression="zlib", metadata={"axes": "CYX"})
     else:
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
-        tifffile.imwrite(buffer, planes, photometric="minisblack", compression="zlib", metadata={"axes": "CYX"})
+        tifffile.imwrite(buffer, image, photometric="minisblack", planarconfig="contig", compression="zlib")
     return buffer.getvalue()

@@ -6,7 +6,7 @@
 The same command runs without torchrun. It writes
 
     SAMPLE_DIR/images/NAME.png       synthetic images (NAME_0001.png ... with --samples-per-mask above 1; TIFF where
-                                     the model has other than one or three channels)
+                                     the model has other than one or three channels, and for float gray values)
     SAMPLE_DIR/masks/NAME.png        the label each was made from: the same pixels, the file's own values
     SAMPLE_DIR/manifest.csv          one row per image: mask, seed, index, view, solver, checkpoint
     SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
@@ -44,7 +44,16 @@ from checkpoint import file_sha256, lock_folder, write_atomically, write_json
 from data import MASK_TYPES, MaskFolder, MaskItem
 from errors import CommandParser, InputError, run_command
 from export import EXPORTS, check_export, export_set
-from image_files import FileError, encode_image, image_suffix, read_image, repeat_gray
+from image_files import FileError, read_image, repeat_gray
+from intensity import (
+    INTENSITIES,
+    SOURCE_WINDOWS,
+    ImageFormat,
+    choose_format,
+    to_display,
+    to_gray_values,
+    window_columns,
+)
 from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
 from train_utils import (
     Machine,
@@ -62,7 +71,6 @@ from train_utils import (
     start_logging,
     start_machine,
     stop_machine,
-    to_uint8,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +105,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="also write the set as these segmenters read it; plain is the set itself",
         )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID suites, as SiT does")
+        group.add_argument(
+            "--intensity", choices=INTENSITIES, default="display",
+            help="display: 8 bits over the whole range; source: type and gray values of the training images",
+        )  # fmt: skip
+        group.add_argument(
+            "--source-window", choices=SOURCE_WINDOWS,
+            help="which of the training images' windows an image gets back: one drawn by its seed, or the median of "
+            "all (default: draw)",
+        )  # fmt: skip
         add_redraw_arguments(mode)
         add_sampling_arguments(mode, cfg_scale=1.0)
         add_machine_arguments(mode, can_compile=True)
@@ -196,6 +213,8 @@ def set_settings(
         "sampling": settings.to_dict(),
         "samples_per_mask": args.samples_per_mask,
         "num_samples": args.num_samples,
+        "intensity": args.intensity,
+        "source_window": args.source_window,
         "mask_rule": asdict(masks.rule),
         "masks": len(masks.names),
         "data_config": trained.data.to_dict(),
@@ -258,9 +277,9 @@ def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), ".tif"
 
 
-def image_path(sample_dir: Path, job: Job, channels: int) -> Path:
+def image_path(sample_dir: Path, job: Job, form: ImageFormat) -> Path:
     """Where the job's synthetic image lies."""
-    return sample_dir / "images" / f"{job.name}{image_suffix(channels, np.uint8)}"
+    return sample_dir / "images" / f"{job.name}{form.suffix}"
 
 
 def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
@@ -277,26 +296,26 @@ def written_label(sample_dir: Path, job: Job) -> Path:
     return path if path.is_file() else path.with_suffix(".tif")
 
 
-def jobs_to_do(args: argparse.Namespace, masks: MaskFolder, jobs: Sequence[Job], channels: int) -> list[Job]:
+def jobs_to_do(args: argparse.Namespace, masks: MaskFolder, jobs: Sequence[Job], form: ImageFormat) -> list[Job]:
     """Jobs whose image is missing or torn. Masks are read for images that are there only, by a few threads."""
 
     def is_done(job: Job) -> bool:
-        there = image_path(args.sample_dir, job, channels).is_file()
+        there = image_path(args.sample_dir, job, form).is_file()
         if there and args.min_fidelity is not None:
             there = bool(read_attempt(args.sample_dir, job))
-        return there and pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed), channels)
+        return there and pair_is_whole(args.sample_dir, job, load_mask(masks, job, args.seed), form)
 
     with ThreadPoolExecutor() as pool:
         return [job for job, done in zip(jobs, pool.map(is_done, jobs), strict=True) if not done]
 
 
-def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem, channels: int) -> bool:
+def pair_is_whole(sample_dir: Path, job: Job, item: MaskItem, form: ImageFormat) -> bool:
     """Whether the job's image is whole and its label is the one that would be written now."""
     content, suffix = label_bytes(item.label)
     label_path = sample_dir / "masks" / f"{job.name}{suffix}"
     if not label_path.is_file() or label_path.read_bytes() != content:
         return False
-    return image_is_whole(image_path(sample_dir, job, channels), (*item.view.size, channels))
+    return image_is_whole(image_path(sample_dir, job, form), (*item.view.size, form.channels))
 
 
 def attempt_path(sample_dir: Path, job: Job) -> Path:
@@ -312,14 +331,16 @@ def read_attempt(sample_dir: Path, job: Job) -> dict[str, str]:
         return {}
 
 
-def write_pair(sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray, note: dict[str, str]) -> None:
-    """Label first, image (S, S, C) last: where the image is, its label is, too, and the note on its attempt."""
+def write_pair(
+    sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray, form: ImageFormat, seed: int, note: dict[str, str]
+) -> None:
+    """Label first, image (C, H, W) in [-1, 1] last: where that is, its label and the note on its attempt are, too."""
     content, suffix = label_bytes(item.label)
     write_atomically(sample_dir / "masks" / f"{job.name}{suffix}", lambda file: file.write(content))
     if note:
         write_json(attempt_path(sample_dir, job), note)
-    picture = encode_image(image)
-    write_atomically(image_path(sample_dir, job, image.shape[2]), lambda file: file.write(picture))
+    picture = form.encode(image, form.window(seed, job.index))
+    write_atomically(image_path(sample_dir, job, form), lambda file: file.write(picture))
 
 
 # ---------------------------------------------------------------------------------------------------------- the work
@@ -341,6 +362,7 @@ def main(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machine) -> None:
     start_logging(machine.is_main)
     trained = load_trained(args, machine)
+    form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     masks = MaskFolder(
         args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
         progress=machine.is_main, normalize=args.normalize_masks,
@@ -354,22 +376,21 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
     mine = jobs[machine.rank :: machine.world_size]
-    channels = trained.data.channels
-    todo = jobs_to_do(args, masks, mine, channels)
+    todo = jobs_to_do(args, masks, mine, form)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
-    make_images(args, sampler, masks, todo, machine, redraw)
+    make_images(args, sampler, masks, todo, form, machine, redraw)
     machine.barrier()
     if machine.is_main:
-        write_manifest(args, settings, trained, masks, jobs)
+        write_manifest(args, settings, trained, masks, jobs, form)
         if redraw is not None:
             log_attempts(args, jobs)
-        write_contact_sheet(args, masks, jobs)
-        images = [image_path(args.sample_dir, job, channels) for job in jobs]
+        write_contact_sheet(args, masks, jobs, form)
+        images = [image_path(args.sample_dir, job, form) for job in jobs]
         for name in exports:
             logger.info("exported %s", export_set(args.sample_dir, images, masks.rule, name))
         if args.npz:
-            write_npz(args.sample_dir, images)
+            write_npz(args, jobs, form)
         logger.info("done: %d pairs and manifest.csv in %s", len(jobs), args.sample_dir)
     machine.barrier()
     if lock is not None:
@@ -429,6 +450,7 @@ def make_images(
     sampler: ImageSampler,
     masks: MaskFolder,
     todo: list[Job],
+    form: ImageFormat,
     machine: Machine,
     redraw: Redraw | None = None,
 ) -> None:
@@ -447,12 +469,15 @@ def make_images(
             prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
             seeds = [image_seed(args.seed, job.index, attempt) for job, attempt in batch]
             images = sampler(prob_maps, seeds, batch_size=size)
-            for (job, attempt), item, image in zip(batch, items, images, strict=True):
-                kept = kept_image(redraw, job, item, to_uint8(image), attempt)
+            for (job, attempt), item, image in zip(batch, items, images.cpu().numpy(), strict=True):
+                kept = kept_image(redraw, job, item, image, attempt)
                 if kept is None:
                     waiting.appendleft((job, attempt + 1))
                 else:
-                    pending.append(writers.submit(write_pair, args.sample_dir, job, item, *kept))
+                    picture, note = kept
+                    pending.append(
+                        writers.submit(write_pair, args.sample_dir, job, item, picture, form, args.seed, note)
+                    )
                     bar.update()
             pending = finished(pending, most_left=4 * size)
             if not shown:
@@ -463,10 +488,11 @@ def make_images(
 def kept_image(
     redraw: Redraw | None, job: Job, item: MaskItem, image: np.ndarray, attempt: int
 ) -> tuple[np.ndarray, dict[str, str]] | None:
-    """The image that stays (this one, or an attempt before it) with the note on it; None: draw it again."""
+    """The image (C, H, W) that stays (this one, or an attempt before it) with the note on it; None: draw it again."""
     if redraw is None:
         return image, {}
-    kept = redraw(job.index, np.asarray(item.prob_map), image, attempt)
+    shown = to_gray_values(image, None, np.dtype(np.uint8))
+    kept = redraw(job.index, np.asarray(item.prob_map), image, attempt, shown)
     return None if kept is None else (kept.image, kept.columns())
 
 
@@ -494,6 +520,7 @@ def write_manifest(
     trained: TrainedModel,
     masks: MaskFolder,
     jobs: list[Job],
+    form: ImageFormat,
 ) -> None:
     """manifest.csv: how every pair came to be. Columns that evaluate.py added stay."""
     hashes = {name: file_sha256(path) for name, path in masks.paths.items()}
@@ -503,7 +530,7 @@ def write_manifest(
     for job in jobs:
         view = masks.view(job.mask_name, window_rng(args.seed, job))
         row = {
-            "image": f"images/{image_path(args.sample_dir, job, masks.config.channels).name}",
+            "image": f"images/{image_path(args.sample_dir, job, form).name}",
             "label": f"masks/{written_label(args.sample_dir, job).name}",
             "source_mask": masks.paths[job.mask_name].absolute(),
             "source_mask_sha256": hashes[job.mask_name],
@@ -518,6 +545,8 @@ def write_manifest(
             "crop_width": view.width,
             "mask_type": masks.rule.mask_type,
             "label_derivation": "same crop, nearest neighbour, source values",
+            "intensity": args.intensity,
+            **window_columns(form.window(args.seed, job.index) or masks.config.window_values),
             "cfg_scale": settings.cfg_scale,
             "guidance_interval": "{:g} {:g}".format(*settings.guidance_interval),
             "sampler": settings.mode,
@@ -544,24 +573,28 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
         return {row["image"]: row for row in csv.DictReader(file) if row.get("image")}
 
 
-def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[Job]) -> None:
+def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[Job], form: ImageFormat) -> None:
     """A look at the set: mask | synthetic | real, where there is a real one, of a few pairs spread over it."""
     rows = []
     for number in np.unique(np.linspace(0, len(jobs) - 1, CONTACT_SHEET_ROWS).astype(int)):
         job = jobs[number]
         item = load_mask(masks, job, args.seed)
-        picture = read_image(image_path(args.sample_dir, job, masks.config.channels))
-        pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
+        pixels = torch.from_numpy(displayed(args, job, form)).permute(2, 0, 1).float() / 127.5 - 1
         row = [mask_picture(torch.as_tensor(item.prob_map)), pixels]
         rows.append(row + ([torch.as_tensor(item.image)] if item.image is not None else []))
     sheet = Image.fromarray(grid_image(rows))
     write_atomically(args.sample_dir / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
 
 
-def write_npz(sample_dir: Path, paths: Sequence[Path]) -> None:
+def displayed(args: argparse.Namespace, job: Job, form: ImageFormat) -> np.ndarray:
+    """A synthetic image of the set as 8 bits over the whole range, (H, W, C)."""
+    return to_display(read_image(image_path(args.sample_dir, job, form)), form.window(args.seed, job.index))
+
+
+def write_npz(args: argparse.Namespace, jobs: Sequence[Job], form: ImageFormat) -> None:
     """SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8, streamed: one image in memory at a time. Gray is repeated to 3."""
-    shape = repeat_gray(read_image(paths[0])).shape
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
+    shape = repeat_gray(displayed(args, jobs[0], form)).shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), *shape)}
 
     def write(file: Any) -> None:
         with (
@@ -569,12 +602,12 @@ def write_npz(sample_dir: Path, paths: Sequence[Path]) -> None:
             archive.open("arr_0.npy", "w", force_zip64=True) as array,
         ):
             np.lib.format.write_array_header_1_0(array, header)
-            for one in paths:
-                array.write(repeat_gray(read_image(one)).tobytes())
+            for job in jobs:
+                array.write(repeat_gray(displayed(args, job, form)).tobytes())
 
-    path = sample_dir.with_name(f"{sample_dir.name}.npz")
+    path = args.sample_dir.with_name(f"{args.sample_dir.name}.npz")
     write_atomically(path, write)
-    logger.info("%s: %d images", path, len(paths))
+    logger.info("%s: %d images", path, len(jobs))
 
 
 if __name__ == "__main__":

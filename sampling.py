@@ -18,6 +18,7 @@ from autoencoder import Space, load_space
 from checkpoint import file_sha256, read_checkpoint
 from data import DataConfig
 from errors import InputError
+from intensity import SourceIntensity
 from models import MaskCondition, SiT, build_model
 from train_utils import Machine, derived_seed
 from transport import ODE_METHODS, LikelihoodResult, Sampler, Transport, create_transport
@@ -93,6 +94,7 @@ class TrainedModel:
     step: int
     sha256: str
     trained_on: list[str] | None  # SHA-256 of every training image, where it is known
+    intensity: SourceIntensity | None  # gray values of the training images, where they are known
 
 
 def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
@@ -125,6 +127,7 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
         step=state["step"],
         sha256=file_sha256(args.ckpt),
         trained_on=state.get("trained_on"),
+        intensity=SourceIntensity.from_dict(state["intensity"]) if state.get("intensity") else None,
     )
 
 

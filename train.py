@@ -50,9 +50,10 @@ from checkpoint import (
     write_atomically,
     write_json,
 )
-from data import SYMMETRIES, DataConfig, PairedFolder, to_prob_map
+from data import SYMMETRIES, DataConfig, PairedFolder, default_window_channels, to_prob_map
 from download import adapt_sit_weights, find_weights
 from errors import CommandParser, InputError, run_command
+from intensity import SourceIntensity, window_columns
 from latent_cache import LatentPairs
 from models import MaskRows, SiT, SiT_models, build_model, mask_rows, model_width, patch_size
 from sampling import ImageSampler, SamplingSettings, image_seed
@@ -84,8 +85,8 @@ logger = logging.getLogger("train")
 # What a checkpoint fixes for good. Everything else may change on resume and is logged.
 FIXED_ON_RESUME = (
     "model", "image_size", "in_channels", "num_classes", "no_mask_detail", "time_scale", "vae", "crop", "window",
-    "window_scope", "path_type", "prediction", "loss_weight", "train_eps", "sample_eps", "time_sampling", "time_mean",
-    "time_std",
+    "window_scope", "window_channels", "path_type", "prediction", "loss_weight", "train_eps", "sample_eps",
+    "time_sampling", "time_mean", "time_std",
 )  # fmt: skip
 # Where things are and how they are shown: never taken from a checkpoint.
 NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "init_from", "wandb", "device")
@@ -189,6 +190,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     not_given = object()
     spoken = build_parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), not_given)))
     args.given = {name for name, value in vars(spoken).items() if value is not not_given}
+    args.window_channels = args.window_channels or default_window_channels(args.in_channels)
     return args
 
 
@@ -225,6 +227,8 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
         )
     if args.window is not None and not 0 <= args.window[0] < args.window[1] <= 100:
         raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: two percentiles, 0 <= LOW < HIGH <= 100.")
+    if args.in_channels == 1 and "window_channels" in args.given:
+        raise InputError("--window-channels has no effect on --in-channels 1: leave it out.")
     check_space(args.vae, args.in_channels)
     check_transport(args)
     if args.wandb:
@@ -379,6 +383,7 @@ class Training:
         self.step = 0
         self.total_steps = 0
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
+        self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
         self.share_rows = True  # in the modulation, see models.mask_rows
@@ -393,6 +398,7 @@ class Training:
             "step": self.step,
             "config": self.config,
             "trained_on": self.trained_on,
+            "intensity": self.intensity,
             "sums": self.sums.cpu(),
             "since_log": self.since_log,
         }
@@ -665,6 +671,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
             logger.info("%s", line)
     if machine.is_main:
         note_images(training, dataset)
+        training.intensity = SourceIntensity.of(dataset.windows, dataset.dtypes).to_dict()
+        write_windows(run.path / "windows.csv", dataset)
         run.cut_metrics(training.step)
     training.prepare_model()
     run_loop(training, dataset, run)
@@ -674,6 +682,14 @@ def note_images(training: Training, dataset: PairedFolder) -> None:
     """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from."""
     if training.args.init_from is None and (training.step == 0 or training.trained_on is not None):
         training.trained_on = sorted({*dataset.image_hashes, *(training.trained_on or ())})
+
+
+def write_windows(path: Path, dataset: PairedFolder) -> None:
+    """The gray values of every training image that became -1 and 1."""
+    lines = ["name,dtype,window_low,window_high"]
+    for pair, dtype, window in zip(dataset.pairs, dataset.dtypes, dataset.windows, strict=True):
+        lines.append(",".join([pair.image_path.name, str(dtype), *window_columns(window).values()]))
+    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -689,7 +705,8 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     window = tuple(args.window) if args.window else None
     return DataConfig(
         image_size=args.image_size, num_classes=args.num_classes, crop=args.crop,
-        window=window, window_scope=args.window_scope, channels=args.in_channels,
+        window=window, window_scope=args.window_scope, window_channels=args.window_channels,
+        channels=args.in_channels,
     )  # fmt: skip
 
 

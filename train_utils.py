@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import CROPS, MASK_TYPES, WINDOW_SCOPES
+from data import CROPS, MASK_TYPES, WINDOW_CHANNELS, WINDOW_SCOPES
 from errors import InputError
 from image_files import as_rgb
 from transport import (
@@ -122,6 +122,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--window-scope", choices=WINDOW_SCOPES, default="image", help="percentiles of each image, or of the data set"
+    )
+    group.add_argument(
+        "--window-channels",
+        choices=WINDOW_CHANNELS,
+        help="one window for all channels, or one for each (default: joint for gray and RGB, else separate)",
     )
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import write_json
-from data import DataConfig, image_window, native_view, window_image
+from data import DataConfig, default_window_channels, image_window, native_view, window_image
 from errors import InputError, list_some
 from evaluation.instances import connected_cells
 from evaluation.output import new_figure, save_figure, show_image
@@ -440,7 +440,8 @@ def _drawable(pairs: Sequence[Pair], rule: MaskRule) -> Iterator[tuple[str, np.n
     """Name, uint8 (H, W, C) and cells (H, W) bool of every pair."""
     for pair in pairs:
         image = read_image(pair.image_path)
-        gray = window_image(image, image_window(image, DataConfig(image_size=1)))
+        config = DataConfig(image_size=1, window_channels=default_window_channels(image.shape[2]))
+        gray = window_image(image, image_window(image, config))
         picture = np.rint((gray + 1) * 127.5).astype(np.uint8)
         cells = prob_map(read_mask(pair.mask_path), rule).argmax(axis=0) > 0
         yield pair.name, picture, cells

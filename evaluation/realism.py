@@ -301,7 +301,8 @@ def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tu
 def describe_window(config: DataConfig) -> str:
     """The one intensity window of real and synthetic images, in words."""
     if config.window_values is not None:
-        return f"{config.window_values[0]:g} to {config.window_values[1]:g} for all images, as in training"
+        ranges = " and ".join(f"{low:g} to {high:g}" for low, high in config.window_values)
+        return f"{ranges} for all images, as in training"
     if config.window is not None:
         return f"percentiles {config.window[0]:g} to {config.window[1]:g} of each image, as in training"
     return "0 to 255 of 8-bit images, robust percentiles of others, as in training"

@@ -98,7 +98,7 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
 
 
 class Attempt(NamedTuple):
-    """One draw of an image, uint8 (S, S, C): which one, and how well it follows its mask."""
+    """One draw of an image: which one, and how well it follows its mask."""
 
     image: np.ndarray
     number: int  # 1 is the first draw
@@ -136,16 +136,19 @@ class Redraw:
         network.load_state_dict(trained.weights)
         return cls(Judge(network, device), trained.note["min_fidelity"], trained.note["max_attempts"])
 
-    def __call__(self, index: int, prob_map: np.ndarray, image: np.ndarray, number: int) -> Attempt | None:
+    def __call__(
+        self, index: int, prob_map: np.ndarray, image: np.ndarray, number: int, shown: np.ndarray | None = None
+    ) -> Attempt | None:
         """The attempt that stays, None where the image is to be drawn again.
 
         Args:
             index: of the image in the set.
             prob_map: (K, S, S) its mask.
-            image: uint8 (S, S, C), this attempt.
+            image: this attempt, as it is to be kept.
             number: of this attempt, from 1.
+            shown: the image as the judge sees it, uint8 (S, S, C), where that differs.
         """
-        found = self.judge.class_maps([repeat_gray(image)])[0] > 0
+        found = self.judge.class_maps([repeat_gray(image if shown is None else shown)])[0] > 0
         truth = prob_map.argmax(axis=0) > 0
         fidelity = fidelity_of(found, truth)
         attempt = Attempt(image, number, fidelity, fidelity >= self.min_fidelity)

@@ -1,8 +1,9 @@
 """A synthetic set as ``sample_ddp.py`` writes it: manifest, images, labels, and the real images behind the labels.
 
-All images leave here alike, as uint8 (S, S, C): the synthetic ones as they lie in the folder, the real ones windowed as
-in training, cut by the same view as their label and rounded as the synthetic ones were. C is the model's number of
-channels, but gray is repeated to three.
+All images leave here alike, as uint8 (S, S, C): the synthetic ones as the model drew them (those in the training
+images' own gray values are windowed by what the manifest says), the real ones windowed as in training, cut by the same
+view as their label and rounded as the synthetic ones were. C is the model's number of channels, but gray is repeated to
+three.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from checkpoint import write_atomically
 from data import DataConfig, View, center_view, fit_channels, image_window, native_view, window_image
 from errors import InputError, list_some
 from image_files import read_image, read_mask, repeat_gray
+from intensity import to_display, window_from_columns
 from mask_rules import MaskRule, class_map, prob_map
 
 MANIFEST = "manifest.csv"
@@ -122,6 +124,8 @@ class SampleSet:
     def synthetic(self, sample: Sample) -> np.ndarray:
         """The synthetic image, uint8 (S, S, C)."""
         image = read_image(sample.image_path)
+        if sample.columns.get("intensity") == "source":
+            image = to_display(image, window_from_columns(sample.columns))
         if image.dtype != np.uint8:
             raise InputError(f"{sample.image_path} is {image.dtype}, not 8-bit as sample_ddp.py writes its images")
         if self.config is None:  # a set of another tool: gray or RGB

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from script_helpers import TINY, write_pairs
+from script_helpers import FEW_STEPS, TINY, call, write_pairs
 
 import evaluate
 import sample
@@ -21,13 +20,6 @@ from autoencoder import check_space
 from checkpoint import read_checkpoint
 from errors import InputError, run_command
 from image_files import as_rgb, encode_image, encode_tiff, read_image
-
-FEW_STEPS = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", "2", "--per-proc-batch-size", "4"]
-
-
-def call(command: ModuleType, *words: object) -> None:
-    """A command in this process, as its file would run it."""
-    command.main(command.parse_args([str(word) for word in words]))
 
 
 def two_channel_pairs(folder: Path) -> tuple[Path, Path]:
@@ -73,9 +65,10 @@ def test_set_and_exports_hold_the_channels(sampled):
     suffix = {1: ".png", 2: ".tif"}[channels]
     image = read_image(folder / "images" / f"cell_3{suffix}")
     assert image.shape == (16, 16, channels) and image.dtype == np.uint8
-    for path in (folder / "cellpose" / "cell_3_img.tif", folder / "stardist" / "images" / "cell_3.tif"):
-        assert np.array_equal(read_image(path), image)
-        assert tifffile.imread(path).shape == {1: (16, 16), 2: (2, 16, 16)}[channels]
+    cellpose, stardist = folder / "cellpose" / "cell_3_img.tif", folder / "stardist" / "images" / "cell_3.tif"
+    assert np.array_equal(read_image(cellpose), image) and np.array_equal(read_image(stardist), image)
+    assert tifffile.imread(cellpose).shape == {1: (16, 16), 2: (2, 16, 16)}[channels]
+    assert tifffile.imread(stardist).shape == {1: (16, 16), 2: (16, 16, 2)}[channels]  # StarDist: channels last
     assert np.array_equal(read_image(folder / "coco" / "images" / f"cell_3{suffix}"), image)
     with np.load(folder.with_name("set.npz")) as arrays:
         assert arrays["arr_0"].shape == (6, 16, 16, {1: 3, 2: 2}[channels])
@@ -158,7 +151,7 @@ def test_an_autoencoder_takes_its_own_channels_only(vae, autoencoder_folder):
 def test_written_images_are_read_back_with_every_value(tmp_path, channels, dtype):
     image = np.random.default_rng(0).integers(0, 256, (12, 7, channels)).astype(dtype)
     image[..., -1] = np.iinfo(dtype).max if dtype != np.float32 else 1  # a saturated channel is no alpha channel
-    for content in (encode_image(image), encode_tiff(image)):
+    for content in (encode_image(image), encode_tiff(image), encode_tiff(image, planes=False)):
         (tmp_path / "a").write_bytes(content)
         read = read_image(tmp_path / "a")
         assert read.dtype == dtype and np.array_equal(read, image)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from errors import InputError
 from export import check_export, export_set, instances_of
+from image_files import encode_image, image_suffix
 from mask_rules import MaskRule
 
 INSTANCES = MaskRule("instances", 2, 1, "")
@@ -53,6 +54,27 @@ def test_tiffs_hold_the_image_and_the_original_ids(sample_dir, layout, image, la
         with Image.open(sample_dir / "images" / f"{name}.png") as picture:
             assert np.array_equal(tifffile.imread(folder / image.format(name)), np.array(picture))
     assert len([path for path in folder.rglob("*") if path.is_file()]) == 4
+
+
+@pytest.mark.parametrize("kind", ["RGB", "gray", "two channels", "float"])
+def test_cellpose_reads_its_folder(sample_dir, kind):
+    """By cellpose.io itself, where it is installed: pip install cellpose."""
+    io = pytest.importorskip("cellpose.io")
+    rng = np.random.default_rng(1)
+    shape = {"RGB": (20, 24, 3), "two channels": (20, 24, 2)}.get(kind, (20, 24, 1))
+    written = {}
+    for path in images(sample_dir):
+        path.unlink()
+        array = rng.integers(0, 60000, shape).astype(np.float32 if kind == "float" else np.uint16)
+        written[path.stem] = array
+        path.with_suffix(image_suffix(shape[2], array.dtype)).write_bytes(encode_image(array))
+    folder = export_set(sample_dir, sorted((sample_dir / "images").iterdir()), INSTANCES, "cellpose")
+    read, read_labels, names = io.load_images_labels(str(folder), image_filter="_img")
+    assert [Path(name).name for name in names] == [f"{name}_img.tif" for name in NAMES]
+    for name, image, label in zip(NAMES, read, read_labels, strict=True):
+        assert label.dtype == np.uint16 and np.array_equal(label, labels())
+        array = written[name].transpose(2, 0, 1) if kind == "two channels" else written[name].squeeze()
+        assert image.dtype == array.dtype and np.array_equal(image, array)
 
 
 def test_coco_is_read_back_with_every_cell(sample_dir):

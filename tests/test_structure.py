@@ -19,6 +19,7 @@ LAYERS = [
     {"data", "download"},
     {"export", "batches"},
     {"train_utils"},
+    {"intensity"},
     {"sampling", "latent_cache"},
     {"evaluation"},
     {"train", "sample", "sample_ddp", "evaluate", "make_masks"},

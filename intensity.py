@@ -1,0 +1,167 @@
+"""Gray values of synthetic images: 8 bits to look at, or the range and type of the training images.
+
+A model works on [-1, 1]. The windows, the gray values that these ends were in the training files, lie in the
+checkpoint, so that an image can leave as it would have come from the microscope: with the one window of a data set by
+the exact inverse of reading it; where each training image had a window of its own, a synthetic one takes one of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data import DataConfig, Window, window_image
+from errors import InputError
+from image_files import encode_image, image_suffix
+from train_utils import derived_seed
+
+INTENSITIES = ("display", "source")
+SOURCE_WINDOWS = ("draw", "median")
+MOST_WINDOWS = 256  # kept in a checkpoint; they stand for those of any larger set
+_DRAW = 2  # keeps the draw of a window apart from the noise's and the crop's of the same image
+
+
+@dataclass(frozen=True)
+class SourceIntensity:
+    """The gray values of a training set; a checkpoint keeps them as a plain dict.
+
+    Attributes:
+        dtypes: kinds of gray values in the files, sorted; one of them where images can be written back.
+        windows: windows of the training images, all alike counted once; at most ``MOST_WINDOWS``, spread evenly.
+    """
+
+    dtypes: tuple[str, ...]
+    windows: tuple[Window, ...]
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], dtypes: Sequence[np.dtype]) -> SourceIntensity:
+        """Of all training images.
+
+        Args:
+            windows: of every image; their order does not matter.
+            dtypes: of every image's file.
+        """
+        most = max(map(len, windows))  # gray beside RGB
+        windows = [window * most if len(window) == 1 else window for window in windows]
+        ordered = sorted(windows, key=lambda window: (window[0][1] - window[0][0], window))
+        if len(set(ordered)) == 1:
+            ordered = ordered[:1]
+        chosen = np.unique(np.linspace(0, len(ordered) - 1, MOST_WINDOWS).round().astype(int))
+        return cls(tuple(sorted({str(dtype) for dtype in dtypes})), tuple(ordered[index] for index in chosen))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for checkpoints."""
+        return {"dtypes": list(self.dtypes), "windows": [[list(pair) for pair in window] for window in self.windows]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SourceIntensity:
+        """The inverse of :meth:`to_dict`."""
+        windows = tuple(tuple((float(low), float(high)) for low, high in window) for window in values["windows"])
+        return cls(tuple(values["dtypes"]), windows)
+
+    def median_window(self) -> Window:
+        """The medians of all lower and of all upper ends."""
+        middle = np.median(np.array(self.windows), axis=0)
+        return tuple((float(low), float(high)) for low, high in middle)
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What the files of a synthetic set hold.
+
+    Attributes:
+        channels: of an image.
+        dtype: of its gray values.
+        windows: those to choose from; none for 8 bits over the whole range.
+    """
+
+    channels: int
+    dtype: np.dtype = np.dtype(np.uint8)
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        """Of the image files."""
+        return image_suffix(self.channels, self.dtype)
+
+    def window(self, seed: int, index: int) -> Window | None:
+        """Gray values that -1 and 1 of image ``index`` become; None for 8 bits over the whole range."""
+        return self.windows[derived_seed(seed, index, _DRAW) % len(self.windows)] if self.windows else None
+
+    def encode(self, image: np.ndarray, window: Window | None) -> bytes:
+        """File content of an image (C, H, W) in [-1, 1]."""
+        return encode_image(to_gray_values(image, window, self.dtype))
+
+
+def choose_format(
+    intensity: str, source_window: str | None, data: DataConfig, source: SourceIntensity | None
+) -> ImageFormat:
+    """The format that the flags ask for.
+
+    Args:
+        intensity: one of ``INTENSITIES``.
+        source_window: one of ``SOURCE_WINDOWS``; None is "draw".
+        data: of the checkpoint.
+        source: of the checkpoint; None in one that does not know.
+
+    Raises:
+        InputError: a flag without effect, or training images that had no one range to go back to.
+    """
+    if intensity == "display":
+        if source_window is not None:
+            raise InputError("--source-window has no effect on --intensity display: leave it out.")
+        return ImageFormat(data.channels)
+    if source is None:
+        raise InputError("--intensity source: the checkpoint does not know the gray values of its training images.")
+    if len(source.dtypes) != 1:
+        raise InputError(
+            f"--intensity source: the training images were {' and '.join(source.dtypes)}, there is no one kind of gray "
+            "values to go back to. Leave the flag out."
+        )
+    if source_window is not None and len(source.windows) == 1:
+        raise InputError("--source-window has no effect: all training images had one window. Leave it out.")
+    windows = (source.median_window(),) if source_window == "median" else source.windows
+    return ImageFormat(data.channels, np.dtype(source.dtypes[0]), windows)
+
+
+def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) -> np.ndarray:
+    """The inverse of ``data.window_image``, whole numbers rounded.
+
+    Args:
+        image: (C, H, W) in [-1, 1].
+        window: gray values of -1 and 1; None is 0 and 255.
+        dtype: of the result.
+
+    Returns:
+        (H, W, C).
+    """
+    low, high = np.array(window or ((0.0, 255.0),), np.float64).T  # (1,) or (C,) each
+    unit = np.clip(np.asarray(image, np.float64).transpose(1, 2, 0), -1, 1)
+    gray = low + (unit + 1) * ((high - low) / 2)
+    if dtype.kind in "ui":
+        limits = np.iinfo(dtype)
+        gray = np.clip(np.rint(gray), limits.min, limits.max)
+    return np.ascontiguousarray(gray, dtype=dtype)
+
+
+def to_display(image: np.ndarray, window: Window | None) -> np.ndarray:
+    """An image of a set as 8 bits over the whole range. (H, W, C) -> the same shape, uint8."""
+    if window is None:
+        return image
+    return np.rint((window_image(image, window) + 1) * np.float32(127.5)).astype(np.uint8)
+
+
+def window_columns(window: Window | None) -> dict[str, str]:
+    """Columns of a manifest: lower and upper ends, one number or one per channel; empty without a window."""
+    ends = ([], []) if window is None else zip(*window, strict=True)
+    low, high = (" ".join(f"{value:.9g}" for value in values) for values in ends)
+    return {"window_low": low, "window_high": high}
+
+
+def window_from_columns(row: dict[str, str]) -> Window | None:
+    """The inverse of :func:`window_columns`; None where the columns are empty or absent."""
+    ends = [[float(word) for word in (row.get(name) or "").split()] for name in ("window_low", "window_high")]
+    return tuple(zip(*ends, strict=True)) or None
