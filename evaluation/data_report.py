@@ -32,6 +32,7 @@ SIGNATURE_SIDE = 32
 NEAR_DUPLICATE = 0.99  # correlation of two images of SIGNATURE_SIDE x SIGNATURE_SIDE pixels
 SHEET_IMAGES = 12
 DARK = 128  # of 255
+MUCH_LOST = 0.2
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class DataReport:
         without_image: masks without image.
         without_mask: images without mask.
         unreadable: file and reason.
+        left_out: files in the two folders that are neither.
         mismatched: pairs whose image and mask differ in size.
         duplicates: (name, other name, correlation); 1.0 means equal pixels.
         problems: what training would refuse.
@@ -89,6 +91,7 @@ class DataReport:
     without_image: list[str] = field(default_factory=list)
     without_mask: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     duplicates: list[tuple[str, str, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -170,6 +173,7 @@ def survey(
         without_image=without_image,
         without_mask=without_mask,
         unreadable=image_errors + mask_errors,
+        left_out=_others([image_dir, mask_dir], {*images.values(), *masks.values()}),
         duplicates=near_duplicates(list(facts.values())),
     )
     usable = []
@@ -187,6 +191,8 @@ def survey(
     if rule is not None:
         _count_cells(report, usable, rule, progress)
     _find_remarks(report, list(facts.values()))
+    if crop == "center":
+        _find_remarks_on_center_crop(report, list(facts.values()), image_size)
     return report, usable, rule
 
 
@@ -220,6 +226,12 @@ def image_facts(path: Path) -> ImageFacts:
         digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
         signature=signature(image),
     )
+
+
+def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
+    """Names of the files of the folders that are not known, hidden ones apart."""
+    found = {path for folder in folders for path in Path(folder).iterdir() if path.is_file()}
+    return sorted(path.name for path in found - known if not path.name.startswith("."))
 
 
 def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, int]]:
@@ -373,6 +385,11 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     empty = sum(count == 0 for count in report.instances)
     if empty:
         report.remarks.append(f"{empty} of {len(report.instances)} masks hold no cell")
+    blank = [one.name for one in facts if one.minimum == one.maximum]
+    if blank:
+        report.remarks.append(f"{len(blank)} images hold one gray value only: {list_some(blank)}")
+    if report.left_out:
+        report.remarks.append(f"{len(report.left_out)} files are of other kinds: {list_some(report.left_out)}")
     absent = [str(k) for k, share in enumerate(report.class_shares) if share == 0]
     if absent:
         report.remarks.append(f"no pixel of class {', '.join(absent)}: nothing can be learned about it")
@@ -401,6 +418,21 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
         )
     if report.pairs < 20:
         report.remarks.append(f"{report.pairs} pairs are few; a generator learns from some hundred on")
+
+
+def _find_remarks_on_center_crop(report: DataReport, facts: Sequence[ImageFacts], image_size: int | None) -> None:
+    """What scaling the short side and cutting the middle does to these images."""
+    lost = [1 - min(one.height, one.width) / max(one.height, one.width) for one in facts]
+    if lost and np.median(lost) > MUCH_LOST:
+        report.remarks.append(
+            f"--crop center leaves out {np.median(lost):.0%} of a typical image, at its ends; --crop random uses all"
+        )
+    small = [one.name for one in facts if min(one.height, one.width) < (image_size or 0)]
+    if small:
+        report.remarks.append(
+            f"{len(small)} images are smaller than --image-size {image_size} and will be enlarged, which adds no "
+            f"detail: {list_some(small)}"
+        )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

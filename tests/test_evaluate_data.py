@@ -93,6 +93,35 @@ def test_unclear_masks_are_a_problem_with_the_likely_types_named(tmp_path):
     assert look(tmp_path, mask_type="binary")[0].problems == []
 
 
+def test_what_a_person_should_know_is_remarked(drawn):
+    draw_pair(drawn, "blank", 1, seed=7)
+    Image.fromarray(np.full((HEIGHT, WIDTH), 90, np.uint8)).save(drawn / "images" / "blank.png")
+    (drawn / "images" / "stack.nd2").write_bytes(b"?")
+    (drawn / "masks" / ".hidden").write_bytes(b"?")
+    report, _, _ = look(drawn, image_size=50)
+    remarks = "\n".join(report.remarks)
+    assert report.problems == []
+    assert "1 images hold one gray value only: blank.png" in remarks
+    assert "1 files are of other kinds: stack.nd2" in remarks
+    assert "--crop center leaves out 25% of a typical image" in remarks
+    assert "5 images are smaller than --image-size 50 and will be enlarged" in remarks
+    assert "all images are gray" in remarks
+    assert "enlarged" not in "\n".join(look(drawn, image_size=48)[0].remarks)
+
+
+def test_images_of_other_channels_are_told_how_to_train(drawn, tmp_path):
+    for path in (drawn / "images").glob("*.png"):
+        gray = np.array(Image.open(path))
+        tifffile.imwrite(path.with_suffix(".tif"), np.stack([gray, gray // 2]), metadata={"axes": "CYX"})
+        path.unlink()
+    report, pairs, rule = look(drawn)
+    assert report.problems == []
+    assert "images have 2 channels: train with --vae none --in-channels 2" in report.remarks
+    assert (tmp_path / "report" / "contact_sheet.png") in write_data_report(report, pairs, rule, tmp_path / "report")
+    draw_pair(drawn, "gray", 1, seed=7)
+    assert "4 images have neither 1 nor 3 channels" in look(drawn)[0].problems[0]
+
+
 def test_images_smaller_than_a_random_crop_are_a_problem(drawn):
     assert look(drawn, image_size=64)[0].problems == []
     assert "4 images are smaller than --image-size 64" in look(drawn, image_size=64, crop="random")[0].problems[0]
