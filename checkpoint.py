@@ -74,7 +74,7 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
     """
     config = {part: state["config"][part] for part in CONFIG_PARTS}
     metadata = {"format": "pt", "config": json.dumps(config), "step": str(state["step"])}
-    metadata["intensity"] = json.dumps(state["intensity"])
+    metadata["intensity"] = json.dumps(state.get("intensity"))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}
     write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 

@@ -70,7 +70,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_config_survives_json_and_refuses_nonsense():
-    config = DataConfig(64, 3, "random", (0.5, 99.5), "dataset", (3.0, 700.0), 4)
+    config = DataConfig(64, 3, "random", (0.5, 99.5), "dataset", "separate", ((3.0, 700.0), (0.0, 9.0)), 2)
     assert DataConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for wrong, words in (
         ({"image_size": 0}, "--image-size 0"),
@@ -78,6 +78,7 @@ def test_config_survives_json_and_refuses_nonsense():
         ({"num_classes": 256}, "--num-classes 256"),
         ({"crop": "middle"}, "center, random"),
         ({"window_scope": "all"}, "image, dataset"),
+        ({"window_channels": "all"}, "joint, separate"),
         ({"window": (50, 50)}, "LOW < HIGH"),
         ({"window": (-1, 50)}, "LOW < HIGH"),
     ):
