@@ -79,6 +79,8 @@ def test_channels_get_windows_of_their_own_where_they_are_separate():
     assert image_window(image, separate) == ((0, 99), (500, 797))
     values = window_image(image, image_window(image, separate))
     assert values.min((0, 1)).tolist() == [-1, -1] and values.max((0, 1)).tolist() == [1, 1]
+    first = window_image(image.transpose(2, 0, 1), image_window(image, separate), channels_first=True)
+    assert np.array_equal(first.transpose(1, 2, 0), values)
     assert DataConfig.from_dict(json.loads(json.dumps(separate.to_dict()))) == separate
 
 
