@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
+from tiling import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class PixelSpace(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same, float32 in [-1, 1]."""
         return x.float().clamp(-1, 1)
+
+    def decode_field(self, x: Tensor, windows: Windows) -> Tensor:
+        """(C, H, W) -> the same, float32 in [-1, 1]."""
+        return self.decode(x)
 
 
 class LatentSpace(nn.Module):
@@ -89,6 +94,15 @@ class LatentSpace(nn.Module):
         latents = x / self.scale + self.shift
         images = [self.vae.decode(chunk).sample.float().clamp(-1, 1) for chunk in latents.split(self.chunk_size)]
         return torch.cat(images)
+
+    def decode_field(self, x: Tensor, windows: Windows) -> Tensor:
+        """Latents (C, H / f, W / f) of any size -> image (3, H, W), float32 in [-1, 1], by overlapping windows.
+
+        Memory follows from the window. It is never decoded as a whole, also where that would fit: the decoder's norms
+        and attention look at all they are given, so an image would depend on the memory of the machine.
+        """
+        image = windows.mean(x, lambda _, latents: self.decode(latents), self.chunk_size, scale=self.factor)
+        return image.clamp(-1, 1)  # the mean may round beyond its parts
 
 
 Space = PixelSpace | LatentSpace

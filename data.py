@@ -55,7 +55,7 @@ __all__ = [
     "CROPS", "IMAGE_SUFFIXES", "MASK_SUFFIXES", "MASK_TYPES", "WINDOW_CHANNELS", "WINDOW_SCOPES", "DataConfig",
     "MaskFolder", "MaskItem", "MaskRule", "MaskStats", "Pair", "PairedFolder", "View", "center_view", "class_map",
     "decide_mask_rule", "default_window_channels", "find_files", "fit_channels", "image_window", "mask_stats",
-    "native_view", "pair_files", "prob_map", "read_image", "read_mask", "to_prob_map", "window_image",
+    "native_view", "pair_files", "prob_map", "read_image", "read_mask", "to_prob_map", "whole_view", "window_image",
 ]  # fmt: skip
 
 CROPS = ("center", "random")
@@ -223,15 +223,21 @@ def native_view(height: int, width: int, size: int, rng: np.random.Generator | N
     return View(height, width, top, left, size, size)
 
 
+def whole_view(height: int, width: int, scale: float = 1.0) -> View:
+    """All of a source, with ``scale`` pixels for each of its own."""
+    scaled_height, scaled_width = (max(1, round(scale * length)) for length in (height, width))
+    return View(scaled_height, scaled_width, 0, 0, scaled_height, scaled_width)
+
+
 def _view_of(shape: Sequence[int], config: DataConfig, rng: np.random.Generator | None = None) -> View:
     if config.crop == "center":
         return center_view(shape[0], shape[1], config.image_size)
     return native_view(shape[0], shape[1], config.image_size, rng)
 
 
-def _view_of_file(path: Path, shape: Sequence[int], config: DataConfig) -> View:
+def _view_of_file(path: Path, shape: Sequence[int], config: DataConfig, rng: np.random.Generator | None = None) -> View:
     try:
-        return _view_of(shape, config)
+        return _view_of(shape, config, rng)
     except InputError as error:
         raise FileError(path, str(error)) from None
 
@@ -607,10 +613,10 @@ class MaskItem:
     Attributes:
         name: of the mask, without suffix and without _masks.
         path: its file, or its folder of nuclei.
-        view: the square that is used.
-        label: (S, S) in the file's own dtype and ids, nearest neighbour; (K, S, S) float for a stack.
-        prob_map: (K, S, S) float32, sums to 1.
-        image: (C, S, S) float32 in [-1, 1], the real image there, or None.
+        view: the part that is used, a square of the training size or the whole field.
+        label: (H, W) in the file's own dtype and ids, nearest neighbour; (K, H, W) float for a stack.
+        prob_map: (K, H, W) float32, sums to 1.
+        image: (C, H, W) float32 in [-1, 1], the real image there, or None.
         window: gray values of the real image that became -1 and 1, or None.
     """
 
@@ -642,6 +648,7 @@ class MaskFolder:
         image_dir: str | Path | None = None,
         progress: bool = False,
         normalize: bool = False,
+        whole_scale: float | None = None,
     ) -> None:
         """Find and check the masks.
 
@@ -652,6 +659,7 @@ class MaskFolder:
             image_dir: keep the masks that have an image here.
             progress: show a progress bar.
             normalize: as in :class:`PairedFolder`.
+            whole_scale: take all of every mask, at this scale, instead of the square of the config.
 
         Raises:
             InputError: any file that cannot be used, all of them in one message.
@@ -659,6 +667,7 @@ class MaskFolder:
         if config.window_scope == "dataset" and config.window_values is None and image_dir is not None:
             raise ValueError("window_scope 'dataset' needs window_values: take the config of the training data set")
         self.config = config
+        self.whole_scale = whole_scale
         self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
         self.names = sorted(self.paths)
         results = list(_for_all(_or_error(self._check), self.names, "reading masks", progress))
@@ -681,22 +690,31 @@ class MaskFolder:
     def _check(self, name: str) -> tuple[MaskStats, tuple[int, int]]:
         """Facts about a mask, and its height and width."""
         mask, _ = self._read(name)
-        path = self.paths[name]
-        _view_of_file(path, mask.shape[-2:], self.config)
-        return mask_stats(path.name, mask, path.is_dir()), (mask.shape[-2], mask.shape[-1])
+        size = (mask.shape[-2], mask.shape[-1])
+        self._view(name, size)
+        return mask_stats(self.paths[name].name, mask, self.paths[name].is_dir()), size
+
+    def _view(self, name: str, size: tuple[int, int], rng: np.random.Generator | None = None) -> View:
+        if self.whole_scale is not None:
+            return whole_view(*size, self.whole_scale)
+        return _view_of_file(self.paths[name], size, self.config, rng)
 
     def __len__(self) -> int:
         """Number of masks."""
         return len(self.names)
 
     def view(self, name: str, rng: np.random.Generator | None = None) -> View:
-        """The square that :meth:`load` would take, without reading the file."""
-        return _view_of(self._sizes[name], self.config, rng)
+        """The part that :meth:`load` would take, without reading the file."""
+        return self._view(name, self._sizes[name], rng)
+
+    def view_sizes(self) -> set[tuple[int, int]]:
+        """Height and width of all masks' views."""
+        return {self.view(name).size for name in self.names}
 
     def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
         """Read one mask and its image. --crop random takes the middle square unless ``rng`` is given."""
         mask, image = self._read(name)
-        view = _view_of(mask.shape[-2:], self.config, rng)
+        view = self._view(name, mask.shape[-2:], rng)
         target = _hard_or_soft(mask, view, self.rule)
         if self.rule.is_hard:
             target = one_hot(target, self.rule.num_classes)

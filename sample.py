@@ -28,7 +28,7 @@ from autoencoder import PixelSpace
 from checkpoint import write_atomically
 from data import MaskFolder
 from errors import CommandParser, InputError, run_command
-from sampling import ImageSampler, SamplingSettings, image_seed, load_trained
+from sampling import ImageSampler, SamplingSettings, check_fields, field_scale, image_seed, load_trained
 from train_utils import (
     add_machine_arguments,
     add_mask_arguments,
@@ -83,6 +83,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--likelihood and --reverse work on real images: give --data-path IMAGES.")
     if on_real and args.num_samples:
         raise InputError("--num-samples has no effect on --likelihood and --reverse: leave it out.")
+    if on_real and args.tile:
+        raise InputError("--tile has no effect on --likelihood and --reverse: leave it out.")
     if not on_real and args.data_path:
         raise InputError("--data-path has no effect here: it goes with --likelihood or --reverse.")
     if not on_real and not args.mask_path.is_file():
@@ -108,8 +110,11 @@ def main(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, args.precision)
     trained = load_trained(args, machine)
     masks = MaskFolder(
-        args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, normalize=args.normalize_masks
-    )
+        args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, normalize=args.normalize_masks,
+        whole_scale=field_scale(args, trained.data),
+    )  # fmt: skip
+    if args.tile:
+        check_fields(args, masks.view_sizes(), trained.data.image_size)
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     if args.likelihood:
@@ -128,7 +133,10 @@ def write_samples(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFo
     size = min(count, args.per_proc_batch_size)
     for indices in batches(range(count), size):
         seeds = [image_seed(args.seed, index) for index in indices]
-        images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size).cpu()
+        if args.tile:
+            images += [sampler.draw_field(prob_map, seed, args.per_proc_batch_size).cpu() for seed in seeds]
+        else:
+            images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size).cpu()
     write_grid(args.output, [mask_picture(prob_map), *images])
     settings = sampler.settings
     logger.info(
@@ -188,7 +196,7 @@ def batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def write_grid(path: Path, tiles: list[torch.Tensor]) -> None:
-    """Tiles (3, S, S) in [-1, 1] as one picture, about twice as wide as high, white where a row is not full."""
+    """Tiles (3, H, W) in [-1, 1] as one picture, about twice as wide as high, white where a row is not full."""
     columns = min(len(tiles), max(5, math.ceil(math.sqrt(2 * len(tiles)))))
     tiles = tiles + [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
     rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]

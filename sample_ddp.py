@@ -15,7 +15,8 @@ The same command runs without torchrun. It writes
     SAMPLE_DIR/attempts/NAME.json    with --min-fidelity, which draws again what does not follow its mask
 
 Started again it makes what is missing or torn, and refuses a folder made with other settings. With --data-path only
-masks that have an image there are used, and that real image stands beside the synthetic one.
+masks that have an image there are used, and that real image stands beside the synthetic one. With --tile the images
+have their masks' own height and width instead of the training size.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -54,7 +56,15 @@ from intensity import (
     to_gray_values,
     window_columns,
 )
-from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained
+from sampling import (
+    ImageSampler,
+    SamplingSettings,
+    TrainedModel,
+    check_fields,
+    field_scale,
+    image_seed,
+    load_trained,
+)
 from train_utils import (
     Machine,
     add_machine_arguments,
@@ -79,6 +89,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sample_ddp")
 
 CONTACT_SHEET_ROWS = 8
+CONTACT_SHEET_SIDE = 512  # pixels; larger images are shown smaller
 MAX_ATTEMPTS, JUDGE_STEPS, JUDGE_CACHE = 4, 400, Path("judges")
 
 T = TypeVar("T")
@@ -215,6 +226,7 @@ def set_settings(
         "num_samples": args.num_samples,
         "intensity": args.intensity,
         "source_window": args.source_window,
+        "tile_scale": masks.whole_scale,
         "mask_rule": asdict(masks.rule),
         "masks": len(masks.names),
         "data_config": trained.data.to_dict(),
@@ -351,6 +363,8 @@ def main(args: argparse.Namespace) -> None:
     settings = SamplingSettings.from_args(args)
     if args.compile:
         check_compiler()
+    if args.npz and args.tile:
+        raise InputError("--npz holds images of one size, and --tile keeps each mask's own: leave one of them out.")
     machine = start_machine(args.device, args.precision)
     try:
         sample(args, settings, machine)
@@ -365,8 +379,10 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     masks = MaskFolder(
         args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
-        progress=machine.is_main, normalize=args.normalize_masks,
+        progress=machine.is_main, normalize=args.normalize_masks, whole_scale=field_scale(args, trained.data),
     )  # fmt: skip
+    if args.tile:
+        check_fields(args, masks.view_sizes(), trained.data.image_size)
     exports = [name for name in args.export if name != "plain"]
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
@@ -458,7 +474,7 @@ def make_images(
 
     What is to be drawn again comes first in the next batch, so that few images wait in memory.
     """
-    size = args.per_proc_batch_size
+    size = 1 if args.tile else args.per_proc_batch_size  # a field is a batch of windows
     shown = machine.is_main and sys.stderr.isatty()
     waiting = deque((job, 1) for job in todo)
     with ThreadPoolExecutor(max_workers=2) as writers, tqdm(total=len(todo), unit="image", disable=not shown) as bar:
@@ -466,9 +482,12 @@ def make_images(
         while waiting:
             batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             items = [load_mask(masks, job, args.seed) for job, _ in batch]
-            prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
+            prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, H, W)
             seeds = [image_seed(args.seed, job.index, attempt) for job, attempt in batch]
-            images = sampler(prob_maps, seeds, batch_size=size)
+            if args.tile:
+                images = sampler.draw_field(prob_maps[0], seeds[0], args.per_proc_batch_size)[None]
+            else:
+                images = sampler(prob_maps, seeds, batch_size=size)
             for (job, attempt), item, image in zip(batch, items, images.cpu().numpy(), strict=True):
                 kept = kept_image(redraw, job, item, image, attempt)
                 if kept is None:
@@ -543,6 +562,7 @@ def write_manifest(
             "crop_scaled_width": view.scaled_width,
             "crop_height": view.height,
             "crop_width": view.width,
+            "tile_overlap": "" if settings.tile_overlap is None else settings.tile_overlap,
             "mask_type": masks.rule.mask_type,
             "label_derivation": "same crop, nearest neighbour, source values",
             "intensity": args.intensity,
@@ -581,7 +601,8 @@ def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[
         item = load_mask(masks, job, args.seed)
         pixels = torch.from_numpy(displayed(args, job, form)).permute(2, 0, 1).float() / 127.5 - 1
         row = [mask_picture(torch.as_tensor(item.prob_map)), pixels]
-        rows.append(row + ([torch.as_tensor(item.image)] if item.image is not None else []))
+        row += [torch.as_tensor(item.image)] if item.image is not None else []
+        rows.append([shrink(picture, CONTACT_SHEET_SIDE) for picture in row])
     sheet = Image.fromarray(grid_image(rows))
     write_atomically(args.sample_dir / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
 
@@ -589,6 +610,15 @@ def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[
 def displayed(args: argparse.Namespace, job: Job, form: ImageFormat) -> np.ndarray:
     """A synthetic image of the set as 8 bits over the whole range, (H, W, C)."""
     return to_display(read_image(image_path(args.sample_dir, job, form)), form.window(args.seed, job.index))
+
+
+def shrink(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """(C, H, W) with its longer side brought down to ``side`` by area where it is longer."""
+    scale = side / max(picture.shape[1:])
+    if scale >= 1:
+        return picture
+    size = [max(1, round(scale * length)) for length in picture.shape[1:]]
+    return F.interpolate(picture[None], size, mode="area")[0]
 
 
 def write_npz(args: argparse.Namespace, jobs: Sequence[Job], form: ImageFormat) -> None:

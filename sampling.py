@@ -7,10 +7,12 @@ generator of its own on the CPU, every batch is padded to the same size, and the
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from data import DataConfig
 from errors import InputError
 from intensity import SourceIntensity
 from models import MaskCondition, SiT, build_model
+from tiling import Windows
 from train_utils import Machine, derived_seed
 from transport import ODE_METHODS, LikelihoodResult, Sampler, Transport, create_transport
 
@@ -39,6 +42,7 @@ class SamplingSettings:
     diffusion_norm: float = 1.0
     last_step: str = "Tweedie"
     last_step_size: float | None = None
+    tile_overlap: float | None = None  # of windows over a large field: below 1 a share of the side, from 1 on pixels
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> SamplingSettings:
@@ -47,6 +51,9 @@ class SamplingSettings:
         Raises:
             InputError: a guidance interval that is empty, or a flag that has no effect beside the others.
         """
+        for flag in ("tile_overlap", "tile_scale"):
+            if getattr(args, flag) is not None and not args.tile:
+                raise InputError(f"--{flag.replace('_', '-')} has no effect without --tile: give it, too.")
         low, high = args.guidance_interval
         if low >= high:
             raise InputError(f"--guidance-interval {low:g} {high:g}: the first time must be below the second.")
@@ -63,12 +70,14 @@ class SamplingSettings:
                 raise InputError(f"{flag} has no effect on {args.sampling_method}, {kind} solver: leave it out.")
         if getattr(args, "last_step", None) == "None" and args.last_step_size is not None:
             raise InputError("--last-step-size has no effect on --last-step None: leave it out.")
+        overlap = TILE_OVERLAP if args.tile_overlap is None else args.tile_overlap
         given = {name: value for name, value in solver.items() if value is not None}
         return cls(
             mode=args.mode,
             method=args.sampling_method,
             cfg_scale=args.cfg_scale,
             guidance_interval=(low, high),
+            tile_overlap=overlap if args.tile else None,
             **given,
         )
 
@@ -78,6 +87,7 @@ class SamplingSettings:
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
+TILE_OVERLAP = 0.25
 ODE_ONLY = ("atol", "rtol")
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
@@ -151,6 +161,29 @@ def check_against_checkpoint(args: argparse.Namespace, config: dict[str, Any]) -
         raise InputError(f"{args.ckpt} contradicts {', '.join(wrong)}. Leave the flag out, or give another checkpoint.")
 
 
+def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:
+    """Scale at which --tile takes whole masks; None without --tile.
+
+    Raises:
+        InputError: the checkpoint learned from resized images, and only the user knows by how much.
+    """
+    if args.tile and args.tile_scale is None and data.crop == "center":
+        raise InputError(
+            f"--tile: {args.ckpt} was trained on images resized to a short side of {data.image_size} (--crop center), "
+            f"so say how large its cells are: --tile-scale {data.image_size} / (short side of the training images in "
+            "pixels), 1 where they were not resized."
+        )
+    return (args.tile_scale or 1.0) if args.tile else None
+
+
+def check_fields(args: argparse.Namespace, sizes: set[tuple[int, int]], side: int) -> None:
+    """Raises InputError where --tile would change nothing, or its windows of ``side`` pixels would not move on."""
+    if sizes == {(side, side)}:
+        raise InputError(f"--tile has no effect: the masks have the model's own {side} x {side} pixels. Leave it out.")
+    if args.tile_overlap is not None and args.tile_overlap >= side:
+        raise InputError(f"--tile-overlap {args.tile_overlap:g}: a window has {side} pixels. Give fewer, or a share.")
+
+
 class ImageSampler:
     """Masks and seeds to images.
 
@@ -199,15 +232,50 @@ class ImageSampler:
             (n, C, S, S) float32 in [-1, 1] on the device. Differentiable in ``prob_maps`` in pixel space.
         """
         count = len(seeds)
-        padding = max(0, (batch_size or count) - count)
-        seeds = [*seeds, *[seeds[-1]] * padding]
-        prob_maps = torch.cat([prob_maps, prob_maps[-1:].expand(padding, -1, -1, -1)])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = self._noise(generators, self.latent_shape)
-        condition = self._condition(prob_maps)
-        extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
-        states = self.solver(noise, self._predict, y=condition, **extra)  # (1, B, C, H, W)
-        return self._decode(states[-1])[:count]
+        prob_maps = fill_batch(prob_maps, batch_size or count)
+        seeds = [*seeds, *[seeds[-1]] * (len(prob_maps) - count)]
+        return self._decode(self._solve(seeds, self.latent_shape, self._predict, self._condition(prob_maps)))[:count]
+
+    def draw_field(self, prob_map: Tensor, seed: int, batch_size: int) -> Tensor:
+        """An image of any height and width, from overlapping windows of the size that the model was trained on.
+
+        At every step of the solver the prediction is the windows' weighted mean (see ``tiling.py``). The mean of what
+        the model predicts, whichever quantity that is, equals the mean of velocities: each is linear in the other.
+
+        Args:
+            prob_map: (K, H, W) class probabilities at the image's own scale.
+            seed: of its noise; see ``image_seed``.
+            batch_size: windows that pass through the model at once: memory follows from it and the window.
+
+        Returns:
+            (C, H, W) float32 in [-1, 1] on the device. Differentiable in ``prob_map`` in pixel space.
+        """
+        (height, width), factor = prob_map.shape[-2:], self.space.factor
+        side = self.latent_shape[1:]
+        field = tuple(max(s, math.ceil(n / factor)) for s, n in zip(side, (height, width), strict=True))
+        prob_map = mirror_to(prob_map.to(self.machine.device), factor * field[0], factor * field[1])
+        windows = Windows(field, side, tuple(self._overlap(length) for length in side))
+        size = batch_size if self.compiled else 0  # compiled, the last windows fill a batch: one shape, one graph
+        conditions = {
+            first: self._condition(fill_batch(windows.cut(prob_map, first, batch_size, factor), size))
+            for first in range(0, len(windows), batch_size)
+        }
+
+        def predict(x: Tensor, t: Tensor, y: dict[int, MaskCondition]) -> Tensor:
+            def predict_windows(first: int, parts: Tensor) -> Tensor:
+                batch = fill_batch(parts, size)
+                return self._predict(batch, t.expand(len(batch)), y[first])[: len(parts)]
+
+            return windows.mean(x[0], predict_windows, batch_size)[None]
+
+        latents = self._solve([seed], (self.latent_shape[0], *field), predict, conditions)
+        with self.machine.autocast():
+            return self.space.decode_field(latents[0], windows)[:, :height, :width]
+
+    def _overlap(self, side: int) -> int:
+        """Latent pixels that neighbouring windows of this side share at least."""
+        overlap = TILE_OVERLAP if self.settings.tile_overlap is None else self.settings.tile_overlap
+        return min(side - 1, math.ceil(side * overlap if overlap < 1 else overlap / self.space.factor))
 
     def encode(self, images: Tensor, prob_maps: Tensor) -> Tensor:
         """Real images to their noise: the probability flow ODE backwards.
@@ -242,6 +310,13 @@ class ImageSampler:
             settings.method, settings.num_steps, settings.atol, settings.rtol
         )
         return solver(x1, self._predict, noise_fn=lambda x: self._noise(generators, x.shape[1:]), y=condition)
+
+    def _solve(self, seeds: Sequence[int], shape: Sequence[int], predict: Callable[..., Tensor], y: Any) -> Tensor:
+        """Noise (B, *shape) of the seeds -> the solver's end state, the same shape."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = self._noise(generators, shape)
+        extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
+        return self.solver(noise, predict, y=y, **extra)[-1]
 
     def _prepare(self, images: Tensor | None, prob_maps: Tensor) -> tuple[Tensor | None, MaskCondition]:
         """Images as the model sees them, without a draw from a posterior, and the masks' condition."""
@@ -294,6 +369,21 @@ def create_solver(transport: Transport, settings: SamplingSettings, reverse: boo
         last_step=settings.last_step,
         last_step_size=settings.last_step_size,
     )
+
+
+def fill_batch(batch: Tensor, size: int) -> Tensor:
+    """(n, ...) -> (size, ...): the last one repeated; a batch that is large enough stays."""
+    missing = size - len(batch)
+    return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing > 0 else batch
+
+
+def mirror_to(array: Tensor, height: int, width: int) -> Tensor:
+    """(..., H, W) -> (..., height, width): continued by its mirror image at the bottom and right, again and again."""
+    rows, columns = (
+        np.pad(np.arange(old), (0, new - old), mode="symmetric")
+        for old, new in zip(array.shape[-2:], (height, width), strict=True)
+    )
+    return array[..., torch.from_numpy(rows)[:, None], torch.from_numpy(columns)]
 
 
 def image_seed(seed: int, index: int, attempt: int = 1) -> int:

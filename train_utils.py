@@ -69,6 +69,13 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def overlap(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text} is neither a share between 0 and 1 nor a number of pixels")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -188,6 +195,23 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
     group.add_argument("--num-classes", type=positive_int, help="checked against the checkpoint")
     group.add_argument("--image-size", type=positive_int, help="checked against the checkpoint")
     group.add_argument("--model", help="checked against the checkpoint")
+    group = parser.add_argument_group("large fields")
+    group.add_argument(
+        "--tile", action="store_true", help="the whole of every mask instead of a square, by overlapping windows"
+    )
+    group.add_argument(
+        "--tile-scale",
+        type=positive_float,
+        metavar="FACTOR",
+        help="pixels of the image for each of the mask (default: 1; a checkpoint of --crop center needs it said)",
+    )
+    group.add_argument(
+        "--tile-overlap",
+        type=overlap,
+        metavar="SHARE|PIXELS",
+        help="what neighbouring windows share at least: below 1 a share of the image size, else pixels; 0 shows "
+        "seams (default: 0.25)",
+    )
     group = parser.add_argument_group("guidance and randomness")
     group.add_argument(
         "--cfg-scale", type=non_negative_float, default=cfg_scale, help="classifier-free guidance; 1 is none"
@@ -366,10 +390,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
-    """Rows of equally large images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3), white between them."""
+    """Rows of images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3), white between them and beside small ones."""
     from torchvision.utils import make_grid
 
-    tiles = np.stack([as_rgb(to_uint8(tile)) for row in rows for tile in row])
+    tiles = [as_rgb(to_uint8(tile)) for row in rows for tile in row]
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    margins = [((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0)) for tile in tiles]
+    tiles = np.stack([np.pad(tile, margin, constant_values=255) for tile, margin in zip(tiles, margins, strict=True)])
     grid = make_grid(torch.from_numpy(tiles).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=pad, pad_value=255)
     return grid.permute(1, 2, 0).numpy()
 

@@ -32,6 +32,7 @@ from image_files import repeat_gray
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.2
+BATCH_PIXELS = 2**22  # of images segmented at once
 WINDOWS_PER_IMAGE = 4  # of a held-out image under --crop random
 FIDELITY_COLUMN = "fidelity_dice"
 EMPTY_TOLERANCE = 0.02  # share of an image found as cells that makes the fidelity of an empty mask 0
@@ -212,12 +213,14 @@ def cells_of_classes(classes: np.ndarray, separated: bool) -> np.ndarray:
 
 
 def _batches(images: Iterator[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:
+    """Up to ``size`` images of one shape each; fewer large ones, so that memory stays bounded."""
     batch: list[LabelledImage] = []
     for item in images:
-        batch.append(item)
-        if len(batch) == size:
+        full = len(batch) == size or len(batch) * item.classes.size >= BATCH_PIXELS
+        if batch and (full or item.image.shape != batch[0].image.shape):
             yield batch
             batch = []
+        batch.append(item)
     if batch:
         yield batch
 
@@ -296,7 +299,7 @@ def score_fidelity(
     judge, pairs, split = prepared.judge, prepared.pairs, prepared.split
     separated = pairs.rule.mask_type == "instances" and samples.num_classes == 3
     if split.held_out:
-        real_images = held_out_images(image_dir, mask_dir, pairs, split.held_out, seed)
+        real_images = held_out_images(image_dir, mask_dir, pairs, split.held_out, seed, samples.whole_scale)
         real_are = "held-out pairs"
     else:
         real_images, real_are = set_images(samples, real=True), "those of the same masks"
@@ -369,17 +372,20 @@ def set_images(samples: SampleSet, real: bool) -> Iterator[LabelledImage]:
 
 
 def held_out_images(
-    image_dir: str, mask_dir: str, pairs: PairedFolder, names: Sequence[str], seed: int
+    image_dir: str, mask_dir: str, pairs: PairedFolder, names: Sequence[str], seed: int, whole_scale: float | None
 ) -> Iterator[LabelledImage]:
-    """Real pairs as the judge's training data are read, the same squares at every call."""
-    folder = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=pairs.rule.normalize)
+    """Real pairs as the judge's training data are read, the same squares at every call; whole ones beside fields."""
+    folder = MaskFolder(
+        mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=pairs.rule.normalize, whole_scale=whole_scale
+    )
     yield from folder_images(folder, names, seed)
 
 
 def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterator[LabelledImage]:
     """Pairs of a folder with images as training sees them; several windows of each under --crop random."""
     for number, name in enumerate(names):
-        for window in range(WINDOWS_PER_IMAGE if folder.config.crop == "random" else 1):
+        drawn = folder.config.crop == "random" and folder.whole_scale is None
+        for window in range(WINDOWS_PER_IMAGE if drawn else 1):
             item = folder.load(name, rng=np.random.default_rng([seed, number, window]))
             yield labelled_image(item, folder.rule)
 

@@ -8,11 +8,13 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 JUDGE_VERSION = 1  # raise it when the same data and settings would give another judge
 CHANNELS = (16, 32, 64, 128)
+WINDOW_BATCH = 16  # windows of a large image judged at once
 STRIDE = 8  # three halvings: sides are padded to a multiple
 
 
@@ -47,23 +50,33 @@ class Judge:
     Args:
         network: (B, C, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
         device: where it runs.
+        side: of the squares that it learned from; larger images are judged in overlapping windows of it, because the
+            network's norms look at all that they are given.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device, side: int) -> None:
         self.network = network.to(device).eval()
         self.device = device
+        self.side = side
 
     @torch.inference_mode()
     def class_maps(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Most probable class of every pixel.
 
         Args:
-            images: B arrays uint8 (S, S, C).
+            images: B arrays uint8 (H, W, C) of one size.
 
         Returns:
-            (B, S, S) uint8.
+            (B, H, W) uint8.
         """
-        return predict(self.network, self._batch(images)).argmax(dim=1).to(torch.uint8).cpu().numpy()
+        batch, network = self._batch(images), partial(predict, self.network)
+        if max(batch.shape[2:]) > self.side:
+            logits = sliding_window_inference(
+                batch, (self.side, self.side), WINDOW_BATCH, network, mode="gaussian", padding_mode="replicate"
+            )
+        else:
+            logits = network(batch)
+        return logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
 
     @torch.inference_mode()
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -84,7 +97,7 @@ class Judge:
         return found[0].mean(dim=(2, 3)).double().cpu().numpy()
 
     def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
-        """(B, C, S, S) float32 in [-1, 1] on the device."""
+        """(B, C, H, W) float32 in [-1, 1] on the device."""
         return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -174,14 +187,14 @@ def load_or_train_judge(
     if path.is_file():
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            return Judge(network, device), key, True
+            return Judge(network, device, pairs.config.image_size), key, True
         except Exception as error:  # a damaged file can raise anything; it can be made again
             logger.warning("%s is damaged (%s): training the judge again", path, type(error).__name__)
     network = train_judge(pairs, config, device, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu() for name, value in network.state_dict().items()}
     write_atomically(path, lambda file: torch.save(weights, file))
-    return Judge(network, device), key, False
+    return Judge(network, device, pairs.config.image_size), key, False
 
 
 def judge_key(pairs: PairedFolder, config: JudgeConfig) -> str:

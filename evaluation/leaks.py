@@ -17,7 +17,7 @@ import numpy as np
 import scipy.ndimage
 
 from checkpoint import file_sha256, read_checkpoint
-from data import DataConfig, View, center_view, find_files
+from data import DataConfig, View, center_view, find_files, whole_view
 from download import PUBLISHED_URLS
 from errors import InputError
 from evaluation.instances import EIGHT_NEIGHBOURS
@@ -159,7 +159,8 @@ def _labels(split: SplitPlan, samples: SampleSet) -> list[str]:
         if not LEAST_CELL_SHARE <= cells.mean() <= 1 - LEAST_CELL_SHARE:
             continue
         if sample.view not in by_view:
-            by_view[sample.view] = {_digest(part) for part in _test_parts(foregrounds, sample.view, config)}
+            parts = _test_parts(foregrounds, sample.view, config, samples.whole_scale)
+            by_view[sample.view] = {_digest(part) for part in parts}
         found += _digest(cells) in by_view[sample.view]
     return [f"{found} labels show the cells of test masks"] if found else []
 
@@ -172,14 +173,16 @@ def _foregrounds(mask: np.ndarray) -> list[np.ndarray]:
     return [mask > 0, mask > mask.max() / 2]
 
 
-def _test_parts(foregrounds: list[np.ndarray], view: View | None, config: DataConfig) -> Iterable[np.ndarray]:
+def _test_parts(
+    foregrounds: list[np.ndarray], view: View | None, config: DataConfig, whole_scale: float | None
+) -> Iterable[np.ndarray]:
     """What a view shows of the test masks that it fits."""
     for foreground in foregrounds:
         height, width = foreground.shape
         middle = center_view(height, width, config.image_size)
         if view is None or view == middle:
             yield middle.apply_labels(foreground)
-        elif view.is_native(height, width):
+        elif view.is_native(height, width) or (whole_scale and view == whole_view(height, width, whole_scale)):
             yield view.apply_labels(foreground)
 
 

@@ -15,7 +15,7 @@ masks are known. How a sample looks beside its nearest training image, in the pi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -403,9 +403,11 @@ def score_memorisation(
         raise InputError(f"{train_dir} holds one image: give held-out real images with --held-out")
     bar = partial(tqdm, unit="image", disable=None if progress else True)
     training = [small_gray(_training_picture(path, config), factor) for path in bar(paths, desc="reading training")]
-    drawn = [small_gray(_to_unit(samples.synthetic(one)), factor) for one in bar(samples.samples, desc="reading set")]
+    squares = (samples.squares(samples.synthetic(one)) for one in bar(samples.samples, desc="reading set"))
+    drawn = [[small_gray(_to_unit(square), factor) for square in one] for one in squares]  # several of a large field
     nearest = NearestTraining(training, side)
-    matches = nearest.find(drawn, progress=progress)
+    found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
+    matches = [_closest(itertools.islice(found, len(pictures))) for pictures in drawn]
     if held_out_dir is None:
         others, skip, reference_is = paths, range(len(paths)), "training images to the nearest other one"
     else:
@@ -435,6 +437,11 @@ def score_memorisation(
         provenance=samples.provenance(),
     )
     return report, closest, paths
+
+
+def _closest(matches: Iterable[Match | None]) -> Match | None:
+    """The nearest of the matches of an image's squares; None where all of them are flat."""
+    return min((match for match in matches if match is not None), key=lambda match: match.distance, default=None)
 
 
 def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bool] | None:

@@ -224,7 +224,9 @@ def score_population(
     ids = samples.samples[0].mask_type == "instances"
     if image_dir is not None and mask_dir is not None:
         config: DataConfig = samples.require_config()
-        folder = MaskFolder(mask_dir, config, mask_type, image_dir, normalize=samples.normalizes)
+        folder = MaskFolder(
+            mask_dir, config, mask_type, image_dir, normalize=samples.normalizes, whole_scale=samples.whole_scale
+        )
         ids = ids and folder.rule.mask_type == "instances"
         real = measure_population(_cells_alike(folder_images(folder, folder.names, seed), ids))
         real_are = f"those of {image_dir}"

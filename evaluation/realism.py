@@ -336,7 +336,9 @@ def score_realism(
     order = {path: number for number, path in enumerate(dict.fromkeys(paths))}
     groups = np.array([order[path] for path in paths])
     real_features = extract_all(extract, real)
-    synthetic_features = extract_all(extract, (samples.synthetic(sample) for sample in samples.samples))
+    rng = np.random.default_rng(seed)  # of a large field one square counts, as one window of a real image does
+    squares = (samples.squares(samples.synthetic(sample)) for sample in samples.samples)
+    synthetic_features = extract_all(extract, (parts[rng.integers(len(parts))] for parts in squares))
     if not inception:
         synthetic_features = real_components(synthetic_features, real_features)
         real_features = real_components(real_features, real_features)

@@ -134,7 +134,8 @@ class Redraw:
         """The same judge on any process."""
         network = build_network(config.num_classes, channels=judged_channels(config))
         network.load_state_dict(trained.weights)
-        return cls(Judge(network, device), trained.note["min_fidelity"], trained.note["max_attempts"])
+        judge = Judge(network, device, config.image_size)
+        return cls(judge, trained.note["min_fidelity"], trained.note["max_attempts"])
 
     def __call__(
         self, index: int, prob_map: np.ndarray, image: np.ndarray, number: int, shown: np.ndarray | None = None

@@ -1,6 +1,6 @@
 """A synthetic set as ``sample_ddp.py`` writes it: manifest, images, labels, and the real images behind the labels.
 
-All images leave here alike, as uint8 (S, S, C): the synthetic ones as the model drew them (those in the training
+All images leave here alike, as uint8 (H, W, C): the synthetic ones as the model drew them (those in the training
 images' own gray values are windowed by what the manifest says), the real ones windowed as in training, cut by the same
 view as their label and rounded as the synthetic ones were. C is the model's number of channels, but gray is repeated to
 three.
@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import write_atomically
-from data import DataConfig, View, center_view, fit_channels, image_window, native_view, window_image
+from data import DataConfig, View, center_view, fit_channels, image_window, native_view, whole_view, window_image
 from errors import InputError, list_some
 from image_files import read_image, read_mask, repeat_gray
 from intensity import to_display, window_from_columns
 from mask_rules import MaskRule, class_map, prob_map
+from tiling import spread_starts
 
 MANIFEST = "manifest.csv"
 SETTINGS = "settings.json"
@@ -83,6 +84,7 @@ class SampleSet:
                 "training; sample the set again with sample_ddp.py"
             )
         self._rule = self.settings.get("mask_rule")
+        self.whole_scale: float | None = self.settings.get("tile_scale")  # of whole masks; None: squares
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -122,7 +124,7 @@ class SampleSet:
         return self.config
 
     def synthetic(self, sample: Sample) -> np.ndarray:
-        """The synthetic image, uint8 (S, S, C)."""
+        """The synthetic image, uint8 (H, W, C)."""
         image = read_image(sample.image_path)
         if sample.columns.get("intensity") == "source":
             image = to_display(image, window_from_columns(sample.columns))
@@ -133,7 +135,7 @@ class SampleSet:
         return repeat_gray(fit_channels(image, self.config.channels, sample.image_path))
 
     def real(self, sample: Sample) -> np.ndarray:
-        """The real image behind the label, windowed and cut as in training, uint8 (S, S, C).
+        """The real image behind the label, windowed and cut as in training, uint8 (H, W, C).
 
         Raises:
             InputError: the image is unreadable, or not the one that the view was made for.
@@ -141,7 +143,9 @@ class SampleSet:
         image = fit_channels(read_image(sample.real_path), self.config.channels, sample.real_path)
         height, width = image.shape[:2]
         view = sample.view or center_view(height, width, self.config.image_size)
-        if self.config.crop == "center":
+        if self.whole_scale is not None:
+            fits = view == whole_view(height, width, self.whole_scale)
+        elif self.config.crop == "center":
             fits = view == center_view(height, width, self.config.image_size)
         else:
             fits = (height, width) == (view.scaled_height, view.scaled_width)
@@ -152,8 +156,24 @@ class SampleSet:
             )
         return _windowed(image, view, self.config)
 
+    def squares(self, array: np.ndarray) -> list[np.ndarray]:
+        """Squares of the training size that cover an image or label (H, W, ...), evenly spread; of one square itself.
+
+        Raises:
+            InputError: it is smaller than a square.
+        """
+        side = self.require_config().image_size
+        height, width = array.shape[:2]
+        if min(height, width) < side:
+            raise InputError(
+                f"{self.folder} holds an image of {width} x {height} pixels, smaller than the squares of {side} x "
+                f"{side} that are compared here; leave such masks out"
+            )
+        rows, columns = (spread_starts(length, side, 0) for length in (height, width))
+        return [array[row : row + side, column : column + side] for row in rows for column in columns]
+
     def foreground(self, sample: Sample) -> np.ndarray:
-        """Where the label says cell, (S, S) bool; a probability label counts above one half.
+        """Where the label says cell, (H, W) bool; a probability label counts above one half.
 
         Raises:
             InputError: the label is unreadable, or holds other values than its type allows.
@@ -161,7 +181,7 @@ class SampleSet:
         return self.class_map(sample) > 0
 
     def class_map(self, sample: Sample) -> np.ndarray:
-        """Class ids of the label, (S, S) uint8 in 0..K-1; of probabilities the most probable class.
+        """Class ids of the label, (H, W) uint8 in 0..K-1; of probabilities the most probable class.
 
         Raises:
             InputError: the label is unreadable, or holds other values than its type allows.
@@ -179,7 +199,7 @@ class SampleSet:
         return class_map(label, rule) if rule.is_hard else prob_map(label, rule).argmax(axis=0).astype(np.uint8)
 
     def instance_map(self, sample: Sample) -> np.ndarray | None:
-        """The label's cells, (S, S) int, 0 background; None where the label does not tell cells apart."""
+        """The label's cells, (H, W) int, 0 background; None where the label does not tell cells apart."""
         return self._label(sample) if sample.mask_type == "instances" else None
 
     def _label(self, sample: Sample) -> np.ndarray:

@@ -36,7 +36,8 @@ METRICS = {"dice": "Dice", "ap50": "AP at IoU 0.5", "pq": "panoptic quality"}
 class SyntheticPairs:
     """Images and labels of a set as training examples, augmented as real pairs are.
 
-    Images lie in the folder as training saw the real ones, so they get no window and no crop of their own.
+    Images lie in the folder as training saw the real ones, so they get no window and no crop of their own; a larger
+    field is several examples, squares that cover it.
 
     Args:
         samples: the set.
@@ -44,12 +45,8 @@ class SyntheticPairs:
     """
 
     def __init__(self, samples: SampleSet, seed: int = 0) -> None:
-        config = samples.require_config()
-        sizes = {samples.class_map(sample).shape for sample in samples.samples}
-        if sizes != {(config.image_size, config.image_size)}:
-            raise InputError(f"{samples.folder} holds labels that are not {config.image_size} x {config.image_size}")
-        self._images = [samples.synthetic(sample) for sample in samples.samples]
-        self._masks = [samples.class_map(sample) for sample in samples.samples]
+        self._images = [part for one in samples.samples for part in samples.squares(samples.synthetic(one))]
+        self._masks = [part for one in samples.samples for part in samples.squares(samples.class_map(one))]
         self._seed = seed
 
     def __len__(self) -> int:
@@ -248,7 +245,8 @@ def _train_and_test(
     config = JudgeConfig(num_classes, judged_channels(real.config), steps, seed=seed)
     network = train_judge(pairs, config, device)
     separated = real.rule.mask_type == "instances" and num_classes == 3
-    score = score_agreement(Judge(network, device).class_maps, iter(test), num_classes, separated)
+    judge = Judge(network, device, real.config.image_size)
+    score = score_agreement(judge.class_maps, iter(test), num_classes, separated)
     return score.dice, score.ap["0.5"], score.pq
 
 

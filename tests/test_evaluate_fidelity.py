@@ -228,6 +228,20 @@ def test_faithful_set_scores_near_real_and_shuffled_pairs_fall_to_chance(real, c
     assert ignoring.real.dice == faithful.real.dice
 
 
+def test_fields_of_any_size_are_judged_in_windows_of_the_training_size(real, cache, tmp_path):
+    rows = []
+    for seed, (height, width) in enumerate([(40, 75), (90, 33), (20, 64), (20, 64)]):
+        tiles = np.block([[cells_at(200 + 8 * seed + 4 * i + j) for j in range(3)] for i in range(3)])
+        cells = tiles[:height, :width]
+        rows.append(Row(label_of(cells), noisy(cells, seed), noisy(cells, seed + 50)))
+    samples = SampleSet(write_set(tmp_path / "set", rows, DataConfig(image_size=SIZE), tile_scale=1.0))
+    report = score(samples, real, cache)
+    assert report.synthetic.dice > 0.9 and report.synthetic.dice == pytest.approx(report.real.dice, abs=0.03)
+    assert [len(samples.squares(samples.synthetic(one))) for one in samples.samples[:2]] == [6, 6]
+    with pytest.raises(InputError, match="64 x 20 pixels, smaller than the squares of 32 x 32"):
+        samples.squares(samples.synthetic(samples.samples[2]))
+
+
 def test_real_images_of_the_same_masks_are_the_ceiling(real, cache, tmp_path):
     samples = make_set(tmp_path / "set", [0, 1, 2], [0, 1, 2], with_real=True)
     report = score(samples, real, cache)

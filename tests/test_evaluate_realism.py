@@ -185,7 +185,7 @@ def test_report_is_written_with_means_and_picture(tmp_path, real):
 
 
 def test_judge_features_are_the_mean_of_its_deepest_layer():
-    judge = Judge(build_network(2), CPU)
+    judge = Judge(build_network(2), CPU, SIZE)
     images = [gray_image(60, 1), gray_image(120, 2), gray_image(60, 1)]
     features = judge.features(images)
     assert features.shape == (3, CHANNELS[-1]) and np.allclose(features[0], features[2], atol=1e-6)

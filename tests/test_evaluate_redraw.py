@@ -147,7 +147,7 @@ def test_noted_fidelity_is_what_the_judge_says_of_the_file(hopeless, made):
     network = build_network(2)
     (cached,) = (made / "judges").iterdir()
     network.load_state_dict(torch.load(cached, weights_only=True))
-    judge = Judge(network, torch.device("cpu"))
+    judge = Judge(network, torch.device("cpu"), 64)  # no image is larger
     for row in rows:
         image, label = (np.array(Image.open(folder / row[name])) for name in ("image", "label"))
         fidelity = fidelity_of(judge.class_maps([image])[0] > 0, label > 0)

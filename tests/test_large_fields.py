@@ -1,0 +1,290 @@
+"""--tile: images of any height and width, without a seam, from windows of the size that the model was trained on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import sample_ddp
+from autoencoder import PixelSpace, load_space
+from checkpoint import save_checkpoint
+from data import DataConfig
+from errors import InputError
+from models import build_model
+from sampling import ImageSampler, SamplingSettings, mirror_to
+from tiling import Windows
+from train_utils import Machine
+from transport import create_transport
+
+CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
+SDE = {"mode": "SDE", "method": "Euler"}
+
+
+@pytest.fixture
+def sampler(model) -> Callable[..., ImageSampler]:
+    """Builds a sampler of the small model: windows of 12 x 8, half of which neighbours share."""
+
+    def make(**settings: object) -> ImageSampler:
+        settings = SamplingSettings(**{"num_steps": 3, "tile_overlap": 0.5, **settings})
+        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, settings)
+
+    return make
+
+
+def hard_mask(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """(3, height, width) class map of blocks of 3 x 3 pixels."""
+    labels = torch.randint(0, 3, (-(-height // 3), -(-width // 3)), generator=torch.Generator().manual_seed(seed))
+    labels = labels.repeat_interleave(3, 0).repeat_interleave(3, 1)[:height, :width]
+    return torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 2.0}, SDE])
+@torch.inference_mode()
+def test_a_field_of_the_training_size_is_the_image_without_tiles(sampler, settings):
+    draw, mask = sampler(**settings), hard_mask(12, 8)
+    assert (draw.draw_field(mask, 7, 5) - draw(mask[None], [7])[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 2.0}, SDE])
+@torch.inference_mode()
+def test_any_height_and_width_comes_out_and_the_batch_size_hardly_matters(sampler, settings):
+    draw, mask = sampler(**settings), hard_mask(29, 21)
+    image = draw.draw_field(mask, 7, 4)
+    assert image.shape == (4, 29, 21)
+    assert torch.equal(draw.draw_field(mask, 7, 4), image)
+    assert (draw.draw_field(mask, 7, 3) - image).abs().max() < 1e-4
+    assert not torch.allclose(draw.draw_field(mask, 8, 4), image, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_a_mask_smaller_than_a_window_is_continued_and_cut_again(sampler):
+    image = sampler().draw_field(hard_mask(5, 19), 7, 4)
+    assert image.shape == (4, 5, 19)
+
+
+def test_the_mirror_image_continues_again_and_again():
+    row = torch.tensor([[1, 2, 3]])
+    assert mirror_to(row, 2, 8).tolist() == [[1, 2, 3, 3, 2, 1, 1, 2]] * 2
+
+
+@torch.inference_mode()
+def test_no_network_call_is_larger_than_the_batch_and_masks_are_embedded_once(sampler, model, monkeypatch):
+    sizes, embedded, embed = [], [], model.embed_mask
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(model, "embed_mask", lambda y, **more: embedded.append(len(y)) or embed(y, **more))
+    sampler().draw_field(hard_mask(24, 20), 7, 4)  # 3 rows of 4 windows
+    assert sizes == [4, 4, 4] * 6  # three Heun steps
+    assert embedded == [4, 4, 4]
+
+
+@torch.inference_mode()
+def test_latents_are_decoded_by_windows_too(make_model, autoencoder_folder):
+    space = load_space(str(autoencoder_folder))
+    model = make_model(in_channels=5, mask_pixels=8)  # windows of 48 x 32 pixels
+    settings = SamplingSettings(num_steps=2, tile_overlap=0.5)
+    draw = ImageSampler(model, create_transport(), space, CPU, settings)
+    calls, decode = [], space.vae.decode
+    space.vae.decode = lambda latents: calls.append(tuple(latents.shape)) or decode(latents)
+    image = draw.draw_field(hard_mask(61, 45), 7, 4)  # 16 x 12 latents: two rows of two windows
+    assert image.shape == (3, 61, 45) and image.abs().max() <= 1
+    assert calls == [(4, 5, 12, 8)]
+    mask = hard_mask(48, 32)
+    assert (draw.draw_field(mask, 7, 4) - draw(mask[None], [7])[0]).abs().max() < 1e-5
+
+
+def test_a_gradient_reaches_a_soft_mask_through_all_windows(sampler):
+    mask = hard_mask(14, 18).requires_grad_()
+    sampler(num_steps=1, method="euler", cfg_scale=2.0).draw_field(mask, 7, 4).square().sum().backward()
+    assert (mask.grad.abs().sum(dim=0) > 0).float().mean() > 0.99
+
+
+# ----------------------------------------------------------------------------------------------------------- no seam
+
+
+class PixelwiseModel:
+    """E[x1 given x_t] where pixels are independent, x1 ~ N(m, s^2) with m the mask's first channel: exact anywhere.
+
+    ``disagreement`` brightens what a window says by this times the share of the second channel in it.
+    """
+
+    in_channels, patch_size, grid, spread = 1, 2, (6, 4), 0.2
+
+    def __init__(self, disagreement: float = 0.0) -> None:
+        self.disagreement = disagreement
+
+    def embed_mask(self, y: torch.Tensor, share_rows: bool = False) -> torch.Tensor:
+        return y[:, :1] + self.disagreement * (y[:, 1:2].mean(dim=(2, 3), keepdim=True) - 1 / 3)
+
+    def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+        t = t.view(-1, 1, 1, 1)
+        gain = t * self.spread**2 / (t**2 * self.spread**2 + (1 - t) ** 2)
+        return y + gain * (x - t * y)
+
+
+def draw_field(mask: torch.Tensor, disagreement: float = 0.0, overlap: float = 0.5, **settings: object) -> torch.Tensor:
+    settings = SamplingSettings(**{"num_steps": 8, "tile_overlap": overlap, **settings})
+    sampler = ImageSampler(
+        PixelwiseModel(disagreement), create_transport(prediction="data"), PixelSpace(1), CPU, settings
+    )
+    return sampler.draw_field(mask, 3, 4)[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {**SDE, "num_steps": 20}])
+@torch.inference_mode()
+def test_windows_that_agree_give_what_one_network_for_the_whole_field_gives(settings):
+    mask, settings = 0.8 * hard_mask(30, 22) - 0.4, SamplingSettings(**{"num_steps": 8, **settings})
+    whole = ImageSampler(PixelwiseModel(), create_transport(prediction="data"), PixelSpace(1), CPU, settings)
+    whole.latent_shape = (1, 30, 22)
+    assert torch.allclose(
+        draw_field(mask, **vars(settings) | {"tile_overlap": 0.4}), whole(mask[None], [3])[0, 0], atol=1e-5
+    )
+
+
+def border_gradient(image: torch.Tensor, windows: Windows) -> float:
+    """Mean absolute difference of pixels across the windows' borders, over that of all other neighbours."""
+    across, inside = [], []
+    for axis in (0, 1):
+        steps = image.diff(dim=axis).abs().mean(dim=1 - axis)
+        starts, side, length = windows.starts[axis], windows.window[axis], windows.field[axis]
+        borders = {*starts, *(start + side for start in starts)} - {0, length}
+        for position, step in enumerate(steps.tolist(), 1):
+            (across if position in borders else inside).append(step)
+    return float(np.mean(across) / np.mean(inside))
+
+
+@torch.inference_mode()
+def test_gradients_across_window_borders_equal_those_inside():
+    """Windows that disagree on the brightness: tiles side by side show it as steps, blended ones do not."""
+    mask = hard_mask(120, 96)
+    mask[0] = 0
+    tiles, blended = Windows((120, 96), (12, 8), (0, 0)), Windows((120, 96), (12, 8), (6, 4))
+    side_by_side, smooth = draw_field(mask, 2.0, 0), draw_field(mask, 2.0)
+    assert border_gradient(draw_field(mask, 0.0, 0), tiles) == pytest.approx(1, abs=0.05)
+    assert border_gradient(side_by_side, tiles) > 1.5
+    assert border_gradient(smooth, blended) == pytest.approx(1, abs=0.05)
+    assert border_gradient(smooth, tiles) == pytest.approx(1, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small untrained model of 16 x 16 pixels, windows at native scale."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "0000001.pt", "random")
+
+
+def write_checkpoint(path: Path, crop: str) -> Path:
+    model = {"name": "SiT-Ti/8", "depth": 1, "hidden_size": 32, "num_heads": 2, "input_size": 16, "in_channels": 3}
+    model |= {"num_classes": 2, "mask_pixels": 8}
+    torch.manual_seed(0)
+    network = build_model(model)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    config = {
+        "model": model,
+        "transport": {"prediction": "data"},
+        "space": {"vae": "none", "factor": 1, "channels": 3, "fingerprint": ""},
+        "data": DataConfig(16, crop=crop).to_dict(),
+    }
+    weights = network.state_dict()
+    save_checkpoint(path, {"model": weights, "ema": weights, "opt": {}, "step": 1, "config": config})
+    return path
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory) -> Path:
+    """Instance labels of three sizes, none of them a multiple of the patch."""
+    folder = tmp_path_factory.mktemp("masks")
+    for name, (height, width) in {"a": (35, 21), "b": (16, 16), "c": (9, 40)}.items():
+        rows, columns = np.indices((height, width))
+        label = (rows // 8 * 5 + columns // 8 + 1) * 7 * ((rows % 8 < 6) & (columns % 8 < 6))
+        Image.fromarray(label.astype(np.uint16)).save(folder / f"{name}.png")
+    return folder
+
+
+FAST = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", "2", "--per-proc-batch-size", "4"]
+
+
+def sample_set(checkpoint: Path, masks: Path, folder: Path, *more: object) -> dict[str, bytes]:
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder, *FAST, "--tile", *more]
+    sample_ddp.main(sample_ddp.parse_args([str(word) for word in words]))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+def test_a_set_of_fields_has_every_masks_own_size_and_labels(checkpoint, masks, tmp_path):
+    files = sample_set(checkpoint, masks, tmp_path / "set", "--export", "cellpose")
+    with (tmp_path / "set" / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, (height, width) in zip(rows, [(35, 21), (16, 16), (9, 40)], strict=True):
+        with Image.open(tmp_path / "set" / row["image"]) as image, Image.open(tmp_path / "set" / row["label"]) as label:
+            assert image.size == label.size == (width, height)
+            with Image.open(row["source_mask"]) as mask:
+                assert np.array_equal(np.array(label), np.array(mask))
+        assert [int(row[f"crop_{name}"]) for name in ("height", "width", "top", "left")] == [height, width, 0, 0]
+        assert row["tile_overlap"] == "0.25"
+    assert "cellpose/a_masks.tif" in files
+    (tmp_path / "set" / "images" / "c.png").unlink()
+    assert sample_set(checkpoint, masks, tmp_path / "set", "--export", "cellpose") == files
+
+
+def test_a_scale_resizes_mask_label_and_image_alike(checkpoint, masks, tmp_path):
+    sample_set(checkpoint, masks, tmp_path / "set", "--tile-scale", 2)
+    with Image.open(tmp_path / "set" / "masks" / "a.png") as label, Image.open(masks / "a.png") as mask:
+        assert np.array_equal(np.array(label), np.array(mask).repeat(2, 0).repeat(2, 1))
+    with Image.open(tmp_path / "set" / "images" / "a.png") as image:
+        assert image.size == (42, 70)
+
+
+def test_a_preview_of_a_field_shows_mask_and_images_whole(checkpoint, masks, tmp_path):
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks / "a.png", "--num-samples", 2, *FAST, "--tile"]
+    sample.main(sample.parse_args([*map(str, words), "--output", str(tmp_path / "grid.png")]))
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (3 * (21 + 2) + 2, 35 + 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tile-overlap", "0.3"], "--tile-overlap has no effect without --tile"),
+        (["--tile-scale", "2"], "--tile-scale has no effect without --tile"),
+        (["--tile", "--npz"], "--npz holds images of one size"),
+        (["--tile", "--tile-overlap", "16"], "a window has 16 pixels"),
+    ],
+)
+def test_a_flag_of_large_fields_that_cannot_work_is_refused(checkpoint, masks, tmp_path, words, message):
+    paths = ["--ckpt", str(checkpoint), "--mask-path", str(masks), "--sample-dir", str(tmp_path / "set")]
+    with pytest.raises(InputError, match=message):
+        sample_ddp.main(sample_ddp.parse_args(["ODE", *paths, *FAST, *words]))
+    assert not (tmp_path / "set").exists()
+
+
+def test_tiles_that_change_nothing_are_refused(checkpoint, masks):
+    words = [
+        "ODE",
+        "--ckpt",
+        str(checkpoint),
+        "--mask-path",
+        str(masks / "b.png"),
+        *FAST,
+        "--tile",
+        "--mask-type",
+        "instances",
+    ]
+    with pytest.raises(InputError, match="--tile has no effect: the masks have the model's own 16 x 16 pixels"):
+        sample.main(sample.parse_args(words))
+
+
+def test_a_checkpoint_of_resized_images_needs_the_scale(masks, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "0000001.pt", "center")
+    with pytest.raises(InputError, match="--tile-scale 16 / "):
+        sample_set(checkpoint, masks, tmp_path / "set")
+    assert "images/a.png" in sample_set(checkpoint, masks, tmp_path / "set", "--tile-scale", 1)
