@@ -421,8 +421,10 @@ def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
 def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
     """Distinct class shares within each image, found on the CPU, so that no device has to say how many there are.
 
-    In training every image is at a time of its own, so rows repeat within an image only; of binary masks about a third
-    of the tokens is left. Exact: tokens share a row where all their class counts are equal.
+    In training every image is at a time of its own, so rows repeat within an image only. Exact: tokens share a row
+    where all their class counts are equal. Measured on masks of real nuclei: rows are 0.27 of the tokens at 256 px and
+    16 px per token, 0.16 at 64 px and 8. On a CPU a modulation per token makes a step 1.41 times as long as one
+    condition per image (SiT-S width, float32), distinct rows 1.15 times; in bf16 1.33 and 1.24.
 
     Args:
         class_maps: (B, H, W) whole numbers 0..K-1 on the CPU; H and W are multiples of the grid.
