@@ -7,6 +7,8 @@ one state, so what one of them draws is what its neighbours continue.
 Measured with a denoiser that is exact but for a brightness of each window's own (windows of 64 pixels; the brightness
 varies three times as much as the pixels' noise): gradients across the borders of the windows over those inside are 3.84
 for windows side by side and 1.00 for those that share 8, 16 or 32 pixels; anywhere in what they share 1.07, 1.02, 1.00.
+On fields of 128 x 192 real nuclei masks (pixel model of 64 px, 1400 steps, whose patches still show): steps at window
+borders over those at other patch borders 1.59 side by side, 0.57 with a quarter shared; in the real images 1.0 to 1.1.
 """
 
 from __future__ import annotations
