@@ -412,6 +412,7 @@ class PairedFolder(torch.utils.data.Dataset):
         rule: what the masks hold.
         windows: gray values of each pair's window.
         dtypes: of each pair's image file.
+        stored_channels: most channels of a file; 1 where all are gray.
         in_memory: whether all files fit.
     """
 
@@ -454,6 +455,7 @@ class PairedFolder(torch.utils.data.Dataset):
         self.rule = decide_mask_rule([one.stats for one in checked], config.num_classes, mask_type, mask_dir, normalize)
         self.windows = [one.window for one in checked]
         self.dtypes = [one.dtype for one in checked]
+        self.stored_channels = max(one.sample.shape[1] for one in checked)
         if config.window_scope == "dataset" and config.window_values is None:
             self.config = dataclasses.replace(config, window_values=_common_window(checked, config))
             self.windows = [self.config.window_values] * len(self.pairs)
@@ -490,10 +492,9 @@ class PairedFolder(torch.utils.data.Dataset):
         common = self.config.window_scope == "dataset" and self.config.window_values is None
         most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
         pixels = image.reshape(-1, image.shape[2])
-        sample = pixels[:: max(1, image.size // most)].copy() if common else pixels[:0]
-        window = (
-            ((0.0, 1.0),) if common else image_window(image, self.config)
-        )  # the common one follows after all are read
+        sample = pixels[:: max(1, image.size // most) if common else pixels.size].copy()  # a view would keep the image
+        # The common window follows when all are read.
+        window = ((0.0, 1.0),) if common else image_window(image, self.config)
         facts = _Checked(stats, window, sample, float(image.max()), image.dtype)
         return self._prepare_image(image, view), mask, facts
 

@@ -30,19 +30,22 @@ class SourceIntensity:
 
     Attributes:
         dtypes: kinds of gray values in the files, sorted; one of them where images can be written back.
+        channels: most channels of a file; 1 where all are gray, also for a model of three.
         windows: windows of the training images, all alike counted once; at most ``MOST_WINDOWS``, spread evenly.
     """
 
     dtypes: tuple[str, ...]
+    channels: int
     windows: tuple[Window, ...]
 
     @classmethod
-    def of(cls, windows: Sequence[Window], dtypes: Sequence[np.dtype]) -> SourceIntensity:
+    def of(cls, windows: Sequence[Window], dtypes: Sequence[np.dtype], channels: int) -> SourceIntensity:
         """Of all training images.
 
         Args:
             windows: of every image; their order does not matter.
             dtypes: of every image's file.
+            channels: most channels of a file.
         """
         most = max(map(len, windows))  # gray beside RGB
         windows = [window * most if len(window) == 1 else window for window in windows]
@@ -50,17 +53,18 @@ class SourceIntensity:
         if len(set(ordered)) == 1:
             ordered = ordered[:1]
         chosen = np.unique(np.linspace(0, len(ordered) - 1, MOST_WINDOWS).round().astype(int))
-        return cls(tuple(sorted({str(dtype) for dtype in dtypes})), tuple(ordered[index] for index in chosen))
+        return cls(tuple(sorted({str(dtype) for dtype in dtypes})), channels, tuple(ordered[index] for index in chosen))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for checkpoints."""
-        return {"dtypes": list(self.dtypes), "windows": [[list(pair) for pair in window] for window in self.windows]}
+        windows = [[list(pair) for pair in window] for window in self.windows]
+        return {"dtypes": list(self.dtypes), "channels": self.channels, "windows": windows}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SourceIntensity:
         """The inverse of :meth:`to_dict`."""
         windows = tuple(tuple((float(low), float(high)) for low, high in window) for window in values["windows"])
-        return cls(tuple(values["dtypes"]), windows)
+        return cls(tuple(values["dtypes"]), values["channels"], windows)
 
     def median_window(self) -> Window:
         """The medians of all lower and of all upper ends."""
@@ -73,7 +77,7 @@ class ImageFormat:
     """What the files of a synthetic set hold.
 
     Attributes:
-        channels: of an image.
+        channels: of an image in its file; a gray one is the mean of what the model drew.
         dtype: of its gray values.
         windows: those to choose from; none for 8 bits over the whole range.
     """
@@ -93,6 +97,7 @@ class ImageFormat:
 
     def encode(self, image: np.ndarray, window: Window | None) -> bytes:
         """File content of an image (C, H, W) in [-1, 1]."""
+        image = image.mean(axis=0, keepdims=True) if self.channels == 1 else image
         return encode_image(to_gray_values(image, window, self.dtype))
 
 
@@ -124,7 +129,8 @@ def choose_format(
     if source_window is not None and len(source.windows) == 1:
         raise InputError("--source-window has no effect: all training images had one window. Leave it out.")
     windows = (source.median_window(),) if source_window == "median" else source.windows
-    return ImageFormat(data.channels, np.dtype(source.dtypes[0]), windows)
+    channels = min(source.channels, data.channels)  # gray files trained a model of three channels, too
+    return ImageFormat(channels, np.dtype(source.dtypes[0]), windows)
 
 
 def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) -> np.ndarray:

@@ -671,7 +671,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
             logger.info("%s", line)
     if machine.is_main:
         note_images(training, dataset)
-        training.intensity = SourceIntensity.of(dataset.windows, dataset.dtypes).to_dict()
+        training.intensity = SourceIntensity.of(dataset.windows, dataset.dtypes, dataset.stored_channels).to_dict()
         write_windows(run.path / "windows.csv", dataset)
         run.cut_metrics(training.step)
     training.prepare_model()

@@ -30,7 +30,7 @@ from intensity import (
     window_from_columns,
 )
 
-TWO = SourceIntensity(("uint16",), (((10.0, 500.0),), ((30.0, 900.0),)))
+TWO = SourceIntensity(("uint16",), 1, (((10.0, 500.0),), ((30.0, 900.0),)))
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_window_of_the_data_set_is_one_per_channel_where_they_are_separate(tmp_p
 
 def test_source_keeps_at_most_256_windows_spread_over_all():
     many = [((0.0, float(high)),) for high in np.random.default_rng(0).permutation(5000)]
-    source = SourceIntensity.of(many, [np.dtype(np.uint16)] * 5000)
+    source = SourceIntensity.of(many, [np.dtype(np.uint16)] * 5000, 1)
     highs = [window[0][1] for window in source.windows]
     assert len(highs) == MOST_WINDOWS and highs[0] == 0 and highs[-1] == 4999
     assert np.median(highs) == pytest.approx(2500, abs=20)
     assert SourceIntensity.from_dict(json.loads(json.dumps(source.to_dict()))) == source
-    assert SourceIntensity.of([((0.0, 9.0),)] * 40, [np.dtype(np.uint8)] * 40).windows == (((0.0, 9.0),),)
-    mixed = SourceIntensity.of([((0.0, 9.0),), ((0.0, 3.0), (1.0, 5.0))], [np.dtype(np.uint8)] * 2)
+    assert SourceIntensity.of([((0.0, 9.0),)] * 40, [np.dtype(np.uint8)] * 40, 1).windows == (((0.0, 9.0),),)
+    mixed = SourceIntensity.of([((0.0, 9.0),), ((0.0, 3.0), (1.0, 5.0))], [np.dtype(np.uint8)] * 2, 3)
     assert mixed.windows == (((0.0, 3.0), (1.0, 5.0)), ((0.0, 9.0), (0.0, 9.0)))
 
 
@@ -116,6 +116,13 @@ def test_window_is_drawn_by_seed_and_index_and_the_median_is_for_all():
     assert choose_format("source", "median", DataConfig(8), TWO).window(0, 7) == ((20.0, 700.0),)
     assert choose_format("display", None, DataConfig(8), None) == ImageFormat(3)
     assert ImageFormat(3).window(0, 1) is None
+
+
+def test_gray_files_come_back_gray_from_a_model_of_three_channels():
+    form = choose_format("source", None, DataConfig(8, channels=3), dataclasses.replace(TWO, windows=(((0, 300),),)))
+    assert (form.channels, form.suffix) == (1, ".png")
+    assert choose_format("source", None, DataConfig(8), dataclasses.replace(TWO, channels=3)).channels == 3
+    assert choose_format("source", None, DataConfig(8, channels=1), dataclasses.replace(TWO, channels=3)).channels == 1
 
 
 def test_what_cannot_be_written_back_is_refused():
@@ -142,7 +149,8 @@ def trained(request, tmp_path_factory) -> tuple[str, Path, Path, Path]:
         tifffile.imwrite(path.with_suffix(".tif"), gray.astype(request.param))
         path.unlink()
     paths = ["--data-path", images, "--mask-path", masks, "--results-dir", folder, "--run-name", "run"]
-    call(train, *paths, *TINY, "--max-steps", 2, "--in-channels", 1, "--export-safetensors")
+    channels = {"uint16": 1, "float32": 3}[request.param]  # gray files both times, and gray is what comes back
+    call(train, *paths, *TINY, "--max-steps", 2, "--in-channels", channels, "--export-safetensors")
     return request.param, folder / "run" / "checkpoints" / "0000002.pt", images, masks
 
 
@@ -163,7 +171,8 @@ def test_set_has_type_and_range_of_the_training_images(trained, tmp_path):
         image = read_image(other.image_path)
         assert image.dtype == dtype and other.image_path.suffix == {"uint16": ".png", "float32": ".tif"}[dtype]
         assert float(row["window_low"]) - 1 <= image.min() and image.max() <= float(row["window_high"]) + 1
-        assert np.abs(shown.synthetic(one).astype(int) - source.synthetic(other)).max() <= 1
+        drawn = shown.synthetic(one).astype(int).mean(axis=2, keepdims=True)
+        assert image.shape == (16, 16, 1) and np.abs(drawn - source.synthetic(other)).max() <= 1
         exported = tifffile.imread(tmp_path / "source" / "cellpose" / f"{other.name}_img.tif")
         assert np.array_equal(exported, image[:, :, 0])
     with np.load(tmp_path / "source.npz") as arrays:
