@@ -12,6 +12,7 @@ half, with the same number of images each time. Only the two beside each other m
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -241,11 +242,12 @@ def inception_features(weights: Path, device: torch.device) -> Extractor:
             "distance on the judge's features"
         )
     try:
-        # torch-fidelity loads the file without restrictions, so it has to pass the restricted reader first.
-        torch.load(weights, map_location="cpu", weights_only=True)
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
-        )
+        # torch-fidelity reads files without restrictions, so it gets what the restricted reader made of this one.
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        safe = io.BytesIO()
+        torch.save(state, safe)
+        safe.seek(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = " ".join(str(error).split())[:120]
         raise InputError(

@@ -214,8 +214,9 @@ def test_weights_that_would_run_code_or_are_others_are_refused(tmp_path):
             inception_features(tmp_path / name, CPU)
 
 
-@pytest.mark.slow
-def test_inception_from_a_file_gives_2048_features(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory) -> Path:
+    """A file of random weights, with names and shapes of torch-fidelity's Inception."""
     import torch_fidelity.feature_extractor_inceptionv3 as module
 
     captured = {}
@@ -223,13 +224,55 @@ def test_inception_from_a_file_gives_2048_features(tmp_path, monkeypatch):
     def keep(self, state):  # the architecture fills itself: no published weights are needed here
         captured.update(torch.nn.Module.state_dict(self))
 
-    monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", keep)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "any.pth")
-    module.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path / "any.pth"))
-    monkeypatch.undo()
-    torch.save(captured, tmp_path / "random.pth")
-    extract = inception_features(tmp_path / "random.pth", CPU)
-    assert extract([gray_image(60, 1), gray_image(90, 2)]).shape == (2, 2048)
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", keep)
+        module.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
+    torch.save(captured, path)
+    return path
+
+
+@pytest.mark.slow
+def test_inception_from_a_file_gives_2048_features_of_every_image_by_itself(inception_weights):
+    extract = inception_features(inception_weights, CPU)
+    features = extract([gray_image(60, 1), gray_image(90, 2)])
+    assert features.shape == (2, 2048) and np.isfinite(features).all()
+    assert np.allclose(extract([gray_image(90, 2)])[0], features[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_of_another_network_or_damaged_ones_are_refused(inception_weights, tmp_path):
+    state = torch.load(inception_weights, weights_only=True)
+    last = list(state)[-2]
+    contents = {
+        "wrapped": {"state_dict": state},
+        "missing": {name: value for name, value in state.items() if name != last},
+        "shape": state | {last: state[last][..., :5]},
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    (tmp_path / "torn.pth").write_bytes(inception_weights.read_bytes()[:100_000])
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pth")
+    for name in (*contents, "torn", "page", "script"):
+        with pytest.raises(InputError, match=f"{name}.pth holds other weights than https://"):
+            inception_features(tmp_path / f"{name}.pth", CPU)
+
+
+@pytest.mark.slow
+def test_command_with_weights_gives_fid_and_kid_and_says_that_they_are_not_the_published_ones(
+    inception_weights, tmp_path, real, capsys, caplog
+):
+    samples = gray_set(tmp_path / "set", 60)
+    command = ["realism", str(samples.folder), "--data-path", str(real / "images"), "--splits", "3"]
+    evaluate.main(evaluate.parse_args([*command, "--inception-weights", str(inception_weights)]))
+    printed = capsys.readouterr().out
+    assert "FID" in printed and "KID" in printed and JUDGE_DISTANCE not in printed
+    assert "which are not the published ones" in printed and "compare with no published FID" in caplog.text
+    content = json.loads((samples.folder / "evaluation" / "realism.json").read_text())
+    assert np.isfinite([entry["whole"] for entry in content["distances"]]).all()
 
 
 def test_command_without_weights_needs_masks_and_uses_the_judge(tmp_path, real, capsys):
