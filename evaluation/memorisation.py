@@ -496,9 +496,9 @@ def draw_closest(samples: SampleSet, closest: list[tuple[int, Match]], paths: li
         axis.set_axis_off()
     for (left, right), (index, match) in zip(axes, closest, strict=False):
         sample = samples.samples[index]
-        show_image(left, samples.synthetic(sample), sample.name[:30])
+        show_image(left, samples.synthetic(sample), f"synthetic {sample.name[:20]}")
         window = _matching_window(paths[match.index], match, config, factor)
-        show_image(right, window, f"{paths[match.index].stem[:20]}, {match.distance:.2f}")
+        show_image(right, window, f"training {paths[match.index].stem[:16]}, {match.distance:.2f}")
     save_figure(figure, path)
 
 

@@ -91,12 +91,16 @@ def _memorisation_words(content: dict) -> list[str]:
 def _utility_table(content: dict) -> Table:
     rows = []
     for one in content["summary"]:
-        scores = [
-            None if one[name] is None else f"{one[name]:.3f} ± {one[f'{name}_std']:.3f}"
-            for name in ("dice", "ap50", "pq")
-        ]
-        rows.append([f"{one['share']} % of the labels, {one['arm']}", *scores, one["gain"], one["seeds"]])
+        scores = [_with_spread(one[name], one[f"{name}_std"]) for name in ("dice", "ap50", "pq")]
+        gain = None if one["arm"] == "real" else _with_spread(one["gain"], one["gain_std"])
+        rows.append([f"{one['share']} % of the labels, {one['arm']}", *scores, gain, one["seeds"]])
     return ["trained on", "Dice", "AP at IoU 0.5", "panoptic quality", "gain in Dice", "seeds"], rows
+
+
+def _with_spread(mean: float | None, spread: float | None) -> str | None:
+    if mean is None:
+        return None
+    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def _sweep_table(content: dict) -> Table:
@@ -171,7 +175,7 @@ SECTIONS = (
         "utility",
         "Does it help: a segmenter trained on it, tested on real images",
         "Mean and standard deviation over the seeds; the same number of steps in every arm. Gain is the Dice over that "
-        "of real images alone at the same share of the labels.",
+        "of real images alone at the same share of the labels, seed by seed.",
         _utility_table,
         ("utility.png",),
     ),

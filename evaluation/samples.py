@@ -105,12 +105,14 @@ class SampleSet:
         return bool((self._rule or {}).get("normalize"))
 
     def provenance(self) -> dict[str, list[str]]:
-        """Distinct values of the columns that say how the images were made, at most three of each."""
+        """Distinct values of the columns that say how the images were made, at most three of each, and who chose."""
         found = {
             name: sorted({row.columns[name] for row in self.samples})[:3]
             for name in PROVENANCE_COLUMNS
             if name in self.columns
         }
+        chosen = self.settings.get("filter") or {}
+        found |= {name: [str(chosen[name])] for name in ("min_fidelity", "rule") if name in chosen}
         return {name: values for name, values in found.items() if values != [""]}
 
     def require_config(self) -> DataConfig:
@@ -292,7 +294,8 @@ def _holds_ids(label: np.ndarray, num_classes: int) -> bool:
 
 def describe_provenance(provenance: dict[str, list[str]]) -> list[str]:
     """One line that says how a set was made; none where the manifest does not say it."""
-    words = [f"{name} {'/'.join(value[:12] for value in values)}" for name, values in provenance.items()]
+    short = {name: [value[:12] if name == "ckpt_sha256" else value for value in v] for name, v in provenance.items()}
+    words = [f"{name} {'/'.join(values)}" for name, values in short.items()]
     return [f"made with {', '.join(words)}"] if words else []
 
 

@@ -40,6 +40,7 @@ SOLVERS = {name: ("ODE", name) for name, method in ODE_METHODS.items() if not me
 }
 NO_INTERVAL = (0.0, 1.0)
 LEAST_IMAGES = 4
+NAMED_POINTS = 30  # of the plot; more would hide each other
 FIDELITY_TOLERANCE = 0.02  # Dice below the best that still counts as best
 DISTANCE_TOLERANCE = 1.1  # times the smallest distance that still counts as smallest
 
@@ -344,6 +345,9 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
             label=None if label in shown else label,
         )
         shown.add(label)
+        if len(report.rows) <= NAMED_POINTS and row is not report.rows[report.recommended]:
+            axis.annotate(row.name.partition(", ")[2] if row.settings.guidance_interval == NO_INTERVAL else row.name,
+                          (row.fidelity, row.distance), (7, -8), textcoords="offset points", fontsize=6)  # fmt: skip
     best = report.rows[report.recommended]
     axis.scatter(best.fidelity, best.distance, s=330, facecolors="none", edgecolors="black", linewidths=1.5)
     axis.annotate(best.name, (best.fidelity, best.distance), (8, 10), textcoords="offset points", fontsize=8)

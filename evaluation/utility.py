@@ -107,20 +107,21 @@ class UtilityReport:
     provenance: dict[int, dict[str, list[str]]]
 
     def summary(self) -> list[dict]:
-        """Mean and standard deviation over the seeds of every share and arm, with the gain over real alone."""
+        """Mean and sample standard deviation over the seeds of every share and arm, and of the gain over real alone.
+
+        The gain is taken seed by seed: trainings of one seed start from the same weights.
+        """
+        alone = {(row.share, row.seed): row.dice for row in self.rows if row.arm == "real"}
         found = []
         for share, arm in dict.fromkeys((row.share, row.arm) for row in self.rows):
             rows = [row for row in self.rows if (row.share, row.arm) == (share, arm)]
             entry = {"share": share, "arm": arm, "seeds": len(rows)}
             for metric in METRICS:
-                values = [getattr(row, metric) for row in rows if getattr(row, metric) is not None]
-                entry[metric] = float(np.mean(values)) if values else None
-                entry[f"{metric}_std"] = float(np.std(values)) if values else None
+                entry[metric], entry[f"{metric}_std"] = _mean_and_std([getattr(row, metric) for row in rows])
+            pairs = [(row.dice, alone.get((share, row.seed))) for row in rows]
+            gains = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+            entry["gain"], entry["gain_std"] = _mean_and_std(gains)
             found.append(entry | {"real_images": rows[0].real_images, "synthetic_images": rows[0].synthetic_images})
-        real = {entry["share"]: entry["dice"] for entry in found if entry["arm"] == "real"}
-        for entry in found:
-            alone = real.get(entry["share"])
-            entry["gain"] = None if entry["dice"] is None or alone is None else entry["dice"] - alone
         return found
 
     def to_dict(self) -> dict:
@@ -129,19 +130,32 @@ class UtilityReport:
 
     def lines(self) -> list[str]:
         """The table that the command prints."""
-        lines = [f"{'labels':>7}  {'trained on':18}{'Dice':>16}{'AP at 0.5':>16}{'PQ':>16}{'gain':>9}{'images':>14}"]
+        lines = [f"{'labels':>7}  {'trained on':18}{'Dice':>16}{'AP at 0.5':>16}{'PQ':>16}{'gain':>17}{'images':>14}"]
         for entry in self.summary():
-            cells = [f"{number(entry[name], 0)} +- {number(entry[f'{name}_std'], 0)}".rjust(16) for name in METRICS]
+            cells = [_with_spread(entry[name], entry[f"{name}_std"]).rjust(16) for name in METRICS]
+            gain = "-" if entry["arm"] == "real" else _with_spread(entry["gain"], entry["gain_std"], "+.3f")
             images = f"{entry['real_images']} + {entry['synthetic_images']}"
-            lines.append(
-                f"{entry['share']:>5} %  {entry['arm']:18}{''.join(cells)}{number(entry['gain'], 9)}{images:>14}"
-            )
+            lines.append(f"{entry['share']:>5} %  {entry['arm']:18}{''.join(cells)}{gain:>17}{images:>14}")
         seeds = len({row.seed for row in self.rows})
         lines.append(
             f"{self.steps} steps each, mean +- standard deviation over {seeds} seeds; tested on {self.test_images} "
-            "real images; gain: Dice over that of the real images alone; images: real + synthetic"
+            "real images (windows); gain: Dice over that of the real images alone, seed by seed; images: real + "
+            "synthetic"
         )
         return lines
+
+
+def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation of what is known; a single value has no spread."""
+    known = [value for value in values if value is not None]
+    spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return (float(np.mean(known)) if known else None), spread
+
+
+def _with_spread(mean: float | None, spread: float | None, form: str = ".3f") -> str:
+    if mean is None:
+        return "-"
+    return format(mean, form) + ("" if spread is None else f" +- {spread:.3f}")
 
 
 def score_utility(
@@ -265,17 +279,25 @@ def write_utility_report(report: UtilityReport, output: Path) -> list[Path]:
 
 
 def draw_utility(report: UtilityReport, path: Path) -> None:
-    """Scores over the share of the labels, a line per arm, bars of one standard deviation over the seeds."""
+    """Scores at every share of the labels, a colour per arm: every training, and mean with standard deviation."""
     figure = new_figure(11, 3.6)
+    summary = {(entry["share"], entry["arm"]): entry for entry in report.summary()}
+    shares = sorted({share for share, _ in summary})
     for axis, (metric, title) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
-        for arm, marker in zip(ARMS, "os^", strict=True):
-            points = [entry for entry in report.summary() if entry["arm"] == arm and entry[metric] is not None]
-            if points:
-                spread = [entry[f"{metric}_std"] for entry in points]
-                values = [entry[metric] for entry in points]
-                axis.errorbar([e["share"] for e in points], values, spread, marker=marker, capsize=3, label=arm)
-        axis.set_xlabel("share of the labels, %")
+        for (share, arm), entry in summary.items():
+            place, color = shares.index(share) + 0.22 * (ARMS.index(arm) - 1), f"C{ARMS.index(arm)}"
+            known = [getattr(row, metric) for row in report.rows if (row.share, row.arm) == (share, arm)]
+            known = [value for value in known if value is not None]
+            axis.plot([place + 0.06] * len(known), known, "o", color=color, markersize=3, alpha=0.5)
+            if known:
+                spread = entry[f"{metric}_std"] or 0
+                label = arm if share == max(one for one, other in summary if other == arm) else None
+                axis.errorbar(place, entry[metric], spread, marker="osD"[ARMS.index(arm)], color=color, capsize=4,
+                              label=label)  # fmt: skip
+        axis.set_xticks(range(len(shares)), [f"{share} %" for share in shares])
+        axis.set_xlim(-0.6, len(shares) - 0.4)
+        axis.set_xlabel("share of the labels")
         axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
+        axis.grid(axis="y", alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     save_figure(figure, path)
