@@ -19,6 +19,7 @@ Measures of a set compare it with real images; their tables, rows per image and 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from train_utils import (
     positive_fraction,
     positive_int,
     resolve_device,
+    start_logging,
     start_machine,
 )
 
@@ -333,6 +335,7 @@ def _by_share(text: str) -> tuple[int, Path]:
 
 def main(args: argparse.Namespace) -> None:
     """Run the chosen measure, print its table and say where the files are."""
+    start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
     COMMANDS[args.command](args)
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 JUDGE_VERSION = 1  # raise it when the same data and settings would give another judge
 CHANNELS = (16, 32, 64, 128)
 WINDOW_BATCH = 16  # windows of a large image judged at once
+LOG_EVERY = 100
 STRIDE = 8  # three halvings: sides are padded to a multiple
 
 
@@ -168,8 +169,8 @@ def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, 
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step + 1 == config.steps:
-            logger.info("judge: step %d of %d, loss %.4f", step + 1, config.steps, loss.item())
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
+            logger.info("segmenter: step %d of %d, loss %.4f", step + 1, config.steps, loss.item())
     return network
 
 

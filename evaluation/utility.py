@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def score_utility(
     jobs = [(share, arm) for share in shares for arm in (ARMS if share in sets else ARMS[:1])]
     rows: list[UtilityRow] = []
     bar = tqdm(total=len(jobs) * len(seeds), desc="trainings", disable=None if progress else True)
-    tested = 0
+    tested, started = 0, time.monotonic()
     for share in shares:
         samples = sets.get(share)
         folder = split.part(share)
@@ -216,7 +217,11 @@ def score_utility(
                 score = _train_and_test(pairs, test, own.num_classes, real, steps, seed, device)
                 counts = (0 if arm == "synthetic" else len(real), 0 if arm == "real" else len(samples))
                 rows.append(UtilityRow(share, arm, seed, *counts, *score))
-                logger.info("%d %% of the labels, %s, seed %d: Dice %s", share, arm, seed, number(rows[-1].dice, 0))
+                left = (time.monotonic() - started) / len(rows) * (len(jobs) * len(seeds) - len(rows))
+                logger.info(
+                    "%d %% of the labels, %s, seed %d: Dice %s; training %d of %d, about %.0f min left",
+                    share, arm, seed, number(rows[-1].dice, 0), len(rows), len(jobs) * len(seeds), left / 60,
+                )  # fmt: skip
                 bar.update()
     bar.close()
     rows.sort(key=lambda row: (row.share, ARMS.index(row.arm), row.seed))

@@ -263,14 +263,14 @@ def test_weights_of_another_network_or_damaged_ones_are_refused(inception_weight
 
 @pytest.mark.slow
 def test_command_with_weights_gives_fid_and_kid_and_says_that_they_are_not_the_published_ones(
-    inception_weights, tmp_path, real, capsys, caplog
+    inception_weights, tmp_path, real, capsys
 ):
     samples = gray_set(tmp_path / "set", 60)
     command = ["realism", str(samples.folder), "--data-path", str(real / "images"), "--splits", "3"]
     evaluate.main(evaluate.parse_args([*command, "--inception-weights", str(inception_weights)]))
-    printed = capsys.readouterr().out
+    printed, logged = capsys.readouterr()
     assert "FID" in printed and "KID" in printed and JUDGE_DISTANCE not in printed
-    assert "which are not the published ones" in printed and "compare with no published FID" in caplog.text
+    assert "which are not the published ones" in printed and "compare with no published FID" in logged
     content = json.loads((samples.folder / "evaluation" / "realism.json").read_text())
     assert np.isfinite([entry["whole"] for entry in content["distances"]]).all()
 
