@@ -21,7 +21,14 @@ from errors import InputError
 from evaluation.leaks import find_leaks, refuse_leaks
 from evaluation.samples import SampleSet, write_manifest
 from evaluation.split import SplitPlan, make_split, plan_shares, read_split
-from evaluation.utility import MixedPairs, SyntheticPairs, score_utility, write_utility_report
+from evaluation.utility import (
+    MixedPairs,
+    SyntheticPairs,
+    UtilityReport,
+    UtilityRow,
+    score_utility,
+    write_utility_report,
+)
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -358,6 +365,21 @@ def test_report_is_written_with_a_row_per_training(split, tmp_path):
     assert [row["real_images"] for row in rows] == ["4", "4", "0", "0", "4", "4", "16", "16"]
     assert len(json.loads((tmp_path / "out" / "utility.json").read_text())["summary"]) == 4
     assert np.array(Image.open(tmp_path / "out" / "utility.png")).std() > 5
+
+
+def test_gain_is_taken_seed_by_seed_and_spreads_are_those_of_samples():
+    scores = {"real": (0.5, 0.7), "synthetic": (0.6, 0.9), "real + synthetic": (0.6, None)}
+    rows = [
+        UtilityRow(10, arm, seed, 4, 9, dice, 0.5, 0.4)
+        for arm, both in scores.items()
+        for seed, dice in enumerate(both)
+    ]
+    report = UtilityReport(rows, 5, 3, {})
+    real, synthetic, both = report.summary()
+    assert real["dice_std"] == pytest.approx(0.2 / np.sqrt(2)) and real["gain"] == 0
+    assert (synthetic["gain"], synthetic["gain_std"]) == pytest.approx((0.15, 0.1 / np.sqrt(2)))
+    assert both["gain"] == pytest.approx(0.1) and both["gain_std"] is None and both["dice_std"] is None
+    assert "+0.150 +- 0.071" in report.lines()[2] and "0.600  " in report.lines()[3]
 
 
 def test_unknown_shares_and_sets_made_differently_are_refused(split, tmp_path):
