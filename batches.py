@@ -22,8 +22,9 @@ class StepBatches(BatchSampler):
     """Keys (index, draw) of every training step's batch on one rank.
 
     The data set is an endless stream: epoch e is a permutation drawn from (seed, e), and step n takes the next
-    ``global_batch_size`` positions, which the ranks share out. What a step sees depends on (seed, step) and neither on
-    the number of ranks or workers nor on where a run was interrupted; a set smaller than a batch is seen several times.
+    ``global_batch_size`` positions, which the ranks share out. What a step sees depends on the seed and on the images
+    seen before it, and neither on the number of ranks or workers nor on where a run was interrupted; a set smaller than
+    a batch is seen several times.
 
     Args:
         num_items: images in the data set.
@@ -32,24 +33,35 @@ class StepBatches(BatchSampler):
         seed: of the permutations.
         rank: this process.
         world_size: number of processes.
+        images_seen: before the first of the steps; as many as steps of this batch size see, where not given.
     """
 
-    def __init__(self, num_items: int, global_batch_size: int, steps: range, seed: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        num_items: int,
+        global_batch_size: int,
+        steps: range,
+        seed: int,
+        rank: int,
+        world_size: int,
+        images_seen: int | None = None,
+    ) -> None:
         self.num_items = num_items
         self.global_batch_size = global_batch_size
         self.steps = steps
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.images_seen = steps.start * global_batch_size if images_seen is None else images_seen
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in self.steps:
+        for number in range(len(self.steps)):
             keys = []
-            first = step * self.global_batch_size
+            first = self.images_seen + number * self.global_batch_size
             for position in range(first, first + self.global_batch_size):
                 if position // self.num_items != epoch:
                     epoch = position // self.num_items

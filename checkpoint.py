@@ -15,7 +15,9 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import socket
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")
+LOCK_FILE = ".lock"
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -39,17 +42,22 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     A process that dies in between leaves what was there before.
 
     Raises:
-        OSError: disk full, no permission; the temporary file is removed.
+        OSError: disk full, no permission; it names the file, and the temporary one is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(
+        f".{secrets.token_hex(8)}.tmp"
+    )  # short, since path's own name may be as long as names go
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides a write that failed
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
 
 
@@ -110,13 +118,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             state = _read_safetensors(path)
         else:
             _check_crc(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # on odd pickle protocols; the error below says enough
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"--ckpt {path}: holds more than plain tensors and would run code when loaded, or is no checkpoint; "
             "only files written by train.py are read here."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle can raise any exception at all; none of them is a fault of ours
         raise InputError(f"--ckpt {path}: damaged or not a checkpoint. Give another checkpoint of the run.") from error
     missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
     missing = missing or [f"config.{part}" for part in CONFIG_PARTS if part not in state["config"]]
@@ -129,8 +139,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_crc(path: Path) -> None:
-    """Compare every stored block with its checksum; torch.load does not."""
+    """Compare every stored block with its checksum; torch.load does not.
+
+    torch.save compresses nothing, so that a file that would unpack to more than its own size is none of its files.
+    """
     with zipfile.ZipFile(path) as archive:
+        if sum(block.file_size for block in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than its own size")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"checksum of {damaged} does not match")
@@ -153,11 +168,23 @@ def file_sha256(path: str | Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as the files' contents are."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def lock_folder(folder: Path, mend: str) -> IO[bytes]:
     """Hold a folder for this process alone, and remove the temporary files of killed ones.
 
+    The lock belongs to the process and not to the open file, so that loader processes, which live on for seconds when
+    this one is killed, do not hold it.
+
     Args:
-        folder: the folder; its lock lies in ``.lock``.
+        folder: the folder; its lock is the file LOCK_FILE.
         mend: what else the user can do, for the message.
 
     Returns:
@@ -166,10 +193,10 @@ def lock_folder(folder: Path, mend: str) -> IO[bytes]:
     Raises:
         InputError: another process holds the folder.
     """
-    lock = (folder / ".lock").open("ab")
+    lock = (folder / LOCK_FILE).open("ab")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # what the system says of a lock that is held
         lock.close()
         raise InputError(f"{folder}: another process works in this folder. Wait for it, or {mend}.") from error
     for leftover in folder.rglob(".*.tmp"):
@@ -213,10 +240,14 @@ class RunFolder:
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"{step:07d}.pt"
 
+    def preview_path(self, step: int) -> Path:
+        return self.previews / f"{step:07d}.png"
+
     def save(self, state: dict[str, Any]) -> Path:
         """Write the checkpoint of ``state["step"]``, then drop the oldest beyond ``keep``."""
         path = self.checkpoint_path(state["step"])
         save_checkpoint(path, state)
+        sync_folder(self.checkpoints)  # before an older one goes
         for step in self.steps()[: -self.keep]:
             self.checkpoint_path(step).unlink(missing_ok=True)
         return path
@@ -253,20 +284,26 @@ class RunFolder:
         write_atomically(self.metrics, lambda file: file.write("".join(kept).encode()))
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Append a line; it is on the disk before a checkpoint of its step is, so that a power cut leaves no gap."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error
 
 
 def choose_run_folder(results_dir: Path, run_name: str | None, title: str) -> Path:
     """Where a run goes: ``RESULTS_DIR/RUN_NAME``, else the next free ``RESULTS_DIR/NNN-title``.
 
-    A number is never used twice, also after a folder was deleted in between. Workers that torchrun restarted continue
-    the folder that their launch began.
+    A number is never used twice, also after a folder was deleted in between. Workers that torchrun restarted, because
+    one died or because a machine came or went, continue the folder that their launch began.
     """
     if run_name:
         return results_dir / run_name
     numbered = {path: int(path.name.split("-")[0]) for path in results_dir.glob("*-*") if _is_numbered(path)}
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which starts a command once and then only again
         for path in sorted(numbered, key=numbered.__getitem__, reverse=True):
             marker = path / ".launch"
             if marker.is_file() and marker.read_text() == launch_id():
@@ -279,5 +316,14 @@ def _is_numbered(path: Path) -> bool:
 
 
 def launch_id() -> str:
-    """What stays the same when torchrun restarts its workers: host, launching process and its run id."""
-    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    """What stays the same when torchrun restarts its workers, and is no other launch's.
+
+    Host, run id, and number and starting time of torchrun's own process: the number alone comes again, in containers
+    at once.
+    """
+    parent = os.getppid()
+    try:  # the 20th field after the name, which may hold spaces: proc_pid_stat(5), starttime
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        started = ""
+    return f"{socket.gethostname()} {parent} {started} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"

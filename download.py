@@ -24,11 +24,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
 
-from checkpoint import file_sha256
+from checkpoint import file_sha256, write_atomically
 from errors import InputError, list_some
 
 logger = logging.getLogger(__name__)
@@ -344,34 +345,35 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _download(url: str, path: Path) -> None:
     """Fetch ``url`` to ``path``: temporary name, every check, hash record, then the final name, in this order."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     logger.info("fetching %s from %s", path.name, url)
-    try:
-        digest = _stream_to(url, temporary)
-        check_published_shape(read_weights(temporary).state_dict, path.name, temporary)
+
+    def fetch_and_check(file: IO[bytes]) -> None:
+        digest = _stream_to(url, file)
+        file.flush()
+        check_published_shape(read_weights(file.name).state_dict, path.name, path)
         # The record comes before the file: were it the other way round, a kill between the two would leave a file
         # that nothing vouches for.
         _record_hash(path, digest)
-        temporary.replace(path)
+
+    try:
+        write_atomically(path, fetch_and_check)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"cannot fetch {path.name} ({reason}): download {url} on a machine with network and put the file at "
             f"{path}, or give the path of a weights file on disk"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _stream_to(url: str, temporary: Path) -> str:
-    """Write the body of ``url`` to ``temporary`` and return its sha256; refuse web pages and short bodies."""
+def _stream_to(url: str, out: IO[bytes]) -> str:
+    """Write the body of ``url`` to ``out`` and return its sha256; refuse web pages and short bodies."""
     from tqdm import tqdm
 
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     sha256 = hashlib.sha256()
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response, temporary.open("wb") as out:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         length = int(response.headers.get("Content-Length") or 0)
-        bar = tqdm(total=length or None, unit="B", unit_scale=True, desc=temporary.name, disable=None)
+        bar = tqdm(total=length or None, unit="B", unit_scale=True, desc="weights", disable=None)
         with bar:
             while chunk := response.read(CHUNK_BYTES):
                 if out.tell() == 0 and looks_like_web_page(chunk[:512]):
@@ -379,9 +381,7 @@ def _stream_to(url: str, temporary: Path) -> str:
                 out.write(chunk)
                 sha256.update(chunk)
                 bar.update(len(chunk))
-        out.flush()
-        os.fsync(out.fileno())
-        written = out.tell()
+    written = out.tell()
     if written == 0 or (length and written != length):
         raise InputError(f"{url} gave {written} of {length} bytes; the connection broke, start again")
     return sha256.hexdigest()
@@ -429,9 +429,7 @@ def _record_hash(path: Path, digest: str) -> None:
             f"{path.name} as fetched has sha256 {digest[:16]}, but {record} says {recorded[:16]}: the published file "
             f"changed or the download is wrong; delete {record.name} to accept the new one"
         )
-    temporary = record.with_name(f"{record.name}.{os.getpid()}.part")
-    temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-    temporary.replace(record)
+    write_atomically(record, lambda file: file.write(f"{digest}  {path.name}\n".encode()))
 
 
 # --- fitting SiT weights to a mask model ------------------------------------------------------------------------------

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
+EXIT_LOST_PROCESS = 1
+# How gloo and nccl say that the other end of a connection died.
+LOST_PROCESS = r"gloo.*(onnection|eer|imed out)|NCCL.*(remote process|onnection)|ncclRemoteError"
+FIRST_RANK_SPEAKS_SECONDS = 3.0
+
+_FULL = "Free some space and run the same command again: what was made so far is kept"
+_CLOSED = "Give a folder that may be written to"
+MENDS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "The system allows no larger file here (ulimit -f, or the kind of disk): what was made so far is kept",
+    errno.EROFS: _CLOSED,
+    errno.EACCES: _CLOSED.replace("that may be", "or file that may be read and"),
+}
 
 
 class InputError(ValueError):
@@ -56,19 +74,37 @@ def list_some(items: Sequence[object], most: int = 3) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
+def one_line(error: Exception) -> str:
+    """An error as one line; of the operating system's: file, what was wrong, how to mend it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        mend = f". {MENDS[error.errno]}." if error.errno in MENDS else "."
+        return f"{error.filename}: {error.strerror}{mend}"
+    return " ".join(str(error).split())
+
+
 def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
     """Parse the command line, run ``main`` and end with one line and exit code 2 where the user's input is at fault.
 
-    Under torchrun every rank meets the same error: the first of each machine says it. Operating system errors (a full
-    disk, a folder without write permission) are the user's to mend, too, and so are samples that are not finite.
+    Operating system errors (a full disk, a folder without write permission) are the user's to mend, too, and so are
+    samples that are not finite. Under torchrun most errors meet every rank: the first of each machine says it, and
+    torchrun ends the others while they wait for that; a rank that is alone with its error says it after the wait.
     """
     args = parse_args()
+    program = Path(sys.argv[0]).name
+    rank = os.environ.get("RANK", "0")
     try:
         main(args)
     except (InputError, OSError, FloatingPointError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            program = Path(sys.argv[0]).name
-            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+        where = f" (process {rank})" if rank != "0" else ""
+        print(f"{program}: error{where}: {one_line(error)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(LOST_PROCESS, str(error)):
+            raise
+        print(f"{program}: process {rank} ends: another process of this launch is gone", file=sys.stderr)
+        sys.exit(EXIT_LOST_PROCESS)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -100,6 +100,9 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
                 if stem in found:
                     twice.append(f"{found[stem].name} and {name}")
                 found[stem] = folder / name
+    odd = [ascii(name) for name in (*found, *others) if not name.isprintable()]
+    if odd:  # they end in tables, in messages and on a terminal
+        raise FileError(folder, f"has names with characters that cannot be printed: {list_some(odd)}. Rename them")
     if twice:
         raise FileError(folder, f"has two {what} files with one name: {list_some(twice)}. Keep one of each")
     if not found:

@@ -62,6 +62,11 @@ class MaskRows(NamedTuple):
         return MaskRows(*(part.to(device, non_blocking=True) for part in self))
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What times and masks are computed in, given the dtype of the weights: never less than float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class TimestepEmbedder(nn.Module):
     """Time (B,) -> (B, D): sinusoids (Vaswani et al. 2017) and a two-layer MLP.
 
@@ -78,10 +83,10 @@ class TimestepEmbedder(nn.Module):
         self.time_scale = time_scale
 
     def sinusoids(self, t: Tensor, max_period: float = 10_000.0) -> Tensor:
-        """(B,) float32 -> (B, frequency_embedding_size): cosines, then sines."""
-        half = self.frequency_embedding_size // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = (self.time_scale * t.float())[:, None] * torch.exp(-math.log(max_period) * exponent)  # (B, half)
+        """(B,) -> (B, frequency_embedding_size) float32 (float64 in a float64 model): cosines, then sines."""
+        half, dtype = self.frequency_embedding_size // 2, wide(self.mlp[0].weight.dtype)
+        exponent = torch.arange(half, dtype=dtype, device=t.device) / half
+        angles = (self.time_scale * t.to(dtype))[:, None] * torch.exp(-math.log(max_period) * exponent)  # (B, half)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -102,17 +107,18 @@ class MaskEmbedder(nn.Module):
         self.grid = grid
 
     def pool(self, y: Tensor) -> Tensor:
-        """(B, K, H, W) -> (B, T, K): the share of every class in every patch, float32."""
-        return F.adaptive_avg_pool2d(y.float(), self.grid).flatten(2).transpose(1, 2)
+        """(B, K, H, W) -> (B, T, K): the share of every class in every patch, float32 at least."""
+        y = y.to(wide(self.embedding_table.weight.dtype))
+        return F.adaptive_avg_pool2d(y, self.grid).flatten(2).transpose(1, 2)
 
     def embed(self, shares: Tensor) -> Tensor:
-        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, always in float32."""
+        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, in float32 at least."""
         with torch.autocast(shares.device.type, enabled=False):
-            return shares @ self.embedding_table.weight[: self.num_classes].float()
+            return shares @ self.embedding_table.weight[: self.num_classes].to(shares.dtype)
 
     def null(self) -> Tensor:
         """(D,) embedding of "no mask"."""
-        return self.embedding_table.weight[self.num_classes].float()
+        return self.embedding_table.weight[self.num_classes].to(wide(self.embedding_table.weight.dtype))
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embed(self.pool(y))
@@ -134,7 +140,8 @@ class MaskDetail(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """(B, K, H, W) at any resolution -> (B, T, D)."""
         (gh, gw), p = self.grid, self.mask_pixels
-        y = F.adaptive_avg_pool2d(y.float(), (gh * p, gw * p))  # (B, K, gh p, gw p)
+        y = y.to(wide(self.proj.weight.dtype))
+        y = F.adaptive_avg_pool2d(y, (gh * p, gw * p))  # (B, K, gh p, gw p)
         y = y.unflatten(2, (gh, p)).unflatten(4, (gw, p))  # (B, K, gh, p, gw, p)
         patches = y.permute(0, 2, 4, 1, 3, 5).reshape(y.shape[0], gh * gw, y.shape[1], p * p)  # (B, T, K, p p)
         patches = patches - patches[..., :1]  # first pixel before mean: no rounding is left where all are equal
@@ -240,6 +247,8 @@ class SiT(nn.Module):
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"input size {height} x {width} is not divisible by the patch size {patch_size}")
+        if hidden_size % 4 or hidden_size % num_heads:  # sines and cosines of rows and columns; equal heads
+            raise ValueError(f"hidden size {hidden_size} is not divisible by 4 and by the {num_heads} heads")
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.num_classes = num_classes

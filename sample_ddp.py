@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import file_sha256, lock_folder, write_atomically, write_json
+from checkpoint import LOCK_FILE, file_sha256, lock_folder, write_atomically, write_json
 from data import MASK_TYPES, MaskFolder, MaskItem
-from errors import CommandParser, InputError, run_command
+from errors import CommandParser, InputError, list_some, one_line, run_command
 from export import EXPORTS, check_export, export_set
 from image_files import FileError, read_image, repeat_gray
 from intensity import (
@@ -90,6 +90,8 @@ logger = logging.getLogger("sample_ddp")
 
 CONTACT_SHEET_ROWS = 8
 CONTACT_SHEET_SIDE = 512  # pixels; larger images are shown smaller
+MOST_IMAGES = 10_000_000
+MOST_NAME_BYTES = 230  # file systems end at 255; a number and a suffix come behind
 MAX_ATTEMPTS, JUDGE_STEPS, JUDGE_CACHE = 4, 400, Path("judges")
 
 T = TypeVar("T")
@@ -182,7 +184,7 @@ def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_sampl
     With ``num_samples``, every mask gets one image before any mask gets its next.
 
     Raises:
-        InputError: both are given and ask for different things.
+        InputError: both are given and ask for different things, or too much; a name is too long.
     """
     if num_samples and samples_per_mask and num_samples > samples_per_mask * len(mask_names):
         raise InputError(
@@ -190,6 +192,11 @@ def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_sampl
             f"{len(mask_names)} masks: leave one of them out."
         )
     per_mask = samples_per_mask or (math.ceil(num_samples / len(mask_names)) if num_samples else 1)
+    if per_mask * len(mask_names) > MOST_IMAGES:
+        raise InputError(f"{per_mask} images from each of {len(mask_names)} masks: a set has at most {MOST_IMAGES:,}.")
+    long = [name for name in mask_names if len(name.encode()) > MOST_NAME_BYTES]
+    if long:
+        raise InputError(f"--mask-path: names of above {MOST_NAME_BYTES} bytes are too long: {list_some(long)}.")
     jobs = [
         Job(f"{mask}_{copy + 1:04d}" if per_mask > 1 else mask, mask, number * per_mask + copy)
         for copy in range(per_mask)
@@ -242,8 +249,8 @@ def set_settings(
 FREE_SETTINGS = ("precision", "compile", "per_proc_batch_size")
 
 
-def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or find it made with the same settings.
+def check_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
+    """The folder is new, empty, or was made with the same settings; nothing in it is touched.
 
     Raises:
         InputError: it holds something else.
@@ -252,8 +259,10 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
     if path.is_file():
         try:
             old = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise InputError(f"{path}: damaged; remove {sample_dir} or give another --sample-dir.") from error
+        if not isinstance(old, dict):
+            raise InputError(f"{path}: not written by this command; give another --sample-dir.")
         new = json.loads(json.dumps(settings))
         names = [name for name in new if name not in FREE_SETTINGS and old.get(name) != new[name]]
         if names:
@@ -261,15 +270,31 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"--sample-dir {sample_dir} holds a set made with other settings ({changes}): give another folder."
             )
-    elif sample_dir.is_dir() and any(sample_dir.iterdir()):
+    elif sample_dir.is_dir() and any(entry.name != LOCK_FILE for entry in sample_dir.iterdir()):
         raise InputError(
             f"--sample-dir {sample_dir} is not empty and holds no settings.json of this command: give another."
         )
-    (sample_dir / "images").mkdir(parents=True, exist_ok=True)
+
+
+def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> IO[bytes]:
+    """Check, make and lock the folder, and write down what it is made with.
+
+    Returns:
+        The lock.
+
+    Raises:
+        InputError: it holds something else, or another process works in it.
+    """
+    check_sample_dir(sample_dir, settings)
+    sample_dir.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(sample_dir, "give another --sample-dir")
+    check_sample_dir(sample_dir, settings)  # another process may have been first
+    write_json(sample_dir / "settings.json", settings)
+    (sample_dir / "images").mkdir(exist_ok=True)
     (sample_dir / "masks").mkdir(exist_ok=True)
     if settings["filter"] is not None:
         (sample_dir / "attempts").mkdir(exist_ok=True)
-    write_json(path, settings)
+    return lock
 
 
 # --------------------------------------------------------------------------------------------------- files of a pair
@@ -387,7 +412,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
     redraw, judged = load_redraw(args, trained, machine)
-    lock = prepare_folder(args, set_settings(args, settings, trained, masks, judged), machine)
+    made_with = set_settings(args, settings, trained, masks, judged)
+    lock = on_main(machine, lambda: open_sample_dir(args.sample_dir, made_with))
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
@@ -420,21 +446,11 @@ def on_main(machine: Machine, work: Callable[[], T]) -> T | None:
         try:
             found = work()
         except (InputError, OSError) as error:
-            problem = str(error)
+            problem = one_line(error)
     problem = machine.from_main(problem)
     if problem:
         raise InputError(problem)
     return found
-
-
-def prepare_folder(args: argparse.Namespace, settings: dict[str, Any], machine: Machine) -> IO[bytes] | None:
-    """Rank 0 opens and locks the folder."""
-
-    def open_and_lock() -> IO[bytes]:
-        open_sample_dir(args.sample_dir, settings)
-        return lock_folder(args.sample_dir, "give another --sample-dir")
-
-    return on_main(machine, open_and_lock)
 
 
 def load_redraw(

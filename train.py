@@ -11,8 +11,9 @@ The resume policy, in the order that matters:
  2. Without one, --ckpt gives weights, EMA, optimiser and step; else --init-from gives weights; else all is new.
  3. Architecture, transport, space and data configuration come from the checkpoint. A flag that was given and
     contradicts them is refused (FIXED_ON_RESUME); other flags that were given replace the file's and are logged; flags
-    that were not given keep the file's values.
- 4. No random state is saved: every draw follows from (seed, step, rank), every batch from (seed, step).
+    that were not given keep the file's values. The autoencoder may lie elsewhere, and must be the same.
+ 4. No random state is saved: every draw follows from (seed, step, rank), every batch from (seed, images seen so far).
+    Another number of processes or --global-batch-size goes on in the data where the run stopped, and is logged.
  5. Sums of the metrics since their last line are in the checkpoint; lines after its step are cut and written again.
 """
 
@@ -51,8 +52,8 @@ from checkpoint import (
     write_json,
 )
 from data import SYMMETRIES, DataConfig, PairedFolder, default_window_channels, to_prob_map
-from download import adapt_sit_weights, find_weights
-from errors import CommandParser, InputError, run_command
+from download import PUBLISHED_URLS, adapt_sit_weights, find_weights
+from errors import CommandParser, InputError, one_line, run_command
 from intensity import SourceIntensity, window_columns
 from latent_cache import LatentPairs
 from models import MaskRows, SiT, SiT_models, build_model, mask_rows, model_width, patch_size
@@ -84,12 +85,12 @@ logger = logging.getLogger("train")
 
 # What a checkpoint fixes for good. Everything else may change on resume and is logged.
 FIXED_ON_RESUME = (
-    "model", "image_size", "in_channels", "num_classes", "no_mask_detail", "time_scale", "vae", "crop", "window",
+    "model", "image_size", "in_channels", "num_classes", "no_mask_detail", "time_scale", "init_from", "crop", "window",
     "window_scope", "window_channels", "path_type", "prediction", "loss_weight", "train_eps", "sample_eps",
     "time_sampling", "time_mean", "time_std",
 )  # fmt: skip
 # Where things are and how they are shown: never taken from a checkpoint.
-NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "init_from", "wandb", "device")
+NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "wandb", "device")
 MOST_SKIPPED_IN_A_ROW = 20
 NO_CACHE = "none"
 WAITING_WORTH_SAYING = 0.05
@@ -217,6 +218,11 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
     for flag, path in (("--data-path", args.data_path), ("--mask-path", args.mask_path)):
         if not path.is_dir():
             raise InputError(f"{flag} {path}: no such folder.")
+    name = args.run_name
+    if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+        raise InputError(f"--run-name {name!r}: give the name of a folder; --results-dir says where it lies.")
+    if args.ckpt and not args.ckpt.is_file():
+        raise InputError(f"--ckpt {args.ckpt}: no such file. Checkpoints lie in RUN_FOLDER/checkpoints/NNNNNNN.pt.")
     if args.ckpt and args.ckpt.suffix == ".safetensors":
         raise InputError(f"--ckpt {args.ckpt}: exported weights have no optimiser to resume with; give --init-from.")
     if args.ckpt and args.init_from:
@@ -354,6 +360,19 @@ def merge_arguments(args: argparse.Namespace, saved: dict[str, Any]) -> list[str
     return changed
 
 
+def check_same_space(now: dict[str, Any], saved: dict[str, Any]) -> None:
+    """The autoencoder of a continued run may have moved, but must be the one it began with.
+
+    Raises:
+        InputError: it is another one, and its latents mean something else.
+    """
+    if any(now[name] != value for name, value in saved.items() if name != "vae"):
+        raise InputError(
+            f"--vae {now['vae']}: not the autoencoder that this run began with (that was {saved['vae']}); give the "
+            "original's folder, or start anew with another --run-name."
+        )
+
+
 def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The command line as plain types for config.json and the checkpoint."""
     return {
@@ -381,6 +400,7 @@ class Training:
             self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
         self.step = 0
+        self.images_seen = 0  # over all processes
         self.total_steps = 0
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
@@ -390,16 +410,17 @@ class Training:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
 
     def state(self) -> dict[str, Any]:
-        """What is saved. The sums are averages over the ranks' own batches and are kept for the metrics file."""
+        """What is saved; all ranks come here together. The sums are the ranks' own, for the metrics file."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "opt": self.optimizer.state_dict(),
             "step": self.step,
+            "images_seen": self.images_seen,
             "config": self.config,
             "trained_on": self.trained_on,
             "intensity": self.intensity,
-            "sums": self.sums.cpu(),
+            "sums": self.machine.from_all(self.sums.cpu()),
             "since_log": self.since_log,
         }
 
@@ -410,8 +431,10 @@ class Training:
         for group in self.optimizer.param_groups:  # the command line's, which may have changed
             group["weight_decay"] = self.args.weight_decay
         self.step = state["step"]
+        self.images_seen = state["images_seen"]
         self.trained_on = state.get("trained_on")
-        self.sums.copy_(state["sums"])
+        same_ranks = len(state["sums"]) == self.machine.world_size
+        self.sums.copy_(state["sums"][self.machine.rank] if same_ranks else state["sums"].mean(0))
         self.since_log = state["since_log"]
 
     def start_from(self, source: str) -> list[str]:
@@ -473,6 +496,7 @@ class Training:
         self.sums += torch.stack([torch.nan_to_num(loss) * good, torch.nan_to_num(norm) * good, bad])
         self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad)
         self.step += 1
+        self.images_seen += args.global_batch_size
         self.since_log += 1
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
@@ -515,15 +539,32 @@ class Training:
             dist.all_reduce(sums)
             sums /= self.machine.world_size
         loss, norm, skipped = sums.tolist()
-        if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
-            raise InputError(
-                f"step {self.step}: loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row at learning "
-                f"rate {self.args.lr:g}. The last checkpoint is good: start again from it with a lower --lr."
-            )
         taken = max(1.0, self.since_log - skipped)
         self.sums.zero_()
         self.since_log = 0
         return {"train/loss": loss / taken, "train/grad_norm": norm / taken, "train/skipped_steps": skipped}
+
+    def steps_in_all(self, num_images: int) -> int:
+        """The step at which the run ends, from ``--max-steps``, else from the images that ``--epochs`` leave to see."""
+        left = self.args.epochs * num_images - self.images_seen
+        return self.args.max_steps or self.step + max(0, math.ceil(left / self.args.global_batch_size))
+
+    def check_finite(self, run: RunFolder) -> None:
+        """Stop a run that has diverged before it is saved.
+
+        Raises:
+            InputError: with step, learning rate and last checkpoint.
+        """
+        norms = torch._foreach_norm([*self.model.parameters(), *self.ema.parameters()])
+        if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
+            problem = f"loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row"
+        elif not torch.stack(norms).isfinite().all():
+            problem = "weights are not finite"
+        else:
+            return
+        steps = run.steps()
+        good = f"{run.checkpoint_path(steps[-1])} is good: run the same command" if steps else "Start again"
+        raise InputError(f"step {self.step}: {problem} at learning rate {self.args.lr:g}. {good} with a lower --lr.")
 
 
 class Previews:
@@ -567,7 +608,7 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
             run.lock()
             write_atomically(path / ".launch", lambda file: file.write(launch_id().encode()))
         except (InputError, OSError) as error:
-            problem = str(error)
+            problem = one_line(error)
     path, problem = machine.from_main((path, problem))
     if problem:
         raise InputError(problem)
@@ -597,7 +638,9 @@ def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iter
     could not keep up: for data that is read again each time, and for images in memory that feed a GPU."""
     args, machine = training.args, training.machine
     steps = range(training.step, training.total_steps)
-    keys = StepBatches(len(source), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size)
+    keys = StepBatches(
+        len(source), args.global_batch_size, steps, args.seed, machine.rank, machine.world_size, training.images_seen
+    )
     workers = args.num_workers
     if workers is None:
         light = isinstance(source, LatentPairs) or machine.device.type == "cpu"
@@ -656,6 +699,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         "train": plain_arguments(args),
         "machine": {"world_size": machine.world_size, "device": machine.device.type, "precision": machine.precision},
     }
+    if state is not None:
+        check_same_space(config["space"], state["config"]["space"])
     if machine.is_main:
         write_json(run.path / "config.json", config)
 
@@ -679,9 +724,16 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
 
 
 def note_images(training: Training, dataset: PairedFolder) -> None:
-    """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from."""
-    if training.args.init_from is None and (training.step == 0 or training.trained_on is not None):
-        training.trained_on = sorted({*dataset.image_hashes, *(training.trained_on or ())})
+    """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from.
+
+    Published weights have seen ImageNet and none of a lab's images.
+    """
+    before, source = training.trained_on, training.args.init_from
+    if (source is None or Path(source).name in PUBLISHED_URLS) and (training.step == 0 or before is not None):
+        images = set(dataset.image_hashes)
+        if before is not None and images != set(before):
+            logger.warning("changed on resume: the images are others than before (%d now)", len(images))
+        training.trained_on = sorted(images.union(before or ()))
 
 
 def write_windows(path: Path, dataset: PairedFolder) -> None:
@@ -713,19 +765,18 @@ def data_config(args: argparse.Namespace) -> DataConfig:
 def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     """All steps that are left, with metrics, previews and checkpoints on the way."""
     args, machine = training.args, training.machine
-    total = args.max_steps or math.ceil(args.epochs * len(dataset) / args.global_batch_size)
-    training.total_steps = total
-    logger.info(
-        "%d steps of %d images (%.1f epochs)",
-        total,
-        args.global_batch_size,
-        total * args.global_batch_size / len(dataset),
-    )
+    training.total_steps = total = training.steps_in_all(len(dataset))
+    epochs = (training.images_seen + (total - training.step) * args.global_batch_size) / len(dataset)
+    logger.info("%d steps of %d images (%.1f epochs)", total, args.global_batch_size, epochs)
+    previews = Previews(dataset, training) if machine.is_main else None
+    cut_short = training.step > 0 and preview_is_due(training) and not run.preview_path(training.step).exists()
+    if machine.is_main and cut_short:  # killed between a checkpoint and its preview
+        save_preview(previews, run, training.step)
     if training.step >= total:
         logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
+        export_weights(training, run)
         return
     source = encode_once(dataset, training) or dataset
-    previews = Previews(dataset, training) if machine.is_main else None
     if args.wandb:
         wandb_utils.start_run(run.path, run.path.name, training.config)
     stop = StopRequest()
@@ -745,21 +796,35 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
             metrics["speed/waiting_share"] = machine.max_over_ranks(clock.read_seconds() / seconds)
             if machine.is_main:
                 record_metrics(training, run, metrics, total)
+            training.check_finite(run)
             started, steps_before = time.perf_counter(), step
-        stopped = machine.any_rank(stop.signal is not None)
-        if machine.is_main and (step % args.ckpt_every == 0 or last or stopped):
-            logger.info("saved %s", run.save(training.state()))
-        if machine.is_main and (step % args.sample_every == 0 or last) and not stopped:
+        stopped = machine.any_rank(stop.signal is not None) and not last
+        if step % args.ckpt_every == 0 or last or stopped:
+            save(training, run)
+        if machine.is_main and preview_is_due(training) and not stopped:
             save_preview(previews, run, step)
         if stopped:
             logger.warning("signal received: saved at step %d, leaving; the same command continues", step)
             sys.exit(EXIT_STOPPED_BY_SIGNAL)
-    if args.export_safetensors and machine.is_main:
-        export_safetensors(run.path / "model.safetensors", training.state())
-        logger.info("exported %s", run.path / "model.safetensors")
+    export_weights(training, run)
     machine.barrier()
     wandb_utils.finish()
     logger.info("done: %d steps; sample with --ckpt %s", total, run.checkpoint_path(total))
+
+
+def save(training: Training, run: RunFolder) -> None:
+    """A checkpoint of weights that are finite; all ranks come here together."""
+    training.check_finite(run)
+    state = training.state()
+    if training.machine.is_main:
+        logger.info("saved %s", run.save(state))
+
+
+def export_weights(training: Training, run: RunFolder) -> None:
+    if training.args.export_safetensors and training.machine.is_main:
+        weights = {"ema": training.ema.state_dict(), "config": training.config, "step": training.step}
+        export_safetensors(run.path / "model.safetensors", weights)
+        logger.info("exported %s", run.path / "model.safetensors")
 
 
 def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float], total: int) -> None:
@@ -780,9 +845,13 @@ def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float]
     wandb_utils.log(metrics, step)
 
 
+def preview_is_due(training: Training) -> bool:
+    return training.step % training.args.sample_every == 0 or training.step >= training.total_steps
+
+
 def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
     picture = previews.draw()
-    path = run.previews / f"{step:07d}.png"
+    path = run.preview_path(step)
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
     logger.info("preview: %s", path)
     wandb_utils.log_image("preview", path, step)

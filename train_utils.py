@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -272,9 +272,9 @@ class Machine:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
-            return nullcontext()
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def barrier(self) -> None:
@@ -296,6 +296,14 @@ class Machine:
         values = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values.item()
+
+    def from_all(self, values: Tensor) -> Tensor:
+        """Every rank's CPU tensor (n,), stacked (world_size, n)."""
+        if self.world_size == 1:
+            return values[None]
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
 
     def from_main(self, value: Any) -> Any:
         """What rank 0 has, on every rank."""
@@ -426,11 +434,24 @@ def mask_picture(prob_map: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- logging
 
 
+class LogFile(logging.FileHandler):
+    """A log file on a full disk ends the command like any other file there, instead of a traceback per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            with contextlib.suppress(OSError):
+                self.stream.close()  # it tries once more to write what it holds
+            self.stream = None
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+        super().handleError(record)
+
+
 def start_logging(is_main: bool, log_file: Path | None = None) -> None:
     """Rank 0 logs to stderr and, where given, to a file; the other ranks log warnings only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if is_main and log_file is not None:
-        handlers.append(logging.FileHandler(log_file))
+        handlers.append(LogFile(log_file, encoding="utf-8"))
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
         format="[%(asctime)s] %(message)s",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 from PIL import Image
+
+from errors import run_command
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--vae", "none", "--model", "SiT-Ti/8", "--image-size", "16", "--global-batch-size", "4", "--device", "cpu"]
@@ -52,6 +58,25 @@ def run(*words: object, ranks: int = 1, check: bool = True, timeout: int = 240) 
 def call(command: ModuleType, *words: object) -> None:
     """A command in this process: seconds less than :func:`run`, which pays for the imports."""
     command.main(command.parse_args([str(word) for word in words]))
+
+
+def run_here(command: ModuleType, *words: object) -> tuple[int, list[str]]:
+    """Run a command inside this process, which saves seconds of imports.
+
+    Returns:
+        exit code, lines on stderr.
+    """
+    text = io.StringIO()
+    argv = [f"{command.__name__}.py", *map(str, words)]
+    with contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", argv):
+        try:
+            run_command(command.main, command.parse_args)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            logging.basicConfig(force=True, handlers=[logging.NullHandler()])  # closes the run's log file
+    return code, text.getvalue().splitlines()
 
 
 def train_arguments(images: Path, masks: Path, results: Path, name: str, steps: int) -> list[str]:

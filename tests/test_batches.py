@@ -31,6 +31,12 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one():
     assert batches(range(9))[5:] == batches(range(5, 9))
 
 
+def test_another_batch_size_goes_on_where_the_images_seen_end():
+    before = [key for batch in StepBatches(7, 4, range(5), 3, 0, 1) for key in batch]
+    after = [key for batch in StepBatches(7, 6, range(5, 9), 3, 0, 1, images_seen=20) for key in batch]
+    assert before + after == [key for batch in StepBatches(7, 1, range(44), 3, 0, 1) for key in batch]
+
+
 def test_ranks_share_out_the_same_global_batch():
     whole, halves = batches(range(5)), [batches(range(5), rank, 2) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import checkpoint
 from checkpoint import (
@@ -18,8 +25,9 @@ from checkpoint import (
     launch_id,
     read_checkpoint,
     save_checkpoint,
+    write_atomically,
 )
-from errors import InputError
+from errors import InputError, one_line
 
 
 def state(step: int) -> dict:
@@ -53,6 +61,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(run, monkeypatch):
         save_checkpoint(path, state(1))
     assert path.read_bytes() == before
     assert [file.name for file in run.checkpoints.iterdir()] == ["0000001.pt"]
+
+
+def test_a_write_that_fails_names_the_file_and_the_mend(tmp_path, monkeypatch):
+    def full_disk(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "a.json", full_disk)
+    assert one_line(caught.value).startswith(f"{tmp_path / 'a.json'}: No space left on device. Free some space")
+
+
+def test_a_name_as_long_as_names_go_is_written(tmp_path):
+    write_atomically(tmp_path / ("n" * 255), lambda file: file.write(b"content"))
+    assert [path.name for path in tmp_path.iterdir()] == ["n" * 255]
 
 
 def test_only_the_newest_are_kept(run):
@@ -103,6 +125,46 @@ def test_exported_weights_are_read_with_their_config_and_without_the_command_lin
     assert b"someone" not in (tmp_path / "model.safetensors").read_bytes()
 
 
+def test_a_file_that_would_unpack_to_more_than_its_size_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    begun = time.perf_counter()
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "bomb.pt")
+    assert time.perf_counter() - begun < 1
+
+
+class Poison:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("part", ["model", "opt", "config"])
+def test_a_poisoned_checkpoint_runs_nothing(tmp_path, part):
+    torch.save(state(1) | {part: Poison(tmp_path / "ran")}, tmp_path / "poison.pt")
+    with pytest.raises(InputError, match="would run code"):
+        read_checkpoint(tmp_path / "poison.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(
+    pickled=st.binary(max_size=60),
+    start=st.sampled_from([b"", b"\x80\x02}q\x00", b"\x80\x02ccollections\nOrderedDict\n"]),
+)
+def test_random_pickles_in_a_whole_archive_are_refused_in_words(tmp_path_factory, pickled, start):
+    path = tmp_path_factory.mktemp("random") / "random.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", start + pickled)
+        archive.writestr("archive/version", b"3")
+        archive.writestr("archive/byteorder", b"little")
+    with pytest.raises(InputError):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])
 def test_a_damaged_export_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -110,11 +172,29 @@ def test_a_damaged_export_is_refused(tmp_path, content):
         read_checkpoint(tmp_path / "model.safetensors")
 
 
-def test_a_second_process_is_kept_out_of_the_run_folder(run):
-    run.lock()
-    code = f"from checkpoint import RunFolder; from pathlib import Path; RunFolder(Path({str(run.path)!r}), 1).lock()"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "another process works in this folder" in other.stderr
+def test_a_second_process_is_kept_out_and_the_loader_processes_of_a_killed_one_keep_nobody_out(run):
+    code = f"""if True:
+        import os, time
+        from pathlib import Path
+        from checkpoint import RunFolder
+        first = RunFolder(Path({str(run.path)!r}), 1)
+        first.lock()
+        if os.fork() == 0:
+            os.close(1)
+            time.sleep(600)
+        print(os.getpid(), flush=True)
+        time.sleep(600)"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        parent.stdout.readline()
+        with pytest.raises(InputError, match="another process works"):
+            run.lock()
+        parent.kill()
+        parent.wait()
+        run.lock()
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdout.close()
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(run):
@@ -132,12 +212,20 @@ def test_numbers_of_run_folders_are_never_reused(tmp_path):
     assert choose_run_folder(tmp_path, "mine", "SiT").name == "mine"
 
 
-def test_restarted_workers_continue_the_folder_of_their_launch(tmp_path, monkeypatch):
+def test_workers_that_torchrun_starts_again_continue_the_folder_of_their_launch(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     for name, launch in (("000-SiT", "other"), ("001-SiT", launch_id()), ("002-SiT", "other")):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".launch").write_text(launch)
+    assert choose_run_folder(tmp_path, None, "SiT").name == "001-SiT"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
     assert choose_run_folder(tmp_path, None, "SiT").name == "003-SiT"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+def test_a_command_started_twice_from_one_shell_is_no_restart(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    (tmp_path / "000-SiT").mkdir()
+    (tmp_path / "000-SiT" / ".launch").write_text(launch_id())
     assert choose_run_folder(tmp_path, None, "SiT").name == "001-SiT"
 
 

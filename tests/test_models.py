@@ -33,12 +33,6 @@ def seed() -> None:
     torch.manual_seed(1)
 
 
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets ``model.double()`` compute in float64 throughout: the model fixes some parts to float32 by ``.float()``."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 def inputs(batch: int = B) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, C, H, W), torch.rand(batch)
 
@@ -78,7 +72,7 @@ def class_conditional_sit(weights: dict, x, t, labels, heads: int = 4, depth: in
         for s in range(0, width, patch)
     ]
     h = torch.stack(tokens, dim=1) + weights["pos_embed"]
-    angles = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    angles = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, dtype=t.dtype) / 128)
     hidden = linear(torch.cat([angles.cos(), angles.sin()], dim=1), "t_embedder.mlp.0")
     c = linear(hidden * torch.sigmoid(hidden), "t_embedder.mlp.2")
     c = c + weights["y_embedder.embedding_table.weight"][labels]
@@ -111,7 +105,12 @@ def test_constant_mask_equals_the_class_conditional_sit(model, size):
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("hidden_size", "num_heads"), [(30, 3), (32, 5)])
+def test_a_width_that_does_not_divide_is_refused_at_once(make_model, hidden_size, num_heads):
+    with pytest.raises(ValueError, match=f"hidden size {hidden_size} is not divisible by 4 and by the {num_heads} h"):
+        make_model(hidden_size=hidden_size, num_heads=num_heads)
+
+
 def test_constant_mask_equals_the_class_conditional_sit_in_float64(model):
     x, t = torch.randn(B, C, H, W).double(), torch.rand(B).double()
     labels = torch.arange(B) % K
@@ -351,7 +350,7 @@ def test_soft_mask_gets_a_gradient_at_every_pixel_of_every_class(model):
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
-def test_gradient_through_heun_steps_agrees_with_finite_differences(make_model, monkeypatch, prediction, cfg_scale):
+def test_gradient_through_heun_steps_agrees_with_finite_differences(make_model, prediction, cfg_scale):
     solver = Sampler(create_transport(prediction=prediction)).sample_ode("heun", num_steps=4)
     x0, weight, y0 = torch.randn(2, C, H, W), torch.randn(2, C, H, W), soft_masks(2)
     # A small last layer keeps guided samples near unit size, so that four steps are a smooth function of the mask.
@@ -365,7 +364,6 @@ def test_gradient_through_heun_steps_agrees_with_finite_differences(make_model, 
     y32 = y0.clone().requires_grad_()
     (gradient32,) = torch.autograd.grad(objective(y32), y32)
 
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # see the fixture float64
     model.double()
     y = y0.double().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(y), y)
@@ -506,7 +504,7 @@ def test_time_scale_multiplies_t(make_model):
     t = torch.tensor([0.0, 0.3, 1.0])
     torch.testing.assert_close(scaled(t), plain(1000 * t))
     sinusoids = plain.sinusoids(t)
-    frequency = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    frequency = torch.exp(-math.log(10_000) * torch.arange(128, dtype=t.dtype) / 128)
     expected = torch.cat([(t[:, None] * frequency).cos(), (t[:, None] * frequency).sin()], dim=1)
     torch.testing.assert_close(sinusoids, expected, rtol=0, atol=1e-6)
 
