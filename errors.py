@@ -78,7 +78,7 @@ def one_line(error: Exception) -> str:
     """An error as one line; of the operating system's: file, what was wrong, how to mend it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         mend = f". {MENDS[error.errno]}." if error.errno in MENDS else "."
-        return f"{error.filename}: {error.strerror}{mend}"
+        return f"{error.filename2 or error.filename}: {error.strerror}{mend}"
     return " ".join(str(error).split())
 
 
