@@ -120,11 +120,11 @@ def test_training_that_may_write_small_files_only_goes_on_later(pairs, whole_run
 
 def test_sampling_that_may_write_small_files_only_goes_on_later(pairs, whole_run, whole_set, tmp_path):
     words = sampling(whole_run, pairs, tmp_path / "set")
-    for size, file in ((100, "settings.json"), (3_000, "manifest.csv"), (8_500, "set.npz")):
+    for size in (100, 3_000, 8_500):  # settings.json, manifest.csv, set.npz as things stand
         with largest_file(size):
             code, lines = run_here(sample_ddp, *words)
         assert_one_line(code, lines, "File too large")
-        assert file in lines[-1]
+        assert str(tmp_path) in lines[-1]
         assert not list(tmp_path.rglob("*.tmp"))
     with largest_file(500):
         code, lines = run_here(evaluate, "threshold", tmp_path / "set")
