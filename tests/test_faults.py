@@ -27,11 +27,12 @@ def pairs(tmp_path_factory) -> tuple[Path, Path]:
     return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
-def start(*words: object, ranks: int = 1) -> subprocess.Popen[str]:
+def start(*words: object, ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
     """The command in a process group of its own, so that all its processes can be killed at once."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += [f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [*launcher, ROOT / str(words[0]), *map(str, words[1:])],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -100,13 +101,99 @@ def test_killed_sampling_of_two_ranks_ends_with_the_bytes_of_an_unbroken_one(pai
     assert files[1] == files[0]
 
 
+def pid_of_rank(launcher: subprocess.Popen[str], rank: int) -> int | None:
+    """The process that torchrun runs as this rank now, where it runs."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():
+        try:
+            if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+                return int(pid)
+        except OSError:  # it has ended meanwhile
+            continue
+    return None
+
+
+def kill_rank(launcher: subprocess.Popen[str], rank: int, seen: Path, wait: float) -> bool:
+    """Kill one rank so many seconds after another file matching ``seen`` is there; False where all ended before."""
+    before = set(seen.parent.glob(seen.name))
+    while launcher.poll() is None and set(seen.parent.glob(seen.name)) <= before:
+        time.sleep(0.02)
+    time.sleep(wait)
+    pid = pid_of_rank(launcher, rank)
+    if pid is None:
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def test_sampling_goes_on_after_either_of_two_ranks_was_killed_at_random_moments(pairs, tmp_path):
+    run(*train_arguments(*pairs, tmp_path, "model", 2))
+    checkpoint = tmp_path / "model" / "checkpoints" / "0000002.pt"
+    fixed = ["--device", "cpu", "--precision", "float32", "--per-proc-batch-size", 2, "--num-sampling-steps", 4]
+    words = ["sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--samples-per-mask", 12, *fixed]
+    run(*words, "--sample-dir", tmp_path / "whole")
+    rng, kills, broken = random.Random(1), 0, tmp_path / "broken"
+    for number in range(MOST_KILLS):
+        launcher = start(*words, "--sample-dir", broken, ranks=2)
+        kills += kill_rank(launcher, number % 2, broken / "images" / "*.png", rng.uniform(0, 0.3))
+        launcher.communicate(timeout=120)
+        if launcher.returncode == 0:
+            break
+    run(*words, "--sample-dir", broken)
+    print(f"{kills} kills of one rank of two")
+    assert kills >= 2
+    files = [
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path / "whole", broken)
+    ]
+    assert files[1] == files[0]
+
+
+def test_a_run_without_name_goes_on_in_its_folder_when_torchrun_restarts_its_ranks(pairs, tmp_path):
+    words = [*train_arguments(*pairs, tmp_path / "killed", "x", 60), "--ckpt-every", "10", "--log-every", "7"]
+    name = words.index("--run-name")
+    killed = words[:name] + words[name + 2 :]
+    whole = [str(tmp_path / "whole") if word == str(tmp_path / "killed") else word for word in killed]
+    run(*whole, ranks=2)
+    launcher = start(*killed, ranks=2, restarts=3)
+    folder = tmp_path / "killed" / "000-SiT-Ti-8-Linear"
+    assert kill_rank(launcher, 1, folder / "checkpoints" / "*.pt", 0.1)
+    assert kill_rank(launcher, 0, folder / "checkpoints" / "*.pt", 0.2)
+    _, said = launcher.communicate(timeout=400)
+    assert launcher.returncode == 0, said
+    assert said.count("continuing after step") == 2
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [folder.name]
+    runs = [tmp_path / "whole" / folder.name, folder]
+    one, other = (read_checkpoint(run / "checkpoints" / "0000060.pt") for run in runs)
+    assert all(torch.equal(one[part][key], other[part][key]) for part in ("model", "ema") for key in one[part])
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    wanted = ("step", "train/loss", "train/grad_norm")
+    assert [[line[name] for name in wanted] for line in lines[1]] == [
+        [line[name] for name in wanted] for line in lines[0]
+    ]
+
+
+def test_a_rank_says_an_error_that_it_alone_has(pairs, tmp_path):
+    run(*train_arguments(*pairs, tmp_path, "model", 1))
+    in_the_way = tmp_path / "set" / "images" / "cell_1.png"
+    checkpoint = tmp_path / "model" / "checkpoints" / "0000001.pt"
+    words = ["sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set"]
+    words += ["--num-sampling-steps", 1, "--device", "cpu"]
+    run(*words)
+    in_the_way.unlink()
+    (in_the_way / "inside").mkdir(parents=True)
+    failed = run(*words, ranks=2, check=False)
+    assert failed.returncode != 0
+    assert f"sample_ddp.py: error (process 1): {in_the_way}: Is a directory." in failed.stderr
+
+
 def test_a_rank_that_dies_ends_the_others(pairs, tmp_path):
     process = start(*train_arguments(*pairs, tmp_path, "two", 100_000), "--ckpt-every", "5", ranks=2)
     while not list((tmp_path / "two" / "checkpoints").glob("*.pt")) and process.poll() is None:
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(pid_of_rank(process, 1), signal.SIGKILL)
     begun = time.monotonic()
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said  # torchrun names the one that died
+    assert "train.py: process 0 ends: another process of this launch is gone" in said or "Traceback" not in said
     assert time.monotonic() - begun < 60
