@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 # Distinct rows are padded to a multiple of this, so that a matrix product has few shapes: nothing recompiles, and the
 # same row comes out with the same bits whatever else is in the batch.
 ROW_MULTIPLE = 64
+MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill the memory
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,8 @@ class SiT(nn.Module):
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"input size {height} x {width} is not divisible by the patch size {patch_size}")
+        if height * width > MOST_TOKENS * patch_size**2:
+            raise ValueError(f"input size {height} x {width} gives above {MOST_TOKENS} patches of side {patch_size}")
         if hidden_size % 4 or hidden_size % num_heads:  # sines and cosines of rows and columns; equal heads
             raise ValueError(f"hidden size {hidden_size} is not divisible by 4 and by the {num_heads} heads")
         self.in_channels = in_channels

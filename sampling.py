@@ -119,6 +119,13 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
     """
     state = read_checkpoint(args.ckpt)
     config = state["config"]
+    try:
+        model = build_model(config["model"])
+        model.load_state_dict(state["model" if args.raw_weights else "ema"])
+        transport, data = create_transport(**config["transport"]), DataConfig.from_dict(config["data"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{args.ckpt}: its configuration is not as train.py writes it ({reason}).") from error
     check_against_checkpoint(args, config)
     space = load_space(args.vae or config["space"]["vae"], config["data"]["channels"])
     if space.fingerprint != config["space"]["fingerprint"]:
@@ -126,13 +133,11 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
             f"--vae {space.name}: not the autoencoder that {args.ckpt} was trained with (that was "
             f"{config['space']['vae']}); its latents mean something else. Give the original's folder."
         )
-    model = build_model(config["model"])
-    model.load_state_dict(state["model" if args.raw_weights else "ema"])
     return TrainedModel(
         model=model.to(machine.device).eval().requires_grad_(False),
-        transport=create_transport(**config["transport"]),
+        transport=transport,
         space=space.to(machine.device),
-        data=DataConfig.from_dict(config["data"]),
+        data=data,
         config=config,
         step=state["step"],
         sha256=file_sha256(args.ckpt),

@@ -56,7 +56,7 @@ from download import PUBLISHED_URLS, adapt_sit_weights, find_weights
 from errors import CommandParser, InputError, one_line, run_command
 from intensity import SourceIntensity, window_columns
 from latent_cache import LatentPairs
-from models import MaskRows, SiT, SiT_models, build_model, mask_rows, model_width, patch_size
+from models import MOST_TOKENS, MaskRows, SiT, SiT_models, build_model, mask_rows, model_width, patch_size
 from sampling import ImageSampler, SamplingSettings, image_seed
 from train_utils import (
     Machine,
@@ -296,6 +296,10 @@ def model_config(args: argparse.Namespace, space: Space) -> dict[str, Any]:
         raise InputError(
             f"--image-size {args.image_size} is not divisible by {unit} (autoencoder factor {space.factor} x patch "
             f"size {patch_size(args.model)} of {args.model}): give {sizes}."
+        )
+    if (args.image_size // unit) ** 2 > MOST_TOKENS:
+        raise InputError(
+            f"--image-size {args.image_size}: gives above {MOST_TOKENS} patches; {args.model} reads fewer."
         )
     return {
         "name": args.model,
@@ -559,7 +563,7 @@ class Training:
         if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
             problem = f"loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row"
         elif not torch.stack(norms).isfinite().all():
-            problem = "weights are not finite"
+            problem = "weights have blown up"
         else:
             return
         steps = run.steps()
@@ -800,11 +804,11 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
             started, steps_before = time.perf_counter(), step
         stopped = machine.any_rank(stop.signal is not None) and not last
         if step % args.ckpt_every == 0 or last or stopped:
-            save(training, run)
+            save(training, run, last)
         if machine.is_main and preview_is_due(training) and not stopped:
             save_preview(previews, run, step)
         if stopped:
-            logger.warning("signal received: saved at step %d, leaving; the same command continues", step)
+            logger.warning("signal received: leaving at step %d; the same command continues", step)
             sys.exit(EXIT_STOPPED_BY_SIGNAL)
     export_weights(training, run)
     machine.barrier()
@@ -812,9 +816,16 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     logger.info("done: %d steps; sample with --ckpt %s", total, run.checkpoint_path(total))
 
 
-def save(training: Training, run: RunFolder) -> None:
-    """A checkpoint of weights that are finite; all ranks come here together."""
+def save(training: Training, run: RunFolder, last: bool) -> None:
+    """A checkpoint of weights that are finite and were still learning; all ranks come here together.
+
+    In the middle of skipped steps nothing is saved but the end of the run: weights that have blown up can be finite,
+    and give no finite gradient any more. The steps since the checkpoint before are taken again.
+    """
     training.check_finite(run)
+    if training.skipped_in_a_row.item() and not last:
+        logger.warning("step %d was skipped (not finite): no checkpoint now", training.step)
+        return
     state = training.state()
     if training.machine.is_main:
         logger.info("saved %s", run.save(state))

@@ -1,0 +1,138 @@
+"""What a run takes from its checkpoint and what it refuses, and what a killed one makes up for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from script_helpers import run_here, train_arguments, write_pairs
+
+import train
+from checkpoint import read_checkpoint
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> tuple[Path, Path]:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def start(pairs: tuple[Path, Path], results: Path, name: str, steps: int, *more: object) -> tuple[int, str]:
+    """Train in this process; exit code and stderr."""
+    code, lines = run_here(train, *train_arguments(*pairs, results, name, steps)[1:], *more)
+    return code, "\n".join(lines)
+
+
+def newest(run: Path) -> dict:
+    return read_checkpoint(max((run / "checkpoints").glob("*.pt")))
+
+
+def test_what_a_run_was_started_from_stays_on_record_without_the_flag(pairs, tmp_path):
+    start(pairs, tmp_path, "one", 1)
+    first = tmp_path / "one" / "checkpoints" / "0000001.pt"
+    assert len(newest(tmp_path / "one")["trained_on"]) == 6
+    start(pairs, tmp_path, "two", 1, "--init-from", first)
+    code, _ = start(pairs, tmp_path, "two", 2)
+    state = newest(tmp_path / "two")
+    assert (code, state["step"]) == (0, 2)
+    assert state["config"]["train"]["init_from"] == str(first)
+    assert state["trained_on"] is None  # what the first weights have seen is not known
+    code, said = start(pairs, tmp_path, "two", 3, "--init-from", "elsewhere.pt")
+    assert code == 2 and f"contradicts --init-from elsewhere.pt (the checkpoint has {first})" in said
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../run", "a/b", "/tmp/run", "a\nb"])
+def test_a_run_name_that_is_no_plain_name_is_refused(pairs, tmp_path, name):
+    code, said = start(pairs, tmp_path / "results", name, 1)
+    assert code == 2 and "--run-name" in said and "--results-dir says where it lies" in said
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_that_is_a_loop_of_links_is_refused(pairs, tmp_path):
+    loop = tmp_path / "loop.pt"
+    loop.symlink_to(loop)
+    code, said = start(pairs, tmp_path, "run", 1, "--ckpt", loop)
+    assert code == 2 and f"--ckpt {loop}: no such file" in said
+
+
+def test_a_run_that_blows_up_stops_in_words_and_leaves_no_checkpoint_of_it(pairs, tmp_path):
+    code, said = start(pairs, tmp_path, "run", 60, "--lr", "1e30", "--ckpt-every", 3, "--log-every", 5)
+    assert code == 2
+    words = "train.py: error: step 3: weights have blown up at learning rate 1e+30. Start again with a lower --lr."
+    assert said.splitlines()[-1] == words
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_that_blows_up_later_names_its_last_good_checkpoint(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 2)
+    code, said = start(pairs, tmp_path, "run", 60, "--lr", "1e30", "--ckpt-every", 3, "--log-every", 5)
+    assert code == 2 and "checkpoints/0000002.pt is good: run the same command with a lower --lr." in said
+    code, said = start(pairs, tmp_path, "run", 4)
+    assert code == 0 and "changed on resume: --lr" not in said  # the file has the old rate
+    assert all(value.isfinite().all() for value in newest(tmp_path / "run")["model"].values())
+
+
+def test_the_autoencoder_of_a_run_may_move_and_not_change(pairs, tmp_path, autoencoder_folder):
+    latent = ["--model", "SiT-Ti/2", "--vae"]
+    moved = tmp_path / "moved"
+    shutil.copytree(autoencoder_folder, moved)
+    start(pairs, tmp_path, "run", 1, *latent, autoencoder_folder)
+    code, said = start(pairs, tmp_path, "run", 2, *latent, moved)
+    assert code == 0, said
+    weights = next(moved.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    code, said = start(pairs, tmp_path, "run", 3, *latent, moved)
+    assert code == 2 and "not the autoencoder that this run began with" in said
+
+
+def test_another_batch_size_goes_on_in_the_epochs_where_the_run_stopped(pairs, tmp_path):
+    words = train_arguments(*pairs, tmp_path, "run", 0)[1:]
+    where = words.index("--max-steps")
+    words = [*words[:where], *words[where + 2 :]]  # 6 images
+    assert run_here(train, *words, "--epochs", 2)[0] == 0  # 3 steps of 4
+    code, lines = run_here(train, *words, "--epochs", 4, "--global-batch-size", 6)
+    assert code == 0 and any("changed on resume: --global-batch-size: 4 -> 6" in line for line in lines)
+    state = newest(tmp_path / "run")
+    assert (state["step"], state["images_seen"]) == (5, 24)
+
+
+def test_what_a_killed_run_had_not_made_yet_is_made_when_nothing_else_is_left(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 2, "--export-safetensors")
+    made = [tmp_path / "run" / "previews" / "0000002.png", tmp_path / "run" / "model.safetensors"]
+    before = made[0].read_bytes()
+    for path in made:
+        path.unlink()
+    code, said = start(pairs, tmp_path, "run", 2, "--export-safetensors")
+    assert code == 0 and "nothing left to do" in said
+    assert made[0].read_bytes() == before and made[1].is_file()
+
+
+def test_other_images_than_before_are_said(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 1)
+    others = write_pairs(tmp_path / "others", seed=1)
+    code, said = start(others, tmp_path, "run", 2)
+    assert code == 0 and "changed on resume: the images are others than before (6 now)" in said
+    assert len(newest(tmp_path / "run")["trained_on"]) == 12
+
+
+def test_a_continued_run_is_the_same_run_at_wandb_and_no_file_holds_the_key(pairs, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + KEY)
+    for steps in (2, 4):
+        code, said = start(pairs, tmp_path, "run", steps, "--wandb")
+        assert code == 0 and KEY not in said
+    run = tmp_path / "run"
+    identity = (run / "wandb_id.txt").read_text().strip()
+    folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(name.endswith(f"-{identity}") for name in folders)
+    assert [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4]
+    assert torch.isfinite(newest(run)["sums"]).all()
