@@ -147,7 +147,7 @@ def test_key_knows_all_that_changes_an_image(space):
         latent_key(space, config, "b"),
         latent_key(other_space, config, "a"),
         *(latent_key(space, dataclasses.replace(config, **change), "a") for change in (
-            {"image_size": 32}, {"window": (1, 99)}, {"window_values": (3, 200)},
+            {"image_size": 32}, {"window": (1, 99)}, {"window_values": ((3, 200),) * 3},
         )),
     }  # fmt: skip
     assert len(keys) == 6
