@@ -23,7 +23,7 @@ endif
 DATA ?=
 QUICKSTART := quickstart/$(if $(DATA),$(shell basename "$(DATA)" | tr -c 'A-Za-z0-9._\n-' '_'),simulated)
 
-.PHONY: help lint format test test-slow quickstart quickstart-data clean-quickstart .venv
+.PHONY: help lint format test test-slow bench quickstart quickstart-data clean-quickstart .venv
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,10 @@ format: $(READY)  ## ruff writes its fixes and the layout
 
 test: $(READY)  ## the tests that run anywhere in minutes
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+PRESET ?= cpu
+bench: $(READY)  ## speed beside the way of SiT, minutes on an idle machine (PRESET=cpu or gpu); writes bench/
+	$(PYTHON) benchmarks/bench.py --preset $(PRESET) --output bench/$(PRESET)
 
 test-slow: $(READY)  ## every test; those that need a GPU skip without one
 	$(PYTHON) -m pytest -q

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from checked_files import CheckedFiles
 from checkpoint import file_sha256
 from errors import InputError, list_some
 from image_files import (
@@ -37,6 +39,7 @@ from image_files import (
     pair_files,
     read_image,
     read_mask,
+    read_size,
 )
 from mask_rules import (
     MASK_TYPES,
@@ -63,6 +66,8 @@ WINDOW_SCOPES = ("image", "dataset")
 SYMMETRIES = 8  # of the square
 WINDOW_CHANNELS = ("joint", "separate")
 ROBUST_PERCENTILES = (0.1, 99.9)
+PAIRS_WORTH_A_LOOK = 2000  # at their headers first
+SECONDS_BETWEEN_LINES = 20  # of the log, where no progress bar can be shown
 
 # Gray values (low, high) that become -1 and 1: one pair for all channels of an image, or one for each.
 Window = tuple[tuple[float, float], ...]
@@ -338,11 +343,15 @@ def _to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:
 def _for_all(function: Callable[[Any], Any], items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
     """``function`` of every item in order, by a few threads: decoders release the interpreter lock."""
     block = 256  # bounds what waits in memory
+    spoken = time.monotonic()
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=len(items), desc=title, unit="file", disable=None if progress else True) as bar,
     ):
         for start in range(0, len(items), block):
+            if progress and bar.disable and time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                logger.info("%s: %d of %d", title, start, len(items))
             for result in pool.map(function, items[start : start + block]):
                 bar.update()
                 yield result
@@ -373,6 +382,22 @@ def _refuse_bad(errors: Sequence[FileError], total: int, what: str) -> None:
         raise InputError(f"{len(errors)} of {total} {what} cannot be used. {'; '.join(faults[:3])}{more}")
 
 
+def refuse_bad_sizes(pairs: Sequence[Pair], config: DataConfig, what: str) -> None:
+    """Refuse what the headers of many files show, within seconds: the decode that follows may take long."""
+    if len(pairs) < PAIRS_WORTH_A_LOOK:
+        return
+
+    def check(pair: Pair) -> None:
+        image, mask = read_size(pair.image_path), read_size(pair.mask_path)
+        if image is not None:
+            _view_of_file(pair.image_path, image, config)
+        if image is not None and mask is not None:
+            _check_same_size(image, mask, pair.image_path, pair.mask_path)
+
+    errors = [one for one in _for_all(_or_error(check), pairs, "reading headers", False) if one is not None]
+    _refuse_bad(errors, len(pairs), what)
+
+
 class _Checked(NamedTuple):
     """What is kept of a pair when it was read for the first time, beside its pixels."""
 
@@ -381,21 +406,39 @@ class _Checked(NamedTuple):
     sample: np.ndarray  # (n, C) some gray values, for a window over all images
     brightest: float
     dtype: np.dtype
+    nbytes: int  # of the pixels as decoded
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain types, without the sample."""
+        plain = self._asdict() | {"stats": self.stats.to_plain(), "dtype": str(self.dtype)}
+        del plain["sample"]
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> _Checked:
+        """The inverse of :meth:`to_plain`, with an empty sample."""
+        read = {"stats": MaskStats.from_plain(plain["stats"]), "dtype": np.dtype(plain["dtype"])}
+        return cls(**plain | read | {"window": _as_tuples(plain["window"]), "sample": np.empty(0, read["dtype"])})
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, as JSON has them, as tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _read_pair(pair: Pair, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     image = fit_channels(read_image(pair.image_path), config.channels, pair.image_path)
     mask = read_mask(pair.mask_path)
-    _check_same_size(image, mask, pair.image_path, pair.mask_path)
+    _check_same_size(image.shape[:2], mask.shape[-2:], pair.image_path, pair.mask_path)
     return image, mask
 
 
-def _check_same_size(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:
-    if image.shape[:2] != mask.shape[-2:]:
-        height, width = mask.shape[-2:]
+def _check_same_size(image: Sequence[int], mask: Sequence[int], image_path: Path, mask_path: Path) -> None:
+    """Heights and widths must agree."""
+    if tuple(image) != tuple(mask):
         raise FileError(
             mask_path,
-            f"has {width} x {height} pixels, but its image {image_path.name} {image.shape[1]} x {image.shape[0]}: "
+            f"has {mask[1]} x {mask[0]} pixels, but its image {image_path.name} {image[1]} x {image[0]}: "
             "they must agree",
         )
 
@@ -404,7 +447,8 @@ class PairedFolder(torch.utils.data.Dataset):
     """Images and masks to train on, paired by name, all checked before the first step.
 
     Every file is decoded once at the start. As long as they fit ``memory_gb`` they stay in memory as stored (for --crop
-    center already resized), else they are read again at each access.
+    center already resized), else they are read again at each access. Then the next start decodes only files that are
+    new or changed.
 
     Attributes:
         pairs: what is trained on, sorted by name.
@@ -467,14 +511,24 @@ class PairedFolder(torch.utils.data.Dataset):
 
     def _read_all(self, what: str, budget: float, progress: bool) -> list[_Checked]:
         """Fill ``_images`` and ``_masks`` while they fit; the pixels are taken out of what is returned."""
-        checked, errors = [], []
+        memory, known = self._recall()
+        if sum(one.nbytes for one in known.values()) > budget:
+            self.in_memory = False  # so that what is known need not be decoded
+        else:
+            known = {}
+        todo = [index for index in range(len(self.pairs)) if index not in known]
+        refuse_bad_sizes([self.pairs[index] for index in todo], self.config, what)
+        errors = []
         used = 0.0
-        for result in _for_all(_or_error(self._check_pair), self.pairs, "reading pairs", progress):
+        check = _or_error(lambda index: self._check_pair(self.pairs[index]))
+        for index, result in zip(todo, _for_all(check, todo, "reading pairs", progress), strict=True):
             if isinstance(result, FileError):
                 errors.append(result)
                 continue
             image, mask, facts = result
-            checked.append(facts)
+            known[index] = facts
+            if memory is not None:
+                memory.remember(self.pairs[index].name, facts.to_plain())
             used += image.nbytes + mask.nbytes
             if used > budget and self.in_memory:
                 self.in_memory = False
@@ -482,20 +536,36 @@ class PairedFolder(torch.utils.data.Dataset):
             if self.in_memory:
                 self._images.append(image)
                 self._masks.append(mask)
+        if memory is not None and not self.in_memory:
+            memory.save()
         _refuse_bad(errors, len(self.pairs), what)
-        return checked
+        return [known[index] for index in range(len(self.pairs))]
+
+    def _recall(self) -> tuple[CheckedFiles | None, dict[int, _Checked]]:
+        """What earlier starts found out, by index. Nothing is remembered where one window is sought for all images."""
+        if self._seeks_common_window:
+            return None, {}
+        first = self.pairs[0]
+        folders = [str(path.absolute().parent) for path in (first.image_path, first.mask_path)]
+        memory = CheckedFiles(["pairs", *folders, self.config.to_dict()])
+        facts = [memory.recall(pair.name, [pair.image_path, pair.mask_path]) for pair in self.pairs]
+        return memory, {index: _Checked.from_plain(one) for index, one in enumerate(facts) if one is not None}
+
+    @property
+    def _seeks_common_window(self) -> bool:
+        return self.config.window_scope == "dataset" and self.config.window_values is None
 
     def _check_pair(self, pair: Pair) -> tuple[np.ndarray, np.ndarray, _Checked]:
         image, mask = _read_pair(pair, self.config)
         view = _view_of_file(pair.image_path, image.shape, self.config)
         stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir())
-        common = self.config.window_scope == "dataset" and self.config.window_values is None
+        common = self._seeks_common_window
         most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
         pixels = image.reshape(-1, image.shape[2])
         sample = pixels[:: max(1, image.size // most) if common else pixels.size].copy()  # a view would keep the image
         # The common window follows when all are read.
         window = ((0.0, 1.0),) if common else image_window(image, self.config)
-        facts = _Checked(stats, window, sample, float(image.max()), image.dtype)
+        facts = _Checked(stats, window, sample, float(image.max()), image.dtype, image.nbytes + mask.nbytes)
         return self._prepare_image(image, view), mask, facts
 
     def _prepare_image(self, image: np.ndarray, view: View) -> np.ndarray:
@@ -671,12 +741,38 @@ class MaskFolder:
         self.whole_scale = whole_scale
         self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
         self.names = sorted(self.paths)
-        results = list(_for_all(_or_error(self._check), self.names, "reading masks", progress))
-        _refuse_bad([one for one in results if isinstance(one, FileError)], len(results), f"masks of {mask_path}")
-        self._sizes = {name: size for name, (_, size) in zip(self.names, results, strict=True)}
-        stats = [stats for stats, _ in results]
+        checked = self._read_all(f"masks of {mask_path}", progress)
+        self._sizes = {name: size for name, (_, size) in checked.items()}
+        stats = [checked[name][0] for name in self.names]
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_path, normalize)
         logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
+
+    def _read_all(self, what: str, progress: bool) -> dict[str, tuple[MaskStats, tuple[int, int]]]:
+        """Facts about every mask, and its height and width; only files that are new or changed are decoded."""
+        folders = [
+            str(paths[self.names[0]].absolute().parent) for paths in (self.paths, self.image_paths) if paths is not None
+        ]
+        memory = CheckedFiles(["masks", *folders, self.config.to_dict(), self.whole_scale])
+        checked = {}
+        for name in self.names:
+            images = [] if self.image_paths is None else [self.image_paths[name]]
+            facts = memory.recall(name, [self.paths[name], *images])
+            if facts is not None:
+                checked[name] = MaskStats.from_plain(facts[0]), (facts[1], facts[2])
+        todo = [name for name in self.names if name not in checked]
+        if self.image_paths is not None and self.whole_scale is None:
+            pairs = [Pair(name, self.image_paths[name], self.paths[name]) for name in todo]
+            refuse_bad_sizes(pairs, self.config, what)
+        errors = []
+        for name, result in zip(todo, _for_all(_or_error(self._check), todo, "reading masks", progress), strict=True):
+            if isinstance(result, FileError):
+                errors.append(result)
+                continue
+            checked[name] = result
+            memory.remember(name, [result[0].to_plain(), *result[1]])
+        memory.save()
+        _refuse_bad(errors, len(self.names), what)
+        return checked
 
     def _read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         path = self.paths[name]
@@ -685,7 +781,7 @@ class MaskFolder:
             return mask, None
         image_path = self.image_paths[name]
         image = fit_channels(read_image(image_path), self.config.channels, image_path)
-        _check_same_size(image, mask, image_path, path)
+        _check_same_size(image.shape[:2], mask.shape[-2:], image_path, path)
         return mask, image
 
     def _check(self, name: str) -> tuple[MaskStats, tuple[int, int]]:

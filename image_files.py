@@ -36,6 +36,7 @@ MAX_CHANNELS = 64
 _BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PNG_START, _JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
 _PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
 _CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
@@ -224,6 +225,22 @@ def read_image(path: str | Path) -> np.ndarray:
     if array.dtype == np.float64:
         array = array.astype(np.float32)
     return _checked(np.ascontiguousarray(array), path)
+
+
+def read_size(path: str | Path) -> tuple[int, int] | None:
+    """(H, W) by the header alone, for a quick look at many files; None where only decoding can tell."""
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(24)
+            if start.startswith(_PNG_START) and start[12:16] == b"IHDR":
+                return int.from_bytes(start[20:24]), int.from_bytes(start[16:20])
+            if start.startswith(_JPEG_START):
+                file.seek(0)
+                with Image.open(file, formats=["JPEG"]) as image:
+                    return image.height, image.width
+    except Exception:  # noqa: BLE001 - what is wrong with the file is said when it is decoded
+        return None
+    return None
 
 
 def read_mask(path: str | Path) -> np.ndarray:

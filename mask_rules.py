@@ -8,7 +8,7 @@ likely types named: a wrong guess would train for hours on nonsense.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,17 @@ class MaskStats:
     ids: int = 0
     area: int = 0  # pixels above 0
     main_area: int = 0  # pixels in the largest connected piece of each id
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it; what has its default is left out."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {field.name: kept[field.name] for field in fields(self) if kept[field.name] != field.default}
+        return kept | {"dtype": str(self.dtype), "values": sorted(self.values)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> MaskStats:
+        """The inverse of :meth:`to_plain`."""
+        return cls(**plain | {"dtype": np.dtype(plain["dtype"]), "values": frozenset(plain["values"])})
 
 
 def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False) -> MaskStats:

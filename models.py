@@ -378,8 +378,8 @@ class SiT(nn.Module):
             c = t_emb[:1] + y.embedding  # (R, D), rows that all images share, at the time that all images share
         else:
             c = t_emb[y.image_of_row] + y.embedding  # (R, D), every row at the time of its image
-            if self.compiled:
-                torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
+        if self.compiled and y.row_of_token is not None:
+            torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         for block in self.blocks:
             x = self._run_block(block, x, c, y.row_of_token)  # (B, T, D)
         x = self.unpatchify(self.final_layer(x, c, y.row_of_token))  # (B, C or 2 C, H, W)

@@ -402,10 +402,11 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     start_logging(machine.is_main)
     trained = load_trained(args, machine)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
-    masks = MaskFolder(
-        args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
-        progress=machine.is_main, normalize=args.normalize_masks, whole_scale=field_scale(args, trained.data),
-    )  # fmt: skip
+    with machine.main_first():  # the files that it decoded need no second decode
+        masks = MaskFolder(
+            args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
+            progress=machine.is_main, normalize=args.normalize_masks, whole_scale=field_scale(args, trained.data),
+        )  # fmt: skip
     if args.tile:
         check_fields(args, masks.view_sizes(), trained.data.image_size)
     exports = [name for name in args.export if name != "plain"]

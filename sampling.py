@@ -198,7 +198,7 @@ class ImageSampler:
         space: of the checkpoint, on the machine's device.
         machine: device and precision of the model's calls and the decoder's; the solver's state stays float32.
         settings: solver and guidance.
-        compiled: run the network through torch.compile: one graph with guidance, one without, whatever the masks.
+        compiled: compile the network's blocks (the model given is changed): nothing recompiles for other masks.
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class ImageSampler:
     ) -> None:
         self.model = model
         self.compiled = compiled
-        self._guided = torch.compile(model.forward_with_cfg, fullgraph=True) if compiled else model.forward_with_cfg
+        if compiled:
+            model.compile_blocks()
         self.space = space
         self.machine = machine
         self.settings = settings
@@ -332,10 +333,7 @@ class ImageSampler:
     def _condition(self, prob_maps: Tensor) -> MaskCondition:
         """All that the network needs of the masks, once per image."""
         with self.machine.autocast():
-            condition = self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True)
-        if self.compiled and condition.row_of_token is not None:
-            torch._dynamo.mark_dynamic(condition.embedding, 0)  # else every new number of distinct rows recompiles
-        return condition
+            return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True)
 
     def _decode(self, x: Tensor) -> Tensor:
         """States (B, C, h, w) to images, in the machine's precision: the decoder costs more than a small network."""
@@ -352,7 +350,7 @@ class ImageSampler:
         if (low, high) != (0.0, 1.0) and not low <= float(t[0]) <= high:
             scale = 1.0
         with self.machine.autocast():
-            return self._guided(x, t, y, scale).float()
+            return self.model.forward_with_cfg(x, t, y, scale).float()
 
 
 def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> Callable[..., Tensor]:

@@ -18,6 +18,7 @@ import data
 import sample
 import sample_ddp
 import train
+from benchmarks import solver_error
 from checkpoint import read_checkpoint
 from data import center_view
 from errors import run_command
@@ -227,14 +228,19 @@ def test_restart_makes_what_is_missing_or_torn_and_nothing_else(whole_set, check
     assert kept.stat().st_mtime_ns == before
 
 
-def test_every_mask_is_read_once_to_check_it_and_once_to_draw_from_it(monkeypatch, checkpoint, pairs, tmp_path):
+def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_it(
+    monkeypatch, checkpoint, pairs, tmp_path
+):
     reads = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
     monkeypatch.setattr(sample_ddp, "write_contact_sheet", lambda *_: None)
-    arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set"]
-    arguments += ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", 1]
-    sample_ddp.main(sample_ddp.parse_args([str(word) for word in arguments]))
-    assert sorted(reads) == sorted(2 * [f"cell_{n}.png" for n in range(6)])
+    arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 1]
+    arguments += ["--device", "cpu", "--precision", "float32", "--sample-dir"]
+    for folder, times in (("first", 2), ("second", 1)):
+        reads.clear()
+        sample_ddp.main(sample_ddp.parse_args([str(word) for word in (*arguments, tmp_path / folder)]))
+        assert sorted(reads) == sorted(times * [f"cell_{n}.png" for n in range(6)])
 
 
 def test_a_set_made_with_other_settings_is_not_touched(monkeypatch, capsys, whole_set, checkpoint, pairs):
@@ -242,6 +248,27 @@ def test_a_set_made_with_other_settings_is_not_touched(monkeypatch, capsys, whol
     arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder, "--seed", 7]
     assert "seed 0 -> 7" in error_line(monkeypatch, capsys, sample_ddp, "ODE", *arguments)
     assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")} == files
+
+
+def test_error_of_few_calls_on_a_trained_network_falls_with_their_number(checkpoint, pairs, tmp_path):
+    arguments = [
+        "--ckpt",
+        checkpoint,
+        "--mask-path",
+        pairs[1],
+        "--num-images",
+        2,
+        "--output",
+        tmp_path / "new" / "curve",
+    ]
+    solver_error.main(solver_error.parse_args([str(word) for word in (*arguments, "--device", "cpu")]))
+    record = json.loads((tmp_path / "new" / "curve.json").read_text())
+    assert list(record["curves"]) == ["euler", "midpoint", "heun", "ab2"]
+    for rows in record["curves"].values():
+        assert [row["calls"] for row in rows][-1] in (99, 100)
+        assert rows[-1]["error"] <= rows[0]["error"]
+    assert record["curves"]["heun"][-1]["error"] == 0
+    assert (tmp_path / "new" / "curve.png").is_file()
 
 
 def test_exported_weights_sample_like_the_checkpoint(checkpoint, trained, pairs, tmp_path):

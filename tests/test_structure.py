@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "tiling"},
     {"models", "transport", "image_files", "mask_rules", "autoencoder", "checkpoint", "wandb_utils"},
+    {"checked_files"},
     {"data", "download"},
     {"export", "batches"},
     {"train_utils"},

@@ -1,0 +1,141 @@
+"""What was decoded whole once is not decoded again, unless it changed; many files are looked at by their headers."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from script_helpers import write_pairs
+
+import data
+from benchmarks import many_files
+from data import DataConfig, MaskFolder, PairedFolder
+from errors import InputError
+from image_files import read_image, read_mask, read_size
+from mask_rules import MaskStats, mask_stats
+
+CONFIG = DataConfig(16)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs")
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """Names of the masks decoded so far."""
+    names: list[str] = []
+    monkeypatch.setattr(data, "read_mask", lambda path: names.append(path.name) or read_mask(path))
+    return names
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_pairs_beyond_the_memory_are_decoded_once_and_again_where_they_changed(pairs, reads, crop):
+    config = DataConfig(16, crop=crop, window=(1, 99))
+    first = PairedFolder(*pairs, config, memory_gb=0)
+    assert sorted(reads) == [f"cell_{n}.png" for n in range(6)]
+    reads.clear()
+    second = PairedFolder(*pairs, config, memory_gb=0)
+    assert reads == [] and not second.in_memory
+    assert second.rule == first.rule and second.windows == first.windows
+    Image.fromarray(np.zeros((24, 20), np.uint8)).save(pairs[1] / "cell_2.png")
+    PairedFolder(*pairs, config, memory_gb=0)
+    assert reads == ["cell_2.png"]
+    reads.clear()
+    PairedFolder(*pairs, DataConfig(16, crop=crop), memory_gb=0)  # other windows: nothing is known
+    assert len(reads) == 6
+
+
+def test_pairs_that_fit_the_memory_are_read_at_every_start(pairs, reads):
+    for _ in range(2):
+        assert PairedFolder(*pairs, CONFIG).in_memory
+    assert len(reads) == 12
+
+
+def test_masks_are_decoded_once_and_their_views_stay_known(pairs, reads):
+    first = MaskFolder(pairs[1], CONFIG)
+    reads.clear()
+    second = MaskFolder(pairs[1], CONFIG)
+    assert reads == [] and second.rule == first.rule
+    assert second.view("cell_3") == second.load("cell_3").view
+
+
+def test_a_damaged_file_is_found_at_every_start_and_the_rest_is_remembered(pairs, reads):
+    path = pairs[1] / "cell_1.png"
+    path.write_bytes(path.read_bytes()[:80])
+    for expected in (6, 1):
+        reads.clear()
+        with pytest.raises(InputError, match=r"cell_1\.png"):
+            MaskFolder(pairs[1], CONFIG)
+        assert len(reads) == expected
+
+
+def test_a_folder_of_nuclei_is_decoded_again_when_one_of_its_files_changed(tmp_path, reads):
+    for name in ("a", "b"):
+        (tmp_path / "nuclei" / name).mkdir(parents=True)
+        Image.fromarray(np.eye(20, dtype=np.uint8)).save(tmp_path / "nuclei" / name / "1.png")
+    MaskFolder(tmp_path / "nuclei", CONFIG)
+    reads.clear()
+    inner = tmp_path / "nuclei" / "b" / "1.png"
+    os.utime(inner, ns=(0, 0))
+    MaskFolder(tmp_path / "nuclei", CONFIG)
+    assert reads == ["b"]
+
+
+def test_a_cache_that_cannot_be_written_or_read_costs_a_decode_only(pairs, reads, tmp_path, monkeypatch):
+    MaskFolder(pairs[1], CONFIG)
+    (stored,) = (tmp_path / "cache").rglob("*.gz")
+    stored.write_bytes(stored.read_bytes()[:50])
+    reads.clear()
+    MaskFolder(pairs[1], CONFIG)
+    assert len(reads) == 6
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pairs[1] / "cell_0.png"))  # no folder can be made below a file
+    MaskFolder(pairs[1], CONFIG)
+    assert len(reads) == 12
+
+
+def test_facts_of_a_mask_survive_json():
+    rng = np.random.default_rng(0)
+    masks = [
+        rng.integers(0, 300, (9, 7)).astype(np.uint16),
+        np.full((3, 9, 7), 1 / 3, np.float32),
+        np.eye(9, dtype="u1"),
+    ]
+    for mask in masks:
+        stats = mask_stats("a", mask)
+        assert MaskStats.from_plain(json.loads(json.dumps(stats.to_plain()))) == stats
+
+
+def test_headers_tell_the_size_that_decoding_tells_or_nothing(disk_pairs):
+    sizes = {path.suffix: (read_size(path), read_image(path).shape[:2]) for path in (disk_pairs / "images").iterdir()}
+    assert all(by_header in (None, decoded) for by_header, decoded in sizes.values())
+    assert all(sizes[suffix][0] == (40, 52) for suffix in (".png", ".jpg", ".jpeg"))
+    (disk_pairs / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert read_size(disk_pairs / "broken.png") is None and read_size(disk_pairs / "absent.png") is None
+
+
+def test_sizes_of_many_files_are_refused_before_any_is_decoded(pairs, reads, monkeypatch):
+    monkeypatch.setattr(data, "PAIRS_WORTH_A_LOOK", 5)
+    Image.fromarray(np.zeros((21, 20), np.uint8)).save(pairs[1] / "cell_2.png")
+    with pytest.raises(InputError, match=r"cell_2\.png.*20 x 21 pixels.*20 x 24"):
+        PairedFolder(*pairs, CONFIG)
+    with pytest.raises(InputError, match=r"6 of 6.*smaller than --image-size 64"):
+        PairedFolder(*pairs, DataConfig(64, crop="random"))
+    assert reads == []
+
+
+def test_the_benchmark_of_many_files_runs(capsys):
+    many_files.main(many_files.parse_args(["--count", "20"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[2:6]] == [
+        "training, first start", "training, second start", "sampling, first start", "sampling, second start",
+    ]  # fmt: skip
