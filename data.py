@@ -409,16 +409,19 @@ class _Checked(NamedTuple):
     nbytes: int  # of the pixels as decoded
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain types, without the sample."""
+        """Plain types; of the sample only its number of channels."""
         plain = self._asdict() | {"stats": self.stats.to_plain(), "dtype": str(self.dtype)}
-        del plain["sample"]
-        return plain
+        return plain | {"sample": self.sample.shape[1]}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> _Checked:
         """The inverse of :meth:`to_plain`, with an empty sample."""
         read = {"stats": MaskStats.from_plain(plain["stats"]), "dtype": np.dtype(plain["dtype"])}
-        return cls(**plain | read | {"window": _as_tuples(plain["window"]), "sample": np.empty(0, read["dtype"])})
+        return cls(
+            **plain
+            | read
+            | {"window": _as_tuples(plain["window"]), "sample": np.empty((0, plain["sample"]), read["dtype"])}
+        )
 
 
 def _as_tuples(value: Any) -> Any:
