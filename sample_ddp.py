@@ -391,10 +391,8 @@ def main(args: argparse.Namespace) -> None:
     if args.npz and args.tile:
         raise InputError("--npz holds images of one size, and --tile keeps each mask's own: leave one of them out.")
     machine = start_machine(args.device, args.precision)
-    try:
-        sample(args, settings, machine)
-    finally:
-        stop_machine()
+    sample(args, settings, machine)
+    stop_machine()  # not after an error: the others would leave, and torchrun end this process, before it has said it
 
 
 @torch.inference_mode()

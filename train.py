@@ -668,10 +668,8 @@ class StopRequest:
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=False)
     machine = start_machine(args.device, args.precision)
-    try:
-        train(args, machine)
-    finally:
-        stop_machine()
+    train(args, machine)
+    stop_machine()  # not after an error: the others would leave, and torchrun end this process, before it has said it
 
 
 def train(args: argparse.Namespace, machine: Machine) -> None:
