@@ -43,6 +43,24 @@ def start(*words: object, ranks: int = 1, restarts: int = 0) -> subprocess.Popen
     )
 
 
+def wait_for_new_file(process: subprocess.Popen[str], seen: Path) -> None:
+    """Until one file more matches ``seen``, or the process has ended."""
+    before = set(seen.parent.glob(seen.name))
+    while process.poll() is None and set(seen.parent.glob(seen.name)) <= before:
+        time.sleep(0.02)
+
+
+def sample_unbroken(pairs: tuple[Path, Path], folder: Path, samples_per_mask: int) -> list[object]:
+    """Train a model and draw a whole set in FOLDER/whole; the command, which lacks its --sample-dir only."""
+    run(*train_arguments(*pairs, folder, "model", 2))
+    checkpoint = folder / "model" / "checkpoints" / "0000002.pt"
+    fixed = ["--device", "cpu", "--precision", "float32", "--per-proc-batch-size", 2, "--num-sampling-steps", 4]
+    words = ["sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1]]
+    words += ["--samples-per-mask", samples_per_mask, *fixed]
+    run(*words, "--sample-dir", folder / "whole")
+    return words
+
+
 def kill_until_done(words: list[object], seen: Path, number: int, ranks: int = 1) -> int:
     """Start, kill when a file matching ``seen`` is there and some random time has passed, and start again.
 
@@ -58,9 +76,7 @@ def kill_until_done(words: list[object], seen: Path, number: int, ranks: int = 1
     rng = random.Random(0)
     for kills in range(MOST_KILLS):
         process = start(*words, ranks=ranks)
-        before = set(seen.parent.glob(seen.name))
-        while process.poll() is None and set(seen.parent.glob(seen.name)) <= before:
-            time.sleep(0.02)
+        wait_for_new_file(process, seen)
         try:
             process.wait(rng.uniform(0, 0.5))
         except subprocess.TimeoutExpired:
@@ -88,11 +104,7 @@ def test_killed_training_ends_with_the_weights_of_an_unbroken_run(pairs, tmp_pat
 
 
 def test_killed_sampling_of_two_ranks_ends_with_the_bytes_of_an_unbroken_one(pairs, tmp_path):
-    run(*train_arguments(*pairs, tmp_path, "model", 2))
-    checkpoint = tmp_path / "model" / "checkpoints" / "0000002.pt"
-    fixed = ["--device", "cpu", "--precision", "float32", "--per-proc-batch-size", 2, "--num-sampling-steps", 4]
-    words = ["sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--samples-per-mask", 6, *fixed]
-    run(*words, "--sample-dir", tmp_path / "whole")
+    words = sample_unbroken(pairs, tmp_path, samples_per_mask=6)
     broken = tmp_path / "broken"
     assert kill_until_done([*words, "--sample-dir", broken], broken / "images" / "*.png", signal.SIGKILL, ranks=2) > 0
     files = [
@@ -115,9 +127,7 @@ def pid_of_rank(launcher: subprocess.Popen[str], rank: int) -> int | None:
 
 def kill_rank(launcher: subprocess.Popen[str], rank: int, seen: Path, wait: float) -> bool:
     """Kill one rank so many seconds after another file matching ``seen`` is there; False where all ended before."""
-    before = set(seen.parent.glob(seen.name))
-    while launcher.poll() is None and set(seen.parent.glob(seen.name)) <= before:
-        time.sleep(0.02)
+    wait_for_new_file(launcher, seen)
     time.sleep(wait)
     pid = pid_of_rank(launcher, rank)
     if pid is None:
@@ -127,11 +137,7 @@ def kill_rank(launcher: subprocess.Popen[str], rank: int, seen: Path, wait: floa
 
 
 def test_sampling_goes_on_after_either_of_two_ranks_was_killed_at_random_moments(pairs, tmp_path):
-    run(*train_arguments(*pairs, tmp_path, "model", 2))
-    checkpoint = tmp_path / "model" / "checkpoints" / "0000002.pt"
-    fixed = ["--device", "cpu", "--precision", "float32", "--per-proc-batch-size", 2, "--num-sampling-steps", 4]
-    words = ["sample_ddp.py", "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--samples-per-mask", 12, *fixed]
-    run(*words, "--sample-dir", tmp_path / "whole")
+    words = sample_unbroken(pairs, tmp_path, samples_per_mask=12)
     rng, kills, broken = random.Random(1), 0, tmp_path / "broken"
     for number in range(MOST_KILLS):
         launcher = start(*words, "--sample-dir", broken, ranks=2)
