@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--recompute-activations",
         action="store_true",
-        help="keep less for the backward pass and compute it again: much less memory, about a third slower",
+        help="keep less for the backward pass and compute it again: much less memory, slower steps",
     )
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of AdamW")
     group.add_argument("--warmup-steps", type=non_negative_int, default=100, help="steps until the full learning rate")
