@@ -133,6 +133,8 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
             f"--vae {space.name}: not the autoencoder that {args.ckpt} was trained with (that was "
             f"{config['space']['vae']}); its latents mean something else. Give the original's folder."
         )
+    if machine.precision == "bf16":
+        model.keep_weights_in(torch.bfloat16)
     return TrainedModel(
         model=model.to(machine.device).eval().requires_grad_(False),
         transport=transport,

@@ -306,7 +306,10 @@ class Bench:
     def modulation_row(self, setup: Setup, kind: str, y: torch.Tensor, end: float) -> Row:
         """The three modulations for masks y (B, K, S, S)."""
         model = setup.build(self.machine.device, num_classes=y.shape[1]).eval().requires_grad_(False)
-        own, shared = model.embed_mask(y), model.embed_mask(y, share_rows=True)
+        if self.machine.precision == "bf16":
+            model.keep_weights_in(torch.bfloat16)
+        with self.machine.autocast():
+            own, shared = model.embed_mask(y), model.embed_mask(y, share_rows=True)
         image = MaskCondition(own.embedding[:, :1], own.detail)
         conditions = {"per token": own, "distinct rows": shared, "per image": image}
         runs = {name: partial(self.time_calls, model, condition) for name, condition in conditions.items()}

@@ -49,6 +49,7 @@ class Mode:
     single_when_unguided: bool = True  # else both halves are computed at guidance 1, too
     background_writers: bool = True  # else the main thread encodes the PNGs
     decode_in_chunks: bool = True
+    weights_rounded_once: bool = True  # else autocast rounds them at every call
     one_condition_per_image: bool = False  # no way of ours: what the modulation would cost without masks
 
 
@@ -58,8 +59,8 @@ TRAINING_SWITCHES = (
     "compiled",
 )  # fmt: skip
 SAMPLING_SWITCHES = (
-    "bf16", "distinct_rows", "fixed_solver", "single_when_unguided", "background_writers", "decode_in_chunks",
-    "compiled",
+    "bf16", "weights_rounded_once", "distinct_rows", "fixed_solver", "single_when_unguided", "background_writers",
+    "decode_in_chunks", "compiled",
 )  # fmt: skip
 
 
@@ -362,7 +363,10 @@ class SamplingBench:
 
     def sampler(self, mode: Mode) -> SwitchedSampler:
         if mode not in self.samplers:
-            model = copy.deepcopy(self.model) if mode.compiled else self.model
+            rounded = mode.bf16 and mode.weights_rounded_once
+            model = copy.deepcopy(self.model) if mode.compiled or rounded else self.model
+            if rounded:
+                model.keep_weights_in(torch.bfloat16)
             self.samplers[mode] = SwitchedSampler(
                 model, self.transport, self.space, self.machine, self.guidance, mode, self.setup.steps
             )

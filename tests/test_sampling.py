@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import shutil
@@ -127,6 +128,21 @@ def test_a_compiled_sampler_draws_the_same_images(large_sampler):
     y = partly_noise(4, 40)
     difference = large_sampler(True)(y, SEEDS[:4]) - large_sampler(False)(y, SEEDS[:4])
     assert difference.abs().max() < 2 / 255
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 2.0}], ids=["plain", "guided"])
+def test_weights_rounded_once_draw_the_same_bits_as_weights_rounded_at_every_call(make_model, settings):
+    model = make_model(mask_pixels=2)
+    machine = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="bf16")
+    settings = SamplingSettings(num_steps=2, **settings)
+    once = copy.deepcopy(model).keep_weights_in(torch.bfloat16)
+    images = [
+        ImageSampler(one, create_transport(), PixelSpace(4), machine, settings)(masks(3), SEEDS[:3])
+        for one in (model, once)
+    ]
+    assert once.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert torch.equal(*images)
 
 
 @torch.inference_mode()
