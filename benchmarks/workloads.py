@@ -326,7 +326,8 @@ class SwitchedSampler(ImageSampler):
     def _condition(self, prob_maps: Tensor) -> MaskCondition:
         if self.mode.distinct_rows and not self.mode.one_condition_per_image:
             return super()._condition(prob_maps)
-        condition = self.model.embed_mask(prob_maps.to(self.machine.device))
+        with self.machine.autocast():
+            condition = self.model.embed_mask(prob_maps.to(self.machine.device))
         if self.mode.one_condition_per_image:
             return MaskCondition(condition.embedding[:, :1], condition.detail)
         return condition
