@@ -252,9 +252,14 @@ def check_compiler() -> None:
     Raises:
         InputError: there is none.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if not has_compiler():
+        compiler = os.environ.get("CXX", "g++")
         raise InputError(f"--compile: no C++ compiler {compiler}. Install it or name one in CXX, or drop the flag.")
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile would call is there."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 # ------------------------------------------------------------------------------------------- processes and precision

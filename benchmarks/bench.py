@@ -6,7 +6,7 @@
 
 writes OUTPUT.json, OUTPUT.md (a table) and OUTPUT.png after every part. ``as-sit`` is float32 (or TF32), an online
 autoencoder, a modulation per token, a Python EMA loop, AdamW that is not fused, dopri5, guidance that doubles
-everywhere and PNGs on the main thread; ``without X`` is ours with one optimisation turned off. ``--as-sit`` times only
+everywhere and PNGs on the main thread; ``without X`` is ours with one optimisation turned off, ``with X`` with one turned on. ``--as-sit`` times only
 ours and that baseline.
 
 All modes of a table run in turn, round after round, on the same weights: a ratio is the median over the rounds of the
@@ -227,7 +227,11 @@ class Bench:
 
     def modes(self, setup: Setup, switches: tuple[str, ...]) -> dict[str, Mode]:
         space = self.space if setup.latents and self.space is not None else PixelSpace()
-        modes = modes_of(self.ours, switches, space)
+        ours, on_cpu = self.ours, self.machine.device.type == "cpu"
+        if switches is TRAINING_SWITCHES and on_cpu:
+            ours = replace(ours, distinct_rows=False)  # as train.py does in bf16
+        switches = tuple(name for name in switches if name != "plain_attention" or on_cpu)
+        modes = modes_of(ours, switches, space)
         if setup.latents and self.space is None:  # the baseline without its autoencoder is the better for it
             modes["as-sit"] = replace(AS_SIT, cached_latents=True)
         brief = self.args.as_sit or setup.brief
@@ -410,10 +414,12 @@ def rank_worker(args: argparse.Namespace, machine: Machine) -> None:
     setup = replace(PRESETS[args.preset].scaling, steps=5)
     with tempfile.TemporaryDirectory() as folder:
         bench = TrainingBench(setup, machine, None if setup.latents else PixelSpace(), Path(folder))
+        if machine.device.type == "cpu":
+            bench.model.use_plain_attention()  # here and not by the mode, whose twin would not be distributed
         if machine.world_size > 1:
             device_ids = [machine.device.index] if machine.device.type == "cuda" else None
             bench.wrapped = DistributedDataParallel(bench.model, device_ids=device_ids, gradient_as_bucket_view=True)
-        timing = bench(Mode(compiled=False))
+        timing = bench(Mode(compiled=False, plain_attention=False))
     if machine.is_main:
         write_json(args.output.with_suffix(".json"), timing.seconds)
 

@@ -25,7 +25,7 @@ from data import DataConfig, PairedFolder, to_prob_map
 from image_files import encode_image
 from models import MaskCondition, MaskRows, SiT, SiT_models, mask_rows
 from sampling import ImageSampler, SamplingSettings
-from train_utils import Machine, to_uint8, update_ema
+from train_utils import Machine, has_compiler, to_uint8, update_ema
 from transport import Transport, create_transport
 
 NUM_CLASSES = 2
@@ -44,6 +44,7 @@ class Mode:
     foreach_ema: bool = True  # else a Python loop over the parameters
     no_sync: bool = True  # else the loss is read at every step
     background_batches: bool = True  # else a batch is fetched when it is asked for
+    plain_attention: bool = True  # on a CPU in bf16, see SiT.use_plain_attention
     compiled: bool = True
     fixed_solver: bool = True  # Heun; else dopri5 at atol 1e-6, rtol 1e-3
     single_when_unguided: bool = True  # else both halves are computed at guidance 1, too
@@ -56,7 +57,7 @@ class Mode:
 AS_SIT = Mode(**dict.fromkeys((field.name for field in fields(Mode)), False))
 TRAINING_SWITCHES = (
     "bf16", "cached_latents", "distinct_rows", "fused_adamw", "foreach_ema", "no_sync", "background_batches",
-    "compiled",
+    "plain_attention", "compiled",
 )  # fmt: skip
 SAMPLING_SWITCHES = (
     "bf16", "weights_rounded_once", "distinct_rows", "fixed_solver", "single_when_unguided", "background_writers",
@@ -65,15 +66,17 @@ SAMPLING_SWITCHES = (
 
 
 def modes_of(ours: Mode, switches: tuple[str, ...], space: Space) -> dict[str, Mode]:
-    """Ours, SiT's way, ours without each optimisation that it has, and ours with one condition per image."""
-    latents = isinstance(space, LatentSpace)
-    only_latents = ("cached_latents", "decode_in_chunks")
-    off = [name for name in switches if getattr(ours, name) and (latents or name not in only_latents)]
+    """Ours, SiT's way, ours with each switch turned alone, and ours with one condition per image."""
+    only_latents = () if isinstance(space, LatentSpace) else ("cached_latents", "decode_in_chunks")
     modes = {"ours": ours, "as-sit": AS_SIT}
-    if "fixed_solver" in off:
+    if "fixed_solver" in switches:
         modes["as-sit, our solver"] = replace(AS_SIT, fixed_solver=True)  # the same number of network calls
-    modes |= {f"without {name.replace('_', ' ')}": replace(ours, **{name: False}) for name in off}
-    return modes | {"one condition per image": replace(ours, one_condition_per_image=True)}
+    for name in switches:
+        on = getattr(ours, name)
+        if name in only_latents or (name == "compiled" and not on and not has_compiler()):
+            continue
+        modes[f"{'without' if on else 'with'} {name.replace('_', ' ')}"] = replace(ours, **{name: not on})
+    return modes | {"one condition per image": replace(ours, one_condition_per_image=True, distinct_rows=False)}
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ class Setup:
         return model
 
     def transport(self) -> Transport:
-        """As the training command chooses it."""
-        return create_transport() if self.latents else create_transport(prediction="data", loss_weight="velocity")
+        """The velocity, which the training command chooses for these networks."""
+        return create_transport()
 
 
 def sd_autoencoder(device: torch.device) -> LatentSpace:
@@ -200,21 +203,26 @@ class TrainingBench:
         self.model = setup.build(machine.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.wrapped: nn.Module = self.model
-        self._compiled: SiT | None = None
+        self._twins: dict[tuple[bool, bool], SiT] = {}
         self.transport = setup.transport()
         images = PairedFolder(*write_pairs(folder, setup.image_size), DataConfig(setup.image_size))
         self.datasets = {False: images, True: CachedLatents(setup) if setup.latents else images}
         self.rows: list[int] = []
 
-    def network(self, compiled: bool) -> nn.Module:
-        """The network, or its compiled twin, which has the same parameters."""
-        if not compiled:
+    def network(self, mode: Mode) -> nn.Module:
+        """The network, or a twin of it that is compiled or attends otherwise and has the same parameters."""
+        plain = mode.plain_attention and mode.bf16 and self.machine.device.type == "cpu"
+        if not mode.compiled and not plain:
             return self.wrapped
-        if self._compiled is None:
+        twin = (mode.compiled, plain)
+        if twin not in self._twins:
             kept = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-            self._compiled = copy.deepcopy(self.model, kept)
-            self._compiled.compile_blocks()
-        return self._compiled
+            self._twins[twin] = model = copy.deepcopy(self.model, kept)
+            if plain:
+                model.use_plain_attention()
+            if mode.compiled:
+                model.compile_blocks()
+        return self._twins[twin]
 
     def batches(self, mode: Mode, steps: int) -> Iterator[Batch]:
         """The loader of the training command, with or without its background thread."""
@@ -250,7 +258,7 @@ class TrainingBench:
 
     def step(self, mode: Mode, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One optimiser step."""
-        device, network = self.machine.device, self.network(mode.compiled)
+        device, network = self.machine.device, self.network(mode)
         images = {name: batch[name].to(device, non_blocking=True) for name in ("image", "mean", "std") if name in batch}
         y = to_prob_map(batch["mask"].to(device, non_blocking=True), NUM_CLASSES)
         x1 = self.latents(mode, images)

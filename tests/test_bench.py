@@ -55,15 +55,17 @@ def test_arithmetic_of_a_solver_step_is_what_torch_counts(model):
     assert sit_flops(model, 7, 7, with_mask=False).modulation == 2 * 7 * 32 * (2 * 6 + 2) * 32
 
 
-def test_every_optimisation_is_turned_off_alone_and_all_of_them_in_the_baseline():
+def test_every_optimisation_is_turned_alone_and_all_are_off_in_the_baseline():
     ours = Mode(compiled=False)
     modes = modes_of(ours, TRAINING_SWITCHES, PixelSpace())
     assert not any(asdict(modes["as-sit"]).values()) and modes["as-sit"] == AS_SIT
     for name, mode in modes.items():
-        if name.startswith("without"):
+        word, _, switch = name.partition(" ")
+        if word in ("with", "without"):
             changed = [field for field in asdict(ours) if getattr(mode, field) != getattr(ours, field)]
-            assert [field.replace("_", " ") for field in changed] == [name.removeprefix("without ")]
-    assert "without cached latents" not in modes and "without compiled" not in modes
+            assert [field.replace("_", " ") for field in changed] == [switch]
+            assert getattr(mode, changed[0]) == (word == "with")
+    assert "without bf16" in modes and "without cached latents" not in modes and "without compiled" not in modes
 
 
 def test_every_part_writes_numbers_a_table_and_a_plot(tmp_path):
@@ -88,7 +90,7 @@ def test_compiled_twin_trains_the_same_parameters(tmp_path, monkeypatch):
     before = [parameter.clone() for parameter in run.model.parameters()]
     assert run(Mode(compiled=True)).seconds > 0
     assert counter.frame_count > 0
-    twin = run.network(True)
+    twin = run.network(Mode(compiled=True))
     assert all(one is other for one, other in zip(run.model.parameters(), twin.parameters(), strict=True))
     assert any(not torch.equal(one, other) for one, other in zip(run.model.parameters(), before, strict=True))
 

@@ -618,3 +618,13 @@ def test_gradients_of_many_tokens_are_summed_in_float32():
     rows = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
     spread_rows(rows, torch.zeros(1, 1000, dtype=torch.long)).sum().backward()
     assert rows.grad.tolist() == [[1000.0] * 3, [0.0] * 3]  # a sum in bf16 stays at 256
+
+
+@pytest.mark.parametrize(("side", "fused"), [(16, False), (24, True)], ids=["256 tokens", "576 tokens"])
+def test_plain_attention_is_the_same_attention_and_left_alone_on_long_sequences(make_model, side, fused):
+    model = make_model(input_size=side, patch_size=1, hidden_size=8, num_heads=2, depth=1)
+    x, y = torch.randn(1, 4, side, side), torch.ones(1, 3, side, side) / 3
+    before = model(x, torch.tensor([0.3]), y)
+    model.use_plain_attention()
+    torch.testing.assert_close(model(x, torch.tensor([0.3]), y), before)
+    assert [block.attn.fused_attn for block in model.blocks] == [fused]

@@ -32,7 +32,8 @@ def make_training(tmp_path: Path) -> Callable[..., train.Training]:
         space = PixelSpace()
         config = {"model": train.model_config(args, space), "transport": train.transport_config(args)}
         config["model"].update(name="SiT-Ti/4", mask_pixels=4)
-        training = train.Training(args, config, Machine(0, 1, torch.device("cpu"), "float32"), space)
+        machine = Machine(0, 1, torch.device("cpu"), "float32" if args.precision == "auto" else args.precision)
+        training = train.Training(args, config, machine, space)
         training.total_steps = 100
         with torch.no_grad():
             for parameter in training.model.parameters():
@@ -88,6 +89,17 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole_batch(make_training, exp
     close_to(take_steps(training), expected)
     assert training.step == training.since_log == 2
     assert {int(state["step"]) for state in training.optimizer.state.values()} == {2}
+
+
+def test_on_a_cpu_in_bf16_attention_is_plain_and_its_update_that_of_the_fused_one(make_training):
+    found = {}
+    for plain in (True, False):
+        training = make_training("--precision", "bf16")
+        assert not training.share_rows and not training.model.blocks[0].attn.fused_attn
+        training.model.blocks[0].attn.fused_attn = not plain
+        found[plain] = take_steps(training, count=1)
+    for name, value in found[False].items():
+        assert (found[True][name] - value).norm() <= 0.03 * value.norm() + 1e-7, name
 
 
 def test_distinct_rows_give_the_update_of_a_modulation_per_token(make_training, expected):

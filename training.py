@@ -1,0 +1,247 @@
+"""The state of one run and the step that changes it; train.py is the command around it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from autoencoder import Space
+from batches import Batch
+from checkpoint import RunFolder
+from data import PairedFolder, to_prob_map
+from download import adapt_sit_weights, find_weights
+from errors import InputError
+from models import MaskRows, SiT, build_model, mask_rows
+from sampling import ImageSampler, SamplingSettings, image_seed
+from train_utils import Machine, grid_image, mask_picture, seed_step, update_ema
+from transport import Transport, create_transport
+
+MOST_SKIPPED_IN_A_ROW = 20
+
+
+class Training:
+    """Model, EMA, optimiser and counters of one run: what a checkpoint holds, and the step that changes it."""
+
+    def __init__(self, args: argparse.Namespace, config: dict[str, Any], machine: Machine, space: Space) -> None:
+        self.args = args
+        self.config = config
+        self.machine = machine
+        self.space = space
+        torch.manual_seed(args.seed)  # the same initial weights on every rank
+        self.model: SiT = build_model(config["model"]).to(machine.device)
+        self.ema: SiT = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.wrapped: nn.Module = self.model
+        self.transport: Transport = create_transport(**config["transport"])
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+        )
+        self.step = 0
+        self.images_seen = 0  # over all processes
+        self.total_steps = 0
+        self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
+        self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
+        self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
+        self.since_log = 0
+        self.share_rows = not self._on_cpu_in_bf16  # there, gathering rows costs what sharing them saves
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
+
+    def state(self) -> dict[str, Any]:
+        """What is saved; all ranks come here together. The sums are the ranks' own, for the metrics file."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "config": self.config,
+            "trained_on": self.trained_on,
+            "intensity": self.intensity,
+            "sums": self.machine.from_all(self.sums.cpu()),
+            "since_log": self.since_log,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["opt"])
+        for group in self.optimizer.param_groups:  # the command line's, which may have changed
+            group["weight_decay"] = self.args.weight_decay
+        self.step = state["step"]
+        self.images_seen = state["images_seen"]
+        self.trained_on = state.get("trained_on")
+        same_ranks = len(state["sums"]) == self.machine.world_size
+        self.sums.copy_(state["sums"][self.machine.rank] if same_ranks else state["sums"].mean(0))
+        self.since_log = state["since_log"]
+
+    def start_from(self, source: str) -> list[str]:
+        """Take the weights of another run or of published SiT; returns the report of what was kept and what is new."""
+        found = find_weights(source)
+        weights, report = adapt_sit_weights(found.state_dict, self.model)
+        self.model.load_state_dict(weights)
+        self.ema.load_state_dict(weights)
+        lines = report.lines()
+        trained_as = {"prediction": "velocity", "path_type": "Linear"}
+        if found.config is None and any(self.config["transport"][name] != value for name, value in trained_as.items()):
+            lines.append("warning: SiT's weights predict the velocity on the Linear path, and this run does not")
+        if found.config is None and self.config["model"]["time_scale"] != 1:
+            lines.append("warning: SiT's weights were trained with --time-scale 1, and this run is not")
+        return lines
+
+    @property
+    def _on_cpu_in_bf16(self) -> bool:
+        return self.machine.device.type == "cpu" and self.machine.precision == "bf16"
+
+    def prepare_model(self) -> None:
+        """Compile, recompute and distribute as asked. The averaged model, a copy made before, stays as it is."""
+        self.model.recompute = self.args.recompute_activations
+        if self._on_cpu_in_bf16:
+            self.model.use_plain_attention()
+        if self.args.compile:
+            self.model.compile_blocks()
+        if self.machine.world_size > 1:
+            device_ids = [self.machine.device.index] if self.machine.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(
+                self.model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """What is found out on the CPU, in the background: the distinct rows of hard masks, for every part."""
+        if self.share_rows and not batch["mask"].is_floating_point():
+            parts = batch["mask"].chunk(self.args.accumulate)
+            batch["rows"] = [mask_rows(part, self.args.num_classes, self.model.grid) for part in parts]
+        return batch
+
+    def lr_factor(self) -> float:
+        """Warm-up over the first steps, constant, and a straight fall over the last ``--cooldown-steps``."""
+        args = self.args
+        warmup = (self.step + 1) / max(1, args.warmup_steps)
+        cooldown = (self.total_steps - self.step) / max(1, args.cooldown_steps)
+        return min(1.0, warmup, cooldown)
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimiser step on this rank's part of the batch; nothing here waits for the device."""
+        args, machine = self.args, self.machine
+        seed_step(args.seed, self.step, machine.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * self.lr_factor()
+        self.wrapped.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate_gradients(batch)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
+        # A step with a non-finite gradient is skipped inside the fused optimiser, on every rank alike and without a
+        # look at the number from here (the protocol that torch.amp.GradScaler uses).
+        bad = (~torch.isfinite(norm)).float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        update_ema(self.ema, self.model, args.ema_decay, self.step)
+        good = 1 - bad
+        self.sums += torch.stack([torch.nan_to_num(loss) * good, torch.nan_to_num(norm) * good, bad])
+        self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad)
+        self.step += 1
+        self.images_seen += args.global_batch_size
+        self.since_log += 1
+
+    def _accumulate_gradients(self, batch: Batch) -> Tensor:
+        """Gradient of the mean loss, part by part. All is drawn for the whole batch, so the number of parts changes
+        the memory and not the update. Ranks exchange gradients once, during the last part."""
+        device, parts = self.machine.device, self.args.accumulate
+        x1 = self._to_latents(batch)  # (B, C, H, W)
+        masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.args.num_classes)  # (B, K, S, S)
+        t, x0 = self.transport.sample_times(len(x1), device), torch.randn_like(x1)
+        drop = self.model.draw_dropped(len(x1), device)  # (B,)
+        drops = [None] * parts if drop is None else drop.chunk(parts)
+        rows = [found.to(device) for found in batch["rows"]] if "rows" in batch else [None] * parts
+        tensors = (tensor.chunk(parts) for tensor in (x1, masks, t, x0))
+        total = torch.zeros((), device=device)
+        for number, (x1, y, t, x0, drop, found) in enumerate(zip(*tensors, drops, rows, strict=True), start=1):
+            with self.wrapped.no_sync() if number < parts and self.machine.world_size > 1 else nullcontext():
+                kwargs = {"y": y, "drop": drop, "rows": found}
+                losses = self.transport.training_losses(self._predict, x1, kwargs, t=t, x0=x0)
+                loss = losses["loss"].sum() / len(batch["mask"])
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _to_latents(self, batch: Batch) -> Tensor:
+        """Images of a batch, or the moments that they were encoded to before, -> (B, C, H, W) float32."""
+        device = self.machine.device
+        if "moments" in batch:
+            return self.space.draw(*batch["moments"].to(device, non_blocking=True).unbind(1))
+        with self.machine.autocast():
+            return self.space.encode(batch["image"].to(device, non_blocking=True)).float()
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, rows: MaskRows | None) -> Tensor:
+        with self.machine.autocast():
+            return self.wrapped(x, t, y, drop=drop, rows=rows).float()
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means since the last call; the only place of the loop that waits for the device."""
+        sums = self.sums.clone()
+        if self.machine.world_size > 1:
+            dist.all_reduce(sums)
+            sums /= self.machine.world_size
+        loss, norm, skipped = sums.tolist()
+        taken = max(1.0, self.since_log - skipped)
+        self.sums.zero_()
+        self.since_log = 0
+        return {"train/loss": loss / taken, "train/grad_norm": norm / taken, "train/skipped_steps": skipped}
+
+    def steps_in_all(self, num_images: int) -> int:
+        """The step at which the run ends, from ``--max-steps``, else from the images that ``--epochs`` leave to see."""
+        left = self.args.epochs * num_images - self.images_seen
+        return self.args.max_steps or self.step + max(0, math.ceil(left / self.args.global_batch_size))
+
+    def check_finite(self, run: RunFolder) -> None:
+        """Stop a run that has diverged before it is saved.
+
+        Raises:
+            InputError: with step, learning rate and last checkpoint.
+        """
+        norms = torch._foreach_norm([*self.model.parameters(), *self.ema.parameters()])
+        if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
+            problem = f"loss or gradient was not finite {MOST_SKIPPED_IN_A_ROW} times in a row"
+        elif not torch.stack(norms).isfinite().all():
+            problem = "weights have blown up"
+        else:
+            return
+        steps = run.steps()
+        good = f"{run.checkpoint_path(steps[-1])} is good: run the same command" if steps else "Start again"
+        raise InputError(f"step {self.step}: {problem} at learning rate {self.args.lr:g}. {good} with a lower --lr.")
+
+
+class Previews:
+    """Fixed examples of the data, drawn again at every preview: rows of mask | real | generated."""
+
+    def __init__(self, dataset: PairedFolder, training: Training, count: int = 4) -> None:
+        examples = [self._with_cells(dataset, index) for index in np.linspace(0, len(dataset) - 1, count).astype(int)]
+        self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
+        masks = torch.stack([example["mask"] for example in examples])
+        self.prob_maps = to_prob_map(masks, training.args.num_classes)  # (n, K, S, S)
+        settings = SamplingSettings(cfg_scale=training.args.cfg_scale)
+        self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
+
+    @staticmethod
+    def _with_cells(dataset: PairedFolder, index: int, tries: int = 8) -> dict[str, Tensor]:
+        """A view of the image that shows a cell, where a few tries find one."""
+        for draw in range(tries):
+            example = dataset.example(index, rng=np.random.default_rng((index, draw)))
+            if example["mask"].dtype != torch.uint8 or example["mask"].any():
+                break
+        return example
+
+    @torch.inference_mode()
+    def draw(self) -> np.ndarray:
+        """(H, W, 3) uint8 grid."""
+        seeds = [image_seed(0, index) for index in range(len(self.images))]
+        generated = self.sampler(self.prob_maps, seeds)
+        triples = zip(self.prob_maps, self.images, generated, strict=True)
+        return grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
