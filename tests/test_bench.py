@@ -68,7 +68,15 @@ def test_every_optimisation_is_turned_alone_and_all_are_off_in_the_baseline():
     assert "without bf16" in modes and "without cached latents" not in modes and "without compiled" not in modes
 
 
-def test_every_part_writes_numbers_a_table_and_a_plot(tmp_path):
+@pytest.fixture
+def counter(monkeypatch) -> CompileCounter:
+    """Compiled graphs run as they are: no C++ compiler is needed."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def test_every_part_writes_numbers_a_table_and_a_plot(tmp_path, counter):
     parts = ["modulation", "training", "sampling", "scaling"]
     words = ["--preset", "tiny", "--device", "cpu", "--parts", *parts, "--output", str(tmp_path / "out" / "tiny")]
     bench.main(bench.parse_args(words))
@@ -83,9 +91,7 @@ def test_every_part_writes_numbers_a_table_and_a_plot(tmp_path):
     assert (tmp_path / "out" / "tiny.png").stat().st_size > 1000
 
 
-def test_compiled_twin_trains_the_same_parameters(tmp_path, monkeypatch):
-    counter = CompileCounter()  # runs the graphs as they are: no C++ compiler is needed
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+def test_compiled_twin_trains_the_same_parameters(tmp_path, counter):
     run = TrainingBench(bench.PRESETS["tiny"].training[0], CPU, PixelSpace(), tmp_path / "pairs")
     before = [parameter.clone() for parameter in run.model.parameters()]
     assert run(Mode(compiled=True)).seconds > 0
