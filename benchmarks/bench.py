@@ -264,7 +264,8 @@ class Bench:
         return rows
 
     def sampling(self, end: float) -> list[Row]:
-        setups = [(setup, guidance) for setup in self.preset.sampling for guidance in (1.0, 4.0)]
+        chosen = self.preset.sampling[:1] if self.args.ckpt else self.preset.sampling  # --ckpt brings its own network
+        setups = [(setup, guidance) for setup in chosen for guidance in (1.0, 4.0)]
         rows = []
         for number, (setup, guidance) in enumerate(setups):
             setup, model = self.trained(setup)

@@ -26,7 +26,7 @@ from mask_rules import to_prob_map
 
 logger = logging.getLogger(__name__)
 
-JUDGE_VERSION = 1  # raise it when the same data and settings would give another judge
+JUDGE_VERSION = 2  # raise it when the same data and settings would give another judge
 CHANNELS = (16, 32, 64, 128)
 WINDOW_BATCH = 16  # windows of a large image judged at once
 LOG_EVERY = 100
@@ -51,8 +51,7 @@ class Judge:
     Args:
         network: (B, C, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
         device: where it runs.
-        side: of the squares that it learned from; larger images are judged in overlapping windows of it, because the
-            network's norms look at all that they are given.
+        side: of the squares that it learned from; larger images are judged in overlapping windows of it.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, side: int) -> None:
@@ -126,13 +125,17 @@ def judged_channels(config: DataConfig) -> int:
 
 
 def build_network(num_classes: int, seed: int = 0, channels: int = 3) -> nn.Module:
-    """The U-Net of MONAI that the judge is (Ronneberger et al. 2015, arXiv 1505.04597); the global stream stays put."""
+    """The U-Net of MONAI that the judge is (Ronneberger et al. 2015, arXiv 1505.04597); the global stream stays put.
+
+    Norms are over the batch: MONAI's default, over the instance, blows up the noise of a window without cells, and two
+    of five seeds then found cells there (AP at IoU 0.5 of nuclei 0.35 and 0.46 instead of 0.75).
+    """
     strides = (2,) * (len(CHANNELS) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet(
             spatial_dims=2, in_channels=channels, out_channels=num_classes, channels=CHANNELS, strides=strides,
-            num_res_units=1,
+            num_res_units=1, norm="batch",
         )  # fmt: skip
 
 
