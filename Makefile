@@ -6,8 +6,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# Threads that wait asleep: spinning ones bring training on a CPU to a crawl as soon as another process wants a core.
-export OMP_WAIT_POLICY ?= PASSIVE
+# How long threads spin before they sleep (GNU OpenMP). Its own choice, milliseconds, brings training on a CPU to a crawl
+# as soon as another process wants a core; no spinning takes 1.26 times as long on an idle machine, this 1.08 times.
+export GOMP_SPINCOUNT ?= 5000
 
 BASE_PYTHON ?= python3
 VENV := .venv
