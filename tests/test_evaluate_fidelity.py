@@ -27,7 +27,15 @@ from evaluation.fidelity import (
     split_pairs,
     write_fidelity_report,
 )
-from evaluation.judge import JudgeConfig, build_network, judge_key, load_or_train_judge, predict
+from evaluation.judge import (
+    Judge,
+    JudgeConfig,
+    build_network,
+    judge_key,
+    load_or_train_judge,
+    predict,
+    train_judge,
+)
 from evaluation.overlap import dice
 from evaluation.samples import SampleSet
 
@@ -153,6 +161,20 @@ def test_border_class_separates_touching_cells():
 def test_judge_takes_sides_that_are_no_multiple_of_its_stride():
     network = build_network(3)
     assert predict(network, torch.zeros(2, 3, 19, 26)).shape == (2, 3, 19, 26)
+
+
+def test_judge_finds_nothing_in_the_noise_of_an_empty_window(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    nothing = np.zeros((SIZE, SIZE), bool)
+    for seed in range(16):  # every second pair without a cell
+        cells = cells_at(seed) if seed % 2 else nothing
+        Image.fromarray(noisy(cells, seed)).save(tmp_path / "images" / f"{seed}.png")
+        Image.fromarray(label_of(cells)).save(tmp_path / "masks" / f"{seed}.png")
+    pairs = PairedFolder(tmp_path / "images", tmp_path / "masks", DataConfig(SIZE), "binary")
+    network = train_judge(pairs, JudgeConfig(num_classes=2, steps=150, seed=1), CPU)
+    found = Judge(network, CPU, SIZE).class_maps([noisy(nothing, 100 + seed) for seed in range(20)])
+    assert (found > 0).any(axis=(1, 2)).sum() <= 1
 
 
 def test_judge_is_deterministic_cached_and_retrained_when_torn(real, tmp_path):
