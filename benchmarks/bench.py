@@ -6,8 +6,8 @@
 
 writes OUTPUT.json, OUTPUT.md (a table) and OUTPUT.png after every part. ``as-sit`` is float32 (or TF32), an online
 autoencoder, a modulation per token, a Python EMA loop, AdamW that is not fused, dopri5, guidance that doubles
-everywhere and PNGs on the main thread; ``without X`` is ours with one optimisation turned off, ``with X`` with one turned on. ``--as-sit`` times only
-ours and that baseline.
+everywhere and PNGs on the main thread; ``without X`` is ours with one optimisation turned off, ``with X`` with one
+turned on that is off by default. ``--as-sit`` times only ours and that baseline.
 
 All modes of a table run in turn, round after round, on the same weights: a ratio is the median over the rounds of the
 ratio within a round, with the lowest and the highest. Absolute numbers hold for a quiet machine only. Utilisation is
