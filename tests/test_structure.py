@@ -22,7 +22,7 @@ LAYERS = [
     {"train_utils"},
     {"intensity"},
     {"sampling", "latent_cache"},
-    {"evaluation"},
+    {"evaluation", "training"},
     {"train", "sample", "sample_ddp", "evaluate", "make_masks"},
 ]
 COMMANDS = LAYERS[-1]
