@@ -81,8 +81,7 @@ class MaskStats:
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON can hold it; what has its default is left out."""
-        kept = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = {field.name: kept[field.name] for field in fields(self) if kept[field.name] != field.default}
+        kept = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
         return kept | {"dtype": str(self.dtype), "values": sorted(self.values)}
 
     @classmethod
