@@ -321,6 +321,11 @@ def find_state(args: argparse.Namespace, run: RunFolder) -> dict[str, Any] | Non
     return run.newest() or (read_checkpoint(args.ckpt) if args.ckpt else None)
 
 
+def saved_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the run that wrote a checkpoint, with what it chose where a flag was left out."""
+    return config["train"] | config["transport"] | {"time_scale": config["model"]["time_scale"]}
+
+
 def merge_arguments(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
     """Take from the checkpoint what was not given on the command line.
 
@@ -455,7 +460,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     logger.info("run folder: %s", run.path)
     state = find_state(args, run)
     if state is not None:
-        for change in merge_arguments(args, state["config"]["train"]):
+        for change in merge_arguments(args, saved_arguments(state["config"])):
             logger.info("changed on resume: %s", change)
     check_latent_cache(args)
 

@@ -61,6 +61,7 @@ from models import MaskCondition, SiT, build_model  # noqa: E402
 from train_utils import (  # noqa: E402
     DEVICES,
     Machine,
+    has_compiler,
     positive_float,
     positive_int,
     start_machine,
@@ -295,7 +296,8 @@ class Bench:
 
     @torch.inference_mode()
     def modulation(self, end: float) -> list[Row]:
-        """One network call of a solver step: modulation per token, per distinct row, per image; three kinds of mask."""
+        """One network call of a solver step: modulation per token, per distinct row, per image; three kinds of mask,
+        and the first of them compiled where there is a compiler."""
         setup, size, batch = self.preset.modulation, self.preset.modulation.image_size, self.preset.modulation.batch
         fine = to_prob_map(torch.from_numpy(draw_masks(batch, 3 * size)), NUM_CLASSES)
         kinds = {
@@ -303,16 +305,20 @@ class Bench:
             "binary, resized by area": torch.nn.functional.interpolate(fine, (size, size), mode="area"),
             "three classes": to_prob_map(torch.from_numpy(draw_masks(batch, size, num_classes=3)), 3),
         }
+        compiled = {"binary, compiled"} if has_compiler() else set()
+        kinds |= {name: kinds["binary"] for name in compiled}
         return [
-            self.modulation_row(setup, kind, y.to(self.machine.device), share(end, number, len(kinds)))
+            self.modulation_row(setup, kind, y.to(self.machine.device), kind in compiled, share(end, number, len(kinds)))
             for number, (kind, y) in enumerate(kinds.items())
         ]
 
-    def modulation_row(self, setup: Setup, kind: str, y: torch.Tensor, end: float) -> Row:
+    def modulation_row(self, setup: Setup, kind: str, y: torch.Tensor, compiled: bool, end: float) -> Row:
         """The three modulations for masks y (B, K, S, S)."""
         model = setup.build(self.machine.device, num_classes=y.shape[1]).eval().requires_grad_(False)
         if self.machine.precision == "bf16":
             model.keep_weights_in(torch.bfloat16)
+        if compiled:
+            model.compile_blocks()
         with self.machine.autocast():
             own, shared = model.embed_mask(y), model.embed_mask(y, share_rows=True)
         image = MaskCondition(own.embedding[:, :1], own.detail)
@@ -415,12 +421,10 @@ def rank_worker(args: argparse.Namespace, machine: Machine) -> None:
     setup = replace(PRESETS[args.preset].scaling, steps=5)
     with tempfile.TemporaryDirectory() as folder:
         bench = TrainingBench(setup, machine, None if setup.latents else PixelSpace(), Path(folder))
-        if machine.device.type == "cpu":
-            bench.model.use_plain_attention()  # here and not by the mode, whose twin would not be distributed
         if machine.world_size > 1:
             device_ids = [machine.device.index] if machine.device.type == "cuda" else None
             bench.wrapped = DistributedDataParallel(bench.model, device_ids=device_ids, gradient_as_bucket_view=True)
-        timing = bench(Mode(compiled=False, plain_attention=False))
+        timing = bench(Mode(compiled=False))
     if machine.is_main:
         write_json(args.output.with_suffix(".json"), timing.seconds)
 

@@ -203,26 +203,24 @@ class TrainingBench:
         self.model = setup.build(machine.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.wrapped: nn.Module = self.model
-        self._twins: dict[tuple[bool, bool], SiT] = {}
+        self._twins: dict[bool, SiT] = {}  # with plain attention, and without
         self.transport = setup.transport()
         images = PairedFolder(*write_pairs(folder, setup.image_size), DataConfig(setup.image_size))
         self.datasets = {False: images, True: CachedLatents(setup) if setup.latents else images}
         self.rows: list[int] = []
 
     def network(self, mode: Mode) -> nn.Module:
-        """The network, or a twin of it that is compiled or attends otherwise and has the same parameters."""
+        """The network with the attention of the mode, or a compiled twin of it with the same parameters."""
         plain = mode.plain_attention and mode.bf16 and self.machine.device.type == "cpu"
-        if not mode.compiled and not plain:
+        if not mode.compiled:
+            self.model.use_plain_attention(plain)
             return self.wrapped
-        twin = (mode.compiled, plain)
-        if twin not in self._twins:
+        if plain not in self._twins:
             kept = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-            self._twins[twin] = model = copy.deepcopy(self.model, kept)
-            if plain:
-                model.use_plain_attention()
-            if mode.compiled:
-                model.compile_blocks()
-        return self._twins[twin]
+            self._twins[plain] = model = copy.deepcopy(self.model, kept)
+            model.use_plain_attention(plain)
+            model.compile_blocks()
+        return self._twins[plain]
 
     def batches(self, mode: Mode, steps: int) -> Iterator[Batch]:
         """The loader of the training command, with or without its background thread."""

@@ -45,6 +45,16 @@ def test_what_a_run_was_started_from_stays_on_record_without_the_flag(pairs, tmp
     assert code == 2 and f"contradicts --init-from elsewhere.pt (the checkpoint has {first})" in said
 
 
+def test_defaults_may_be_given_by_hand_on_resume_and_other_values_not(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 1)
+    chosen = {"--time-scale": "1000", "--prediction": "velocity", "--time-sampling": "logit-normal", "--time-mean": "0"}
+    by_hand = [word for flag in chosen.items() for word in flag]
+    assert start(pairs, tmp_path, "run", 2, *by_hand)[0] == 0
+    for flag, value in {"--time-scale": "1", "--prediction": "data", "--time-mean": "-1"}.items():
+        code, said = start(pairs, tmp_path, "run", 3, flag, value)
+        assert code == 2 and f"contradicts {flag} {value}" in said.replace(".0 ", " ")
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../run", "a/b", "/tmp/run", "a\nb"])
 def test_a_run_name_that_is_no_plain_name_is_refused(pairs, tmp_path, name):
     code, said = start(pairs, tmp_path / "results", name, 1)
