@@ -305,11 +305,11 @@ class Bench:
             "binary, resized by area": torch.nn.functional.interpolate(fine, (size, size), mode="area"),
             "three classes": to_prob_map(torch.from_numpy(draw_masks(batch, size, num_classes=3)), 3),
         }
-        compiled = {"binary, compiled"} if has_compiler() else set()
-        kinds |= {name: kinds["binary"] for name in compiled}
+        runs = [(kind, y, False) for kind, y in kinds.items()]
+        runs += [("binary, compiled", kinds["binary"], True)] if has_compiler() else []
         return [
-            self.modulation_row(setup, kind, y.to(self.machine.device), kind in compiled, share(end, number, len(kinds)))
-            for number, (kind, y) in enumerate(kinds.items())
+            self.modulation_row(setup, kind, y.to(self.machine.device), compiled, share(end, number, len(runs)))
+            for number, (kind, y, compiled) in enumerate(runs)
         ]
 
     def modulation_row(self, setup: Setup, kind: str, y: torch.Tensor, compiled: bool, end: float) -> Row:

@@ -18,7 +18,7 @@ import data
 import sample
 import sample_ddp
 import train
-from benchmarks import solver_error
+from benchmarks import same_images, solver_error
 from checkpoint import read_checkpoint
 from data import center_view
 from errors import run_command
@@ -271,6 +271,23 @@ def test_curve_of_error_against_network_calls_of_a_trained_network(checkpoint, p
         assert all(0 <= row["error"] <= row["largest"] < 255 for row in rows)
     assert record["curves"]["heun"][-1]["error"] == 0
     assert (tmp_path / "new" / "curve.png").is_file()
+
+
+def test_batch_size_and_precision_hardly_move_an_image(checkpoint, pairs, monkeypatch, capsys):
+    monkeypatch.setattr(same_images, "has_compiler", lambda: False)
+    words = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 4, "--device", "cpu"]
+    same_images.main(same_images.parse_args([str(word) for word in words]))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| float", "| bf"))]
+    largest = {(row[1].strip(), int(row[2])): int(row[4]) for row in rows}
+    assert largest[("float32", 16)] == 0 and largest[("float32", 5)] <= 2
+    assert 0 < largest[("bf16", 16)] <= 4 and largest[("bf16", 5)] <= 4
+
+
+def test_differences_are_those_of_gray_values():
+    reference = np.zeros((1, 2, 2, 1), np.uint8)
+    images = np.array([0, 3, 255, 0], np.uint8).reshape(1, 2, 2, 1)
+    assert same_images.differences(images, reference) == (255, 64.5, 0.5)
+    assert same_images.differences(reference, images) == (255, 64.5, 0.5)
 
 
 def test_exported_weights_sample_like_the_checkpoint(checkpoint, trained, pairs, tmp_path):
