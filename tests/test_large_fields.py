@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_helpers import run
+from torch._dynamo.testing import CompileCounter
 
 import sample
 import sample_ddp
+import train_utils
 from autoencoder import PixelSpace, load_space
 from checkpoint import save_checkpoint
 from data import DataConfig
@@ -234,6 +239,29 @@ def test_a_set_of_fields_has_every_masks_own_size_and_labels(checkpoint, masks, 
     assert "cellpose/a_masks.tif" in files
     (tmp_path / "set" / "images" / "c.png").unlink()
     assert sample_set(checkpoint, masks, tmp_path / "set", "--export", "cellpose") == files
+
+
+def test_two_processes_make_the_same_fields_as_one(checkpoint, masks, tmp_path):
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder, *FAST, "--tile"]
+        run("sample_ddp.py", *words, ranks=ranks)
+        found.append({path.name: path.read_bytes() for path in (folder / "images").iterdir()})
+    assert sorted(found[0]) == ["a.png", "b.png", "c.png"]
+    assert found[0] == found[1]
+
+
+def test_compiled_fields_of_all_sizes_share_a_graph_and_are_the_same(checkpoint, masks, tmp_path, monkeypatch):
+    plain = sample_set(checkpoint, masks, tmp_path / "plain")
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(train_utils, "has_compiler", lambda: True)
+    compiled = sample_set(checkpoint, masks, tmp_path / "compiled", "--compile")
+    assert counter.frame_count == 2  # a block and the final layer
+    for name in ("images/a.png", "images/b.png", "images/c.png"):
+        one, other = (np.array(Image.open(io.BytesIO(files[name]))).astype(int) for files in (plain, compiled))
+        assert np.abs(one - other).max() <= 2
 
 
 def test_a_scale_resizes_mask_label_and_image_alike(checkpoint, masks, tmp_path):
