@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -294,11 +295,13 @@ def _provenance(samples: SampleSet) -> str:
 
 
 def _extremes(samples: SampleSet, images: int) -> list[str]:
-    """The worst and the best images by fidelity, with the outlines of their masks."""
+    """The worst and the best images by fidelity, with the outlines of their masks; a best one shows a cell."""
     values = read_fidelity(samples)
     order = sorted(range(len(values)), key=lambda index: (values[index], index))
+    with_cells = (index for index in reversed(order) if samples.foreground(samples.samples[index]).any())
+    best = list(islice(with_cells, images)) or order[::-1][:images]
     parts = []
-    for title, chosen in (("worst", order[:images]), ("best", order[::-1][:images])):
+    for title, chosen in (("worst", order[:images]), ("best", best)):
         parts.append(f"<p>{title} by {FIDELITY_COLUMN}; outlined: the mask</p>")
         parts.append(embedded(draw_grid(samples, [(samples.samples[i], values[i]) for i in chosen]), f"{title} images"))
     return parts

@@ -108,6 +108,18 @@ def test_worst_and_best_images_are_in_the_page_in_that_order(folder, monkeypatch
     assert names == [[("cells_01", 0.1), ("cells_04", 0.3)], [("cells_00", 0.9), ("cells_03", 0.7)]]
 
 
+def test_an_empty_mask_is_not_shown_among_the_best_images(folder, monkeypatch):
+    import evaluation.report as module
+
+    shown = []
+    monkeypatch.setattr(module, "draw_grid", lambda samples, chosen: shown.append(chosen) or b"")
+    samples = measure_all(folder)
+    for number, best in (("00", ["cells_03", "cells_02"]), ("03", ["cells_02", "cells_04"])):
+        Image.new("L", (SIZE, SIZE)).save(folder / "masks" / f"cells_{number}.png")
+        write_report(samples, images=2)
+        assert [sample.name for sample, _ in shown[-1]] == best
+
+
 def test_pictures_decode_and_the_grid_shows_synthetic_over_real(folder):
     page, _, _ = write_report(measure_all(folder), images=2)
     images = [
