@@ -75,7 +75,7 @@ class Preset:
 
     training: tuple[Setup, ...]
     sampling: tuple[Setup, ...]
-    modulation: Setup
+    modulation: tuple[Setup, ...]
     scaling: Setup  # batch and image size are replaced
     scaling_batches: tuple[int, ...]
     scaling_sides: tuple[int, ...]  # tokens per side
@@ -89,7 +89,7 @@ PRESETS = {
     "cpu": Preset(
         training=(Setup("SiT-S/2", 128, True, batch=4), Setup("SiT-Ti/8", 64, False, batch=32)),
         sampling=(Setup("SiT-Ti/8", 64, False, batch=16, steps=8), Setup("SiT-S/2", 128, True, batch=2, steps=8)),
-        modulation=Setup("SiT-S/2", 256, True, batch=8),
+        modulation=(Setup("SiT-S/2", 256, True, batch=8), Setup("SiT-B/2", 256, True, batch=8, brief=True)),
         scaling=Setup("SiT-Ti/2", 128, True, batch=2),
         scaling_batches=(1, 2, 4, 8),
         scaling_sides=(8, 16, 32),
@@ -106,7 +106,7 @@ PRESETS = {
             Setup("SiT-B/16", 256, False, batch=128, steps=6, brief=True),
         ),
         sampling=(Setup("SiT-XL/2", 256, True, batch=32, steps=25), Setup("SiT-B/16", 256, False, batch=64, steps=25)),
-        modulation=Setup("SiT-XL/2", 256, True, batch=32),
+        modulation=(Setup("SiT-XL/2", 256, True, batch=32),),
         scaling=Setup("SiT-B/2", 256, True, batch=32, steps=4),
         scaling_batches=(8, 32, 128),
         scaling_sides=(8, 16, 32),
@@ -118,7 +118,7 @@ PRESETS = {
     "tiny": Preset(  # for the tests: every part in seconds, and no number that means anything
         training=(Setup("SiT-Ti/8", 16, False, batch=2),),
         sampling=(Setup("SiT-Ti/8", 16, False, batch=2, steps=1),),
-        modulation=Setup("SiT-Ti/8", 32, False, batch=2),
+        modulation=(Setup("SiT-Ti/8", 32, False, batch=2),),
         scaling=Setup("SiT-Ti/2", 32, True, batch=1),
         scaling_batches=(1, 2),
         scaling_sides=(1, 2),
@@ -142,6 +142,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one rank of the part "ranks"
     return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of the network in sampling."""
+
+    setup: Setup
+    masks: str
+    y: torch.Tensor  # (B, K, S, S)
+    precision: str
+    compiled: bool
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
@@ -296,39 +307,48 @@ class Bench:
 
     @torch.inference_mode()
     def modulation(self, end: float) -> list[Row]:
-        """One network call of a solver step: modulation per token, per distinct row, per image; three kinds of mask,
-        and the first of them compiled where there is a compiler."""
-        setup, size, batch = self.preset.modulation, self.preset.modulation.image_size, self.preset.modulation.batch
+        """One network call of a solver step: modulation per token, per distinct row, per image."""
+        calls = [call for setup in self.preset.modulation for call in self.network_calls(setup)]
+        return [self.modulation_row(call, share(end, number, len(calls))) for number, call in enumerate(calls)]
+
+    def network_calls(self, setup: Setup) -> list[NetworkCall]:
+        """Binary masks in the precision at hand and in float32, each also compiled where there is a compiler; then two
+        other kinds of mask."""
+        size, batch = setup.image_size, setup.batch
+        precisions = dict.fromkeys((self.machine.precision, "float32"))
+        ways = [(precision, compiled) for precision in precisions for compiled in (False, True)[: 1 + has_compiler()]]
+        binary = to_prob_map(torch.from_numpy(draw_masks(batch, size)), NUM_CLASSES)
+        calls = [NetworkCall(setup, "binary", binary, *way) for way in ways]
+        if setup.brief:
+            return calls
         fine = to_prob_map(torch.from_numpy(draw_masks(batch, 3 * size)), NUM_CLASSES)
-        kinds = {
-            "binary": to_prob_map(torch.from_numpy(draw_masks(batch, size)), NUM_CLASSES),
-            "binary, resized by area": torch.nn.functional.interpolate(fine, (size, size), mode="area"),
-            "three classes": to_prob_map(torch.from_numpy(draw_masks(batch, size, num_classes=3)), 3),
-        }
-        runs = [(kind, y, False) for kind, y in kinds.items()]
-        runs += [("binary, compiled", kinds["binary"], True)] if has_compiler() else []
+        resized = torch.nn.functional.interpolate(fine, (size, size), mode="area")
+        three = to_prob_map(torch.from_numpy(draw_masks(batch, size, num_classes=3)), 3)
         return [
-            self.modulation_row(setup, kind, y.to(self.machine.device), compiled, share(end, number, len(runs)))
-            for number, (kind, y, compiled) in enumerate(runs)
+            *calls,
+            NetworkCall(setup, "binary, resized by area", resized, *ways[0]),
+            NetworkCall(setup, "three classes", three, *ways[0]),
         ]
 
-    def modulation_row(self, setup: Setup, kind: str, y: torch.Tensor, compiled: bool, end: float) -> Row:
-        """The three modulations for masks y (B, K, S, S)."""
-        model = setup.build(self.machine.device, num_classes=y.shape[1]).eval().requires_grad_(False)
-        if self.machine.precision == "bf16":
+    def modulation_row(self, call: NetworkCall, end: float) -> Row:
+        """The three modulations of one call."""
+        machine = replace(self.machine, precision=call.precision)
+        y = call.y.to(machine.device)
+        model = call.setup.build(machine.device, num_classes=y.shape[1]).eval().requires_grad_(False)
+        if machine.precision == "bf16":
             model.keep_weights_in(torch.bfloat16)
-        if compiled:
+        if call.compiled:
             model.compile_blocks()
-        with self.machine.autocast():
+        with machine.autocast():
             own, shared = model.embed_mask(y), model.embed_mask(y, share_rows=True)
         image = MaskCondition(own.embedding[:, :1], own.detail)
         conditions = {"per token": own, "distinct rows": shared, "per image": image}
-        runs = {name: partial(self.time_calls, model, condition) for name, condition in conditions.items()}
+        runs = {name: partial(time_calls, model, condition, machine, len(y)) for name, condition in conditions.items()}
         times = interleave(runs, max(5, self.rounds), end)
         tokens, flops = len(y) * model.pos_embed.shape[1], sit_flops(model, len(y))
         return {
-            "setup": f"{setup.name}, one network call",
-            "mode": kind,
+            "setup": f"{call.setup.name}, one network call",
+            "mode": f"{call.masks}, {call.precision}" + ", compiled" * call.compiled,
             "distinct_rows": tokens if shared.row_of_token is None else len(shared.embedding),
             "tokens": tokens,
             "seconds": spread(times["distinct rows"]),
@@ -336,20 +356,6 @@ class Bench:
             "per_image_takes": ratio(times["distinct rows"], times["per image"]),
             "modulation_flops_share": flops.modulation / flops.forward,
         }
-
-    def time_calls(self, model: SiT, condition: MaskCondition) -> float:
-        """Seconds of one network call."""
-        device, batch = self.machine.device, self.preset.modulation.batch
-        height, width = (side * model.patch_size for side in model.grid)
-        x, t = torch.randn(batch, model.in_channels, height, width, device=device), torch.full((batch,), 0.3)
-        with self.machine.autocast():
-            model(x, t.to(device), condition)
-            synchronize(device)
-            started = time.perf_counter()
-            for _ in range(2):
-                model(x, t.to(device), condition)
-            synchronize(device)
-        return (time.perf_counter() - started) / 2
 
     def scaling(self, end: float) -> list[Row]:
         """A training step with more images, and with more tokens per image."""
@@ -427,6 +433,22 @@ def rank_worker(args: argparse.Namespace, machine: Machine) -> None:
         timing = bench(Mode(compiled=False))
     if machine.is_main:
         write_json(args.output.with_suffix(".json"), timing.seconds)
+
+
+def time_calls(model: SiT, condition: MaskCondition, machine: Machine, batch: int) -> float:
+    """Seconds of one network call."""
+    device = machine.device
+    height, width = (side * model.patch_size for side in model.grid)
+    x = torch.randn(batch, model.in_channels, height, width, device=device)
+    t = torch.full((batch,), 0.3, device=device)
+    with machine.autocast():
+        model(x, t, condition)
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(2):
+            model(x, t, condition)
+        synchronize(device)
+    return (time.perf_counter() - started) / 2
 
 
 def share(end: float, number: int, count: int) -> float:
