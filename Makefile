@@ -22,10 +22,11 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-# Quickstart: simulated pairs, or DATA=FOLDER with images/ and masks/. Each has its own folder, so neither mixes with
-# the other's run.
+# Quickstart: simulated pairs, or DATA=FOLDER with images/ and masks/. Each has its own folder (name and a checksum of
+# the whole path), so that none mixes with another's run.
 DATA ?=
-QUICKSTART := quickstart/$(if $(DATA),$(shell basename "$(DATA)" | tr -c 'A-Za-z0-9._\n-' '_'),simulated)
+NAME_OF_DATA = $(shell basename "$(DATA)" | tr -c 'A-Za-z0-9._\n-' '_')-$(shell realpath "$(DATA)" | cksum | cut -c 1-4)
+QUICKSTART := quickstart/$(if $(DATA),$(NAME_OF_DATA),simulated)
 
 .PHONY: help lint format test test-slow bench quickstart quickstart-data clean-quickstart .venv
 
@@ -72,7 +73,10 @@ if [ ! -d "$(DATA)/images" ] || [ ! -d "$(DATA)/masks" ]; then
   echo "DATA=$(DATA) needs the folders images/ and masks/ with equal file names." >&2; exit 2
 fi
 data=$$(cd "$(DATA)" && pwd)
-for part in train heldout; do mkdir -p "$(QUICKSTART)/$$part/images" "$(QUICKSTART)/$$part/masks"; done
+for part in train heldout; do
+  mkdir -p "$(QUICKSTART)/$$part/images" "$(QUICKSTART)/$$part/masks"
+  find "$(QUICKSTART)/$$part" -type l -delete
+done
 images=("$$data"/images/*)
 number=$${#images[@]}
 if [ "$$number" -lt 5 ]; then echo "DATA=$(DATA) holds $$number images; 5 is the least." >&2; exit 2; fi
@@ -86,6 +90,12 @@ for index in "$${!images[@]}"; do
     if [ -e "$$mask" ]; then ln -sf "$$mask" "$(QUICKSTART)/$$part/masks/"; fi
   done
 done
+files=$$(cd "$(QUICKSTART)" && ls train/images heldout/images)
+if [ -e "$(QUICKSTART)/files.txt" ] && [ "$$files" != "$$(cat "$(QUICKSTART)/files.txt")" ]; then
+  echo "DATA=$(DATA) holds other images than before, and what was held out may change: remove $(QUICKSTART) to start anew." >&2
+  exit 2
+fi
+echo "$$files" > "$(QUICKSTART)/files.txt"
 echo "quickstart: $$number images of $(DATA), the last fifth by name held out"
 endef
 export LINK_DATA_SCRIPT = $(LINK_DATA)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data import Sampler as BatchSampler
+
+from errors import InputError, one_line
 
 Batch = dict[str, Any]
 
@@ -71,19 +73,45 @@ class StepBatches(BatchSampler):
             yield keys
 
 
+class CarefulDataset(Dataset):
+    """Returns a fault of the user's files instead of raising it: an exception would come from a loader process as a
+    traceback in one string."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        try:
+            return self.dataset[key]
+        except (InputError, OSError) as error:
+            return InputError(one_line(error))
+
+
+def collate(items: list[Any]) -> Batch | InputError:
+    """A batch, or the first fault among its items."""
+    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
+
+
 def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the steps still to take, by so many processes (0: by whoever asks for them)."""
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0
-    )
+        CarefulDataset(dataset), batch_sampler=batches, collate_fn=collate,
+        num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
+    )  # fmt: skip
 
 
-def prefetch(batches: Iterable[Batch], prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    """``prepare(batch)`` of every batch in order, done by one thread while earlier batches are used."""
+def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """``prepare(batch)`` of every batch in order, done by one thread while earlier batches are used.
+
+    Raises:
+        InputError: what came in place of a batch.
+    """
     iterator = iter(batches)  # here, since a loader draws from torch's global generator once
 
     def fetch() -> Batch | None:
         batch = next(iterator, None)
+        if isinstance(batch, InputError):
+            raise batch
         return None if batch is None else prepare(batch)
 
     with ThreadPoolExecutor(1) as pool:

@@ -8,8 +8,10 @@ top level. ``config`` rebuilds everything that sampling needs, so nothing is gue
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,7 +21,7 @@ import secrets
 import socket
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,6 +61,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         if isinstance(cause, OSError) and cause.errno:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
+EXIT_INTERRUPTED = 130
 # How gloo and nccl say that the other end of a connection died.
 LOST_PROCESS = r"gloo.*(onnection|eer|imed out)|NCCL.*(remote process|onnection)|ncclRemoteError"
 FIRST_RANK_SPEAKS_SECONDS = 3.0
@@ -107,4 +108,4 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
         print(f"{program}: process {rank} ends: another process of this launch is gone", file=sys.stderr)
         sys.exit(EXIT_LOST_PROCESS)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)

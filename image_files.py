@@ -260,6 +260,8 @@ def read_mask(path: str | Path) -> np.ndarray:
     if path.is_dir():
         return _read_nuclei(path)
     array = _read(path, as_mask=True)
+    if array.ndim == 3 and len(array) == 1:  # a flat mask with an axis too many, as networks give it
+        array = array[0]
     if array.ndim == 3 and path.suffix.lower() not in (".npy", ".npz") and array.dtype.kind != "f":
         array = _gray_channel(array, path)
     return _checked(np.ascontiguousarray(array), path)

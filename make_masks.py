@@ -45,6 +45,7 @@ TOUCHING_OVERLAP = 0.15  # largest part of a simulated cell that a touching neig
 LARGEST_CLUSTER = 6  # cells; larger clumps of a lab's data are taken apart, so that they fit into a new layout
 LEAST_SMOOTHED_AREA = 60  # px
 LEAST_POOL = 100  # pieces that a recombined layout can draw from, where the data has so many
+MOST_EMPTY_PIECES = 1000  # drawn in a row, before the cells count as smaller than a pixel
 POSITIONS_TRIED = 60  # per cell, before it is given up
 HEADROOM = {True: 0.7, False: 0.45}  # largest reachable share of covered area: touching allowed, not allowed
 ROTATIONS = ("free", "quarter", "none")
@@ -205,10 +206,17 @@ def fill(
 
 
 def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece]) -> list[Piece]:
-    """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so."""
-    batch = []
+    """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so.
+
+    Raises:
+        InputError: piece after piece has no pixel.
+    """
+    batch, empty = [], 0
     while missing > 0:
         piece = draw_piece()
+        empty = 0 if piece.area else empty + 1
+        if empty == MOST_EMPTY_PIECES:
+            raise InputError("the cells are smaller than a pixel: give a larger --scale or --cell-size")
         if piece.area > missing and rng.uniform(0, piece.area) > missing:
             break
         batch.append(piece)

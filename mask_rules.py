@@ -258,12 +258,15 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     if values is not None and len(values) <= 8:
         shown = "the values " + ", ".join(f"{value:g}" for value in sorted(values))
     one_value = values is not None and len(values - {0}) == 1
+    scales = values is not None and not one_value and all(len(one.values - {0}) <= 1 for one in stats)
     patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
     soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.9
     binary = "" if num_classes == 2 else " --num-classes 2"
     likely = []
     if one_value:
         likely.append(f"one class of cells (--mask-type binary{binary})")
+    elif scales:
+        likely.append("one class of cells, saved with different values (save all with the same two)")
     elif soft_edges:
         likely.append(f"two values with soft or JPEG edges (--mask-type binary{binary}, cut at half)")
     if patchy and not one_value and largest < 2 * FEW_VALUES:
@@ -324,6 +327,12 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
     if values is not None and len(values - {0}) == 1:  # one value for cells, whatever it is
         return largest
     full = _full_scale(largest)
+    other_scale = [one.name for one in stats if 0 < len(one.values) <= 2 and 0 < one.maximum < full / 2]
+    if other_scale and largest >= full / 2:
+        raise InputError(
+            f"{len(other_scale)} of {len(stats)} masks in {where} have one value below half of {full:g} for cells, "
+            f"others {largest:g}: {list_some(other_scale)}. Save all with the same two values"
+        )
     if largest < full / 2:
         raise InputError(
             f"masks in {where} reach {largest:g}, not half of {full:g}, with several values between: no binary masks. "

@@ -17,15 +17,17 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image
 
 from autoencoder import PixelSpace
-from checkpoint import write_atomically
+from checkpoint import write_atomically, write_csv
 from data import MaskFolder
 from errors import CommandParser, InputError, run_command
 from sampling import ImageSampler, SamplingSettings, check_fields, field_scale, image_seed, load_trained
@@ -155,8 +157,8 @@ def write_likelihoods(args: argparse.Namespace, sampler: ImageSampler, masks: Ma
         for name, logp, bits in zip(names, result.logp.tolist(), result.bits_per_dim.tolist(), strict=True):
             rows.append((name, logp, bits + per_gray_value))
             logger.info("%s: log-likelihood %.1f nats, %.3f bits per dimension", *rows[-1])
-    lines = ["name,log_likelihood_nats,bits_per_dim", *(f"{name},{logp:.3f},{bits:.5f}" for name, logp, bits in rows)]
-    write_atomically(args.output, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    table = [(name, f"{logp:.3f}", f"{bits:.5f}") for name, logp, bits in rows]
+    write_csv(args.output, ("name", "log_likelihood_nats", "bits_per_dim"), table)
     unit = "8-bit gray value" if per_gray_value else "latent number"
     mean = sum(bits for *_, bits in rows) / len(rows)
     logger.info("%s: %d images, mean %.3f bits per %s", args.output, len(rows), mean, unit)
@@ -175,12 +177,20 @@ def write_round_trip(args: argparse.Namespace, sampler: ImageSampler, masks: Mas
             tiles.append([mask_picture(mask), real, back])
     picture = Image.fromarray(grid_image(tiles))
     write_atomically(args.output, lambda file: picture.save(file, format="PNG"))
-    write_atomically(args.output.with_suffix(".npz"), lambda file: np.savez(file, **noises))
+    write_atomically(args.output.with_suffix(".npz"), lambda file: write_arrays(file, noises))
     rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
     logger.info(
         "%s: %d images to noise and back, root mean square difference %.4f on [-1, 1] (largest of an image %.4f); "
         "noise in %s", args.output, len(errors), rms, max(errors), args.output.with_suffix(".npz").name,
     )  # fmt: skip
+
+
+def write_arrays(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
+    """An .npz of arrays of any name; ``numpy.savez`` takes names as arguments and some for its own."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def load_real(masks: MaskFolder, numbers: Sequence[int]) -> tuple[list[str], torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import LOCK_FILE, file_sha256, lock_folder, write_atomically, write_json
+from checkpoint import LOCK_FILE, file_sha256, lock_folder, write_atomically, write_csv, write_json
 from data import MASK_TYPES, MaskFolder, MaskItem
 from errors import CommandParser, InputError, list_some, one_line, run_command
 from export import EXPORTS, check_export, export_set
@@ -236,6 +237,7 @@ def set_settings(
         "tile_scale": masks.whole_scale,
         "mask_rule": asdict(masks.rule),
         "masks": len(masks.names),
+        "mask_names_sha256": hashlib.sha256("\n".join(masks.names).encode()).hexdigest(),
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
         "filter": judged,
@@ -314,9 +316,14 @@ def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), ".tif"
 
 
+def image_name(job: Job, form: ImageFormat) -> str:
+    """The job's synthetic image as the manifest names it: a path within the set."""
+    return f"images/{job.name}{form.suffix}"
+
+
 def image_path(sample_dir: Path, job: Job, form: ImageFormat) -> Path:
     """Where the job's synthetic image lies."""
-    return sample_dir / "images" / f"{job.name}{form.suffix}"
+    return sample_dir / image_name(job, form)
 
 
 def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
@@ -372,6 +379,7 @@ def write_pair(
     sample_dir: Path, job: Job, item: MaskItem, image: np.ndarray, form: ImageFormat, seed: int, note: dict[str, str]
 ) -> None:
     """Label first, image (C, H, W) in [-1, 1] last: where that is, its label and the note on its attempt are, too."""
+    image_path(sample_dir, job, form).unlink(missing_ok=True)  # of a mask that was mended since
     content, suffix = label_bytes(item.label)
     write_atomically(sample_dir / "masks" / f"{job.name}{suffix}", lambda file: file.write(content))
     if note:
@@ -411,6 +419,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
     redraw, judged = load_redraw(args, trained, machine)
+    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged)
     lock = on_main(machine, lambda: open_sample_dir(args.sample_dir, made_with))
     log_provenance(machine, args.seed)
@@ -419,7 +428,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     mine = jobs[machine.rank :: machine.world_size]
     todo = jobs_to_do(args, masks, mine, form)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
-    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
+    again = machine.to_main([image_name(job, form) for job in todo])
+    on_main(machine, lambda: forget_rows(args.sample_dir / "manifest.csv", again))
     make_images(args, sampler, masks, todo, form, machine, redraw)
     machine.barrier()
     if machine.is_main:
@@ -564,7 +574,7 @@ def write_manifest(
     for job in jobs:
         view = masks.view(job.mask_name, window_rng(args.seed, job))
         row = {
-            "image": f"images/{image_path(args.sample_dir, job, form).name}",
+            "image": image_name(job, form),
             "label": f"masks/{written_label(args.sample_dir, job).name}",
             "source_mask": masks.paths[job.mask_name].absolute(),
             "source_mask_sha256": hashes[job.mask_name],
@@ -592,12 +602,21 @@ def write_manifest(
             **(read_attempt(args.sample_dir, job) if args.min_fidelity else {}),
         }
         rows.append(added.get(row["image"], {}) | row)
-    buffer = io.StringIO()
-    columns = dict.fromkeys([*row, *rows[0]])  # ours first
-    writer = csv.DictWriter(buffer, fieldnames=list(columns), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(buffer.getvalue().encode()))
+    columns = dict.fromkeys([*row, *(name for one in rows for name in one)])  # ours first
+    write_rows(path, list(columns), rows)
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """A table whose rows may lack columns."""
+    write_csv(path, columns, [[row.get(name, "") for name in columns] for row in rows])
+
+
+def forget_rows(path: Path, images: Sequence[str]) -> None:
+    """Take images that are drawn again out of the manifest, and with them what evaluate.py found in those before."""
+    rows = read_manifest(path)
+    left = [row for image, row in rows.items() if image not in set(images)]
+    if len(left) < len(rows):
+        write_rows(path, list(next(iter(rows.values()))), left)
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, str]]:
@@ -650,7 +669,8 @@ def write_npz(args: argparse.Namespace, jobs: Sequence[Job], form: ImageFormat) 
             for job in jobs:
                 array.write(repeat_gray(displayed(args, job, form)).tobytes())
 
-    path = args.sample_dir.with_name(f"{args.sample_dir.name}.npz")
+    folder = args.sample_dir.resolve()
+    path = folder.with_name(f"{folder.name}.npz")
     write_atomically(path, write)
     logger.info("%s: %d images", path, len(jobs))
 

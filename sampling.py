@@ -356,8 +356,18 @@ class ImageSampler:
 
 
 def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> Callable[..., Tensor]:
-    """The transport's solver for these settings; ``reverse`` runs an ODE from data to noise."""
-    sampler = Sampler(transport)
+    """The transport's solver for these settings; ``reverse`` runs an ODE from data to noise.
+
+    Raises:
+        InputError: settings that this transport cannot be solved with.
+    """
+    try:
+        return _solver(Sampler(transport), settings, reverse)
+    except ValueError as error:
+        raise InputError(f"solver flags: {error}") from error
+
+
+def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> Callable[..., Tensor]:
     if settings.mode == "ODE":
         return sampler.sample_ode(
             sampling_method=settings.method,

@@ -11,7 +11,8 @@ The resume policy, in the order that matters:
  2. Without one, --ckpt gives weights, EMA, optimiser and step; else --init-from gives weights; else all is new.
  3. Architecture, transport, space and data configuration come from the checkpoint. A flag that was given and
     contradicts them is refused (FIXED_ON_RESUME); other flags that were given replace the file's and are logged; flags
-    that were not given keep the file's values. The autoencoder may lie elsewhere, and must be the same.
+    that were not given keep the file's values, but for paths, --compile and --recompute-activations. The autoencoder
+    may lie elsewhere, and must be the same.
  4. No random state is saved: every draw follows from (seed, step, rank), every batch from (seed, images seen so far).
     Another number of processes or --global-batch-size goes on in the data where the run stopped, and is logged.
  5. Sums of the metrics since their last line are in the checkpoint; lines after its step are cut and written again.
@@ -21,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +44,12 @@ from checkpoint import (
     launch_id,
     read_checkpoint,
     write_atomically,
+    write_csv,
     write_json,
 )
 from data import SYMMETRIES, DataConfig, PairedFolder, default_window_channels
 from download import PUBLISHED_URLS
-from errors import CommandParser, InputError, one_line, run_command
+from errors import EXIT_INTERRUPTED, CommandParser, InputError, one_line, run_command
 from intensity import SourceIntensity, window_columns
 from latent_cache import LatentPairs
 from models import MOST_TOKENS, SiT_models, model_width, patch_size
@@ -62,6 +66,7 @@ from train_utils import (
     non_negative_int,
     positive_float,
     positive_int,
+    resolve_precision,
     start_logging,
     start_machine,
     stop_machine,
@@ -77,12 +82,15 @@ FIXED_ON_RESUME = (
     "window_scope", "window_channels", "path_type", "prediction", "loss_weight", "train_eps", "sample_eps",
     "time_sampling", "time_mean", "time_std",
 )  # fmt: skip
-# Where things are and how they are shown: never taken from a checkpoint.
-NOT_FROM_CHECKPOINT = ("data_path", "mask_path", "results_dir", "run_name", "ckpt", "wandb", "device")
+# Where things are, how they are shown and what this machine can do: never taken from a checkpoint.
+NOT_FROM_CHECKPOINT = (
+    "data_path", "mask_path", "results_dir", "run_name", "ckpt", "wandb", "device", "compile", "recompute_activations",
+)  # fmt: skip
 NO_CACHE = "none"
 WAITING_WORTH_SAYING = 0.05
 MOST_OF_WIDTH = 0.75  # numbers of a patch over width up to which velocity prediction was tried in pixel space
 EXIT_STOPPED_BY_SIGNAL = 143
+SAME_CTRL_C_SECONDS = 2.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,15 +199,7 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
     Raises:
         InputError: the flag and how to mend it.
     """
-    if args.global_batch_size % world_size:
-        raise InputError(
-            f"--global-batch-size {args.global_batch_size} is not divisible by the {world_size} processes."
-        )
-    if args.global_batch_size // world_size % args.accumulate:
-        raise InputError(
-            f"--accumulate {args.accumulate} does not divide the {args.global_batch_size // world_size} images that a "
-            "process has of --global-batch-size."
-        )
+    check_batch(args, world_size)
     if args.compile:
         check_compiler()
     for flag, path in (("--data-path", args.data_path), ("--mask-path", args.mask_path)):
@@ -226,6 +226,19 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
     check_transport(args)
     if args.wandb:
         wandb_utils.check_wandb()
+
+
+def check_batch(args: argparse.Namespace, world_size: int) -> None:
+    """Raises InputError for a batch that processes and parts cannot share equally."""
+    if args.global_batch_size % world_size:
+        raise InputError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by the {world_size} processes."
+        )
+    if args.global_batch_size // world_size % args.accumulate:
+        raise InputError(
+            f"--accumulate {args.accumulate} does not divide the {args.global_batch_size // world_size} images that a "
+            "process has of --global-batch-size."
+        )
 
 
 def default_prediction(args: argparse.Namespace) -> str:
@@ -327,7 +340,7 @@ def saved_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge_arguments(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
-    """Take from the checkpoint what was not given on the command line.
+    """Take from the checkpoint what was not given on the command line; a new --epochs replaces its --max-steps.
 
     Returns:
         What the command line changed, for the log.
@@ -338,6 +351,8 @@ def merge_arguments(args: argparse.Namespace, saved: dict[str, Any]) -> list[str
     contradicted, changed = [], []
     for name, value in saved.items():
         if name in NOT_FROM_CHECKPOINT or not hasattr(args, name):
+            continue
+        if name == "max_steps" and args.given & {"epochs", "max_steps"} == {"epochs"}:
             continue
         given = getattr(args, name)
         same = list(given) == list(value) if isinstance(given, (list, tuple)) and value is not None else given == value
@@ -433,15 +448,26 @@ def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iter
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 (Slurm's warning, torchrun's restart) ask the loop to save and leave."""
+    """SIGTERM, SIGUSR1 (Slurm's warning, torchrun's restart) and Ctrl-C ask the loop to save and leave.
+
+    A second Ctrl-C leaves at once; not within seconds, since torchrun passes on the one that its processes had, too.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self._since = math.inf
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
-        self.signal = number
+        if number == signal.SIGINT and time.monotonic() > self._since + SAME_CTRL_C_SECONDS:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_STOPPED_BY_SIGNAL
 
 
 def main(args: argparse.Namespace) -> None:
@@ -462,6 +488,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     if state is not None:
         for change in merge_arguments(args, saved_arguments(state["config"])):
             logger.info("changed on resume: %s", change)
+        check_batch(args, machine.world_size)
+        machine = replace(machine, precision=resolve_precision(args.precision, machine.device))
     check_latent_cache(args)
 
     # Space and data
@@ -519,10 +547,11 @@ def note_images(training: Training, dataset: PairedFolder) -> None:
 
 def write_windows(path: Path, dataset: PairedFolder) -> None:
     """The gray values of every training image that became -1 and 1."""
-    lines = ["name,dtype,window_low,window_high"]
-    for pair, dtype, window in zip(dataset.pairs, dataset.dtypes, dataset.windows, strict=True):
-        lines.append(",".join([pair.image_path.name, str(dtype), *window_columns(window).values()]))
-    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    rows = [
+        (pair.image_path.name, dtype, *window_columns(window).values())
+        for pair, dtype, window in zip(dataset.pairs, dataset.dtypes, dataset.windows, strict=True)
+    ]
+    write_csv(path, ("name", "dtype", "window_low", "window_high"), rows)
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -586,7 +615,7 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
             save_preview(previews, run, step)
         if stopped:
             logger.warning("signal received: leaving at step %d; the same command continues", step)
-            sys.exit(EXIT_STOPPED_BY_SIGNAL)
+            sys.exit(stop.exit_code)
     export_weights(training, run)
     machine.barrier()
     wandb_utils.finish()

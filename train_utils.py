@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -51,8 +52,8 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0 and below 2^63")
     return value
 
 
@@ -70,6 +71,13 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
 def overlap(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
@@ -81,6 +89,13 @@ def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def part_of_time(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1, which is all the time there is")
     return value
 
 
@@ -160,8 +175,9 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
         help="how training times are drawn (default: uniform for latents, logit-normal for pixels)",
     )
     group.add_argument(
-        "--time-mean", type=float, help="logit-normal: mean of logit(t) (default: 0; -1.2 where pixels are predicted)"
-    )
+        "--time-mean", type=finite_float,
+        help="logit-normal: mean of logit(t) (default: 0; -1.2 where pixels are predicted)",
+    )  # fmt: skip
     group.add_argument("--time-std", type=positive_float, default=1.0, help="logit-normal: its standard deviation")
 
 
@@ -183,7 +199,7 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
     group.add_argument("--diffusion-form", choices=list(DIFFUSION_FORMS), default="SBDM", help="diffusion over time")
     group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="factor on the diffusion")
     group.add_argument("--last-step", choices=[str(name) for name in LAST_STEPS], default="Tweedie", help="how it ends")
-    group.add_argument("--last-step-size", type=positive_float, help="(default: the size of the other steps)")
+    group.add_argument("--last-step-size", type=part_of_time, help="(default: the size of the other steps)")
     return {"ODE": ode, "SDE": sde}
 
 
@@ -319,6 +335,14 @@ class Machine:
         rows = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(rows, values)
         return torch.stack(rows)
+
+    def to_main(self, values: list[Any]) -> list[Any]:
+        """The lists of all ranks in one, on rank 0; empty elsewhere."""
+        if self.world_size == 1:
+            return values
+        lists = [[] for _ in range(self.world_size)] if self.is_main else None
+        dist.gather_object(values, lists)
+        return [value for one in lists or () for value in one]
 
     def from_main(self, value: Any) -> Any:
         """What rank 0 has, on every rank."""

@@ -10,10 +10,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoint import write_json
+from checkpoint import write_csv, write_json
 from errors import InputError, list_some
 from evaluation.fidelity import FIDELITY_COLUMN
-from evaluation.output import number, write_csv
+from evaluation.output import number
 from evaluation.samples import SETTINGS, Sample, SampleSet, write_manifest
 
 KEPT, DROPPED = "kept.csv", "dropped.csv"

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from checkpoint import file_sha256, write_json
+from checkpoint import file_sha256, write_csv, write_json
 from data import DataConfig, center_view, find_files, fit_channels, image_window, window_image
 from errors import InputError
-from evaluation.output import new_figure, number, save_figure, show_image, write_csv
+from evaluation.output import new_figure, number, save_figure, show_image
 from evaluation.samples import SampleSet, describe_provenance, read_real
 from image_files import read_image
 

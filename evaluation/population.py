@@ -15,12 +15,12 @@ import numpy as np
 import scipy.ndimage
 from scipy.stats import wasserstein_distance
 
-from checkpoint import write_json
+from checkpoint import write_csv, write_json
 from data import DataConfig, MaskFolder
 from errors import InputError
 from evaluation.fidelity import LabelledImage, folder_images, set_images
 from evaluation.instances import connected_cells
-from evaluation.output import new_figure, number, save_figure, write_csv
+from evaluation.output import new_figure, number, save_figure
 from evaluation.samples import SampleSet, describe_provenance
 
 SPLITS = 20

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_json
+from checkpoint import write_csv, write_json
 from data import MaskFolder, MaskItem, PairedFolder, pair_files
 from errors import InputError
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
-from evaluation.output import new_figure, number, save_figure, write_csv
+from evaluation.output import new_figure, number, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
 from image_files import repeat_gray

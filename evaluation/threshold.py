@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_json
+from checkpoint import write_csv, write_json
 from errors import InputError
-from evaluation.output import new_figure, save_figure, write_csv
+from evaluation.output import new_figure, save_figure
 from evaluation.overlap import dice
 from evaluation.samples import Sample, SampleSet, describe_provenance
 from image_files import as_rgb

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import write_json
+from checkpoint import write_csv, write_json
 from data import DataConfig, MaskFolder, PairedFolder, to_prob_map
 from errors import InputError
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
-from evaluation.output import new_figure, number, save_figure, write_csv
+from evaluation.output import new_figure, number, save_figure
 from evaluation.samples import SampleSet
 from evaluation.split import SplitPlan
 

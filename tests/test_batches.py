@@ -7,8 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from batches import StepBatches, WaitingClock, prefetch
+from batches import StepBatches, WaitingClock, make_loader, prefetch
+from errors import InputError
+from image_files import FileError
 
 
 def batches(steps: range, rank: int = 0, world_size: int = 1, items: int = 7, size: int = 4) -> list:
@@ -58,6 +61,25 @@ def test_prefetch_hands_on_what_went_wrong():
 
     with pytest.raises(ValueError, match="torn"):
         next(prefetch([{}], refuse))
+
+
+class Torn(Dataset):
+    """A file that is gone when it is read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        if key[0] == 2:
+            raise FileError("image.png", "no such file")
+        return key[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_goes_missing_is_one_line_whoever_reads_it(workers):
+    loader = make_loader(Torn(), StepBatches(4, 4, range(1), 0, 0, 1), workers, pin_memory=False)
+    with pytest.raises(InputError, match=r"^image\.png: no such file$"):
+        list(prefetch(loader, lambda batch: batch))
 
 
 def test_prefetch_works_while_a_batch_is_used():

@@ -172,6 +172,12 @@ def test_rgb_masks_are_taken_only_without_colour(tmp_path):
         read_mask(save(tmp_path / "b.png", array))
 
 
+def test_an_axis_of_length_one_makes_no_stack(tmp_path):
+    labels = np.arange(HEIGHT * WIDTH, dtype=np.int32).reshape(1, HEIGHT, WIDTH)
+    np.save(tmp_path / "a.npy", labels)
+    assert np.array_equal(read_mask(tmp_path / "a.npy"), labels[0])
+
+
 def test_soft_stacks_come_from_npy_npz_and_float_tiff(tmp_path):
     stack = np.random.default_rng(0).dirichlet(np.ones(3), (HEIGHT, WIDTH)).transpose(2, 0, 1).astype(np.float32)
     np.save(tmp_path / "a.npy", stack)

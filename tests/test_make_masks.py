@@ -461,6 +461,14 @@ def test_numbers_that_cannot_be_meant_are_refused_before_any_work(tmp_path, argu
     assert not (tmp_path / "out").exists()
 
 
+def test_cells_that_shrink_to_nothing_are_said(tmp_path):
+    tiny = np.zeros((64, 64), np.uint16)
+    tiny[10:14, 10:14], tiny[30:34, 30:34] = 1, 2
+    words = ["recombine", "--instances", write_instances(tmp_path / "lab", {"a": tiny}), "--scale", 0.1, 0.1]
+    with pytest.raises(InputError, match="smaller than a pixel: give a larger --scale"):
+        run(*words, "--count", 1, "--output", tmp_path / "out")
+
+
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "make_masks.py", "recombine", "--instances", str(tmp_path / "none"), "--output"]
     done = subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False)

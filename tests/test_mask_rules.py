@@ -210,6 +210,17 @@ def test_binary_by_hand_cuts_at_half():
     ]
 
 
+def test_binary_masks_of_two_scales_are_refused_and_not_read_as_empty():
+    one, full = ((disks() > 0).astype(np.uint8) * value for value in (1, 255))
+    with pytest.raises(InputError, match=r"1 of 3 masks .* m1.png\. Save all with the same two values"):
+        decide([full, one, full], mask_type="binary")
+    with pytest.raises(InputError, match="saved with different values") as caught:
+        decide([full, one, full])
+    assert "cut at half" not in str(caught.value)
+    faint = (blobs() * 0.3).astype(np.uint8)  # soft, and nowhere above half: no cell, as it says
+    assert prob_map(faint, decide([blobs(), faint], mask_type="binary"))[1].max() == 0
+
+
 def test_probability_by_hand_is_a_share_of_what_the_storage_offers():
     gray = np.array([[0, 51, 102]], np.uint8)
     assert prob_map(gray, decide([gray], 2, "probability"))[1] == pytest.approx(np.array([[0, 0.2, 0.4]]))

@@ -11,7 +11,7 @@ import torch
 from script_helpers import run_here, train_arguments, write_pairs
 
 import train
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -53,6 +53,34 @@ def test_defaults_may_be_given_by_hand_on_resume_and_other_values_not(pairs, tmp
     for flag, value in {"--time-scale": "1", "--prediction": "data", "--time-mean": "-1"}.items():
         code, said = start(pairs, tmp_path, "run", 3, flag, value)
         assert code == 2 and f"contradicts {flag} {value}" in said.replace(".0 ", " ")
+
+
+def test_what_comes_from_the_checkpoint_is_checked_like_what_was_given(pairs, tmp_path):
+    start(pairs, tmp_path, "parts", 1, "--global-batch-size", 6, "--accumulate", 3)
+    code, said = start(pairs, tmp_path, "parts", 2)  # batches of 4
+    assert code == 2 and "--accumulate 3 does not divide the 4 images" in said
+
+
+def test_precision_stays_that_of_the_run_and_compilation_is_asked_for_anew(pairs, tmp_path):
+    path = tmp_path / "run" / "config.json"
+    words = [str(word) for word in train_arguments(*pairs, tmp_path, "run", 1)[1:]]
+    assert run_here(train, *words)[0] == 0
+    state = newest(tmp_path / "run")
+    state["config"]["train"]["compile"] = True
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "0000001.pt", state)
+    at = words.index("--precision")
+    code, said = run_here(train, *words[:at], *words[at + 2 :], "--max-steps", 2)
+    assert code == 0, said
+    config = json.loads(path.read_text())
+    assert (config["machine"]["precision"], config["train"]["compile"]) == ("float32", False)
+
+
+def test_epochs_given_on_resume_replace_the_steps_of_before(pairs, tmp_path):
+    words = train_arguments(*pairs, tmp_path, "run", 2)[1:]
+    assert run_here(train, *words)[0] == 0
+    at = words.index("--max-steps")
+    assert run_here(train, *words[:at], *words[at + 2 :], "--epochs", 3)[0] == 0
+    assert newest(tmp_path / "run")["step"] == 5  # 18 images in batches of 4
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../run", "a/b", "/tmp/run", "a\nb"])

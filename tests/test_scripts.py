@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_helpers import run, train_arguments, write_pairs
+from script_helpers import FEW_STEPS, call, run, train_arguments, write_pairs
 
 import data
 import sample
@@ -23,6 +24,7 @@ from checkpoint import read_checkpoint
 from data import center_view
 from errors import run_command
 from image_files import read_mask
+from intensity import ImageFormat
 
 STEPS = 6
 
@@ -228,6 +230,40 @@ def test_restart_makes_what_is_missing_or_torn_and_nothing_else(whole_set, check
     assert kept.stat().st_mtime_ns == before
 
 
+def test_a_mended_mask_gives_a_new_image_even_where_the_run_is_killed_between_its_two_files(
+    monkeypatch, checkpoint, pairs, tmp_path
+):
+    masks, folder = shutil.copytree(pairs[1], tmp_path / "masks"), tmp_path / "set"
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder, *FEW_STEPS]
+    call(sample_ddp, *words)
+    path = folder / "manifest.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(f"{line},{end}" for line, end in zip(lines, ["fidelity_dice", *"123456"], strict=True)))
+    first = {file.name: file.read_bytes() for file in (folder / "images").iterdir()}
+    shutil.copy(masks / "cell_0.png", masks / "cell_3.png")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ImageFormat, "encode", killed)  # after the label, before the image
+        call(sample_ddp, *words)
+    call(sample_ddp, *words)
+    changed = [name for name, content in first.items() if (folder / "images" / name).read_bytes() != content]
+    assert changed == ["cell_3.png"]
+    scores = {row["image"]: row["fidelity_dice"] for row in csv.DictReader(path.open())}
+    assert scores["images/cell_3.png"] == ""  # the score was of the image before
+    assert scores["images/cell_0.png"] == "1" and len(scores) == 6
+
+
+def test_a_folder_of_other_masks_is_another_set(monkeypatch, capsys, checkpoint, pairs, tmp_path):
+    masks = shutil.copytree(pairs[1], tmp_path / "masks")
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", tmp_path / "set", *FEW_STEPS]
+    call(sample_ddp, *words)
+    (masks / "cell_0.png").rename(masks / "cell_9.png")
+    assert "mask_names_sha256" in error_line(monkeypatch, capsys, sample_ddp, *words)
+
+
 def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_it(
     monkeypatch, checkpoint, pairs, tmp_path
 ):
@@ -353,11 +389,19 @@ def test_bad_training_flag_ends_with_one_line(monkeypatch, capsys, pairs, tmp_pa
         (["--guidance-interval", "0.2", "0.8"], "--guidance-interval has no effect at --cfg-scale 1"),
         (["--cfg-scale", "2", "--guidance-interval", "0.8", "0.2"], "the first time must be below the second"),
         (["--vae", "nowhere"], "--vae nowhere"),
+        (["--seed", str(2**63)], "below 2^63"),
     ],
 )
 def test_bad_sampling_flag_ends_with_one_line(monkeypatch, capsys, pairs, checkpoint, tmp_path, change, words):
     arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set", "--device", "cpu"]
     assert words in error_line(monkeypatch, capsys, sample_ddp, "ODE", *arguments, *change)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(("size", "words"), [("1", "--last-step-size: 1 is not between 0 and 1"), ("0.9999", "leaves")])
+def test_a_last_step_that_takes_all_the_time_is_refused(monkeypatch, capsys, pairs, checkpoint, tmp_path, size, words):
+    arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set", "--device", "cpu"]
+    assert words in error_line(monkeypatch, capsys, sample_ddp, "SDE", *arguments, "--last-step-size", size)
     assert not (tmp_path / "set").exists()
 
 
@@ -391,6 +435,28 @@ def test_likelihood_and_round_trip_of_real_images(monkeypatch, pairs, checkpoint
     assert np.isfinite([float(row["bits_per_dim"]) for row in rows]).all()
     assert np.load("back.npz")["cell_0"].shape == (3, 16, 16)
     assert Image.open("back.png").size == (3 * 18 + 2, 6 * 18 + 2)
+
+
+def test_real_images_may_have_any_name(pairs, checkpoint, tmp_path):
+    names = ("file", "a, b")
+    for kind, source in zip(("images", "masks"), pairs, strict=True):
+        (tmp_path / kind).mkdir()
+        for name in names:
+            shutil.copy(source / "cell_0.png", tmp_path / kind / f"{name}.png")
+    words = ["--ckpt", checkpoint, "--data-path", tmp_path / "images", "--mask-path", tmp_path / "masks", *FEW_STEPS]
+    call(sample, "ODE", "--likelihood", *words, "--output", tmp_path / "l.csv")
+    call(sample, "ODE", "--reverse", *words, "--output", tmp_path / "r.png")
+    with (tmp_path / "l.csv").open(newline="") as file:
+        assert sorted(row["name"] for row in csv.DictReader(file)) == sorted(names)
+    noise = np.load(tmp_path / "r.npz")
+    assert all(noise[name].shape == (3, 16, 16) for name in names)
+
+
+def test_npz_lies_beside_the_set_whatever_the_folder_is_called(monkeypatch, pairs, checkpoint, tmp_path):
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path / "set")
+    call(sample_ddp, "ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", ".", "--npz", *FEW_STEPS)
+    assert np.load(tmp_path / "set.npz")["arr_0"].shape == (6, 16, 16, 3)
 
 
 def test_all_missing_partners_are_reported_at_once(monkeypatch, capsys, tmp_path):
