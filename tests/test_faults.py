@@ -88,7 +88,7 @@ def kill_until_done(words: list[object], seen: Path, number: int, ranks: int = 1
     return MOST_KILLS
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_killed_training_ends_with_the_weights_of_an_unbroken_run(pairs, tmp_path, number):
     fast = ["--ckpt-every", "20", "--log-every", "10"]
     run(*train_arguments(*pairs, tmp_path, "whole", STEPS), *fast)
