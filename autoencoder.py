@@ -88,9 +88,8 @@ class LatentSpace(nn.Module):
         """A draw from the posterior; shapes as in ``moments``."""
         return mean + std * torch.randn_like(std)
 
-    @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents (B, C, H / f, W / f) -> images (B, 3, H, W), float32 in [-1, 1]."""
+        """Latents (B, C, H / f, W / f) -> images (B, 3, H, W), float32 in [-1, 1]; gradients pass."""
         latents = x / self.scale + self.shift
         images = [self.vae.decode(chunk).sample.float().clamp(-1, 1) for chunk in latents.split(self.chunk_size)]
         return torch.cat(images)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from checkpoint import file_sha256, write_csv, write_json
 from data import DataConfig, center_view, find_files, fit_channels, image_window, window_image
 from errors import InputError
+from evaluation.data_report import image_facts, near_duplicates
 from evaluation.output import new_figure, number, save_figure, show_image
 from evaluation.samples import SampleSet, describe_provenance, read_real
 from image_files import read_image
@@ -328,6 +329,7 @@ class MemorisationReport:
         reference: distances of the real images that are no training images (or, without such, of each training image
             to the nearest other one).
         reference_is: in words.
+        reference_left_out: how many real images show (nearly) what another training image shows and are no yardstick.
         closer_than_any: samples nearer to a training image than any reference image is.
         closer_by_chance: how many that would be on average if samples were like the reference images.
         made_from_training_masks: samples whose source mask is one of training; None where that is not known.
@@ -339,6 +341,7 @@ class MemorisationReport:
     samples: list[float | None]
     reference: list[float]
     reference_is: str
+    reference_left_out: int
     closer_than_any: int
     closer_by_chance: float
     made_from_training_masks: int | None
@@ -365,6 +368,8 @@ class MemorisationReport:
             f"{self.closer_than_any} of {len(self.samples)} synthetic images are nearer to a training image than any "
             f"of the {len(self.reference)} reference images; {self.closer_by_chance:.1f} would be by chance"
         ]
+        if self.reference_left_out:
+            words.append(f"{self.reference_left_out} real images show what another training image shows: left out")
         if self.made_from_training_masks is not None:
             words.append(
                 f"{self.made_from_training_masks} synthetic images were made from masks of training and have their "
@@ -408,11 +413,19 @@ def score_memorisation(
     nearest = NearestTraining(training, side)
     found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
     matches = [_closest(itertools.islice(found, len(pictures))) for pictures in drawn]
-    if held_out_dir is None:
-        others, skip, reference_is = paths, range(len(paths)), "training images to the nearest other one"
-    else:
-        others, skip, reference_is = find_files(held_out_dir, "image").values(), None, "held-out real images"
-    real = [small_gray(_to_unit(read_real(path, config)), factor) for path in bar(others, desc="reading reference")]
+    alone = held_out_dir is None
+    others = paths if alone else list(find_files(held_out_dir, "image").values())
+    reference_is = "training images to the nearest other one" if alone else "held-out real images"
+    shown_twice = _shown_in_training(paths, others)
+    kept = [index for index, path in enumerate(others) if path not in shown_twice]
+    if not kept:
+        raise InputError(
+            f"{held_out_dir or train_dir}: every image shows what an image of training shows, so none says how near a "
+            "new one comes: give other real images with --held-out"
+        )
+    skip = kept if alone else None
+    yardstick = bar([others[index] for index in kept], desc="reading reference")
+    real = [small_gray(_to_unit(read_real(path, config)), factor) for path in yardstick]
     reference = [match.distance for match in nearest.find(real, skip, progress) if match is not None]
     from_training = _made_from(samples, train_mask_dir)
     least = min(reference, default=0.0)
@@ -424,6 +437,7 @@ def score_memorisation(
         samples=[None if match is None else match.distance for match in matches],
         reference=reference,
         reference_is=reference_is,
+        reference_left_out=len(others) - len(kept),
         closer_than_any=sum(near),
         closer_by_chance=len(order) / (len(reference) + 1),
         made_from_training_masks=None if from_training is None else sum(from_training),
@@ -442,6 +456,15 @@ def score_memorisation(
 def _closest(matches: Iterable[Match | None]) -> Match | None:
     """The nearest of the matches of an image's squares; None where all of them are flat."""
     return min((match for match in matches if match is not None), key=lambda match: match.distance, default=None)
+
+
+def _shown_in_training(training: Sequence[Path], others: Sequence[Path]) -> set[Path]:
+    """The other images that show (nearly) what a training image shows; where they are the training images themselves,
+    what another one shows."""
+    known, facts = set(map(str, training)), {path: image_facts(path) for path in {*training, *others}}
+    pairs = near_duplicates([replace(one, name=str(path)) for path, one in facts.items()])
+    found = {Path(name) for first, second, _ in pairs if {first, second} & known for name in (first, second)}
+    return (found if others is training else found.union(training)) & set(others)
 
 
 def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bool] | None:

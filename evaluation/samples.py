@@ -189,6 +189,8 @@ class SampleSet:
             InputError: the label is unreadable, or holds other values than its type allows.
         """
         label = self._label(sample)
+        if label.ndim == 3:
+            return label.argmax(axis=0).astype(np.uint8)
         if sample.mask_type == "classes" or (sample.mask_type == "probability" and _holds_ids(label, self.num_classes)):
             if label.max(initial=0) >= self.num_classes:
                 raise InputError(
@@ -206,8 +208,7 @@ class SampleSet:
 
     def _label(self, sample: Sample) -> np.ndarray:
         label = read_mask(sample.label_path)
-        label = label[0] if label.ndim == 3 and len(label) == 1 else label
-        if label.ndim != 2:
+        if label.ndim == 3 and sample.mask_type != "probability":
             raise InputError(f"{sample.label_path} is a stack of {len(label)} planes, not a label of sample_ddp.py")
         return label
 
@@ -288,7 +289,7 @@ def _windowed(image: np.ndarray, view: View, config: DataConfig) -> np.ndarray:
 
 
 def _holds_ids(label: np.ndarray, num_classes: int) -> bool:
-    """Whether a label of probabilities holds class ids: stacks go out of sample_ddp.py as their most probable class."""
+    """Whether a flat label of a set made from probabilities holds class ids instead."""
     return label.dtype.kind in "ui" and label.max(initial=0) < num_classes
 
 

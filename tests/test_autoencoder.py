@@ -168,6 +168,12 @@ def test_a_training_step_may_differentiate_through_latents(space, images, sample
 # --- fingerprint -----------------------------------------------------------------------------------------------------
 
 
+def test_gradients_pass_from_images_to_latents(space):
+    latents = torch.randn(2, space.channels, 4, 4, requires_grad=True)
+    space.decode(latents).square().mean().backward()
+    assert latents.grad.isfinite().all() and latents.grad.abs().min() > 0
+
+
 def test_fingerprint_is_the_same_wherever_the_autoencoder_lies(space, copy):
     assert load_space(str(copy)).fingerprint == space.fingerprint
 

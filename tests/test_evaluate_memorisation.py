@@ -185,6 +185,18 @@ def test_without_held_out_images_each_training_image_stands_beside_the_others(tm
         score_memorisation(blob_set(tmp_path / "set2", [blobs(300)]), one)
 
 
+def test_images_that_training_holds_twice_are_no_yardstick(tmp_path, training, held_out):
+    copies = blob_set(tmp_path / "set", [blobs(3), blobs(4), blobs(300)])
+    Image.fromarray(noisy(blobs(3), 1)).save(training / "twice.png")
+    report, _, _ = score_memorisation(copies, training)
+    assert (report.closer_than_any, report.reference_left_out, len(report.reference)) == (2, 2, 11)
+    Image.fromarray(blobs(5)).save(held_out / "leaked.png")
+    report, _, _ = score_memorisation(copies, training, held_out)
+    assert (report.closer_than_any, report.reference_left_out, len(report.reference)) == (2, 1, 8)
+    with pytest.raises(InputError, match="every image shows what an image of training shows"):
+        score_memorisation(copies, training, training)
+
+
 def test_samples_made_from_training_masks_are_counted_apart(tmp_path, training, held_out):
     samples = blob_set(tmp_path / "set", [noisy(blobs(3), 1), noisy(blobs(4), 2), blobs(300)])
     masks = save(tmp_path / "masks", {"a": np.full((4, 5), 255, np.uint8)})

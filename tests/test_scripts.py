@@ -16,6 +16,7 @@ from PIL import Image
 from script_helpers import FEW_STEPS, call, run, train_arguments, write_pairs
 
 import data
+import evaluate
 import sample
 import sample_ddp
 import train
@@ -23,6 +24,7 @@ from benchmarks import same_images, solver_error
 from checkpoint import read_checkpoint
 from data import center_view
 from errors import run_command
+from evaluation.samples import SampleSet
 from image_files import read_mask
 from intensity import ImageFormat
 
@@ -254,6 +256,25 @@ def test_a_mended_mask_gives_a_new_image_even_where_the_run_is_killed_between_it
     scores = {row["image"]: row["fidelity_dice"] for row in csv.DictReader(path.open())}
     assert scores["images/cell_3.png"] == ""  # the score was of the image before
     assert scores["images/cell_0.png"] == "1" and len(scores) == 6
+
+
+def test_a_set_of_probability_stacks_is_read_as_its_most_probable_classes(pairs, tmp_path):
+    masks, rng = tmp_path / "masks", np.random.default_rng(0)
+    masks.mkdir()
+    for path in pairs[1].iterdir():
+        cell = np.array(Image.open(path)) > 0
+        stack = np.stack([~cell, cell & (rng.random(cell.shape) < 0.5), cell]).astype(np.float32) + 0.1
+        np.save(masks / f"{path.stem}.npy", stack / stack.sum(0))
+    words = train_arguments(pairs[0], masks, tmp_path, "soft", 1)
+    call(train, *words[1:], "--num-classes", 3)
+    checkpoint = tmp_path / "soft" / "checkpoints" / "0000001.pt"
+    call(sample_ddp, "ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", tmp_path / "set", *FEW_STEPS)
+    samples = SampleSet(tmp_path / "set")
+    for sample_of_set in samples.samples:
+        stack = read_mask(sample_of_set.label_path)
+        assert stack.shape == (3, 16, 16)
+        assert np.array_equal(samples.class_map(sample_of_set), stack.argmax(0))
+    call(evaluate, "threshold", tmp_path / "set")
 
 
 def test_a_folder_of_other_masks_is_another_set(monkeypatch, capsys, checkpoint, pairs, tmp_path):
