@@ -149,10 +149,10 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
 
 
 def check_against_checkpoint(args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Flags that repeat what the checkpoint knows may not contradict it.
+    """Flags that repeat what the checkpoint knows may not contradict it, or ask for what it has not learned.
 
     Raises:
-        InputError: all contradictions in one line.
+        InputError: all contradictions in one line; guidance of a model that always saw its masks.
     """
     known = {
         "model": config["model"]["name"],
@@ -166,6 +166,9 @@ def check_against_checkpoint(args: argparse.Namespace, config: dict[str, Any]) -
     ]
     if wrong:
         raise InputError(f"{args.ckpt} contradicts {', '.join(wrong)}. Leave the flag out, or give another checkpoint.")
+    scales = [getattr(args, "cfg_scale", 1.0), *getattr(args, "cfg_scales", ())]
+    if config["model"].get("class_dropout_prob") == 0 and any(scale != 1 for scale in scales):
+        raise InputError(f"{args.ckpt} has not learned what guidance subtracts (--mask-dropout 0): give --cfg-scale 1.")
 
 
 def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:

@@ -125,7 +125,10 @@ def build_parser() -> argparse.ArgumentParser:
         "for --crop center, where a run is long enough to gain from it)",
     )
     group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
-    group.add_argument("--mask-dropout", type=fraction, default=0.1, help="share of samples that lose their whole mask")
+    group.add_argument(
+        "--mask-dropout", type=fraction, default=0.1,
+        help="share of samples that lose their whole mask, which guidance needs; 0 where sampling stays at guidance 1",
+    )  # fmt: skip
     group.add_argument(
         "--time-scale", type=positive_float,
         help="factor on t before its sinusoids (default: 1000 for pixels; 1 for latents, which SiT's weights need)",
@@ -222,6 +225,11 @@ def check_arguments(args: argparse.Namespace, world_size: int) -> None:
         raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: two percentiles, 0 <= LOW < HIGH <= 100.")
     if args.in_channels == 1 and "window_channels" in args.given:
         raise InputError("--window-channels has no effect on --in-channels 1: leave it out.")
+    if args.mask_dropout == 0 and "cfg_scale" in args.given and args.cfg_scale != 1:
+        raise InputError(
+            f"--cfg-scale {args.cfg_scale:g} of the previews needs images without a mask in training: leave it out, or "
+            "give --mask-dropout above 0."
+        )
     check_space(args.vae, args.in_channels)
     check_transport(args)
     if args.wandb:

@@ -226,7 +226,8 @@ class Previews:
         self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
         masks = torch.stack([example["mask"] for example in examples])
         self.prob_maps = to_prob_map(masks, training.args.num_classes)  # (n, K, S, S)
-        settings = SamplingSettings(cfg_scale=training.args.cfg_scale)
+        guided = training.model.class_dropout_prob > 0  # else nothing was learned that guidance could subtract
+        settings = SamplingSettings(cfg_scale=training.args.cfg_scale if guided else 1.0)
         self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
 
     @staticmethod

@@ -277,6 +277,17 @@ def test_a_set_of_probability_stacks_is_read_as_its_most_probable_classes(pairs,
     call(evaluate, "threshold", tmp_path / "set")
 
 
+def test_guidance_needs_a_model_that_was_trained_without_masks_too(monkeypatch, capsys, pairs, tmp_path):
+    words = [*train_arguments(*pairs, tmp_path, "run", 1)[1:], "--mask-dropout", 0, "--sample-every", 1]
+    assert "--cfg-scale 2 of the previews" in error_line(monkeypatch, capsys, train, *words, "--cfg-scale", 2)
+    call(train, *words)  # previews come without guidance
+    assert (tmp_path / "run" / "previews" / "0000001.png").is_file()
+    words = ["ODE", "--ckpt", tmp_path / "run" / "checkpoints" / "0000001.pt", "--mask-path", pairs[1] / "cell_0.png"]
+    words += [*FEW_STEPS, "--num-samples", 1, "--output", tmp_path / "grid.png"]
+    assert "give --cfg-scale 1" in error_line(monkeypatch, capsys, sample, *words, "--cfg-scale", 1.5)
+    call(sample, *words)
+
+
 def test_a_folder_of_other_masks_is_another_set(monkeypatch, capsys, checkpoint, pairs, tmp_path):
     masks = shutil.copytree(pairs[1], tmp_path / "masks")
     words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", tmp_path / "set", *FEW_STEPS]
