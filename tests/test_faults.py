@@ -44,9 +44,10 @@ def start(*words: object, ranks: int = 1, restarts: int = 0) -> subprocess.Popen
 
 
 def wait_for_new_file(process: subprocess.Popen[str], seen: Path) -> None:
-    """Until one file more matches ``seen``, or the process has ended."""
-    before = set(seen.parent.glob(seen.name))
+    """Until one file more matches ``seen``, or the process has ended; minutes without either are a failure."""
+    before, deadline = set(seen.parent.glob(seen.name)), time.monotonic() + 300
     while process.poll() is None and set(seen.parent.glob(seen.name)) <= before:
+        assert time.monotonic() < deadline, f"no new {seen}"
         time.sleep(0.02)
 
 
