@@ -613,8 +613,8 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 def forget_rows(path: Path, images: Sequence[str]) -> None:
     """Take images that are drawn again out of the manifest, and with them what evaluate.py found in those before."""
-    rows = read_manifest(path)
-    left = [row for image, row in rows.items() if image not in set(images)]
+    rows, again = read_manifest(path), set(images)
+    left = [row for image, row in rows.items() if image not in again]
     if len(left) < len(rows):
         write_rows(path, list(next(iter(rows.values()))), left)
 

@@ -85,6 +85,17 @@ class Preset:
     minutes: float
 
 
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of the network in sampling."""
+
+    setup: Setup
+    masks: str
+    y: torch.Tensor  # (B, K, S, S)
+    precision: str
+    compiled: bool
+
+
 PRESETS = {
     "cpu": Preset(
         training=(Setup("SiT-S/2", 128, True, batch=4), Setup("SiT-Ti/8", 64, False, batch=32)),
@@ -142,17 +153,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one rank of the part "ranks"
     return parser.parse_args(argv)
-
-
-@dataclass(frozen=True)
-class NetworkCall:
-    """One call of the network in sampling."""
-
-    setup: Setup
-    masks: str
-    y: torch.Tensor  # (B, K, S, S)
-    precision: str
-    compiled: bool
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds

@@ -209,8 +209,8 @@ class SdeSolver:
         if last_step != "None":
             size = (1 - t_min) / num_steps if last_step_size is None else last_step_size
             t_max, regular = min(1 - size, t_max), num_steps - 1
-        if regular and t_max <= t_min:
-            raise ValueError(f"last_step_size {last_step_size:g} leaves nothing of the time for {regular} other steps")
+            if regular and t_max <= t_min:
+                raise ValueError(f"last_step_size {size:g} leaves nothing of the time for {regular} other steps")
         # The last step is one of num_steps; the rest share what is left in equal parts.
         self.times = [t_min + (t_max - t_min) * i / regular for i in range(regular + 1)] if regular else [t_min]
         self.planned_calls = regular * {"Euler": 1, "Heun": 2}[method] + (last_step != "None")
