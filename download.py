@@ -29,11 +29,10 @@ from typing import IO
 import torch
 from torch import nn
 
-from checkpoint import file_sha256, write_atomically
-from errors import InputError, list_some
+from common.disk import file_sha256, write_atomically
+from common.errors import InputError, list_some
 
 logger = logging.getLogger(__name__)
-
 DOWNLOAD_FOLDER = Path("pretrained_models")
 # The address is the one in SiT's own download.py; what the file must hold is the published model: SiT-XL/2 with
 # learn_sigma, 1000 ImageNet classes and the null class, 256 px images as (4, 32, 32) latents.
@@ -47,7 +46,6 @@ TIMEOUT_SECONDS = 30.0
 CHUNK_BYTES = 1 << 20
 # (depth, width) of the named sizes, only to name a model in a message.
 SIZE_NAMES = {(12, 192): "SiT-Ti", (12, 384): "SiT-S", (12, 768): "SiT-B", (24, 1024): "SiT-L", (28, 1152): "SiT-XL"}
-
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 FINAL_LINEAR = ("final_layer.linear.weight", "final_layer.linear.bias")
 PATCH_WEIGHT = "x_embedder.proj.weight"

@@ -23,9 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import CROPS
-from errors import CommandParser, InputError, run_command
-from train_utils import (
+from cli import (
     add_device_argument,
     add_machine_arguments,
     add_mask_arguments,
@@ -34,10 +32,11 @@ from train_utils import (
     non_negative_int,
     positive_fraction,
     positive_int,
-    resolve_device,
-    start_logging,
-    start_machine,
 )
+from common.errors import CommandParser, InputError, run_command
+from common.log import start_logging
+from dataset.config import CROPS
+from engine.machine import resolve_device, start_machine
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -363,8 +362,8 @@ def run_data(args: argparse.Namespace) -> None:
 
 def run_threshold(args: argparse.Namespace) -> None:
     """``evaluate.py threshold``."""
-    from evaluation.samples import SampleSet
     from evaluation.threshold import score_by_threshold, write_threshold_report
+    from synthetic.reader import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
     score = score_by_threshold(samples)
@@ -376,7 +375,7 @@ def run_threshold(args: argparse.Namespace) -> None:
 def run_fidelity(args: argparse.Namespace) -> None:
     """``evaluate.py fidelity``."""
     from evaluation.fidelity import score_fidelity, write_fidelity_report
-    from evaluation.samples import SampleSet
+    from synthetic.reader import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
     report = score_fidelity(
@@ -398,7 +397,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
 def run_filter(args: argparse.Namespace) -> None:
     """``evaluate.py filter``."""
     from evaluation.filter import filter_set, write_filter_report
-    from evaluation.samples import SampleSet
+    from synthetic.reader import SampleSet
 
     samples = SampleSet(args.sample_dir)
     result = filter_set(samples, args.min_fidelity, args.keep_share)
@@ -411,7 +410,7 @@ def run_realism(args: argparse.Namespace) -> None:
     """``evaluate.py realism``."""
     from evaluation.fidelity import prepare_judge
     from evaluation.realism import describe_weights, inception_features, score_realism, write_realism_report
-    from evaluation.samples import SampleSet
+    from synthetic.reader import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
     if args.inception_weights is not None and samples.require_config().channels not in (1, 3):
@@ -447,7 +446,7 @@ def run_realism(args: argparse.Namespace) -> None:
 def run_population(args: argparse.Namespace) -> None:
     """``evaluate.py population``."""
     from evaluation.population import score_population, write_population_report
-    from evaluation.samples import SampleSet
+    from synthetic.reader import SampleSet
 
     if (args.data_path is None) != (args.mask_path is None):
         raise InputError("--data-path and --mask-path go together: give both, or none for the manifest's real images")
@@ -461,7 +460,7 @@ def run_population(args: argparse.Namespace) -> None:
 def run_memorisation(args: argparse.Namespace) -> None:
     """``evaluate.py memorisation``."""
     from evaluation.memorisation import score_memorisation, write_memorisation_report
-    from evaluation.samples import SampleSet
+    from synthetic.reader import SampleSet
 
     samples = SampleSet(args.sample_dir)
     report, closest, paths = score_memorisation(samples, args.data_path, args.held_out, args.mask_path, progress=True)
@@ -473,7 +472,7 @@ def run_memorisation(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """``evaluate.py report``."""
     from evaluation.report import ELSEWHERE, write_report
-    from evaluation.samples import SampleSet
+    from synthetic.reader import SampleSet
 
     samples = SampleSet(args.sample_dir, args.real_dir)
     others = {name: path for name in ELSEWHERE if (path := getattr(args, name)) is not None}
@@ -486,8 +485,8 @@ def run_report(args: argparse.Namespace) -> None:
 
 def run_sweep(args: argparse.Namespace) -> None:
     """``evaluate.py sweep``."""
+    from engine.sampling import load_trained
     from evaluation.sweep import SOLVERS, load_sweep_data, run_sweep, sampler_draw, settings_grid, write_sweep_report
-    from sampling import load_trained
 
     unknown = [name for name in args.solvers if name not in SOLVERS]
     if unknown:
@@ -539,9 +538,9 @@ def run_split(args: argparse.Namespace) -> None:
 
 def run_utility(args: argparse.Namespace) -> None:
     """``evaluate.py utility``."""
-    from evaluation.samples import SampleSet
     from evaluation.split import read_split
     from evaluation.utility import score_utility, write_utility_report
+    from synthetic.reader import SampleSet
 
     sets = {share: SampleSet(path) for share, path in args.synthetic}
     report = score_utility(
@@ -573,6 +572,7 @@ COMMANDS = {
     "split": run_split,
     "utility": run_utility,
 }
+
 
 if __name__ == "__main__":
     run_command(main, parse_args)

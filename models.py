@@ -506,7 +506,6 @@ SIZES = {
     "XL": (28, 1152, 16),
 }
 PATCH_SIZES = (2, 4, 8, 16)
-
 SiT_models: dict[str, Callable[..., SiT]] = {
     f"SiT-{size}/{patch_size}": partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch_size)
     for size, (depth, width, heads) in SIZES.items()

@@ -26,23 +26,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoencoder import PixelSpace
-from checkpoint import write_atomically, write_csv
-from data import MaskFolder
-from errors import CommandParser, InputError, run_command
-from sampling import ImageSampler, SamplingSettings, check_fields, field_scale, image_seed, load_trained
-from train_utils import (
-    add_machine_arguments,
-    add_mask_arguments,
-    add_sampling_arguments,
-    add_solver_parsers,
-    check_compiler,
-    grid_image,
-    mask_picture,
-    positive_int,
-    start_logging,
-    start_machine,
-)
+from cli import add_machine_arguments, add_mask_arguments, add_sampling_arguments, add_solver_parsers, positive_int
+from common.disk import write_atomically, write_csv
+from common.errors import CommandParser, InputError, run_command
+from common.log import start_logging
+from common.pictures import grid_image, mask_picture
+from dataset.folders import MaskFolder
+from engine.autoencoder import PixelSpace
+from engine.machine import check_compiler, start_machine
+from engine.sampling import ImageSampler, SamplingSettings, check_fields, field_scale, image_seed, load_trained
 
 logger = logging.getLogger("sample")
 

@@ -35,47 +35,42 @@ from PIL import Image
 from tqdm import tqdm
 
 import wandb_utils
-from autoencoder import PIXEL_SPACE, LatentSpace, Space, check_space, load_space, space_config
-from batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
-from checkpoint import (
-    RunFolder,
-    choose_run_folder,
-    export_safetensors,
-    launch_id,
-    read_checkpoint,
-    write_atomically,
-    write_csv,
-    write_json,
-)
-from data import SYMMETRIES, DataConfig, PairedFolder, default_window_channels
-from download import PUBLISHED_URLS
-from errors import EXIT_INTERRUPTED, CommandParser, InputError, one_line, run_command
-from intensity import SourceIntensity, window_columns
-from latent_cache import LatentPairs
-from models import MOST_TOKENS, SiT_models, model_width, patch_size
-from train_utils import (
-    Machine,
+from cli import (
     add_data_arguments,
     add_machine_arguments,
     add_transport_arguments,
-    check_compiler,
-    count_parameters,
     fraction,
-    log_provenance,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
+)
+from common.disk import write_atomically, write_csv, write_json
+from common.errors import EXIT_INTERRUPTED, CommandParser, InputError, one_line, run_command
+from common.log import start_logging
+from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
+from dataset.gray import SourceIntensity, default_window_channels, window_columns
+from dataset.views import SYMMETRIES
+from download import PUBLISHED_URLS
+from engine.autoencoder import PIXEL_SPACE, LatentSpace, Space, check_space, load_space, space_config
+from engine.checkpoint import RunFolder, choose_run_folder, export_safetensors, launch_id, read_checkpoint
+from engine.latents import LatentPairs
+from engine.machine import (
+    Machine,
+    check_compiler,
+    count_parameters,
+    log_provenance,
     resolve_precision,
-    start_logging,
     start_machine,
     stop_machine,
 )
-from training import Previews, Training
+from engine.training import Previews, Training
+from models import MOST_TOKENS, SiT_models, model_width, patch_size
 from transport import create_transport
 
 logger = logging.getLogger("train")
-
 # What a checkpoint fixes for good. Everything else may change on resume and is logged.
 FIXED_ON_RESUME = (
     "model", "image_size", "in_channels", "num_classes", "no_mask_detail", "time_scale", "init_from", "crop", "window",

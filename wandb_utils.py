@@ -25,20 +25,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from errors import InputError
+from common.errors import InputError
 
 logger = logging.getLogger(__name__)
-
 WANDB_ENTITY = "YOUR_WANDB_ENTITY"
 WANDB_PROJECT = "YOUR_WANDB_PROJECT"
 WANDB_API_KEY = "YOUR_WANDB_API_KEY"
-
 PLACEHOLDER_PREFIX = "YOUR_"
 DEFAULT_PROJECT = "mask-to-image"
 DEFAULT_BASE_URL = "https://api.wandb.ai"
 KEYLESS_MODES = ("offline", "dryrun", "disabled")
 ID_FILE = "wandb_id.txt"
-
 _run: Any = None  # the wandb.Run of this process; None on every rank but 0 and in runs without --wandb
 
 

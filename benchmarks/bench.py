@@ -37,7 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from autoencoder import PixelSpace, Space  # noqa: E402
 from benchmarks.flops import matrix_rate, sit_flops, synchronize  # noqa: E402
 from benchmarks.report import Row, markdown, plot, provenance  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
@@ -54,19 +53,14 @@ from benchmarks.workloads import (  # noqa: E402
     modes_of,
     sd_autoencoder,
 )
-from checkpoint import read_checkpoint, write_atomically, write_json  # noqa: E402
-from data import to_prob_map  # noqa: E402
-from errors import CommandParser, InputError, run_command  # noqa: E402
+from cli import positive_float, positive_int
+from common.disk import write_atomically, write_json  # noqa: E402
+from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from dataset.masks import to_prob_map  # noqa: E402
+from engine.autoencoder import PixelSpace, Space  # noqa: E402
+from engine.checkpoint import read_checkpoint  # noqa: E402
+from engine.machine import DEVICES, Machine, has_compiler, start_machine, stop_machine
 from models import MaskCondition, SiT, build_model  # noqa: E402
-from train_utils import (  # noqa: E402
-    DEVICES,
-    Machine,
-    has_compiler,
-    positive_float,
-    positive_int,
-    start_machine,
-    stop_machine,
-)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from checkpoint import write_atomically
-from train_utils import Machine, commit
+from common.disk import write_atomically
+from engine.machine import Machine, commit
 
 Row = dict[str, Any]
 

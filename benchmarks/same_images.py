@@ -21,19 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import MaskFolder  # noqa: E402
-from errors import CommandParser, InputError, run_command  # noqa: E402
-from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained  # noqa: E402
-from train_utils import (  # noqa: E402
-    DEVICES,
-    Machine,
-    has_compiler,
-    non_negative_float,
-    positive_int,
-    start_logging,
-    start_machine,
-    to_uint8,
-)
+from cli import non_negative_float, positive_int
+from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from common.log import start_logging
+from common.pictures import to_uint8
+from dataset.folders import MaskFolder  # noqa: E402
+from engine.machine import DEVICES, Machine, has_compiler, start_machine
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained  # noqa: E402
 
 LARGE_BATCH, SMALL_BATCH = 16, 5
 

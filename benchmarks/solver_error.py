@@ -26,19 +26,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import write_atomically, write_json  # noqa: E402
-from data import MaskFolder  # noqa: E402
-from errors import CommandParser, InputError, run_command  # noqa: E402
-from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained  # noqa: E402
-from train_utils import (  # noqa: E402
-    DEVICES,
-    Machine,
-    commit,
-    non_negative_float,
-    positive_int,
-    start_logging,
-    start_machine,
-)
+from cli import non_negative_float, positive_int
+from common.disk import write_atomically, write_json  # noqa: E402
+from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from common.log import start_logging
+from dataset.folders import MaskFolder  # noqa: E402
+from engine.machine import DEVICES, Machine, commit, start_machine
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained  # noqa: E402
 from transport import ODE_METHODS, Sampler, create_transport  # noqa: E402
 
 MEANS, STD = (-1.0, 1.0), 0.25

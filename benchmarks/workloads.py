@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import LatentSpace, Space
-from batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from benchmarks.flops import sit_flops, synchronize
-from data import DataConfig, PairedFolder, to_prob_map
-from image_files import encode_image
+from common.pictures import to_uint8
+from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
+from dataset.config import DataConfig
+from dataset.files import encode_image
+from dataset.folders import PairedFolder
+from dataset.masks import to_prob_map
+from engine.autoencoder import LatentSpace, Space
+from engine.machine import Machine, has_compiler, update_ema
+from engine.sampling import ImageSampler, SamplingSettings
 from models import MaskCondition, MaskRows, SiT, SiT_models, mask_rows
-from sampling import ImageSampler, SamplingSettings
-from train_utils import Machine, has_compiler, to_uint8, update_ema
 from transport import Transport, create_transport
 
 NUM_CLASSES = 2

@@ -18,16 +18,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import write_json
-from data import DataConfig, default_window_channels, image_window, native_view, window_image
-from errors import InputError, list_some
+from common.disk import write_json
+from common.errors import InputError, list_some
+from dataset.config import DataConfig
+from dataset.files import FileError, Pair, find_images_and_masks, match_names, read_image, read_mask
+from dataset.gray import default_window_channels, image_window, window_image
+from dataset.masks import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
+from dataset.views import native_view
 from evaluation.instances import connected_cells
 from evaluation.output import new_figure, save_figure, show_image
-from image_files import FileError, Pair, find_images_and_masks, match_names, read_image, read_mask
-from mask_rules import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
 
 logger = logging.getLogger(__name__)
-
 SIGNATURE_SIDE = 32
 NEAR_DUPLICATE = 0.99  # correlation of two images of SIGNATURE_SIDE x SIGNATURE_SIDE pixels
 SHEET_IMAGES = 12

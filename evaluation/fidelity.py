@@ -20,17 +20,18 @@ import numpy as np
 import scipy.ndimage
 import torch
 
-from checkpoint import file_sha256, write_json
-from data import MaskFolder, MaskItem, MaskRule, PairedFolder, pair_files
-from errors import InputError
-from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, mean_of_known
+from common.disk import file_sha256, write_json
+from common.errors import InputError
+from common.pictures import repeat_gray
+from dataset.files import pair_files
+from dataset.folders import MaskFolder, MaskItem, PairedFolder
+from dataset.masks import MaskRule
+from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, dice, mean_of_known
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
-from evaluation.overlap import dice
-from evaluation.samples import SampleSet, describe_provenance, write_manifest
-from image_files import repeat_gray
+from synthetic.manifest import write_manifest
+from synthetic.reader import SampleSet, describe_provenance
 
 logger = logging.getLogger(__name__)
-
 HELD_OUT_SHARE = 0.2
 BATCH_PIXELS = 2**22  # of images segmented at once
 WINDOWS_PER_IMAGE = 4  # of a held-out image under --crop random

@@ -10,11 +10,12 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoint import write_csv, write_json
-from errors import InputError, list_some
+from common.disk import write_csv, write_json
+from common.errors import InputError, list_some
 from evaluation.fidelity import FIDELITY_COLUMN
 from evaluation.output import number
-from evaluation.samples import SETTINGS, Sample, SampleSet, write_manifest
+from synthetic.manifest import SETTINGS, write_manifest
+from synthetic.reader import Sample, SampleSet
 
 KEPT, DROPPED = "kept.csv", "dropped.csv"
 

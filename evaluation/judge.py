@@ -20,12 +20,12 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import file_sha256, write_atomically
-from data import DataConfig, PairedFolder
-from mask_rules import to_prob_map
+from common.disk import file_sha256, write_atomically
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
+from dataset.masks import to_prob_map
 
 logger = logging.getLogger(__name__)
-
 JUDGE_VERSION = 2  # raise it when the same data and settings would give another judge
 CHANNELS = (16, 32, 64, 128)
 WINDOW_BATCH = 16  # windows of a large image judged at once

@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import scipy.ndimage
 
-from checkpoint import file_sha256, read_checkpoint
-from data import DataConfig, View, center_view, find_files, whole_view
+from common.disk import file_sha256
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.files import find_files, read_mask
+from dataset.views import View, center_view, whole_view
 from download import PUBLISHED_URLS
-from errors import InputError
+from engine.checkpoint import read_checkpoint
 from evaluation.instances import EIGHT_NEIGHBOURS
-from evaluation.samples import SampleSet
 from evaluation.split import SplitPlan
-from image_files import read_mask
+from synthetic.reader import SampleSet
 
 LEAST_CELL_SHARE = 0.05  # labels with less cell (or background) can be equal by chance
 

@@ -27,13 +27,15 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from checkpoint import file_sha256, write_csv, write_json
-from data import DataConfig, center_view, find_files, fit_channels, image_window, window_image
-from errors import InputError
+from common.disk import file_sha256, write_csv, write_json
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.files import find_files, read_image
+from dataset.gray import fit_channels, image_window, window_image
+from dataset.views import center_view
 from evaluation.data_report import image_facts, near_duplicates
 from evaluation.output import new_figure, number, save_figure, show_image
-from evaluation.samples import SampleSet, describe_provenance, read_real
-from image_files import read_image
+from synthetic.reader import SampleSet, describe_provenance, read_real
 
 SIDE = 32
 SYMMETRIES = 8

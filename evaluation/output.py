@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from checkpoint import write_atomically
-from image_files import as_rgb
+from common.disk import write_atomically
+from common.pictures import as_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

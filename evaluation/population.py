@@ -15,18 +15,18 @@ import numpy as np
 import scipy.ndimage
 from scipy.stats import wasserstein_distance
 
-from checkpoint import write_csv, write_json
-from data import DataConfig, MaskFolder
-from errors import InputError
+from common.disk import write_csv, write_json
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.folders import MaskFolder
 from evaluation.fidelity import LabelledImage, folder_images, set_images
 from evaluation.instances import connected_cells
 from evaluation.output import new_figure, number, save_figure
-from evaluation.samples import SampleSet, describe_provenance
+from synthetic.reader import SampleSet, describe_provenance
 
 SPLITS = 20
 TEXTURE_SIGMA = 2.0  # pixels: structure below this size is texture
 BORDER_ROUND = 1  # cells this near to the image's edge are cut: no area and no shape
-
 # What is measured -> (title with unit, of every cell or of every image).
 QUANTITIES = {
     "count": ("cells per image", "image"),

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import write_json
-from data import DataConfig, find_files
-from errors import InputError
+from common.disk import write_json
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.files import find_files
 from evaluation.output import new_figure, number, save_figure
-from evaluation.samples import SampleSet, describe_provenance, read_real
+from synthetic.reader import SampleSet, describe_provenance, read_real
 
 logger = logging.getLogger(__name__)
-
 SPLITS = 20
 WINDOWS_PER_IMAGE = 4  # of a real image under --crop random
 LEAST_REAL, LEAST_SYNTHETIC = 4, 2
@@ -38,7 +38,6 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256_START = "6726825d"
-
 Extractor = Callable[[Sequence[np.ndarray]], np.ndarray]  # B images uint8 (S, S, C) -> (B, D) float64
 Distance = Callable[[np.ndarray, np.ndarray], float]
 

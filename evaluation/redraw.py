@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from checkpoint import file_sha256
-from data import DataConfig, PairedFolder
+from common.disk import file_sha256
+from common.pictures import repeat_gray
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
 from evaluation.fidelity import fidelity_of
 from evaluation.judge import Judge, JudgeConfig, build_network, judged_channels, load_or_train_judge
-from image_files import repeat_gray
 
 COLUMNS = ("attempt", "attempt_fidelity", "fidelity_reached")  # of the manifest
 

@@ -14,16 +14,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from checkpoint import write_atomically, write_json
-from errors import InputError
+from common.disk import write_atomically, write_json
+from common.errors import InputError
 from evaluation.fidelity import FIDELITY_COLUMN
 from evaluation.filter import read_fidelity
 from evaluation.memorisation import MemorisationReport
 from evaluation.output import new_figure, show_image
-from evaluation.samples import Sample, SampleSet
+from synthetic.reader import Sample, SampleSet
 
 Table = tuple[Sequence[str], list[Sequence[object]]]  # header and rows
-
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
@@ -32,7 +31,6 @@ td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px sol
 img { max-width: 100%; height: auto; } p.note { color: #555; max-width: 48rem; }
 footer { color: #777; margin-top: 3rem; }
 """
-
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
@@ -190,7 +188,6 @@ SECTIONS = (
     ),
 )
 ELSEWHERE = ("utility", "sweep")  # about more than one set: in folders of their own
-
 
 # --- the page --------------------------------------------------------------------------------------------------------
 

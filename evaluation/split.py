@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from checkpoint import file_sha256, write_json
-from data import find_files, pair_files
-from errors import InputError, list_some
+from common.disk import file_sha256, write_json
+from common.errors import InputError, list_some
+from dataset.files import Pair, find_files, match_names, pair_files
 from evaluation.data_report import image_facts, near_duplicates
-from image_files import Pair, match_names
 
 SPLIT_FILE = "split.json"
 DEFAULT_SHARES = (10, 20, 50, 100)

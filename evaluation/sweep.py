@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_csv, write_json
-from data import MaskFolder, MaskItem, PairedFolder, pair_files
-from errors import InputError
+from common.disk import write_csv, write_json
+from common.errors import InputError
+from common.pictures import repeat_gray, to_uint8
+from dataset.files import pair_files
+from dataset.folders import MaskFolder, MaskItem, PairedFolder
+from engine.machine import Machine
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
 from evaluation.output import new_figure, number, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
-from image_files import repeat_gray
-from sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
-from train_utils import Machine, to_uint8
 from transport import ODE_METHODS, SDE_METHODS
 
 logger = logging.getLogger(__name__)
-
 # Solvers with a fixed number of steps: the cost of an adaptive one is not a setting.
 SOLVERS = {name: ("ODE", name) for name, method in ODE_METHODS.items() if not method.adaptive} | {
     f"sde-{name.lower()}": ("SDE", name) for name in SDE_METHODS
@@ -43,7 +43,6 @@ LEAST_IMAGES = 4
 NAMED_POINTS = 30  # of the plot; more would hide each other
 FIDELITY_TOLERANCE = 0.02  # Dice below the best that still counts as best
 DISTANCE_TOLERANCE = 1.1  # times the smallest distance that still counts as smallest
-
 Draw = Callable[[SamplingSettings], tuple[list[np.ndarray], int]]  # -> images uint8 (S, S, C), network calls
 
 

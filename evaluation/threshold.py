@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_csv, write_json
-from errors import InputError
+from common.disk import write_csv, write_json
+from common.errors import InputError
+from common.pictures import as_rgb
+from evaluation.instances import dice
 from evaluation.output import new_figure, save_figure
-from evaluation.overlap import dice
-from evaluation.samples import Sample, SampleSet, describe_provenance
-from image_files import as_rgb
+from synthetic.reader import Sample, SampleSet, describe_provenance
 
 logger = logging.getLogger(__name__)
-
 NUM_BINS = 256
 PICTURE_ROWS = ("worst", "median", "best")
 

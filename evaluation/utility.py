@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import write_csv, write_json
-from data import DataConfig, MaskFolder, PairedFolder, to_prob_map
-from errors import InputError
+from common.disk import write_csv, write_json
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.folders import MaskFolder, PairedFolder
+from dataset.masks import to_prob_map
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
 from evaluation.output import new_figure, number, save_figure
-from evaluation.samples import SampleSet
 from evaluation.split import SplitPlan
+from synthetic.reader import SampleSet
 
 logger = logging.getLogger(__name__)
-
 ARMS = ("real", "synthetic", "real + synthetic")
 METRICS = {"dice": "Dice", "ap50": "AP at IoU 0.5", "pq": "panoptic quality"}
 

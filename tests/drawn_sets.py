@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import DataConfig
-from evaluation.samples import VIEW_COLUMNS
+from dataset.config import DataConfig
+from synthetic.reader import VIEW_COLUMNS
 
 
 def disk(size: int, row: float, column: float, radius: float) -> np.ndarray:

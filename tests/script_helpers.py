@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from errors import run_command
+from common.errors import run_command
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--vae", "none", "--model", "SiT-Ti/8", "--image-size", "16", "--global-batch-size", "4", "--device", "cpu"]

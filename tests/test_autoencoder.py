@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import autoencoder
-from autoencoder import HUB_AUTOENCODERS, LatentSpace, PixelSpace, check_space, load_space, space_config
-from errors import InputError
+from common.errors import InputError
+from engine import autoencoder
+from engine.autoencoder import HUB_AUTOENCODERS, LatentSpace, PixelSpace, check_space, load_space, space_config
 
 B, H, W = 3, 24, 32
 FACTOR, CHANNELS, SCALE, SHIFT = 4, 5, 0.4, 0.15  # of the small autoencoder

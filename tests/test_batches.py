@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from batches import StepBatches, WaitingClock, make_loader, prefetch
-from errors import InputError
-from image_files import FileError
+from common.errors import InputError
+from dataset.batches import StepBatches, WaitingClock, make_loader, prefetch
+from dataset.files import FileError
 
 
 def batches(steps: range, rank: int = 0, world_size: int = 1, items: int = 7, size: int = 4) -> list:

@@ -12,12 +12,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import PixelSpace
 from benchmarks import bench
 from benchmarks.flops import sit_flops
 from benchmarks.workloads import AS_SIT, TRAINING_SWITCHES, Mode, TrainingBench, draw_masks, modes_of
+from engine.autoencoder import PixelSpace
+from engine.machine import Machine
 from models import MaskCondition, mask_rows
-from train_utils import Machine
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
 

@@ -16,10 +16,11 @@ import evaluate
 import sample
 import sample_ddp
 import train
-from autoencoder import check_space
-from checkpoint import read_checkpoint
-from errors import InputError, run_command
-from image_files import as_rgb, encode_image, encode_tiff, read_image
+from common.errors import InputError, run_command
+from common.pictures import as_rgb
+from dataset.files import encode_image, encode_tiff, read_image
+from engine.autoencoder import check_space
+from engine.checkpoint import read_checkpoint
 
 
 def two_channel_pairs(folder: Path) -> tuple[Path, Path]:

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 from script_helpers import write_pairs
 
-import data
 from benchmarks import many_files
-from data import DataConfig, MaskFolder, PairedFolder
-from errors import InputError
-from image_files import read_image, read_mask, read_size
-from mask_rules import MaskStats, mask_stats
+from common.errors import InputError
+from dataset import folders
+from dataset.config import DataConfig
+from dataset.files import read_image, read_mask, read_size
+from dataset.folders import MaskFolder, PairedFolder
+from dataset.masks import MaskStats, mask_stats
 
 CONFIG = DataConfig(16)
 
@@ -34,7 +35,7 @@ def pairs(tmp_path):
 def reads(monkeypatch) -> list[str]:
     """Names of the masks decoded so far."""
     names: list[str] = []
-    monkeypatch.setattr(data, "read_mask", lambda path: names.append(path.name) or read_mask(path))
+    monkeypatch.setattr(folders, "read_mask", lambda path: names.append(path.name) or read_mask(path))
     return names
 
 
@@ -124,7 +125,7 @@ def test_headers_tell_the_size_that_decoding_tells_or_nothing(disk_pairs):
 
 
 def test_sizes_of_many_files_are_refused_before_any_is_decoded(pairs, reads, monkeypatch):
-    monkeypatch.setattr(data, "PAIRS_WORTH_A_LOOK", 5)
+    monkeypatch.setattr(folders, "PAIRS_WORTH_A_LOOK", 5)
     Image.fromarray(np.zeros((21, 20), np.uint8)).save(pairs[1] / "cell_2.png")
     with pytest.raises(InputError, match=r"cell_2\.png.*20 x 21 pixels.*20 x 24"):
         PairedFolder(*pairs, CONFIG)

@@ -16,18 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from checkpoint import (
+from common.disk import file_sha256, write_atomically
+from common.errors import InputError, one_line
+from engine import checkpoint
+from engine.checkpoint import (
     RunFolder,
     choose_run_folder,
     export_safetensors,
-    file_sha256,
     launch_id,
     read_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
-from errors import InputError, one_line
 
 
 def state(step: int) -> dict:
@@ -176,7 +175,7 @@ def test_a_second_process_is_kept_out_and_the_loader_processes_of_a_killed_one_k
     code = f"""if True:
         import os, time
         from pathlib import Path
-        from checkpoint import RunFolder
+        from engine.checkpoint import RunFolder
         first = RunFolder(Path({str(run.path)!r}), 1)
         first.lock()
         if os.fork() == 0:

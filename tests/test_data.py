@@ -14,19 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import (
-    DataConfig,
-    MaskFolder,
-    PairedFolder,
-    View,
-    center_view,
-    fit_channels,
-    image_window,
-    native_view,
-    prob_map,
-    window_image,
-)
-from errors import InputError
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.folders import MaskFolder, PairedFolder
+from dataset.gray import fit_channels, image_window, window_image
+from dataset.masks import prob_map
+from dataset.views import View, center_view, native_view
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data in ../shared/data are absent")

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import download
+from common.errors import InputError
 from download import adapt_sit_weights, find_model, find_weights, mean_rows
-from errors import InputError
 from models import SiT
 
 NAME = "tiny.pt"

@@ -12,7 +12,7 @@ from drawn_sets import disk
 from PIL import Image
 
 import evaluate
-from errors import InputError
+from common.errors import InputError
 from evaluation.data_report import survey, write_data_report
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -14,9 +14,10 @@ from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
 import evaluate
-from checkpoint import file_sha256
-from data import DataConfig, PairedFolder
-from errors import InputError
+from common.disk import file_sha256
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
 from evaluation.fidelity import (
     LabelledImage,
     cells_of_classes,
@@ -27,17 +28,9 @@ from evaluation.fidelity import (
     split_pairs,
     write_fidelity_report,
 )
-from evaluation.judge import (
-    Judge,
-    JudgeConfig,
-    build_network,
-    judge_key,
-    load_or_train_judge,
-    predict,
-    train_judge,
-)
-from evaluation.overlap import dice
-from evaluation.samples import SampleSet
+from evaluation.instances import dice
+from evaluation.judge import Judge, JudgeConfig, build_network, judge_key, load_or_train_judge, predict, train_judge
+from synthetic.reader import SampleSet
 
 SIZE = 32
 CPU = torch.device("cpu")

@@ -11,9 +11,10 @@ import pytest
 from drawn_sets import Row, disk, paint, write_set
 
 import evaluate
-from errors import InputError
+from common.errors import InputError
 from evaluation.filter import filter_set, write_filter_report
-from evaluation.samples import SampleSet, write_manifest
+from synthetic.manifest import write_manifest
+from synthetic.reader import SampleSet
 
 VALUES = ["0.9000", "0.2000", "0.7000", "0.7000", "0.4000"]
 

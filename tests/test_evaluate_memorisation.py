@@ -13,8 +13,8 @@ from drawn_sets import Row, write_set
 from PIL import Image
 
 import evaluate
-from data import DataConfig
-from errors import InputError
+from common.errors import InputError
+from dataset.config import DataConfig
 from evaluation import memorisation
 from evaluation.memorisation import (
     SYMMETRIES,
@@ -29,7 +29,8 @@ from evaluation.memorisation import (
     units,
     write_memorisation_report,
 )
-from evaluation.samples import SampleSet, write_manifest
+from synthetic.manifest import write_manifest
+from synthetic.reader import SampleSet
 
 SIZE = 48
 

@@ -11,7 +11,7 @@ from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
 import evaluate
-from errors import InputError
+from common.errors import InputError
 from evaluation.fidelity import LabelledImage
 from evaluation.population import (
     compare_populations,
@@ -20,7 +20,7 @@ from evaluation.population import (
     score_population,
     write_population_report,
 )
-from evaluation.samples import SampleSet
+from synthetic.reader import SampleSet
 
 SIZE = 64
 

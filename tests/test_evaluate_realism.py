@@ -13,8 +13,8 @@ from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 import evaluate
-from data import DataConfig
-from errors import InputError
+from common.errors import InputError
+from dataset.config import DataConfig
 from evaluation.judge import CHANNELS, Judge, build_network, deepest_layer
 from evaluation.realism import (
     JUDGE_DISTANCE,
@@ -28,7 +28,7 @@ from evaluation.realism import (
     score_realism,
     write_realism_report,
 )
-from evaluation.samples import SampleSet
+from synthetic.reader import SampleSet
 
 SIZE = 24
 CPU = torch.device("cpu")

@@ -15,12 +15,12 @@ from script_helpers import run, train_arguments, write_pairs
 
 import sample_ddp
 import train
-from checkpoint import file_sha256
+from common.disk import file_sha256
+from common.randomness import derived_seed
+from engine.sampling import image_seed
 from evaluation.fidelity import fidelity_of
 from evaluation.judge import Judge, build_network
 from evaluation.redraw import Redraw, weights_sha256
-from sampling import image_seed
-from train_utils import derived_seed
 
 SIZE = 18
 

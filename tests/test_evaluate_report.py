@@ -16,15 +16,16 @@ from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
 import evaluate
-from errors import InputError
+from common.errors import InputError
+from evaluation import report
 from evaluation.fidelity import AgreementScore, FidelityReport, write_fidelity_report
 from evaluation.filter import filter_set, write_filter_report
 from evaluation.memorisation import score_memorisation, write_memorisation_report
 from evaluation.population import score_population, write_population_report
 from evaluation.realism import score_realism, write_realism_report
 from evaluation.report import SECTIONS, html_table, write_report
-from evaluation.samples import SampleSet
 from evaluation.threshold import score_by_threshold, write_threshold_report
+from synthetic.reader import SampleSet
 
 SIZE = 40
 
@@ -99,20 +100,16 @@ def test_page_holds_every_measure_and_loads_nothing(folder):
 
 
 def test_worst_and_best_images_are_in_the_page_in_that_order(folder, monkeypatch):
-    import evaluation.report as module
-
     shown = []
-    monkeypatch.setattr(module, "draw_grid", lambda samples, chosen: shown.append(chosen) or b"")
+    monkeypatch.setattr(report, "draw_grid", lambda samples, chosen: shown.append(chosen) or b"")
     write_report(measure_all(folder), images=2)
     names = [[(sample.name, value) for sample, value in chosen] for chosen in shown]
     assert names == [[("cells_01", 0.1), ("cells_04", 0.3)], [("cells_00", 0.9), ("cells_03", 0.7)]]
 
 
 def test_an_empty_mask_is_not_shown_among_the_best_images(folder, monkeypatch):
-    import evaluation.report as module
-
     shown = []
-    monkeypatch.setattr(module, "draw_grid", lambda samples, chosen: shown.append(chosen) or b"")
+    monkeypatch.setattr(report, "draw_grid", lambda samples, chosen: shown.append(chosen) or b"")
     samples = measure_all(folder)
     for number, best in (("00", ["cells_03", "cells_02"]), ("03", ["cells_02", "cells_04"])):
         Image.new("L", (SIZE, SIZE)).save(folder / "masks" / f"cells_{number}.png")
@@ -139,9 +136,9 @@ def test_json_holds_what_the_page_shows(folder):
 
 
 def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tmp_path):
+    from engine.sampling import SamplingSettings
     from evaluation.sweep import SweepReport, SweepRow, write_sweep_report
     from evaluation.utility import UtilityReport, UtilityRow, write_utility_report
-    from sampling import SamplingSettings
 
     rows = [UtilityRow(10, arm, 0, 4, 9, dice, 0.5, 0.4) for arm, dice in (("real", 0.711), ("synthetic", 0.633))]
     write_utility_report(UtilityReport(rows, 5, 3, {}), tmp_path / "u")

@@ -12,10 +12,10 @@ from drawn_sets import disk, paint
 from PIL import Image
 
 import evaluate
-from errors import InputError
+from common.errors import InputError
+from engine.sampling import SamplingSettings
 from evaluation.fidelity import LabelledImage
 from evaluation.sweep import SOLVERS, SweepRow, recommend, run_sweep, settings_grid, write_sweep_report
-from sampling import SamplingSettings
 
 SIZE = 24
 WHOLE = (0.0, 1.0)
@@ -57,7 +57,7 @@ def test_grid_holds_every_combination_and_no_guidance_once():
 
 
 def test_every_solver_of_the_table_makes_a_sampler():
-    from sampling import create_solver
+    from engine.sampling import create_solver
     from transport import create_transport
 
     for name in SOLVERS:
@@ -158,8 +158,8 @@ def checkpoint(tmp_path: Path, make_model) -> Path:
     """A tiny pixel model that has learned nothing, as train.py writes it."""
     import torch
 
-    from checkpoint import save_checkpoint
-    from data import DataConfig
+    from dataset.config import DataConfig
+    from engine.checkpoint import save_checkpoint
     from models import build_model
 
     config = {

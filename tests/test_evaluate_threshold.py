@@ -15,10 +15,9 @@ from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
 
 import evaluate
-from data import DataConfig
-from errors import InputError
-from evaluation.overlap import dice, iou
-from evaluation.samples import SampleSet
+from common.errors import InputError
+from dataset.config import DataConfig
+from evaluation.instances import dice, iou
 from evaluation.threshold import (
     decide_polarity,
     otsu_threshold,
@@ -27,6 +26,7 @@ from evaluation.threshold import (
     thresholded,
     write_threshold_report,
 )
+from synthetic.reader import SampleSet
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64

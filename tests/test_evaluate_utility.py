@@ -15,11 +15,11 @@ from PIL import Image
 
 import evaluate
 import make_masks
-from checkpoint import file_sha256, save_checkpoint
-from data import DataConfig
-from errors import InputError
+from common.disk import file_sha256
+from common.errors import InputError
+from dataset.config import DataConfig
+from engine.checkpoint import save_checkpoint
 from evaluation.leaks import find_leaks, refuse_leaks
-from evaluation.samples import SampleSet, write_manifest
 from evaluation.split import SplitPlan, make_split, plan_shares, read_split
 from evaluation.utility import (
     MixedPairs,
@@ -29,6 +29,8 @@ from evaluation.utility import (
     score_utility,
     write_utility_report,
 )
+from synthetic.manifest import write_manifest
+from synthetic.reader import SampleSet
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -321,7 +323,7 @@ def test_synthetic_pairs_are_the_images_and_labels_of_the_set_turned_together(sp
 
 
 def test_mixed_pairs_are_half_real_whatever_the_sizes(split, tmp_path):
-    from data import PairedFolder
+    from dataset.folders import PairedFolder
 
     folder = split.part(25)
     real = PairedFolder(folder / "images", folder / "masks", DataConfig(image_size=SIZE))

@@ -10,10 +10,10 @@ import pytest
 import tifffile
 from PIL import Image
 
-from errors import InputError
-from export import check_export, export_set, instances_of
-from image_files import encode_image, image_suffix
-from mask_rules import MaskRule
+from common.errors import InputError
+from dataset.files import encode_image, image_suffix
+from dataset.masks import MaskRule
+from synthetic.export import check_export, export_set, instances_of
 
 INSTANCES = MaskRule("instances", 2, 1, "")
 BINARY = MaskRule("binary", 2, 255, "")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from script_helpers import ROOT, run, train_arguments, write_pairs
 
-from checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 STEPS = 300

@@ -22,7 +22,7 @@ from script_helpers import run_here, train_arguments, write_pairs
 import evaluate
 import sample_ddp
 import train
-from checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint
 
 STEPS = 4
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import image_files
-from errors import InputError
-from image_files import find_files, pair_files, read_image, read_mask
+from common.errors import InputError
+from dataset import files
+from dataset.files import find_files, pair_files, read_image, read_mask
 
 READERS = Path(__file__).parents[2] / "shared" / "data" / "readers"
 needs_readers = pytest.mark.skipif(not READERS.is_dir(), reason="the reader files in ../shared/data/readers are absent")
@@ -348,7 +348,7 @@ fuzz = settings(
 @pytest.fixture
 def small_limit(monkeypatch):
     """A damaged header may claim up to the limit: keep the zeros that are then filled in few."""
-    monkeypatch.setattr(image_files, "MAX_DECODED_BYTES", 2**24)
+    monkeypatch.setattr(files, "MAX_DECODED_BYTES", 2**24)
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -500,7 +500,7 @@ def test_a_hundred_thousand_names_pair_in_seconds(tmp_path, monkeypatch):
     listing = Listing(Entry(name) for name in names)
     for folder in ("i", "m"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(image_files.os, "scandir", lambda _: listing)
+    monkeypatch.setattr(files.os, "scandir", lambda _: listing)
     monkeypatch.setattr(Path, "is_file", lambda _: True)
     start = time.perf_counter()
     assert len(pair_files(tmp_path / "i", tmp_path / "m")) == 100_000

@@ -14,21 +14,24 @@ from script_helpers import FEW_STEPS, TINY, call, write_pairs
 
 import sample_ddp
 import train
-from checkpoint import export_safetensors, read_checkpoint
-from data import DataConfig, PairedFolder, image_window, window_image
-from errors import InputError
-from evaluation.samples import SampleSet
-from image_files import read_image
-from intensity import (
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.files import read_image
+from dataset.folders import PairedFolder
+from dataset.gray import (
     MOST_WINDOWS,
     ImageFormat,
     SourceIntensity,
     choose_format,
+    image_window,
     to_display,
     to_gray_values,
     window_columns,
     window_from_columns,
+    window_image,
 )
+from engine.checkpoint import export_safetensors, read_checkpoint
+from synthetic.reader import SampleSet
 
 TWO = SourceIntensity(("uint16",), 1, (((10.0, 500.0),), ((30.0, 900.0),)))
 

@@ -17,15 +17,15 @@ from torch._dynamo.testing import CompileCounter
 
 import sample
 import sample_ddp
-import train_utils
-from autoencoder import PixelSpace, load_space
-from checkpoint import save_checkpoint
-from data import DataConfig
-from errors import InputError
+from common.errors import InputError
+from dataset.config import DataConfig
+from engine import machine
+from engine.autoencoder import PixelSpace, load_space
+from engine.checkpoint import save_checkpoint
+from engine.machine import Machine
+from engine.sampling import ImageSampler, SamplingSettings, mirror_to
+from engine.tiling import Windows
 from models import build_model
-from sampling import ImageSampler, SamplingSettings, mirror_to
-from tiling import Windows
-from train_utils import Machine
 from transport import create_transport
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
@@ -256,7 +256,7 @@ def test_compiled_fields_of_all_sizes_share_a_graph_and_are_the_same(checkpoint,
     plain = sample_set(checkpoint, masks, tmp_path / "plain")
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(train_utils, "has_compiler", lambda: True)
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
     compiled = sample_set(checkpoint, masks, tmp_path / "compiled", "--compile")
     assert counter.frame_count == 2  # a block and the final layer
     for name in ("images/a.png", "images/b.png", "images/c.png"):

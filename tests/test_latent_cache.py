@@ -13,12 +13,14 @@ from PIL import Image
 from script_helpers import run, train_arguments
 
 import train
-from autoencoder import LatentSpace, load_space
-from checkpoint import read_checkpoint
-from data import SYMMETRIES, DataConfig, PairedFolder
-from errors import InputError
-from latent_cache import LatentPairs, latent_key
-from train_utils import Machine
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
+from dataset.views import SYMMETRIES
+from engine.autoencoder import LatentSpace, load_space
+from engine.checkpoint import read_checkpoint
+from engine.latents import LatentPairs, latent_key
+from engine.machine import Machine
 
 SIZE = 24
 DRAWS = range(40)
@@ -155,7 +157,7 @@ def test_key_knows_all_that_changes_an_image(space):
 
 
 def test_full_disk_is_said_before_anything_is_encoded(make_latents, monkeypatch):
-    monkeypatch.setattr("latent_cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("engine.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match="--latent-cache .* are free"):
         make_latents()
 

@@ -15,27 +15,28 @@ from PIL import Image
 from scipy import ndimage
 
 import make_masks
-from errors import InputError
+from common.errors import InputError
+from layouts import nuclei, placing, recombine, statistics
 
 ROOT = Path(__file__).parents[1]
 NUCLEI = Path(__file__).parents[2] / "shared" / "data" / "nuclei" / "train" / "instances"
 
 
-def nuclei_settings(**changes) -> make_masks.NucleiSettings:
+def nuclei_settings(**changes) -> nuclei.NucleiSettings:
     settings = {
         "height": 96, "width": 160, "cell_size": 16.0, "size_spread": 0.2, "elongation": 1.35, "irregularity": 0.04,
         "density": 0.2, "density_spread": 0.0, "touching": True, "render": False, "seed": 0,
     }  # fmt: skip
-    return make_masks.NucleiSettings(**{**settings, **changes})
+    return nuclei.NucleiSettings(**{**settings, **changes})
 
 
-def layout_settings(**changes) -> make_masks.LayoutSettings:
+def layout_settings(**changes) -> recombine.LayoutSettings:
     settings = {
         "height": 96, "width": 160, "density": None, "density_scale": 1.0, "scale_low": 1.0, "scale_high": 1.0,
         "rotate": "none", "clusters": True, "gap": 1, "max_overlap": 0.0, "components": False, "seed": 0,
         "source_sha256": "",
     }  # fmt: skip
-    return make_masks.LayoutSettings(**{**settings, **changes})
+    return recombine.LayoutSettings(**{**settings, **changes})
 
 
 def run(*arguments: object) -> None:
@@ -96,9 +97,9 @@ def test_files_are_equal_byte_for_byte_whatever_the_count_the_process_or_an_inte
 
 
 def test_another_seed_gives_other_masks():
-    first, _ = make_masks.simulate_field(nuclei_settings(seed=0), 0)
-    assert not np.array_equal(first, make_masks.simulate_field(nuclei_settings(seed=1), 0)[0])
-    assert not np.array_equal(first, make_masks.simulate_field(nuclei_settings(seed=0), 1)[0])
+    first, _ = nuclei.simulate_field(nuclei_settings(seed=0), 0)
+    assert not np.array_equal(first, nuclei.simulate_field(nuclei_settings(seed=1), 0)[0])
+    assert not np.array_equal(first, nuclei.simulate_field(nuclei_settings(seed=0), 1)[0])
 
 
 def test_masks_do_not_depend_on_whether_images_are_drawn(tmp_path):
@@ -125,13 +126,13 @@ def test_a_set_holds_16_bit_instances_the_same_pixels_as_mask_and_an_8_bit_image
 def test_a_nucleus_has_the_area_of_the_circle_that_was_asked_for():
     settings = nuclei_settings(size_spread=0.0, cell_size=24.0)
     rng = np.random.default_rng(0)
-    areas = [make_masks.draw_nucleus(rng, settings).area for _ in range(50)]
+    areas = [nuclei.draw_nucleus(rng, settings).area for _ in range(50)]
     assert np.allclose(areas, math.pi * 12**2, rtol=0.03)
 
 
 def test_a_round_regular_nucleus_is_a_disk():
     settings = nuclei_settings(size_spread=0.0, cell_size=30.0, elongation=1.0, irregularity=0.0)
-    piece = make_masks.draw_nucleus(np.random.default_rng(0), settings)
+    piece = nuclei.draw_nucleus(np.random.default_rng(0), settings)
     rows, columns = np.nonzero(piece.labels)
     distance = np.hypot(rows - rows.mean(), columns - columns.mean())
     assert distance.max() == pytest.approx(15, abs=1)
@@ -140,7 +141,7 @@ def test_a_round_regular_nucleus_is_a_disk():
 @pytest.mark.parametrize(("touching", "density"), [(True, 0.15), (True, 0.5), (False, 0.15), (False, 0.35)])
 def test_a_set_shows_what_was_asked_for(touching, density):
     settings = nuclei_settings(height=160, width=200, touching=touching, density=density, density_spread=0.2)
-    found = make_masks.summarize(make_masks.measure(make_masks.simulate_field(settings, n)[0]) for n in range(10))
+    found = statistics.summarize(statistics.measure(nuclei.simulate_field(settings, n)[0]) for n in range(10))
     assert found["foreground share, mean"] == pytest.approx(density, rel=0.06)
     assert found["foreground share, standard deviation"] == pytest.approx(0.2 * density, rel=0.3)
     assert found["cell diameter in pixels, mean"] == pytest.approx(16, rel=0.06)
@@ -149,20 +150,20 @@ def test_a_set_shows_what_was_asked_for(touching, density):
 
 def test_cells_touch_only_where_that_is_allowed():
     for index in range(4):
-        apart, _ = make_masks.simulate_field(nuclei_settings(density=0.4, touching=False), index)
-        assert len(make_masks.touching_pairs(apart)) == 0
-        together, _ = make_masks.simulate_field(nuclei_settings(density=0.4, touching=True), index)
-        assert len(make_masks.touching_pairs(together)) > 0
+        apart, _ = nuclei.simulate_field(nuclei_settings(density=0.4, touching=False), index)
+        assert len(recombine.touching_pairs(apart)) == 0
+        together, _ = nuclei.simulate_field(nuclei_settings(density=0.4, touching=True), index)
+        assert len(recombine.touching_pairs(together)) > 0
 
 
 def test_every_cell_is_one_connected_part_even_where_cells_crowd():
-    instance_map, _ = make_masks.simulate_field(nuclei_settings(density=0.6), 0)
+    instance_map, _ = nuclei.simulate_field(nuclei_settings(density=0.6), 0)
     for cell_id in range(1, instance_map.max() + 1):
         assert ndimage.label(instance_map == cell_id, np.ones((3, 3)))[1] == 1
 
 
 def test_cells_reach_over_the_border_and_the_border_is_as_full_as_the_middle():
-    maps = np.stack([make_masks.simulate_field(nuclei_settings(), n)[0] > 0 for n in range(60)])
+    maps = np.stack([nuclei.simulate_field(nuclei_settings(), n)[0] > 0 for n in range(60)])
     border = np.concatenate(
         [maps[:, :3].ravel(), maps[:, -3:].ravel(), maps[:, :, :3].ravel(), maps[:, :, -3:].ravel()]
     )
@@ -172,8 +173,8 @@ def test_cells_reach_over_the_border_and_the_border_is_as_full_as_the_middle():
 def test_rendered_nuclei_stand_where_the_mask_says():
     settings = nuclei_settings(render=True)
     for index in range(3):
-        instance_map, level = make_masks.simulate_field(settings, index)
-        image = make_masks.render_image(instance_map, level, settings.cell_size, np.random.default_rng(index))
+        instance_map, level = nuclei.simulate_field(settings, index)
+        image = nuclei.render_image(instance_map, level, settings.cell_size, np.random.default_rng(index))
         cells = instance_map > 0
         bright = image > (image[cells].mean() + image[~cells].mean()) / 2
         assert 2 * np.count_nonzero(bright & cells) / (np.count_nonzero(bright) + np.count_nonzero(cells)) > 0.9
@@ -187,7 +188,7 @@ def test_drawn_shapes_are_measured_as_drawn():
     rows, columns = np.indices((90, 120))
     instance_map = disks((90, 120), [(30, 30, 10), (30, 46, 5), (0, 90, 8)])
     instance_map[((rows - 65) / 8) ** 2 + ((columns - 60) / 24) ** 2 <= 1] = 4
-    found = make_masks.measure(instance_map)
+    found = statistics.measure(instance_map)
     assert found.cells == 4
     assert found.touching == 2
     assert found.foreground == np.count_nonzero(instance_map) / (90 * 120)
@@ -203,13 +204,13 @@ def test_weights_undo_that_the_border_cuts_large_cells_more_often():
         whole = np.count_nonzero((tops >= 0) & (tops + size <= height)) * np.count_nonzero(
             (lefts >= 0) & (lefts + size <= width)
         )
-        share = make_masks.share_seen_whole(np.array([[0, size, 0, size]]), (height, width))[0]
+        share = recombine.share_seen_whole(np.array([[0, size, 0, size]]), (height, width))[0]
         counts[size] = whole / share
     assert counts[30] == pytest.approx(counts[6], rel=0.1)  # equal numbers per area, whatever the size
 
 
 def test_an_empty_field_is_measured_without_warning():
-    found = make_masks.summarize([make_masks.measure(np.zeros((20, 30), np.int32))])
+    found = statistics.summarize([statistics.measure(np.zeros((20, 30), np.int32))])
     assert found["foreground share, mean"] == 0
     assert found["share of cells that touch another"] == 0
     assert math.isnan(found["elongation, mean"])
@@ -217,12 +218,12 @@ def test_an_empty_field_is_measured_without_warning():
 
 def test_cells_that_meet_at_a_corner_touch():
     instance_map = np.array([[1, 0, 0, 3], [0, 2, 0, 3], [0, 0, 0, 0], [4, 4, 5, 0]])
-    assert make_masks.touching_pairs(instance_map).tolist() == [[1, 2], [4, 5]]
+    assert recombine.touching_pairs(instance_map).tolist() == [[1, 2], [4, 5]]
 
 
 def test_groups_are_connected_and_no_larger_than_allowed():
     chain = np.array([[1, 2], [2, 3], [3, 4], [4, 5], [8, 9]])
-    assert make_masks.group_cells([1, 2, 3, 4, 5, 7, 8], chain, 3) == [[1, 2, 3], [4, 5], [7], [8]]
+    assert recombine.group_cells([1, 2, 3, 4, 5, 7, 8], chain, 3) == [[1, 2, 3], [4, 5], [7], [8]]
 
 
 def test_tidy_keeps_the_largest_part_drops_scraps_and_closes_gaps():
@@ -231,7 +232,7 @@ def test_tidy_keeps_the_largest_part_drops_scraps_and_closes_gaps():
     instance_map[15:18, 15:18] = 7
     instance_map[12, 2:4] = 3
     instance_map[10:14, 8:12] = 5
-    tidied = make_masks.tidy(instance_map)
+    tidied = placing.tidy(instance_map)
     assert np.array_equal(tidied == 1, instance_map == 5)
     assert np.count_nonzero(tidied == 2) == 36
     assert tidied.max() == 2
@@ -242,14 +243,14 @@ def test_tidy_keeps_the_largest_part_drops_scraps_and_closes_gaps():
 
 def shapes_in(instance_map: np.ndarray) -> set[bytes]:
     """Every whole cell as it looks, wherever it lies."""
-    boxes, cut = ndimage.find_objects(instance_map), make_masks.border_ids(instance_map)
+    boxes, cut = ndimage.find_objects(instance_map), recombine.border_ids(instance_map)
     cells = [instance_map[box] == number for number, box in enumerate(boxes, start=1) if number not in cut]
     return {np.array(cell.shape).tobytes() + cell.tobytes() for cell in cells}
 
 
 def test_every_whole_cell_of_a_layout_is_a_cell_of_the_source(lab):
-    maps = make_masks.read_sources(lab, components=False)
-    layouts = make_masks.Layouts([make_masks.cut_pieces(item, True) for item in maps.values()], layout_settings())
+    maps = recombine.read_sources(lab, components=False)
+    layouts = recombine.Layouts([recombine.cut_pieces(item, True) for item in maps.values()], layout_settings())
     known = set.union(*(shapes_in(item) for item in maps.values()))
     for index in range(5):
         made = layouts.field(index)
@@ -259,21 +260,21 @@ def test_every_whole_cell_of_a_layout_is_a_cell_of_the_source(lab):
 
 
 def test_touching_cells_stay_together_and_are_parted_on_request(lab):
-    pair = make_masks.read_sources(lab, components=False)["b"]
-    assert sorted(piece.labels.max() for piece in make_masks.cut_pieces(pair, clusters=True).pieces) == [1, 2]
-    assert [piece.labels.max() for piece in make_masks.cut_pieces(pair, clusters=False).pieces] == [1, 1, 1]
+    pair = recombine.read_sources(lab, components=False)["b"]
+    assert sorted(piece.labels.max() for piece in recombine.cut_pieces(pair, clusters=True).pieces) == [1, 2]
+    assert [piece.labels.max() for piece in recombine.cut_pieces(pair, clusters=False).pieces] == [1, 1, 1]
 
 
 def test_cells_that_the_border_cuts_are_not_used(lab):
-    pieces = make_masks.cut_pieces(make_masks.read_sources(lab, components=False)["c"], clusters=True).pieces
+    pieces = recombine.cut_pieces(recombine.read_sources(lab, components=False)["c"], clusters=True).pieces
     assert [piece.area for piece in pieces] == [np.count_nonzero(disks((80, 100), [(50, 50, 6)]))]
 
 
 @pytest.mark.parametrize("gap", [1, 4])
 def test_the_gap_between_pieces_is_kept(lab, gap):
-    sources = [make_masks.cut_pieces(item, True) for item in make_masks.read_sources(lab, False).values()]
-    layouts = make_masks.Layouts(sources, layout_settings(gap=gap, density=0.3, clusters=False))
-    lone = make_masks.Layouts([sources[0]], layout_settings(gap=gap, density=0.3)).field(0)
+    sources = [recombine.cut_pieces(item, True) for item in recombine.read_sources(lab, False).values()]
+    layouts = recombine.Layouts(sources, layout_settings(gap=gap, density=0.3, clusters=False))
+    lone = recombine.Layouts([sources[0]], layout_settings(gap=gap, density=0.3)).field(0)
     for cell_id in range(1, lone.max() + 1):
         cell = lone == cell_id
         halo = ndimage.binary_dilation(cell, np.ones((3, 3)), iterations=gap)
@@ -282,22 +283,22 @@ def test_the_gap_between_pieces_is_kept(lab, gap):
 
 
 def test_overlap_hides_no_more_of_a_cell_than_allowed():
-    source = make_masks.cut_pieces(disks((40, 40), [(20, 20, 8)]), clusters=True)
+    source = recombine.cut_pieces(disks((40, 40), [(20, 20, 8)]), clusters=True)
     area = np.count_nonzero(disks((40, 40), [(20, 20, 8)]))
     settings = layout_settings(gap=0, max_overlap=0.3, density=0.6)
-    made = make_masks.Layouts([source], settings).field(0)
-    inner = np.setdiff1d(np.unique(made), np.append(make_masks.border_ids(made), 0))
+    made = recombine.Layouts([source], settings).field(0)
+    inner = np.setdiff1d(np.unique(made), np.append(recombine.border_ids(made), 0))
     areas = np.bincount(made.ravel())[inner]
     assert areas.min() < area  # some are hidden in part
     assert areas.min() >= 0.7 * area - 1
 
 
 def test_density_follows_the_source_or_the_flag(lab):
-    sources = [make_masks.cut_pieces(item, True) for item in make_masks.read_sources(lab, False).values()]
-    from_data = make_masks.Layouts(sources, layout_settings())
+    sources = [recombine.cut_pieces(item, True) for item in recombine.read_sources(lab, False).values()]
+    from_data = recombine.Layouts(sources, layout_settings())
     shares = [np.mean(from_data.field(index) > 0) for index in range(30)]
     assert np.mean(shares) == pytest.approx(np.mean([source.foreground for source in sources]), rel=0.1)
-    fixed = make_masks.Layouts(sources, layout_settings(density=0.25))
+    fixed = recombine.Layouts(sources, layout_settings(density=0.25))
     assert np.mean([np.mean(fixed.field(index) > 0) for index in range(20)]) == pytest.approx(0.25, rel=0.05)
 
 
@@ -305,11 +306,11 @@ def test_density_follows_the_source_or_the_flag(lab):
 def test_quarter_turns_move_pixels_and_change_none(shape):
     labels = np.random.default_rng(1).integers(0, 4, shape).astype(np.int32)
     labels[0, 0] = labels[-1, -1] = 3
-    piece = make_masks.Piece(labels, np.zeros(shape, np.float32))
+    piece = placing.Piece(labels, np.zeros(shape, np.float32))
     turned = {np.rot90(side, turns).tobytes() for side in (labels, labels[:, ::-1]) for turns in range(4)}
     seen = set()
     for seed in range(60):
-        result = make_masks.turn_and_scale(piece, np.random.default_rng(seed), layout_settings(rotate="quarter")).labels
+        result = recombine.turn_and_scale(piece, np.random.default_rng(seed), layout_settings(rotate="quarter")).labels
         rows, columns = np.nonzero(result)
         source_rows, source_columns = np.nonzero(labels)
         full = np.pad(result, 8)
@@ -329,10 +330,10 @@ def test_quarter_turns_move_pixels_and_change_none(shape):
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
 def test_free_turns_keep_the_ids_and_scale_the_area(factor):
     labels = disks((48, 60), [(22, 20, 14), (24, 45, 12)])
-    piece = make_masks.Piece(labels, np.zeros(labels.shape, np.float32))
+    piece = placing.Piece(labels, np.zeros(labels.shape, np.float32))
     settings = layout_settings(rotate="free", scale_low=factor, scale_high=factor)
     for seed in range(5):
-        turned = make_masks.turn_and_scale(piece, np.random.default_rng(seed), settings).labels
+        turned = recombine.turn_and_scale(piece, np.random.default_rng(seed), settings).labels
         expected = np.bincount(labels.ravel())[1:] * factor**2
         assert np.bincount(turned.ravel())[1:] == pytest.approx(expected, rel=0.06)
 
@@ -359,8 +360,8 @@ def test_changed_source_labels_are_another_set(lab, tmp_path):
 
 def test_a_source_image_without_cells_gives_an_empty_layout_at_times(tmp_path):
     maps = {"empty": np.zeros((60, 60), np.int32), "full": disks((60, 60), [(20, 20, 8), (40, 40, 8)])}
-    sources = [make_masks.cut_pieces(item, True) for item in maps.values()]
-    counts = [make_masks.Layouts(sources, layout_settings()).field(index).max() for index in range(10)]
+    sources = [recombine.cut_pieces(item, True) for item in maps.values()]
+    counts = [recombine.Layouts(sources, layout_settings()).field(index).max() for index in range(10)]
     assert min(counts) == 0
     assert max(counts) > 0
 
@@ -369,8 +370,8 @@ def test_binary_masks_are_refused_and_taken_apart_on_request(tmp_path):
     binary = {name: 255 * (disks((60, 60), [(15, 15, 6), (40, 40, 8)]) > 0) for name in "ab"}
     folder = write_instances(tmp_path / "binary", binary)
     with pytest.raises(InputError, match="one value for all cells.*--components"):
-        make_masks.read_sources(folder, components=False)
-    assert all(item.max() == 2 for item in make_masks.read_sources(folder, components=True).values())
+        recombine.read_sources(folder, components=False)
+    assert all(item.max() == 2 for item in recombine.read_sources(folder, components=True).values())
 
 
 def test_every_unusable_source_file_is_named(lab, tmp_path):
@@ -385,11 +386,11 @@ def test_every_unusable_source_file_is_named(lab, tmp_path):
 def test_layouts_of_real_nuclei_have_the_statistics_of_the_source(tmp_path):
     files = sorted(NUCLEI.glob("fluo_*.png"))[::12]
     maps = {path.stem: read_png(path) for path in files}
-    sources = [make_masks.cut_pieces(item.astype(np.int32), True) for item in maps.values()]
+    sources = [recombine.cut_pieces(item.astype(np.int32), True) for item in maps.values()]
     settings = layout_settings(height=256, width=192, rotate="free", scale_low=0.9, scale_high=1.1)
-    layouts = make_masks.Layouts(sources, settings)
-    made = make_masks.summarize(make_masks.measure(layouts.field(index)) for index in range(60))
-    source = make_masks.summarize(make_masks.measure(item) for item in maps.values())
+    layouts = recombine.Layouts(sources, settings)
+    made = statistics.summarize(statistics.measure(layouts.field(index)) for index in range(60))
+    source = statistics.summarize(statistics.measure(item) for item in maps.values())
     for measure, tolerance in {
         "foreground share, mean": 0.3,
         "cell diameter in pixels, mean": 0.25,

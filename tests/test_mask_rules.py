@@ -9,9 +9,9 @@ import pytest
 import scipy.ndimage
 import torch
 
-from errors import InputError
-from image_files import read_mask
-from mask_rules import (
+from common.errors import InputError
+from dataset.files import read_mask
+from dataset.masks import (
     MASK_TYPES,
     MAX_SCATTERED_SHARE,
     MAX_UNEQUAL_SHARE,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mask_rules import to_prob_map
+from dataset.masks import to_prob_map
 from models import (
     ROW_MULTIPLE,
     MaskCondition,

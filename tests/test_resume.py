@@ -11,7 +11,7 @@ import torch
 from script_helpers import run_here, train_arguments, write_pairs
 
 import train
-from checkpoint import read_checkpoint, save_checkpoint
+from engine.checkpoint import read_checkpoint, save_checkpoint
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from autoencoder import PixelSpace, load_space
-from sample_ddp import Job, plan_jobs
-from sampling import ImageSampler, SamplingSettings, image_seed
-from train_utils import Machine
+from engine.autoencoder import PixelSpace, load_space
+from engine.machine import Machine
+from engine.sampling import ImageSampler, SamplingSettings, image_seed
+from synthetic.writer import Job, plan_jobs
 from transport import create_transport
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")

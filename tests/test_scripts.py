@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from script_helpers import FEW_STEPS, call, run, train_arguments, write_pairs
 
-import data
 import evaluate
 import sample
 import sample_ddp
 import train
 from benchmarks import same_images, solver_error
-from checkpoint import read_checkpoint
-from data import center_view
-from errors import run_command
-from evaluation.samples import SampleSet
-from image_files import read_mask
-from intensity import ImageFormat
+from common.errors import run_command
+from dataset import folders
+from dataset.files import read_mask
+from dataset.gray import ImageFormat
+from dataset.views import center_view
+from engine.checkpoint import read_checkpoint
+from synthetic.reader import SampleSet
 
 STEPS = 6
 
@@ -301,7 +301,7 @@ def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_i
 ):
     reads = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
+    monkeypatch.setattr(folders, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
     monkeypatch.setattr(sample_ddp, "write_contact_sheet", lambda *_: None)
     arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 1]
     arguments += ["--device", "cpu", "--precision", "float32", "--sample-dir"]

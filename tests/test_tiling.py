@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiling import Windows, hill, spread_starts
+from engine.tiling import Windows, hill, spread_starts
 
 
 @given(side=st.integers(2, 40), more=st.integers(0, 200), shared=st.integers(0, 39))

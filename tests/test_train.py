@@ -13,19 +13,20 @@ import torch
 from script_helpers import TINY, run, train_arguments, write_pairs
 
 import train
-from autoencoder import PixelSpace
-from batches import Batch
-from checkpoint import read_checkpoint
-from train_utils import Machine
+from dataset.batches import Batch
+from engine.autoencoder import PixelSpace
+from engine.checkpoint import read_checkpoint
+from engine.machine import Machine
+from engine.training import Training
 
 BATCH, SIZE = 6, 16
 
 
 @pytest.fixture
-def make_training(tmp_path: Path) -> Callable[..., train.Training]:
+def make_training(tmp_path: Path) -> Callable[..., Training]:
     """A run in memory, always with the same weights, none of which is at its start (where most gradients are 0)."""
 
-    def make(*flags: str) -> train.Training:
+    def make(*flags: str) -> Training:
         folders = ["--data-path", str(tmp_path), "--mask-path", str(tmp_path)]
         args = train.parse_args([*folders, *TINY, "--global-batch-size", str(BATCH), "--mask-dropout", "0.4", *flags])
         train.check_arguments(args, 1)
@@ -33,7 +34,7 @@ def make_training(tmp_path: Path) -> Callable[..., train.Training]:
         config = {"model": train.model_config(args, space), "transport": train.transport_config(args)}
         config["model"].update(name="SiT-Ti/4", mask_pixels=4)
         machine = Machine(0, 1, torch.device("cpu"), "float32" if args.precision == "auto" else args.precision)
-        training = train.Training(args, config, machine, space)
+        training = Training(args, config, machine, space)
         training.total_steps = 100
         with torch.no_grad():
             for parameter in training.model.parameters():
@@ -52,7 +53,7 @@ def make_batch(seed: int = 0) -> Batch:
     return {"image": image, "mask": torch.from_numpy(cells.astype(np.uint8))}
 
 
-def take_steps(training: train.Training, count: int = 2) -> dict[str, torch.Tensor]:
+def take_steps(training: Training, count: int = 2) -> dict[str, torch.Tensor]:
     """Gradients of so many steps, the sums for the metrics among them."""
     seen = {}
     for step in range(count):

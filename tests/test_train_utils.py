@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from train_utils import derived_seed, grid_image, mask_picture, seed_step, to_uint8, update_ema
+from common.pictures import grid_image, mask_picture, to_uint8
+from common.randomness import derived_seed, seed_step
+from engine.machine import update_ema
 
 
 def test_neighbouring_seeds_are_unrelated_and_fit_torch():

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import wandb_utils
-from errors import InputError
+from common.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 KEY = "5ec2e7" + "0123456789abcdef" * 2 + "ab"  # the form of a real one: 40 hexadecimal digits
@@ -184,8 +184,8 @@ def test_key_edited_into_the_constant_is_in_no_file_but_the_source(tmp_path):
     """A key in uncommitted changes must not travel: online, wandb stores those changes unless git is off."""
     repository = tmp_path / "repository"
     repository.mkdir()
-    for name in ("wandb_utils.py", "errors.py"):
-        shutil.copy(ROOT / name, repository)
+    shutil.copy(ROOT / "wandb_utils.py", repository)
+    shutil.copytree(ROOT / "common", repository / "common", ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
         subprocess.run(git + command, cwd=repository, check=True, capture_output=True)

@@ -22,11 +22,10 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from checkpoint import write_atomically, write_json
-from data import read_mask
-from errors import InputError
-from image_files import encode_tiff, read_image
-from mask_rules import MaskRule, class_map
+from common.disk import write_atomically, write_json
+from common.errors import InputError
+from dataset.files import encode_tiff, read_image, read_mask
+from dataset.masks import MaskRule, class_map
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,95 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from data import DataConfig, Window, window_image
-from errors import InputError
-from image_files import encode_image, image_suffix
-from train_utils import derived_seed
+from common.errors import InputError
+from common.randomness import derived_seed
+from dataset.config import DataConfig, Window
+from dataset.files import FileError, encode_image, image_suffix
+
+ROBUST_PERCENTILES = (0.1, 99.9)
+
+
+def default_window_channels(channels: int) -> str:
+    """Gray and RGB have one window; other channels are fluorescence, each of a brightness of its own."""
+    return "joint" if channels in (1, 3) else "separate"
+
+
+def image_window(image: np.ndarray, config: DataConfig) -> Window:
+    """Gray values of one image (H, W, C) that become -1 and 1."""
+    if config.window_values is not None:
+        return config.window_values
+    if config.window is None and image.dtype == np.uint8:
+        return ((0.0, 255.0),)
+    return percentile_windows(image, config)
+
+
+def percentile_windows(values: np.ndarray, config: DataConfig) -> Window:
+    """One window of (..., C) gray values, or one per channel."""
+    percentiles = config.window or ROBUST_PERCENTILES
+    channels = np.moveaxis(values, -1, 0) if config.window_channels == "separate" else [values]
+    return tuple(_percentile_window(np.ascontiguousarray(channel), percentiles) for channel in channels)
+
+
+def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Two percentiles; smallest and largest value where the percentiles meet, and never an empty window."""
+    if values.dtype in (np.uint8, np.uint16):
+        cumulative = np.cumsum(np.bincount(values.ravel()))  # exact, and faster than sorting
+        ranks = [share / 100 * (values.size - 1) for share in percentiles]
+        low, high = (float(np.searchsorted(cumulative, rank, side="right")) for rank in ranks)
+    else:
+        low, high = (float(value) for value in np.percentile(values.astype(np.float64), percentiles))
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def window_image(image: np.ndarray, window: Window, channels_first: bool = False) -> np.ndarray:
+    """Map the window to [-1, 1] and clip at its ends. (..., C) or (C, ...) of any dtype -> float32."""
+    low, high = np.array(window, np.float64).T  # (1,) or (C,) each
+    if channels_first:
+        low, high = (ends.reshape(-1, *[1] * (image.ndim - 1)) for ends in (low, high))
+    scaled = image.astype(np.float32)  # a copy, changed in place: this is the loader's largest cost
+    scaled -= low.astype(np.float32)
+    scaled *= (2 / (high - low)).astype(np.float32)
+    scaled -= np.float32(1)
+    return np.clip(scaled, -1, 1, out=scaled)
+
+
+def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndarray:
+    """Check that (H, W, C) can give ``channels``: C is that, or 1 for RGB, or RGB of equal channels for 1.
+
+    Returns:
+        (H, W, channels), or (H, W, 1), which :func:`to_tensor` repeats: memory holds each gray value once.
+
+    Raises:
+        FileError: another number of channels, or colours where gray is asked for.
+    """
+    found = image.shape[2]
+    if channels == 1 and found == 3:
+        if (image != image[:, :, :1]).any():
+            raise FileError(where, "holds colours, the model takes 1 gray channel: save it as gray, or train with 3")
+        return np.ascontiguousarray(image[:, :, :1])
+    if found == channels or (found, channels) == (1, 3):
+        return image
+    hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
+    mend = "train.py --vae none --in-channels N trains on N"
+    count = f"{found} channel{'s' * (found > 1)}{hint.get(found, '')}"
+    raise FileError(where, f"has {count}, the model takes {channels}; {mend}")
+
+
+def to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:
+    """(S, S, C or 1) as stored -> (channels, S, S) float32 in [-1, 1]."""
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # while values are small
+    tensor = torch.from_numpy(window_image(planes, window, channels_first=True))
+    return tensor if len(planes) == channels else tensor.repeat(channels, 1, 1)
+
 
 INTENSITIES = ("display", "source")
 SOURCE_WINDOWS = ("draw", "median")

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoencoder import Space, load_space
-from checkpoint import file_sha256, read_checkpoint
-from data import DataConfig
-from errors import InputError
-from intensity import SourceIntensity
+from common.disk import file_sha256
+from common.errors import InputError
+from common.randomness import derived_seed
+from dataset.config import DataConfig
+from dataset.gray import SourceIntensity
+from engine.autoencoder import Space, load_space
+from engine.checkpoint import read_checkpoint
+from engine.machine import Machine
+from engine.tiling import Windows
 from models import MaskCondition, SiT, build_model
-from tiling import Windows
-from train_utils import Machine, derived_seed
 from transport import ODE_METHODS, LikelihoodResult, Sampler, Transport, create_transport
 
 

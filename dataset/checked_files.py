@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint import write_atomically
+from common.disk import write_atomically
 
 logger = logging.getLogger(__name__)
-
-# What a check finds depends on these: with other code all files are decoded again.
-CODE = ("data.py", "image_files.py", "mask_rules.py")
+# What a check finds depends on the code of this package: if any of it changes, all files are decoded again.
+CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 
 def cache_folder() -> Path:
@@ -38,8 +37,8 @@ class CheckedFiles:
 
     def __init__(self, key: object) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
-        for name in CODE:
-            digest.update(Path(__file__).with_name(name).read_bytes())
+        for path in CODE:
+            digest.update(path.read_bytes())
         self.path = cache_folder() / f"{digest.hexdigest()[:24]}.jsonl.gz"
         self._lines = self._read()  # name -> line, parsed when it is asked for: a line takes less memory
         self._stamps: dict[str, list[int]] = {}

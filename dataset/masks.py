@@ -17,12 +17,11 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from errors import InputError, list_some
+from common.errors import InputError, list_some
 
 MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
 HARD_TYPES = ("binary", "classes", "instances")
 MAX_CLASSES = 255  # class maps are uint8
-
 FEW_VALUES = 16
 SUM_TOLERANCE = 0.01
 # A mask of numbered cells is piecewise constant, an id is one piece apart from crumbs, and there are too many ids for

@@ -8,26 +8,22 @@ three.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_atomically
-from data import DataConfig, View, center_view, fit_channels, image_window, native_view, whole_view, window_image
-from errors import InputError, list_some
-from image_files import read_image, read_mask, repeat_gray
-from intensity import to_display, window_from_columns
-from mask_rules import MaskRule, class_map, prob_map
-from tiling import spread_starts
+from common.errors import InputError, list_some
+from common.pictures import repeat_gray
+from dataset.config import DataConfig
+from dataset.files import read_image, read_mask
+from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
+from dataset.masks import MaskRule, class_map, prob_map
+from dataset.views import View, center_view, native_view, whole_view
+from engine.tiling import spread_starts
+from synthetic.manifest import MANIFEST, SETTINGS, read_manifest, read_settings
 
-MANIFEST = "manifest.csv"
-SETTINGS = "settings.json"
 VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
 # Columns that say how the images were made: a measure without them is not repeatable.
 PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
@@ -72,7 +68,7 @@ class SampleSet:
 
     def __init__(self, sample_dir: str | os.PathLike, real_dir: str | os.PathLike | None = None) -> None:
         self.folder = Path(sample_dir)
-        self.settings = _read_settings(self.folder)
+        self.settings = read_settings(self.folder)
         self.columns, rows = read_manifest(self.folder)
         self.samples = [self._sample(row, None if real_dir is None else Path(real_dir)) for row in rows]
         self._check_files(real_dir)
@@ -298,55 +294,6 @@ def describe_provenance(provenance: dict[str, list[str]]) -> list[str]:
     short = {name: [value[:12] if name == "ckpt_sha256" else value for value in v] for name, v in provenance.items()}
     words = [f"{name} {'/'.join(values)}" for name, values in short.items()]
     return [f"made with {', '.join(words)}"] if words else []
-
-
-def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a manifest.
-
-    Raises:
-        InputError: absent, no CSV, empty, or without the columns image and label.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give a SAMPLE_DIR that sample_ddp.py has written")
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable CSV file ({error}); sample the set again") from error
-    missing = [name for name in ("image", "label") if name not in columns]
-    if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}; give a SAMPLE_DIR that sample_ddp.py has written")
-    if not rows:
-        raise InputError(f"{path} has no rows: there is nothing to evaluate")
-    short = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
-    if short:
-        raise InputError(f"{path}: line {list_some(short)} has another number of columns than the header")
-    return columns, rows
-
-
-def write_manifest(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """Write a manifest, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / MANIFEST, lambda file: file.write(text.getvalue().encode()))
-
-
-def _read_settings(folder: Path) -> dict:
-    path = folder / SETTINGS
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable JSON ({error}); sample the set again") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no settings; sample the set again")
-    return settings
 
 
 def _resolve(path: Path, folder: Path) -> Path:

@@ -20,7 +20,6 @@ EXIT_INTERRUPTED = 130
 # How gloo and nccl say that the other end of a connection died.
 LOST_PROCESS = r"gloo.*(onnection|eer|imed out)|NCCL.*(remote process|onnection)|ncclRemoteError"
 FIRST_RANK_SPEAKS_SECONDS = 3.0
-
 _FULL = "Free some space and run the same command again: what was made so far is kept"
 _CLOSED = "Give a folder that may be written to"
 MENDS = {

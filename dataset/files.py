@@ -2,7 +2,7 @@
 
 Everything that touches a user's file lies here. A file is read to a numpy array with its own gray values, or refused
 with a :class:`FileError` that says what is wrong and how to mend it: no other exception leaves this module, and no file
-can run code or fill the memory. What the values of masks mean is decided in ``mask_rules.py``.
+can run code or fill the memory. What the values of masks mean is decided in ``masks.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from errors import InputError, list_some
+from common.errors import InputError, list_some
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
@@ -31,7 +31,6 @@ MASK_ENDINGS = ("_cp_masks", "_masks")  # Cellpose: NAME_cp_masks beside NAME, N
 IMAGE_ENDING = "_img"
 MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
 MAX_CHANNELS = 64
-
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 _BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"
@@ -42,17 +41,25 @@ _PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
 _CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
 _NOT_FLAT = "one 2-D image per file is needed, save the planes as files of their own"
 
+
 # tifffile logs every damaged tag; the FileError says it once.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
 # Pillow's limit on pixels is lower than stitched fields of a slide scanner; _check_size has ours, in bytes.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class FileError(InputError):
-    """One file cannot be used. ``reason`` stands without the path, so that files with one fault are named together."""
+    """One file cannot be used.
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+    Attributes:
+        path: the file.
+        reason: our own words, without the path and without a decoder's text. Files of one reason are named together.
+    """
+
+    def __init__(self, path: str | Path, reason: str, detail: str = "") -> None:
+        """``detail`` is what a decoder said; it is shown for a single file and decides nothing."""
+        super().__init__(f"{path}: {reason}{f' ({detail})' if detail else ''}")
         self.path, self.reason = Path(path), reason
 
 
@@ -307,9 +314,8 @@ def _read(path: Path, as_mask: bool) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
-        reason = str(error) or type(error).__name__
-        short = " ".join(reason.split())[:120]
-        raise FileError(path, f"cannot be read, it is damaged or no image file ({short})") from None
+        detail = " ".join((str(error) or type(error).__name__).split())[:120]
+        raise FileError(path, "cannot be read, it is damaged or no image file", detail) from None
     return array
 
 
@@ -455,33 +461,6 @@ def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> Non
 def _size(array: np.ndarray) -> str:
     """Width x height, as image viewers say it. (H, W), (K, H, W) by :func:`read_mask`."""
     return f"{array.shape[-1]} x {array.shape[-2]}"
-
-
-# ------------------------------------------------------------------------------------------------- pictures and files
-
-# Colours of the channels of an image that is neither gray nor RGB, as Fiji's composite view has them.
-_CHANNEL_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
-
-
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """A picture to look at: gray is repeated, RGB stays, other channels lie over each other in colours of their own.
-
-    Args:
-        image: (H, W, C) uint8.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
-    channels = image.shape[-1]
-    if channels in (1, 3):
-        return np.broadcast_to(image, (*image.shape[:2], 3))
-    colors = np.array([_CHANNEL_COLORS[k % len(_CHANNEL_COLORS)] for k in range(channels)])
-    return np.minimum(image.astype(np.uint32) @ colors.astype(np.uint32), 255).astype(np.uint8)
-
-
-def repeat_gray(image: np.ndarray) -> np.ndarray:
-    """(H, W, 1) as three equal channels, for what knows only colour; other images as they are."""
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 def image_suffix(channels: int, dtype: np.dtype | type) -> str:

@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data import Sampler as BatchSampler
 
-from errors import InputError, one_line
+from common.errors import InputError, one_line
 
 Batch = dict[str, Any]
-
 READY_BATCHES = 2  # fetched before they are asked for
 
 

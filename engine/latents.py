@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder import LatentSpace
-from checkpoint import write_atomically
-from data import SYMMETRIES, DataConfig, PairedFolder, turn
-from errors import InputError
-from train_utils import Machine
+from common.disk import write_atomically
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
+from dataset.views import SYMMETRIES, turn
+from engine.autoencoder import LatentSpace
+from engine.machine import Machine
 
 logger = logging.getLogger(__name__)
-
 READER = 1  # raise it when files are read, resized or windowed in another way: older latents are then made anew
 NOT_ABOUT_IMAGES = ("num_classes",)
 

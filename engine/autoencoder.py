@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
-from tiling import Windows
+from common.errors import InputError
+from engine.tiling import Windows
 
 logger = logging.getLogger(__name__)
-
 HUB_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 PIXEL_SPACE = "none"
 

@@ -14,15 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from autoencoder import Space
-from batches import Batch
-from checkpoint import RunFolder
-from data import PairedFolder, to_prob_map
+from common.errors import InputError
+from common.pictures import grid_image, mask_picture
+from common.randomness import seed_step
+from dataset.batches import Batch
+from dataset.folders import PairedFolder
+from dataset.masks import to_prob_map
 from download import adapt_sit_weights, find_weights
-from errors import InputError
+from engine.autoencoder import Space
+from engine.checkpoint import RunFolder
+from engine.machine import Machine, update_ema
+from engine.sampling import ImageSampler, SamplingSettings, image_seed
 from models import MaskRows, SiT, build_model, mask_rows
-from sampling import ImageSampler, SamplingSettings, image_seed
-from train_utils import Machine, grid_image, mask_picture, seed_step, update_ema
 from transport import Transport, create_transport
 
 MOST_SKIPPED_IN_A_ROW = 20

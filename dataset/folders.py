@@ -1,6 +1,6 @@
 """Image and mask folders as tensors: which part of an image is used and how gray values become [-1, 1].
 
-The way of a file: ``image_files`` reads it as stored; ``mask_rules`` says once per folder what its masks hold; a
+The way of a file: ``files`` reads it as stored; ``masks`` says once per folder what its masks hold; a
 :class:`View` cuts the same square out of image, mask and label; the window maps gray values to [-1, 1].
 """
 
@@ -19,18 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checked_files import CheckedFiles
-from checkpoint import file_sha256
-from errors import InputError, list_some
-from image_files import (
+from common.disk import file_sha256
+from common.errors import InputError, list_some
+from dataset.checked_files import CheckedFiles
+from dataset.config import DataConfig, Window
+from dataset.files import (
     IMAGE_ENDING,
-    IMAGE_SUFFIXES,
     MASK_ENDINGS,
-    MASK_SUFFIXES,
     FileError,
     Pair,
     find_files,
@@ -41,210 +39,13 @@ from image_files import (
     read_mask,
     read_size,
 )
-from mask_rules import (
-    MASK_TYPES,
-    MAX_CLASSES,
-    MaskRule,
-    MaskStats,
-    class_map,
-    decide_mask_rule,
-    mask_stats,
-    one_hot,
-    prob_map,
-    to_prob_map,
-)
+from dataset.gray import ROBUST_PERCENTILES, fit_channels, image_window, percentile_windows, to_tensor
+from dataset.masks import MaskRule, MaskStats, class_map, decide_mask_rule, mask_stats, one_hot, prob_map
+from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file, whole_view
 
-__all__ = [
-    "CROPS", "IMAGE_SUFFIXES", "MASK_SUFFIXES", "MASK_TYPES", "WINDOW_CHANNELS", "WINDOW_SCOPES", "DataConfig",
-    "MaskFolder", "MaskItem", "MaskRule", "MaskStats", "Pair", "PairedFolder", "View", "center_view", "class_map",
-    "decide_mask_rule", "default_window_channels", "find_files", "fit_channels", "image_window", "mask_stats",
-    "native_view", "pair_files", "prob_map", "read_image", "read_mask", "to_prob_map", "whole_view", "window_image",
-]  # fmt: skip
-
-CROPS = ("center", "random")
-WINDOW_SCOPES = ("image", "dataset")
-SYMMETRIES = 8  # of the square
-WINDOW_CHANNELS = ("joint", "separate")
-ROBUST_PERCENTILES = (0.1, 99.9)
 PAIRS_WORTH_A_LOOK = 2000  # at their headers first
 SECONDS_BETWEEN_LINES = 20  # of the log, where no progress bar can be shown
-
-# Gray values (low, high) that become -1 and 1: one pair for all channels of an image, or one for each.
-Window = tuple[tuple[float, float], ...]
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How files become tensors. A checkpoint keeps it as a plain dict, so that sampling repeats it.
-
-    Attributes:
-        image_size: side of the square that the model sees, in pixels.
-        num_classes: K, background included.
-        crop: "center" (short side resized to ``image_size``, middle square) or "random" (square at native scale).
-        window: percentiles (0..100) of an image's gray values that become -1 and 1. None: 0..255 for 8-bit images,
-            :data:`ROBUST_PERCENTILES` for all others.
-        window_scope: "image" (each image its own percentiles) or "dataset" (those of all images together).
-        window_channels: "joint" (one window for all channels: RGB keeps its colours) or "separate" (each its own:
-            fluorescence channels differ in brightness).
-        window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
-        channels: image channels; one stored channel is repeated to three, three equal ones count as one.
-    """
-
-    image_size: int
-    num_classes: int = 2
-    crop: str = "center"
-    window: tuple[float, float] | None = None
-    window_scope: str = "image"
-    window_channels: str = "joint"
-    window_values: Window | None = None
-    channels: int = 3
-
-    def __post_init__(self) -> None:
-        if self.window is not None:  # lists where the dict went through JSON
-            object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
-        if self.window_values is not None:
-            pairs = tuple((float(low), float(high)) for low, high in self.window_values)
-            object.__setattr__(self, "window_values", pairs)
-        if self.image_size < 1 or self.channels < 1:
-            raise InputError(f"--image-size {self.image_size} and {self.channels} channels must be at least 1")
-        if not 2 <= self.num_classes <= MAX_CLASSES:
-            raise InputError(f"--num-classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included")
-        if self.crop not in CROPS:
-            raise InputError(f"--crop {self.crop!r} is unknown; choose one of {', '.join(CROPS)}")
-        if self.window_scope not in WINDOW_SCOPES:
-            scopes = ", ".join(WINDOW_SCOPES)
-            raise InputError(f"--window-scope {self.window_scope!r} is unknown; choose one of {scopes}")
-        if self.window_channels not in WINDOW_CHANNELS:
-            choices = ", ".join(WINDOW_CHANNELS)
-            raise InputError(f"--window-channels {self.window_channels!r} is unknown; choose one of {choices}")
-        if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
-            raise InputError(f"--window {self.window[0]} {self.window[1]}: percentiles with 0 <= LOW < HIGH <= 100")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for checkpoints."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DataConfig:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**values)
-
-
-# ------------------------------------------------------------------------------------------- which part of an image
-
-
-@dataclass(frozen=True)
-class View:
-    """The part of a source image that is used: resize(source, scaled)[top : top + height, left : left + width].
-
-    One view serves image, mask and label, so that they stay on the same pixels. At native scale it only cuts. It is the
-    square that the model sees, or, where a whole field is generated, all of the source.
-    """
-
-    scaled_height: int
-    scaled_width: int
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what comes out."""
-        return self.height, self.width
-
-    def is_native(self, height: int, width: int) -> bool:
-        """Whether a source of this size is only cut, without resizing."""
-        return (height, width) == (self.scaled_height, self.scaled_width)
-
-    def cut(self, array: np.ndarray) -> np.ndarray:
-        """The view of an array (H, W, ...) that already has the scaled size; no copy."""
-        return array[self.top : self.top + self.height, self.left : self.left + self.width]
-
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Antialiased bicubic. (H, W, C) -> (height, width, C) of the same dtype, whole numbers rounded."""
-        if self.is_native(*image.shape[:2]):
-            return self.cut(image)
-        batch = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
-        target = (self.scaled_height, self.scaled_width)
-        scaled = F.interpolate(batch, target, mode="bicubic", antialias=True, align_corners=False)[0]
-        part = self.cut(scaled.permute(1, 2, 0).numpy())
-        if image.dtype.kind in "ui":
-            limits = np.iinfo(image.dtype)
-            part = np.clip(np.rint(part, dtype=np.float64), limits.min, limits.max)
-        return np.ascontiguousarray(part, dtype=image.dtype)
-
-    def apply_labels(self, labels: np.ndarray) -> np.ndarray:
-        """Nearest neighbour at pixel centres. (..., H, W) -> (..., height, width) of the same dtype, no new values."""
-        height, width = labels.shape[-2:]
-        if self.is_native(height, width):
-            return labels[..., self.top : self.top + self.height, self.left : self.left + self.width]
-        rows = ((self.top + np.arange(self.height) + 0.5) * (height / self.scaled_height)).astype(np.int64)
-        columns = ((self.left + np.arange(self.width) + 0.5) * (width / self.scaled_width)).astype(np.int64)
-        return labels[..., np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)]
-
-    def apply_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
-        """Exact mean over each new pixel's area. (K, H, W) -> (K, height, width) float32; sums over K are kept."""
-        _, height, width = probabilities.shape
-        if self.is_native(height, width):
-            return self.apply_labels(probabilities)
-        rows = _area_weights(height, self.scaled_height, self.top, self.height)
-        columns = _area_weights(width, self.scaled_width, self.left, self.width)
-        return rows @ probabilities.astype(np.float32, copy=False) @ columns.T
-
-
-def _area_weights(source: int, scaled: int, start: int, size: int) -> np.ndarray:
-    """(size, source) float32: the share of each source pixel in each new pixel; rows sum to 1."""
-    edges = (start + np.arange(size + 1)) * (source / scaled)
-    pixels = np.arange(source)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    weights = np.clip(overlap, 0, None)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def center_view(height: int, width: int, size: int) -> View:
-    """Short side resized to ``size``, middle square (as SiT and ADM do)."""
-    scale = size / min(height, width)
-    scaled_height, scaled_width = max(size, round(height * scale)), max(size, round(width * scale))
-    return View(scaled_height, scaled_width, (scaled_height - size) // 2, (scaled_width - size) // 2, size, size)
-
-
-def native_view(height: int, width: int, size: int, rng: np.random.Generator | None = None) -> View:
-    """A square at native scale: the middle, or anywhere with equal chance when ``rng`` is given.
-
-    Raises:
-        InputError: the image is smaller than the square.
-    """
-    if min(height, width) < size:
-        raise InputError(
-            f"an image of {width} x {height} pixels is smaller than --image-size {size}, which --crop random needs: "
-            "take a smaller --image-size or --crop center"
-        )
-    if rng is None:
-        return View(height, width, (height - size) // 2, (width - size) // 2, size, size)
-    top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-    return View(height, width, top, left, size, size)
-
-
-def whole_view(height: int, width: int, scale: float = 1.0) -> View:
-    """All of a source, with ``scale`` pixels for each of its own."""
-    scaled_height, scaled_width = (max(1, round(scale * length)) for length in (height, width))
-    return View(scaled_height, scaled_width, 0, 0, scaled_height, scaled_width)
-
-
-def _view_of(shape: Sequence[int], config: DataConfig, rng: np.random.Generator | None = None) -> View:
-    if config.crop == "center":
-        return center_view(shape[0], shape[1], config.image_size)
-    return native_view(shape[0], shape[1], config.image_size, rng)
-
-
-def _view_of_file(path: Path, shape: Sequence[int], config: DataConfig, rng: np.random.Generator | None = None) -> View:
-    try:
-        return _view_of(shape, config, rng)
-    except InputError as error:
-        raise FileError(path, str(error)) from None
 
 
 def _hard_or_soft(mask: np.ndarray, view: View, rule: MaskRule) -> np.ndarray:
@@ -257,84 +58,6 @@ def _hard_or_soft(mask: np.ndarray, view: View, rule: MaskRule) -> np.ndarray:
     if view.is_native(height, width):
         return view.cut(class_map(mask, rule))  # touching cells are seen across the square's border
     return class_map(view.apply_labels(mask), rule)  # a boundary drawn after resizing keeps its width
-
-
-# ----------------------------------------------------------------------------------------------- gray values to [-1, 1]
-
-
-def default_window_channels(channels: int) -> str:
-    """Gray and RGB have one window; other channels are fluorescence, each of a brightness of its own."""
-    return "joint" if channels in (1, 3) else "separate"
-
-
-def image_window(image: np.ndarray, config: DataConfig) -> Window:
-    """Gray values of one image (H, W, C) that become -1 and 1."""
-    if config.window_values is not None:
-        return config.window_values
-    if config.window is None and image.dtype == np.uint8:
-        return ((0.0, 255.0),)
-    return _percentile_windows(image, config)
-
-
-def _percentile_windows(values: np.ndarray, config: DataConfig) -> Window:
-    """One window of (..., C) gray values, or one per channel."""
-    percentiles = config.window or ROBUST_PERCENTILES
-    channels = np.moveaxis(values, -1, 0) if config.window_channels == "separate" else [values]
-    return tuple(_percentile_window(np.ascontiguousarray(channel), percentiles) for channel in channels)
-
-
-def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Two percentiles; smallest and largest value where the percentiles meet, and never an empty window."""
-    if values.dtype in (np.uint8, np.uint16):
-        cumulative = np.cumsum(np.bincount(values.ravel()))  # exact, and faster than sorting
-        ranks = [share / 100 * (values.size - 1) for share in percentiles]
-        low, high = (float(np.searchsorted(cumulative, rank, side="right")) for rank in ranks)
-    else:
-        low, high = (float(value) for value in np.percentile(values.astype(np.float64), percentiles))
-    if high <= low:
-        low, high = float(values.min()), float(values.max())
-    return (low, high) if high > low else (low, low + 1.0)
-
-
-def window_image(image: np.ndarray, window: Window, channels_first: bool = False) -> np.ndarray:
-    """Map the window to [-1, 1] and clip at its ends. (..., C) or (C, ...) of any dtype -> float32."""
-    low, high = np.array(window, np.float64).T  # (1,) or (C,) each
-    if channels_first:
-        low, high = (ends.reshape(-1, *[1] * (image.ndim - 1)) for ends in (low, high))
-    scaled = image.astype(np.float32)  # a copy, changed in place: this is the loader's largest cost
-    scaled -= low.astype(np.float32)
-    scaled *= (2 / (high - low)).astype(np.float32)
-    scaled -= np.float32(1)
-    return np.clip(scaled, -1, 1, out=scaled)
-
-
-def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndarray:
-    """Check that (H, W, C) can give ``channels``: C is that, or 1 for RGB, or RGB of equal channels for 1.
-
-    Returns:
-        (H, W, channels), or (H, W, 1), which :func:`_to_tensor` repeats: memory holds each gray value once.
-
-    Raises:
-        FileError: another number of channels, or colours where gray is asked for.
-    """
-    found = image.shape[2]
-    if channels == 1 and found == 3:
-        if (image != image[:, :, :1]).any():
-            raise FileError(where, "holds colours, the model takes 1 gray channel: save it as gray, or train with 3")
-        return np.ascontiguousarray(image[:, :, :1])
-    if found == channels or (found, channels) == (1, 3):
-        return image
-    hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
-    mend = "train.py --vae none --in-channels N trains on N"
-    count = f"{found} channel{'s' * (found > 1)}{hint.get(found, '')}"
-    raise FileError(where, f"has {count}, the model takes {channels}; {mend}")
-
-
-def _to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:
-    """(S, S, C or 1) as stored -> (channels, S, S) float32 in [-1, 1]."""
-    planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # while values are small
-    tensor = torch.from_numpy(window_image(planes, window, channels_first=True))
-    return tensor if len(planes) == channels else tensor.repeat(channels, 1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
@@ -390,7 +113,7 @@ def refuse_bad_sizes(pairs: Sequence[Pair], config: DataConfig, what: str) -> No
     def check(pair: Pair) -> None:
         image, mask = read_size(pair.image_path), read_size(pair.mask_path)
         if image is not None:
-            _view_of_file(pair.image_path, image, config)
+            view_of_file(pair.image_path, image, config)
         if image is not None and mask is not None:
             _check_same_size(image, mask, pair.image_path, pair.mask_path)
 
@@ -560,7 +283,7 @@ class PairedFolder(torch.utils.data.Dataset):
 
     def _check_pair(self, pair: Pair) -> tuple[np.ndarray, np.ndarray, _Checked]:
         image, mask = _read_pair(pair, self.config)
-        view = _view_of_file(pair.image_path, image.shape, self.config)
+        view = view_of_file(pair.image_path, image.shape, self.config)
         stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir())
         common = self._seeks_common_window
         most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
@@ -578,14 +301,14 @@ class PairedFolder(torch.utils.data.Dataset):
     def _prepare_mask(self, mask: np.ndarray) -> np.ndarray:
         """As kept in memory: class maps of hard masks, soft masks as stored (resized for --crop center)."""
         if self.config.crop == "center":
-            return _hard_or_soft(mask, _view_of(mask.shape[-2:], self.config), self.rule)
+            return _hard_or_soft(mask, view_of(mask.shape[-2:], self.config), self.rule)
         return class_map(mask, self.rule) if self.rule.is_hard else mask
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self.in_memory:
             return self._images[index], self._masks[index]
         image, mask = _read_pair(self.pairs[index], self.config)
-        return self._prepare_image(image, _view_of(image.shape, self.config)), self._prepare_mask(mask)
+        return self._prepare_image(image, view_of(image.shape, self.config)), self._prepare_mask(mask)
 
     @cached_property
     def image_hashes(self) -> list[str]:
@@ -634,15 +357,9 @@ class PairedFolder(torch.utils.data.Dataset):
             mask = view.cut(mask) if self.rule.is_hard else _hard_or_soft(mask, view, self.rule)
         image, mask = turn(image, (0, 1), symmetry), turn(mask, (-2, -1), symmetry)
         return {
-            "image": _to_tensor(image, self.windows[index], self.config.channels),
+            "image": to_tensor(image, self.windows[index], self.config.channels),
             "mask": torch.from_numpy(np.array(mask)),  # a copy: callers may write
         }
-
-
-def turn(array: np.ndarray, axes: tuple[int, int], symmetry: int) -> np.ndarray:
-    """One of the eight symmetries of the square: ``symmetry % 4`` quarter turns, then a flip from 4 on."""
-    turned = np.rot90(array, symmetry % 4, axes)
-    return np.flip(turned, axes[1]) if symmetry >= 4 else turned
 
 
 def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Path) -> list[Pair]:
@@ -669,7 +386,7 @@ def _common_window(checked: Sequence[_Checked], config: DataConfig) -> Window:
     if kinds == ["uint8"] and config.window is None:
         return ((0.0, 255.0),)
     samples = [np.broadcast_to(one.sample, (len(one.sample), config.channels)) for one in checked]  # gray beside RGB
-    return _percentile_windows(np.concatenate(samples), config)
+    return percentile_windows(np.concatenate(samples), config)
 
 
 def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
@@ -797,7 +514,7 @@ class MaskFolder:
     def _view(self, name: str, size: tuple[int, int], rng: np.random.Generator | None = None) -> View:
         if self.whole_scale is not None:
             return whole_view(*size, self.whole_scale)
-        return _view_of_file(self.paths[name], size, self.config, rng)
+        return view_of_file(self.paths[name], size, self.config, rng)
 
     def __len__(self) -> int:
         """Number of masks."""
@@ -824,7 +541,7 @@ class MaskFolder:
         window = tensor = None
         if image is not None:
             window = image_window(image, self.config)
-            tensor = _to_tensor(view.apply_image(image), window, self.config.channels).numpy()
+            tensor = to_tensor(view.apply_image(image), window, self.config.channels).numpy()
         prob = np.ascontiguousarray(target, dtype=np.float32)
         return MaskItem(name, self.paths[name], view, label.copy(), prob, tensor, window)
 

@@ -1,0 +1,36 @@
+"""Where log lines go: stderr, and a file in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+
+
+class LogFile(logging.FileHandler):
+    """A log file on a full disk ends the command like any other file there, instead of a traceback per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            with contextlib.suppress(OSError):
+                self.stream.close()  # it tries once more to write what it holds
+            self.stream = None
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+        super().handleError(record)
+
+
+def start_logging(is_main: bool, log_file: Path | None = None) -> None:
+    """Rank 0 logs to stderr and, where given, to a file; the other ranks log warnings only."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if is_main and log_file is not None:
+        handlers.append(LogFile(log_file, encoding="utf-8"))
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING,
+        format="[%(asctime)s] %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,0 +1,66 @@
+"""Arrays to pictures that a person looks at: grids, colours of channels and of mask classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
+    """Rows of images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3), white between them and beside small ones."""
+    from torchvision.utils import make_grid
+
+    tiles = [as_rgb(to_uint8(tile)) for row in rows for tile in row]
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    margins = [((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0)) for tile in tiles]
+    tiles = np.stack([np.pad(tile, margin, constant_values=255) for tile, margin in zip(tiles, margins, strict=True)])
+    grid = make_grid(torch.from_numpy(tiles).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=pad, pad_value=255)
+    return grid.permute(1, 2, 0).numpy()
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """(C, H, W) in [-1, 1] -> (H, W, C) uint8, rounded."""
+    return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+CLASS_COLORS = (
+    (0, 0, 0),
+    (255, 255, 255),
+    (230, 80, 60),
+    (70, 140, 230),
+    (90, 190, 90),
+    (240, 190, 60),
+    (160, 90, 200),
+)
+
+
+def mask_picture(prob_map: Tensor) -> Tensor:
+    """(K, H, W) class probabilities -> (3, H, W) in [-1, 1]: background black, cells white, others coloured."""
+    colors = torch.tensor([CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(len(prob_map))], dtype=torch.float32)
+    return torch.einsum("khw,kc->chw", prob_map.float().cpu(), colors / 127.5 - 1)
+
+
+# Colours of the channels of an image that is neither gray nor RGB, as Fiji's composite view has them.
+_CHANNEL_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """A picture to look at: gray is repeated, RGB stays, other channels lie over each other in colours of their own.
+
+    Args:
+        image: (H, W, C) uint8.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    channels = image.shape[-1]
+    if channels in (1, 3):
+        return np.broadcast_to(image, (*image.shape[:2], 3))
+    colors = np.array([_CHANNEL_COLORS[k % len(_CHANNEL_COLORS)] for k in range(channels)])
+    return np.minimum(image.astype(np.uint32) @ colors.astype(np.uint32), 255).astype(np.uint8)
+
+
+def repeat_gray(image: np.ndarray) -> np.ndarray:
+    """(H, W, 1) as three equal channels, for what knows only colour; other images as they are."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image

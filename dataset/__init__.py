@@ -1,0 +1,1 @@
+"""A lab's files to tensors and back."""

@@ -1,0 +1,73 @@
+"""How files become tensors, as plain values that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import InputError
+from dataset.masks import MAX_CLASSES
+
+CROPS = ("center", "random")
+WINDOW_SCOPES = ("image", "dataset")
+WINDOW_CHANNELS = ("joint", "separate")
+# Gray values (low, high) that become -1 and 1: one pair for all channels of an image, or one for each.
+Window = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How files become tensors. A checkpoint keeps it as a plain dict, so that sampling repeats it.
+
+    Attributes:
+        image_size: side of the square that the model sees, in pixels.
+        num_classes: K, background included.
+        crop: "center" (short side resized to ``image_size``, middle square) or "random" (square at native scale).
+        window: percentiles (0..100) of an image's gray values that become -1 and 1. None: 0..255 for 8-bit images,
+            :data:`ROBUST_PERCENTILES` for all others.
+        window_scope: "image" (each image its own percentiles) or "dataset" (those of all images together).
+        window_channels: "joint" (one window for all channels: RGB keeps its colours) or "separate" (each its own:
+            fluorescence channels differ in brightness).
+        window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
+        channels: image channels; one stored channel is repeated to three, three equal ones count as one.
+    """
+
+    image_size: int
+    num_classes: int = 2
+    crop: str = "center"
+    window: tuple[float, float] | None = None
+    window_scope: str = "image"
+    window_channels: str = "joint"
+    window_values: Window | None = None
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.window is not None:  # lists where the dict went through JSON
+            object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
+        if self.window_values is not None:
+            pairs = tuple((float(low), float(high)) for low, high in self.window_values)
+            object.__setattr__(self, "window_values", pairs)
+        if self.image_size < 1 or self.channels < 1:
+            raise InputError(f"--image-size {self.image_size} and {self.channels} channels must be at least 1")
+        if not 2 <= self.num_classes <= MAX_CLASSES:
+            raise InputError(f"--num-classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included")
+        if self.crop not in CROPS:
+            raise InputError(f"--crop {self.crop!r} is unknown; choose one of {', '.join(CROPS)}")
+        if self.window_scope not in WINDOW_SCOPES:
+            scopes = ", ".join(WINDOW_SCOPES)
+            raise InputError(f"--window-scope {self.window_scope!r} is unknown; choose one of {scopes}")
+        if self.window_channels not in WINDOW_CHANNELS:
+            choices = ", ".join(WINDOW_CHANNELS)
+            raise InputError(f"--window-channels {self.window_channels!r} is unknown; choose one of {choices}")
+        if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
+            raise InputError(f"--window {self.window[0]} {self.window[1]}: percentiles with 0 <= LOW < HIGH <= 100")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataConfig:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**values)

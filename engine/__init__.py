@@ -1,0 +1,1 @@
+"""One training run and one sampler."""

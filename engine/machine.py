@@ -1,0 +1,222 @@
+"""Where a process stands among the others, and what it computes on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.errors import InputError, one_line
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "bf16", "float32")
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def check_compiler() -> None:
+    """torch.compile builds its code with a C++ compiler, also for a GPU.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not has_compiler():
+        compiler = os.environ.get("CXX", "g++")
+        raise InputError(f"--compile: no C++ compiler {compiler}. Install it or name one in CXX, or drop the flag.")
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile would call is there."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process stands among the others and what it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: str  # bf16 or float32
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others, which then find what it left on disk."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Travels over the CPU, so that no GPU waits for it."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def max_over_ranks(self, value: float) -> float:
+        """The largest of the ranks' values, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.item()
+
+    def from_all(self, values: Tensor) -> Tensor:
+        """Every rank's CPU tensor (n,), stacked (world_size, n)."""
+        if self.world_size == 1:
+            return values[None]
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
+
+    def to_main(self, values: list[Any]) -> list[Any]:
+        """The lists of all ranks in one, on rank 0; empty elsewhere."""
+        if self.world_size == 1:
+            return values
+        lists = [[] for _ in range(self.world_size)] if self.is_main else None
+        dist.gather_object(values, lists)
+        return [value for one in lists or () for value in one]
+
+    def from_main(self, value: Any) -> Any:
+        """What rank 0 has, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this process: its LOCAL_RANK's GPU, or the CPU.
+
+    Raises:
+        InputError: cuda was asked for and there is none, or fewer than processes.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(
+            f"--device {name}: process {local_rank} finds {count} GPUs on this machine. "
+            "Lower --nproc_per_node, or give --device cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """bf16 or float32: auto takes bf16 where the hardware multiplies matrices in it, since emulation is slower."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def start_machine(device: str, precision: str) -> Machine:
+    """Join the other processes, where torchrun started several, and choose device and precision.
+
+    gloo joins processes on CPUs; on GPUs nccl moves tensors and gloo what lies on the CPU.
+    """
+    resolved = resolve_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    rank = dist.get_rank() if world_size > 1 else 0
+    return Machine(rank, world_size, resolved, resolve_precision(precision, resolved))
+
+
+def stop_machine() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay ema + (1 - decay) model, all parameters in one fused call.
+
+    The decay warms up as (1 + step) / (10 + step), so that a short run is not left with its initial weights.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def log_provenance(machine: Machine, seed: int) -> None:
+    """First lines of a log: command, commit, versions, device, seed."""
+    logger.info("command: %s", " ".join(sys.argv))
+    logger.info("commit: %s; python %s, torch %s", commit(), sys.version.split()[0], torch.__version__)
+    name = (
+        torch.cuda.get_device_name(machine.device)
+        if machine.device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    logger.info(
+        "device: %s (%s), precision %s, %d process(es), seed %d",
+        machine.device, name, machine.precision, machine.world_size, seed,
+    )  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of this checkout, with + where files differ from it; "unknown" outside of git."""
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+T = TypeVar("T")
+
+
+def on_main(machine: Machine, work: Callable[[], T]) -> T | None:
+    """What ``work`` gives on rank 0, None elsewhere; what is wrong with the user's input there ends every rank."""
+    problem, found = None, None
+    if machine.is_main:
+        try:
+            found = work()
+        except (InputError, OSError) as error:
+            problem = one_line(error)
+    problem = machine.from_main(problem)
+    if problem:
+        raise InputError(problem)
+    return found

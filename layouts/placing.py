@@ -1,0 +1,224 @@
+"""Put pieces (cells or clusters of cells) onto an empty field."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from common.errors import InputError
+
+LEAST_CELL_AREA = 6  # px; smaller scraps at the border of an image or of a neighbour are no cells
+MOST_EMPTY_PIECES = 1000  # drawn in a row, before the cells count as smaller than a pixel
+POSITIONS_TRIED = 60  # per cell, before it is given up
+logger = logging.getLogger(__name__)
+
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One cell, or a few that touch, cut out.
+
+    Attributes:
+        labels: (h, w) int32, 0 outside, 1..n the cells.
+        level: (h, w) float32. Where two cells want one pixel, the lower level has it. Simulated nuclei: 0 at the
+            centre, 1 at the rim, so that the border runs midway. Recombined cells: 0, so that who comes first stays.
+    """
+
+    labels: np.ndarray
+    level: np.ndarray
+
+    @property
+    def area(self) -> int:
+        return int(np.count_nonzero(self.labels))
+
+
+class Field:
+    """A field of view that is being filled. Pieces may stick out over its border, as cells do in a microscope.
+
+    Args:
+        height, width: pixels.
+        gap: least number of background pixels between two pieces; 0 lets them touch.
+        max_overlap: largest share of a cell's visible area that it may lose to others; counts where gap is 0.
+    """
+
+    def __init__(self, height: int, width: int, gap: int, max_overlap: float):
+        self.instance_map = np.zeros((height, width), dtype=np.int32)
+        self.level = np.full((height, width), np.inf, dtype=np.float32)
+        self.covered = 0
+        self.centres: list[tuple[float, float, float]] = []  # row, column, radius of every piece on the field
+        self._gap = gap
+        self._max_overlap = max_overlap
+        self._blocked = np.zeros((height, width), dtype=bool)
+        self._area = np.zeros(1)  # per id: visible pixels when it was placed, and how many of them it has lost since
+        self._lost = np.zeros(1)
+
+    def _window(self, piece: Piece, top: int, left: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Where the piece lies on the field, and which part of the piece that is."""
+        height, width = self.instance_map.shape
+        piece_height, piece_width = piece.labels.shape
+        first_row, first_column = min(max(top, 0), height), min(max(left, 0), width)
+        rows = slice(first_row, max(first_row, min(top + piece_height, height)))  # empty where the piece lies outside
+        columns = slice(first_column, max(first_column, min(left + piece_width, width)))
+        part = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
+        return (rows, columns), part
+
+    def meets_another(self, piece: Piece, top: int, left: int) -> bool:
+        where, part = self._window(piece, top, left)
+        return bool(np.any((piece.labels[part] > 0) & (self.instance_map[where] > 0)))
+
+    def place(self, piece: Piece, top: int, left: int) -> bool:
+        """Lay the piece with its upper left corner at (top, left); False, and no change, where the rules forbid it."""
+        where, part = self._window(piece, top, left)
+        labels, level = piece.labels[part], piece.level[part]
+        inside = labels > 0
+        if not inside.any() or np.any(inside & self._blocked[where]):
+            return False
+        there = self.instance_map[where]
+        takes = inside & (level < self.level[where])
+        count = int(piece.labels.max())
+        area = np.bincount(labels[inside], minlength=count + 1)
+        refused = np.bincount(labels[inside & ~takes], minlength=count + 1)
+        robbed = np.bincount(there[takes], minlength=len(self._lost))
+        robbed[0] = 0
+        if np.any(refused > self._max_overlap * area) or np.any(self._lost + robbed > self._max_overlap * self._area):
+            return False
+
+        self.covered += int(np.count_nonzero(takes & (there == 0)))
+        self._lost = np.concatenate([self._lost + robbed, refused[1:]])
+        there[takes] = labels[takes] + len(self._area) - 1  # `there` is a view: this writes the field
+        self.level[where][takes] = level[takes]
+        self._area = np.concatenate([self._area, area[1:]])
+        if self._gap:
+            self._block(piece, top, left)
+        height, width = piece.labels.shape
+        self.centres.append((top + height / 2, left + width / 2, math.sqrt(piece.area / math.pi)))
+        return True
+
+    def _block(self, piece: Piece, top: int, left: int) -> None:
+        """Keep the piece and `gap` pixels around it free of others."""
+        halo = np.pad(piece.labels > 0, self._gap)
+        halo = ndimage.binary_dilation(halo, EIGHT_NEIGHBOURS, iterations=self._gap)
+        around = Piece(halo.astype(np.int32), piece.level)
+        where, part = self._window(around, top - self._gap, left - self._gap)
+        self._blocked[where] |= halo[part]
+
+
+def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: bool = False) -> bool:
+    """Try uniform positions, those that stick out over the border included: no pixel of the field is favoured.
+
+    Args:
+        field: the field to place on.
+        piece: what to place.
+        rng: source of the positions.
+        alone: take only a position where the piece covers no other one, even where the field's rules allow that.
+    """
+    height, width = field.instance_map.shape
+    piece_height, piece_width = piece.labels.shape
+    tops = rng.integers(1 - piece_height, height, POSITIONS_TRIED).tolist()
+    lefts = rng.integers(1 - piece_width, width, POSITIONS_TRIED).tolist()
+    return any(
+        not (alone and field.meets_another(piece, top, left)) and field.place(piece, top, left)
+        for top, left in zip(tops, lefts, strict=True)
+    )
+
+
+def place_beside_another(field: Field, piece: Piece, rng: np.random.Generator) -> bool:
+    """Move the piece from a random direction towards a cell until they meet, then press it on a little."""
+    height, width = piece.labels.shape
+    radius = math.sqrt(piece.area / math.pi)
+    for _ in range(POSITIONS_TRIED // 6):
+        row, column, other_radius = field.centres[rng.integers(len(field.centres))]
+        angle, press = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.25) * radius
+        towards = [row - height / 2, column - width / 2, math.sin(angle), math.cos(angle)]
+        distance = 1.6 * (radius + other_radius)
+        while distance > 0 and not field.meets_another(piece, *_shifted(towards, distance)):
+            distance -= 1
+        if field.place(piece, *_shifted(towards, distance - press)):
+            return True
+    return False
+
+
+def _shifted(towards: list[float], distance: float) -> tuple[int, int]:
+    row, column, down, right = towards
+    return round(row + distance * down), round(column + distance * right)
+
+
+def fill(
+    field: Field,
+    rng: np.random.Generator,
+    foreground: float,
+    draw_piece: Callable[[], Piece],
+    place: Callable[[Field, Piece, np.random.Generator], bool],
+) -> None:
+    """Put pieces on the field until they cover the share `foreground` of it, or until no more will fit.
+
+    Pieces are drawn first and placed from large to small: placing them as they come would favour the small ones, which
+    fit into what is left. What the border cut off and what found no place is drawn anew.
+    """
+    failed_rounds = 0
+    while failed_rounds < 3:
+        batch = _draw_batch(rng, foreground * field.instance_map.size - field.covered, draw_piece)
+        if not batch:
+            return
+        placed = sum(place(field, piece, rng) for piece in sorted(batch, key=lambda piece: -piece.area))
+        failed_rounds = 0 if placed else failed_rounds + 1
+
+
+def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece]) -> list[Piece]:
+    """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so.
+
+    Raises:
+        InputError: piece after piece has no pixel.
+    """
+    batch, empty = [], 0
+    while missing > 0:
+        piece = draw_piece()
+        empty = 0 if piece.area else empty + 1
+        if empty == MOST_EMPTY_PIECES:
+            raise InputError("the cells are smaller than a pixel: give a larger --scale or --cell-size")
+        if piece.area > missing and rng.uniform(0, piece.area) > missing:
+            break
+        batch.append(piece)
+        missing -= piece.area
+    return batch
+
+
+def tidy(instance_map: np.ndarray) -> np.ndarray:
+    """The largest connected part of every cell, scraps dropped, numbered 1..n without gaps in the order of ids.
+
+    Args:
+        instance_map: (H, W) int, 0 background.
+
+    Returns:
+        (H, W) int32.
+    """
+    tidied = np.zeros(instance_map.shape, dtype=np.int32)
+    number = 0
+    for cell_id, where in enumerate(ndimage.find_objects(instance_map), start=1):
+        if where is None:
+            continue
+        parts, count = ndimage.label(instance_map[where] == cell_id, EIGHT_NEIGHBOURS)
+        areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+        if areas.max() >= LEAST_CELL_AREA:
+            number += 1
+            tidied[where][parts == areas.argmax() + 1] = number
+    return tidied
+
+
+def progress(items: Iterable, what: str, total: int) -> Iterator:
+    """A progress bar on a terminal; elsewhere a plain line at every tenth part of long work."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total)
+        return
+    for done, item in enumerate(items):
+        if total >= 1000 and done and done % (total // 10) == 0:
+            logger.info("%s: %d of %d", what, done, total)
+        yield item

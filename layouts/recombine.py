@@ -1,0 +1,263 @@
+"""New arrangements of the cells of existing label images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from common.errors import InputError, list_some
+from dataset.files import find_files, read_mask
+from layouts.placing import EIGHT_NEIGHBOURS, Field, Piece, fill, place_anywhere, progress, tidy
+
+LARGEST_CLUSTER = 6  # cells; larger clumps of a lab's data are taken apart, so that they fit into a new layout
+LEAST_SMOOTHED_AREA = 60  # px
+LEAST_POOL = 100  # pieces that a recombined layout can draw from, where the data has so many
+ROTATIONS = ("free", "quarter", "none")
+
+
+@dataclass(frozen=True)
+class LayoutSettings:
+    """How the cells of a lab are laid out anew.
+
+    Attributes:
+        height, width: of the new fields, pixels.
+        density: share of the field that cells cover; None: each layout takes that of a random source image.
+        density_scale: times that share.
+        scale_low, scale_high: every piece is resized by a factor between them.
+        rotate: one of ROTATIONS.
+        clusters: whether cells that touch in the source stay together.
+        gap, max_overlap: see `Field`.
+        components: whether the connected parts of the source files are the cells.
+        seed: of the set.
+        source_sha256: of the source's label files.
+    """
+
+    height: int
+    width: int
+    density: float | None
+    density_scale: float
+    scale_low: float
+    scale_high: float
+    rotate: str
+    clusters: bool
+    gap: int
+    max_overlap: float
+    components: bool
+    seed: int
+    source_sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of one source image: its pieces and how often each is to be drawn."""
+
+    foreground: float
+    median_area: float  # nan where no cell lies whole in the image
+    pieces: list[Piece]
+    weights: np.ndarray
+
+
+def touching_pairs(instance_map: np.ndarray) -> np.ndarray:
+    """(N, 2) pairs of ids that meet at a side or a corner of a pixel, each pair once, the smaller id first."""
+    height, width = instance_map.shape
+    pairs = []
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        first = instance_map[: height - down, max(0, -right) : width - max(0, right)]
+        second = instance_map[down:, max(0, right) : width + min(0, right)]
+        meets = (first != second) & (first > 0) & (second > 0)
+        pairs.append(np.stack([first[meets], second[meets]], axis=1))
+    return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
+
+
+def border_ids(instance_map: np.ndarray) -> np.ndarray:
+    """Ids of the cells that the border of the image cuts, or may cut."""
+    edges = [instance_map[0], instance_map[-1], instance_map[:, 0], instance_map[:, -1]]
+    return np.setdiff1d(np.concatenate(edges), [0])
+
+
+def group_cells(ids: Iterable[int], pairs: np.ndarray, largest: int) -> list[list[int]]:
+    """Part `ids` into groups of at most `largest` cells, each connected by touching `pairs`."""
+    left = dict.fromkeys(sorted(ids))
+    neighbours: dict[int, list[int]] = {cell_id: [] for cell_id in left}
+    for first, second in pairs.tolist():
+        if first in neighbours and second in neighbours:
+            neighbours[first].append(second)
+            neighbours[second].append(first)
+    groups = []
+    while left:
+        group = [next(iter(left))]
+        del left[group[0]]
+        for member in group:  # grows while it is walked: breadth first
+            for neighbour in neighbours[member]:
+                if neighbour in left and len(group) < largest:
+                    group.append(neighbour)
+                    del left[neighbour]
+        groups.append(group)
+    return groups
+
+
+def boxes_of(instance_map: np.ndarray) -> np.ndarray:
+    """(n, 4) first row, end row, first column, end column of the cells 1..n."""
+    boxes = ndimage.find_objects(instance_map)
+    return np.array([(box[0].start, box[0].stop, box[1].start, box[1].stop) for box in boxes], int).reshape(-1, 4)
+
+
+def share_seen_whole(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Share of positions at which a cell of this bounding box that meets the image lies whole in it, at least 0.1.
+
+    The border cuts large cells more often than small ones. Where only whole cells can be used, each is weighted by one
+    over this share, and the sizes come out unbiased (Miles 1974, Lantuejoul 1978).
+    """
+    height, width = shape
+    rows, columns = (boxes[:, 1] - boxes[:, 0]) / height, (boxes[:, 3] - boxes[:, 2]) / width
+    return np.maximum((1 - rows) * (1 - columns), 0.1)
+
+
+def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
+    """Cut the whole cells out of a source image; those that its border cuts are left."""
+    boxes = boxes_of(instance_map)
+    ids = np.setdiff1d(np.arange(1, len(boxes) + 1), border_ids(instance_map))
+    cell_weights = 1 / share_seen_whole(boxes, instance_map.shape)
+    pairs = touching_pairs(instance_map) if clusters else np.zeros((0, 2), int)
+    pieces, weights = [], []
+    for group in group_cells(ids.tolist(), pairs, LARGEST_CLUSTER):
+        members = np.array(group) - 1
+        top, left = boxes[members, 0].min(), boxes[members, 2].min()
+        around = instance_map[top : boxes[members, 1].max(), left : boxes[members, 3].max()]
+        labels = np.zeros(around.shape, dtype=np.int32)
+        for number, cell_id in enumerate(group, start=1):
+            labels[around == cell_id] = number
+        pieces.append(Piece(labels, np.zeros(labels.shape, np.float32)))
+        weights.append(cell_weights[members].mean())
+    areas = np.bincount(instance_map.ravel())[ids] if len(ids) else np.array([np.nan])
+    return Source(
+        np.count_nonzero(instance_map) / instance_map.size, float(np.median(areas)), pieces, np.array(weights)
+    )
+
+
+def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSettings) -> Piece:
+    """Mirror, turn and resize a piece in one step, by nearest neighbour, so that no id is ever mixed."""
+    factor = math.exp(rng.uniform(math.log(settings.scale_low), math.log(settings.scale_high)))
+    mirror, draw = rng.random() < 0.5, rng.random()
+    labels = piece.labels[:, ::-1] if mirror and settings.rotate != "none" else piece.labels
+    quarters = {"none": 0.0, "quarter": float(math.floor(4 * draw)), "free": 4 * draw}[settings.rotate]
+    cosine, sine = math.cos(quarters * math.pi / 2), math.sin(quarters * math.pi / 2)
+    height, width = labels.shape
+    # the outermost pixels' centres land inside: +1 keeps a margin for rounding
+    new_height = math.ceil(factor * (height * abs(cosine) + width * abs(sine)) - 1e-9) + 1
+    new_width = math.ceil(factor * (height * abs(sine) + width * abs(cosine)) - 1e-9) + 1
+    rows, columns = np.mgrid[:new_height, :new_width]
+    # with the same parity as the source the centre falls on a pixel centre, and quarter turns are exact
+    centre_row = _centre(new_height, height if abs(cosine) > abs(sine) else width)
+    centre_column = _centre(new_width, width if abs(cosine) > abs(sine) else height)
+    down, right = (rows - centre_row) / factor, (columns - centre_column) / factor
+    source_rows = np.rint(cosine * down + sine * right + (height - 1) / 2 - 1e-6).astype(int)
+    source_columns = np.rint(-sine * down + cosine * right + (width - 1) / 2 - 1e-6).astype(int)
+    known = (source_rows >= 0) & (source_rows < height) & (source_columns >= 0) & (source_columns < width)
+    turned = np.zeros((new_height, new_width), dtype=np.int32)
+    turned[known] = labels[source_rows[known], source_columns[known]]
+    if quarters % 1 or factor != 1:
+        turned = _take_off_teeth(turned)
+    return Piece(turned, np.zeros(turned.shape, np.float32))
+
+
+def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
+    """Majority of every pixel's 3 x 3 neighbourhood: nearest neighbour leaves one-pixel teeth on slanting outlines.
+
+    Small cells stay as they are: they would lose their corners, which are a good part of them.
+    """
+    votes = [ndimage.uniform_filter((labels == number).astype(np.float32), 3) for number in range(labels.max() + 1)]
+    smooth = np.argmax(votes, axis=0).astype(np.int32)
+    small = np.flatnonzero(np.bincount(labels.ravel()) < LEAST_SMOOTHED_AREA)
+    return np.where(np.isin(labels, small) | np.isin(smooth, small), labels, smooth)
+
+
+def _centre(size: int, source_size: int) -> float:
+    return (size - 1) / 2 if (size - source_size) % 2 == 0 else size / 2 - 1
+
+
+class Layouts:
+    """New layouts from source images; `field(n)` is layout number n.
+
+    Every layout takes one source image as its model: its share of covered area, and cells of its own scale. Where the
+    image has few, cells come from those whose median cell area is nearest, until there are LEAST_POOL pieces.
+    """
+
+    def __init__(self, sources: list[Source], settings: LayoutSettings):
+        self._sources = sources
+        self._settings = settings
+        self._with_pieces = [source for source in sources if source.pieces]
+
+    def _pool(self, model: Source) -> tuple[list[Piece], np.ndarray]:
+        def distance(source: Source) -> float:
+            return abs(math.log(source.median_area / model.median_area))
+
+        # an image without a whole cell says nothing about scale: then all are equally near
+        known = not math.isnan(model.median_area)
+        ordered = sorted(self._with_pieces, key=distance) if known else self._with_pieces
+        pieces: list[Piece] = []
+        weights: list[np.ndarray] = []
+        for source in ordered:
+            if known and len(pieces) >= LEAST_POOL:
+                break
+            pieces.extend(source.pieces)
+            weights.append(source.weights)
+        weight = np.concatenate(weights)
+        return pieces, weight / weight.sum()
+
+    def field(self, index: int) -> np.ndarray:
+        """(H, W) int32 instance map of layout number `index`."""
+        settings = self._settings
+        rng = np.random.default_rng((settings.seed, index, 0))
+        model = self._sources[rng.integers(len(self._sources))]
+        pieces, weights = self._pool(model)
+        field = Field(settings.height, settings.width, settings.gap, settings.max_overlap)
+        foreground = settings.density if settings.density is not None else model.foreground * settings.density_scale
+
+        def draw_piece() -> Piece:
+            return turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
+
+        fill(field, rng, foreground, draw_piece, place_anywhere)
+        return tidy(field.instance_map)
+
+
+def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
+    """Every instance map of a folder by its name; all that cannot be used are named in one InputError.
+
+    Returns:
+        name -> (H, W) int32, ids without gaps.
+    """
+    files = find_files(folder, "instance labels")
+    maps, unusable, one_value = {}, [], []
+    for name, path in progress(files.items(), "reading instances", len(files)):
+        try:
+            labels = read_mask(path)
+        except InputError as error:
+            unusable.append(str(error))
+            continue
+        if labels.ndim != 2 or np.any(labels < 0) or np.any(labels != np.floor(labels)):
+            unusable.append(f"{path}: not one layer of whole numbers from 0, shape {labels.shape}, {labels.dtype}")
+            continue
+        if components:
+            maps[name], _ = ndimage.label(labels, EIGHT_NEIGHBOURS, output=np.int32)
+            continue
+        values, numbers = np.unique(labels, return_inverse=True)
+        numbers = numbers.reshape(labels.shape) + (0 if values[0] == 0 else 1)
+        maps[name] = numbers.astype(np.int32)
+        if maps[name].max() == 1 and ndimage.label(numbers, EIGHT_NEIGHBOURS)[1] > 1:
+            one_value.append(name)
+    if unusable:
+        raise InputError(
+            f"{len(unusable)} of {len(files)} files in {folder} are no instance labels: {list_some(unusable)}"
+        )
+    if len(one_value) > len(maps) / 2:
+        raise InputError(
+            f"{folder} (--instances) holds one value for all cells ({list_some(one_value)}), and recombining needs a "
+            "number for every cell: give instance labels, or --components to take every connected part as one cell"
+        )
+    return maps

@@ -1,0 +1,1 @@
+"""A synthetic set on disk: written, read and exported here only."""
