@@ -14,7 +14,11 @@ export GOMP_SPINCOUNT ?= 5000
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592
 
 BASE_PYTHON ?= python3
-VENV := .venv
+# constraints.txt holds versions that were tested together. LATEST=1 takes the newest that requirements.txt allows
+# instead, in an environment of its own: `make test LATEST=1`.
+LATEST ?=
+VENV := $(if $(LATEST),.venv-latest,.venv)
+CONSTRAINTS := $(if $(LATEST),,--constraint constraints.txt)
 ifeq ($(origin PYTHON),command line)
 READY :=
 else
@@ -28,23 +32,35 @@ DATA ?=
 NAME_OF_DATA = $(shell basename "$(DATA)" | tr -c 'A-Za-z0-9._\n-' '_')-$(shell realpath "$(DATA)" | cksum | cut -c 1-4)
 QUICKSTART := quickstart/$(if $(DATA),$(NAME_OF_DATA),simulated)
 
-.PHONY: help lint format test test-slow bench quickstart quickstart-data clean-quickstart .venv
+.PHONY: help constraints test-lowest lint format test test-slow bench quickstart quickstart-data clean-quickstart .venv
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.][a-z.-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.venv: $(READY)  ## environment with everything in requirements-dev.txt
+.venv: $(READY)  ## environment with everything in requirements-dev.txt (LATEST=1: newest versions, in .venv-latest)
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt requirements-dev.txt $(if $(LATEST),,constraints.txt)
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed; $(BASE_PYTHON) is $$($(BASE_PYTHON) --version 2>&1 || true). Name another: make BASE_PYTHON=python3.12 .venv" >&2; \
 	  exit 2; }
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
 	touch $@
 
-lint: $(READY)  ## ruff and codespell, changes nothing
+constraints:  ## install the newest versions, run every test, then write them to constraints.txt
+	rm -rf .venv-latest
+	$(MAKE) LATEST=1 lint test-slow
+	.venv-latest/bin/python -m pip freeze | sort --ignore-case > constraints.txt
+
+test-lowest:  ## the fast tests with just the lower bounds of requirements.txt, in .venv-lowest
+	rm -rf .venv-lowest
+	$(BASE_PYTHON) -m venv .venv-lowest
+	sed 's/>=/==/' requirements.txt > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet -r .venv-lowest/requirements.txt pytest hypothesis
+	.venv-lowest/bin/python -m pytest -q -m "not slow and not gpu"
+
+lint: $(READY)  ## ruff, codespell and mypy; changes nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m codespell_lib

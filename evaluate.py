@@ -574,5 +574,10 @@ COMMANDS = {
 }
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of the script and of ``sit-evaluate``."""
     run_command(main, parse_args)
+
+
+if __name__ == "__main__":
+    run()

@@ -206,5 +206,10 @@ def write_grid(path: Path, tiles: list[torch.Tensor]) -> None:
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of the script and of ``sit-sample``."""
     run_command(main, parse_args)
+
+
+if __name__ == "__main__":
+    run()

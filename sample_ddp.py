@@ -339,5 +339,10 @@ def finished(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
     return pending
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of the script and of ``sit-sample-ddp``."""
     run_command(main, parse_args)
+
+
+if __name__ == "__main__":
+    run()

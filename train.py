@@ -677,5 +677,10 @@ def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
     wandb_utils.log_image("preview", path, step)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of the script and of ``sit-train``."""
     run_command(main, parse_args)
+
+
+if __name__ == "__main__":
+    run()

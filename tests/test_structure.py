@@ -167,11 +167,12 @@ def test_guard_of_loads_knows_the_unsafe_ones(source, wrong):
 def test_every_command_has_parse_args_and_main_and_ends_by_run_command(command):
     module = tree(ROOT / f"{command}.py")
     functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
-    assert {"parse_args", "main"} <= set(functions)
+    assert {"parse_args", "main", "run"} <= set(functions)
     assert [argument.arg for argument in functions["main"].args.args] == ["args"]
     assert len(functions["parse_args"].args.defaults) == len(functions["parse_args"].args.args) == 1
     assert ast.get_docstring(module)
-    assert "run_command(main, parse_args)" in ast.unparse(module.body[-1])
+    assert ast.unparse(functions["run"].body[-1]) == "run_command(main, parse_args)"
+    assert ast.unparse(module.body[-1]).endswith("run()")
 
 
 def test_library_modules_never_print():
