@@ -24,6 +24,12 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def from_uint8(image: np.ndarray) -> Tensor:
+    """The inverse of :func:`to_uint8`: (H, W, C) uint8 -> (C, H, W) float32 in [-1, 1]."""
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(planes) / 127.5 - 1
+
+
 CLASS_COLORS = (
     (0, 0, 0),
     (255, 255, 255),

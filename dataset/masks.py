@@ -55,6 +55,11 @@ class MaskRule:
         """Each pixel belongs to one class."""
         return self.mask_type in HARD_TYPES
 
+    @property
+    def has_boundary(self) -> bool:
+        """Class 2 is the boundary between touching cells, made from the ids of instances."""
+        return self.mask_type == "instances" and self.num_classes == 3
+
 
 @dataclass(frozen=True)
 class MaskStats:
@@ -394,7 +399,7 @@ def class_map(mask: np.ndarray, rule: MaskRule) -> np.ndarray:
     if rule.mask_type == "binary":
         return (mask >= rule.maximum / 2).astype(np.uint8)
     classes = (mask > 0).astype(np.uint8)
-    if rule.num_classes == 3:
+    if rule.has_boundary:
         classes[_touches_other_cell(mask)] = 2
     return classes
 

@@ -284,3 +284,11 @@ def test_prob_maps_sum_to_one_for_every_type(mask_type):
 def test_to_prob_map_lets_soft_maps_and_their_gradient_through():
     soft = torch.rand(2, 3, 5, 7, requires_grad=True)
     assert to_prob_map(soft, 3) is soft
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "num_classes", "expected"),
+    [("instances", 3, True), ("instances", 2, False), ("classes", 3, False), ("probability", 3, False)],
+)
+def test_class_2_is_the_boundary_of_instances_with_three_classes_only(mask_type, num_classes, expected):
+    assert MaskRule(mask_type, num_classes, 1, "").has_boundary is expected

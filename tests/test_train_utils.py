@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.pictures import grid_image, mask_picture, to_uint8
-from common.randomness import derived_seed, seed_step
+from common.pictures import from_uint8, grid_image, mask_picture, to_uint8
+from common.randomness import derived_seed, seed_step, shuffled_by_hash
 from engine.machine import update_ema
 
 
@@ -58,3 +58,21 @@ def test_grid_places_rows_and_columns():
 def test_mask_picture_shows_background_black_and_cells_white():
     prob_map = torch.tensor([[[1.0, 0.0, 0.5]], [[0.0, 1.0, 0.5]]])
     assert torch.allclose(mask_picture(prob_map), torch.tensor([-1.0, 1.0, 0.0]).expand(3, 1, 3), atol=1e-6)
+
+
+def test_from_uint8_undoes_to_uint8_for_every_byte_and_any_strides():
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    for image in (every, every[::-1, 3:9], np.rot90(every, 1)):
+        assert np.array_equal(to_uint8(from_uint8(image)), image)
+    scaled = from_uint8(every[:2])
+    assert scaled.shape == (3, 2, 16) and scaled.dtype == torch.float32 and scaled.min() == -1
+    assert from_uint8(every).max() == 1
+
+
+def test_order_by_hash_follows_seed_and_names_and_not_the_order_given():
+    names = [f"cell_{number}" for number in range(30)]
+    order = shuffled_by_hash(names, 0)
+    assert sorted(order) == sorted(names) and order != names
+    assert shuffled_by_hash(names[::-1], 0) == order != shuffled_by_hash(names, 1)
+    assert shuffled_by_hash(names[:20], 0) == [name for name in order if name in names[:20]]
+    assert shuffled_by_hash(["a", "b", "c", "d"], 0) == list("bacd")  # sets made before stay as they are

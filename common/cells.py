@@ -1,0 +1,41 @@
+"""Instance maps: (H, W) integers, 0 background, one id for each cell."""
+
+from __future__ import annotations
+
+import numpy as np
+from skimage.measure import label
+from skimage.segmentation import relabel_sequential
+
+
+def connected_cells(mask: np.ndarray) -> np.ndarray:
+    """Instance map of a mask by connected components. Pixels that share a corner belong together.
+
+    Args:
+        mask: (H, W) bool, or numbers of which all but 0 are cell.
+
+    Returns:
+        (H, W) int32, 0 background, cells 1..n in the order of their first pixel.
+    """
+    return label(mask != 0, connectivity=2).astype(np.int32, copy=False)
+
+
+def without_gaps(labels: np.ndarray) -> np.ndarray:
+    """The same cells, numbered 1..n in the order of their ids.
+
+    Args:
+        labels: (H, W) integers, at least 0.
+
+    Returns:
+        (H, W) int32.
+    """
+    return relabel_sequential(labels)[0].astype(np.int32, copy=False)
+
+
+def touches_border(labels: np.ndarray) -> np.ndarray:
+    """Sorted ids of the cells that have a pixel in the first or last row or column.
+
+    Args:
+        labels: (H, W) integers, 0 background.
+    """
+    edges = [labels[0], labels[-1], labels[:, 0], labels[:, -1]]
+    return np.setdiff1d(np.concatenate(edges), [0])
