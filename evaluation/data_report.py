@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.cells import connected_cells
 from common.disk import write_json
 from common.errors import InputError, list_some
 from dataset.config import DataConfig
@@ -25,7 +26,6 @@ from dataset.files import FileError, Pair, find_images_and_masks, match_names, r
 from dataset.gray import default_window_channels, image_window, window_image
 from dataset.masks import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
 from dataset.views import native_view
-from evaluation.instances import connected_cells
 from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ to score higher than real images do.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -20,13 +19,15 @@ import numpy as np
 import scipy.ndimage
 import torch
 
+from common.cells import connected_cells
 from common.disk import file_sha256, write_json
 from common.errors import InputError
-from common.pictures import repeat_gray
+from common.pictures import repeat_gray, to_uint8
+from common.randomness import shuffled_by_hash
 from dataset.files import pair_files
 from dataset.folders import MaskFolder, MaskItem, PairedFolder
 from dataset.masks import MaskRule
-from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, connected_cells, dice, mean_of_known
+from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet, describe_provenance
@@ -259,7 +260,7 @@ def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) ->
         raise InputError(
             f"{image_dir} holds one pair; the judge needs at least two, one to learn from and one held out"
         )
-    names = sorted(hashes, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    names = shuffled_by_hash(hashes, seed)
     held_out = max(1, round(HELD_OUT_SHARE * len(names)))
     known = {hashes[name] for name in names[held_out:]}
     seen = sum(sample.columns.get("source_mask_sha256") in known for sample in samples.samples)
@@ -298,7 +299,7 @@ def score_fidelity(
     """
     prepared = prepare_judge(samples, image_dir, mask_dir, cache_dir, mask_type, steps, seed, device, progress)
     judge, pairs, split = prepared.judge, prepared.pairs, prepared.split
-    separated = pairs.rule.mask_type == "instances" and samples.num_classes == 3
+    separated = pairs.rule.has_boundary
     if split.held_out:
         real_images = held_out_images(image_dir, mask_dir, pairs, split.held_out, seed, samples.whole_scale)
         real_are = "held-out pairs"
@@ -393,7 +394,7 @@ def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterat
 
 def labelled_image(item: MaskItem, rule: MaskRule) -> LabelledImage:
     """A mask of a folder and its real image, rounded as synthetic images are."""
-    image = np.rint((np.asarray(item.image).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)  # (S, S, C)
+    image = to_uint8(torch.as_tensor(item.image))  # (S, S, C)
     classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
     cells = item.label if rule.mask_type == "instances" else connected_cells(classes > 0)
     return LabelledImage(repeat_gray(image), classes, cells)

@@ -9,19 +9,6 @@ import numpy as np
 import scipy.ndimage
 
 AP_THRESHOLDS = (0.5, 0.75, 0.9)
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
-
-
-def connected_cells(cells: np.ndarray) -> np.ndarray:
-    """Instance map of a mask by connected components (eight neighbours): touching cells become one.
-
-    Args:
-        cells: (H, W) bool.
-
-    Returns:
-        (H, W) int, 0 background, 1..n.
-    """
-    return scipy.ndimage.label(cells, structure=EIGHT_NEIGHBOURS)[0]
 
 
 def overlap_table(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -51,10 +38,13 @@ def overlap_table(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
 class InstanceCounts:
     """Matches of predicted and true cells, summed over images.
 
-    Two cells match where their IoU is above 0.5, which no cell can have with two others, so that no assignment is
-    needed. ``ap(t)`` is TP / (TP + FP + FN) over the matches with IoU >= t (as Cellpose and StarDist report it;
-    Stringer et al. 2021, doi:10.1038/s41592-020-01018-x), ``pq`` is the sum of matched IoU over TP + FP / 2 + FN / 2
-    (Kirillov et al. 2019, arXiv 1801.00868).
+    - ``ap(t)`` is TP / (TP + FP + FN) over the matches with IoU >= t, as Cellpose and StarDist report it
+      (Stringer et al. 2021, doi:10.1038/s41592-020-01018-x).
+    - ``pq`` is the sum of the IoU of all matches with IoU > 0.5 over TP + FP / 2 + FN / 2
+      (Kirillov et al. 2019, arXiv 1801.00868).
+
+    No cell has an IoU above 0.5 with two others, so these matches need no assignment. A cell can have exactly 0.5 with
+    two others, if it is made of them both in equal parts. It then matches one of them.
     """
 
     predicted: int = 0
@@ -68,7 +58,10 @@ class InstanceCounts:
         self.predicted += table.shape[0]
         self.true += table.shape[1]
         self.count_errors.append(table.shape[0] - table.shape[1])
-        self.matched += table[table > 0.5].tolist()
+        predicted_ids, true_ids = np.nonzero(table >= 0.5)
+        first = np.unique(predicted_ids, return_index=True)[1]  # one match for each predicted cell
+        first = first[np.unique(true_ids[first], return_index=True)[1]]  # and for each true cell
+        self.matched += table[predicted_ids[first], true_ids[first]].tolist()
 
     def ap(self, threshold: float) -> float | None:
         """Average precision at one IoU threshold of at least 0.5; None without any cell.
@@ -86,7 +79,7 @@ class InstanceCounts:
     def pq(self) -> float | None:
         """Panoptic quality of the one class cell; None without any cell."""
         total = (self.predicted + self.true) / 2
-        return sum(self.matched) / total if total else None
+        return sum(value for value in self.matched if value > 0.5) / total if total else None
 
     @property
     def count_error(self) -> float | None:
@@ -143,28 +136,9 @@ def dice(predicted: np.ndarray, truth: np.ndarray) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    _check_shapes(predicted, truth)
-    total = int(predicted.sum()) + int(truth.sum())
-    return 2 * int((predicted & truth).sum()) / total if total else 1.0
-
-
-def iou(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union of two masks; 1 where both are empty.
-
-    Args:
-        predicted: (H, W) bool.
-        truth: (H, W) bool.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    _check_shapes(predicted, truth)
-    union = int((predicted | truth).sum())
-    return int((predicted & truth).sum()) / union if union else 1.0
-
-
-def _check_shapes(predicted: np.ndarray, truth: np.ndarray) -> None:
     if predicted.shape != truth.shape:
         raise ValueError(f"masks of different shapes: {predicted.shape} and {truth.shape}")
     if predicted.dtype != bool or truth.dtype != bool:
         raise ValueError(f"masks must be bool, got {predicted.dtype} and {truth.dtype}")
+    total = int(predicted.sum()) + int(truth.sum())
+    return 2 * int((predicted & truth).sum()) / total if total else 1.0

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.disk import file_sha256, write_atomically
+from common.pictures import from_uint8
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
 from dataset.masks import to_prob_map
@@ -98,7 +99,7 @@ class Judge:
 
     def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
         """(B, C, H, W) float32 in [-1, 1] on the device."""
-        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.stack([from_uint8(image) for image in images]).to(self.device)
 
 
 def deepest_layer(network: nn.Module) -> nn.Module:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import scipy.ndimage
 
+from common.cells import connected_cells, without_gaps
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -23,7 +23,6 @@ from dataset.files import find_files, read_mask
 from dataset.views import View, center_view, whole_view
 from download import PUBLISHED_URLS
 from engine.checkpoint import read_checkpoint
-from evaluation.instances import EIGHT_NEIGHBOURS
 from evaluation.split import SplitPlan
 from synthetic.reader import SampleSet
 
@@ -134,19 +133,10 @@ def _recombine_digests(folder: Path) -> set[str]:
         for components in (False, True):
             digest = hashlib.sha256()
             for name, label in sorted(labels.items()):
-                cells = _components(label) if components else _without_gaps(label)
+                cells = connected_cells(label) if components else without_gaps(label)
                 digest.update(f"{name} {cells.shape}".encode() + cells.astype("<i4").tobytes())
             digests.add(digest.hexdigest())
     return digests
-
-
-def _components(label: np.ndarray) -> np.ndarray:
-    return scipy.ndimage.label(label, EIGHT_NEIGHBOURS, output=np.int32)[0]
-
-
-def _without_gaps(label: np.ndarray) -> np.ndarray:
-    values, numbers = np.unique(label, return_inverse=True)
-    return numbers.reshape(label.shape) + (0 if values[0] == 0 else 1)
 
 
 def _labels(split: SplitPlan, samples: SampleSet) -> list[str]:

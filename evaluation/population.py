@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import scipy.ndimage
 from scipy.stats import wasserstein_distance
+from skimage.measure import regionprops_table
 
+from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.folders import MaskFolder
 from evaluation.fidelity import LabelledImage, folder_images, set_images
-from evaluation.instances import connected_cells
 from evaluation.output import new_figure, number, save_figure
 from synthetic.reader import SampleSet, describe_provenance
 
 SPLITS = 20
 TEXTURE_SIGMA = 2.0  # pixels: structure below this size is texture
-BORDER_ROUND = 1  # cells this near to the image's edge are cut: no area and no shape
 # What is measured -> (title with unit, of every cell or of every image).
 QUANTITIES = {
     "count": ("cells per image", "image"),
@@ -36,6 +36,8 @@ QUANTITIES = {
     "contrast": ("cell minus background, gray", "cell"),
     "texture": ("fine structure in a cell, gray", "cell"),
 }
+
+PROPERTIES = ("label", "area", "eccentricity", "intensity_mean", "intensity_std")
 
 
 def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
@@ -54,46 +56,19 @@ def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
         quantity -> one value per cell (``count``: one value).
     """
     gray = item.image.mean(axis=-1) / 255.0
-    ids, cells = np.unique(item.cells, return_inverse=True)
-    cells = cells.reshape(item.cells.shape) + (0 if ids[0] == 0 else 1)  # 0 background, 1..n
-    count = int(cells.max())
-    found = {"count": np.array([float(count)])}
-    area, eccentricity = _shapes(cells, count)
-    whole = ~np.isin(np.arange(1, count + 1), _at_edge(cells))
-    found["area"], found["eccentricity"] = area[whole], eccentricity[whole]
-    flat = cells.ravel()
-    found["intensity"] = _mean_by_cell(gray.ravel(), flat, count)
+    cells = without_gaps(item.cells)
+    fine = gray - _smooth_within(gray, cells)
+    table = regionprops_table(cells, np.dstack([gray, fine]), PROPERTIES)
+    whole = ~np.isin(table["label"], touches_border(cells))
     outside = gray[cells == 0]
-    found["contrast"] = found["intensity"] - outside.mean() if outside.size else np.zeros(0)
-    rest = (gray - _smooth_within(gray, cells)).ravel()
-    mean = _mean_by_cell(rest, flat, count)
-    found["texture"] = np.sqrt(np.maximum(_mean_by_cell(rest**2, flat, count) - mean**2, 0))
-    return found
-
-
-def _mean_by_cell(values: np.ndarray, cells: np.ndarray, count: int) -> np.ndarray:
-    """Mean over the pixels of cell 1..count, both flat."""
-    pixels = np.bincount(cells, minlength=count + 1)[1:]
-    return np.bincount(cells, values, minlength=count + 1)[1:] / pixels
-
-
-def _shapes(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Area in pixels and eccentricity of cell 1..count."""
-    flat = cells.ravel()
-    rows, columns = (axis.ravel().astype(np.float64) for axis in np.indices(cells.shape))
-    area = np.bincount(flat, minlength=count + 1)[1:].astype(np.float64)
-    row_mean, column_mean = _mean_by_cell(rows, flat, count), _mean_by_cell(columns, flat, count)
-    # 1 / 12 is the second moment of a pixel about its own centre: a pixel is a square and no point.
-    row_var = _mean_by_cell(rows**2, flat, count) - row_mean**2 + 1 / 12
-    column_var = _mean_by_cell(columns**2, flat, count) - column_mean**2 + 1 / 12
-    covariance = _mean_by_cell(rows * columns, flat, count) - row_mean * column_mean
-    middle, root = (row_var + column_var) / 2, np.hypot((row_var - column_var) / 2, covariance)
-    return area, np.sqrt(np.clip(2 * root / (middle + root), 0, 1))
-
-
-def _at_edge(cells: np.ndarray) -> np.ndarray:
-    edge = [cells[:BORDER_ROUND], cells[-BORDER_ROUND:], cells[:, :BORDER_ROUND], cells[:, -BORDER_ROUND:]]
-    return np.unique(np.concatenate([part.ravel() for part in edge]))
+    return {
+        "count": np.array([float(len(whole))]),
+        "area": table["area"][whole],
+        "eccentricity": table["eccentricity"][whole],
+        "intensity": table["intensity_mean-0"],
+        "contrast": table["intensity_mean-0"] - outside.mean() if outside.size else np.zeros(0),
+        "texture": table["intensity_std-1"],
+    }
 
 
 def _smooth_within(gray: np.ndarray, cells: np.ndarray) -> np.ndarray:

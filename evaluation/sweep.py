@@ -7,7 +7,6 @@ the distance of real from real images the floor of realism.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import time
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
+from common.randomness import shuffled_by_hash
 from dataset.files import pair_files
 from dataset.folders import MaskFolder, MaskItem, PairedFolder
 from engine.machine import Machine
@@ -268,8 +268,7 @@ def load_sweep_data(
     Raises:
         InputError: unusable files, or too few pairs for both.
     """
-    names = [pair.name for pair in pair_files(image_dir, mask_dir)]
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    order = shuffled_by_hash((pair.name for pair in pair_files(image_dir, mask_dir)), seed)
     if len(order) < 2 * LEAST_IMAGES:
         raise InputError(
             f"{image_dir} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
@@ -283,8 +282,7 @@ def load_sweep_data(
     judge, _, _ = load_or_train_judge(pairs, config, cache_dir, device, progress)
     masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=normalize)
     items = [masks.load(name, rng=np.random.default_rng([seed, place])) for place, name in enumerate(sorted(chosen))]
-    separated = pairs.rule.mask_type == "instances" and trained.data.num_classes == 3
-    return SweepData(items, [labelled_image(item, masks.rule) for item in items], judge, separated)
+    return SweepData(items, [labelled_image(item, masks.rule) for item in items], judge, pairs.rule.has_boundary)
 
 
 def sampler_draw(

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from skimage.filters import threshold_otsu
 
 from common.disk import write_csv, write_json
 from common.errors import InputError
@@ -43,17 +44,12 @@ def otsu_threshold(gray: np.ndarray) -> float | None:
         The threshold; ``gray > threshold`` is the bright class. None where all values are in one bin.
     """
     counts, edges = np.histogram(gray, bins=NUM_BINS, range=(0.0, 1.0))
-    centers = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)[:-1]  # pixels up to each inner edge
-    above = counts.sum() - below
-    if not ((below > 0) & (above > 0)).any():
+    occupied = np.flatnonzero(counts)
+    if len(occupied) < 2:
         return None
-    sums = np.cumsum(counts * centers)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        difference = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
-        between = np.where((below > 0) & (above > 0), below * above * difference**2, -1.0)
-    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
-    return float((edges[best[0] + 1] + edges[best[-1] + 1]) / 2)
+    darker = threshold_otsu(hist=(counts, np.arange(NUM_BINS)))  # the last bin of the dark class
+    brighter = occupied[occupied > darker][0]
+    return float((edges[darker + 1] + edges[brighter]) / 2)
 
 
 def thresholded(gray: np.ndarray, brighter: bool) -> np.ndarray:

@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from common.disk import write_csv, write_json
 from common.errors import InputError
+from common.pictures import from_uint8
 from dataset.config import DataConfig
 from dataset.folders import MaskFolder, PairedFolder
 from dataset.masks import to_prob_map
+from dataset.views import SYMMETRIES, turn
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
@@ -57,13 +59,9 @@ class SyntheticPairs:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """(index, draw) -> "image": (C, S, S) float32 in [-1, 1], "mask": (S, S) uint8; the turn follows the draw."""
         index, draw = key
-        symmetry = int(np.random.default_rng([self._seed, draw]).integers(8))
-        image, mask = (np.rot90(one, symmetry % 4, (0, 1)) for one in (self._images[index], self._masks[index]))
-        if symmetry >= 4:
-            image, mask = np.flip(image, 1), np.flip(mask, 1)
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
-        scaled = torch.from_numpy(planes) / 127.5 - 1
-        return {"image": scaled, "mask": torch.from_numpy(mask.copy())}
+        symmetry = int(np.random.default_rng([self._seed, draw]).integers(SYMMETRIES))
+        image, mask = (turn(one, (0, 1), symmetry) for one in (self._images[index], self._masks[index]))
+        return {"image": from_uint8(image), "mask": torch.from_numpy(mask.copy())}
 
 
 class MixedPairs:
@@ -264,9 +262,8 @@ def _train_and_test(
     """Dice, AP at IoU 0.5 and panoptic quality of one training on the test images."""
     config = JudgeConfig(num_classes, judged_channels(real.config), steps, seed=seed)
     network = train_judge(pairs, config, device)
-    separated = real.rule.mask_type == "instances" and num_classes == 3
     judge = Judge(network, device, real.config.image_size)
-    score = score_agreement(judge.class_maps, iter(test), num_classes, separated)
+    score = score_agreement(judge.class_maps, iter(test), num_classes, real.rule.has_boundary)
     return score.dice, score.ap["0.5"], score.pq
 
 

@@ -55,6 +55,14 @@ def test_disk_has_no_eccentricity_and_a_line_nearly_one():
     assert measure_image(item_of(line))["eccentricity"][0] > 0.99
 
 
+@pytest.mark.parametrize(("height", "width", "value"), [(4, 8, np.sqrt(48 / 63)), (1, 2, 1), (1, 1, 0), (5, 5, 0)])
+def test_eccentricity_takes_pixels_as_points(height, width, value):
+    """As scikit-image and CellProfiler do. With pixels as squares a variance of 1 / 12 would be added to each side."""
+    cells = np.zeros((20, 30), int)
+    cells[7 : 7 + height, 9 : 9 + width] = 1
+    assert measure_image(item_of(cells))["eccentricity"] == pytest.approx([value])
+
+
 def test_cells_at_the_edge_are_counted_but_have_no_area():
     cells = np.zeros((40, 50), int)
     cells[10:14, 20:26], cells[0:5, 30:36], cells[36:40, 1:4] = 7, 9, 2

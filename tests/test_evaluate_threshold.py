@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 from common.errors import InputError
 from dataset.config import DataConfig
-from evaluation.instances import dice, iou
+from evaluation.instances import dice
 from evaluation.threshold import (
     decide_polarity,
     otsu_threshold,
@@ -52,21 +52,20 @@ def shifted_dice(shift: int) -> float:
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
-def test_dice_and_iou_of_rectangles_that_share_a_third():
+def test_dice_of_rectangles_that_share_a_third():
     first, second = np.zeros((5, 12), bool), np.zeros((5, 12), bool)
     first[1:3, 0:6], second[1:3, 4:10] = True, True
     assert dice(first, second) == pytest.approx(2 * 4 / 24)
-    assert iou(first, second) == pytest.approx(4 / 20)
     assert dice(first, ~first) == 0 and dice(first, first) == 1
     empty = np.zeros((5, 12), bool)
-    assert dice(empty, empty) == iou(empty, empty) == 1 and dice(empty, first) == 0
+    assert dice(empty, empty) == 1 and dice(empty, first) == 0
 
 
 def test_masks_of_other_shape_or_type_are_refused():
     with pytest.raises(ValueError, match="shapes"):
         dice(np.zeros((3, 4), bool), np.zeros((4, 3), bool))
     with pytest.raises(ValueError, match="bool"):
-        iou(np.zeros((3, 4)), np.zeros((3, 4), bool))
+        dice(np.zeros((3, 4)), np.zeros((3, 4), bool))
 
 
 def test_otsu_takes_the_middle_between_two_gray_values():

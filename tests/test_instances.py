@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from drawn_sets import disk
+from scipy.optimize import linear_sum_assignment
 
-from evaluation.instances import InstanceCounts, boundary, boundary_f, connected_cells, mean_of_known, overlap_table
+from common.cells import connected_cells
+from evaluation.instances import InstanceCounts, boundary, boundary_f, mean_of_known, overlap_table
 
 SHAPE = (40, 60)
 
@@ -49,6 +51,32 @@ def test_ap_counts_hits_misses_and_false_cells():
     assert score.count_error == 0
 
 
+def test_cells_of_iou_one_half_match_as_in_stardist_and_cellpose():
+    truth = boxes((2, 2, 10, 10), (20, 30, 10, 10))
+    predicted = boxes((2, 2, 10, 5), (20, 30, 10, 10))  # IoU 50 / 100, and 1
+    score = counts(predicted, truth)
+    assert score.ap(0.5) == 1 and score.ap(0.75) == pytest.approx(1 / 3)
+    assert score.pq == pytest.approx(1 / 2)  # panoptic quality takes what is above one half
+
+
+def test_a_cell_that_is_two_halves_of_others_matches_one_of_them():
+    halves, whole = boxes((2, 2, 10, 5), (2, 7, 10, 5)), boxes((2, 2, 10, 10))
+    for predicted, truth in ((halves, whole), (whole, halves)):
+        assert counts(predicted, truth).ap(0.5) == pytest.approx(1 / 2)  # 1 hit, 1 miss or false cell
+
+
+def test_matches_are_those_of_the_optimal_assignment():
+    """StarDist and Cellpose assign cells so that the number of pairs with IoU >= t is largest."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # coarse blocks on both sides, so that many pairs have exactly one half
+        predicted, truth = (np.kron(rng.integers(0, 4, (2, 6)), np.ones((2, 2), int)) for _ in range(2))
+        table = overlap_table(predicted, truth)
+        for threshold in (0.5, 0.75):
+            ours = round(sum(value >= threshold for value in counts(predicted, truth).matched))
+            assigned = linear_sum_assignment(np.where(table >= threshold, 1, 0), maximize=True)
+            assert ours == (table[assigned] >= threshold).sum()
+
+
 def test_counts_add_up_over_images():
     truth = boxes((2, 2, 10, 10))
     score = counts(truth, truth)
@@ -56,10 +84,10 @@ def test_counts_add_up_over_images():
     assert score.ap(0.5) == pytest.approx(1 / 3) and score.count_error == 1.0
 
 
-def test_merged_cells_miss_both():
-    truth = boxes((2, 2, 10, 10), (2, 12, 10, 10))
+def test_merged_cells_miss_all():
+    truth = boxes((2, 2, 10, 10), (2, 12, 10, 10), (2, 22, 10, 10))
     score = counts(connected_cells(truth > 0), truth)
-    assert score.ap(0.5) == 0 and score.count_errors == [-1]
+    assert score.ap(0.5) == 0 and score.count_errors == [-2]
 
 
 def test_without_cells_there_is_no_score():
