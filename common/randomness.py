@@ -11,7 +11,7 @@ import torch
 
 def derived_seed(*numbers: int) -> int:
     """A 63-bit seed from several whole numbers; neighbouring inputs give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
