@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from common.errors import InputError
 
+logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without a lock service answers
+# Names of half-written files. The second form is that of earlier versions.
+TEMPORARY_NAME = re.compile(r"\.sit-[0-9a-f]{8}\.tmp|\.[0-9a-f]{16}\.tmp")
+# A spreadsheet runs a cell that begins with one of these. Apostrophes may stand before it: see write_csv.
+FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -26,9 +36,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         OSError: disk full, no permission; it names the file, and the temporary one is removed.
     """
-    temporary = path.with_name(
-        f".{secrets.token_hex(8)}.tmp"
-    )  # short, since path's own name may be as long as names go
+    # short and without path's own name, which may be as long as names go
+    temporary = path.with_name(f".sit-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -44,12 +53,53 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table, whole or not at all."""
+    """Write a table, whole or not at all. `read_csv` gives the same texts back.
+
+    File names come from users and from downloaded data, and a spreadsheet runs a cell that begins with = + - or @ as a
+    formula. Quotes do not stop it. An apostrophe in front does, so such a text gets one, and `read_csv` removes it.
+    Refusing the names would shut out files such as ``-3.png``. Numbers stay as they are, written as text or not.
+    """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)  # the plain one leaves a lone \r unquoted
+    plain.writerow(columns)
+    for row in rows:
+        cells = [_guarded(cell) for cell in row]
+        writer = quoted if any("\r" in str(cell) for cell in cells) else plain
+        writer.writerow(cells)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a table that `write_csv` wrote.
+
+    A row with too few cells has None for the others; one with too many has the rest under the key None.
+
+    Raises:
+        InputError: it is no CSV.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            rows = [{name: _unguarded(cell) for name, cell in row.items()} for row in reader]
+            return list(reader.fieldnames or []), rows
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable CSV file ({error}); make it again, or restore it") from error
+
+
+def _guarded(cell: object) -> object:
+    if not isinstance(cell, str) or not FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def _unguarded(cell: Any) -> Any:
+    guarded = isinstance(cell, str) and cell.startswith("'") and FORMULA.match(cell)
+    return cell[1:] if guarded else cell
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -84,18 +134,23 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def lock_folder(folder: Path, mend: str) -> IO[bytes]:
-    """Hold a folder for this process alone, and remove the temporary files of killed ones.
+def lock_folder(folder: Path, mend: str, parts: Sequence[str] = ()) -> IO[bytes]:
+    """Hold a folder for this process alone, and remove the temporary files that killed processes left in it.
 
-    The lock belongs to the process and not to the open file, so that loader processes, which live on for seconds when
-    this one is killed, do not hold it.
+    The lock belongs to the process, not to the open file. Loader processes live on for seconds after this one is
+    killed, and they must not hold it.
+
+    Some network file systems have no locks. There, a warning says so and the work goes on. Temporary files stay,
+    because another process may be writing them.
 
     Args:
         folder: the folder; its lock is the file LOCK_FILE.
         mend: what else the user can do, for the message.
+        parts: sub-folders that belong to the folder's owner. Temporary files are removed from the folder and from
+            these only: in any other sub-folder another process may be at work.
 
     Returns:
-        The lock; it is given back when the file is closed or the process ends, however it ends.
+        The lock. It ends when the file is closed or when the process ends, however it ends.
 
     Raises:
         InputError: another process holds the folder.
@@ -103,9 +158,28 @@ def lock_folder(folder: Path, mend: str) -> IO[bytes]:
     lock = (folder / LOCK_FILE).open("ab")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # what the system says of a lock that is held
+    except (BlockingIOError, PermissionError) as error:  # what the system says if another process has the lock
         lock.close()
         raise InputError(f"{folder}: another process works in this folder. Wait for it, or {mend}.") from error
-    for leftover in folder.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            lock.close()
+            raise OSError(error.errno, error.strerror, str(folder / LOCK_FILE)) from error
+        _warn_of_no_locks(folder)
+        return lock
+    for place in (folder, *(folder / part for part in parts)):
+        if place.is_dir() and not place.is_symlink():
+            for file in place.iterdir():
+                if TEMPORARY_NAME.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
     return lock
+
+
+@cache
+def _warn_of_no_locks(folder: Path) -> None:
+    """Say it once for each folder."""
+    logger.warning(
+        "%s: this file system has no locks, so a second process in this folder is not noticed. "
+        "Start only one process at a time for this folder.",
+        folder,
+    )

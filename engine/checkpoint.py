@@ -141,7 +141,7 @@ class RunFolder:
         Raises:
             InputError: another process trains in this folder.
         """
-        self._lock = lock_folder(self.path, "choose another --run-name")
+        self._lock = lock_folder(self.path, "choose another --run-name", (self.checkpoints.name, self.previews.name))
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, ascending."""

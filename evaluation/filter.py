@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import shutil
@@ -181,10 +179,6 @@ def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
     note = filter_note(samples, result)
     settings = output / SETTINGS
     settings.write_text(json.dumps(samples.settings | {"filter": note}, indent=2) + "\n", encoding="utf-8")
-    dropped = io.StringIO()
-    csv.writer(dropped, lineterminator="\n").writerows(
-        [["image", FIDELITY_COLUMN, "reason"]]
-        + [[sample.columns["image"], sample.columns[FIDELITY_COLUMN], why] for sample, why in result.dropped]
-    )
-    (output / DROPPED).write_text(dropped.getvalue(), encoding="utf-8")
+    dropped = [[s.columns["image"], s.columns[FIDELITY_COLUMN], why] for s, why in result.dropped]
+    write_csv(output / DROPPED, ["image", FIDELITY_COLUMN, "reason"], dropped)
     write_manifest(output, samples.columns, rows)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.disk import write_atomically
+from common.disk import read_csv, write_csv
 from common.errors import InputError, list_some
 
 MANIFEST = "manifest.csv"
@@ -24,13 +22,7 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a SAMPLE_DIR that sample_ddp.py has written")
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable CSV file ({error}); sample the set again") from error
+    columns, rows = read_csv(path)
     missing = [name for name in ("image", "label") if name not in columns]
     if missing:
         raise InputError(f"{path} has no column {', '.join(missing)}; give a SAMPLE_DIR that sample_ddp.py has written")
@@ -44,11 +36,7 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def write_manifest(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
     """Write a manifest, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / MANIFEST, lambda file: file.write(text.getvalue().encode()))
+    write_csv(folder / MANIFEST, columns, [[row.get(name, "") for name in columns] for row in rows])
 
 
 def read_settings(folder: Path) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import logging
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.disk import LOCK_FILE, file_sha256, lock_folder, write_atomically, write_csv, write_json
+from common.disk import LOCK_FILE, file_sha256, lock_folder, read_csv, write_atomically, write_csv, write_json
 from common.errors import InputError, list_some
 from common.pictures import grid_image, mask_picture, repeat_gray
 from common.randomness import derived_seed
@@ -125,7 +124,7 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> IO[bytes]:
     """
     check_sample_dir(sample_dir, settings)
     sample_dir.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(sample_dir, "give another --sample-dir")
+    lock = lock_folder(sample_dir, "give another --sample-dir", ("images", "masks", "attempts"))
     check_sample_dir(sample_dir, settings)  # another process may have been first
     write_json(sample_dir / "settings.json", settings)
     (sample_dir / "images").mkdir(exist_ok=True)
@@ -286,8 +285,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
     """Rows of a manifest by image; none where there is no manifest yet."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["image"]: row for row in csv.DictReader(file) if row.get("image")}
+    return {row["image"]: row for row in read_csv(path)[1] if row.get("image")}
 
 
 def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[Job], form: ImageFormat) -> None:

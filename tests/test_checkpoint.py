@@ -197,7 +197,7 @@ def test_a_second_process_is_kept_out_and_the_loader_processes_of_a_killed_one_k
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(run):
-    leftover = run.checkpoints / ".0000005.pt.123.tmp"
+    leftover = run.checkpoints / ".sit-0123abcd.tmp"
     leftover.write_bytes(b"half")
     run.lock()
     assert not leftover.exists()

@@ -1,0 +1,122 @@
+"""common/disk.py: tables that a spreadsheet does not run, folders of one process, temporary files of ours alone."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.disk import lock_folder, read_csv, write_atomically, write_csv
+from common.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+FORMULAS = ["=cmd|' /C calc'!A0.png", "+1+1.png", "-3.png", "@SUM(A1).png", "\t=1+1", "'=1+1", "''-2+3"]
+
+
+def cells_as_a_spreadsheet_sees_them(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [row[0] for row in csv.reader(stream)][1:]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_no_text_of_a_table_is_a_formula_and_every_text_comes_back(tmp_path, name):
+    write_csv(tmp_path / "a.csv", ["image", "n"], [[name, 1]])
+    assert not cells_as_a_spreadsheet_sees_them(tmp_path / "a.csv")[0].startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert read_csv(tmp_path / "a.csv") == (["image", "n"], [{"image": name, "n": "1"}])
+
+
+@pytest.mark.parametrize("cell", [-1.5, "-1.5", "+3", "-1e-05", "-inf", "-", "a-b", "'quoted'", "", 'say "=1"'])
+def test_numbers_and_harmless_texts_stand_as_they_are(tmp_path, cell):
+    write_csv(tmp_path / "a.csv", ["value", "n"], [[cell, 1]])
+    assert cells_as_a_spreadsheet_sees_them(tmp_path / "a.csv") == [str(cell)]
+    assert read_csv(tmp_path / "a.csv")[1] == [{"value": str(cell), "n": "1"}]
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(text=st.text(alphabet="'=+-@\t\r\n,\"x1", max_size=8))
+def test_any_text_comes_back(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("table") / "a.csv"
+    write_csv(path, ["a", "b"], [[text, "end"]])
+    assert read_csv(path)[1] == [{"a": text, "b": "end"}]
+
+
+@pytest.mark.parametrize("content", [b'a,b\n"torn', b"\xff\xfe\x00"])
+def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.csv is no readable CSV file"):
+        read_csv(tmp_path / "a.csv")
+
+
+def test_locking_removes_our_temporary_files_and_no_other(tmp_path):
+    for folder in ("masks", "foreign", "masks/below"):
+        (tmp_path / folder).mkdir()
+    ours = [tmp_path / ".sit-0123abcd.tmp", tmp_path / "masks" / ".0123456789abcdef.tmp"]
+    others = [
+        tmp_path / ".notes.tmp",
+        tmp_path / "masks" / ".sit-0123abcd.tmp.png",
+        tmp_path / "masks" / "below" / ".sit-0123abcd.tmp",
+        tmp_path / "foreign" / ".sit-0123abcd.tmp",
+    ]
+    for file in ours + others:
+        file.write_bytes(b"half")
+    lock_folder(tmp_path, "wait", ["masks", "absent"]).close()
+    assert [file for file in ours if file.exists()] == []
+    assert [file for file in others if not file.exists()] == []
+
+
+def test_a_linked_folder_is_not_cleared(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "elsewhere" / ".sit-0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / "set" / "masks").symlink_to(tmp_path / "elsewhere")
+    lock_folder(tmp_path / "set", "wait", ["masks"]).close()
+    assert (tmp_path / "elsewhere" / ".sit-0123abcd.tmp").exists()
+
+
+def test_the_name_of_a_half_written_file_is_one_that_locking_removes(tmp_path):
+    names = []
+    write_atomically(tmp_path / "a", lambda file: names.append(Path(file.name)))
+    names[0].write_bytes(b"half")
+    lock_folder(tmp_path, "wait").close()
+    assert not names[0].exists()
+
+
+NO_LOCK_SERVICE = """if True:
+    import fcntl, os, sys
+    from pathlib import Path
+
+    def refuse(*arguments):
+        raise OSError({code}, os.strerror({code}))
+
+    fcntl.lockf = refuse
+    from common.disk import lock_folder
+    for _ in range(2):
+        lock_folder(Path({folder!r}), "wait")
+"""
+
+
+def lock_with(code: int, folder: Path) -> subprocess.CompletedProcess:
+    program = NO_LOCK_SERVICE.format(code=code, folder=str(folder))
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_the_work_goes_on_and_one_warning_says_so(tmp_path, code):
+    (tmp_path / ".sit-0123abcd.tmp").write_bytes(b"half")
+    done = lock_with(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr and "has no locks" in done.stderr
+    assert (tmp_path / ".sit-0123abcd.tmp").exists()  # another process may be writing it
+
+
+def test_other_faults_of_a_lock_name_the_file(tmp_path):
+    done = lock_with(errno.EIO, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"Input/output error: '{tmp_path / '.lock'}'")
