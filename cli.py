@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES
+from common.errors import InputError
+from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
 from dataset.masks import MASK_TYPES
-from engine.machine import DEVICES, PRECISIONS
+from engine.machine import DEVICES, PRECISIONS, Machine
+from engine.sampling import TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
 from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
@@ -25,39 +30,49 @@ logger = logging.getLogger(__name__)
 # ---------------------------------------------------------------------------------------------------- argument types
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
+def number(
+    kind: type[int] | type[float], least: float, most: float, *, open_least: bool = False, open_most: bool = False
+) -> Callable[[str], int | float]:
+    """An argument type: a number from ``least`` to ``most``, without an end that is open.
+
+    Infinity as an end means no bound; the number itself is always finite.
+    """
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        above = value > least if open_least else value >= least
+        below = value < most if open_most else value <= most
+        if not (above and below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {_in_words(kind, least, most, open_least, open_most)}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse names it: "invalid number value: 'x'"
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0 and below 2^63")
-    return value
+def _in_words(kind: type, least: float, most: float, open_least: bool, open_most: bool) -> str:
+    noun = "a whole number" if kind is int else "a number"
+    if most == math.inf:
+        if least == -math.inf:
+            return "a finite number"
+        return f"{noun} above {least}" if open_least else f"{noun} of at least {least}"
+    if kind is int:
+        return f"{noun} from {least} to {most}"
+    if open_least:
+        return f"strictly between {least} and {most}" if open_most else f"above {least} and up to {most}"
+    return f"between {least} and {most}"
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
+MOST = 10**9  # of what is counted: more steps, images or pixels are a slip of the finger
+positive_int = number(int, 1, MOST)
+non_negative_int = number(int, 0, MOST)
+seed_number = number(int, 0, 2**63 - 1)
+positive_float = number(float, 0, math.inf, open_least=True)
+non_negative_float = number(float, 0, math.inf)
+finite_float = number(float, -math.inf, math.inf)
+fraction = number(float, 0, 1)
+positive_fraction = number(float, 0, 1, open_least=True)
+part_of_time = number(float, 0, 1, open_least=True, open_most=True)
 
 
 def overlap(text: str) -> float:
@@ -67,25 +82,74 @@ def overlap(text: str) -> float:
     return value
 
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+# --------------------------------------------------------------------------------------------------- flags in company
 
 
-def part_of_time(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1, which is all the time there is")
-    return value
+@dataclass(frozen=True)
+class Need:
+    """Flags that have an effect only beside certain values of another flag.
+
+    Attributes:
+        flags: their names.
+        other: name of the flag that they need.
+        works: whether they have an effect beside this value of the other flag.
+        reason: completes "--flag has no effect ...".
+        idle: values of the flags that ask for nothing, so that they are never refused.
+    """
+
+    flags: tuple[str, ...]
+    other: str
+    works: Callable[[Any], bool]
+    reason: str
+    idle: tuple[Any, ...] = ()
 
 
-def positive_fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
-    return value
+def _is_adaptive(method: str) -> bool:
+    return method in ODE_METHODS and ODE_METHODS[method].adaptive
+
+
+JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
+NEEDS = (
+    Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: give it, too"),
+    Need(
+        ("guidance_interval",), "cfg_scale", lambda scale: scale != 1,
+        "at --cfg-scale 1: give a scale other than 1", idle=((0.0, 1.0), [0.0, 1.0]),
+    ),
+    Need(
+        ("num_sampling_steps",), "sampling_method", lambda method: not _is_adaptive(method),
+        "on {value}, an adaptive solver: leave it out",
+    ),
+    Need(("atol", "rtol"), "sampling_method", _is_adaptive, "on {value}, a fixed-step solver: leave it out"),
+    Need(("last_step_size",), "last_step", lambda name: name != "None", "on --last-step None: leave it out"),
+    Need(("num_samples", "tile"), "on_real", lambda on: not on, "on --likelihood and --reverse: leave it out"),
+    Need(("data_path",), "on_real", bool, "here: it goes with --likelihood or --reverse"),
+    Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
+    Need(
+        ("source_window",), "intensity", lambda intensity: intensity == "source",
+        "on --intensity display: leave it out",
+    ),
+)  # fmt: skip
+
+
+def check_needs(args: argparse.Namespace, needs: Sequence[Need] = NEEDS) -> None:
+    """Refuse a flag that stands on the command line and has no effect.
+
+    Raises:
+        InputError: the flag, and what it needs.
+    """
+    values = vars(args)
+    for need in needs:
+        if need.other not in values or need.works(values[need.other]):
+            continue
+        for flag in need.flags:
+            if flag in args.given and values[flag] not in need.idle:
+                reason = need.reason.format(value=values[need.other])
+                raise InputError(f"{as_flag(flag)} has no effect {reason}.")
+
+
+def as_flag(name: str) -> str:
+    """``tile_scale`` -> ``--tile-scale``."""
+    return f"--{name.replace('_', '-')}"
 
 
 # ------------------------------------------------------------------------------------------------------- flag groups
@@ -223,7 +287,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         default=(0.0, 1.0),
         help="times at which guidance is on; 0 is noise, 1 is data",
     )
-    group.add_argument("--seed", "--global-seed", type=non_negative_int, default=0, help="seed of the noise")
+    group.add_argument("--seed", "--global-seed", type=seed_number, default=0, help="seed of the noise")
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images drawn at once by a process")
 
 
@@ -242,3 +306,70 @@ def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = F
             "--compile", action="store_true",
             help="torch.compile the network: minutes at the start, faster steps; on a CPU it needs a C++ compiler",
         )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- flags to settings
+
+
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """Solver, guidance and windows of a command with the flags of ``add_sampling_arguments``.
+
+    Raises:
+        InputError: an empty guidance interval, or a flag that has no effect beside the others.
+    """
+    low, high = args.guidance_interval
+    if low >= high:
+        raise InputError(f"--guidance-interval {low:g} {high:g}: the first time must be below the second.")
+    check_needs(args)
+    names = ("atol", "rtol") if args.mode == "ODE" else SDE_FLAGS
+    solver = {name: getattr(args, name) for name in names}
+    solver["num_steps"] = args.num_sampling_steps or (SDE_STEPS if args.mode == "SDE" else None)
+    overlap = TILE_OVERLAP if args.tile_overlap is None else args.tile_overlap
+    return SamplingSettings(
+        mode=args.mode,
+        method=args.sampling_method,
+        cfg_scale=args.cfg_scale,
+        guidance_interval=(low, high),
+        tile_overlap=overlap if args.tile else None,
+        **{name: value for name, value in solver.items() if value is not None},
+    )
+
+
+SDE_STEPS = 250
+SDE_FLAGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+
+
+def load_checkpoint(args: argparse.Namespace, machine: Machine) -> TrainedModel:
+    """The checkpoint of ``--ckpt``, checked against the flags that repeat what it knows.
+
+    Raises:
+        InputError: see ``engine.sampling.load_trained``.
+    """
+    expected = {name: getattr(args, name, None) for name in ("model", "num_classes", "image_size")}
+    scales = (getattr(args, "cfg_scale", 1.0), *getattr(args, "cfg_scales", ()))
+    return load_trained(
+        args.ckpt, machine, raw_weights=args.raw_weights, vae=args.vae, expected=expected, cfg_scales=scales
+    )
+
+
+def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:
+    """Scale at which --tile takes whole masks; None without --tile.
+
+    Raises:
+        InputError: the checkpoint learned from resized images, and only the user knows by how much.
+    """
+    if args.tile and args.tile_scale is None and data.crop == "center":
+        raise InputError(
+            f"--tile: {args.ckpt} was trained on images resized to a short side of {data.image_size} (--crop center), "
+            f"so say how large its cells are: --tile-scale {data.image_size} / (short side of the training images in "
+            "pixels), 1 if they were not resized."
+        )
+    return (args.tile_scale or 1.0) if args.tile else None
+
+
+def check_fields(args: argparse.Namespace, sizes: set[tuple[int, int]], side: int) -> None:
+    """Raises InputError if --tile would change nothing, or its windows of ``side`` pixels would not move on."""
+    if sizes == {(side, side)}:
+        raise InputError(f"--tile has no effect: the masks have the model's own {side} x {side} pixels. Leave it out.")
+    if args.tile_overlap is not None and args.tile_overlap >= side:
+        raise InputError(f"--tile-overlap {args.tile_overlap:g}: a window has {side} pixels. Give fewer, or a share.")

@@ -28,10 +28,11 @@ from cli import (
     add_machine_arguments,
     add_mask_arguments,
     add_mask_type_argument,
+    load_checkpoint,
     non_negative_float,
-    non_negative_int,
     positive_fraction,
     positive_int,
+    seed_number,
 )
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -246,7 +247,7 @@ def _add_split(commands) -> None:
         "--test-share", type=positive_fraction, default=0.2, help="of the pairs, where no test images are given"
     )
     parser.add_argument("--shares", type=_percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the choice")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the choice")
     parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
 
 
@@ -297,7 +298,7 @@ def _add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=400, help="training steps of the judge")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the judge and of the held-out share")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the judge and of the held-out share")
     parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
 
 
@@ -485,7 +486,6 @@ def run_report(args: argparse.Namespace) -> None:
 
 def run_sweep(args: argparse.Namespace) -> None:
     """``evaluate.py sweep``."""
-    from engine.sampling import load_trained
     from evaluation.sweep import SOLVERS, load_sweep_data, run_sweep, sampler_draw, settings_grid, write_sweep_report
 
     unknown = [name for name in args.solvers if name not in SOLVERS]
@@ -493,7 +493,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         raise InputError(f"--solvers {unknown[0]}: unknown; choose from {', '.join(SOLVERS)}")
     grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps)
     machine = start_machine(args.device, args.precision)
-    trained = load_trained(args, machine)
+    trained = load_checkpoint(args, machine)
     data = load_sweep_data(
         trained,
         args.data_path,

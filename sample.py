@@ -26,7 +26,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cli import add_machine_arguments, add_mask_arguments, add_sampling_arguments, add_solver_parsers, positive_int
+from cli import (
+    add_machine_arguments,
+    add_mask_arguments,
+    add_sampling_arguments,
+    add_solver_parsers,
+    check_fields,
+    field_scale,
+    load_checkpoint,
+    positive_int,
+    sampling_settings,
+)
 from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -34,7 +44,7 @@ from common.pictures import grid_image, mask_picture
 from dataset.folders import MaskFolder
 from engine.autoencoder import PixelSpace
 from engine.machine import check_compiler, start_machine
-from engine.sampling import ImageSampler, SamplingSettings, check_fields, field_scale, image_seed, load_trained
+from engine.sampling import ImageSampler, image_seed
 
 logger = logging.getLogger("sample")
 
@@ -65,23 +75,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.likelihood, args.reverse = getattr(args, "likelihood", False), getattr(args, "reverse", False)
+    args.on_real = args.likelihood or args.reverse
     args.data_path = getattr(args, "data_path", None)
     args.output = args.output or Path("likelihood.csv" if args.likelihood else "samples.png")
     return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for what would only fail after the work, and for flags without effect."""
-    on_real = args.likelihood or args.reverse
-    if on_real and args.data_path is None:
+    """Raises InputError for what would only fail after the work."""
+    if args.on_real and args.data_path is None:
         raise InputError("--likelihood and --reverse work on real images: give --data-path IMAGES.")
-    if on_real and args.num_samples:
-        raise InputError("--num-samples has no effect on --likelihood and --reverse: leave it out.")
-    if on_real and args.tile:
-        raise InputError("--tile has no effect on --likelihood and --reverse: leave it out.")
-    if not on_real and args.data_path:
-        raise InputError("--data-path has no effect here: it goes with --likelihood or --reverse.")
-    if not on_real and not args.mask_path.is_file():
+    if not args.on_real and not args.mask_path.is_file():
         raise InputError(
             f"--mask-path {args.mask_path}: no such file. sample.py takes one mask, sample_ddp.py a folder."
         )
@@ -97,12 +101,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
+    settings = sampling_settings(args)
     check_arguments(args)
-    settings = SamplingSettings.from_args(args)
     if args.compile:
         check_compiler()
     machine = start_machine(args.device, args.precision)
-    trained = load_trained(args, machine)
+    trained = load_checkpoint(args, machine)
     masks = MaskFolder(
         args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, normalize=args.normalize_masks,
         whole_scale=field_scale(args, trained.data),

@@ -41,8 +41,12 @@ from cli import (
     add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
+    check_fields,
+    field_scale,
+    load_checkpoint,
     positive_fraction,
     positive_int,
+    sampling_settings,
 )
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -54,10 +58,7 @@ from engine.sampling import (
     ImageSampler,
     SamplingSettings,
     TrainedModel,
-    check_fields,
-    field_scale,
     image_seed,
-    load_trained,
 )
 from synthetic.export import EXPORTS, check_export, export_set
 from synthetic.writer import (
@@ -143,11 +144,7 @@ def add_redraw_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_redraw_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with one line where a flag for drawing again has no effect, or the judge nothing to learn from."""
-    names = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
-    given = [name for name in names if getattr(args, name) is not None]
-    if args.min_fidelity is None and given:
-        parser.error(f"--{given[0].replace('_', '-')} has no effect without --min-fidelity: leave it out")
+    """End with one line if the judge has nothing to learn from."""
     if args.min_fidelity is not None and (args.judge_images is None or args.judge_masks is None):
         parser.error("--min-fidelity needs --judge-images IMAGES and --judge-masks MASKS: real pairs for its judge")
 
@@ -188,7 +185,7 @@ def set_settings(
 
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=False)
-    settings = SamplingSettings.from_args(args)
+    settings = sampling_settings(args)
     if args.compile:
         check_compiler()
     if args.npz and args.tile:
@@ -201,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machine) -> None:
     start_logging(machine.is_main)
-    trained = load_trained(args, machine)
+    trained = load_checkpoint(args, machine)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     with machine.main_first():  # the files that it decoded need no second decode
         masks = MaskFolder(

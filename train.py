@@ -42,8 +42,10 @@ from cli import (
     fraction,
     non_negative_float,
     non_negative_int,
+    number,
     positive_float,
     positive_int,
+    seed_number,
 )
 from common.disk import write_atomically, write_csv, write_json
 from common.errors import EXIT_INTERRUPTED, CommandParser, InputError, one_line, run_command
@@ -81,6 +83,7 @@ FIXED_ON_RESUME = (
 NOT_FROM_CHECKPOINT = (
     "data_path", "mask_path", "results_dir", "run_name", "ckpt", "wandb", "device", "compile", "recompute_activations",
 )  # fmt: skip
+MOST_WORKERS = 1024
 NO_CACHE = "none"
 WAITING_WORTH_SAYING = 0.05
 MOST_OF_WIDTH = 0.75  # numbers of a patch over width up to which velocity prediction was tried in pixel space
@@ -157,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--grad-clip", type=non_negative_float, default=1.0, help="bound of the gradient norm; 0 is none"
     )
     group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of the averaged weights; warms up")
-    group.add_argument("--seed", "--global-seed", type=non_negative_int, default=0, help="of every random draw")
+    group.add_argument("--seed", "--global-seed", type=seed_number, default=0, help="of every random draw")
 
     group = parser.add_argument_group("logging and checkpoints")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
@@ -172,18 +175,16 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cfg-scale", type=non_negative_float, default=4.0, help="guidance of the previews")
     group.add_argument("--wandb", action="store_true", help="log to Weights and Biases, too")
     group.add_argument(
-        "--num-workers", type=non_negative_int, help="loader processes (default: 4, or 0 where one thread keeps up)"
+        "--num-workers",
+        type=number(int, 0, MOST_WORKERS),
+        help="loader processes (default: 4, or 0 where one thread keeps up)",
     )
     add_machine_arguments(parser, can_compile=True)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags, and under ``given`` the names of those that stood on the command line."""
     args = build_parser().parse_args(argv)
-    not_given = object()
-    spoken = build_parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), not_given)))
-    args.given = {name for name, value in vars(spoken).items() if value is not not_given}
     args.window_channels = args.window_channels or default_window_channels(args.in_channels)
     return args
 
@@ -459,8 +460,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._since = math.inf
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
+        for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(one, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and time.monotonic() > self._since + SAME_CTRL_C_SECONDS:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import non_negative_float, positive_int
+from cli import load_checkpoint, non_negative_float, positive_int
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
 from common.pictures import to_uint8
 from dataset.folders import MaskFolder  # noqa: E402
 from engine.machine import DEVICES, Machine, has_compiler, start_machine
-from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained  # noqa: E402
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
 
 LARGE_BATCH, SMALL_BATCH = 16, 5
 
@@ -59,7 +59,7 @@ def differences(images: np.ndarray, reference: np.ndarray) -> tuple[int, float, 
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
     machine = start_machine(args.device, "float32")
-    trained = load_trained(args, machine)
+    trained = load_checkpoint(args, machine)
     masks = MaskFolder(args.mask_path, trained.data)
     names = masks.names[: args.num_images]
     if len(names) <= SMALL_BATCH:

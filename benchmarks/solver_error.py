@@ -26,13 +26,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import non_negative_float, positive_int
+from cli import load_checkpoint, non_negative_float, positive_int
 from common.disk import write_atomically, write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
 from dataset.folders import MaskFolder  # noqa: E402
 from engine.machine import DEVICES, Machine, commit, start_machine
-from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, load_trained  # noqa: E402
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
 from transport import ODE_METHODS, Sampler, create_transport  # noqa: E402
 
 MEANS, STD = (-1.0, 1.0), 0.25
@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--ckpt needs masks to draw from: give --mask-path MASKS.")
     start_logging(is_main=True)
     machine = start_machine(args.device, "float32")
-    trained = load_trained(args, machine)
+    trained = load_checkpoint(args, machine)
     found = curve(args, trained, machine)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {

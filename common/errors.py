@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
@@ -31,11 +31,23 @@ MENDS = {
 }
 
 
+# Fields whose flag has another name.
+FLAGS = {"channels": "in_channels"}
+
+
 class InputError(ValueError):
     """The user's input cannot be used.
 
-    The message is the one line that the user sees: what was wrong (value), where (file or flag), how to mend it.
+    The message is the one line that the user sees: what was wrong (value), where (file or field), how to mend it.
+
+    Args:
+        message: the line. Libraries name their fields in it, such as ``crop 'x' is unknown``.
+        fields: the names in the message that a command shows as flags, such as ``--crop 'x' is unknown``.
     """
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -47,11 +59,33 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Given:
+    """Notes the name of every flag that stands on the command line in ``args.given``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, *rest: Any) -> None:
+        super().__call__(parser, args, *rest)
+        args.given |= {self.dest}
+
+
+class _Store(_Given, argparse._StoreAction):
+    pass
+
+
+class _StoreTrue(_Given, argparse._StoreTrueAction):
+    pass
+
+
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser of all commands: no abbreviated flags, defaults in the help, and one line for a wrong flag."""
+    """Argument parser of all commands: no abbreviated flags, defaults in the help, and one line for a wrong flag.
+
+    The parsed arguments have one more: ``given``, the names of the flags that stood on the command line.
+    """
 
     def __init__(self, **arguments: object) -> None:
         super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **arguments})
+        self.set_defaults(given=frozenset())
+        for name, action in ((None, _Store), ("store", _Store), ("store_true", _StoreTrue)):
+            self.register("action", name, action)
 
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr (of the first process under torchrun) and exit code 2."""
@@ -82,6 +116,16 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) -> str:
+    """The message with every field that this command has a flag for shown as its flag."""
+    for field in fields:
+        name = FLAGS.get(field, field)
+        if name in vars(args):
+            whole_word = rf"(?<![\w./-]){field}(?![\w/-]|\.\w)"
+            message = re.sub(whole_word, f"--{name.replace('_', '-')}", message)
+    return message
+
+
 def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
     """Parse the command line, run ``main`` and end with one line and exit code 2 where the user's input is at fault.
 
@@ -99,7 +143,8 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(FIRST_RANK_SPEAKS_SECONDS)
         where = f" (process {rank})" if rank != "0" else ""
-        print(f"{program}: error{where}: {one_line(error)}", file=sys.stderr)
+        message = with_flags(one_line(error), getattr(error, "fields", ()), args)
+        print(f"{program}: error{where}: {message}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(LOST_PROCESS, str(error)):

@@ -6,10 +6,10 @@ generator of its own on the CPU, every batch is padded to the same size, and the
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from engine.checkpoint import read_checkpoint
 from engine.machine import Machine
 from engine.tiling import Windows
 from models import MaskCondition, SiT, build_model
-from transport import ODE_METHODS, LikelihoodResult, Sampler, Transport, create_transport
+from transport import LikelihoodResult, Sampler, Transport, create_transport
 
 
 @dataclass(frozen=True)
@@ -45,43 +45,6 @@ class SamplingSettings:
     last_step: str = "Tweedie"
     last_step_size: float | None = None
     tile_overlap: float | None = None  # of windows over a large field: below 1 a share of the side, from 1 on pixels
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> SamplingSettings:
-        """Settings of a parsed command line; flags of the other mode keep their defaults.
-
-        Raises:
-            InputError: a guidance interval that is empty, or a flag that has no effect beside the others.
-        """
-        for flag in ("tile_overlap", "tile_scale"):
-            if getattr(args, flag) is not None and not args.tile:
-                raise InputError(f"--{flag.replace('_', '-')} has no effect without --tile: give it, too.")
-        low, high = args.guidance_interval
-        if low >= high:
-            raise InputError(f"--guidance-interval {low:g} {high:g}: the first time must be below the second.")
-        if (low, high) != (0.0, 1.0) and args.cfg_scale == 1.0:
-            raise InputError("--guidance-interval has no effect at --cfg-scale 1: give a scale other than 1.")
-        solver = {name: getattr(args, name, None) for name in ODE_ONLY + SDE_ONLY}
-        solver["num_steps"] = args.num_sampling_steps or (250 if args.mode == "SDE" else None)
-        adaptive = args.mode == "ODE" and ODE_METHODS[args.sampling_method].adaptive
-        idle = ["num_steps"] if adaptive else [name for name in ODE_ONLY if solver[name] is not None]
-        for name in idle:
-            if solver[name] is not None:
-                flag = "--num-sampling-steps" if adaptive else f"--{name}"
-                kind = "an adaptive" if adaptive else "a fixed-step"
-                raise InputError(f"{flag} has no effect on {args.sampling_method}, {kind} solver: leave it out.")
-        if getattr(args, "last_step", None) == "None" and args.last_step_size is not None:
-            raise InputError("--last-step-size has no effect on --last-step None: leave it out.")
-        overlap = TILE_OVERLAP if args.tile_overlap is None else args.tile_overlap
-        given = {name: value for name, value in solver.items() if value is not None}
-        return cls(
-            mode=args.mode,
-            method=args.sampling_method,
-            cfg_scale=args.cfg_scale,
-            guidance_interval=(low, high),
-            tile_overlap=overlap if args.tile else None,
-            **given,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, the fields that the mode uses."""
@@ -109,31 +72,50 @@ class TrainedModel:
     intensity: SourceIntensity | None  # gray values of the training images, where they are known
 
 
-def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
+def load_trained(
+    path: str | Path,
+    machine: Machine,
+    *,
+    raw_weights: bool = False,
+    vae: str | None = None,
+    expected: Mapping[str, Any] | None = None,
+    cfg_scales: Sequence[float] = (),
+) -> TrainedModel:
     """Model, transport, space and data configuration, all as the checkpoint says.
 
     Args:
-        args: ``ckpt``, ``raw_weights``, ``vae`` and the flags that must agree with the checkpoint.
+        path: checkpoint of train.py, or its exported weights.
         machine: where the model goes.
+        raw_weights: take the last weights and not their average.
+        vae: where the autoencoder lies now; None if it is where training found it.
+        expected: what the caller believes of ``model``, ``num_classes`` and ``image_size``; None is no belief.
+        cfg_scales: guidance that will be asked for.
 
     Raises:
-        InputError: the checkpoint cannot be used, a flag contradicts it, or the autoencoder is another one.
+        InputError: the checkpoint cannot be used, contradicts what is expected, or the autoencoder is another one.
     """
-    state = read_checkpoint(args.ckpt)
+    state = read_checkpoint(path)
     config = state["config"]
     try:
         model = build_model(config["model"])
-        model.load_state_dict(state["model" if args.raw_weights else "ema"])
+        model.load_state_dict(state["model" if raw_weights else "ema"])
         transport, data = create_transport(**config["transport"]), DataConfig.from_dict(config["data"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{args.ckpt}: its configuration is not as train.py writes it ({reason}).") from error
-    check_against_checkpoint(args, config)
-    space = load_space(args.vae or config["space"]["vae"], config["data"]["channels"])
+        raise InputError(f"{path}: its configuration is not as train.py writes it ({reason}).") from error
+    _check_expected(path, config, expected or {})
+    if config["model"].get("class_dropout_prob") == 0 and any(scale != 1 for scale in cfg_scales):
+        raise InputError(
+            f"{path} always saw its masks in training (mask_dropout 0), so guidance has nothing to subtract: give "
+            "cfg_scale 1.",
+            "cfg_scale",
+        )
+    space = load_space(vae or config["space"]["vae"], config["data"]["channels"])
     if space.fingerprint != config["space"]["fingerprint"]:
         raise InputError(
-            f"--vae {space.name}: not the autoencoder that {args.ckpt} was trained with (that was "
-            f"{config['space']['vae']}); its latents mean something else. Give the original's folder."
+            f"vae {space.name}: not the autoencoder that {path} was trained with (that was {config['space']['vae']}); "
+            "its latents mean something else. Give the original's folder.",
+            "vae",
         )
     if machine.precision == "bf16":
         model.keep_weights_in(torch.bfloat16)
@@ -144,56 +126,23 @@ def load_trained(args: argparse.Namespace, machine: Machine) -> TrainedModel:
         data=data,
         config=config,
         step=state["step"],
-        sha256=file_sha256(args.ckpt),
+        sha256=file_sha256(path),
         trained_on=state.get("trained_on"),
         intensity=SourceIntensity.from_dict(state["intensity"]) if state.get("intensity") else None,
     )
 
 
-def check_against_checkpoint(args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Flags that repeat what the checkpoint knows may not contradict it, or ask for what it has not learned.
-
-    Raises:
-        InputError: all contradictions in one line; guidance of a model that always saw its masks.
-    """
+def _check_expected(path: str | Path, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises InputError with all contradictions in one line."""
     known = {
         "model": config["model"]["name"],
         "num_classes": config["data"]["num_classes"],
         "image_size": config["data"]["image_size"],
     }
-    wrong = [
-        f"--{name.replace('_', '-')} {getattr(args, name)} (the checkpoint has {value})"
-        for name, value in known.items()
-        if getattr(args, name, None) not in (None, value)
-    ]
+    wrong = [name for name, value in known.items() if expected.get(name) not in (None, value)]
     if wrong:
-        raise InputError(f"{args.ckpt} contradicts {', '.join(wrong)}. Leave the flag out, or give another checkpoint.")
-    scales = [getattr(args, "cfg_scale", 1.0), *getattr(args, "cfg_scales", ())]
-    if config["model"].get("class_dropout_prob") == 0 and any(scale != 1 for scale in scales):
-        raise InputError(f"{args.ckpt} has not learned what guidance subtracts (--mask-dropout 0): give --cfg-scale 1.")
-
-
-def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:
-    """Scale at which --tile takes whole masks; None without --tile.
-
-    Raises:
-        InputError: the checkpoint learned from resized images, and only the user knows by how much.
-    """
-    if args.tile and args.tile_scale is None and data.crop == "center":
-        raise InputError(
-            f"--tile: {args.ckpt} was trained on images resized to a short side of {data.image_size} (--crop center), "
-            f"so say how large its cells are: --tile-scale {data.image_size} / (short side of the training images in "
-            "pixels), 1 where they were not resized."
-        )
-    return (args.tile_scale or 1.0) if args.tile else None
-
-
-def check_fields(args: argparse.Namespace, sizes: set[tuple[int, int]], side: int) -> None:
-    """Raises InputError where --tile would change nothing, or its windows of ``side`` pixels would not move on."""
-    if sizes == {(side, side)}:
-        raise InputError(f"--tile has no effect: the masks have the model's own {side} x {side} pixels. Leave it out.")
-    if args.tile_overlap is not None and args.tile_overlap >= side:
-        raise InputError(f"--tile-overlap {args.tile_overlap:g}: a window has {side} pixels. Give fewer, or a share.")
+        contradictions = ", ".join(f"{name} {expected[name]} (the checkpoint has {known[name]})" for name in wrong)
+        raise InputError(f"{path} contradicts {contradictions}. Leave it out, or give another checkpoint.", *wrong)
 
 
 class ImageSampler:
@@ -369,7 +318,7 @@ def create_solver(transport: Transport, settings: SamplingSettings, reverse: boo
     try:
         return _solver(Sampler(transport), settings, reverse)
     except ValueError as error:
-        raise InputError(f"solver flags: {error}") from error
+        raise InputError(f"solver: {error}") from error
 
 
 def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> Callable[..., Tensor]:
@@ -407,7 +356,7 @@ def mirror_to(array: Tensor, height: int, width: int) -> Tensor:
 
 
 def image_seed(seed: int, index: int, attempt: int = 1) -> int:
-    """Seed of the noise of image ``index`` in a set drawn with ``--seed``; every further attempt at it has its own.
+    """Seed of the noise of image ``index`` in a set drawn with ``seed``; every further attempt at it has its own.
 
     ``derived_seed(seed, index, 1)`` is taken: sample_ddp.py cuts windows with it.
     """

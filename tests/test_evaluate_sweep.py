@@ -115,11 +115,12 @@ def test_faithful_and_realistic_setting_is_recommended_with_the_fewest_steps(rea
 
 def test_flags_of_a_setting_are_understood_by_sample_ddp():
     import sample_ddp
+    from cli import sampling_settings
 
     settings = settings_grid([2.5], [(0.25, 0.75)], ["sde-heun"], [7])[0]
     flags = SweepRow(settings, 0.5, 1, 0.5, 0.1, 1, 1).flags().split()
     args = sample_ddp.parse_args([*flags, "--ckpt", "a.pt", "--mask-path", "masks"])
-    assert SamplingSettings.from_args(args).to_dict() == settings.to_dict()
+    assert sampling_settings(args).to_dict() == settings.to_dict()
 
 
 def test_too_few_masks_are_refused(real):

@@ -421,7 +421,7 @@ def test_bad_training_flag_ends_with_one_line(monkeypatch, capsys, pairs, tmp_pa
         (["--guidance-interval", "0.2", "0.8"], "--guidance-interval has no effect at --cfg-scale 1"),
         (["--cfg-scale", "2", "--guidance-interval", "0.8", "0.2"], "the first time must be below the second"),
         (["--vae", "nowhere"], "--vae nowhere"),
-        (["--seed", str(2**63)], "below 2^63"),
+        (["--seed", str(2**63)], f"is not a whole number from 0 to {2**63 - 1}"),
     ],
 )
 def test_bad_sampling_flag_ends_with_one_line(monkeypatch, capsys, pairs, checkpoint, tmp_path, change, words):
@@ -430,7 +430,9 @@ def test_bad_sampling_flag_ends_with_one_line(monkeypatch, capsys, pairs, checkp
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize(("size", "words"), [("1", "--last-step-size: 1 is not between 0 and 1"), ("0.9999", "leaves")])
+@pytest.mark.parametrize(
+    ("size", "words"), [("1", "--last-step-size: 1 is not strictly between 0 and 1"), ("0.9999", "leaves")]
+)
 def test_a_last_step_that_takes_all_the_time_is_refused(monkeypatch, capsys, pairs, checkpoint, tmp_path, size, words):
     arguments = ["--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", tmp_path / "set", "--device", "cpu"]
     assert words in error_line(monkeypatch, capsys, sample_ddp, "SDE", *arguments, "--last-step-size", size)
