@@ -1,4 +1,4 @@
-"""What two or more commands share: flag groups, devices and processes, reproducible randomness, EMA, logging."""
+"""The command line: flags that commands share, which flag needs which other, and the settings that flags resolve to."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import argparse
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 from common.errors import InputError
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
+from dataset.gray import default_window_channels
 from dataset.masks import MASK_TYPES
+from engine.autoencoder import PIXEL_SPACE, check_space
+from engine.config import (
+    FIXED,
+    LOCAL,
+    OptimiserConfig,
+    RunConfig,
+    TrainConfig,
+    TransportConfig,
+    choose_model,
+    choose_transport,
+)
 from engine.machine import DEVICES, PRECISIONS, Machine
 from engine.sampling import TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
 from transport import (
@@ -123,11 +135,22 @@ NEEDS = (
     Need(("last_step_size",), "last_step", lambda name: name != "None", "on --last-step None: leave it out"),
     Need(("num_samples", "tile"), "on_real", lambda on: not on, "on --likelihood and --reverse: leave it out"),
     Need(("data_path",), "on_real", bool, "here: it goes with --likelihood or --reverse"),
-    Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
     Need(
-        ("source_window",), "intensity", lambda intensity: intensity == "source",
-        "on --intensity display: leave it out",
+        ("time_mean", "time_std"), "time_sampling", lambda name: name != "uniform",
+        "on uniform times: give --time-sampling logit-normal",
     ),
+    Need(("window_channels",), "in_channels", lambda channels: channels != 1, "on --in-channels 1: leave it out"),
+    Need(
+        ("cfg_scale",), "mask_dropout", lambda share: share > 0,
+        "on the previews of --mask-dropout 0: leave it out, or give images without a mask in training", idle=(1.0,),
+    ),
+    Need(("latent_cache",), "vae", lambda vae: vae != PIXEL_SPACE, "with --vae none: there are no latents"),
+    Need(
+        ("latent_cache",), "crop", lambda crop: crop == "center",
+        "with --crop random, whose windows are new at each step: give --crop center",
+    ),
+    Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
+    Need(("source_window",), "intensity", lambda name: name == "source", "on --intensity display: leave it out"),
 )  # fmt: skip
 
 
@@ -308,7 +331,108 @@ def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = F
         )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- flags to settings
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | None = None) -> RunConfig:
+    """The configuration of a run: the command line, else the checkpoint, else what follows from the other values.
+
+    Args:
+        args: of train.py.
+        world_size: processes that share a batch.
+        saved: configuration in the checkpoint that the run continues.
+
+    Raises:
+        InputError: flags that contradict the checkpoint or each other, or have no effect.
+    """
+    args = argparse.Namespace(**vars(args))
+    if saved is not None:
+        _continue_from(args, saved)
+    _check_batch(args, world_size)
+    args.window_channels = args.window_channels or default_window_channels(args.in_channels)
+    in_pixels = args.vae == PIXEL_SPACE
+    given = {field.name: getattr(args, field.name) for field in fields(TransportConfig)}
+    transport = choose_transport(given, args.model, args.in_channels, in_pixels)
+    vars(args).update(asdict(transport))
+    check_needs(args)
+    return RunConfig(
+        model=choose_model(
+            args.model,
+            args.image_size,
+            check_space(args.vae, args.in_channels),
+            num_classes=args.num_classes,
+            mask_dropout=args.mask_dropout,
+            mask_detail=not args.no_mask_detail,
+            time_scale=args.time_scale or (1000.0 if in_pixels else 1.0),
+        ),
+        transport=transport,
+        data=DataConfig(
+            image_size=args.image_size,
+            num_classes=args.num_classes,
+            crop=args.crop,
+            window=args.window,
+            window_scope=args.window_scope,
+            window_channels=args.window_channels,
+            window_values=saved.data.window_values if saved else None,
+            channels=args.in_channels,
+        ),
+        optimiser=_section(OptimiserConfig, args),
+        train=_section(TrainConfig, args),
+    )
+
+
+Section = TypeVar("Section", OptimiserConfig, TrainConfig)
+
+
+def _section(kind: type[Section], args: argparse.Namespace) -> Section:
+    """A section whose fields are flags of their own names."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+
+
+def _continue_from(args: argparse.Namespace, saved: RunConfig) -> None:
+    """Take from the checkpoint what was not given; log what was given and differs. A new --epochs ends --max-steps.
+
+    Raises:
+        InputError: flags that contradict the checkpoint.
+    """
+    contradicted = []
+    for name, (value, resume) in saved.flags().items():
+        ended = name == "max_steps" and args.given & {"epochs", "max_steps"} == {"epochs"}
+        if resume == LOCAL or ended:
+            continue
+        given = getattr(args, name)
+        if name not in args.given or given == value or _shown(given) == _shown(value):
+            setattr(args, name, value)
+        elif resume == FIXED:
+            contradicted.append(f"{as_flag(name)} {_shown(given)} (the checkpoint has {_shown(value)})")
+        else:
+            logger.info("changed on resume: %s: %s -> %s", as_flag(name), _shown(value), _shown(given))
+    if contradicted:
+        raise InputError(
+            f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start anew with another "
+            "--run-name."
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands on a command line."""
+    return " ".join(f"{one:g}" for one in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _check_batch(args: argparse.Namespace, world_size: int) -> None:
+    """Raises InputError for a batch that processes and parts cannot share equally."""
+    if args.global_batch_size % world_size:
+        raise InputError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by the {world_size} processes."
+        )
+    if args.global_batch_size // world_size % args.accumulate:
+        raise InputError(
+            f"--accumulate {args.accumulate} does not divide the {args.global_batch_size // world_size} images that a "
+            "process has of --global-batch-size."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:

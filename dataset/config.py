@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import InputError
@@ -12,6 +12,7 @@ from dataset.masks import MAX_CLASSES
 CROPS = ("center", "random")
 WINDOW_SCOPES = ("image", "dataset")
 WINDOW_CHANNELS = ("joint", "separate")
+CHOICES = {"crop": CROPS, "window_scope": WINDOW_SCOPES, "window_channels": WINDOW_CHANNELS}
 # Gray values (low, high) that become -1 and 1: one pair for all channels of an image, or one for each.
 Window = tuple[tuple[float, float], ...]
 
@@ -19,6 +20,8 @@ Window = tuple[tuple[float, float], ...]
 @dataclass(frozen=True)
 class DataConfig:
     """How files become tensors. A checkpoint keeps it as a plain dict, so that sampling repeats it.
+
+    Metadata of a field name the flag that sets it, if that is not the field's own name (see ``engine.config``).
 
     Attributes:
         image_size: side of the square that the model sees, in pixels.
@@ -39,8 +42,8 @@ class DataConfig:
     window: tuple[float, float] | None = None
     window_scope: str = "image"
     window_channels: str = "joint"
-    window_values: Window | None = None
-    channels: int = 3
+    window_values: Window | None = field(default=None, metadata={"flag": None})
+    channels: int = field(default=3, metadata={"flag": "in_channels"})
 
     def __post_init__(self) -> None:
         if self.window is not None:  # lists where the dict went through JSON
@@ -48,20 +51,23 @@ class DataConfig:
         if self.window_values is not None:
             pairs = tuple((float(low), float(high)) for low, high in self.window_values)
             object.__setattr__(self, "window_values", pairs)
-        if self.image_size < 1 or self.channels < 1:
-            raise InputError(f"--image-size {self.image_size} and {self.channels} channels must be at least 1")
+        self._check()
+
+    def _check(self) -> None:
+        if self.image_size < 1:
+            raise InputError(f"image_size {self.image_size} must be at least 1", "image_size")
+        if self.channels < 1:
+            raise InputError(f"channels {self.channels} must be at least 1", "channels")
         if not 2 <= self.num_classes <= MAX_CLASSES:
-            raise InputError(f"--num-classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included")
-        if self.crop not in CROPS:
-            raise InputError(f"--crop {self.crop!r} is unknown; choose one of {', '.join(CROPS)}")
-        if self.window_scope not in WINDOW_SCOPES:
-            scopes = ", ".join(WINDOW_SCOPES)
-            raise InputError(f"--window-scope {self.window_scope!r} is unknown; choose one of {scopes}")
-        if self.window_channels not in WINDOW_CHANNELS:
-            choices = ", ".join(WINDOW_CHANNELS)
-            raise InputError(f"--window-channels {self.window_channels!r} is unknown; choose one of {choices}")
+            wrong = f"num_classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included"
+            raise InputError(wrong, "num_classes")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}", name)
         if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
-            raise InputError(f"--window {self.window[0]} {self.window[1]}: percentiles with 0 <= LOW < HIGH <= 100")
+            low, high = self.window
+            raise InputError(f"window {low:g} {high:g}: give two percentiles, 0 <= LOW < HIGH <= 100", "window")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for checkpoints."""

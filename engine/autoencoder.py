@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from engine.tiling import Windows
 
 logger = logging.getLogger(__name__)
 HUB_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+HUB_CONFIG = {"in_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512)}  # of both
 PIXEL_SPACE = "none"
 
 
@@ -52,7 +53,7 @@ class LatentSpace(nn.Module):
 
     Args:
         vae: the autoencoder, in evaluation mode, without gradients.
-        name: what the user gave to --vae.
+        name: what the user gave for it: a folder or a name of HUB_AUTOENCODERS.
         chunk_size: images that pass through the autoencoder at once; bounds its memory, not the result.
     """
 
@@ -106,8 +107,15 @@ class LatentSpace(nn.Module):
 Space = PixelSpace | LatentSpace
 
 
+class SpaceShape(NamedTuple):
+    """What the model sees of an image: sides are ``factor`` times smaller, with this many channels."""
+
+    factor: int
+    channels: int
+
+
 def load_space(vae: str, channels: int = 3) -> Space:
-    """The space that ``--vae`` names.
+    """The space that ``vae`` names.
 
     Args:
         vae: "none" for pixels, "ema" or "mse" for the published Stable Diffusion autoencoders, else the folder of any
@@ -115,53 +123,62 @@ def load_space(vae: str, channels: int = 3) -> Space:
         channels: image channels; an autoencoder has a number of its own, which this must be.
 
     Raises:
-        InputError: no such folder, no autoencoder in it, a hub name that is neither on disk nor to be had, or another
-            number of channels.
+        InputError: see ``check_space``; or the weights are damaged, or a hub name is neither on disk nor to be had.
     """
+    check_space(vae, channels)
     if vae == PIXEL_SPACE:
         return PixelSpace(channels)
-    if vae in HUB_AUTOENCODERS:
-        _check_channels(vae, channels)
-        return LatentSpace(_from_hub(vae), vae)
-    if not Path(vae).is_dir():
-        raise InputError(
-            f"--vae {vae}: no such folder. Give the folder of a diffusers autoencoder (config.json and its weights), "
-            f"one of {', '.join(HUB_AUTOENCODERS)}, or {PIXEL_SPACE} to work on pixels."
-        )
-    _check_channels(vae, channels)
-    return LatentSpace(_from_folder(Path(vae)), vae)
+    return LatentSpace(_from_hub(vae) if vae in HUB_AUTOENCODERS else _from_folder(Path(vae)), vae)
 
 
-def check_space(vae: str, channels: int = 3) -> None:
-    """What can be said of ``--vae`` before anything is loaded: a folder has to hold an autoencoder of such images.
+def check_space(vae: str, channels: int = 3) -> SpaceShape:
+    """The shape of the space that ``vae`` names, before any weights are loaded.
+
+    Args:
+        vae: see ``load_space``.
+        channels: image channels.
 
     Raises:
-        InputError: see ``load_space``.
+        InputError: no such folder, no configuration of an autoencoder in it, or one for another number of channels.
     """
-    config = Path(vae) / "config.json"
-    if vae != PIXEL_SPACE and vae not in HUB_AUTOENCODERS and not config.is_file():
-        raise InputError(
-            f"--vae {vae}: {config} does not exist. Give the folder of a diffusers autoencoder, one of "
-            f"{', '.join(HUB_AUTOENCODERS)}, or {PIXEL_SPACE} to work on pixels."
-        )
-    _check_channels(vae, channels)
-
-
-def _check_channels(vae: str, channels: int) -> None:
-    """Pixels may have any number of channels, an autoencoder has one of its own: what its config says, else 3."""
-    config, takes = Path(vae) / "config.json", 3
     if vae == PIXEL_SPACE:
-        return
-    if vae not in HUB_AUTOENCODERS and config.is_file():
-        try:
-            takes = json.loads(config.read_text()).get("in_channels", takes)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-            return  # said when it is loaded
+        return SpaceShape(1, channels)
+    config = HUB_CONFIG if vae in HUB_AUTOENCODERS else _read_config(Path(vae))
+    takes = config.get("in_channels", 3)
     if channels != takes:
         raise InputError(
-            f"--in-channels {channels}: the autoencoder --vae {vae} takes images of {takes} channel(s). Give {takes}, "
-            f"or work on pixels: --vae {PIXEL_SPACE}."
+            f"in_channels {channels}: the autoencoder {vae} takes images of {takes} channel(s). Give {takes}, or work "
+            f"on pixels: vae {PIXEL_SPACE}.",
+            "in_channels",
+            "vae",
         )
+    return SpaceShape(2 ** (len(config.get("block_out_channels", (64,))) - 1), config.get("latent_channels", 4))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a diffusers autoencoder."""
+    names = ", ".join(HUB_AUTOENCODERS)
+    mend = f"Give the folder of a diffusers autoencoder (config.json and its weights), one of {names}"
+    if not folder.is_dir():
+        raise InputError(f"vae {folder}: no such folder. {mend}, or {PIXEL_SPACE} to work on pixels.", "vae")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"vae {folder}: {path} does not exist. {mend}, or {PIXEL_SPACE} to work on pixels.", "vae")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _not_loadable(folder, error) from error
+    if not isinstance(config, dict):
+        raise _not_loadable(folder, ValueError(f"{path} holds no settings"))
+    return config
+
+
+def _not_loadable(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"vae {folder}: not a diffusers autoencoder that can be loaded ({_first_line(error)}). The folder needs "
+        "config.json and diffusion_pytorch_model.safetensors.",
+        "vae",
+    )
 
 
 def space_config(space: Space) -> dict[str, Any]:
@@ -182,10 +199,7 @@ def _from_folder(folder: Path) -> nn.Module:
     try:
         return _load(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"--vae {folder}: not a diffusers autoencoder that can be loaded ({_first_line(error)}). The folder needs "
-            "config.json and diffusion_pytorch_model.safetensors."
-        ) from error
+        raise _not_loadable(folder, error) from error
 
 
 def _from_hub(vae: str) -> nn.Module:
@@ -198,8 +212,9 @@ def _from_hub(vae: str) -> nn.Module:
         return _load(repository, local_files_only=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"--vae {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
-            "that repository where there is a network and give its folder: --vae FOLDER; or --vae none for pixels."
+            f"vae {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
+            "that repository where there is a network and give its folder: vae FOLDER; or vae none for pixels.",
+            "vae",
         ) from error
 
 

@@ -41,7 +41,7 @@ NOT_ABOUT_IMAGES = ("num_classes",)
 
 
 class LatentPairs(torch.utils.data.Dataset):
-    """The pairs of a ``PairedFolder`` with ``--crop center``, images replaced by the moments of their latents.
+    """The pairs of a ``PairedFolder`` with centred crops, images replaced by the moments of their latents.
 
     Args:
         pairs: the data set; its draws choose the same flips and turns here.
@@ -60,7 +60,7 @@ class LatentPairs(torch.utils.data.Dataset):
         memory_gb: float = 4.0,
     ) -> None:
         if pairs.config.crop != "center":
-            raise ValueError("latents are kept for --crop center only, where an image has one view")
+            raise ValueError("latents are kept for crop center only, where an image has one view")
         self.pairs = pairs
         self.space = space
         self.folder = folder
@@ -91,7 +91,9 @@ class LatentPairs(torch.utils.data.Dataset):
             self._encode_share(*local, machine, check=False)
             machine.barrier()
         except OSError as error:
-            raise InputError(f"--latent-cache {self.folder}: {error}. Give another folder, or none.") from error
+            raise InputError(
+                f"latent_cache {self.folder}: {error}. Give another folder, or none.", "latent_cache"
+            ) from error
         where = "in memory" if self._fits else "read from their files"
         logger.info(
             "latents of %d images, eight views each: %.2f GB in %s (%d encoded now by this process), %s",
@@ -108,8 +110,9 @@ class LatentPairs(torch.utils.data.Dataset):
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             raise InputError(
-                f"--latent-cache {self.folder}: {missing / 1e9:.1f} GB of latents are to be written and "
-                f"{free / 1e9:.1f} GB are free. Give a folder on another disk, or none to encode anew at each step."
+                f"latent_cache {self.folder}: {missing / 1e9:.1f} GB of latents are to be written and "
+                f"{free / 1e9:.1f} GB are free. Give a folder on another disk, or none to encode anew at each step.",
+                "latent_cache",
             )
 
     def _encode_share(self, rank: int, ranks: int, machine: Machine, check: bool = True) -> int:

@@ -34,7 +34,9 @@ def check_compiler() -> None:
     """
     if not has_compiler():
         compiler = os.environ.get("CXX", "g++")
-        raise InputError(f"--compile: no C++ compiler {compiler}. Install it or name one in CXX, or drop the flag.")
+        raise InputError(
+            f"compile: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.", "compile"
+        )
 
 
 def has_compiler() -> bool:
@@ -54,6 +56,10 @@ class Machine:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the machine: plain types."""
+        return {"world_size": self.world_size, "device": self.device.type, "precision": self.precision}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -125,8 +131,9 @@ def resolve_device(name: str) -> torch.device:
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= count:
         raise InputError(
-            f"--device {name}: process {local_rank} finds {count} GPUs on this machine. "
-            "Lower --nproc_per_node, or give --device cpu."
+            f"device {name}: process {local_rank} finds {count} GPUs on this machine. "
+            "Start fewer processes (nproc_per_node), or give device cpu.",
+            "device",
         )
     return torch.device("cuda", local_rank)
 
@@ -137,6 +144,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if not torch.backends.mkldnn.is_available():  # such as on Apple silicon
+        return "float32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
@@ -209,14 +218,18 @@ T = TypeVar("T")
 
 
 def on_main(machine: Machine, work: Callable[[], T]) -> T | None:
-    """What ``work`` gives on rank 0, None elsewhere; what is wrong with the user's input there ends every rank."""
-    problem, found = None, None
+    """What ``work`` gives on rank 0, None elsewhere; a fault of the user's input there ends every rank.
+
+    Raises:
+        InputError: what rank 0 met.
+    """
+    problem, fields, found = None, (), None
     if machine.is_main:
         try:
             found = work()
         except (InputError, OSError) as error:
-            problem = one_line(error)
-    problem = machine.from_main(problem)
+            problem, fields = one_line(error), getattr(error, "fields", ())
+    problem, fields = machine.from_main((problem, fields))
     if problem:
-        raise InputError(problem)
+        raise InputError(problem, *fields)
     return found

@@ -1,11 +1,12 @@
-"""The state of one run and the step that changes it; train.py is the command around it."""
+"""The state of one run and the step that changes it; ``engine.loop`` calls it again and again."""
 
 from __future__ import annotations
 
-import argparse
 import copy
+import inspect
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from dataset.batches import Batch
 from dataset.folders import PairedFolder
 from dataset.masks import to_prob_map
 from download import adapt_sit_weights, find_weights
-from engine.autoencoder import Space
-from engine.checkpoint import RunFolder
+from engine.autoencoder import Space, space_config
+from engine.config import RunConfig
 from engine.machine import Machine, update_ema
+from engine.run_folder import RunFolder
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
 from models import MaskRows, SiT, build_model, mask_rows
 from transport import Transport, create_transport
@@ -34,18 +36,17 @@ MOST_SKIPPED_IN_A_ROW = 20
 class Training:
     """Model, EMA, optimiser and counters of one run: what a checkpoint holds, and the step that changes it."""
 
-    def __init__(self, args: argparse.Namespace, config: dict[str, Any], machine: Machine, space: Space) -> None:
-        self.args = args
+    def __init__(self, config: RunConfig, machine: Machine, space: Space) -> None:
         self.config = config
         self.machine = machine
         self.space = space
-        torch.manual_seed(args.seed)  # the same initial weights on every rank
-        self.model: SiT = build_model(config["model"]).to(machine.device)
+        torch.manual_seed(config.optimiser.seed)  # the same initial weights on every rank
+        self.model: SiT = build_model(asdict(config.model)).to(machine.device)
         self.ema: SiT = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.wrapped: nn.Module = self.model
-        self.transport: Transport = create_transport(**config["transport"])
+        self.transport: Transport = create_transport(**asdict(config.transport))
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+            self.model.parameters(), lr=config.optimiser.lr, weight_decay=config.optimiser.weight_decay, fused=True
         )
         self.step = 0
         self.images_seen = 0  # over all processes
@@ -57,17 +58,32 @@ class Training:
         self.share_rows = not self._on_cpu_in_bf16  # there, gathering rows costs what sharing them saves
         self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The configuration as plain types, with what the space and the machine turned out to be."""
+        return {
+            **self.config.to_dict(),
+            "space": space_config(self.space),
+            "machine": self.machine.describe(),
+        }
+
+    def trained_state(self) -> dict[str, Any]:
+        """What sampling and evaluation need: the part of a checkpoint that an export has, too."""
+        return {
+            "ema": self.ema.state_dict(),
+            "step": self.step,
+            "config": self.record,
+            "trained_on": self.trained_on,
+            "intensity": self.intensity,
+        }
+
     def state(self) -> dict[str, Any]:
         """What is saved; all ranks come here together. The sums are the ranks' own, for the metrics file."""
         return {
+            **self.trained_state(),
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
             "opt": self.optimizer.state_dict(),
-            "step": self.step,
             "images_seen": self.images_seen,
-            "config": self.config,
-            "trained_on": self.trained_on,
-            "intensity": self.intensity,
             "sums": self.machine.from_all(self.sums.cpu()),
             "since_log": self.since_log,
         }
@@ -77,7 +93,7 @@ class Training:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["opt"])
         for group in self.optimizer.param_groups:  # the command line's, which may have changed
-            group["weight_decay"] = self.args.weight_decay
+            group["weight_decay"] = self.config.optimiser.weight_decay
         self.step = state["step"]
         self.images_seen = state["images_seen"]
         self.trained_on = state.get("trained_on")
@@ -93,10 +109,12 @@ class Training:
         self.ema.load_state_dict(weights)
         lines = report.lines()
         trained_as = {"prediction": "velocity", "path_type": "Linear"}
-        if found.config is None and any(self.config["transport"][name] != value for name, value in trained_as.items()):
+        if found.config is None and any(
+            getattr(self.config.transport, name) != value for name, value in trained_as.items()
+        ):
             lines.append("warning: SiT's weights predict the velocity on the Linear path, and this run does not")
-        if found.config is None and self.config["model"]["time_scale"] != 1:
-            lines.append("warning: SiT's weights were trained with --time-scale 1, and this run is not")
+        if found.config is None and self.config.model.time_scale != 1:
+            lines.append("warning: SiT's weights were trained with a time scale of 1, and this run is not")
         return lines
 
     @property
@@ -105,60 +123,60 @@ class Training:
 
     def prepare_model(self) -> None:
         """Compile, recompute and distribute as asked. The averaged model, a copy made before, stays as it is."""
-        self.model.recompute = self.args.recompute_activations
+        self.model.recompute = self.config.train.recompute_activations
         if self._on_cpu_in_bf16:
             self.model.use_plain_attention()
-        if self.args.compile:
+        if self.config.train.compile:
             self.model.compile_blocks()
         if self.machine.world_size > 1:
             device_ids = [self.machine.device.index] if self.machine.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(
-                self.model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                self.model, device_ids=device_ids, gradient_as_bucket_view=True, **without_broadcast()
             )
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """What is found out on the CPU, in the background: the distinct rows of hard masks, for every part."""
         if self.share_rows and not batch["mask"].is_floating_point():
-            parts = batch["mask"].chunk(self.args.accumulate)
-            batch["rows"] = [mask_rows(part, self.args.num_classes, self.model.grid) for part in parts]
+            parts = batch["mask"].chunk(self.config.optimiser.accumulate)
+            batch["rows"] = [mask_rows(part, self.config.model.num_classes, self.model.grid) for part in parts]
         return batch
 
     def lr_factor(self) -> float:
-        """Warm-up over the first steps, constant, and a straight fall over the last ``--cooldown-steps``."""
-        args = self.args
-        warmup = (self.step + 1) / max(1, args.warmup_steps)
-        cooldown = (self.total_steps - self.step) / max(1, args.cooldown_steps)
+        """Warm-up over the first steps, constant, and a straight fall over the last ``cooldown_steps``."""
+        optimiser = self.config.optimiser
+        warmup = (self.step + 1) / max(1, optimiser.warmup_steps)
+        cooldown = (self.total_steps - self.step) / max(1, optimiser.cooldown_steps)
         return min(1.0, warmup, cooldown)
 
     def train_step(self, batch: Batch) -> None:
         """One optimiser step on this rank's part of the batch; nothing here waits for the device."""
-        args, machine = self.args, self.machine
-        seed_step(args.seed, self.step, machine.rank)
+        optimiser = self.config.optimiser
+        seed_step(optimiser.seed, self.step, self.machine.rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * self.lr_factor()
+            group["lr"] = optimiser.lr * self.lr_factor()
         self.wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate_gradients(batch)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optimiser.grad_clip or math.inf)
         # A step with a non-finite gradient is skipped inside the fused optimiser, on every rank alike and without a
         # look at the number from here (the protocol that torch.amp.GradScaler uses).
         bad = (~torch.isfinite(norm)).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
-        update_ema(self.ema, self.model, args.ema_decay, self.step)
+        update_ema(self.ema, self.model, optimiser.ema_decay, self.step)
         good = 1 - bad
         self.sums += torch.stack([torch.nan_to_num(loss) * good, torch.nan_to_num(norm) * good, bad])
         self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad)
         self.step += 1
-        self.images_seen += args.global_batch_size
+        self.images_seen += optimiser.global_batch_size
         self.since_log += 1
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
         """Gradient of the mean loss, part by part. All is drawn for the whole batch, so the number of parts changes
         the memory and not the update. Ranks exchange gradients once, during the last part."""
-        device, parts = self.machine.device, self.args.accumulate
+        device, parts = self.machine.device, self.config.optimiser.accumulate
         x1 = self._to_latents(batch)  # (B, C, H, W)
-        masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.args.num_classes)  # (B, K, S, S)
+        masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.config.model.num_classes)  # (B, K, S, S)
         t, x0 = self.transport.sample_times(len(x1), device), torch.randn_like(x1)
         drop = self.model.draw_dropped(len(x1), device)  # (B,)
         drops = [None] * parts if drop is None else drop.chunk(parts)
@@ -199,9 +217,10 @@ class Training:
         return {"train/loss": loss / taken, "train/grad_norm": norm / taken, "train/skipped_steps": skipped}
 
     def steps_in_all(self, num_images: int) -> int:
-        """The step at which the run ends, from ``--max-steps``, else from the images that ``--epochs`` leave to see."""
-        left = self.args.epochs * num_images - self.images_seen
-        return self.args.max_steps or self.step + max(0, math.ceil(left / self.args.global_batch_size))
+        """The step at which the run ends: ``max_steps``, else what the images take that ``epochs`` leave to see."""
+        optimiser = self.config.optimiser
+        left = optimiser.epochs * num_images - self.images_seen
+        return optimiser.max_steps or self.step + max(0, math.ceil(left / optimiser.global_batch_size))
 
     def check_finite(self, run: RunFolder) -> None:
         """Stop a run that has diverged before it is saved.
@@ -218,7 +237,17 @@ class Training:
             return
         steps = run.steps()
         good = f"{run.checkpoint_path(steps[-1])} is good: run the same command" if steps else "Start again"
-        raise InputError(f"step {self.step}: {problem} at learning rate {self.args.lr:g}. {good} with a lower --lr.")
+        rate = self.config.optimiser.lr
+        raise InputError(f"step {self.step}: {problem} at learning rate {rate:g}. {good} with a lower lr.", "lr")
+
+
+def without_broadcast() -> dict[str, bool]:
+    """The argument of DistributedDataParallel that leaves buffers alone: training changes none.
+
+    torch 2.13 gave it a new name and warns about the old one.
+    """
+    names = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 class Previews:
@@ -228,9 +257,9 @@ class Previews:
         examples = [self._with_cells(dataset, index) for index in np.linspace(0, len(dataset) - 1, count).astype(int)]
         self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
         masks = torch.stack([example["mask"] for example in examples])
-        self.prob_maps = to_prob_map(masks, training.args.num_classes)  # (n, K, S, S)
+        self.prob_maps = to_prob_map(masks, training.config.model.num_classes)  # (n, K, S, S)
         guided = training.model.class_dropout_prob > 0  # else nothing was learned that guidance could subtract
-        settings = SamplingSettings(cfg_scale=training.args.cfg_scale if guided else 1.0)
+        settings = SamplingSettings(cfg_scale=training.config.train.cfg_scale if guided else 1.0)
         self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
 
     @staticmethod

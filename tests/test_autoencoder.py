@@ -193,11 +193,11 @@ def test_fingerprint_differs_where_latents_are_scaled_or_shifted_otherwise(space
 
 
 def refused(vae: str | Path, match: str) -> str:
-    """The message of ``load_space``, which is to be an InputError that names the flag with its value, in one line."""
+    """The message of ``load_space``, which is to be an InputError that names the field with its value, in one line."""
     with pytest.raises(InputError, match=match) as caught:
         load_space(str(vae))
     message = str(caught.value)
-    assert message.startswith(f"--vae {vae}: ") and "\n" not in message
+    assert message.startswith(f"vae {vae}: ") and "\n" not in message
     return message
 
 
@@ -274,7 +274,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 def test_hub_name_without_network_says_which_folder_to_give(hub, caplog, vae, repository):
     with caplog.at_level(logging.INFO):
         message = refused(vae, "neither on disk nor to be had from the hub")
-    assert repository in message and "--vae FOLDER" in message and "--vae none" in message
+    assert repository in message and "vae FOLDER" in message and "vae none" in message
     assert hub == [(repository, True), (repository, False)]  # the disk first
     assert "asking the hub" in caplog.text
 

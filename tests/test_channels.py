@@ -140,7 +140,7 @@ def test_rgb_of_equal_channels_trains_as_gray(tmp_path):
 
 @pytest.mark.parametrize("vae", ["ema", "folder"])
 def test_an_autoencoder_takes_its_own_channels_only(vae, autoencoder_folder):
-    with pytest.raises(InputError, match=r"--in-channels 1: the autoencoder .* takes images of 3 channel\(s\)"):
+    with pytest.raises(InputError, match=r"in_channels 1: the autoencoder .* takes images of 3 channel\(s\)"):
         check_space(str(autoencoder_folder) if vae == "folder" else vae, 1)
 
 

@@ -155,14 +155,12 @@ def test_sampling_goes_on_after_either_of_two_ranks_was_killed_at_random_moments
     assert files[1] == files[0]
 
 
-def test_a_run_without_name_goes_on_in_its_folder_when_torchrun_restarts_its_ranks(pairs, tmp_path):
-    words = [*train_arguments(*pairs, tmp_path / "killed", "x", 60), "--ckpt-every", "10", "--log-every", "7"]
-    name = words.index("--run-name")
-    killed = words[:name] + words[name + 2 :]
-    whole = [str(tmp_path / "whole") if word == str(tmp_path / "killed") else word for word in killed]
-    run(*whole, ranks=2)
+def test_a_run_goes_on_in_its_folder_when_torchrun_restarts_its_ranks(pairs, tmp_path):
+    often = ["--ckpt-every", "10", "--log-every", "7"]
+    run(*train_arguments(*pairs, tmp_path / "whole", "run", 60), *often, ranks=2)
+    killed = [*train_arguments(*pairs, tmp_path / "killed", "run", 60), *often]
     launcher = start(*killed, ranks=2, restarts=3)
-    folder = tmp_path / "killed" / "000-SiT-Ti-8-Linear"
+    folder = tmp_path / "killed" / "run"
     assert kill_rank(launcher, 1, folder / "checkpoints" / "*.pt", 0.1)
     assert kill_rank(launcher, 0, folder / "checkpoints" / "*.pt", 0.2)
     _, said = launcher.communicate(timeout=400)

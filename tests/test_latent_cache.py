@@ -158,7 +158,7 @@ def test_key_knows_all_that_changes_an_image(space):
 
 def test_full_disk_is_said_before_anything_is_encoded(make_latents, monkeypatch):
     monkeypatch.setattr("engine.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match="--latent-cache .* are free"):
+    with pytest.raises(InputError, match="latent_cache .* are free"):
         make_latents()
 
 

@@ -56,7 +56,7 @@ def test_a_flag_that_contradicts_it_is_refused(tmp_path):
     words = ["--data-path", images, "--mask-path", masks, "--results-dir", tmp_path, "--ckpt", OLD]
     code, lines = run_here(train, *words, "--window", 0, 99, "--prediction", "velocity")
     assert code == 2 and "--prediction velocity (the checkpoint has data)" in lines[-1]
-    assert "--window [0.0, 99.0] (the checkpoint has [1.0, 99.0])" in lines[-1]
+    assert "--window 0 99 (the checkpoint has 1 99)" in lines[-1]
 
 
 def test_it_samples(tmp_path):

@@ -279,7 +279,9 @@ def test_a_set_of_probability_stacks_is_read_as_its_most_probable_classes(pairs,
 
 def test_guidance_needs_a_model_that_was_trained_without_masks_too(monkeypatch, capsys, pairs, tmp_path):
     words = [*train_arguments(*pairs, tmp_path, "run", 1)[1:], "--mask-dropout", 0, "--sample-every", 1]
-    assert "--cfg-scale 2 of the previews" in error_line(monkeypatch, capsys, train, *words, "--cfg-scale", 2)
+    assert "--cfg-scale has no effect on the previews of --mask-dropout 0" in error_line(
+        monkeypatch, capsys, train, *words, "--cfg-scale", 2
+    )
     call(train, *words)  # previews come without guidance
     assert (tmp_path / "run" / "previews" / "0000001.png").is_file()
     words = ["ODE", "--ckpt", tmp_path / "run" / "checkpoints" / "0000001.pt", "--mask-path", pairs[1] / "cell_0.png"]
@@ -356,6 +358,18 @@ def test_differences_are_those_of_gray_values():
     images = np.array([0, 3, 255, 0], np.uint8).reshape(1, 2, 2, 1)
     assert same_images.differences(images, reference) == (255, 64.5, 0.5)
     assert same_images.differences(reference, images) == (255, 64.5, 0.5)
+
+
+def test_an_export_knows_what_the_checkpoint_knows(checkpoint, trained, pairs, tmp_path):
+    saved, exported = read_checkpoint(checkpoint), read_checkpoint(trained / "model.safetensors")
+    assert set(saved) - set(exported) == {"images_seen", "sums", "since_log"}  # of the training alone
+    for part in ("step", "trained_on", "intensity"):
+        assert exported[part] == saved[part] and saved[part]
+    assert exported["config"] == {part: saved["config"][part] for part in exported["config"]}
+    words = ["ODE", "--ckpt", trained / "model.safetensors", "--mask-path", pairs[1], "--sample-dir", tmp_path / "set"]
+    call(sample_ddp, *words, *FEW_STEPS, "--intensity", "source")
+    with Image.open(tmp_path / "set" / "images" / "cell_0.png") as image:
+        assert image.mode == "L"  # as the training images were
 
 
 def test_exported_weights_sample_like_the_checkpoint(checkpoint, trained, pairs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from script_helpers import TINY, run, train_arguments, write_pairs
 
 import train
+from cli import resolve
 from dataset.batches import Batch
 from engine.autoencoder import PixelSpace
 from engine.checkpoint import read_checkpoint
@@ -29,12 +31,11 @@ def make_training(tmp_path: Path) -> Callable[..., Training]:
     def make(*flags: str) -> Training:
         folders = ["--data-path", str(tmp_path), "--mask-path", str(tmp_path)]
         args = train.parse_args([*folders, *TINY, "--global-batch-size", str(BATCH), "--mask-dropout", "0.4", *flags])
-        train.check_arguments(args, 1)
-        space = PixelSpace()
-        config = {"model": train.model_config(args, space), "transport": train.transport_config(args)}
-        config["model"].update(name="SiT-Ti/4", mask_pixels=4)
+        train.check_arguments(args)
+        config = resolve(args)
+        config = replace(config, model=replace(config.model, name="SiT-Ti/4", mask_pixels=4))
         machine = Machine(0, 1, torch.device("cpu"), "float32" if args.precision == "auto" else args.precision)
-        training = Training(args, config, machine, space)
+        training = Training(config, machine, PixelSpace())
         training.total_steps = 100
         with torch.no_grad():
             for parameter in training.model.parameters():
@@ -180,9 +181,7 @@ def test_ranks_that_accumulate_train_as_ranks_that_do_not(tmp_path):
     ],
 )
 def test_the_velocity_is_learned_where_the_width_carries_a_patch(flags, prediction, time_mean, time_scale):
-    args = train.parse_args(["--data-path", "images", "--mask-path", "masks", *flags])
-    config = train.transport_config(args)
-    assert (config["prediction"], config["time_mean"]) == (prediction, time_mean)
-    assert config["loss_weight"] == ("velocity" if prediction == "data" else None)
-    if args.vae == "none":
-        assert train.model_config(args, PixelSpace(args.in_channels))["time_scale"] == time_scale
+    config = resolve(train.parse_args(["--data-path", "images", "--mask-path", "masks", *flags]))
+    assert (config.transport.prediction, config.transport.time_mean) == (prediction, time_mean)
+    assert config.transport.loss_weight == ("velocity" if prediction == "data" else None)
+    assert config.model.time_scale == time_scale

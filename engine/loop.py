@@ -1,0 +1,219 @@
+"""The loop of a training run: batches, steps, metrics, previews, checkpoints, and an orderly end on a signal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import wandb_utils
+from common.disk import write_atomically
+from common.errors import EXIT_INTERRUPTED
+from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
+from dataset.folders import PairedFolder
+from dataset.views import SYMMETRIES
+from engine.autoencoder import LatentSpace
+from engine.checkpoint import export_safetensors
+from engine.config import NO_CACHE
+from engine.latents import LatentPairs
+from engine.run_folder import RunFolder
+from engine.training import Previews, Training
+
+logger = logging.getLogger(__name__)
+WAITING_WORTH_SAYING = 0.05
+EXIT_STOPPED_BY_SIGNAL = 143
+SAME_CTRL_C_SECONDS = 2.0
+LOADER_PROCESSES = 4
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 (Slurm's warning, torchrun's restart) and Ctrl-C ask the loop to save and leave.
+
+    A second Ctrl-C leaves at once. It counts as second only after some seconds, because torchrun passes on the Ctrl-C
+    that its processes have already had.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._since = math.inf
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and time.monotonic() > self._since + SAME_CTRL_C_SECONDS:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_STOPPED_BY_SIGNAL
+
+
+def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
+    """Take all steps that are left, and write metrics, previews and checkpoints on the way."""
+    machine, batch_size = training.machine, training.config.optimiser.global_batch_size
+    training.total_steps = total = training.steps_in_all(len(dataset))
+    epochs = (training.images_seen + (total - training.step) * batch_size) / len(dataset)
+    logger.info("%d steps of %d images (%.1f epochs)", total, batch_size, epochs)
+    previews = Previews(dataset, training) if machine.is_main else None
+    cut_short = training.step > 0 and preview_is_due(training) and not run.preview_path(training.step).exists()
+    if previews is not None and cut_short:  # killed between a checkpoint and its preview
+        save_preview(previews, run, training.step)
+    if training.step >= total:
+        logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
+        export_weights(training, run)
+        return
+    source = encode_once(dataset, training) or dataset
+    if training.config.train.wandb:
+        wandb_utils.start_run(run.path, run.path.name, training.record)
+    take_steps(training, source, run, previews)
+    export_weights(training, run)
+    machine.barrier()
+    wandb_utils.finish()
+    logger.info("done: %d steps; the checkpoint to sample from is %s", total, run.checkpoint_path(total))
+
+
+def take_steps(
+    training: Training, source: PairedFolder | LatentPairs, run: RunFolder, previews: Previews | None
+) -> None:
+    """The steps themselves. A signal saves a checkpoint and ends the process with its exit code."""
+    machine, settings, total = training.machine, training.config.train, training.total_steps
+    stop = StopRequest()
+    clock = WaitingClock(machine.device)
+    bar = tqdm(
+        clock.watch(step_batches(source, training)),
+        initial=training.step, total=total, unit="step", disable=not (machine.is_main and sys.stderr.isatty()),
+    )  # fmt: skip
+    started, steps_before = time.perf_counter(), training.step
+    for batch in bar:
+        training.train_step(batch)
+        step, last = training.step, training.step == total
+        if step % settings.log_every == 0 or last:
+            seconds = time.perf_counter() - started
+            log_progress(training, run, step - steps_before, seconds, clock.read_seconds() / seconds)
+            started, steps_before = time.perf_counter(), step
+        stopped = machine.any_rank(stop.signal is not None) and not last
+        if step % settings.ckpt_every == 0 or last or stopped:
+            save(training, run, last)
+        if previews is not None and preview_is_due(training) and not stopped:
+            save_preview(previews, run, step)
+        if stopped:
+            logger.warning("signal received: leaving at step %d; the same command continues", step)
+            sys.exit(stop.exit_code)
+
+
+def encode_once(pairs: PairedFolder, training: Training) -> LatentPairs | None:
+    """The data set as kept latents, encoded where missing; None if images are encoded at each step."""
+    machine, space, settings = training.machine, training.space, training.config.train
+    if not isinstance(space, LatentSpace) or settings.latent_cache == NO_CACHE:
+        return None
+    if pairs.config.crop != "center":
+        logger.info("images are encoded at each step: windows of random crops are always new")
+        return None
+    images = training.total_steps * training.config.optimiser.global_batch_size
+    if settings.latent_cache is None and images < SYMMETRIES * len(pairs):
+        logger.info("images are encoded at each step: in so short a run that is less work than all views of each")
+        return None
+    folder = Path(settings.latent_cache or settings.results_dir / "latents")
+    hashes = machine.from_main(pairs.image_hashes if machine.is_main else None)
+    latents = LatentPairs(pairs, space, folder, hashes)
+    latents.prepare(machine)
+    return latents
+
+
+def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iterator[Batch]:
+    """Batches of the steps still to take, fetched in the background.
+
+    Loader processes start if one thread could not keep up: for data that is read again each time, and for images in
+    memory that feed a GPU.
+    """
+    machine, optimiser = training.machine, training.config.optimiser
+    steps = range(training.step, training.total_steps)
+    keys = StepBatches(
+        len(source), optimiser.global_batch_size, steps, optimiser.seed,
+        machine.rank, machine.world_size, training.images_seen,
+    )  # fmt: skip
+    workers = training.config.train.num_workers
+    if workers is None:
+        light = isinstance(source, LatentPairs) or machine.device.type == "cpu"
+        workers = 0 if source.in_memory and light else LOADER_PROCESSES
+    loader = make_loader(source, keys, workers, pin_memory=machine.device.type == "cuda")
+    return prefetch(loader, training.prepare_batch)
+
+
+def save(training: Training, run: RunFolder, last: bool) -> None:
+    """Save a checkpoint of weights that are finite and still learn; all ranks come here together.
+
+    Amid skipped steps only the end of the run is saved: weights that have blown up can be finite, and give no finite
+    gradient any more. A continued run takes the steps since the checkpoint before again.
+    """
+    training.check_finite(run)
+    if training.skipped_in_a_row.item() and not last:
+        logger.warning("step %d was skipped (not finite): no checkpoint now", training.step)
+        return
+    state = training.state()
+    if training.machine.is_main:
+        logger.info("saved %s", run.save(state))
+
+
+def export_weights(training: Training, run: RunFolder) -> None:
+    """The averaged weights as one file for sharing, if asked for."""
+    if training.config.train.export_safetensors and training.machine.is_main:
+        export_safetensors(run.path / "model.safetensors", training.trained_state())
+        logger.info("exported %s", run.path / "model.safetensors")
+
+
+def log_progress(training: Training, run: RunFolder, steps: int, seconds: float, waiting: float) -> None:
+    """The metrics since the last line, on all ranks together; stops a run that has diverged.
+
+    Args:
+        training: the run.
+        run: its folder.
+        steps: how many were taken since the last line.
+        seconds: in this time.
+        waiting: share of this time that the process waited for data.
+    """
+    metrics = training.read_metrics()
+    metrics["speed/images_per_sec"] = steps * training.config.optimiser.global_batch_size / seconds
+    metrics["speed/waiting_share"] = training.machine.max_over_ranks(waiting)
+    if training.machine.is_main:
+        record_metrics(training, run, metrics)
+    training.check_finite(run)
+
+
+def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float]) -> None:
+    """metrics.jsonl first, then the log, then wandb."""
+    step, total, lr = training.step, training.total_steps, training.optimizer.param_groups[0]["lr"]
+    metrics = {**metrics, "train/lr": lr}
+    run.log_metrics({"step": step, **metrics})
+    speed, waiting = metrics["speed/images_per_sec"], metrics["speed/waiting_share"]
+    left = (total - step) * training.config.optimiser.global_batch_size / speed
+    notes = f", {100 * waiting:.0f}% of the time waiting for data" if waiting >= WAITING_WORTH_SAYING else ""
+    if metrics["train/skipped_steps"]:
+        notes += f", {metrics['train/skipped_steps']:.0f} steps skipped (not finite)"
+    logger.info(
+        "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.1f images/s, %s left%s",
+        step, total, metrics["train/loss"], metrics["train/grad_norm"], lr, speed,
+        time.strftime("%H:%M:%S", time.gmtime(left)), notes,
+    )  # fmt: skip
+    wandb_utils.log(metrics, step)
+
+
+def preview_is_due(training: Training) -> bool:
+    return training.step % training.config.train.sample_every == 0 or training.step >= training.total_steps
+
+
+def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
+    picture = previews.draw()
+    path = run.preview_path(step)
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
+    logger.info("preview: %s", path)
+    wandb_utils.log_image("preview", path, step)

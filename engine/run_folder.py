@@ -1,0 +1,150 @@
+"""The folder of one training run: its name, its lock, and what lies in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+
+from common.disk import lock_folder, sync_folder, write_atomically
+from common.errors import InputError
+from engine.checkpoint import read_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+LAST_NUMBER = ".last_run"  # in the results folder: the highest number that a run has had
+
+
+class RunFolder:
+    """One training run on disk: config.json, log.txt, metrics.jsonl, checkpoints/ and previews/.
+
+    Args:
+        path: the folder; ``create`` makes it.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+        self.checkpoints = path / "checkpoints"
+        self.previews = path / "previews"
+        self.metrics = path / "metrics.jsonl"
+        self._lock: IO[bytes] | None = None
+
+    def create(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.previews.mkdir(exist_ok=True)
+        note_number(self.path)
+
+    def lock(self) -> None:
+        """Keep a second process out for as long as this one lives, and clear away what a killed one left half-written.
+
+        Raises:
+            InputError: another process trains in this folder.
+        """
+        self._lock = lock_folder(
+            self.path, "choose another name for this run", (self.checkpoints.name, self.previews.name)
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, ascending."""
+        names = (path.stem for path in self.checkpoints.glob("*.pt"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"{step:07d}.pt"
+
+    def preview_path(self, step: int) -> Path:
+        return self.previews / f"{step:07d}.png"
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of ``state["step"]``, then drop the oldest beyond ``keep``."""
+        path = self.checkpoint_path(state["step"])
+        save_checkpoint(path, state)
+        sync_folder(self.checkpoints)  # before an older one goes
+        for step in self.steps()[: -self.keep]:
+            self.checkpoint_path(step).unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; None in a new run.
+
+        Raises:
+            InputError: there are checkpoints and every one is damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return read_checkpoint(self.checkpoint_path(step))
+            except InputError as error:
+                logger.warning("%s Falling back to the one before.", error)
+        if steps:
+            raise InputError(
+                f"{self.checkpoints}: all {len(steps)} checkpoints are damaged. Remove them to start anew."
+            )
+        return None
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after ``step`` (and a torn last line): the resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue
+        write_atomically(self.metrics, lambda file: file.write("".join(kept).encode()))
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Append a line; it is on the disk before a checkpoint of its step is, so that a power cut leaves no gap."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error
+
+
+def choose_run_folder(results_dir: Path, run_name: str | None, title: str) -> Path:
+    """Where a run goes: ``RESULTS_DIR/RUN_NAME``, else the next free ``RESULTS_DIR/NNN-title``.
+
+    A number is never used twice, even if all folders are deleted: the last one is noted in a file beside them.
+
+    Raises:
+        InputError: a run without a name that torchrun may restart. It would begin anew each time.
+    """
+    if run_name:
+        return results_dir / run_name
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0":
+        raise InputError(
+            f"torchrun may restart this run up to {restarts} times, and only a run with a name continues: give "
+            "run_name NAME.",
+            "run_name",
+        )
+    number = max([_noted_number(results_dir), *map(_number_of, results_dir.glob("*-*"))]) + 1
+    return results_dir / f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', title)}"
+
+
+def note_number(run_folder: Path) -> None:
+    """Keep the number of a numbered run folder from being used again."""
+    results_dir, number = run_folder.parent, _number_of(run_folder)
+    if number > _noted_number(results_dir):
+        write_atomically(results_dir / LAST_NUMBER, lambda file: file.write(str(number).encode()))
+
+
+def _noted_number(results_dir: Path) -> int:
+    file = results_dir / LAST_NUMBER
+    text = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+
+
+def _number_of(path: Path) -> int:
+    """The number of a run folder; -1 for what is none."""
+    match = re.match(r"(\d{3,})-", path.name)
+    return int(match[1]) if match and path.is_dir() else -1

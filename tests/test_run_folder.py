@@ -1,0 +1,132 @@
+"""Run folders are numbered, locked and pruned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.errors import InputError
+from engine.run_folder import RunFolder, choose_run_folder
+
+
+def state(step: int) -> dict:
+    config = {"model": {}, "transport": {}, "space": {}, "data": {}}
+    return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run", keep=2)
+    folder.create()
+    return folder
+
+
+def test_only_the_newest_are_kept(run):
+    for step in (1, 2, 10, 11):
+        run.save(state(step))
+    assert run.steps() == [10, 11]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_newest_falls_back_to_the_one_before(run, damage, caplog):
+    run.save(state(1))
+    path = run.save(state(2))
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[content.index(torch.tensor([4.0, 5.0]).numpy().tobytes())] ^= (
+            1  # inside a tensor: only a checksum sees it
+        )
+    path.write_bytes({"truncated": content[:-200], "empty": b"", "text": b"<html>", "flipped": content}[damage])
+    assert run.newest()["step"] == 1
+    assert "0000002.pt" in caplog.text and "Falling back" in caplog.text
+
+
+def test_all_damaged_is_said_and_nothing_is_removed(run):
+    path = run.save(state(1))
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="all 1 checkpoints are damaged"):
+        run.newest()
+    assert path.exists()
+
+
+def test_a_new_run_has_no_newest(run):
+    assert run.newest() is None
+
+
+def test_a_second_process_is_kept_out_and_the_loader_processes_of_a_killed_one_keep_nobody_out(run):
+    code = f"""if True:
+        import os, time
+        from pathlib import Path
+        from engine.run_folder import RunFolder
+        first = RunFolder(Path({str(run.path)!r}), 1)
+        first.lock()
+        if os.fork() == 0:
+            os.close(1)
+            time.sleep(600)
+        print(os.getpid(), flush=True)
+        time.sleep(600)"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        parent.stdout.readline()
+        with pytest.raises(InputError, match="another process works"):
+            run.lock()
+        parent.kill()
+        parent.wait()
+        run.lock()
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdout.close()
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(run):
+    leftover = run.checkpoints / ".sit-0123abcd.tmp"
+    leftover.write_bytes(b"half")
+    run.lock()
+    assert not leftover.exists()
+
+
+def test_metrics_after_the_resumed_step_and_torn_lines_are_cut(run):
+    for step in (2, 4, 6):
+        run.log_metrics({"step": step, "train/loss": step / 10})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 8, "tra')
+    run.cut_metrics(4)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [2, 4]
+
+
+def test_numbers_of_run_folders_are_never_reused(tmp_path):
+    for name in ("000-SiT", "001-SiT", "007-SiT", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "000-SiT").rmdir()
+    assert choose_run_folder(tmp_path, None, "SiT-B/2 x").name == "008-SiT-B-2-x"
+    assert choose_run_folder(tmp_path, "mine", "SiT").name == "mine"
+
+
+@pytest.mark.parametrize("noted", ["8", "3", "", "what?"])
+def test_the_number_of_the_highest_folder_is_not_used_again_after_it_was_deleted(tmp_path, noted):
+    (tmp_path / "007-SiT").mkdir()
+    (tmp_path / ".last_run").write_text(noted)
+    run = RunFolder(choose_run_folder(tmp_path, None, "SiT"), keep=1)
+    number = 9 if noted == "8" else 8
+    assert run.path.name == f"{number:03d}-SiT"
+    run.create()
+    shutil.rmtree(run.path)
+    assert choose_run_folder(tmp_path, None, "SiT").name == f"{number + 1:03d}-SiT"
+    RunFolder(choose_run_folder(tmp_path, "mine", "SiT"), keep=1).create()
+    assert choose_run_folder(tmp_path, None, "SiT").name == f"{number + 1:03d}-SiT"
+
+
+def test_a_run_that_torchrun_may_restart_needs_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="up to 3 times, and only a run with a name continues: give run_name"):
+        choose_run_folder(tmp_path, None, "SiT")
+    assert choose_run_folder(tmp_path, "mine", "SiT").name == "mine"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert choose_run_folder(tmp_path, None, "SiT").name == "000-SiT"
