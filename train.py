@@ -238,6 +238,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     state = find_state(args, run)
     config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
+    run.keep = config.train.keep
 
     space = load_space(config.train.vae, config.data.channels).to(machine.device)
     if state is not None:

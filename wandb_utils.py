@@ -70,14 +70,14 @@ def check_wandb() -> None:
         InputError: wandb is not installed, or there is neither key, nor login, nor offline mode.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise InputError("--wandb: wandb is not installed; run pip install wandb, or leave --wandb out")
+        raise InputError("wandb is not installed; run pip install wandb, or leave out the flag that asks for it")
     if os.environ.get("WANDB_MODE", "").strip().lower() in KEYLESS_MODES:
         return
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or from_environment("WANDB_API_KEY", WANDB_API_KEY) or has_login():
         return
     raise InputError(
-        "--wandb: no key found; set WANDB_API_KEY in the environment, or run wandb login once, or set "
-        "WANDB_MODE=offline (upload later with wandb sync), or leave --wandb out"
+        "wandb: no key found; set WANDB_API_KEY in the environment, or run wandb login once, or set "
+        "WANDB_MODE=offline (upload later with wandb sync), or leave it out"
     )
 
 
@@ -139,8 +139,8 @@ def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str,
     except Exception as error:  # wandb has many exceptions, of its own, of the network and of the settings
         reason = without_key(" ".join(str(error).split()) or type(error).__name__)
         raise InputError(
-            f"--wandb: the run could not start ({reason[:300]}); check the key and the network, or set "
-            "WANDB_MODE=offline, or leave --wandb out"
+            f"wandb: the run could not start ({reason[:300]}); check the key and the network, or set "
+            "WANDB_MODE=offline, or leave it out"
         ) from None  # the chained exception could show the key
 
 

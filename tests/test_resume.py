@@ -55,6 +55,19 @@ def test_defaults_may_be_given_by_hand_on_resume_and_other_values_not(pairs, tmp
         assert code == 2 and f"contradicts {flag} {value}" in said.replace(".0 ", " ")
 
 
+def test_guidance_of_the_previews_is_refused_by_a_run_that_always_saw_its_masks(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 1, "--mask-dropout", 0)
+    code, said = start(pairs, tmp_path, "run", 2, "--cfg-scale", 2)
+    assert code == 2 and "--cfg-scale has no effect on the previews of --mask-dropout 0" in said
+    assert start(pairs, tmp_path, "run", 2, "--cfg-scale", 1)[0] == 0
+
+
+def test_how_many_checkpoints_stay_is_kept_on_resume(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 1, "--keep", 1)
+    start(pairs, tmp_path, "run", 3, "--ckpt-every", 1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003.pt"]
+
+
 def test_what_comes_from_the_checkpoint_is_checked_like_what_was_given(pairs, tmp_path):
     start(pairs, tmp_path, "parts", 1, "--global-batch-size", 6, "--accumulate", 3)
     code, said = start(pairs, tmp_path, "parts", 2)  # batches of 4
