@@ -183,19 +183,19 @@ def add_mask_type_argument(group: argparse._ActionsContainer) -> None:
 
 
 def add_device_argument(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU, if there is one")
 
 
 def add_mask_arguments(group: argparse._ActionsContainer) -> None:
-    """What the mask files hold, wherever masks are read."""
+    """What the mask files hold; for every command that reads masks."""
     add_mask_type_argument(group)
     group.add_argument(
-        "--normalize-masks", action="store_true", help="divide soft maps by their sum where they do not sum to one"
+        "--normalize-masks", action="store_true", help="divide soft maps by their sum if they do not sum to 1"
     )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """How files become tensors in training; sampling takes all but the masks' own flags from the checkpoint."""
+    """How files become tensors in training. Sampling takes all of it from the checkpoint, except the masks' flags."""
     group = parser.add_argument_group("images and masks")
     add_mask_arguments(group)
     group.add_argument(
@@ -236,8 +236,8 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(LOSS_WEIGHTS),
         help="weight of the loss over time (default: none; for data prediction: velocity)",
     )
-    group.add_argument("--train-eps", type=non_negative_float, help="no training time is nearer to a singular end")
-    group.add_argument("--sample-eps", type=non_negative_float, help="no solver time is nearer to a singular end")
+    group.add_argument("--train-eps", type=non_negative_float, help="least distance of training times to a singularity")
+    group.add_argument("--sample-eps", type=non_negative_float, help="least distance of solver times to a singularity")
     group.add_argument(
         "--time-sampling",
         choices=list(TIME_SAMPLINGS),
@@ -245,7 +245,7 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--time-mean", type=finite_float,
-        help="logit-normal: mean of logit(t) (default: 0; -1.2 where pixels are predicted)",
+        help="logit-normal: mean of logit(t) (default: 0; -1.2 for data prediction on pixels)",
     )  # fmt: skip
     group.add_argument("--time-std", type=positive_float, default=1.0, help="logit-normal: its standard deviation")
 
@@ -277,26 +277,26 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
     group = parser.add_argument_group("model")
     group.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
     group.add_argument("--raw-weights", action="store_true", help="sample from the last weights and not from their EMA")
-    group.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
+    group.add_argument("--vae", help="where the autoencoder is now, if it has moved since training")
     group.add_argument("--num-classes", type=positive_int, help="checked against the checkpoint")
     group.add_argument("--image-size", type=positive_int, help="checked against the checkpoint")
     group.add_argument("--model", help="checked against the checkpoint")
     group = parser.add_argument_group("large fields")
     group.add_argument(
-        "--tile", action="store_true", help="the whole of every mask instead of a square, by overlapping windows"
+        "--tile", action="store_true", help="draw every mask as a whole, by overlapping windows, not a square of it"
     )
     group.add_argument(
         "--tile-scale",
         type=positive_float,
         metavar="FACTOR",
-        help="pixels of the image for each of the mask (default: 1; a checkpoint of --crop center needs it said)",
+        help="image pixels per mask pixel (default: 1; required for a checkpoint of --crop center)",
     )
     group.add_argument(
         "--tile-overlap",
         type=overlap,
         metavar="SHARE|PIXELS",
-        help="what neighbouring windows share at least: below 1 a share of the image size, else pixels; 0 shows "
-        "seams (default: 0.25)",
+        help="least overlap of neighbouring windows: below 1 a share of the image size, else pixels; 0 shows seams "
+        "(default: 0.25)",
     )
     group = parser.add_argument_group("guidance and randomness")
     group.add_argument(
@@ -315,14 +315,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = False) -> None:
-    """Where and how precisely the work is done; ``can_compile`` where torch.compile is offered."""
+    """Device and precision; with ``can_compile`` also torch.compile."""
     group = parser.add_argument_group("machine")
     add_device_argument(group)
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="auto: bf16 autocast where the hardware multiplies in it",
+        help="auto: bf16 autocast, if the hardware multiplies in it",
     )
     if can_compile:
         group.add_argument(

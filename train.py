@@ -138,12 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--latent-cache",
         metavar="FOLDER",
         help=f"where encoded images are kept, or {NO_CACHE} to encode anew at each step (default: RESULTS_DIR/latents "
-        "for --crop center, where a run is long enough to gain from it)",
+        "for --crop center, if the run is long enough to gain from it)",
     )
     group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
     group.add_argument(
         "--mask-dropout", type=fraction, default=0.1,
-        help="share of samples that lose their whole mask, which guidance needs; 0 where sampling stays at guidance 1",
+        help="share of examples trained without their mask, which guidance needs; 0 if you only sample at guidance 1",
     )  # fmt: skip
     group.add_argument(
         "--time-scale", type=positive_float,
@@ -154,13 +154,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_int, help="passes over the data")
-    group.add_argument("--max-steps", type=positive_int, help="steps; given, it replaces --epochs")
+    group.add_argument("--max-steps", type=positive_int, help="steps in all; replaces --epochs")
     group.add_argument("--global-batch-size", type=positive_int, help="images per step over all processes")
     group.add_argument(
         "--accumulate",
         type=positive_int,
         metavar="PARTS",
-        help="work through a batch in so many parts: the same update with less memory",
+        help="split a batch into this many parts: the same update with less memory",
     )
     group.add_argument(
         "--recompute-activations",
@@ -172,14 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--cooldown-steps", type=non_negative_int, help="last steps, over which the learning rate falls to 0"
     )
-    group.add_argument("--weight-decay", type=non_negative_float, help="of AdamW")
+    group.add_argument("--weight-decay", type=non_negative_float, help="weight decay of AdamW")
     group.add_argument("--grad-clip", type=non_negative_float, help="bound of the gradient norm; 0 is none")
-    group.add_argument("--ema-decay", type=fraction, help="of the averaged weights; warms up")
-    group.add_argument("--seed", "--global-seed", type=seed_number, help="of every random draw")
+    group.add_argument("--ema-decay", type=fraction, help="decay of the averaged weights; it warms up")
+    group.add_argument("--seed", "--global-seed", type=seed_number, help="seed of every random draw")
 
     group = parser.add_argument_group("logging and checkpoints")
-    group.add_argument("--log-every", type=positive_int, help="steps")
-    group.add_argument("--ckpt-every", type=positive_int, help="steps; the last step is always kept")
+    group.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
+    group.add_argument("--ckpt-every", type=positive_int, help="steps between checkpoints; the last is always saved")
     group.add_argument("--keep", type=positive_int, help="how many checkpoints stay")
     group.add_argument(
         "--export-safetensors",
@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--sample-every", type=positive_int, help="steps between previews")
     group.add_argument("--cfg-scale", type=non_negative_float, help="guidance of the previews")
-    group.add_argument("--wandb", action="store_true", help="log to Weights and Biases, too")
+    group.add_argument("--wandb", action="store_true", help="also log to Weights and Biases")
     group.add_argument(
         "--num-workers",
         type=number(int, 0, MOST_WORKERS),
