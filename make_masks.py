@@ -17,7 +17,6 @@ an interruption by the same command, and every file is the same, byte for byte. 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +30,15 @@ from common.errors import InputError, list_some, run_command
 from dataset.files import find_files, read_mask
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.placing import progress
-from layouts.recombine import LARGEST_CLUSTER, ROTATIONS, Layouts, LayoutSettings, cut_pieces, read_sources
+from layouts.recombine import (
+    LARGEST_CLUSTER,
+    ROTATIONS,
+    Layouts,
+    LayoutSettings,
+    cut_pieces,
+    read_sources,
+    source_digest,
+)
 from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
 
 GENERATOR_VERSION = 1  # goes into settings.json: raise it when the same settings would give other files
@@ -156,9 +163,6 @@ def run_simulate(args: argparse.Namespace) -> None:
 def run_recombine(args: argparse.Namespace) -> None:
     """The sub-command ``recombine``."""
     maps = read_sources(args.instances, args.components)
-    digest = hashlib.sha256()
-    for name, instance_map in sorted(maps.items()):
-        digest.update(f"{name} {instance_map.shape}".encode() + instance_map.astype("<i4").tobytes())
     height, width = args.image_size or Counter(item.shape for item in maps.values()).most_common(1)[0][0]
     given = {field.name: getattr(args, field.name) for field in fields(LayoutSettings) if hasattr(args, field.name)}
     settings = LayoutSettings(
@@ -166,7 +170,7 @@ def run_recombine(args: argparse.Namespace) -> None:
         width=width,
         scale_low=args.scale[0],
         scale_high=args.scale[1],
-        source_sha256=digest.hexdigest(),
+        source_sha256=source_digest(maps),
         **given,
     )
     sources = [cut_pieces(item, settings.clusters) for item in maps.values()]

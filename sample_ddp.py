@@ -173,7 +173,7 @@ def set_settings(
         "mask_names_sha256": hashlib.sha256("\n".join(masks.names).encode()).hexdigest(),
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
-        "filter": judged,
+        "redraw": judged,
         "precision": args.precision,
         "compile": args.compile,
         "per_proc_batch_size": args.per_proc_batch_size,
@@ -221,7 +221,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     todo = jobs_to_do(args, masks, mine, form)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
     again = machine.to_main([image_name(job, form) for job in todo])
-    on_main(machine, lambda: forget_rows(args.sample_dir / "manifest.csv", again))
+    on_main(machine, lambda: forget_rows(args.sample_dir, again))
     make_images(args, sampler, masks, todo, form, machine, redraw)
     machine.barrier()
     if machine.is_main:

@@ -12,15 +12,16 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from common.errors import InputError
+from common.errors import InputError, list_some
 
 logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
+SETTINGS = "settings.json"  # of a folder: what its files were made with
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without a lock service answers
 # Names of half-written files. The second form is that of earlier versions.
 TEMPORARY_NAME = re.compile(r"\.sit-[0-9a-f]{8}\.tmp|\.[0-9a-f]{16}\.tmp")
@@ -123,6 +124,55 @@ def file_sha256(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def check_folder(
+    folder: Path,
+    settings: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> bool:
+    """Refuse a folder that holds other work. Nothing in it is touched, and it need not exist.
+
+    Args:
+        folder: where a command is about to write.
+        settings: what the work is made with, as SETTINGS holds it. None: the folder must be new or empty.
+        free: names of settings that may differ.
+        upgrade: turns the settings of an earlier version into those of this one.
+
+    Returns:
+        Whether the folder holds work of the same settings, which can be continued.
+
+    Raises:
+        InputError: the folder is a file, holds other files, or holds work made with other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    path = folder / SETTINGS
+    if settings is None or not path.is_file():
+        if folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+            what = (
+                "is not empty"
+                if settings is None
+                else f"is not empty and has no {SETTINGS}: it is no set of this command"
+            )
+            raise InputError(f"{folder} {what}; name a new or an empty folder")
+        return False
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read, so the work cannot be continued; name another folder") from error
+    if not isinstance(old, dict):
+        raise InputError(f"{path} was not written by this command; name another folder")
+    old, new = upgrade(old), json.loads(json.dumps(settings))
+    changed = [name for name in new if name not in free and old.get(name) != new[name]]
+    if changed:
+        changes = list_some([f"{name} {old.get(name)} -> {new[name]}"[:100] for name in changed])
+        raise InputError(
+            f"{folder} holds a set made with other settings ({changes}); name another folder, or give the "
+            "same settings to continue"
+        )
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,14 +29,12 @@ from dataset.folders import MaskFolder, MaskItem, PairedFolder
 from dataset.masks import MaskRule
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
-from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet, describe_provenance
 
 logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.2
 BATCH_PIXELS = 2**22  # of images segmented at once
 WINDOWS_PER_IMAGE = 4  # of a held-out image under --crop random
-FIDELITY_COLUMN = "fidelity_dice"
 EMPTY_TOLERANCE = 0.02  # share of an image found as cells that makes the fidelity of an empty mask 0
 BOUNDARY_SHARE = 0.0075  # of the image's diagonal; never below one pixel
 
@@ -315,7 +313,7 @@ def score_fidelity(
         masks_seen_by_judge=split.masks_seen,
         provenance=samples.provenance(),
         judge_images_sha256=[file_sha256(pair.image_path) for pair in pairs.pairs],
-        chosen_by_this_judge=(samples.settings.get("filter") or {}).get("judge_key") == prepared.key,
+        chosen_by_this_judge=samples.chosen_by(prepared.key),
     )
 
 
@@ -412,10 +410,5 @@ def write_fidelity_report(samples: SampleSet, report: FidelityReport) -> Path:
     folder = samples.folder / "evaluation"
     folder.mkdir(exist_ok=True)
     write_json(folder / "fidelity.json", report.to_dict())
-    columns = [name for name in samples.columns if name != FIDELITY_COLUMN] + [FIDELITY_COLUMN]
-    rows = [
-        sample.columns | {FIDELITY_COLUMN: f"{value:.4f}"}
-        for sample, value in zip(samples.samples, report.synthetic.per_image, strict=True)
-    ]
-    write_manifest(samples.folder, columns, rows)
+    samples.write_fidelity(report.synthetic.per_image)
     return folder

@@ -8,11 +8,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.disk import write_csv, write_json
+from common.disk import SETTINGS, check_folder, write_csv, write_json
 from common.errors import InputError, list_some
-from evaluation.fidelity import FIDELITY_COLUMN
 from evaluation.output import number
-from synthetic.manifest import SETTINGS, write_manifest
+from synthetic.manifest import FIDELITY_COLUMN, judge_notes, relative_to_set, write_manifest
 from synthetic.reader import Sample, SampleSet
 
 KEPT, DROPPED = "kept.csv", "dropped.csv"
@@ -139,23 +138,26 @@ def write_filter_report(samples: SampleSet, result: FilterResult, output: Path |
         ([s.columns[name] for name in ("image", "label", FIDELITY_COLUMN)] + [why] for s, why in result.dropped),
     )
     write_json(folder / "filter.json", result.to_dict())
-    return [folder / KEPT, folder / DROPPED] + ([output] if output is not None else [])
+    return [folder / KEPT, folder / DROPPED, *([output] if output is not None else [])]
 
 
-def filter_note(samples: SampleSet, result: FilterResult) -> dict:
+def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
     """What the new set's settings say: the rule, and the images of every judge that has chosen among its images.
 
-    A set may have been chosen from before, by ``sample_ddp.py --min-fidelity`` or by this command. Where the images of
-    one judge are not known the list is empty, and ``evaluate.py utility`` refuses the set.
+    The set may have been chosen from before, by ``sample_ddp.py --min-fidelity`` or by this command. If the images of
+    one judge are not known, the list is empty, and ``evaluate.py utility`` refuses the set.
     """
     fidelity = samples.folder / "evaluation" / "fidelity.json"
-    known = [json.loads(fidelity.read_text(encoding="utf-8")) if fidelity.is_file() else {}]
+    judge = json.loads(fidelity.read_text(encoding="utf-8")) if fidelity.is_file() else {}
+    seen = [note.get("judge_images_sha256") or [] for note in (judge, *judge_notes(samples.settings))]
     before = samples.settings.get("filter")
-    known += [before] if before else []
-    judges = [judge.get("judge_images_sha256") or [] for judge in known]
-    images = sorted(set().union(*judges)) if all(judges) else []
-    note = {"filtered_from": str(samples.folder.resolve()), "rule": result.rule, "judge_images_sha256": images}
-    return note | ({"before": before} if before else {})
+    return {
+        "filtered_from": relative_to_set(samples.folder, output),
+        "rule": result.rule,
+        "judge_key": judge.get("judge_key"),
+        "judge_images_sha256": sorted(set().union(*seen)) if all(seen) else [],
+        **({"before": before} if before else {}),
+    }
 
 
 def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
@@ -164,21 +166,19 @@ def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
     Raises:
         InputError: ``output`` exists and is no empty folder, or lies in the set itself.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output {output} is there already and not empty; name a new folder")
+    check_folder(output)
     if output.resolve().is_relative_to(samples.folder.resolve()):
-        raise InputError(f"--output {output} lies inside the set {samples.folder}; name a folder beside it")
+        raise InputError(f"{output} lies inside the set {samples.folder}; name a folder beside it")
     rows = []
     for sample in result.kept:
         for name, path in (("image", sample.image_path), ("label", sample.label_path)):
             target = output / sample.columns[name]
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        real = {"real_image": str(sample.real_path.resolve())} if sample.real_path is not None else {}
-        rows.append(sample.columns | real)
-    note = filter_note(samples, result)
-    settings = output / SETTINGS
-    settings.write_text(json.dumps(samples.settings | {"filter": note}, indent=2) + "\n", encoding="utf-8")
-    dropped = [[s.columns["image"], s.columns[FIDELITY_COLUMN], why] for s, why in result.dropped]
+        outside = {"real_image": sample.real_path, "source_mask": sample.source_mask}
+        moved = {name: relative_to_set(path, output) for name, path in outside.items() if path is not None}
+        rows.append(sample.columns | moved)
+    write_json(output / SETTINGS, samples.settings | {"filter": filter_note(samples, result, output)})
+    dropped = [[sample.columns["image"], sample.columns[FIDELITY_COLUMN], why] for sample, why in result.dropped]
     write_csv(output / DROPPED, ["image", FIDELITY_COLUMN, "reason"], dropped)
-    write_manifest(output, samples.columns, rows)
+    write_manifest(output, rows)

@@ -7,15 +7,14 @@ judge of a filter. What cannot be told counts as a leak: an experiment is as goo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from common.cells import connected_cells, without_gaps
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -24,7 +23,9 @@ from dataset.views import View, center_view, whole_view
 from download import PUBLISHED_URLS
 from engine.checkpoint import read_checkpoint
 from evaluation.split import SplitPlan
-from synthetic.reader import SampleSet
+from layouts.recombine import read_origin, read_sources, source_digest
+from synthetic.manifest import judge_notes
+from synthetic.reader import Sample, SampleSet
 
 LEAST_CELL_SHARE = 0.05  # labels with less cell (or background) can be equal by chance
 
@@ -84,58 +85,53 @@ def _masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
     if counts["outside"]:
         leaks.append(f"{counts['outside']} images are made from masks of pairs outside of the share")
     if counts["unknown"]:
-        known = set(split.masks.values())
-        folders = {
-            Path(sample.columns.get("source_mask") or ".").parent
-            for sample in samples.samples
-            if sample.columns["source_mask_sha256"] not in known
-        }
-        problems = [problem for folder in sorted(folders) if (problem := _made_masks(split, share, folder))]
-        leaks += problems
-        if not problems:
-            leaks += _unchanged(samples, known)
+        leaks += _unknown_masks(split, share, samples)
     return leaks
 
 
-def _made_masks(split: SplitPlan, share: int, folder: Path) -> str | None:
-    """What is wrong with masks of a folder that are none of the split's: None for simulated or recombined ones."""
-    try:
-        settings = json.loads((folder.parent / "settings.json").read_text(encoding="utf-8"))
-        command, source = settings.get("command"), settings.get("source_sha256")
-    except (OSError, ValueError, AttributeError):
-        return f"the masks of {folder} are neither of the split nor made by make_masks.py, so their origin is unknown"
-    if command == "simulate":
-        return None
-    if command == "recombine" and source in _recombine_digests(split.part(share)):
-        return None
-    return f"the masks of {folder} are recombined from other cells than those of the share"
+def _unknown_masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
+    """What is wrong with masks that are none of the split's: nothing if they are simulated, or recombined of the share.
 
-
-def _unchanged(samples: SampleSet, known: set[str]) -> list[str]:
-    """The files of made masks must still be those of the manifest: their folder speaks for them."""
-    changed = 0
-    for sample in samples.samples:
-        digest, path = sample.columns["source_mask_sha256"], Path(sample.columns.get("source_mask") or ".")
-        if digest not in known and not (path.exists() and file_sha256(path) == digest):
-            changed += 1
+    The set's settings say where its masks come from (``mask_origin``). Sets of earlier versions do not; for them the
+    folder of the masks says it, if its files have not changed since.
+    """
+    if "mask_origin" in samples.settings:
+        problem = _origin_problem(split, share, "its masks", samples.settings["mask_origin"])
+        return [problem] if problem else []
+    known = set(split.masks.values())
+    unknown = [sample for sample in samples.samples if sample.columns["source_mask_sha256"] not in known]
+    paths = {sample.source_mask for sample in unknown}
+    folders = sorted({(path or Path()).parent for path in paths})
+    found = [_origin_problem(split, share, f"the masks of {folder}", read_origin(folder)) for folder in folders]
+    problems = [problem for problem in found if problem]
+    if problems:
+        return problems
+    changed = sum(not _is_unchanged(sample) for sample in unknown)
     return [f"{changed} source masks are gone or changed since, so their origin is unknown"] if changed else []
 
 
+def _origin_problem(split: SplitPlan, share: int, masks: str, origin: dict[str, str] | None) -> str | None:
+    if origin is None:
+        return f"{masks} are neither of the split nor made by make_masks.py, so their origin is unknown"
+    if origin["command"] == "simulate" or origin.get("source_sha256") in _recombine_digests(split.part(share)):
+        return None
+    return f"{masks} are recombined from other cells than those of the share"
+
+
+def _is_unchanged(sample: Sample) -> bool:
+    path = sample.source_mask
+    return path is not None and path.exists() and file_sha256(path) == sample.columns["source_mask_sha256"]
+
+
 def _recombine_digests(folder: Path) -> set[str]:
-    """What make_masks.py recombine writes as source_sha256 for the labels of a share, as ids and as components."""
+    """Digests of the cells of a share, read as ids and as connected parts: what ``make_masks.py`` may have noted."""
     digests = set()
     for kind in ("instances", "masks"):
-        if not (folder / kind).is_dir():
-            continue
-        labels = {name: read_mask(path) for name, path in find_files(folder / kind, "instance labels").items()}
-        if any(label.ndim != 2 or label.dtype.kind not in "ui" for label in labels.values()):
-            continue
         for components in (False, True):
-            digest = hashlib.sha256()
-            for name, label in sorted(labels.items()):
-                cells = connected_cells(label) if components else without_gaps(label)
-                digest.update(f"{name} {cells.shape}".encode() + cells.astype("<i4").tobytes())
-            digests.add(digest.hexdigest())
+            with contextlib.suppress(
+                InputError
+            ):  # no such folder, or no instance labels: nothing is recombined from it
+                digests.add(source_digest(read_sources(folder / kind, components)))
     return digests
 
 
@@ -215,15 +211,12 @@ def trained_on_by_checkpoint(samples: SampleSet, checkpoint: Path) -> list[str] 
 
 
 def _judge(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
-    """A filtered set has been seen by a judge, and the judge has seen real images."""
-    note = samples.settings.get("filter")
-    if note is None:
-        return []
-    if not note.get("judge_images_sha256"):
+    """The judges that chose among the images have seen real images."""
+    notes = judge_notes(samples.settings)
+    if not all(note.get("judge_images_sha256") for note in notes):
         return ["it is filtered by a judge whose images are not known: run evaluate.py fidelity and filter again"]
-    return _seen_by(
-        "the judge of its filter was trained on", _where(split, share, note["judge_images_sha256"], split.images)
-    )
+    seen = {digest for note in notes for digest in note["judge_images_sha256"]}
+    return _seen_by("the judge of its filter was trained on", _where(split, share, seen, split.images))
 
 
 def _seen_by(who: str, counts: dict[str, int]) -> list[str]:

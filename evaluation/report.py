@@ -16,10 +16,10 @@ from PIL import Image
 
 from common.disk import write_atomically, write_json
 from common.errors import InputError
-from evaluation.fidelity import FIDELITY_COLUMN
 from evaluation.filter import read_fidelity
 from evaluation.memorisation import MemorisationReport
 from evaluation.output import new_figure, show_image
+from synthetic.manifest import FIDELITY_COLUMN
 from synthetic.reader import Sample, SampleSet
 
 Table = tuple[Sequence[str], list[Sequence[object]]]  # header and rows

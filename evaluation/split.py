@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common.disk import file_sha256, write_json
+from common.disk import check_folder, file_sha256, write_json
 from common.errors import InputError, list_some
 from dataset.files import Pair, find_files, match_names, pair_files
 from evaluation.data_report import image_facts, near_duplicates
@@ -119,8 +119,7 @@ def make_split(
     Raises:
         InputError: the folder holds something, too few pairs, test images among the training images.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output {output} is there already and not empty; name a new folder")
+    check_folder(output)
     pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
     given = test_image_dir is not None
     test_pairs = {pair.name: pair for pair in pair_files(test_image_dir, test_mask_dir)} if given else {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from dataset.files import find_files, read_mask
 from layouts.placing import EIGHT_NEIGHBOURS, Field, Piece, fill, place_anywhere, progress, tidy
@@ -224,6 +227,32 @@ class Layouts:
 
         fill(field, rng, foreground, draw_piece, place_anywhere)
         return tidy(field.instance_map)
+
+
+def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
+    """Identifies the cells that are recombined: sha256 over names, shapes and ids of all instance maps.
+
+    ``make_masks.py recombine`` writes it into its settings. ``evaluate.py utility`` compares it with the cells of a
+    share.
+    """
+    digest = hashlib.sha256()
+    for name, instance_map in sorted(instance_maps.items()):
+        digest.update(f"{name} {instance_map.shape}".encode() + instance_map.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def read_origin(folder: Path) -> dict[str, str] | None:
+    """How ``make_masks.py`` made a folder of masks: its command, and of recombined masks the source's digest.
+
+    Returns:
+        None if the folder is not one of ``make_masks.py``.
+    """
+    try:
+        settings = json.loads((folder.parent / SETTINGS).read_text(encoding="utf-8"))
+        origin = {name: settings[name] for name in ("command", "source_sha256") if settings.get(name)}
+    except (OSError, ValueError, AttributeError):
+        return None
+    return origin if origin.get("command") in ("simulate", "recombine") else None
 
 
 def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:

@@ -1,23 +1,118 @@
-"""The table and the settings of a synthetic set."""
+"""The table and the settings of a synthetic set: their names, columns and paths."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from common.disk import read_csv, write_csv
+from common.disk import SETTINGS, read_csv, write_csv
 from common.errors import InputError, list_some
 
 MANIFEST = "manifest.csv"
-SETTINGS = "settings.json"
+IMAGES, LABELS, ATTEMPTS = "images", "masks", "attempts"  # folders of a set
+LABEL_SUFFIXES = (".png", ".tif")
+
+SAMPLING, MIN_FIDELITY, FIDELITY = "sample_ddp.py", "sample_ddp.py --min-fidelity", "evaluate.py fidelity"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the manifest: what it says, and which command writes it."""
+
+    name: str
+    meaning: str
+    writer: str = SAMPLING
+
+
+COLUMNS = (
+    Column("image", "synthetic image, a path within the set"),
+    Column("label", "the label that it was made from, a path within the set"),
+    Column("source_mask", "mask file that the label was cut from, relative to the set"),
+    Column("source_mask_sha256", "SHA-256 of that file"),
+    Column("real_image", "real image of the mask, relative to the set; empty without `--data-path`"),
+    Column("seed", "`--seed` of the set"),
+    Column("index", "number of the image in the set; with the seed it decides the noise"),
+    Column("crop_top", "first row of the label in the resized mask"),
+    Column("crop_left", "first column of the label in the resized mask"),
+    Column("crop_scaled_height", "height to which the mask was resized before the cut"),
+    Column("crop_scaled_width", "width to which the mask was resized before the cut"),
+    Column("crop_height", "height of the label"),
+    Column("crop_width", "width of the label"),
+    Column("tile_overlap", "least overlap of the tiles of a large field; empty without `--tile`"),
+    Column("mask_type", "what the label holds: binary, classes, instances or probability"),
+    Column("label_derivation", "how the label was resized"),
+    Column("intensity", "gray values of the image: display (8 bits) or source (those of the training images)"),
+    Column("window_low", "gray value of -1, one number or one per channel"),
+    Column("window_high", "gray value of 1, one number or one per channel"),
+    Column("cfg_scale", "classifier-free guidance; 1 is none"),
+    Column("guidance_interval", "times at which guidance was on"),
+    Column("sampler", "ODE or SDE"),
+    Column("method", "solver"),
+    Column("num_steps", "steps of the solver"),
+    Column("weights", "ema (averaged) or raw"),
+    Column("ckpt_sha256", "SHA-256 of the checkpoint"),
+    Column("attempt", "number of the draw that was kept, from 1", MIN_FIDELITY),
+    Column("attempt_fidelity", "Dice of that draw with its mask, by the judge", MIN_FIDELITY),
+    Column("fidelity_reached", "yes or no: whether that Dice reaches the threshold", MIN_FIDELITY),
+    Column("fidelity_dice", "Dice of the image with its label, by the judge", FIDELITY),
+)
+VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
+# Columns that say how the images were made: a measure without them is not repeatable.
+PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
+ATTEMPT_COLUMNS = tuple(column.name for column in COLUMNS if column.writer == MIN_FIDELITY)
+(FIDELITY_COLUMN,) = (column.name for column in COLUMNS if column.writer == FIDELITY)
+
+
+def column_table() -> str:
+    """COLUMNS as a table in Markdown: ``docs/manifest.md`` holds it."""
+    lines = ["| column | meaning | written by |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{c.name}` | {c.meaning} | `{c.writer}` |" for c in COLUMNS)])
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def relative_to_set(path: Path, folder: Path) -> str:
+    """A path as a set holds it: relative to the set's folder, so that both can be moved together."""
+    return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+
+
+def path_in_set(name: str, folder: Path) -> Path:
+    """A path outside of the set as the manifest names it: relative to the set; in old sets absolute, or as typed."""
+    return folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
+
+
+def label_path(folder: Path, name: str) -> Path:
+    """The label of a pair (without suffix), as PNG or TIFF.
+
+    Raises:
+        InputError: there is none.
+    """
+    for suffix in LABEL_SUFFIXES:
+        path = folder / LABELS / f"{name}{suffix}"
+        if path.is_file():
+            return path
+    raise InputError(f"{folder / LABELS} has no label of {name}; run sample_ddp.py with the same settings again")
+
+
+def _leaves_the_set(name: str) -> bool:
+    kinds: tuple[type[PurePath], ...] = (PurePosixPath, PureWindowsPath)
+    return not name or any(kind(name).is_absolute() or ".." in kind(name).parts for kind in kinds)
+
+
+# -------------------------------------------------------------------------------------------------- files of the table
 
 
 def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a manifest.
 
     Raises:
-        InputError: absent, no CSV, empty, or without the columns image and label.
+        InputError: absent, no CSV, empty, without the columns image and label, or with an image or label outside of
+            the set.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -31,15 +126,37 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
     short = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
     if short:
         raise InputError(f"{path}: line {list_some(short)} has another number of columns than the header")
+    outside = [row[name] for row in rows for name in ("image", "label") if _leaves_the_set(row[name])]
+    if outside:
+        raise InputError(f"{path} names files outside of the set: {list_some(outside)}; they must lie in {folder}")
     return columns, rows
 
 
-def write_manifest(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """Write a manifest, whole or not at all."""
+def write_manifest(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a manifest, whole or not at all. Columns stand in the order of COLUMNS, others behind them."""
+    rows = list(rows)
+    found = dict.fromkeys(name for row in rows for name in row)
+    known = [column.name for column in COLUMNS if column.name in found]
+    columns = list(dict.fromkeys([*known, *found]))
     write_csv(folder / MANIFEST, columns, [[row.get(name, "") for name in columns] for row in rows])
 
 
-def read_settings(folder: Path) -> dict:
+def write_column(folder: Path, name: str, values: Sequence[str]) -> None:
+    """Add a column to a manifest, or give it new values; one value per row.
+
+    Raises:
+        InputError: the manifest cannot be read.
+    """
+    _, rows = read_manifest(folder)
+    write_manifest(folder, [row | {name: value} for row, value in zip(rows, values, strict=True)])
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a set was made with; empty if it does not say so.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     path = folder / SETTINGS
     if not path.is_file():
         return {}
@@ -49,4 +166,24 @@ def read_settings(folder: Path) -> dict:
         raise InputError(f"{path} is no readable JSON ({error}); sample the set again") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no settings; sample the set again")
+    return upgrade_settings(settings)
+
+
+def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as sets hold them now. Earlier versions kept the note of ``--min-fidelity`` under "filter", too."""
+    note = settings.get("filter")
+    if "redraw" in settings or not isinstance(note, dict):
+        return settings
+    if "min_fidelity" in note:
+        return {name: value for name, value in settings.items() if name != "filter"} | {"redraw": note}
+    before = note.get("before")
+    while isinstance(before, dict):  # filtered, perhaps several times, after it was drawn again
+        if "min_fidelity" in before:
+            return settings | {"redraw": before}
+        before = before.get("before")
     return settings
+
+
+def judge_notes(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The notes of all judges that chose among a set's images: of ``--min-fidelity``, and of ``evaluate.py filter``."""
+    return [note for name in ("redraw", "filter") if (note := settings.get(name))]

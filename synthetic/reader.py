@@ -9,11 +9,13 @@ three.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.pictures import repeat_gray
 from dataset.config import DataConfig
@@ -22,11 +24,17 @@ from dataset.gray import fit_channels, image_window, to_display, window_from_col
 from dataset.masks import MaskRule, class_map, prob_map
 from dataset.views import View, center_view, native_view, whole_view
 from engine.tiling import spread_starts
-from synthetic.manifest import MANIFEST, SETTINGS, read_manifest, read_settings
-
-VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
-# Columns that say how the images were made: a measure without them is not repeatable.
-PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
+from synthetic.manifest import (
+    FIDELITY_COLUMN,
+    MANIFEST,
+    PROVENANCE_COLUMNS,
+    VIEW_COLUMNS,
+    judge_notes,
+    path_in_set,
+    read_manifest,
+    read_settings,
+    write_column,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Sample:
         image_path: the synthetic image.
         label_path: the label that it was made from, same pixels.
         real_path: the real image that belongs to the label, or None.
+        source_mask: the mask file that the label was cut from, or None if the manifest does not name it.
         view: the part of the real image that belongs to the label's pixels, or None.
         mask_type: what the label's gray values are (``binary``, ``classes``, ``probability``, ``instances``).
         columns: the whole row as text.
@@ -45,6 +54,7 @@ class Sample:
     image_path: Path
     label_path: Path
     real_path: Path | None
+    source_mask: Path | None
     view: View | None
     mask_type: str
     columns: dict[str, str]
@@ -107,9 +117,17 @@ class SampleSet:
             for name in PROVENANCE_COLUMNS
             if name in self.columns
         }
-        chosen = self.settings.get("filter") or {}
-        found |= {name: [str(chosen[name])] for name in ("min_fidelity", "rule") if name in chosen}
+        for note in judge_notes(self.settings):
+            found |= {name: [str(note[name])] for name in ("min_fidelity", "rule") if name in note}
         return {name: values for name, values in found.items() if values != [""]}
+
+    def chosen_by(self, judge_key: str) -> bool:
+        """Whether this judge chose among the set's images; its own scores of them are then too high."""
+        return any(note.get("judge_key") == judge_key for note in judge_notes(self.settings))
+
+    def write_fidelity(self, values: Sequence[float]) -> None:
+        """Write the fidelity of every image, in the order of ``samples``, into the manifest."""
+        write_column(self.folder, FIDELITY_COLUMN, [f"{value:.4f}" for value in values])
 
     def require_config(self) -> DataConfig:
         """How training read its files.
@@ -216,10 +234,10 @@ class SampleSet:
         return MaskRule(sample.mask_type, self.num_classes, whole, "the whole range of the label's type")
 
     def _sample(self, row: dict[str, str], real_dir: Path | None) -> Sample:
-        real = row.get("real_image") or ""
-        real_path = None
-        if real:
-            real_path = real_dir / Path(real).name if real_dir is not None else _resolve(Path(real), self.folder)
+        real, mask = row.get("real_image"), row.get("source_mask")
+        real_path = path_in_set(real, self.folder) if real else None
+        if real_path is not None and real_dir is not None:
+            real_path = real_dir / real_path.name
         try:
             numbers = [int(row[name]) for name in VIEW_COLUMNS] if row.get(VIEW_COLUMNS[0]) else None
         except (KeyError, ValueError) as error:
@@ -230,6 +248,7 @@ class SampleSet:
             image_path=self.folder / row["image"],
             label_path=self.folder / row["label"],
             real_path=real_path,
+            source_mask=path_in_set(mask, self.folder) if mask else None,
             view=View(**dict(zip(_VIEW_FIELDS, numbers, strict=True))) if numbers else None,
             mask_type=row.get("mask_type") or "binary",
             columns=row,
@@ -294,8 +313,3 @@ def describe_provenance(provenance: dict[str, list[str]]) -> list[str]:
     short = {name: [value[:12] if name == "ckpt_sha256" else value for value in v] for name, v in provenance.items()}
     words = [f"{name} {'/'.join(values)}" for name, values in short.items()]
     return [f"made with {', '.join(words)}"] if words else []
-
-
-def _resolve(path: Path, folder: Path) -> Path:
-    """A path as it was given on the command line; from another working directory, perhaps relative to the set."""
-    return folder / path if not path.is_absolute() and not path.is_file() and (folder / path).is_file() else path

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.disk import LOCK_FILE, file_sha256, lock_folder, read_csv, write_atomically, write_csv, write_json
+from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
 from common.errors import InputError, list_some
 from common.pictures import grid_image, mask_picture, repeat_gray
 from common.randomness import derived_seed
@@ -27,6 +27,8 @@ from dataset.files import FileError, read_image
 from dataset.folders import MaskFolder, MaskItem
 from dataset.gray import ImageFormat, to_display, window_columns
 from engine.sampling import SamplingSettings, TrainedModel
+from synthetic import manifest
+from synthetic.manifest import relative_to_set, upgrade_settings
 
 logger = logging.getLogger(__name__)
 
@@ -86,33 +88,6 @@ def load_mask(masks: MaskFolder, job: Job, seed: int) -> MaskItem:
 FREE_SETTINGS = ("precision", "compile", "per_proc_batch_size")
 
 
-def check_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> None:
-    """The folder is new, empty, or was made with the same settings; nothing in it is touched.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    path = sample_dir / "settings.json"
-    if path.is_file():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: damaged; remove {sample_dir} or give another --sample-dir.") from error
-        if not isinstance(old, dict):
-            raise InputError(f"{path}: not written by this command; give another --sample-dir.")
-        new = json.loads(json.dumps(settings))
-        names = [name for name in new if name not in FREE_SETTINGS and old.get(name) != new[name]]
-        if names:
-            changes = ", ".join(f"{name} {old.get(name)} -> {new[name]}"[:100] for name in names)
-            raise InputError(
-                f"--sample-dir {sample_dir} holds a set made with other settings ({changes}): give another folder."
-            )
-    elif sample_dir.is_dir() and any(entry.name != LOCK_FILE for entry in sample_dir.iterdir()):
-        raise InputError(
-            f"--sample-dir {sample_dir} is not empty and holds no settings.json of this command: give another."
-        )
-
-
 def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> IO[bytes]:
     """Check, make and lock the folder, and write down what it is made with.
 
@@ -122,14 +97,14 @@ def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> IO[bytes]:
     Raises:
         InputError: it holds something else, or another process works in it.
     """
-    check_sample_dir(sample_dir, settings)
+    check_folder(sample_dir, settings, FREE_SETTINGS, upgrade_settings)
     sample_dir.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(sample_dir, "give another --sample-dir", ("images", "masks", "attempts"))
-    check_sample_dir(sample_dir, settings)  # another process may have been first
-    write_json(sample_dir / "settings.json", settings)
+    lock = lock_folder(sample_dir, "give another --sample-dir", (manifest.IMAGES, manifest.LABELS, manifest.ATTEMPTS))
+    check_folder(sample_dir, settings, FREE_SETTINGS, upgrade_settings)  # another process may have been first
+    write_json(sample_dir / SETTINGS, settings)
     (sample_dir / "images").mkdir(exist_ok=True)
     (sample_dir / "masks").mkdir(exist_ok=True)
-    if settings["filter"] is not None:
+    if settings["redraw"] is not None:
         (sample_dir / "attempts").mkdir(exist_ok=True)
     return lock
 
@@ -230,17 +205,18 @@ def write_manifest(
 ) -> None:
     """manifest.csv: how every pair came to be. Columns that evaluate.py added stay."""
     hashes = {name: file_sha256(path) for name, path in masks.paths.items()}
-    path = args.sample_dir / "manifest.csv"
-    added = read_manifest(path)
+    added = earlier_rows(args.sample_dir)
     rows = []
     for job in jobs:
         view = masks.view(job.mask_name, window_rng(args.seed, job))
         row = {
             "image": image_name(job, form),
             "label": f"masks/{written_label(args.sample_dir, job).name}",
-            "source_mask": masks.paths[job.mask_name].absolute(),
+            "source_mask": relative_to_set(masks.paths[job.mask_name], args.sample_dir),
             "source_mask_sha256": hashes[job.mask_name],
-            "real_image": masks.image_paths[job.mask_name].absolute() if masks.image_paths else "",
+            "real_image": relative_to_set(masks.image_paths[job.mask_name], args.sample_dir)
+            if masks.image_paths
+            else "",
             "seed": args.seed,
             "index": job.index,
             "crop_top": view.top,
@@ -264,28 +240,29 @@ def write_manifest(
             **(read_attempt(args.sample_dir, job) if args.min_fidelity else {}),
         }
         rows.append(added.get(row["image"], {}) | row)
-    columns = dict.fromkeys([*row, *(name for one in rows for name in one)])  # ours first
-    write_rows(path, list(columns), rows)
+    manifest.write_manifest(args.sample_dir, rows)
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """A table whose rows may lack columns."""
-    write_csv(path, columns, [[row.get(name, "") for name in columns] for row in rows])
-
-
-def forget_rows(path: Path, images: Sequence[str]) -> None:
+def forget_rows(folder: Path, images: Sequence[str]) -> None:
     """Take images that are drawn again out of the manifest, and with them what evaluate.py found in those before."""
-    rows, again = read_manifest(path), set(images)
+    rows, again = earlier_rows(folder), set(images)
     left = [row for image, row in rows.items() if image not in again]
-    if len(left) < len(rows):
-        write_rows(path, list(next(iter(rows.values()))), left)
+    if not left:
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
+    elif len(left) < len(rows):
+        manifest.write_manifest(folder, left)
 
 
-def read_manifest(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of a manifest by image; none where there is no manifest yet."""
-    if not path.is_file():
+def earlier_rows(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of the manifest by image; none if there is no manifest yet, or a damaged one, which is written anew."""
+    if not (folder / manifest.MANIFEST).is_file():
         return {}
-    return {row["image"]: row for row in read_csv(path)[1] if row.get("image")}
+    try:
+        _, rows = manifest.read_manifest(folder)
+    except InputError as error:
+        logger.warning("%s. It is written anew.", error)
+        return {}
+    return {row["image"]: row for row in rows}
 
 
 def write_contact_sheet(args: argparse.Namespace, masks: MaskFolder, jobs: list[Job], form: ImageFormat) -> None:

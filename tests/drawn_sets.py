@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import DataConfig
-from synthetic.reader import VIEW_COLUMNS
+from synthetic.manifest import VIEW_COLUMNS
 
 
 def disk(size: int, row: float, column: float, radius: float) -> np.ndarray:

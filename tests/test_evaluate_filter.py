@@ -26,7 +26,7 @@ def scored_set(folder: Path, values: list[str] = VALUES) -> Path:
     write_set(folder, [row] * len(values))
     lines = list(csv.DictReader((folder / "manifest.csv").open()))
     rows = [line | {"fidelity_dice": value} for line, value in zip(lines, values, strict=True)]
-    write_manifest(folder, list(rows[0]), rows)
+    write_manifest(folder, rows)
     return folder
 
 

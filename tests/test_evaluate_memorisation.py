@@ -205,7 +205,7 @@ def test_samples_made_from_training_masks_are_counted_apart(tmp_path, training, 
     rows = [
         row.columns | {"source_mask_sha256": digest if n == 0 else "other"} for n, row in enumerate(samples.samples)
     ]
-    write_manifest(samples.folder, list(rows[0]), rows)
+    write_manifest(samples.folder, rows)
     report, _, _ = score_memorisation(SampleSet(samples.folder), training, held_out, masks)
     assert (report.closer_than_any, report.made_from_training_masks, report.closer_of_other_masks) == (2, 1, 1)
 

@@ -134,7 +134,7 @@ def hopeless(made) -> tuple[Path, list[dict[str, str]]]:
 def test_manifest_and_settings_say_which_attempt_stayed_and_who_judged(hopeless, made):
     folder, rows = hopeless
     assert {row["fidelity_reached"] for row in rows} == {"no"} and {row["attempt"] for row in rows} <= {"1", "2", "3"}
-    note = json.loads((folder / "settings.json").read_text())["filter"]
+    note = json.loads((folder / "settings.json").read_text())["redraw"]
     assert (note["min_fidelity"], note["max_attempts"]) == (1, 3)
     assert note["judge_images_sha256"] == sorted(file_sha256(path) for path in (made / "images").iterdir())
     (cached,) = (made / "judges").iterdir()
@@ -173,12 +173,12 @@ def test_a_reachable_threshold_keeps_the_first_attempt_that_reaches_it(hopeless,
         assert int(row["attempt"]) <= int(other["attempt"]) if reached else row["attempt"] == other["attempt"]
 
 
-def test_ranks_and_restarts_do_not_change_a_byte(hopeless, made, tmp_path):
+def test_ranks_and_restarts_do_not_change_a_byte(hopeless, made):
     folder, _ = hopeless
     files = files_of(folder)
     words = judged(made, "--min-fidelity", 1, "--max-attempts", 3)
-    run("sample_ddp.py", *arguments(made, tmp_path / "two", *words), ranks=2)
-    assert files_of(tmp_path / "two") == files
+    run("sample_ddp.py", *arguments(made, made / "two", *words), ranks=2)  # beside the other: equal relative paths
+    assert files_of(made / "two") == files
     for name in ("cell_0", "cell_4"):
         (folder / "images" / f"{name}.png").unlink()
     (folder / "attempts" / "cell_2.json").write_text("{")  # a whole image, but nothing says which attempt it is
@@ -190,7 +190,7 @@ def test_ranks_and_restarts_do_not_change_a_byte(hopeless, made, tmp_path):
 def test_a_set_is_not_finished_with_another_threshold_or_judge(hopeless, made):
     folder, _ = hopeless
     for words in (["--min-fidelity", 0.9, "--max-attempts", 3], ["--min-fidelity", 1, "--max-attempts", 2]):
-        with pytest.raises(ValueError, match="made with other settings .filter"):
+        with pytest.raises(ValueError, match="made with other settings .redraw"):
             make(made, folder, *judged(made, *words))
-    with pytest.raises(ValueError, match="made with other settings .filter"):
+    with pytest.raises(ValueError, match="made with other settings .redraw"):
         make(made, folder)

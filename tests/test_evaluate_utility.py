@@ -87,7 +87,7 @@ def set_of(
         sample.columns | {"source_mask": str(path), "source_mask_sha256": file_sha256(path), "ckpt_sha256": "c"}
         for sample, path in zip(samples.samples, masks, strict=True)
     ]
-    write_manifest(folder, list(rows[0]), rows)
+    write_manifest(folder, rows)
     return SampleSet(folder)
 
 
@@ -201,7 +201,7 @@ def test_test_mask_in_a_large_field_is_found_in_its_window(tmp_path, real):
         Image.fromarray(window).save(made / f"{name}.png")
         samples = set_of(tmp_path / name, [made / f"{name}.png"], trained_on=seen(split, 100))
         view = {"crop_scaled_height": "32", "crop_scaled_width": "64", "crop_top": "0", "crop_left": "13"}
-        write_manifest(samples.folder, samples.columns, [samples.samples[0].columns | view])
+        write_manifest(samples.folder, [samples.samples[0].columns | view])
         assert len(find_leaks(split, 100, SampleSet(samples.folder))) == leaks
 
 
@@ -243,7 +243,7 @@ def test_checkpoint_says_what_the_generator_has_seen(split, tmp_path):
         checkpoint = checkpoint_of(tmp_path / f"{name}.pt", split.part(share) / "images", **train)
         samples = set_of(tmp_path / name, files_of(split, 25, "masks"))
         rows = [sample.columns | {"ckpt_sha256": file_sha256(checkpoint)} for sample in samples.samples]
-        write_manifest(samples.folder, list(rows[0]), rows)
+        write_manifest(samples.folder, rows)
         return find_leaks(split, 25, SampleSet(samples.folder), checkpoint)
 
     assert leaks_with("own", 25) == []

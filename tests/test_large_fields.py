@@ -232,7 +232,7 @@ def test_a_set_of_fields_has_every_masks_own_size_and_labels(checkpoint, masks, 
     for row, (height, width) in zip(rows, [(35, 21), (16, 16), (9, 40)], strict=True):
         with Image.open(tmp_path / "set" / row["image"]) as image, Image.open(tmp_path / "set" / row["label"]) as label:
             assert image.size == label.size == (width, height)
-            with Image.open(row["source_mask"]) as mask:
+            with Image.open(tmp_path / "set" / row["source_mask"]) as mask:
                 assert np.array_equal(np.array(label), np.array(mask))
         assert [int(row[f"crop_{name}"]) for name in ("height", "width", "top", "left")] == [height, width, 0, 0]
         assert row["tile_overlap"] == "0.25"

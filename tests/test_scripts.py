@@ -147,7 +147,7 @@ def test_latent_space_and_native_crops_from_training_to_bulk_set(autoencoder_fol
     assert len({(row["crop_top"], row["crop_left"]) for row in rows}) > 1  # windows, not the middle of each
     for row in rows:
         top, left = int(row["crop_top"]), int(row["crop_left"])
-        label, mask = (np.array(Image.open(path)) for path in (tmp_path / "set" / row["label"], row["source_mask"]))
+        label, mask = (np.array(Image.open(tmp_path / "set" / row[name])) for name in ("label", "source_mask"))
         assert np.array_equal(label, mask[top : top + 16, left : left + 16])
 
 
@@ -193,7 +193,9 @@ def test_bulk_set_has_images_labels_and_a_complete_manifest(whole_set, pairs):
     assert [row["image"] for row in rows[:3]] == [f"images/cell_{n}.png" for n in ("0_0001", "0_0002", "1_0001")]
     assert len(rows) == 12
     assert [int(row["index"]) for row in rows] == list(range(12))
-    assert all(Path(row["real_image"]).is_file() and Path(row["source_mask"]).is_file() for row in rows)
+    for row, name in zip(rows[::2], sorted(path.name for path in pairs[0].iterdir()), strict=True):
+        for column, source in (("real_image", pairs[0]), ("source_mask", pairs[1])):
+            assert not Path(row[column]).is_absolute() and (folder / row[column]).samefile(source / name)
     assert {row["cfg_scale"] for row in rows} == {"2.0"}
 
 
