@@ -1,0 +1,154 @@
+"""The set on disk: its columns, its relative paths, names that may not leave it, and folders that hold other work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_sets import Row, disk, paint, write_set
+
+from common.disk import check_folder
+from common.errors import InputError
+from evaluation.filter import filter_set, write_filter_report
+from evaluation.threshold import score_by_threshold
+from synthetic.manifest import (
+    COLUMNS,
+    FIDELITY_COLUMN,
+    column_table,
+    read_manifest,
+    read_settings,
+    relative_to_set,
+    upgrade_settings,
+    write_column,
+    write_manifest,
+)
+from synthetic.reader import SampleSet
+
+ROOT = Path(__file__).parents[1]
+
+
+def small_set(folder: Path, count: int = 2, relative: bool = True, **settings: object) -> Path:
+    """A scored set; its real images lie in a folder beside it."""
+    cells = disk(24, 10, 11, 5)
+    row = Row(np.where(cells, 255, 0).astype(np.uint8), paint(cells), paint(cells))
+    write_set(folder, [row] * count, **settings)
+    _, rows = read_manifest(folder)
+    for number, line in enumerate(rows):
+        if relative:
+            line["real_image"] = relative_to_set(Path(line["real_image"]), folder)
+        line[FIDELITY_COLUMN] = f"0.{number + 1}000"
+    write_manifest(folder, rows)
+    return folder
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def test_documented_columns_are_those_of_the_code():
+    assert column_table() in (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
+    assert len({column.name for column in COLUMNS}) == len(COLUMNS)
+
+
+def test_columns_stand_in_the_order_of_the_table_and_unknown_ones_behind(tmp_path):
+    rows = [{"mine": "x", "fidelity_dice": "1", "label": "masks/a.png", "image": "images/a.png"}]
+    write_manifest(tmp_path, [*rows, {"image": "images/b.png", "label": "masks/b.png"}])
+    columns, rows = read_manifest(tmp_path)
+    assert columns == ["image", "label", "fidelity_dice", "mine"]
+    assert rows[1] == {"image": "images/b.png", "label": "masks/b.png", "fidelity_dice": "", "mine": ""}
+
+
+def test_a_column_is_added_once_and_gets_new_values(tmp_path):
+    folder = small_set(tmp_path / "set")
+    for values in (["a", "b"], ["c", "d"]):
+        write_column(folder, "mine", values)
+    columns, rows = read_manifest(folder)
+    assert columns.count("mine") == 1 and [row["mine"] for row in rows] == ["c", "d"]
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_evaluated_after_it_was_moved_with_its_real_images(tmp_path):
+    small_set(tmp_path / "here" / "set")
+    before = score_by_threshold(SampleSet(tmp_path / "here" / "set"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = score_by_threshold(SampleSet(tmp_path / "there" / "set"))
+    assert after.compared and after.dice_real == before.dice_real == 1
+
+
+def test_a_relative_path_is_read_from_the_set_and_not_from_where_the_command_runs(monkeypatch, tmp_path):
+    folder = small_set(tmp_path / "set")
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    shutil.copytree(tmp_path / "set_real", tmp_path / "elsewhere" / "set_real")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "deep")
+    assert SampleSet(folder).samples[0].real_path.samefile(tmp_path / "set_real" / "cells_00.png")
+
+
+def test_old_sets_with_absolute_paths_are_read(tmp_path):
+    folder = small_set(tmp_path / "set", relative=False)
+    assert Path(read_manifest(folder)[1][0]["real_image"]).is_absolute()
+    assert SampleSet(folder).samples[0].real_path.is_file()
+
+
+def test_a_filtered_copy_holds_no_absolute_path(tmp_path):
+    samples = SampleSet(small_set(tmp_path / "set", relative=False))
+    write_filter_report(samples, filter_set(samples, keep_share=0.5), tmp_path / "deeper" / "best")
+    for name in ("manifest.csv", "settings.json"):
+        assert str(tmp_path) not in (tmp_path / "deeper" / "best" / name).read_text()
+    best = SampleSet(tmp_path / "deeper" / "best")
+    assert best.samples[0].real_path.samefile(tmp_path / "set_real" / "cells_01.png")
+    assert (best.folder / best.settings["filter"]["filtered_from"]).samefile(samples.folder)
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize(
+    "name", ["../payload.png", "images/../../payload.png", "/tmp/payload.png", "..\\payload.png", ""]
+)
+def test_names_that_leave_the_set_are_refused(tmp_path, column, name):
+    folder = small_set(tmp_path / "set")
+    (tmp_path / "payload.png").write_bytes((folder / "images" / "cells_00.png").read_bytes())
+    _, rows = read_manifest(folder)
+    write_manifest(folder, [rows[0], rows[1] | {column: name}])
+    with pytest.raises(InputError, match="outside of the set"):
+        SampleSet(folder)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_each_note_of_a_judge_has_one_key_in_old_sets_too(tmp_path):
+    redraw = {"min_fidelity": 0.8, "judge_key": "k", "judge_images_sha256": ["a"]}
+    folder = small_set(tmp_path / "set", filter=redraw)
+    assert read_settings(folder)["redraw"] == redraw and "filter" not in read_settings(folder)
+    assert SampleSet(folder).chosen_by("k") and not SampleSet(folder).chosen_by("other")
+    filtered = {"rule": "x", "before": {"rule": "y", "before": redraw}}
+    assert upgrade_settings({"filter": filtered}) == {"filter": filtered, "redraw": redraw}
+    assert upgrade_settings({"filter": {"rule": "x"}}) == {"filter": {"rule": "x"}}
+
+
+def test_a_folder_of_other_work_is_refused_and_one_of_the_same_is_continued(tmp_path):
+    settings = {"seed": 0, "size": [1, 2], "speed": "slow"}
+    assert not check_folder(tmp_path / "new", settings) and not (tmp_path / "new").exists()
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert check_folder(tmp_path, settings | {"size": (1, 2), "speed": "fast"}, free=["speed"])
+    with pytest.raises(InputError, match=r"other settings \(seed 0 -> 7, speed slow -> fast\)"):
+        check_folder(tmp_path, settings | {"seed": 7, "speed": "fast"})
+    with pytest.raises(InputError, match="is not empty"):
+        check_folder(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        check_folder(tmp_path / "settings.json", settings)
+    for damaged in ("{", "[]"):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"settings\.json (cannot be read|was not written)"):
+            check_folder(tmp_path, settings)
+    (tmp_path / "settings.json").rename(tmp_path / "notes.txt")
+    with pytest.raises(InputError, match="no set of this command"):
+        check_folder(tmp_path, settings)
+
+
+def test_an_empty_folder_and_a_locked_one_are_free(tmp_path):
+    (tmp_path / ".lock").touch()
+    assert not check_folder(tmp_path) and not check_folder(tmp_path, {"seed": 0})
