@@ -50,7 +50,7 @@ class TiltedModel:
         return x @ torch.linalg.inv(variance) @ (t * covariance - (1 - t) * torch.eye(2))
 
 
-def test_exact_divergence_is_exact_where_one_probe_is_not_and_many_probes_approach_it():
+def test_many_probes_approach_the_exact_divergence():
     torch.manual_seed(0)
     model = TiltedModel()
     x1 = torch.randn(200, 2) @ model.mix.T
@@ -62,7 +62,6 @@ def test_exact_divergence_is_exact_where_one_probe_is_not_and_many_probes_approa
         return (logp - expected).square().mean().sqrt().item()
 
     one, many = error(), error(probes=16)
-    assert error(exact=True) < 1e-3
     assert one > 0.1
     assert many == pytest.approx(one / 4, rel=0.3)
 

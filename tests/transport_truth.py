@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from transport import PATHS
+from transport import ODE_METHODS, PATHS, OdeSolver, SdeSolver
 from transport.path import Path, expand_time
 
 MEAN, STD = 0.8, 0.3
@@ -117,3 +117,24 @@ def sde_moments(solver, model: GaussianModel, dtype: torch.dtype = torch.float32
 
     end = solver(x, model, noise_fn=noise_fn)[-1].flatten().double()
     return end[0].item(), (end[1:] - end[0]).square().sum().sqrt().item()
+
+
+# Network calls of one fixed step, and further ones in the first step.
+CALLS = {"euler": (1, 0), "midpoint": (2, 0), "heun": (2, 0), "ab2": (1, 1)}
+
+
+def stated_calls(solver: OdeSolver | SdeSolver) -> int | None:
+    """Network calls that a run has to take; None if the method chooses its steps.
+
+    If t = 1 is singular, the first step of a reverse run has one call, or none for euler. The last step of an SDE has
+    one call, if there is one.
+    """
+    if isinstance(solver, SdeSolver):
+        return (len(solver.times) - 1) * {"Euler": 1, "Heun": 2}[solver.method] + (solver.last_step != "None")
+    if solver.method not in CALLS:
+        return None
+    per_step, first = CALLS[solver.method]
+    if solver.reverse and solver.t_max < 1:
+        order = ODE_METHODS[solver.method].order
+        return order - 1 + per_step * (solver.num_steps - 1) + first * (solver.num_steps > 1)
+    return per_step * solver.num_steps + first

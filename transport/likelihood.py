@@ -44,10 +44,10 @@ class LikelihoodSolver:
     """
 
     def __init__(
-        self, transport: Transport, method: str, num_steps: int, atol: float, rtol: float, probes: int, exact: bool
+        self, transport: Transport, method: str, num_steps: int, atol: float, rtol: float, probes: int
     ) -> None:
         self.transport, self.method, self.num_steps = transport, method, num_steps
-        self.atol, self.rtol, self.probes, self.exact = atol, rtol, probes, exact
+        self.atol, self.rtol, self.probes = atol, rtol, probes
         self.t_min, self.t_max = transport.sample_interval()
         self.nfe = 0
 
@@ -92,9 +92,6 @@ class LikelihoodSolver:
 
     def _probes(self, x: Tensor, noise_fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Directions (B, ...) along which the divergence is the SUM of the directional derivatives."""
-        if self.exact:
-            basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
-            return [row.reshape(1, *x.shape[1:]).expand_as(x) for row in basis]
         ones = torch.ones_like(x) / math.sqrt(self.probes)
         return [torch.where(noise_fn(x) < 0, -ones, ones) for _ in range(self.probes)]
 

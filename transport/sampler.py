@@ -62,19 +62,6 @@ class OdeSolver:
         self.t_min, self.t_max = transport.sample_interval()
         self.nfe = 0
 
-    @property
-    def planned_calls(self) -> int | None:
-        """Network calls of a run with ``num_steps``; None where the method adapts them.
-
-        Where t = 1 is singular, the first step of a reverse run has one call, or none for euler.
-        """
-        row, steps = ODE_METHODS[self.method], self.num_steps
-        if row.adaptive:
-            return None
-        if not (self.reverse and self.t_max < 1):
-            return row.calls * steps + row.starter_calls
-        return row.order - 1 + row.calls * (steps - 1) + row.starter_calls * (steps > 1)
-
     def __call__(self, x0: Tensor, model: Model, **model_kwargs: object) -> Tensor:
         """Integrate from noise at t = 0 to data at t = 1 (``reverse``: from data to noise).
 
@@ -145,26 +132,42 @@ def reach_data(
     t_middle: float,
     before: tuple[Tensor, float, Tensor] | None,
 ) -> Tensor:
-    """Last ODE step, from t to t = 1, in straight coordinates (see the top of this file).
+    """Last ODE step, from t to t = 1, in straight coordinates (derived in docs/transport.md).
 
-    Order 1 is E[x1 given x_t]. Order 2 is the midpoint rule, or, for ab2, the quadratic in 1 - tau with zero slope at
-    the data through E[x1] here and at the state ``before``. All of them combine E[x1] alone: no noise is left.
+    Let D be E[x1 given x_t], and r = 1 - tau the way that is left. A second estimate D' at r' gives the end
+
+        D + r^2 / (2 r' (r - r')) (D' - D)      midpoint rule: D' at the middle of the step
+        D + r^2 / (r^2 - r'^2) (D' - D)         ab2: D' at the state ``before``, so that no call is added
+
+    and euler ends at D. Every end is a combination of estimates of the data, so no noise is left.
+
+    Args:
+        field: the model.
+        row: the method.
+        x: (B, ...) state at t.
+        t: time of the last call at hand.
+        v: (B, ...) velocity at (x, t).
+        t_middle: time of the midpoint rule's second call.
+        before: state, time and velocity one step earlier; None at the first step.
+
+    Returns:
+        (B, ...) state at t = 1.
     """
     path = field.transport.path
     data, noise = path.ends(v, "velocity", x, field.times(x, t))
     if row.order == 1:
         return data
-    gap = field.straight_gap(x, t)
+    left = field.one_minus_tau(x, t)
     if before is not None and row.starter_calls:
         x_other, t_other, v_other = before
-        gap_other = field.straight_gap(x, t_other)
-        weight = gap**2 / (gap**2 - gap_other**2)
+        left_other = field.one_minus_tau(x, t_other)
+        weight = left**2 / (left**2 - left_other**2)
     else:
         c = path.coefficients(field.times(x, t_middle)[0])
         x_other, t_other = c.alpha * data + c.sigma * noise, t_middle
         v_other = field.velocity(x_other, t_other)
-        gap_other = field.straight_gap(x, t_other)
-        weight = gap**2 / (2 * gap_other * (gap - gap_other))
+        left_other = field.one_minus_tau(x, t_other)
+        weight = left**2 / (2 * left_other * (left - left_other))
     data_other = path.convert(v_other, "velocity", "data", x_other, field.times(x, t_other))
     return data + weight * (data_other - data)
 
@@ -179,7 +182,7 @@ def leave_data(field: ModelField, order: int, x: Tensor, t: float) -> Tensor:
     if order == 1:
         return c.alpha * x
     data, noise = field.predict_ends(c.alpha * x, t)
-    return (c.alpha + c.sigma) * (x - field.straight_gap(x, t) / 2 * (x + data - noise))
+    return (c.alpha + c.sigma) * (x - field.one_minus_tau(x, t) / 2 * (x + data - noise))
 
 
 class SdeSolver:
@@ -187,7 +190,6 @@ class SdeSolver:
 
     Attributes:
         nfe: network calls of the last run (each for the whole batch).
-        planned_calls: the same, stated beforehand.
     """
 
     def __init__(
@@ -213,7 +215,6 @@ class SdeSolver:
                 raise ValueError(f"last_step_size {size:g} leaves nothing of the time for {regular} other steps")
         # The last step is one of num_steps; the rest share what is left in equal parts.
         self.times = [t_min + (t_max - t_min) * i / regular for i in range(regular + 1)] if regular else [t_min]
-        self.planned_calls = regular * {"Euler": 1, "Heun": 2}[method] + (last_step != "None")
         self.nfe = 0
 
     def diffusion(self, t: float) -> float:
@@ -332,7 +333,6 @@ class Sampler:
         atol: float = 1e-6,
         rtol: float = 1e-3,
         probes: int = 1,
-        exact: bool = False,
     ) -> LikelihoodSolver:
         """A solver for the log-density of data.
 
@@ -342,13 +342,12 @@ class Sampler:
             atol: absolute tolerance of the adaptive methods.
             rtol: relative tolerance of the adaptive methods.
             probes: Rademacher probes per image for the divergence, drawn once per run and averaged.
-            exact: the exact divergence instead, by one backward pass per number of an image: for small problems.
         """
         method = choose(sampling_method, ODE_METHODS, "ODE method")
         check_steps(num_steps, atol, rtol)
         if probes < 1:
             raise ValueError(f"probes is {probes}; it must be at least 1")
-        return LikelihoodSolver(self.transport, method, num_steps, atol, rtol, probes, exact)
+        return LikelihoodSolver(self.transport, method, num_steps, atol, rtol, probes)
 
 
 def check_steps(num_steps: int, atol: float = 1.0, rtol: float = 1.0) -> None:

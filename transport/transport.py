@@ -248,7 +248,7 @@ class ModelField:
         )
         return velocity, score
 
-    def straight_gap(self, x: Tensor, t: float) -> Tensor:
-        """1 - tau = sigma / (alpha + sigma): distance to the data in the time of the straight path."""
+    def one_minus_tau(self, x: Tensor, t: float) -> Tensor:
+        """sigma / (alpha + sigma) = 1 - tau: what is left until the data, in the time tau of the straight path."""
         c = self.transport.path.coefficients(self.times(x, t)[0])
         return c.sigma / (c.alpha + c.sigma)
