@@ -23,7 +23,7 @@ from common.disk import write_json
 from common.errors import InputError, list_some
 from dataset.config import DataConfig
 from dataset.files import FileError, Pair, find_images_and_masks, match_names, read_image, read_mask
-from dataset.gray import default_window_channels, image_window, window_image
+from dataset.gray import default_window_channels, image_window, to_display
 from dataset.masks import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
 from dataset.views import native_view
 from evaluation.output import new_figure, save_figure, show_image
@@ -474,7 +474,5 @@ def _drawable(pairs: Sequence[Pair], rule: MaskRule) -> Iterator[tuple[str, np.n
     for pair in pairs:
         image = read_image(pair.image_path)
         config = DataConfig(image_size=1, window_channels=default_window_channels(image.shape[2]))
-        gray = window_image(image, image_window(image, config))
-        picture = np.rint((gray + 1) * 127.5).astype(np.uint8)
         cells = prob_map(read_mask(pair.mask_path), rule).argmax(axis=0) > 0
-        yield pair.name, picture, cells
+        yield pair.name, to_display(image, image_window(image, config)), cells

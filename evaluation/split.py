@@ -7,7 +7,6 @@ SPLIT/split.json                  names and hashes: what ``evaluate.py utility``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from common.disk import check_folder, file_sha256, write_json
 from common.errors import InputError, list_some
+from common.randomness import shuffled_by_hash
 from dataset.files import Pair, find_files, match_names, pair_files
 from evaluation.data_report import image_facts, near_duplicates
 
@@ -61,7 +61,8 @@ def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequ
     Returns:
         (test names, percent -> training names).
     """
-    order = sorted(groups, key=lambda names: hashlib.sha256(f"{seed} {min(names)}".encode()).hexdigest())
+    by_name = {min(names): names for names in groups}
+    order = [by_name[name] for name in shuffled_by_hash(by_name, seed)]
     total = sum(len(names) for names in order)
     test: list[str] = []
     while order and len(test) < test_share * total - 1e-9:

@@ -15,20 +15,9 @@ from PIL import Image
 import evaluate
 from common.errors import InputError
 from dataset.config import DataConfig
-from evaluation import memorisation
-from evaluation.memorisation import (
-    SYMMETRIES,
-    Match,
-    NearestTraining,
-    half_windows,
-    score_memorisation,
-    small_gray,
-    turn_basis,
-    turn_free,
-    turned,
-    units,
-    write_memorisation_report,
-)
+from dataset.views import SYMMETRIES, turn
+from evaluation.memorisation import score_memorisation, write_memorisation_report
+from evaluation.nearest import Match, NearestTraining, small_gray
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
@@ -78,7 +67,7 @@ def held_out(tmp_path) -> Path:
 
 
 def test_copy_has_distance_zero_whatever_its_brightness_and_contrast():
-    pictures = [small_gray(blobs(seed) / 255, 1.5) for seed in range(3)]
+    pictures = [small_gray(blobs(seed), 1.5) for seed in range(3)]
     nearest = NearestTraining(pictures, 32)
     copy, negative = nearest.find([pictures[1] * 0.4 + 0.2, -pictures[1]])
     assert copy == Match(pytest.approx(0, abs=1e-6), 1, 0) and negative.distance > 0.5
@@ -94,18 +83,18 @@ def test_distance_follows_from_the_correlation():
 
 @pytest.mark.parametrize("symmetry", range(SYMMETRIES))
 def test_turned_copy_is_found_with_its_turn_whole_and_sliding(symmetry):
-    large = [small_gray(blobs(seed, 60, 71) / 255, 1) for seed in range(3)]
+    large = [small_gray(blobs(seed, 60, 71), 1) for seed in range(3)]
     whole = NearestTraining([one[:32, :32] for one in large], 32)
-    (match,) = whole.find([turned(large[2][:32, :32], symmetry)])
+    (match,) = whole.find([turn(large[2][:32, :32], (0, 1), symmetry)])
     assert (match.index, match.symmetry) == (2, symmetry) and match.distance < 1e-6
-    (match,) = NearestTraining(large, 32).find([turned(large[1][13:45, 29:61], symmetry)])
+    (match,) = NearestTraining(large, 32).find([turn(large[1][13:45, 29:61], (0, 1), symmetry)])
     assert (match.index, match.symmetry, match.top, match.left) == (1, symmetry, 13, 29)
     assert match.distance < 1e-6
 
 
 def test_flat_pictures_match_nothing_and_are_matched_by_nothing():
     flat = np.full((32, 32), 0.5)
-    picture = small_gray(blobs(0) / 255, 1.5)
+    picture = small_gray(blobs(0), 1.5)
     nearest = NearestTraining([flat, picture], 32)
     nothing, match = nearest.find([flat, picture])
     assert nothing is None and match.index == 1
@@ -114,7 +103,7 @@ def test_flat_pictures_match_nothing_and_are_matched_by_nothing():
 
 def test_a_picture_that_is_skipped_does_not_match_itself():
     for height, width in ((32, 32), (50, 43)):
-        pictures = [small_gray(blobs(seed, height, width) / 255, 1) for seed in range(40)]
+        pictures = [small_gray(blobs(seed, height, width), 1) for seed in range(40)]
         nearest = NearestTraining(pictures, 32)
         windows = [picture[:32, :32] for picture in pictures]
         own, others = nearest.find(windows), nearest.find(windows, range(40))
@@ -122,33 +111,25 @@ def test_a_picture_that_is_skipped_does_not_match_itself():
         assert all(match.index != number and match.distance > 0.1 for number, match in enumerate(others))
 
 
-def test_bound_is_never_below_the_correlation_in_any_turn_and_is_one_for_a_copy():
-    rng = np.random.default_rng(0)
-    first, second = units(rng.normal(size=(30, 49))), units(rng.normal(size=(20, 49)))
-    second[:8] = [turned(first[3].reshape(7, 7), s).ravel() for s in range(SYMMETRIES)]
-    basis = turn_basis(7)
-    assert basis.shape == (49, 10) and np.allclose(basis.T @ basis, np.eye(10), atol=1e-6)
-    bound = turn_free(3 * first + 5, np.full(30, 5), np.full(30, 1 / 3), basis)
-    bound = bound @ turn_free(second, np.zeros(20), np.ones(20), basis).T
-    turns = [np.stack([turned(one.reshape(7, 7), s).ravel() for one in second]) for s in range(SYMMETRIES)]
-    correlation = np.max([first @ one.T for one in turns], axis=0)
-    assert (bound >= correlation - 1e-6).all() and np.allclose(bound[3, :8], 1, atol=1e-6)
-    assert (bound - correlation).mean() < 0.8  # a bound that says something
+def all_distances(query: np.ndarray, picture: np.ndarray) -> dict[tuple[int, int, int], float]:
+    """Distance of a query to every window in every turn, one by one: (symmetry, top, left) -> distance."""
+    side, found = len(query), {}
+    for top, left in np.ndindex(*(length - side + 1 for length in picture.shape)):
+        for symmetry in range(SYMMETRIES):
+            window = turn(picture[top : top + side, left : left + side], (0, 1), symmetry)
+            correlation = np.corrcoef(window.ravel(), query.ravel())[0, 1]
+            found[symmetry, top, left] = np.sqrt(max(0, 2 * (1 - correlation)))
+    return found
 
 
-def test_windows_at_half_the_resolution_are_all_there_whatever_the_chunks(monkeypatch):
-    picture = small_gray(blobs(0, 20, 31) / 255, 1)
-    (*_, last) = whole = list(half_windows(picture, 8))
-    monkeypatch.setattr(memorisation, "WINDOWS", 20)
-    parts = list(half_windows(picture, 8))
-    assert len(whole) == 4 < len(parts)
-    for field in range(5):
-        assert np.array_equal(*(np.concatenate([one[field] for one in some]) for some in (whole, parts)))
-    places = [(row, column) for one in whole for row, column in zip(one.tops, one.lefts, strict=True)]
-    assert sorted(places) == [(row, column) for row in range(5) for column in range(16)]
-    row, column = last.tops[7], last.lefts[7]
-    window = picture[row : row + 16, column : column + 16].reshape(8, 2, 8, 2).mean(axis=(1, 3)).reshape(1, -1)
-    assert np.allclose((last.rows[7] - last.mean[7]) * last.scale[7], units(window)[0], atol=1e-5)
+@pytest.mark.parametrize("shape", [(20, 20), (24, 29)], ids=["whole", "shifted"])
+def test_match_is_the_best_of_all_windows_in_all_turns(shape):
+    pictures = [small_gray(blobs(seed, *shape), 1) for seed in range(4)]
+    queries = [small_gray(blobs(50 + seed, 20, 20), 1) for seed in range(3)]
+    for query, match in zip(queries, NearestTraining(pictures, 20).find(queries), strict=True):
+        distances = [all_distances(query, picture) for picture in pictures]
+        assert match.distance == pytest.approx(distances[match.index][match.symmetry, match.top, match.left])
+        assert match.distance == pytest.approx(min(min(one.values()) for one in distances))
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -182,7 +163,7 @@ def test_without_held_out_images_each_training_image_stands_beside_the_others(tm
     report, _, _ = score_memorisation(blob_set(tmp_path / "set", [blobs(300)]), training)
     assert len(report.reference) == 12 and min(report.reference) > 0.2 and "nearest other one" in report.reference_is
     one = save(tmp_path / "one", {"a": blobs(1)})
-    with pytest.raises(InputError, match="--held-out"):
+    with pytest.raises(InputError, match="give held-out real images"):
         score_memorisation(blob_set(tmp_path / "set2", [blobs(300)]), one)
 
 

@@ -1,0 +1,147 @@
+"""Nearest training image of a picture, in any turn or flip and at any offset: normalised cross-correlation.
+
+The distance is sqrt(2 (1 - r)), r the correlation of the two pictures: 0 for a copy, whatever its brightness and
+contrast, about 1.4 for unrelated pictures, 2 for a negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from common.pictures import from_uint8
+from dataset.views import SYMMETRIES, turn
+
+CANDIDATES = 24  # training pictures of each query that are compared at full resolution
+PRODUCTS = 2**22  # correlations computed at once: what fits into the memory
+FLAT = 1e-3  # standard deviation of gray in [-1, 1] below which a picture shows nothing that could be repeated
+
+
+@dataclass(frozen=True)
+class Match:
+    """Nearest training image of one picture.
+
+    Attributes:
+        distance: sqrt(2 (1 - r)), in [0, 2].
+        index: of the training image.
+        symmetry: ``turn`` that brings the training picture onto the other.
+        top: row of the training picture, in small pixels, where the matching window begins.
+        left: likewise for columns.
+    """
+
+    distance: float
+    index: int
+    symmetry: int
+    top: int = 0
+    left: int = 0
+
+
+def small_gray(image: np.ndarray, factor: float) -> np.ndarray:
+    """Gray picture reduced by area.
+
+    Args:
+        image: (H, W, C) uint8.
+        factor: pixels of the image per pixel of the result, at least 1.
+
+    Returns:
+        (round(H / factor), round(W / factor)) float64 in [-1, 1].
+    """
+    gray = from_uint8(image).double().mean(dim=0, keepdim=True)
+    return F.adaptive_avg_pool2d(gray, [max(1, round(length / factor)) for length in gray.shape[1:]])[0].numpy()
+
+
+class NearestTraining:
+    """Finds the nearest of the training pictures.
+
+    1. Search: every query in its eight turns against every window of every training picture. If windows can be
+       shifted, this is done at half the resolution, and the :data:`CANDIDATES` best training pictures stay.
+    2. All windows of these within two pixels of their best place, in their best turn, at full resolution.
+
+    Args:
+        pictures: training pictures, (h, w) float64 each, at least (side, side).
+        side: of the queries, which are (side, side).
+    """
+
+    def __init__(self, pictures: Sequence[np.ndarray], side: int) -> None:
+        self.pictures, self.side = pictures, side
+        shifted = any(picture.shape != (side, side) for picture in pictures)
+        self._step, self._candidates = (2, CANDIDATES) if shifted else (1, 1)
+
+    def find(
+        self, queries: Sequence[np.ndarray], skip: Sequence[int] | None = None, progress: bool = False
+    ) -> list[Match | None]:
+        """Nearest training picture of every query, None for a flat one.
+
+        Args:
+            queries: (side, side) float64 each.
+            skip: for every query the index of a training picture that does not count (the picture itself).
+            progress: show a progress bar.
+        """
+        found: list[Match | None] = [None] * len(queries)
+        shown = [index for index, query in enumerate(queries) if query.std() >= FLAT]
+        best, place = self._search([queries[index] for index in shown], progress)
+        for index, values, places in zip(shown, best, place, strict=True):
+            if skip is not None:
+                values[skip[index]] = -np.inf
+            order = np.argsort(-values, kind="stable")[: self._candidates].tolist()
+            matches = [self._exact(queries[index], k, *places[k].tolist()) for k in order if values[k] > -np.inf]
+            found[index] = min(matches, key=lambda match: match.distance, default=None)
+        return found
+
+    def _search(self, queries: list[np.ndarray], progress: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(q, n) best correlation in each training picture; (q, n, 3) its symmetry, top and left."""
+        best = np.full((len(queries), len(self.pictures)), -np.inf, np.float32)
+        place = np.zeros((*best.shape, 3), int)
+        if not queries:
+            return best, place
+        turned = [turn(query, (0, 1), inverse(symmetry)) for query in queries for symmetry in range(SYMMETRIES)]
+        kernels = units(self._reduced(turned)).flatten(1).float()  # (q * 8, d)
+        side = self.side // self._step
+        for index in tqdm(range(len(self.pictures)), "comparing", unit="image", disable=None if progress else True):
+            windows = self._reduced([self.pictures[index]])[0].unfold(0, side, 1).unfold(1, side, 1)
+            rows, columns = windows.shape[:2]
+            windows = units(windows).reshape(rows * columns, -1).float()
+            step = SYMMETRIES * max(1, PRODUCTS // (SYMMETRIES * len(windows)))
+            for first in range(0, len(kernels), step):
+                values = kernels[first : first + step] @ windows.T  # (q * 8, rows * columns)
+                highest, where = values.view(len(values) // SYMMETRIES, -1).max(dim=1)
+                some = slice(first // SYMMETRIES, (first + step) // SYMMETRIES)
+                symmetry, top, left = np.unravel_index(where.numpy(), (SYMMETRIES, rows, columns))
+                best[some, index] = highest.numpy()
+                place[some, index] = np.stack([symmetry, self._step * top, self._step * left], axis=1)
+        return best, place
+
+    def _reduced(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """(n, h, w) float64 at the resolution of the search."""
+        return F.avg_pool2d(torch.from_numpy(np.stack(pictures))[:, None], self._step)[:, 0]
+
+    def _exact(self, query: np.ndarray, index: int, symmetry: int, top: int, left: int) -> Match:
+        """The best window at most two pixels from a place, in float64."""
+        first = [max(0, start - 2) for start in (top, left)]
+        part = self.pictures[index][first[0] : top + self.side + 2, first[1] : left + self.side + 2]
+        windows = torch.from_numpy(part).unfold(0, self.side, 1).unfold(1, self.side, 1)
+        kernel = torch.from_numpy(turn(query, (0, 1), inverse(symmetry)).copy())
+        values = (units(windows) * units(kernel)).sum(dim=(2, 3))  # (rows, columns)
+        row, column = divmod(int(values.argmax()), values.shape[1])
+        distance = math.sqrt(max(0.0, 2 * (1 - float(values[row, column]))))
+        return Match(distance, index, symmetry, first[0] + row, first[1] + column)
+
+
+def units(pictures: Tensor) -> Tensor:
+    """Pictures (..., h, w) of mean 0 and length 1, so that a sum of products is a correlation; 0 for a flat one."""
+    pictures = pictures - pictures.mean(dim=(-2, -1), keepdim=True)
+    length = pictures.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    clear = length > FLAT * math.sqrt(pictures.shape[-2] * pictures.shape[-1])
+    return torch.where(clear, pictures / length, 0)
+
+
+def inverse(symmetry: int) -> int:
+    """The symmetry that undoes another: a flip undoes itself, n quarter turns are undone by 4 - n."""
+    return symmetry if symmetry >= 4 else -symmetry % 4
