@@ -59,7 +59,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class _Given:
+class _Given(argparse.Action):
     """Notes the name of every flag that stands on the command line in ``args.given``."""
 
     def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, *rest: Any) -> None:
@@ -81,8 +81,9 @@ class CommandParser(argparse.ArgumentParser):
     The parsed arguments have one more: ``given``, the names of the flags that stood on the command line.
     """
 
-    def __init__(self, **arguments: object) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **arguments})
+    def __init__(self, **arguments: Any) -> None:
+        own: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(**(own | arguments))
         self.set_defaults(given=frozenset())
         for name, action in ((None, _Store), ("store", _Store), ("store_true", _StoreTrue)):
             self.register("action", name, action)

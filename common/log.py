@@ -14,8 +14,9 @@ class LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            with contextlib.suppress(OSError):
-                self.stream.close()  # it tries once more to write what it holds
+            if self.stream is not None:
+                with contextlib.suppress(OSError):
+                    self.stream.close()  # it tries once more to write what it holds
             self.stream = None
             raise OSError(error.errno, error.strerror, self.baseFilename) from error
         super().handleError(record)
