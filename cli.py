@@ -364,6 +364,7 @@ def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | No
             mask_dropout=args.mask_dropout,
             mask_detail=not args.no_mask_detail,
             time_scale=args.time_scale or (1000.0 if in_pixels else 1.0),
+            patch_overlap=not args.no_patch_overlap,
         ),
         transport=transport,
         data=DataConfig(

@@ -2,6 +2,7 @@
 
     python evaluate.py data --data-path IMAGES --mask-path MASKS                    a look before training
     python evaluate.py threshold SAMPLE_DIR                                         bright against dark, no training
+    python evaluate.py grid SAMPLE_DIR                                              do the network's patches show
     python evaluate.py fidelity SAMPLE_DIR --data-path IMAGES --mask-path MASKS     a segmenter against the masks
     python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST             the images that follow them best
     python evaluate.py realism SAMPLE_DIR --data-path IMAGES --mask-path MASKS      (or --inception-weights FILE)
@@ -47,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measures = (
         _add_data,
         _add_threshold,
+        _add_grid,
         _add_fidelity,
         _add_filter,
         _add_realism,
@@ -90,6 +92,16 @@ def _add_threshold(commands) -> None:
         help="Dice of the thresholded images against their masks (no training)",
         description="Dice of the Otsu-thresholded images against their masks, beside real images of the same masks, "
         "with the gray values' mean and standard deviation.",
+    )
+    _add_set(parser)
+
+
+def _add_grid(commands) -> None:
+    parser = commands.add_parser(
+        "grid",
+        help="gray steps across the borders of the network's patches over those inside",
+        description="Mean difference of neighbouring pixels across the borders of the network's patches, over the same "
+        "inside the patches, beside the real images of the same masks. 1 is no grid.",
     )
     _add_set(parser)
 
@@ -363,6 +375,7 @@ def run_data(args: argparse.Namespace) -> None:
 
 def run_threshold(args: argparse.Namespace) -> None:
     """``evaluate.py threshold``."""
+    from evaluation.grid import grid_line
     from evaluation.threshold import score_by_threshold, write_threshold_report
     from synthetic.reader import SampleSet
 
@@ -370,7 +383,20 @@ def run_threshold(args: argparse.Namespace) -> None:
     score = score_by_threshold(samples)
     folder = write_threshold_report(samples, score)
     print("\n".join(score.lines()))
+    print(grid_line(samples))
     print(f"written: {folder}/threshold.json, threshold.csv" + (", threshold.png" if score.compared else ""))
+
+
+def run_grid(args: argparse.Namespace) -> None:
+    """``evaluate.py grid``."""
+    from evaluation.grid import score_grid, write_grid_report
+    from synthetic.reader import SampleSet
+
+    samples = SampleSet(args.sample_dir, args.real_dir)
+    score = score_grid(samples)
+    folder = write_grid_report(samples, score)
+    print("\n".join(score.lines()))
+    print(f"written: {folder}/grid.json, grid.csv")
 
 
 def run_fidelity(args: argparse.Namespace) -> None:
@@ -562,6 +588,7 @@ def run_utility(args: argparse.Namespace) -> None:
 COMMANDS = {
     "data": run_data,
     "threshold": run_threshold,
+    "grid": run_grid,
     "fidelity": run_fidelity,
     "filter": run_filter,
     "realism": run_realism,

@@ -179,7 +179,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, T, D) -> patches (B, T, p p C), modulated like a block."""
+    """Tokens (B, T, D) -> patches (B, T, p p C), modulated like a block, and the modulated tokens."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -187,9 +187,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale, row_of_token))
+        tokens = modulate(self.norm_final(x), shift, scale, row_of_token)
+        return self.linear(tokens), tokens
 
 
 def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
@@ -216,6 +217,50 @@ class SpreadRows(torch.autograd.Function):
         return total.to(ctx.dtype), None
 
 
+class Overlap(nn.Module):
+    """Output without borders of patches: neighbouring tokens write across each other.
+
+    output = shift + scale * detail of the noisy input, pixel by pixel. Every token gives shift and scale in a window of
+    about twice the patch's side, whose weight falls in a straight line from the middle to nothing at the edge; the
+    weighted windows are added up. From the centre of a patch to the next one's the output so passes evenly from one
+    token's answer to the other's. All weights on a pixel sum to 1, also at the image's edges, which fewer windows
+    reach.
+
+    Why the scale: a velocity holds the noise of every pixel, and a token has seen its own patch's noise only. Shifts
+    alone would leave noise where a neighbour writes, in a grid again. The detail is the input less its interpolated
+    patch means, so that no scale changes the brightness.
+
+    Starts at zero. The factor ``SHIFT_GAIN`` makes the shifts learn faster than other layers: see benchmarks/grid.md.
+    """
+
+    SHIFT_GAIN = 4.0  # a power of two: exact in every dtype
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid, self.patch_size, self.margin = grid, patch_size, patch_size // 2
+        self.side = patch_size + 2 * self.margin  # of a window: 2 p, or 2 p - 1 for odd p
+        self.linear = nn.Linear(hidden_size, 2 * out_channels * self.side**2)  # shifts, then scales
+        fade = 1 - (torch.arange(self.side) - (self.side - 1) / 2).abs() / patch_size
+        window = (fade[:, None] * fade).flatten()  # (side side,)
+        reached = self.add_up(window[None, :, None].repeat(1, 1, grid[0] * grid[1]))  # 1, but below it at the edges
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("reached", reached, persistent=False)  # (1, 1, H, W)
+
+    def add_up(self, windows: Tensor) -> Tensor:
+        """(B, C side side, T) -> (B, C, H, W): every window around its patch, cut off at the image's edges."""
+        size = [count * self.patch_size for count in self.grid]
+        return F.fold(windows, size, self.side, padding=self.margin, stride=self.patch_size)
+
+    def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
+        """tokens (B, T, D), noisy (B, C, H, W) -> (B, C, H, W), or (B, 2 C, H, W) where sigma is learned, too."""
+        windows = self.linear(tokens).unflatten(2, (-1, len(self.window))) * self.window  # (B, T, 2 C, side side)
+        field = self.add_up(windows.flatten(2).transpose(1, 2)) / self.reached
+        shift, scale = field.chunk(2, dim=1)
+        means = F.avg_pool2d(noisy, self.patch_size)
+        detail = noisy - F.interpolate(means, noisy.shape[2:], mode="bilinear", align_corners=False)
+        return self.SHIFT_GAIN * shift + scale * detail.repeat(1, shift.shape[1] // detail.shape[1], 1, 1)
+
+
 class SiT(nn.Module):
     """Transformer that predicts velocity, score, noise or data of a noisy image (or latent), given its mask.
 
@@ -232,6 +277,7 @@ class SiT(nn.Module):
         learn_sigma: the network has 2 C output channels, of which the first C are used (as in published weights).
         mask_pixels: mask pixels per token side that ``mask_detail`` sees (patch size x autoencoder factor); 0 = none.
         time_scale: factor on t before its sinusoids; 1 for published weights.
+        patch_overlap: neighbouring patches of the output overlap and fade into each other, so that no grid shows.
     """
 
     def __init__(
@@ -248,6 +294,7 @@ class SiT(nn.Module):
         learn_sigma: bool = False,
         mask_pixels: int = 0,
         time_scale: float = 1.0,
+        patch_overlap: bool = False,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -274,6 +321,7 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", position_embedding(hidden_size, self.grid))  # (1, T, D), not learned
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.overlap = Overlap(hidden_size, patch_size, out_channels, self.grid) if patch_overlap else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -291,6 +339,7 @@ class SiT(nn.Module):
         zero_layers = [block.adaLN_modulation[-1] for block in self.blocks]
         zero_layers += [self.final_layer.adaLN_modulation[-1], self.final_layer.linear]
         zero_layers += [self.mask_detail.proj] if self.mask_detail is not None else []
+        zero_layers += [self.overlap.linear] if self.overlap is not None else []
         for layer in zero_layers:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
@@ -373,7 +422,7 @@ class SiT(nn.Module):
         if isinstance(y, Tensor):
             drop = self.draw_dropped(len(y), y.device) if drop is None else drop
             y = self.embed_mask(y, drop=drop, rows=rows)
-        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        noisy, x = x, self.x_embedder(x) + self.pos_embed  # (B, T, D)
         if y.detail is not None:
             x = x + y.detail
         t_emb = self.t_embedder(t)  # (B, D)
@@ -387,7 +436,10 @@ class SiT(nn.Module):
             torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         for block in self.blocks:
             x = self._run_block(block, x, c, y.row_of_token)  # (B, T, D)
-        x = self.unpatchify(self.final_layer(x, c, y.row_of_token))  # (B, C or 2 C, H, W)
+        patches, tokens = self.final_layer(x, c, y.row_of_token)
+        x = self.unpatchify(patches)  # (B, C or 2 C, H, W)
+        if self.overlap is not None:
+            x = x + self.overlap(tokens, noisy)
         return x[:, : self.in_channels]
 
     def _run_block(self, block: nn.Module, x: Tensor, c: Tensor, row_of_token: Tensor | None) -> Tensor:
@@ -401,6 +453,12 @@ class SiT(nn.Module):
         self.compiled = True
         for module in (*self.blocks, self.final_layer):
             module.compile(fullgraph=True)
+
+    def rest_plain_patches(self) -> None:
+        """For training: SiT's own output layer stays at zero where overlapping patches do its work, else it would write
+        patches side by side again. Weights that it was given (published ones) go on learning."""
+        layer = self.final_layer.linear
+        layer.requires_grad_(self.overlap is None or bool(layer.weight.any()))
 
     def use_plain_attention(self, on: bool = True) -> None:
         """Attention as three products, for training in bf16 on a CPU, where the fused kernel goes backward slowly.

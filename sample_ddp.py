@@ -171,6 +171,7 @@ def set_settings(
         "mask_rule": asdict(masks.rule),
         "masks": len(masks.names),
         "mask_names_sha256": hashlib.sha256("\n".join(masks.names).encode()).hexdigest(),
+        "patch_pixels": trained.model.patch_size * trained.space.factor,
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
         "redraw": judged,

@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         "for --crop center, if the run is long enough to gain from it)",
     )
     group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
+    group.add_argument("--no-patch-overlap", action="store_true", help="patches of the output side by side, as in SiT")
     group.add_argument(
         "--mask-dropout", type=fraction, default=0.1,
         help="share of examples trained without their mask, which guidance needs; 0 if you only sample at guidance 1",

@@ -53,6 +53,7 @@ class ModelConfig:
         class_dropout_prob: share of training examples that lose their mask.
         mask_pixels: side of a patch in mask pixels, for the mask detail; 0 without it.
         time_scale: factor on t before its sinusoids.
+        patch_overlap: neighbouring patches of the output overlap.
     """
 
     name: str = _set_by("model")
@@ -62,6 +63,7 @@ class ModelConfig:
     class_dropout_prob: float = _set_by("mask_dropout", FREE)
     mask_pixels: int = _set_by(None)
     time_scale: float = 1.0
+    patch_overlap: bool = _set_by(None, default=False)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def choose_model(
     mask_dropout: float,
     mask_detail: bool,
     time_scale: float,
+    patch_overlap: bool,
 ) -> ModelConfig:
     """The model for images of this size in a space of this shape.
 
@@ -206,6 +209,7 @@ def choose_model(
         class_dropout_prob=mask_dropout,
         mask_pixels=unit if mask_detail else 0,
         time_scale=time_scale,
+        patch_overlap=patch_overlap,
     )
 
 
@@ -247,7 +251,10 @@ class RunConfig:
 
     def flags(self) -> dict[str, Saved]:
         """What a run that continues this one finds for every flag."""
-        found = {"no_mask_detail": Saved(self.model.mask_pixels == 0, FIXED)}
+        found = {
+            "no_mask_detail": Saved(self.model.mask_pixels == 0, FIXED),
+            "no_patch_overlap": Saved(not self.model.patch_overlap, FIXED),
+        }
         for section in (self.model, self.transport, self.data, self.optimiser, self.train):
             for one in dataclasses.fields(section):
                 flag = one.metadata.get("flag", one.name)

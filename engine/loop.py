@@ -23,7 +23,7 @@ from engine.autoencoder import LatentSpace
 from engine.checkpoint import export_safetensors
 from engine.config import NO_CACHE
 from engine.latents import LatentPairs
-from engine.run_folder import RunFolder
+from engine.run_folder import PREVIEW_GRID, RunFolder
 from engine.training import Previews, Training
 
 logger = logging.getLogger(__name__)
@@ -212,8 +212,12 @@ def preview_is_due(training: Training) -> bool:
 
 
 def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
-    picture = previews.draw()
+    picture, grid = previews.draw()
+    if grid is not None:  # before the picture: RunFolder.cut_metrics looks for it
+        run.log_metrics({"step": step, PREVIEW_GRID: grid})
     path = run.preview_path(step)
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
     logger.info("preview: %s", path)
+    if grid is not None:
+        wandb_utils.log({PREVIEW_GRID: grid}, step)
     wandb_utils.log_image("preview", path, step)

@@ -14,6 +14,7 @@ from common.errors import InputError
 from engine.checkpoint import read_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
+PREVIEW_GRID = "preview/grid"  # metric of a preview: how far the patches show in it
 LAST_NUMBER = ".last_run"  # in the results folder: the highest number that a run has had
 
 
@@ -87,13 +88,16 @@ class RunFolder:
         return None
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines after ``step`` (and a torn last line): the resumed run writes them again."""
+        """Drop the lines after ``step``, a torn last line, and a preview's without its picture: a resumed run writes
+        them again."""
         if not self.metrics.exists():
             return
         kept = []
         for line in self.metrics.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                content = json.loads(line)
+                lost = PREVIEW_GRID in content and not self.preview_path(content["step"]).exists()
+                if content["step"] <= step and not lost:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError
+from common.patch_grid import grid_ratio
 from common.pictures import grid_image, mask_picture
 from common.randomness import seed_step
 from dataset.batches import Batch
@@ -124,6 +125,7 @@ class Training:
     def prepare_model(self) -> None:
         """Compile, recompute and distribute as asked. The averaged model, a copy made before, stays as it is."""
         self.model.recompute = self.config.train.recompute_activations
+        self.model.rest_plain_patches()
         if self._on_cpu_in_bf16:
             self.model.use_plain_attention()
         if self.config.train.compile:
@@ -261,6 +263,7 @@ class Previews:
         guided = training.model.class_dropout_prob > 0  # else nothing was learned that guidance could subtract
         settings = SamplingSettings(cfg_scale=training.config.train.cfg_scale if guided else 1.0)
         self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
+        self.patch_pixels = training.model.patch_size * training.space.factor
 
     @staticmethod
     def _with_cells(dataset: PairedFolder, index: int, tries: int = 8) -> dict[str, Tensor]:
@@ -272,9 +275,11 @@ class Previews:
         return example
 
     @torch.inference_mode()
-    def draw(self) -> np.ndarray:
-        """(H, W, 3) uint8 grid."""
+    def draw(self) -> tuple[np.ndarray, float | None]:
+        """Picture (H, W, 3) uint8, and how far the patches show in the generated images (1 is not at all)."""
         seeds = [image_seed(0, index) for index in range(len(self.images))]
         generated = self.sampler(self.prob_maps, seeds)
         triples = zip(self.prob_maps, self.images, generated, strict=True)
-        return grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
+        picture = grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
+        pixels = generated.float().movedim(1, -1).cpu().numpy()  # (n, S, S, C)
+        return picture, grid_ratio(pixels, self.patch_pixels)

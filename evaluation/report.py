@@ -58,6 +58,13 @@ def _threshold_table(content: dict) -> Table:
     return ["", "synthetic", "real images of the same masks"], rows
 
 
+def _grid_table(content: dict) -> Table:
+    title = f"steps across borders of {content['patch_pixels']} pixel patches / steps inside"
+    return ["", "synthetic", "real images of the same masks"], [
+        [title, content["grid_synthetic"], content["grid_real"]]
+    ]
+
+
 def _realism_table(content: dict) -> Table:
     rows = []
     for one in content["distances"]:
@@ -143,6 +150,13 @@ SECTIONS = (
         "deviation of the gray values stand beside it.",
         _threshold_table,
         ("threshold.png",),
+    ),
+    Section(
+        "grid",
+        "Do the network's patches show",
+        "The mean difference of neighbouring pixels across the borders of the network's patches, over the same inside "
+        "the patches. 1 is no grid; real images are measured at the same places.",
+        _grid_table,
     ),
     Section(
         "realism",

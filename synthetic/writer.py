@@ -85,7 +85,7 @@ def load_mask(masks: MaskFolder, job: Job, seed: int) -> MaskItem:
 
 
 # Change the speed, and the images by a rounding difference only: a set may be finished with other values.
-FREE_SETTINGS = ("precision", "compile", "per_proc_batch_size")
+FREE_SETTINGS = ("patch_pixels", "precision", "compile", "per_proc_batch_size")
 
 
 def open_sample_dir(sample_dir: Path, settings: dict[str, Any]) -> IO[bytes]:

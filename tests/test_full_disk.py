@@ -76,7 +76,10 @@ def assert_same_run(run: Path, whole: Path) -> None:
     for key, moments in one["opt"]["state"].items():
         assert all(torch.equal(moments[kind], other["opt"]["state"][key][kind]) for kind in moments)
     losses = [
-        [(line["step"], line["train/loss"]) for line in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())]
+        [
+            (line["step"], line.get("train/loss"))
+            for line in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
+        ]
         for f in (run, whole)
     ]
     assert losses[0] == losses[1]

@@ -14,6 +14,7 @@ from models import (
     ROW_MULTIPLE,
     MaskCondition,
     MaskEmbedder,
+    Overlap,
     SiT,
     SiT_models,
     build_model,
@@ -377,6 +378,87 @@ def test_gradient_through_heun_steps_agrees_with_finite_differences(make_model, 
             difference = (objective(y + step) - objective(y - step)) / 2e-5
             assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=0.01)
     assert (gradient32.double() - gradient).norm() < 0.01 * gradient.norm()
+
+
+# --- overlapping patches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_overlapping_patches_start_at_zero_and_add_two_keys(make_model, learn_sigma):
+    plain, model = make_model(learn_sigma=learn_sigma), make_model(learn_sigma=learn_sigma, patch_overlap=True)
+    fresh = SiT((H, W), 2, C, D, 2, 4, num_classes=K, patch_overlap=True).overlap.linear
+    assert fresh.weight.count_nonzero() == 0 and fresh.bias.count_nonzero() == 0
+    added = model.load_state_dict(plain.state_dict(), strict=False)
+    assert added.missing_keys == ["overlap.linear.weight", "overlap.linear.bias"] and not added.unexpected_keys
+    (x, t), y = inputs(), hard_masks()
+    assert not torch.equal(model(x, t, y), plain(x, t, y))
+    model.overlap.linear.load_state_dict(
+        {name: torch.zeros_like(value) for name, value in model.overlap.linear.state_dict().items()}
+    )
+    assert torch.equal(model(x, t, y), plain(x, t, y))
+
+
+@pytest.mark.parametrize(("patch", "grid"), [(1, (3, 5)), (2, (6, 4)), (3, (2, 3)), (8, (3, 2)), (16, (1, 1))])
+def test_the_weights_of_all_windows_on_a_pixel_sum_to_one(patch, grid):
+    overlap = Overlap(D, patch, 2, grid)
+    shift, scale = torch.tensor([2.0, -3.0]), torch.tensor([0.5, 7.0])  # of each channel, the same in all windows
+    bias = torch.cat([shift / overlap.SHIFT_GAIN, scale]).repeat_interleave(overlap.side**2)
+    torch.nn.init.zeros_(overlap.linear.weight)
+    overlap.linear.bias.data.copy_(bias)
+    noisy = torch.randn(B, 2, grid[0] * patch, grid[1] * patch)
+    means = F.interpolate(F.avg_pool2d(noisy, patch), noisy.shape[2:], mode="bilinear")
+    output = overlap(torch.randn(B, grid[0] * grid[1], D), noisy)
+    torch.testing.assert_close(output, shift[:, None, None] + scale[:, None, None] * (noisy - means))
+
+
+def test_tokens_of_different_brightness_make_slopes_and_no_steps():
+    grid, patch = (5, 6), 8
+    overlap = Overlap(D, patch, 1, grid)
+    with torch.no_grad():
+        overlap.linear.weight.copy_(torch.randn(1, D).expand(8 * patch**2, -1))  # every token one brightness
+        field = overlap(torch.randn(1, 30, D), torch.ones(1, 1, 40, 48))[0, 0]  # (H, W)
+    steps = field.diff(dim=1).abs().mean(0)
+    assert steps[patch - 1 :: patch].mean() < 1.05 * steps[patch:-patch].mean()
+    assert steps.mean() > 0.1
+
+
+def test_a_token_writes_around_its_own_patch():
+    overlap = Overlap(D, 4, 3, (5, 6))
+    torch.nn.init.zeros_(overlap.linear.bias)
+    tokens = torch.zeros(1, 30, D)
+    tokens[0, 2 * 6 + 3] = 1  # row 2, column 3
+    rows, columns = overlap(tokens, torch.randn(1, 3, 20, 24)).abs().sum((0, 1)).nonzero(as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 13, 10, 17)
+
+
+def test_every_weight_of_overlapping_patches_learns_and_soft_masks_get_gradients(make_model):
+    model = make_model(patch_overlap=True)
+    y = soft_masks(height=48, width=32).requires_grad_()
+    model(*inputs(), y).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.overlap.parameters())
+    assert (y.grad.abs() > 0).float().mean() > 0.999
+
+
+def test_overlapping_patches_keep_shared_rows_and_batch_neighbours(make_model):
+    model = make_model(patch_overlap=True)
+    x, y = torch.randn(SHARED_BATCH, C, H, W), constant_masks(torch.arange(SHARED_BATCH) % K, 24, 16)
+    t = torch.full((SHARED_BATCH,), 0.3)
+    shared, own = model.embed_mask(y, share_rows=True), model.embed_mask(y)
+    assert shared.row_of_token is not None
+    torch.testing.assert_close(model(x, t, shared), model(x, t, own), rtol=0, atol=1e-4)
+    other = torch.cat([x[:1], torch.randn(SHARED_BATCH - 1, C, H, W)])
+    assert torch.equal(model(x, t, shared)[0], model(other, t, shared)[0])
+
+
+def test_plain_patches_rest_at_zero_and_given_ones_learn(make_model):
+    fresh = SiT((H, W), 2, C, D, 2, 4, num_classes=K, patch_overlap=True)
+    fresh.rest_plain_patches()
+    assert [name for name, p in fresh.named_parameters() if not p.requires_grad] == [
+        "final_layer.linear.weight", "final_layer.linear.bias",
+    ]  # fmt: skip
+    for model in (make_model(patch_overlap=True), make_model()):
+        model.rest_plain_patches()
+        assert all(p.requires_grad for p in model.parameters())
 
 
 # --- shared rows and guidance ----------------------------------------------------------------------------------------

@@ -156,12 +156,13 @@ def test_another_batch_size_goes_on_in_the_epochs_where_the_run_stopped(pairs, t
 def test_what_a_killed_run_had_not_made_yet_is_made_when_nothing_else_is_left(pairs, tmp_path):
     start(pairs, tmp_path, "run", 2, "--export-safetensors")
     made = [tmp_path / "run" / "previews" / "0000002.png", tmp_path / "run" / "model.safetensors"]
-    before = made[0].read_bytes()
+    before, metrics = made[0].read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_text()
     for path in made:
         path.unlink()
     code, said = start(pairs, tmp_path, "run", 2, "--export-safetensors")
     assert code == 0 and "nothing left to do" in said
     assert made[0].read_bytes() == before and made[1].is_file()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics and metrics.count("preview/grid") == 1
 
 
 def test_other_images_than_before_are_said(pairs, tmp_path):
@@ -185,5 +186,7 @@ def test_a_continued_run_is_the_same_run_at_wandb_and_no_file_holds_the_key(pair
     folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(folders) == 2 and all(name.endswith(f"-{identity}") for name in folders)
     assert [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4]
+    assert [line["step"] for line in lines if "preview/grid" in line] == [2, 4]
     assert torch.isfinite(newest(run)["sums"]).all()

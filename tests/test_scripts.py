@@ -79,7 +79,7 @@ def test_run_folder_holds_config_log_metrics_checkpoints_and_previews(trained):
 def test_training_changes_the_model_and_its_ema(checkpoint):
     state = read_checkpoint(checkpoint)
     assert state["step"] == STEPS
-    assert not torch.equal(state["model"]["final_layer.linear.weight"], state["ema"]["final_layer.linear.weight"])
+    assert not torch.equal(state["model"]["overlap.linear.weight"], state["ema"]["overlap.linear.weight"])
     assert state["model"]["mask_detail.proj.weight"].abs().sum() > 0
 
 

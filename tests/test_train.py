@@ -153,7 +153,7 @@ def test_a_step_with_one_bad_part_is_left_out_as_a_whole(make_training, bad):
     assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
     assert training.step == 1 and training.sums.tolist() == [0, 0, 1]
     training.train_step(training.prepare_batch(make_batch()))
-    assert not torch.equal(training.model.final_layer.linear.weight, before["final_layer.linear.weight"])
+    assert not torch.equal(training.model.overlap.linear.weight, before["overlap.linear.weight"])
     assert training.sums[2] == 1 and training.skipped_in_a_row == 0
 
 

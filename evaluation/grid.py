@@ -1,0 +1,130 @@
+"""Does the image show the network's patches: gray steps across patch borders over those inside patches.
+
+The network writes an image patch by patch. If neighbouring patches disagree, the image shows a grid. The measure is the
+mean absolute difference of neighbouring pixels on two sides of a patch border, over the same mean for neighbours inside
+a patch, over rows and columns. An image without a grid has ratio 1, but for chance, and so have real images: their
+ratio at the same places stands beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common.disk import write_csv, write_json
+from common.errors import InputError
+from common.patch_grid import Steps, image_steps
+from evaluation.output import number
+from synthetic.manifest import SETTINGS
+from synthetic.reader import SampleSet, describe_provenance
+
+PATCH_SETTING = "patch_pixels"  # in a set's settings.json: side of the model's patches in pixels of the image
+
+
+@dataclass
+class ImageGrid:
+    """Grid ratio of one image and of the real image of its mask."""
+
+    image: str
+    synthetic: float | None
+    real: float | None = None
+
+
+@dataclass
+class GridScore:
+    """Result of ``score_grid``: ratios over the steps of all images, and one row per image."""
+
+    images: int
+    patch_pixels: int
+    grid_synthetic: float | None
+    grid_real: float | None
+    provenance: dict[str, list[str]] = field(default_factory=dict)
+    per_image: list[ImageGrid] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON, without the rows of the single images."""
+        content = asdict(self)
+        del content["per_image"]
+        return content
+
+    def line(self) -> str:
+        """The set's numbers in one line."""
+        return f"{'patch border steps':20}{number(self.grid_synthetic)}{number(self.grid_real)}   (1 is no grid)"
+
+    def lines(self) -> list[str]:
+        """The short table that the command prints."""
+        known = [row.synthetic for row in self.per_image if row.synthetic is not None]
+        lines = [f"{'':20}{'synthetic':>11}{'real':>11}", self.line()]
+        if known:
+            worst = max((row for row in self.per_image if row.synthetic is not None), key=lambda row: row.synthetic)
+            lines.append(f"single images: median {np.median(known):.3f}, most {worst.synthetic:.3f} ({worst.image})")
+        lines.append(f"{self.images} images; patches of {self.patch_pixels} x {self.patch_pixels} pixels")
+        return lines + describe_provenance(self.provenance)
+
+
+def patch_pixels(samples: SampleSet) -> int:
+    """Side of a patch in pixels of the images, as the set's settings say.
+
+    Raises:
+        InputError: the settings do not say it, or the images were put together from overlapping windows.
+    """
+    if samples.whole_scale is not None:
+        raise InputError(
+            f"{samples.folder}: its images were put together from overlapping windows, whose patches have no common "
+            "grid; measure a set of single windows"
+        )
+    patch = samples.settings.get(PATCH_SETTING)
+    if not isinstance(patch, int) or patch < 2:
+        raise InputError(
+            f'{samples.folder / SETTINGS} does not say how large the patches are: write "{PATCH_SETTING}": N into it, '
+            "N = patch size of the model (8 for SiT-Ti/8) x factor of the autoencoder (1 for pixels, 8 for Stable "
+            "Diffusion's), or sample the set again"
+        )
+    return patch
+
+
+def score_grid(samples: SampleSet) -> GridScore:
+    """Grid ratio of the synthetic images and of the real images of the same masks.
+
+    Raises:
+        InputError: the set does not say how large its patches are, or a file is unreadable.
+    """
+    patch = patch_pixels(samples)
+    total, total_real, rows = Steps(), Steps(), []
+    for sample in samples.samples:
+        steps = image_steps(samples.synthetic(sample), patch)
+        total = total.plus(steps)
+        row = ImageGrid(sample.columns["image"], steps.ratio)
+        if samples.has_real:
+            real = image_steps(samples.real(sample), patch)
+            total_real = total_real.plus(real)
+            row.real = real.ratio
+        rows.append(row)
+    return GridScore(len(rows), patch, total.ratio, total_real.ratio, samples.provenance(), rows)
+
+
+def grid_line(samples: SampleSet) -> str:
+    """One line for the output of another measure: the set's numbers, or why there are none."""
+    try:
+        return score_grid(samples).line()
+    except InputError as error:
+        return f"patch border steps: not measured ({error})"
+
+
+def write_grid_report(samples: SampleSet, score: GridScore) -> Path:
+    """Write ``grid.json`` and ``grid.csv`` into ``SAMPLE_DIR/evaluation``.
+
+    Returns:
+        The folder.
+    """
+    folder = samples.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "grid.json", score.to_dict())
+    rows = [
+        [row.image, *("" if value is None else f"{value:.6f}" for value in (row.synthetic, row.real))]
+        for row in score.per_image
+    ]
+    write_csv(folder / "grid.csv", ["image", "grid_synthetic", "grid_real"], rows)
+    return folder
