@@ -128,7 +128,7 @@ endif
 
 # A tiny model on pixels: no download, and minutes on a CPU. More STEPS give better images. Gray images of your own train
 # better with CHANNELS=1.
-STEPS ?= 1000
+STEPS ?= 800
 CHANNELS ?= $(if $(DATA),3,1)
 RUN = $(QUICKSTART)/run-$(STEPS)
 SAMPLES = $(QUICKSTART)/samples-$(STEPS)
@@ -136,7 +136,7 @@ SAMPLES = $(QUICKSTART)/samples-$(STEPS)
 quickstart: quickstart-data  ## data, training, samples, one number and one picture in about ten minutes (DATA=FOLDER)
 	$(PYTHON) train.py --data-path $(QUICKSTART)/train/images --mask-path $(QUICKSTART)/train/masks \
 	  --vae none --in-channels $(CHANNELS) --model SiT-Ti/8 --image-size 64 --crop random --window 0 99.8 \
-	  --max-steps $(STEPS) --global-batch-size 32 --lr 1e-3 --cooldown-steps 200 --cfg-scale 1 --sample-every 200 \
+	  --max-steps $(STEPS) --global-batch-size 16 --lr 1e-3 --cooldown-steps 160 --cfg-scale 1 --sample-every 200 \
 	  --ckpt-every 200 --log-every 20 \
 	  --results-dir $(QUICKSTART) --run-name $(notdir $(RUN))
 	$(PYTHON) sample_ddp.py ODE --ckpt $(RUN)/checkpoints/$$(printf %07d $(STEPS)).pt \
