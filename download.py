@@ -1,4 +1,4 @@
-"""Find, fetch and verify a weights file; fit published SiT weights to a mask model.
+"""Find, fetch and verify a weights file of SiT.
 
 ``find_model("SiT-XL-2-256x256.pt")`` fetches the ImageNet weights that the SiT authors publish (about 2.7 GB, once,
 into ``pretrained_models/``), ``find_model("path/to/file.pt")`` reads a file from disk. Nothing here runs code from a
@@ -12,25 +12,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import http.client
 import json
 import logging
 import os
 import re
+import secrets
+import socket
+import sys
 import urllib.error
-import urllib.request
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+import filelock
 import torch
-from torch import nn
 
-from common.disk import file_sha256, write_atomically
+from common.disk import NO_LOCKS, file_sha256, sync_folder, write_atomically
 from common.errors import InputError, list_some
+from common.weights import DamagedFile, WouldRunCode, read_tensor_file
+from models import SIZES
 
 logger = logging.getLogger(__name__)
 DOWNLOAD_FOLDER = Path("pretrained_models")
@@ -43,9 +44,8 @@ PUBLISHED_URLS = {
     ),
 }
 TIMEOUT_SECONDS = 30.0
-CHUNK_BYTES = 1 << 20
-# (depth, width) of the named sizes, only to name a model in a message.
-SIZE_NAMES = {(12, 192): "SiT-Ti", (12, 384): "SiT-S", (12, 768): "SiT-B", (24, 1024): "SiT-L", (28, 1152): "SiT-XL"}
+LONGEST_WAIT_SECONDS = 3600.0  # for another process that fetches the same file
+SIZE_NAMES = {(depth, width): f"SiT-{name}" for name, (depth, width, _) in SIZES.items()}
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 FINAL_LINEAR = ("final_layer.linear.weight", "final_layer.linear.bias")
 PATCH_WEIGHT = "x_embedder.proj.weight"
@@ -68,7 +68,7 @@ class SiTShape:
         return f"{name}/{self.patch_size} ({words})" if name else words
 
 
-PUBLISHED_SHAPES = {"SiT-XL-2-256x256.pt": SiTShape(28, 1152, 2, 4, 8, 1001)}
+PUBLISHED_SHAPES = {"SiT-XL-2-256x256.pt": SiTShape(*SIZES["XL"][:2], 2, 4, 8, 1001)}
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
     """
     path = Path(path)
     _check_file(path)
-    if path.suffix == ".safetensors":
-        content, config = _read_safetensors(path)
-    else:
-        content = _read_torch(path)
-        config = content.get("config") if isinstance(content, Mapping) else None
+    content, config = _read_content(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a state dict; give a SiT weights file")
     entry = next((name for name in ("ema", "model") if isinstance(content.get(name), Mapping)), "")
@@ -164,46 +160,24 @@ def _check_file(path: Path) -> None:
         head = stream.read(512)
     if not head:
         raise InputError(f"{path} is empty (0 bytes); fetch or copy it again")
-    if looks_like_web_page(head):
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):  # HTML or XML
         raise InputError(f"{path} is a web page, not weights; the download went wrong, delete it and fetch it again")
 
 
-def looks_like_web_page(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of an HTML or XML page."""
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
-
-
-def _read_torch(path: Path) -> object:
-    """``torch.load`` with tensors and plain types only; of foreign classes only the Namespace that SiT pickles."""
+def _read_content(path: Path) -> tuple[object, object]:
+    """Content of a weights file and its ``config``; of foreign classes only the Namespace that SiT pickles."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on odd pickle protocols; the error below says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise any exception at all; none of them is a fault of ours
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise InputError(
-                f"{path} refers to {refused.group(1)}, which is no tensor and could run code; nothing was run. "
-                "Save the state dict alone with torch.save, or as .safetensors"
-            ) from error
-        reason = (str(error).splitlines() or [""])[0][:120]
+        content, metadata = read_tensor_file(path, allowed=[argparse.Namespace])
+        if path.suffix == ".safetensors":
+            return content, json.loads(metadata.get("config", "null"))
+    except WouldRunCode as error:
         raise InputError(
-            f"{path} is damaged or no weights file ({type(error).__name__}: {reason}); fetch or copy it again"
+            f"{path} refers to {error}, which is no tensor and could run code; nothing was run. "
+            "Save the state dict alone with torch.save, or as .safetensors"
         ) from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
-    """Tensors of a safetensors file, and the JSON under ``config`` in its metadata where there is one."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - it is no dict
-        return tensors, json.loads(metadata["config"]) if "config" in metadata else None
-    except Exception as error:  # the header is free bytes, so the exception can be any
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise InputError(f"{path} is damaged or no safetensors file ({reason}); fetch or copy it again") from error
+    except (DamagedFile, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged or no weights file ({error}); fetch or copy it again") from error
+    return content, content.get("config") if isinstance(content, Mapping) else None
 
 
 def plain_keys(state_dict: Mapping) -> dict:
@@ -325,64 +299,86 @@ def fetch_published(name: str, folder: Path = DOWNLOAD_FOLDER) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock beside ``path``. The system drops it when the process dies, so no stale lock can stop anyone."""
+    """Hold a lock beside ``path``. The system drops it when the process dies, so no stale lock can stop anyone.
+
+    Raises:
+        InputError: another process held it for too long.
+    """
     if path.is_file() and hash_file_of(path).is_file():
         yield  # nothing will be written: a read-only folder must do
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
     try:
-        import fcntl
-    except ImportError:  # no POSIX: at worst two processes fetch the same file, each under a name of its own
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("waiting for another process that fetches %s (it holds %s)", path.name, lock.lock_file)
+            lock.acquire(timeout=LONGEST_WAIT_SECONDS)
+    except filelock.Timeout as error:
+        raise InputError(
+            f"waited {LONGEST_WAIT_SECONDS / 60:.0f} minutes for another process that fetches {path.name}: end it "
+            f"(it holds {lock.lock_file}), and start again"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: no locks here, so another process may fetch %s as well", path.parent, path.name)
+    try:
         yield
-        return
-    with path.with_name(path.name + ".lock").open("w") as stream:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: as above
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    finally:
+        lock.release()
 
 
 def _download(url: str, path: Path) -> None:
     """Fetch ``url`` to ``path``: temporary name, every check, hash record, then the final name, in this order."""
     logger.info("fetching %s from %s", path.name, url)
-
-    def fetch_and_check(file: IO[bytes]) -> None:
-        digest = _stream_to(url, file)
-        file.flush()
-        check_published_shape(read_weights(file.name).state_dict, path.name, path)
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of killed downloads; the lock keeps others out
+        leftover.unlink(missing_ok=True)
+    # the suffix says the format
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        with _socket_timeout(TIMEOUT_SECONDS):
+            torch.hub.download_url_to_file(url, str(partial), progress=sys.stderr.isatty())
+        _check_fetched(url, partial, path)
         # The record comes before the file: were it the other way round, a kill between the two would leave a file
         # that nothing vouches for.
-        _record_hash(path, digest)
-
-    try:
-        write_atomically(path, fetch_and_check)
+        _record_hash(path, file_sha256(partial))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"cannot fetch {path.name} ({reason}): download {url} on a machine with network and put the file at "
             f"{path}, or give the path of a weights file on disk"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _stream_to(url: str, out: IO[bytes]) -> str:
-    """Write the body of ``url`` to ``out`` and return its sha256; refuse web pages and short bodies."""
-    from tqdm import tqdm
+def _check_fetched(url: str, partial: Path, path: Path) -> None:
+    """Refuse a web page, a short body and another network, in words that name the address."""
+    if partial.stat().st_size == 0:
+        raise InputError(f"{url} gave 0 of 0 bytes; the connection broke, start again")
+    try:
+        weights = read_weights(partial)
+    except InputError as error:
+        reason = str(error).replace(str(partial), "the file")
+        raise InputError(f"cannot fetch {path.name}: {reason}. It came from {url}") from error
+    check_published_shape(weights.state_dict, path.name, path)
 
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
-    sha256 = hashlib.sha256()
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        length = int(response.headers.get("Content-Length") or 0)
-        bar = tqdm(total=length or None, unit="B", unit_scale=True, desc="weights", disable=None)
-        with bar:
-            while chunk := response.read(CHUNK_BYTES):
-                if out.tell() == 0 and looks_like_web_page(chunk[:512]):
-                    raise InputError(f"{url} gave a web page instead of weights; the address may have changed")
-                out.write(chunk)
-                sha256.update(chunk)
-                bar.update(len(chunk))
-    written = out.tell()
-    if written == 0 or (length and written != length):
-        raise InputError(f"{url} gave {written} of {length} bytes; the connection broke, start again")
-    return sha256.hexdigest()
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """The longest silence on a connection that is opened meanwhile."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def hash_file_of(path: Path) -> Path:
@@ -428,107 +424,3 @@ def _record_hash(path: Path, digest: str) -> None:
             f"changed or the download is wrong; delete {record.name} to accept the new one"
         )
     write_atomically(record, lambda file: file.write(f"{digest}  {path.name}\n".encode()))
-
-
-# --- fitting SiT weights to a mask model ------------------------------------------------------------------------------
-
-
-@dataclass
-class InitReport:
-    """What ``adapt_sit_weights`` took, one list of state-dict keys each."""
-
-    kept: list[str] = field(default_factory=list)
-    converted: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The report as lines for the log."""
-        lines = [f"kept: {len(self.kept)} tensors as they are"]
-        for title, names in (
-            ("converted (mean half of learn_sigma)", self.converted),
-            ("new, from the model's own start", self.new),
-            ("dropped from the file", self.dropped),
-        ):
-            lines.append(f"{title}: {', '.join(names) if names else 'none'}")
-        return lines
-
-
-def adapt_sit_weights(
-    state_dict: Mapping[str, torch.Tensor], model: nn.Module
-) -> tuple[dict[str, torch.Tensor], InitReport]:
-    """Fit SiT weights to a mask model: keep what fits, convert the output rows, start the rest fresh.
-
-    A class table with another number of rows is replaced by the model's own: a row of an ImageNet class means nothing
-    for a mask class. Position embeddings of another grid are the model's own, too, and so are patch and output layers
-    of another patch size or channel count.
-
-    Args:
-        state_dict: SiT keys to tensors, from ``find_model``.
-        model: the freshly built model that will train.
-
-    Returns:
-        A complete state dict for ``model.load_state_dict(..., strict=True)``, and what happened to which key.
-
-    Raises:
-        InputError: depth, width or feed-forward width differ, so that nothing of the network would be kept.
-    """
-    own = model.state_dict()
-    source = plain_keys(state_dict)
-    theirs, ours = check_state_dict(source, "the weights"), sit_shape(own)
-    _check_trunk(source, own, theirs, ours)
-    same_patches = (theirs.patch_size, theirs.in_channels) == (ours.patch_size, ours.in_channels)
-    result, report = {}, InitReport()
-    for key, fresh in own.items():
-        value, list_of_key = source.get(key), report.kept
-        if key in FINAL_LINEAR and value is not None:
-            # Equal row counts can hide another patch and channel number, where each row means another pixel.
-            if not same_patches:
-                value = None
-            elif theirs.out_channels == 2 * theirs.in_channels and ours.out_channels == ours.in_channels:
-                value, list_of_key = mean_rows(value, theirs.patch_size, theirs.in_channels), report.converted
-        if value is None or value.shape != fresh.shape:
-            result[key] = fresh.clone()
-            report.new.append(key)
-        else:
-            result[key] = value.to(device=fresh.device, dtype=fresh.dtype, copy=True)
-            list_of_key.append(key)
-    taken = set(report.kept) | set(report.converted)
-    report.dropped = [key for key in source if key not in taken]
-    return result, report
-
-
-def mean_rows(value: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
-    """Rows of the output layer that give the mean, out of a layer that gives mean and sigma.
-
-    A row stands for (patch row, patch column, output channel), in this order, with the channels of the mean before
-    those of sigma within each pixel: the first half of all rows would be the upper half of each patch.
-
-    Args:
-        value: (p * p * 2C, ...) weight or bias, ... free.
-        patch_size: p.
-        channels: C.
-
-    Returns:
-        (p * p * C, ...), contiguous.
-    """
-    rest = value.shape[1:]
-    rows = value.reshape(patch_size**2, 2 * channels, *rest)  # (p * p, 2C, ...)
-    return rows[:, :channels].reshape(patch_size**2 * channels, *rest).contiguous()  # (p * p * C, ...)
-
-
-def _check_trunk(source: Mapping, own: Mapping, theirs: SiTShape, ours: SiTShape) -> None:
-    """Refuse weights whose blocks or time embedding do not fit: what would remain is no start at all."""
-    if (theirs.depth, theirs.hidden_size) != (ours.depth, ours.hidden_size):
-        raise InputError(
-            f"--init-from: the weights are {theirs}, the model is {ours}; choose the --model that has the depth and "
-            "width of the weights"
-        )
-    trunk = [key for key in own if key.startswith(("blocks.", "t_embedder."))]
-    clashing = [
-        f"{key} {tuple(source[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in trunk
-        if key in source and source[key].shape != own[key].shape
-    ]
-    if clashing:
-        raise InputError(f"--init-from: the weights do not fit the model: {list_some(clashing)}")

@@ -9,18 +9,15 @@ top level. ``config`` rebuilds everything that sampling needs, so nothing is gue
 from __future__ import annotations
 
 import json
-import pickle
-import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
 from common.disk import write_atomically
 from common.errors import InputError
+from common.weights import WouldRunCode, read_tensor_file
 
 NAMES = ("ckpt", "init_from")  # in the errors below: see InputError
 PARTS = ("model", "ema", "opt", "step", "config")
@@ -52,23 +49,6 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    """What ``export_safetensors`` wrote, shaped like a checkpoint without an optimiser.
-
-    Raises:
-        ValueError: damaged, or written by something else.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        config, step = json.loads(metadata.get("config", "{}")), int(metadata.get("step", "0"))
-        notes = {name: json.loads(metadata.get(name, "null")) for name in NOTES}
-    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(str(error)) from error
-    return {"model": weights, "ema": weights, "opt": {}, **notes, "step": step, "config": config}
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Checkpoint of this project (or its exported safetensors), on the CPU. Nothing in the file is run.
 
@@ -79,20 +59,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"ckpt {path}: no such file. Checkpoints lie in RUN_FOLDER/checkpoints/NNNNNNN.pt.", *NAMES)
     try:
-        if path.suffix == ".safetensors":
-            state = _read_safetensors(path)
-        else:
-            _check_crc(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # on odd pickle protocols; the error below says enough
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content, metadata = read_tensor_file(path)
+        state = _from_export(content, metadata) if path.suffix == ".safetensors" else content
+    except WouldRunCode as error:
         raise InputError(
-            f"ckpt {path}: holds more than plain tensors and would run code when loaded, or is no checkpoint; "
+            f"ckpt {path}: holds more than plain tensors and would run code when loaded ({error}); "
             "only files written by train.py are read here.",
             *NAMES,
         ) from error
-    except Exception as error:  # a damaged pickle can raise any exception at all; none of them is a fault of ours
+    except ValueError as error:
         raise InputError(f"ckpt {path}: damaged or not a checkpoint. Give another one of the run.", *NAMES) from error
     missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
     missing = missing or [f"config.{part}" for part in CONFIG_PARTS if part not in state["config"]]
@@ -105,14 +80,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _check_crc(path: Path) -> None:
-    """Compare every stored block with its checksum; torch.load does not.
+def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+    """What ``export_safetensors`` wrote, shaped like a checkpoint without an optimiser.
 
-    torch.save compresses nothing, so that a file that would unpack to more than its own size is none of its files.
+    Raises:
+        ValueError: something else wrote the metadata.
     """
-    with zipfile.ZipFile(path) as archive:
-        if sum(block.file_size for block in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it would unpack to more than its own size")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"checksum of {damaged} does not match")
+    config, step = json.loads(metadata.get("config", "{}")), int(metadata.get("step", "0"))
+    notes = {name: json.loads(metadata.get(name, "null")) for name in NOTES}
+    return {"model": weights, "ema": weights, "opt": {}, **notes, "step": step, "config": config}

@@ -22,9 +22,10 @@ from common.randomness import seed_step
 from dataset.batches import Batch
 from dataset.folders import PairedFolder
 from dataset.masks import to_prob_map
-from download import adapt_sit_weights, find_weights
+from download import find_weights
 from engine.autoencoder import Space, space_config
 from engine.config import RunConfig
+from engine.init_from import adapt_sit_weights
 from engine.machine import Machine, update_ema
 from engine.run_folder import RunFolder
 from engine.sampling import ImageSampler, SamplingSettings, image_seed

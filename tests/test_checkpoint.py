@@ -91,6 +91,15 @@ def test_a_file_that_would_unpack_to_more_than_its_size_is_refused_unread(tmp_pa
     assert time.perf_counter() - begun < 1
 
 
+def test_what_the_pickle_claims_beyond_the_file_is_refused(tmp_path):
+    torch.save(state(1) | {"ema": {"w": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "stretched.pt")
+    torch.save(state(1) | {"ema": bytearray(9)}, tmp_path / "bytes.pt")  # bytearray(10**12) would be as short
+    torch.save(state(1) | {"ema": {"w": torch.zeros(3, device="meta")}}, tmp_path / "meta.pt")
+    for name in ("stretched", "bytes", "meta"):
+        with pytest.raises(InputError, match="damaged or not a checkpoint"):
+            read_checkpoint(tmp_path / f"{name}.pt")
+
+
 class Poison:
     def __init__(self, path):
         self.path = path

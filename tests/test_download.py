@@ -1,55 +1,38 @@
-"""download.py: reading without running anything, fetching whole or not at all, fitting SiT weights to a mask model."""
+"""download.py: reading without running anything, fetching whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import io
 import json
 import pickle
+import socket
+import subprocess
+import sys
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sit import same, tiny
 
 import download
 from common.errors import InputError
-from download import adapt_sit_weights, find_model, find_weights, mean_rows
-from models import SiT
+from download import find_model, find_weights
+from models import SIZES, SiT, SiT_models
 
 NAME = "tiny.pt"
-
-
-def tiny(**changes) -> SiT:
-    """A small SiT with random numbers in every tensor (a fresh one is zero where adaLN-Zero starts)."""
-    sizes = {
-        "input_size": 8,
-        "patch_size": 2,
-        "in_channels": 3,
-        "hidden_size": 24,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    torch.manual_seed(0)
-    model = SiT(**(sizes | changes))
-    for name, parameter in model.named_parameters():
-        if "pos_embed" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
     return tiny().state_dict()
-
-
-def same(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -320,90 +303,74 @@ def test_published_shape_is_that_of_the_registry_entry():
     assert download.sit_shape(model.state_dict()) == download.PUBLISHED_SHAPES["SiT-XL-2-256x256.pt"]
 
 
-# --- fitting ---------------------------------------------------------------------------------------------------------
+def test_every_registered_model_is_named_by_its_tensors():
+    for name, build in SiT_models.items():
+        with torch.device("meta"):
+            model = build(input_size=32, in_channels=4, num_classes=2)
+        assert str(download.sit_shape(model.state_dict())).startswith(f"{name} ("), name
+    assert (12, 192) not in {sizes[:2] for sizes in SIZES.values()}
+    assert str(download.SiTShape(12, 192, 2, 4, 4, 3)).startswith("12 blocks of width 192")
 
 
-def test_mean_rows_take_the_first_channels_of_every_pixel_not_the_first_half():
-    p, channels = 2, 3
-    # Row value = 100 * patch row + 10 * patch column + output channel, in the order in which SiT unpatchifies.
-    rows = torch.tensor([100 * i + 10 * j + c for i in range(p) for j in range(p) for c in range(2 * channels)])
-    expected = [100 * i + 10 * j + c for i in range(p) for j in range(p) for c in range(channels)]
-    assert mean_rows(rows, p, channels).tolist() == expected
-    weight = rows[:, None].expand(-1, 7)
-    assert mean_rows(weight, p, channels)[:, 4].tolist() == expected
-    assert rows[: p * p * channels].tolist() != expected
+@pytest.mark.parametrize("kind", ["compressed", "stretched"])
+def test_a_file_that_would_unpack_to_far_more_than_its_size_is_refused(tmp_path, weights, kind):
+    if kind == "compressed":
+        with zipfile.ZipFile(tmp_path / NAME, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(10**7))
+    else:  # strides of 0: four bytes that claim to be four terabytes
+        torch.save(weights | {"x_embedder.proj.weight": torch.zeros(1).expand(10**6, 10**6, 1, 1)}, tmp_path / NAME)
+    with pytest.raises(InputError, match="would unpack to more than its own size"):
+        find_model(tmp_path / NAME)
 
 
-def test_learn_sigma_weights_give_the_mean_half_of_the_image(weights):
-    source = tiny(learn_sigma=True, num_classes=2).eval()
-    target = tiny(num_classes=2).eval()
-    state_dict, report = adapt_sit_weights(source.state_dict(), target)
-    target.load_state_dict(state_dict, strict=True)
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
-    y = torch.zeros(2, 2, 8, 8)
-    y[:, 1] = 1
-    patches = {}
-    for name, model in (("source", source), ("target", target)):
-        model.final_layer.linear.register_forward_hook(lambda _m, _i, out, name=name: patches.update({name: out}))
-        model(x, t, y)
-    both = patches["source"].reshape(2, 4, 4, 2, 2, 6)  # (B, gh, gw, p, p, 2C)
-    mean = patches["target"].reshape(2, 4, 4, 2, 2, 3)
-    torch.testing.assert_close(mean, both[..., :3])
-    assert report.converted == ["final_layer.linear.weight", "final_layer.linear.bias"]
+def test_a_server_that_falls_silent_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/nothing"
+        monkeypatch.setattr(download, "PUBLISHED_URLS", {NAME: url})
+        with pytest.raises(InputError, match="cannot fetch tiny.pt .*timed out"):
+            find_weights(NAME, tmp_path)
+    assert leftovers(tmp_path) == set()
+    assert socket.getdefaulttimeout() is None
 
 
-def test_class_table_is_replaced_and_everything_of_the_trunk_is_kept(weights):
-    model = tiny(num_classes=2, mask_pixels=2)
-    fresh = {key: value.clone() for key, value in model.state_dict().items()}
-    imagenet = {key: value + 1 for key, value in tiny(num_classes=1000).state_dict().items()}
-    state_dict, report = adapt_sit_weights(imagenet, model)
-    model.load_state_dict(state_dict, strict=True)
-    assert report.new == ["y_embedder.embedding_table.weight", "mask_detail.proj.weight"]
-    assert report.dropped == ["y_embedder.embedding_table.weight"]
-    for key in fresh:
-        assert torch.equal(state_dict[key], fresh[key] if key in report.new else imagenet[key]), key
-    assert set(report.kept) | set(report.new) == set(fresh)
-    assert any("mask_detail.proj.weight" in line for line in report.lines())
+def test_what_a_killed_download_left_is_removed_by_the_next(tmp_path, site):
+    (tmp_path / f".{NAME}.0123abcd.pt").write_bytes(b"half")
+    find_weights(NAME, tmp_path)
+    assert leftovers(tmp_path) == {NAME, NAME + ".sha256"}
 
 
-def test_position_table_of_another_grid_is_the_models_own(weights):
-    model = tiny(input_size=12)
-    state_dict, report = adapt_sit_weights(weights, model)
-    assert report.new == ["pos_embed"] and report.dropped == ["pos_embed"]
-    assert torch.equal(state_dict["pos_embed"], model.state_dict()["pos_embed"])
-    assert state_dict["pos_embed"].shape == (1, 36, 24)
+def hold_lock(path: Path) -> subprocess.Popen:
+    code = f"""if True:
+        import sys
+        from filelock import FileLock
+        with FileLock({str(path)!r}):
+            print("held", flush=True)
+            sys.stdin.read()"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    return holder
 
 
-def test_mask_model_of_the_same_classes_is_kept_whole(weights):
-    source = tiny(mask_pixels=2)
-    state_dict, report = adapt_sit_weights(source.state_dict(), tiny(mask_pixels=2))
-    assert not report.new and not report.dropped and same(state_dict, dict(source.state_dict()))
+def test_waiting_for_another_process_is_said_and_has_an_end(tmp_path, site, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 0.2)
+    with hold_lock(tmp_path / f"{NAME}.lock") as holder:
+        with pytest.raises(InputError, match=r"another process that fetches tiny\.pt"):
+            find_weights(NAME, tmp_path)
+        assert "waiting for another process that fetches tiny.pt" in caplog.text
+        monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 60)
+        threading.Timer(0.3, holder.stdin.close).start()
+        find_weights(NAME, tmp_path)
+    assert site.requests == 1
 
 
-def test_other_patch_with_equal_row_count_is_not_mistaken_for_the_same():
-    # p = 2, C = 16 and p = 4, C = 4 both have 64 output rows, which mean different pixels.
-    source = tiny(patch_size=2, in_channels=16)
-    model = tiny(patch_size=4, in_channels=4, input_size=16)
-    fresh = model.state_dict()["final_layer.linear.weight"].clone()
-    state_dict, report = adapt_sit_weights(source.state_dict(), model)
-    assert "final_layer.linear.weight" in report.new
-    assert torch.equal(state_dict["final_layer.linear.weight"], fresh)
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_fetched_to_all_the_same(tmp_path, site, monkeypatch, caplog, code):
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, "no locks")
 
-
-def test_the_callers_tensors_are_not_shared_with_the_model(weights):
-    state_dict, _ = adapt_sit_weights(weights, tiny())
-    state_dict["blocks.0.attn.qkv.weight"].zero_()
-    assert weights["blocks.0.attn.qkv.weight"].abs().sum() > 0
-
-
-@pytest.mark.parametrize("change", [{"hidden_size": 48}, {"depth": 3}, {"mlp_ratio": 2.0}])
-def test_weights_of_another_size_are_refused(weights, change):
-    with pytest.raises(InputError, match="--init-from"):
-        adapt_sit_weights(weights, tiny(**change))
-
-
-def test_refusal_names_both_sizes():
-    with torch.device("meta"):
-        model = SiT(32, 2, 4, 768, 12, 12)
-    with pytest.raises(InputError, match="the weights are 2 blocks of width 24.*the model is SiT-B/2"):
-        adapt_sit_weights(tiny().state_dict(), model)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    find_weights(NAME, tmp_path)
+    assert (tmp_path / NAME).is_file() and "no locks here" in caplog.text

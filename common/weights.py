@@ -1,0 +1,109 @@
+"""Files of weights (.pt and .safetensors), read without running anything in them and without unpacking bombs."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+
+class DamagedFile(ValueError):
+    """The file is torn, or it is no file of weights."""
+
+
+class WouldRunCode(ValueError):
+    """The file names a class or function that could run code when loaded. Nothing was run."""
+
+
+def read_tensor_file(path: Path, allowed: Sequence[type] = ()) -> tuple[Any, dict[str, str]]:
+    """Content of a .safetensors file or of what `torch.save` wrote, on the CPU.
+
+    Checksums are compared, which `torch.load` does not do. No tensor may hold more bytes than the file: a stored tensor
+    with strides of 0 can claim any size.
+
+    Args:
+        path: the file; its suffix says the format.
+        allowed: classes beside tensors and plain types that a .pt file may hold.
+
+    Returns:
+        The content, and the metadata of a .safetensors file (else nothing).
+
+    Raises:
+        DamagedFile: it cannot be read, or it would unpack to more than its size.
+        WouldRunCode: it holds more than tensors, plain types and the allowed classes.
+    """
+    content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path, allowed), {})
+    largest = path.stat().st_size
+    for tensor in _tensors(content):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            raise DamagedFile(f"it holds a tensor of kind {tensor.device.type}, {tensor.layout}")
+        if tensor.numel() * tensor.element_size() > largest:
+            raise DamagedFile("it would unpack to more than its own size")
+    return content, metadata
+
+
+def _read_torch(path: Path, allowed: Sequence[type]) -> Any:
+    """`torch.load` with tensors and plain types only, after the archive's own checks."""
+    try:
+        _check_archive(path)
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on odd pickle protocols; the error below says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedFile:
+        raise
+    except zipfile.BadZipFile as error:
+        raise DamagedFile("it is no archive as torch.save writes it since version 1.6") from error
+    except Exception as error:  # a damaged pickle can raise any exception at all; none of them is a fault of ours
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise WouldRunCode(refused.group(1)) from error
+        raise DamagedFile(_first_line(error)) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every block with its checksum, and refuse what would take far more memory than the file.
+
+    `torch.save` compresses nothing, so the blocks of its files are together smaller than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        blocks = archive.infolist()
+        if sum(block.file_size for block in blocks) > path.stat().st_size:
+            raise DamagedFile("it would unpack to more than its own size")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise DamagedFile(f"the checksum of {damaged} does not match")
+        # torch allows bytearray, which makes as many bytes as a number in the pickle says.
+        if any(b"bytearray" in archive.read(block) for block in blocks if block.filename.endswith("data.pkl")):
+            raise DamagedFile("it holds a bytearray")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except Exception as error:  # the header is free bytes, so the exception can be any
+        raise DamagedFile(_first_line(error)) from error
+
+
+def _tensors(content: Any) -> Iterable[Tensor]:
+    """All tensors in nested dictionaries, lists and tuples."""
+    left, seen = [content], set()
+    while left:
+        item = left.pop()
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:  # a pickle may hold itself
+            seen.add(id(item))
+            left.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"

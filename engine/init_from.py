@@ -1,0 +1,113 @@
+"""Start a mask model from SiT weights: keep what fits, convert the output rows, start the rest fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from common.errors import InputError, list_some
+from download import FINAL_LINEAR, SiTShape, check_state_dict, plain_keys, sit_shape
+
+
+@dataclass
+class InitReport:
+    """What ``adapt_sit_weights`` took, one list of state-dict keys each."""
+
+    kept: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report as lines for the log."""
+        lines = [f"kept: {len(self.kept)} tensors as they are"]
+        for title, names in (
+            ("converted (mean half of learn_sigma)", self.converted),
+            ("new, from the model's own start", self.new),
+            ("dropped from the file", self.dropped),
+        ):
+            lines.append(f"{title}: {', '.join(names) if names else 'none'}")
+        return lines
+
+
+def adapt_sit_weights(
+    state_dict: Mapping[str, torch.Tensor], model: nn.Module
+) -> tuple[dict[str, torch.Tensor], InitReport]:
+    """Fit SiT weights to a mask model: keep what fits, convert the output rows, start the rest fresh.
+
+    A class table with another number of rows is replaced by the model's own: a row of an ImageNet class means nothing
+    for a mask class. Position embeddings of another grid are the model's own, too, and so are patch and output layers
+    of another patch size or channel count.
+
+    Args:
+        state_dict: SiT keys to tensors, from ``find_model``.
+        model: the freshly built model that will train.
+
+    Returns:
+        A complete state dict for ``model.load_state_dict(..., strict=True)``, and what happened to which key.
+
+    Raises:
+        InputError: depth, width or feed-forward width differ, so that nothing of the network would be kept.
+    """
+    own = model.state_dict()
+    source = plain_keys(state_dict)
+    theirs, ours = check_state_dict(source, "the weights"), sit_shape(own)
+    _check_trunk(source, own, theirs, ours)
+    same_patches = (theirs.patch_size, theirs.in_channels) == (ours.patch_size, ours.in_channels)
+    result, report = {}, InitReport()
+    for key, fresh in own.items():
+        value, list_of_key = source.get(key), report.kept
+        if key in FINAL_LINEAR and value is not None:
+            # Equal row counts can hide another patch and channel number, where each row means another pixel.
+            if not same_patches:
+                value = None
+            elif theirs.out_channels == 2 * theirs.in_channels and ours.out_channels == ours.in_channels:
+                value, list_of_key = mean_rows(value, theirs.patch_size, theirs.in_channels), report.converted
+        if value is None or value.shape != fresh.shape:
+            result[key] = fresh.clone()
+            report.new.append(key)
+        else:
+            result[key] = value.to(device=fresh.device, dtype=fresh.dtype, copy=True)
+            list_of_key.append(key)
+    taken = set(report.kept) | set(report.converted)
+    report.dropped = [key for key in source if key not in taken]
+    return result, report
+
+
+def mean_rows(value: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
+    """Rows of the output layer that give the mean, out of a layer that gives mean and sigma.
+
+    A row stands for (patch row, patch column, output channel), in this order, with the channels of the mean before
+    those of sigma within each pixel: the first half of all rows would be the upper half of each patch.
+
+    Args:
+        value: (p * p * 2C, ...) weight or bias, ... free.
+        patch_size: p.
+        channels: C.
+
+    Returns:
+        (p * p * C, ...), contiguous.
+    """
+    rest = value.shape[1:]
+    rows = value.reshape(patch_size**2, 2 * channels, *rest)  # (p * p, 2C, ...)
+    return rows[:, :channels].reshape(patch_size**2 * channels, *rest).contiguous()  # (p * p * C, ...)
+
+
+def _check_trunk(source: Mapping, own: Mapping, theirs: SiTShape, ours: SiTShape) -> None:
+    """Refuse weights whose blocks or time embedding do not fit: what would remain is no start at all."""
+    if (theirs.depth, theirs.hidden_size) != (ours.depth, ours.hidden_size):
+        raise InputError(
+            f"the weights to start from are {theirs}, the model is {ours}; choose the model that has the depth and "
+            "width of the weights"
+        )
+    trunk = [key for key in own if key.startswith(("blocks.", "t_embedder."))]
+    clashing = [
+        f"{key} {tuple(source[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in trunk
+        if key in source and source[key].shape != own[key].shape
+    ]
+    if clashing:
+        raise InputError(f"the weights to start from do not fit the model: {list_some(clashing)}")
