@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
-from common.errors import InputError
+from common.cells import connected_cells
 
 LEAST_CELL_AREA = 6  # px; smaller scraps at the border of an image or of a neighbour are no cells
 MOST_EMPTY_PIECES = 1000  # drawn in a row, before the cells count as smaller than a pixel
 POSITIONS_TRIED = 60  # per cell, before it is given up
-logger = logging.getLogger(__name__)
 
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+class CellsTooSmall(ValueError):
+    """Piece after piece has no pixel."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Field:
     def _block(self, piece: Piece, top: int, left: int) -> None:
         """Keep the piece and `gap` pixels around it free of others."""
         halo = np.pad(piece.labels > 0, self._gap)
-        halo = ndimage.binary_dilation(halo, EIGHT_NEIGHBOURS, iterations=self._gap)
+        halo = ndimage.binary_dilation(halo, np.ones((3, 3), dtype=bool), iterations=self._gap)
         around = Piece(halo.astype(np.int32), piece.level)
         where, part = self._window(around, top - self._gap, left - self._gap)
         self._blocked[where] |= halo[part]
@@ -176,14 +174,14 @@ def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[
     """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so.
 
     Raises:
-        InputError: piece after piece has no pixel.
+        CellsTooSmall: piece after piece has no pixel.
     """
     batch, empty = [], 0
     while missing > 0:
         piece = draw_piece()
         empty = 0 if piece.area else empty + 1
         if empty == MOST_EMPTY_PIECES:
-            raise InputError("the cells are smaller than a pixel: give a larger --scale or --cell-size")
+            raise CellsTooSmall("the cells are smaller than a pixel")
         if piece.area > missing and rng.uniform(0, piece.area) > missing:
             break
         batch.append(piece)
@@ -205,20 +203,9 @@ def tidy(instance_map: np.ndarray) -> np.ndarray:
     for cell_id, where in enumerate(ndimage.find_objects(instance_map), start=1):
         if where is None:
             continue
-        parts, count = ndimage.label(instance_map[where] == cell_id, EIGHT_NEIGHBOURS)
-        areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+        parts = connected_cells(instance_map[where] == cell_id)
+        areas = np.bincount(parts.ravel())[1:]
         if areas.max() >= LEAST_CELL_AREA:
             number += 1
             tidied[where][parts == areas.argmax() + 1] = number
     return tidied
-
-
-def progress(items: Iterable, what: str, total: int) -> Iterator:
-    """A progress bar on a terminal; elsewhere a plain line at every tenth part of long work."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total)
-        return
-    for done, item in enumerate(items):
-        if total >= 1000 and done and done % (total // 10) == 0:
-            logger.info("%s: %d of %d", what, done, total)
-        yield item

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
+from tqdm import tqdm
 
+from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from dataset.files import find_files, read_mask
-from layouts.placing import EIGHT_NEIGHBOURS, Field, Piece, fill, place_anywhere, progress, tidy
+from dataset.views import turn
+from layouts.placing import Field, Piece, fill, place_anywhere, tidy
 
 LARGEST_CLUSTER = 6  # cells; larger clumps of a lab's data are taken apart, so that they fit into a new layout
 LEAST_SMOOTHED_AREA = 60  # px
@@ -55,6 +58,10 @@ class LayoutSettings:
     source_sha256: str
 
 
+class OneValueForAll(InputError):
+    """The label files number no cells: most of them hold one value for all."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What is known of one source image: its pieces and how often each is to be drawn."""
@@ -75,12 +82,6 @@ def touching_pairs(instance_map: np.ndarray) -> np.ndarray:
         meets = (first != second) & (first > 0) & (second > 0)
         pairs.append(np.stack([first[meets], second[meets]], axis=1))
     return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
-
-
-def border_ids(instance_map: np.ndarray) -> np.ndarray:
-    """Ids of the cells that the border of the image cuts, or may cut."""
-    edges = [instance_map[0], instance_map[-1], instance_map[:, 0], instance_map[:, -1]]
-    return np.setdiff1d(np.concatenate(edges), [0])
 
 
 def group_cells(ids: Iterable[int], pairs: np.ndarray, largest: int) -> list[list[int]]:
@@ -124,7 +125,7 @@ def share_seen_whole(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
     """Cut the whole cells out of a source image; those that its border cuts are left."""
     boxes = boxes_of(instance_map)
-    ids = np.setdiff1d(np.arange(1, len(boxes) + 1), border_ids(instance_map))
+    ids = np.setdiff1d(np.arange(1, len(boxes) + 1), touches_border(instance_map))
     cell_weights = 1 / share_seen_whole(boxes, instance_map.shape)
     pairs = touching_pairs(instance_map) if clusters else np.zeros((0, 2), int)
     pieces, weights = [], []
@@ -144,29 +145,39 @@ def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
 
 
 def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSettings) -> Piece:
-    """Mirror, turn and resize a piece in one step, by nearest neighbour, so that no id is ever mixed."""
+    """Mirror, turn and resize a piece. Mirrored and quarter-turned pieces keep every pixel."""
     factor = math.exp(rng.uniform(math.log(settings.scale_low), math.log(settings.scale_high)))
-    mirror, draw = rng.random() < 0.5, rng.random()
-    labels = piece.labels[:, ::-1] if mirror and settings.rotate != "none" else piece.labels
-    quarters = {"none": 0.0, "quarter": float(math.floor(4 * draw)), "free": 4 * draw}[settings.rotate]
-    cosine, sine = math.cos(quarters * math.pi / 2), math.sin(quarters * math.pi / 2)
-    height, width = labels.shape
-    # the outermost pixels' centres land inside: +1 keeps a margin for rounding
-    new_height = math.ceil(factor * (height * abs(cosine) + width * abs(sine)) - 1e-9) + 1
-    new_width = math.ceil(factor * (height * abs(sine) + width * abs(cosine)) - 1e-9) + 1
-    rows, columns = np.mgrid[:new_height, :new_width]
-    # with the same parity as the source the centre falls on a pixel centre, and quarter turns are exact
-    centre_row = _centre(new_height, height if abs(cosine) > abs(sine) else width)
-    centre_column = _centre(new_width, width if abs(cosine) > abs(sine) else height)
-    down, right = (rows - centre_row) / factor, (columns - centre_column) / factor
-    source_rows = np.rint(cosine * down + sine * right + (height - 1) / 2 - 1e-6).astype(int)
-    source_columns = np.rint(-sine * down + cosine * right + (width - 1) / 2 - 1e-6).astype(int)
-    known = (source_rows >= 0) & (source_rows < height) & (source_columns >= 0) & (source_columns < width)
-    turned = np.zeros((new_height, new_width), dtype=np.int32)
-    turned[known] = labels[source_rows[known], source_columns[known]]
-    if quarters % 1 or factor != 1:
-        turned = _take_off_teeth(turned)
-    return Piece(turned, np.zeros(turned.shape, np.float32))
+    mirror, quarters = rng.random() < 0.5, 4 * rng.random()
+    labels, angle = piece.labels, 0.0
+    if settings.rotate != "none":
+        labels = turn(labels, (0, 1), int(quarters) + 4 * mirror)
+    if settings.rotate == "free":
+        angle = quarters % 1 * math.pi / 2
+    if angle or factor != 1:
+        labels = _take_off_teeth(_resample(labels, angle, factor))
+    return Piece(np.ascontiguousarray(labels), np.zeros(labels.shape, np.float32))
+
+
+def _resample(labels: np.ndarray, angle: float, factor: float) -> np.ndarray:
+    """Turn by 0 to 90 degrees and resize in one step, by nearest neighbour, so that no id is ever mixed.
+
+    Args:
+        labels: (h, w) int32.
+        angle: radians, 0 to pi / 2.
+        factor: new length over old length.
+
+    Returns:
+        (h', w') int32, just large enough for all of the turned piece.
+    """
+    (height, width), cosine, sine = labels.shape, math.cos(angle), math.sin(angle)
+    lengths = height * cosine + width * sine, height * sine + width * cosine
+    shape = tuple(max(1, math.ceil(factor * length - 1e-9)) for length in lengths)
+    back = np.array([[cosine, sine], [-sine, cosine]]) / factor  # from a new pixel to the old one, about the centres
+    centre, new_centre = (np.array(labels.shape) - 1) / 2, (np.array(shape) - 1) / 2
+    # grid-constant: the pixels of the source end half a pixel beyond their centres
+    return ndimage.affine_transform(
+        labels, back, offset=centre - back @ new_centre, output_shape=shape, order=0, mode="grid-constant"
+    )
 
 
 def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
@@ -178,10 +189,6 @@ def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
     smooth = np.argmax(votes, axis=0).astype(np.int32)
     small = np.flatnonzero(np.bincount(labels.ravel()) < LEAST_SMOOTHED_AREA)
     return np.where(np.isin(labels, small) | np.isin(smooth, small), labels, smooth)
-
-
-def _centre(size: int, source_size: int) -> float:
-    return (size - 1) / 2 if (size - source_size) % 2 == 0 else size / 2 - 1
 
 
 class Layouts:
@@ -256,14 +263,22 @@ def read_origin(folder: Path) -> dict[str, str] | None:
 
 
 def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
-    """Every instance map of a folder by its name; all that cannot be used are named in one InputError.
+    """Every instance map of a folder by its name.
+
+    Args:
+        folder: label files, 0 background.
+        components: take every connected part as one cell, whatever its value.
 
     Returns:
         name -> (H, W) int32, ids without gaps.
+
+    Raises:
+        InputError: with all files that cannot be used.
+        OneValueForAll: most files hold one value for all cells, and ``components`` is off.
     """
     files = find_files(folder, "instance labels")
     maps, unusable, one_value = {}, [], []
-    for name, path in progress(files.items(), "reading instances", len(files)):
+    for name, path in tqdm(files.items(), desc="reading instances", unit="file", disable=None):
         try:
             labels = read_mask(path)
         except InputError as error:
@@ -272,21 +287,13 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
         if labels.ndim != 2 or np.any(labels < 0) or np.any(labels != np.floor(labels)):
             unusable.append(f"{path}: not one layer of whole numbers from 0, shape {labels.shape}, {labels.dtype}")
             continue
-        if components:
-            maps[name], _ = ndimage.label(labels, EIGHT_NEIGHBOURS, output=np.int32)
-            continue
-        values, numbers = np.unique(labels, return_inverse=True)
-        numbers = numbers.reshape(labels.shape) + (0 if values[0] == 0 else 1)
-        maps[name] = numbers.astype(np.int32)
-        if maps[name].max() == 1 and ndimage.label(numbers, EIGHT_NEIGHBOURS)[1] > 1:
+        maps[name] = connected_cells(labels) if components else without_gaps(labels.astype(np.int64))
+        if maps[name].max() == 1 and connected_cells(labels).max() > 1:
             one_value.append(name)
     if unusable:
         raise InputError(
             f"{len(unusable)} of {len(files)} files in {folder} are no instance labels: {list_some(unusable)}"
         )
     if len(one_value) > len(maps) / 2:
-        raise InputError(
-            f"{folder} (--instances) holds one value for all cells ({list_some(one_value)}), and recombining needs a "
-            "number for every cell: give instance labels, or --components to take every connected part as one cell"
-        )
+        raise OneValueForAll(f"{folder} holds one value for all cells ({list_some(one_value)})")
     return maps

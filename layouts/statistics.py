@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from layouts.recombine import border_ids, boxes_of, share_seen_whole, touching_pairs
+from common.cells import touches_border
+from common.disk import write_csv
+from layouts.recombine import boxes_of, share_seen_whole, touching_pairs
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Measurement:
 def measure(instance_map: np.ndarray) -> Measurement:
     """Count and measure the cells of an (H, W) instance map whose ids have no gaps.
 
-    Elongation is the ratio of the axes of the ellipse with the cell's second moments; a pixel counts as a square, which
-    has the variance 1/12.
+    Elongation is the ratio of the axes of the ellipse with the cell's second moments. A pixel counts as a square, which
+    has the variance 1/12. The axes of scikit-image leave that out, so a cell one pixel wide would be infinitely long.
     """
     boxes = boxes_of(instance_map)
-    inner = np.setdiff1d(np.arange(1, len(boxes) + 1), border_ids(instance_map))
+    inner = np.setdiff1d(np.arange(1, len(boxes) + 1), touches_border(instance_map))
     areas, elongations = np.zeros(len(inner)), np.zeros(len(inner))
     for number, (top, bottom, left, right) in enumerate(boxes[inner - 1]):
         rows, columns = np.nonzero(instance_map[top:bottom, left:right] == inner[number])
@@ -87,17 +88,19 @@ def summarize(measurements: Iterable[Measurement]) -> dict[str, float]:
     }
 
 
+STATISTICS = ("name", "cells", "whole_cells", "foreground", "touching_cells", "mean_area", "median_area",
+              "mean_elongation")  # fmt: skip
+
+
 def write_statistics(path: Path, measurements: dict[str, Measurement]) -> None:
-    """One row per image; area and elongation stay empty where no cell lies whole in the image."""
-    rows = [
-        ["name", "cells", "whole_cells", "foreground", "touching_cells", "mean_area", "median_area", "mean_elongation"]
-    ]
+    """One row per image; area and elongation stay empty if no cell lies whole in the image."""
+    rows = []
     for name, item in measurements.items():
         shape = ["", "", ""]
         if len(item.areas):
             shape = [f"{np.mean(item.areas):.1f}", f"{np.median(item.areas):.1f}", f"{np.mean(item.elongations):.3f}"]
         rows.append([name, item.cells, len(item.areas), f"{item.foreground:.4f}", item.touching, *shape])
-    write_table(path, rows)
+    write_csv(path, STATISTICS, rows)
 
 
 def write_summary(path: Path, columns: dict[str, dict[str, float]]) -> str:
@@ -107,12 +110,5 @@ def write_summary(path: Path, columns: dict[str, dict[str, float]]) -> str:
         [measure, *(f"{columns[name][measure]:.4g}" if measure in columns[name] else "" for name in names)]
         for measure in columns[names[0]]
     ]
-    write_table(path, [["measure", *names], *table])
+    write_csv(path, ["measure", *names], table)
     return "\n".join(f"{row[0]:<40}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in [["", *names], *table])
-
-
-def write_table(path: Path, rows: list[list[object]]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    unfinished.replace(path)

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 import make_masks
+from common.cells import touches_border
 from common.errors import InputError
 from layouts import nuclei, placing, recombine, statistics
 
@@ -243,7 +244,7 @@ def test_tidy_keeps_the_largest_part_drops_scraps_and_closes_gaps():
 
 def shapes_in(instance_map: np.ndarray) -> set[bytes]:
     """Every whole cell as it looks, wherever it lies."""
-    boxes, cut = ndimage.find_objects(instance_map), recombine.border_ids(instance_map)
+    boxes, cut = ndimage.find_objects(instance_map), touches_border(instance_map)
     cells = [instance_map[box] == number for number, box in enumerate(boxes, start=1) if number not in cut]
     return {np.array(cell.shape).tobytes() + cell.tobytes() for cell in cells}
 
@@ -287,7 +288,7 @@ def test_overlap_hides_no_more_of_a_cell_than_allowed():
     area = np.count_nonzero(disks((40, 40), [(20, 20, 8)]))
     settings = layout_settings(gap=0, max_overlap=0.3, density=0.6)
     made = recombine.Layouts([source], settings).field(0)
-    inner = np.setdiff1d(np.unique(made), np.append(recombine.border_ids(made), 0))
+    inner = np.setdiff1d(np.unique(made), np.append(touches_border(made), 0))
     areas = np.bincount(made.ravel())[inner]
     assert areas.min() < area  # some are hidden in part
     assert areas.min() >= 0.7 * area - 1
@@ -369,8 +370,10 @@ def test_a_source_image_without_cells_gives_an_empty_layout_at_times(tmp_path):
 def test_binary_masks_are_refused_and_taken_apart_on_request(tmp_path):
     binary = {name: 255 * (disks((60, 60), [(15, 15, 6), (40, 40, 8)]) > 0) for name in "ab"}
     folder = write_instances(tmp_path / "binary", binary)
-    with pytest.raises(InputError, match="one value for all cells.*--components"):
+    with pytest.raises(InputError, match="one value for all cells"):
         recombine.read_sources(folder, components=False)
+    with pytest.raises(InputError, match="one value for all cells.*--components"):
+        run("recombine", "--instances", folder, "--output", tmp_path / "out")
     assert all(item.max() == 2 for item in recombine.read_sources(folder, components=True).values())
 
 
@@ -405,7 +408,7 @@ def test_layouts_of_real_nuclei_have_the_statistics_of_the_source(tmp_path):
 def test_a_set_made_with_other_settings_is_never_mixed_or_overwritten(tmp_path):
     simulate(tmp_path / "set", "--count", 2)
     before = files_of(tmp_path / "set")
-    with pytest.raises(InputError, match="seed 0 and not 7"):
+    with pytest.raises(InputError, match="seed 0 -> 7"):
         simulate(tmp_path / "set", "--count", 2, "--seed", 7)
     assert files_of(tmp_path / "set") == before
 
@@ -443,11 +446,8 @@ def test_settings_are_kept_with_the_set(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["simulate", "--count", "0"], "--count 0"),
-        (["simulate", "--seed", "-1"], "--seed -1"),
         (["simulate", "--image-size", "8"], "--image-size 8"),
         (["simulate", "--image-size", "64", "64", "64"], "--image-size 64 64 64"),
-        (["simulate", "--density", "nan"], "--density nan"),
         (["simulate", "--density", "0.6", "--no-touching"], "--density 0.6.*0.7 with --touching"),
         (["simulate", "--cell-size", "300"], "--cell-size 300"),
         (["simulate", "--elongation", "0.5", "--cell-size", "1"], "--cell-size 1.0.*--elongation 0.5"),
@@ -459,6 +459,26 @@ def test_settings_are_kept_with_the_set(tmp_path):
 def test_numbers_that_cannot_be_meant_are_refused_before_any_work(tmp_path, arguments, words):
     with pytest.raises(InputError, match=words):
         run(*arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["simulate", "--count", "0"], "--count: 0 is not a whole number"),
+        (["simulate", "--seed", "-1"], "--seed: -1 is not a whole number"),
+        (["simulate", "--density", "nan"], "--density: nan is not a number above 0"),
+        (["simulate", "--size-spread", "1.5"], "--size-spread: 1.5 is not between 0 and 1"),
+        (["simulate", "--cell-size", "inf"], "--cell-size: inf is not a number above 0"),
+        (["recombine", "--instances", "x", "--gap", "-1"], "--gap: -1 is not a whole number"),
+    ],
+)
+def test_a_value_that_no_number_type_takes_ends_with_one_line(tmp_path, arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, "--output", tmp_path / "out")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
     assert not (tmp_path / "out").exists()
 
 
@@ -476,6 +496,49 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "none" in done.stderr
+
+
+def test_a_set_that_another_process_makes_is_left_alone(tmp_path):
+    simulate(tmp_path / "set", "--count", 1)
+    before = files_of(tmp_path / "set")
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from common.disk import lock_folder
+        lock = lock_folder(Path({str(tmp_path / "set")!r}), "wait")
+        print("held", flush=True)
+        sys.stdin.read()"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(
+            InputError, match="another process works in this folder. Wait for it, or name another --out"
+        ):
+            simulate(tmp_path / "set", "--count", 2)
+        holder.stdin.close()
+    assert files_of(tmp_path / "set") == before
+    simulate(tmp_path / "set", "--count", 2)
+    assert len(files_of(tmp_path / "set")) == 4
+
+
+def test_two_starts_at_once_leave_one_whole_set(tmp_path):
+    simulate(tmp_path / "once", "--count", 4, "--render")
+    words = ["make_masks.py", "simulate", "--output", tmp_path / "twice", "--count", 4, "--render"]
+    command = [sys.executable, *map(str, [*words, "--image-size", 48, 64, "--cell-size", 10])]
+    starts = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [(start.communicate()[1], start.returncode) for start in starts]
+    assert 0 in [code for _, code in ends]
+    for said, code in ends:
+        assert (code == 0 and said == "") or (code == 2 and "another process works" in said and said.count("\n") == 1)
+    assert files_of(tmp_path / "twice") == files_of(tmp_path / "once")
+    assert not list((tmp_path / "twice").rglob("*.tmp"))
+
+
+def test_both_kinds_of_set_note_the_version_of_their_generator(lab, tmp_path):
+    simulate(tmp_path / "a", "--count", 1)
+    run("recombine", "--instances", lab, "--output", tmp_path / "b", "--count", 1)
+    made_with = [json.loads((tmp_path / name / "settings.json").read_text())["generator"] for name in "ab"]
+    assert made_with == [1, 2]
 
 
 @pytest.mark.parametrize("flag", ["--densit", "--count-all"])
