@@ -35,10 +35,10 @@ from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.files import find_files, read_mask
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
-from layouts.placing import CellsTooSmall
 from layouts.recombine import (
     LARGEST_CLUSTER,
     ROTATIONS,
+    CellsTooSmall,
     Layouts,
     LayoutSettings,
     OneValueForAll,
@@ -106,7 +106,7 @@ def make_set(
         try:
             arrays = make_image(index)
         except CellsTooSmall as error:
-            raise InputError(f"{error}: give a larger --scale or --cell-size") from error
+            raise InputError(f"{error}: give a larger --scale") from error
         for kind, path in files.items():
             if not path.is_file():
                 save_png(arrays[kind], path)

@@ -12,12 +12,7 @@ from scipy import ndimage
 from common.cells import connected_cells
 
 LEAST_CELL_AREA = 6  # px; smaller scraps at the border of an image or of a neighbour are no cells
-MOST_EMPTY_PIECES = 1000  # drawn in a row, before the cells count as smaller than a pixel
 POSITIONS_TRIED = 60  # per cell, before it is given up
-
-
-class CellsTooSmall(ValueError):
-    """Piece after piece has no pixel."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +166,10 @@ def fill(
 
 
 def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece]) -> list[Piece]:
-    """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so.
-
-    Raises:
-        CellsTooSmall: piece after piece has no pixel.
-    """
-    batch, empty = [], 0
+    """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so."""
+    batch = []
     while missing > 0:
         piece = draw_piece()
-        empty = 0 if piece.area else empty + 1
-        if empty == MOST_EMPTY_PIECES:
-            raise CellsTooSmall("the cells are smaller than a pixel")
         if piece.area > missing and rng.uniform(0, piece.area) > missing:
             break
         batch.append(piece)

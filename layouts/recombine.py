@@ -18,10 +18,11 @@ from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from dataset.files import find_files, read_mask
 from dataset.views import turn
-from layouts.placing import Field, Piece, fill, place_anywhere, tidy
+from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
 
 LARGEST_CLUSTER = 6  # cells; larger clumps of a lab's data are taken apart, so that they fit into a new layout
 LEAST_SMOOTHED_AREA = 60  # px
+MOST_SCRAPS = 1000  # pieces drawn in a row, before all cells count as too small
 LEAST_POOL = 100  # pieces that a recombined layout can draw from, where the data has so many
 ROTATIONS = ("free", "quarter", "none")
 
@@ -56,6 +57,10 @@ class LayoutSettings:
     components: bool
     seed: int
     source_sha256: str
+
+
+class CellsTooSmall(InputError):
+    """Piece after piece has fewer than LEAST_CELL_AREA pixels, so no cell would be left."""
 
 
 class OneValueForAll(InputError):
@@ -221,7 +226,11 @@ class Layouts:
         return pieces, weight / weight.sum()
 
     def field(self, index: int) -> np.ndarray:
-        """(H, W) int32 instance map of layout number `index`."""
+        """(H, W) int32 instance map of layout number `index`.
+
+        Raises:
+            CellsTooSmall: no cell is left at this scale.
+        """
         settings = self._settings
         rng = np.random.default_rng((settings.seed, index, 0))
         model = self._sources[rng.integers(len(self._sources))]
@@ -230,7 +239,11 @@ class Layouts:
         foreground = settings.density if settings.density is not None else model.foreground * settings.density_scale
 
         def draw_piece() -> Piece:
-            return turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
+            for _ in range(MOST_SCRAPS):
+                piece = turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
+                if piece.area >= LEAST_CELL_AREA:  # tidy would drop a smaller one
+                    return piece
+            raise CellsTooSmall(f"the cells have fewer than {LEAST_CELL_AREA} pixels")
 
         fill(field, rng, foreground, draw_piece, place_anywhere)
         return tidy(field.instance_map)
