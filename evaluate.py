@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import (
     add_device_argument,
@@ -40,41 +42,15 @@ from common.log import start_logging
 from dataset.config import CROPS
 from engine.machine import resolve_device, start_machine
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line of ``evaluate.py``."""
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="MEASURE")
-    measures = (
-        _add_data,
-        _add_threshold,
-        _add_grid,
-        _add_fidelity,
-        _add_filter,
-        _add_realism,
-        _add_population,
-        _add_memorisation,
-        _add_report,
-        _add_sweep,
-        _add_split,
-        _add_utility,
-    )
-    for add in measures:
-        add(commands)
-    return parser.parse_args(argv)
+if TYPE_CHECKING:
+    from evaluation.output import Section
+    from synthetic.reader import SampleSet
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def _add_data(commands) -> None:
-    parser = commands.add_parser(
-        "data",
-        help="look at images and masks before training",
-        description="Report in plain language on a data set before training: counts, sizes, gray values, classes, "
-        "cells, unreadable files, files without partner, copies, and a contact sheet with the masks' outlines. Ends "
-        "with exit code 0 where training can start, 2 where it cannot.",
-    )
+def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images")
     parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
     add_mask_arguments(parser)
@@ -83,50 +59,17 @@ def _add_data(commands) -> None:
         "--image-size", type=positive_int, help="side of the training images, checked with --crop random"
     )
     parser.add_argument("--crop", choices=CROPS, default="center", help="as in training")
-    parser.add_argument("--output", type=Path, default=Path("data_report"), metavar="FOLDER", help="where it goes")
+    _add_output(parser, "data_report")
 
 
-def _add_threshold(commands) -> None:
-    parser = commands.add_parser(
-        "threshold",
-        help="Dice of the thresholded images against their masks (no training)",
-        description="Dice of the Otsu-thresholded images against their masks, beside real images of the same masks, "
-        "with the gray values' mean and standard deviation.",
-    )
-    _add_set(parser)
-
-
-def _add_grid(commands) -> None:
-    parser = commands.add_parser(
-        "grid",
-        help="gray steps across the borders of the network's patches over those inside",
-        description="Mean difference of neighbouring pixels across the borders of the network's patches, over the same "
-        "inside the patches, beside the real images of the same masks. 1 is no grid.",
-    )
-    _add_set(parser)
-
-
-def _add_fidelity(commands) -> None:
-    parser = commands.add_parser(
-        "fidelity",
-        help="agreement of a segmenter trained on real pairs with the masks",
-        description="Agreement of a small U-Net, trained on real pairs (minutes on a CPU at small size, kept for the "
-        "next set), with the masks, beside real images that it has not seen; adds the column fidelity_dice to the "
-        "manifest.",
-    )
+def _add_fidelity(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     _add_real_pairs(parser, " that teach the judge")
     _add_judge(parser)
     add_device_argument(parser)
 
 
-def _add_filter(commands) -> None:
-    parser = commands.add_parser(
-        "filter",
-        help="keep the images that follow their masks best",
-        description="Keep the images of the highest fidelity_dice. The set itself stays as it is: the lists kept.csv "
-        "and dropped.csv (with reasons) go into SAMPLE_DIR/evaluation, copies of the kept images into --output.",
-    )
+def _add_filter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="set on which evaluate.py fidelity has run")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument(
@@ -138,168 +81,98 @@ def _add_filter(commands) -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for a set of the kept images")
 
 
-def _add_realism(commands) -> None:
-    parser = commands.add_parser(
-        "realism",
-        help="FID and KID, or a distance on the judge's features, beside real against real",
-        description="Distance of the synthetic to real images in a feature space, beside that of real to real images "
-        "over random splits. FID and KID with --inception-weights; without, a Frechet distance on the features of the "
-        "judge of the fidelity command, which is no FID.",
-    )
+def _add_realism(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images, best unseen in training")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks, for the judge (without Inception weights)")
     add_mask_type_argument(parser)
-    parser.add_argument(
-        "--inception-weights",
-        type=Path,
-        metavar="FILE",
-        help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases; never fetched from here",
-    )
+    weights = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases; never fetched from here"
+    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--splits", type=positive_int, default=20, help="random halves of the real images")
     _add_judge(parser)
     add_device_argument(parser)
 
 
-def _add_population(commands) -> None:
-    parser = commands.add_parser(
-        "population",
-        help="number, size, shape, brightness and texture of the cells",
-        description="Histograms and Wasserstein distances of the cells' number, area, eccentricity, brightness and "
-        "texture, beside the distances of random halves of the real images.",
-    )
+def _add_population(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     parser.add_argument("--data-path", metavar="IMAGES", help="real images (default: those that the manifest names)")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks")
     add_mask_type_argument(parser)
 
 
-def _add_memorisation(commands) -> None:
-    parser = commands.add_parser(
-        "memorisation",
-        help="nearest training image of every synthetic one",
-        description="Distance of every synthetic image to its nearest training image, in any turn or flip, beside the "
-        "same of held-out real images, with the ten closest pairs as a picture.",
-    )
+def _add_memorisation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="images that the generator learned from")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks: tells samples made from them apart")
-    parser.add_argument(
-        "--held-out",
-        metavar="IMAGES",
-        help="real images that it has not seen (default: each training image beside the others)",
-    )
+    unseen = "real images that it has not seen (default: each training image beside the others)"
+    parser.add_argument("--held-out", metavar="IMAGES", help=unseen)
 
 
-def _add_report(commands) -> None:
-    parser = commands.add_parser(
-        "report",
-        help="one HTML file of all that was measured on a set",
-        description="Put all measures of SAMPLE_DIR/evaluation, with their pictures and the worst and best images by "
-        "fidelity, into one HTML file that needs nothing beside it, and into report.json.",
-    )
+def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     parser.add_argument("--images", type=positive_int, default=8, help="worst and best images shown, each")
     parser.add_argument("--utility", type=Path, metavar="FOLDER", help="results of the utility command, to include")
     parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="results of the sweep command, to include")
 
 
-def _add_sweep(commands) -> None:
-    parser = commands.add_parser(
-        "sweep",
-        help="which guidance and solver to sample with",
-        description="Draw the same masks with every combination of guidance scale, guidance interval, solver and "
-        "number of steps; fidelity and realism of each, one plot and a recommended setting.",
-    )
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
     parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
     parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
     _add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
     parser.add_argument("--images", type=positive_int, default=48, help="masks drawn with every setting")
-    parser.add_argument(
-        "--cfg-scales",
-        type=non_negative_float,
-        nargs="+",
-        default=[1.0, 1.5, 2.0, 4.0],
-        metavar="SCALE",
-        help="guidance; 1 is none",
-    )
-    parser.add_argument(
-        "--guidance-intervals",
-        type=_interval,
-        nargs="+",
-        default=[(0.0, 1.0)],
-        metavar="LO:HI",
-        help="times at which guidance is on, such as 0:1 0.2:0.8",
-    )
+    scales = {"type": non_negative_float, "nargs": "+", "default": [1.0, 1.5, 2.0, 4.0], "metavar": "SCALE"}
+    parser.add_argument("--cfg-scales", **scales, help="guidance; 1 is none")
+    interval = {"type": _interval, "nargs": "+", "default": [(0.0, 1.0)], "metavar": "LO:HI"}
+    parser.add_argument("--guidance-intervals", **interval, help="times at which guidance is on, such as 0:1 0.2:0.8")
     parser.add_argument(
         "--solvers", nargs="+", default=["heun"], metavar="NAME", help="such as euler heun ab2 sde-euler"
     )
     parser.add_argument(
-        "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS", help="of the solver"
+        "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS", help="steps of the solver"
     )
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
-    parser.add_argument("--output", type=Path, default=Path("sweep"), metavar="FOLDER", help="where it goes")
+    _add_output(parser, "sweep")
     _add_judge(parser)
     add_machine_arguments(parser)
 
 
-def _add_split(commands) -> None:
-    parser = commands.add_parser(
-        "split",
-        help="test images and shares of the labels, for the utility measure",
-        description="Copy real pairs into test images and nested shares of the others. Train a generator on every "
-        "SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated ones; then run utility.",
-    )
+def _add_split(parser: argparse.ArgumentParser) -> None:
     _add_real_pairs(parser, " to divide")
     parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied along to recombine")
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
     parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
-    parser.add_argument(
-        "--test-share", type=positive_fraction, default=0.2, help="of the pairs, where no test images are given"
-    )
+    parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="share of the pairs to test on")
     parser.add_argument("--shares", type=_percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the choice")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the choice")
     parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
 
 
-def _add_utility(commands) -> None:
-    parser = commands.add_parser(
-        "utility",
-        help="does training on real + synthetic images beat real ones alone",
-        description="Train a segmenter on real, synthetic, and real + synthetic images at several shares of the "
-        "labels, with the same steps and several seeds, and test it on real images. A synthetic set that has seen "
-        "more than its share, or the test images, is refused.",
-    )
+def _add_utility(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("split", metavar="SPLIT", help="folder that evaluate.py split has made")
     parser.add_argument(
         "--synthetic", type=_by_share, nargs="+", required=True, metavar="PERCENT=SAMPLE_DIR", help="set of every share"
     )
-    parser.add_argument(
-        "--ckpt",
-        type=_by_share,
-        nargs="+",
-        default=[],
-        metavar="PERCENT=FILE",
-        help="checkpoint of every set, where its settings do not say what its generator was trained on",
-    )
+    trained = "checkpoint of every set, if its settings do not say what its generator was trained on"
+    parser.add_argument("--ckpt", type=_by_share, nargs="+", default=[], metavar="PERCENT=FILE", help=trained)
     parser.add_argument(
         "--shares", type=_percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
     )
     add_mask_type_argument(parser)
-    parser.add_argument("--steps", type=positive_int, default=400, help="of every training, the same in all arms")
+    parser.add_argument("--steps", type=positive_int, default=400, help="steps of every training, the same in all arms")
     parser.add_argument("--seeds", type=positive_int, default=3, help="trainings of every arm")
     add_device_argument(parser)
-    parser.add_argument("--output", type=Path, default=Path("utility"), metavar="FOLDER", help="where it goes")
+    _add_output(parser, "utility")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
-    parser.add_argument(
-        "--real-dir",
-        metavar="FOLDER",
-        help="where the real images are now, if they are no longer where the manifest says",
-    )
+    moved = "where the real images are now, if they are no longer where the manifest says"
+    parser.add_argument("--real-dir", metavar="FOLDER", help=moved)
+
+
+def _add_output(parser: argparse.ArgumentParser, folder: str) -> None:
+    parser.add_argument("--output", type=Path, default=Path(folder), metavar="FOLDER", help="folder for the results")
 
 
 def _add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
@@ -345,26 +218,37 @@ def _by_share(text: str) -> tuple[int, Path]:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def main(args: argparse.Namespace) -> None:
-    """Run the chosen measure, print its table and say where the files are."""
-    start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
-    COMMANDS[args.command](args)
+def _open_set(args: argparse.Namespace) -> SampleSet:
+    from synthetic.reader import SampleSet
+
+    return SampleSet(args.sample_dir, getattr(args, "real_dir", None))
+
+
+def _judge_settings(args: argparse.Namespace) -> dict[str, object]:
+    return {"mask_type": args.mask_type, "steps": args.steps, "seed": args.seed, "progress": True}
+
+
+def _show(section: Section, content: dict, written: str | Sequence[Path], samples: SampleSet | None = None) -> None:
+    """Print a result: its table, what it says, how the set was made, and where the files are."""
+    from synthetic.reader import describe_provenance
+
+    made = describe_provenance(samples.provenance()) if samples is not None else []
+    files = written if isinstance(written, str) else ", ".join(map(str, written))
+    print("\n".join([*section.lines(content), *made, f"written: {files}"]))
 
 
 def run_data(args: argparse.Namespace) -> None:
-    """``evaluate.py data``."""
+    """Report in plain language on a data set before training: counts, sizes, gray values, classes, cells,
+    unreadable files, files without partner, copies, and a contact sheet with the masks' outlines.
+
+    The exit code is 0 if training can start, 2 if it cannot.
+    """
     from evaluation.data_report import survey, write_data_report
 
     report, pairs, rule = survey(
-        args.data_path,
-        args.mask_path,
-        num_classes=args.num_classes,
-        mask_type=args.mask_type,
-        image_size=args.image_size,
-        crop=args.crop,
-        normalize=args.normalize_masks,
-        progress=True,
-    )
+        args.data_path, args.mask_path, args.num_classes, args.mask_type, args.image_size, args.crop,
+        normalize=args.normalize_masks, progress=True,
+    )  # fmt: skip
     written = write_data_report(report, pairs, rule, args.output)
     print("\n".join(report.lines()))
     print(f"written: {', '.join(map(str, written))}")
@@ -374,72 +258,68 @@ def run_data(args: argparse.Namespace) -> None:
 
 
 def run_threshold(args: argparse.Namespace) -> None:
-    """``evaluate.py threshold``."""
+    """Dice of the Otsu-thresholded images against their masks, beside real images of the same masks, with the gray
+    values' mean and standard deviation."""
     from evaluation.grid import grid_line
-    from evaluation.threshold import score_by_threshold, write_threshold_report
-    from synthetic.reader import SampleSet
+    from evaluation.threshold import SECTION, score_by_threshold, write_threshold_report
 
-    samples = SampleSet(args.sample_dir, args.real_dir)
+    samples = _open_set(args)
     score = score_by_threshold(samples)
     folder = write_threshold_report(samples, score)
-    print("\n".join(score.lines()))
+    picture = ", threshold.png" if score.compared else ""
     print(grid_line(samples))
-    print(f"written: {folder}/threshold.json, threshold.csv" + (", threshold.png" if score.compared else ""))
+    _show(SECTION, score.to_dict(), f"{folder}/threshold.json, threshold.csv{picture}", samples)
 
 
 def run_grid(args: argparse.Namespace) -> None:
-    """``evaluate.py grid``."""
-    from evaluation.grid import score_grid, write_grid_report
-    from synthetic.reader import SampleSet
+    """Mean difference of neighbouring pixels across the borders of the network's patches, over the same inside the
+    patches, beside the real images of the same masks. 1 is no grid."""
+    from evaluation.grid import SECTION, score_grid, write_grid_report
 
-    samples = SampleSet(args.sample_dir, args.real_dir)
+    samples = _open_set(args)
     score = score_grid(samples)
     folder = write_grid_report(samples, score)
-    print("\n".join(score.lines()))
-    print(f"written: {folder}/grid.json, grid.csv")
+    _show(SECTION, score.to_dict(), f"{folder}/grid.json, grid.csv", samples)
 
 
 def run_fidelity(args: argparse.Namespace) -> None:
-    """``evaluate.py fidelity``."""
-    from evaluation.fidelity import score_fidelity, write_fidelity_report
-    from synthetic.reader import SampleSet
+    """Agreement of a small U-Net, trained on real pairs (minutes on a CPU at small size, kept for the next set),
+    with the masks, beside real images that it has not seen; adds the column fidelity_dice to the manifest."""
+    from evaluation.fidelity import SECTION, score_fidelity, write_fidelity_report
 
-    samples = SampleSet(args.sample_dir, args.real_dir)
-    report = score_fidelity(
-        samples,
-        args.data_path,
-        args.mask_path,
-        args.cache_dir,
-        mask_type=args.mask_type,
-        steps=args.steps,
-        seed=args.seed,
-        device=resolve_device(args.device),
-        progress=True,
-    )
+    samples = _open_set(args)
+    where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
+    report = score_fidelity(samples, *where, device=device, **_judge_settings(args))
     folder = write_fidelity_report(samples, report)
-    print("\n".join(report.lines()))
-    print(f"written: {folder}/fidelity.json, and the column fidelity_dice of {samples.folder}/manifest.csv")
+    written = f"{folder}/fidelity.json, and the column fidelity_dice of {samples.folder}/manifest.csv"
+    _show(SECTION, report.to_dict(), written, samples)
 
 
 def run_filter(args: argparse.Namespace) -> None:
-    """``evaluate.py filter``."""
-    from evaluation.filter import filter_set, write_filter_report
-    from synthetic.reader import SampleSet
+    """Keep the images of the highest fidelity_dice.
 
-    samples = SampleSet(args.sample_dir)
+    The set itself stays as it is: the lists kept.csv and dropped.csv (with reasons) go into SAMPLE_DIR/evaluation,
+    copies of the kept images into --output.
+    """
+    from evaluation.filter import SECTION, filter_set, write_filter_report
+
+    samples = _open_set(args)
     result = filter_set(samples, args.min_fidelity, args.keep_share)
     written = write_filter_report(samples, result, args.output)
-    print("\n".join(result.lines()))
-    print(f"written: {', '.join(map(str, written))}")
+    _show(SECTION, result.to_dict(), written)
 
 
 def run_realism(args: argparse.Namespace) -> None:
-    """``evaluate.py realism``."""
-    from evaluation.fidelity import prepare_judge
-    from evaluation.realism import describe_weights, inception_features, score_realism, write_realism_report
-    from synthetic.reader import SampleSet
+    """Distance of the synthetic to real images in a feature space, beside that of real to real images over random
+    splits.
 
-    samples = SampleSet(args.sample_dir, args.real_dir)
+    FID and KID with --inception-weights; without, a Frechet distance on the features of the judge of the fidelity
+    command, which is no FID.
+    """
+    from evaluation.fidelity import prepare_judge
+    from evaluation.realism import SECTION, describe_weights, inception_features, score_realism, write_realism_report
+
+    samples = _open_set(args)
     if args.inception_weights is not None and samples.require_config().channels not in (1, 3):
         raise InputError(
             f"--inception-weights: Inception takes gray and RGB, the set has {samples.config.channels} channels; "
@@ -451,57 +331,45 @@ def run_realism(args: argparse.Namespace) -> None:
     elif args.mask_path is None:
         raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS for a distance by the judge")
     else:
-        prepared = prepare_judge(
-            samples,
-            args.data_path,
-            args.mask_path,
-            args.cache_dir,
-            args.mask_type,
-            steps=args.steps,
-            seed=args.seed,
-            device=resolve_device(args.device),
-            progress=True,
-        )
+        where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
+        prepared = prepare_judge(samples, *where, device=device, **_judge_settings(args))
         extract, features = prepared.judge.features, f"deepest layer of judge {prepared.key[:12]}"
     inception = args.inception_weights is not None
     report = score_realism(samples, args.data_path, extract, features, inception, splits=args.splits, seed=args.seed)
     folder = write_realism_report(samples, report)
-    print("\n".join(report.lines()))
-    print(f"written: {folder}/realism.json, realism.png")
+    _show(SECTION, report.to_dict(), f"{folder}/realism.json, realism.png", samples)
 
 
 def run_population(args: argparse.Namespace) -> None:
-    """``evaluate.py population``."""
-    from evaluation.population import score_population, write_population_report
-    from synthetic.reader import SampleSet
+    """Histograms and Wasserstein distances of the cells' number, area, eccentricity, brightness and texture,
+    beside the distances of random halves of the real images."""
+    from evaluation.population import SECTION, score_population, write_population_report
 
     if (args.data_path is None) != (args.mask_path is None):
         raise InputError("--data-path and --mask-path go together: give both, or none for the manifest's real images")
-    samples = SampleSet(args.sample_dir, args.real_dir)
+    samples = _open_set(args)
     report, synthetic, real = score_population(samples, args.data_path, args.mask_path, args.mask_type)
     folder = write_population_report(samples, report, synthetic, real)
-    print("\n".join(report.lines()))
-    print(f"written: {folder}/population.json, population.csv, population.png")
+    _show(SECTION, report.to_dict(), f"{folder}/population.json, population.csv, population.png", samples)
 
 
 def run_memorisation(args: argparse.Namespace) -> None:
-    """``evaluate.py memorisation``."""
-    from evaluation.memorisation import score_memorisation, write_memorisation_report
-    from synthetic.reader import SampleSet
+    """Distance of every synthetic image to its nearest training image, in any turn or flip, beside the same of
+    held-out real images, with the ten closest pairs as a picture."""
+    from evaluation.memorisation import SECTION, score_memorisation, write_memorisation_report
 
-    samples = SampleSet(args.sample_dir)
+    samples = _open_set(args)
     report, closest, paths = score_memorisation(samples, args.data_path, args.held_out, args.mask_path, progress=True)
     folder = write_memorisation_report(samples, report, closest, paths)
-    print("\n".join(report.lines()))
-    print(f"written: {folder}/memorisation.json, memorisation.csv, memorisation.png")
+    _show(SECTION, report.to_dict(), f"{folder}/memorisation.json, memorisation.csv, memorisation.png", samples)
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """``evaluate.py report``."""
+    """Put all measures of SAMPLE_DIR/evaluation, with their pictures and the worst and best images by fidelity,
+    into one HTML file that needs nothing beside it, and into report.json."""
     from evaluation.report import ELSEWHERE, write_report
-    from synthetic.reader import SampleSet
 
-    samples = SampleSet(args.sample_dir, args.real_dir)
+    samples = _open_set(args)
     others = {name: path for name in ELSEWHERE if (path := getattr(args, name)) is not None}
     page, found, missing = write_report(samples, args.images, others)
     print(f"measures in the report: {', '.join(found)}")
@@ -511,8 +379,17 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
-    """``evaluate.py sweep``."""
-    from evaluation.sweep import SOLVERS, load_sweep_data, run_sweep, sampler_draw, settings_grid, write_sweep_report
+    """Draw the same masks with every combination of guidance scale, guidance interval, solver and number of steps;
+    fidelity and realism of each, one plot and a recommended setting."""
+    from evaluation.sweep import (
+        SECTION,
+        SOLVERS,
+        load_sweep_data,
+        run_sweep,
+        sampler_draw,
+        settings_grid,
+        write_sweep_report,
+    )
 
     unknown = [name for name in args.solvers if name not in SOLVERS]
     if unknown:
@@ -521,84 +398,94 @@ def run_sweep(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     data = load_sweep_data(
-        trained,
-        args.data_path,
-        args.mask_path,
-        args.mask_type,
-        args.images,
-        args.cache_dir,
-        machine.device,
-        steps=args.steps,
-        seed=args.seed,
-        progress=True,
-    )
+        trained, args.data_path, args.mask_path, images=args.images, cache_dir=args.cache_dir, device=machine.device,
+        **_judge_settings(args),
+    )  # fmt: skip
     draw = sampler_draw(trained, machine, data.items, args.seed, args.batch_size)
     classes = trained.data.num_classes
     report = run_sweep(draw, grid, data.real, data.judge, classes, data.separated, args.seed, progress=True)
     written = write_sweep_report(report, args.output)
-    print("\n".join(report.lines()))
-    print(f"written: {', '.join(map(str, written))}")
+    _show(SECTION, report.to_dict(), written)
 
 
 def run_split(args: argparse.Namespace) -> None:
-    """``evaluate.py split``."""
+    """Copy real pairs into test images and nested shares of the others.
+
+    Train a generator on every SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated
+    ones; then run utility.
+    """
     from evaluation.split import make_split
 
     if (args.test_data_path is None) != (args.test_mask_path is None):
         raise InputError("--test-data-path and --test-mask-path go together: give both, or none")
     plan = make_split(
-        args.output,
-        args.data_path,
-        args.mask_path,
-        shares=args.shares,
-        test_share=args.test_share,
-        seed=args.seed,
-        test_image_dir=args.test_data_path,
-        test_mask_dir=args.test_mask_path,
-        instance_dir=args.instances,
-    )
+        args.output, args.data_path, args.mask_path, args.shares, args.test_share, args.seed,
+        args.test_data_path, args.test_mask_path, args.instances,
+    )  # fmt: skip
     print(f"{len(plan.test)} test pairs: {plan.part(None)}")
     for share, names in plan.shares.items():
         print(f"{share:>3} %: {len(names)} pairs: {plan.part(share)}")
 
 
 def run_utility(args: argparse.Namespace) -> None:
-    """``evaluate.py utility``."""
+    """Train a segmenter on real, synthetic, and real + synthetic images at several shares of the labels, with the
+    same steps and several seeds, and test it on real images.
+
+    A synthetic set that has seen more than its share, or the test images, is refused.
+    """
     from evaluation.split import read_split
-    from evaluation.utility import score_utility, write_utility_report
+    from evaluation.utility import SECTION, score_utility, write_utility_report
     from synthetic.reader import SampleSet
 
     sets = {share: SampleSet(path) for share, path in args.synthetic}
     report = score_utility(
-        read_split(args.split),
-        sets,
-        dict(args.ckpt),
-        args.shares,
-        mask_type=args.mask_type,
-        steps=args.steps,
-        seeds=range(args.seeds),
-        device=resolve_device(args.device),
-        progress=True,
-    )
+        read_split(args.split), sets, dict(args.ckpt), args.shares, args.mask_type, args.steps, range(args.seeds),
+        resolve_device(args.device), progress=True,
+    )  # fmt: skip
     written = write_utility_report(report, args.output)
-    print("\n".join(report.lines()))
-    print(f"written: {', '.join(map(str, written))}")
+    _show(SECTION, report.to_dict(), written)
 
 
-COMMANDS = {
-    "data": run_data,
-    "threshold": run_threshold,
-    "grid": run_grid,
-    "fidelity": run_fidelity,
-    "filter": run_filter,
-    "realism": run_realism,
-    "population": run_population,
-    "memorisation": run_memorisation,
-    "report": run_report,
-    "sweep": run_sweep,
-    "split": run_split,
-    "utility": run_utility,
+@dataclass(frozen=True)
+class Measure:
+    """One subcommand. The docstring of ``run`` is the description in its ``--help``."""
+
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+MEASURES = {
+    "data": Measure("look at images and masks before training", _add_data, run_data),
+    "threshold": Measure("Dice of the thresholded images against their masks (no training)", _add_set, run_threshold),
+    "grid": Measure("gray steps across the borders of the network's patches over those inside", _add_set, run_grid),
+    "fidelity": Measure("agreement of a segmenter trained on real pairs with the masks", _add_fidelity, run_fidelity),
+    "filter": Measure("keep the images that follow their masks best", _add_filter, run_filter),
+    "realism": Measure(
+        "FID and KID, or a distance on the judge's features, beside real against real", _add_realism, run_realism
+    ),
+    "population": Measure("number, size, shape, brightness and texture of the cells", _add_population, run_population),
+    "memorisation": Measure("nearest training image of every synthetic one", _add_memorisation, run_memorisation),
+    "report": Measure("one HTML file of all that was measured on a set", _add_report, run_report),
+    "sweep": Measure("which guidance and solver to sample with", _add_sweep, run_sweep),
+    "split": Measure("test images and shares of the labels, for the utility measure", _add_split, run_split),
+    "utility": Measure("does training on real + synthetic images beat real ones alone", _add_utility, run_utility),
 }
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of ``evaluate.py``."""
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="MEASURE")
+    for name, measure in MEASURES.items():
+        measure.add_flags(commands.add_parser(name, help=measure.help, description=measure.run.__doc__))
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the chosen measure, print its table and say where the files are."""
+    start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
+    MEASURES[args.command].run(args)
 
 
 def run() -> None:

@@ -29,7 +29,8 @@ from dataset.folders import MaskFolder, MaskItem, PairedFolder
 from dataset.masks import MaskRule
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
-from synthetic.reader import SampleSet, describe_provenance
+from evaluation.output import Section, Table, results_folder
+from synthetic.reader import SampleSet
 
 logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.2
@@ -105,28 +106,42 @@ class FidelityReport:
         rest = {name: value for name, value in vars(self).items() if name not in nested}
         return nested | rest
 
-    def lines(self) -> list[str]:
-        """The table that the command prints."""
-        rows = [("Dice of the cells", self.synthetic.dice, self.real.dice)]
-        for number, (synthetic, real) in enumerate(zip(self.synthetic.iou, self.real.iou, strict=True)):
-            rows.append((f"IoU of class {number}", synthetic, real))
-        rows += [(f"AP at IoU {name}", value, self.real.ap[name]) for name, value in self.synthetic.ap.items()]
-        rows.append(("panoptic quality", self.synthetic.pq, self.real.pq))
-        rows.append(("boundary F", self.synthetic.boundary_f, self.real.boundary_f))
-        rows.append(("count error per image", self.synthetic.count_error, self.real.count_error))
-        lines = [f"{'':24}{'synthetic':>11}{'real':>11}"]
-        for title, *values in rows:
-            lines.append(f"{title:24}" + "".join(f"{'-' if v is None else format(v, '.3f'):>11}" for v in values))
-        lines.append(
-            f"{self.synthetic.images} synthetic images; real: {self.real.images} images, {self.real_images_are}"
-        )
-        seen = f"; {self.masks_seen_by_judge} images were made from masks that it knows" * bool(
-            self.masks_seen_by_judge
-        )
-        lines.append(f"the judge learned from {self.judge_pairs} real pairs{seen}")
-        if self.chosen_by_this_judge:
-            lines.append("its images were drawn again until this very judge found their masks: --seed gives another")
-        return lines + describe_provenance(self.provenance)
+
+def _table(content: dict) -> Table:
+    sides = content["synthetic"], content["real"]
+    rows: list[list[object]] = [["Dice of the cells", *(side["dice"] for side in sides)]]
+    rows += [[f"IoU of class {k}", *both] for k, both in enumerate(zip(*(side["iou"] for side in sides), strict=True))]
+    rows += [[f"AP at IoU {least}", *(side["ap"][least] for side in sides)] for least in sides[0]["ap"]]
+    others = {
+        "pq": "panoptic quality",
+        "boundary_f": "boundary F",
+        "count_error": "count error per image",
+        "images": "images",
+    }
+    rows += [[title, *(side[name] for side in sides)] for name, title in others.items()]
+    return Table(["", "synthetic", "real"], rows)
+
+
+def _notes(content: dict) -> list[str]:
+    seen = content["masks_seen_by_judge"]
+    notes = [
+        f"real images: {content['real_images_are']}",
+        f"the judge learned from {content['judge_pairs']} real pairs"
+        + (f"; {seen} images were made from masks that it knows" if seen else ""),
+    ]
+    if content.get("chosen_by_this_judge"):
+        notes.append("this judge chose the images of the set, so its scores are too high; use another seed")
+    return notes
+
+
+SECTION = Section(
+    "fidelity",
+    "Does it follow the mask: a segmenter that knows real cells only",
+    "A small U-Net that learned from real pairs segments the images; its answer is compared with the masks. Real "
+    "images that it has not seen are the ceiling. Higher is better, but for the count error.",
+    _table,
+    _notes,
+)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -407,8 +422,7 @@ def write_fidelity_report(samples: SampleSet, report: FidelityReport) -> Path:
     Returns:
         The folder.
     """
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_json(folder / "fidelity.json", report.to_dict())
     samples.write_fidelity(report.synthetic.per_image)
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.disk import SETTINGS, check_folder, write_csv, write_json
 from common.errors import InputError, list_some
-from evaluation.output import number
+from evaluation.output import Section, Table
 from synthetic.manifest import FIDELITY_COLUMN, judge_notes, relative_to_set, write_manifest
 from synthetic.reader import Sample, SampleSet
 
@@ -39,12 +39,20 @@ class FilterResult:
         """Plain types for JSON; the rows are in the CSV files."""
         return asdict(self) | {"kept": len(self.kept), "dropped": len(self.dropped)}
 
-    def lines(self) -> list[str]:
-        """What the command prints."""
-        return [
-            f"kept {len(self.kept)} of {len(self.kept) + len(self.dropped)} images: {self.rule}",
-            f"mean {FIDELITY_COLUMN}: {number(self.mean_before, 0)} of all, {number(self.mean_after, 0)} of those kept",
-        ]
+
+def _table(content: dict) -> Table:
+    everything = content["kept"] + content["dropped"]
+    rows = [["all", everything, content["mean_before"]], ["kept", content["kept"], content["mean_after"]]]
+    return Table(["", "images", f"mean {FIDELITY_COLUMN}"], rows)
+
+
+SECTION = Section(
+    "filter",
+    "Filter",
+    "The set itself is unchanged; see kept.csv and dropped.csv.",
+    _table,
+    lambda content: [f"kept {content['kept']} of {content['kept'] + content['dropped']} images: {content['rule']}"],
+)
 
 
 def filter_set(samples: SampleSet, min_fidelity: float | None = None, keep_share: float | None = None) -> FilterResult:

@@ -16,9 +16,9 @@ import numpy as np
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from common.patch_grid import Steps, image_steps
-from evaluation.output import number
+from evaluation.output import Section, Table, number, results_folder
 from synthetic.manifest import SETTINGS
-from synthetic.reader import SampleSet, describe_provenance
+from synthetic.reader import SampleSet
 
 PATCH_SETTING = "patch_pixels"  # in a set's settings.json: side of the model's patches in pixels of the image
 
@@ -47,21 +47,36 @@ class GridScore:
         """Plain types for JSON, without the rows of the single images."""
         content = asdict(self)
         del content["per_image"]
+        known = [row for row in self.per_image if row.synthetic is not None]
+        if known:
+            worst = max(known, key=lambda row: row.synthetic)
+            content |= {"median": float(np.median([row.synthetic for row in known]))}
+            content |= {"most": worst.synthetic, "most_image": worst.image}
         return content
 
-    def line(self) -> str:
-        """The set's numbers in one line."""
-        return f"{'patch border steps':20}{number(self.grid_synthetic)}{number(self.grid_real)}   (1 is no grid)"
 
-    def lines(self) -> list[str]:
-        """The short table that the command prints."""
-        known = [row.synthetic for row in self.per_image if row.synthetic is not None]
-        lines = [f"{'':20}{'synthetic':>11}{'real':>11}", self.line()]
-        if known:
-            worst = max((row for row in self.per_image if row.synthetic is not None), key=lambda row: row.synthetic)
-            lines.append(f"single images: median {np.median(known):.3f}, most {worst.synthetic:.3f} ({worst.image})")
-        lines.append(f"{self.images} images; patches of {self.patch_pixels} x {self.patch_pixels} pixels")
-        return lines + describe_provenance(self.provenance)
+def _table(content: dict) -> Table:
+    title = f"steps across borders of {content['patch_pixels']} pixel patches / steps inside"
+    return Table(
+        ["", "synthetic", "real images of the same masks"], [[title, content["grid_synthetic"], content["grid_real"]]]
+    )
+
+
+def _notes(content: dict) -> list[str]:
+    if "most" not in content:
+        return []
+    most = f"{number(content['most'])} ({content['most_image']})"
+    return [f"{content['images']} images: median {number(content['median'])}, most {most}"]
+
+
+SECTION = Section(
+    "grid",
+    "Do the network's patches show",
+    "The mean difference of neighbouring pixels across the borders of the network's patches, over the same inside the "
+    "patches. 1 is no grid; real images are measured at the same places.",
+    _table,
+    _notes,
+)
 
 
 def patch_pixels(samples: SampleSet) -> int:
@@ -108,9 +123,12 @@ def score_grid(samples: SampleSet) -> GridScore:
 def grid_line(samples: SampleSet) -> str:
     """One line for the output of another measure: the set's numbers, or why there are none."""
     try:
-        return score_grid(samples).line()
+        score = score_grid(samples)
     except InputError as error:
         return f"patch border steps: not measured ({error})"
+    return (
+        f"patch border steps: synthetic {number(score.grid_synthetic)}, real {number(score.grid_real)} (1 is no grid)"
+    )
 
 
 def write_grid_report(samples: SampleSet, score: GridScore) -> Path:
@@ -119,8 +137,7 @@ def write_grid_report(samples: SampleSet, score: GridScore) -> Path:
     Returns:
         The folder.
     """
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_json(folder / "grid.json", score.to_dict())
     rows = [
         [row.image, *("" if value is None else f"{value:.6f}" for value in (row.synthetic, row.real))]

@@ -32,8 +32,8 @@ from dataset.gray import fit_channels, image_window, to_display
 from dataset.views import center_view, turn
 from evaluation.data_report import image_facts, near_duplicates
 from evaluation.nearest import Match, NearestTraining, small_gray
-from evaluation.output import new_figure, number, save_figure, show_image
-from synthetic.reader import SampleSet, describe_provenance, read_real
+from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
+from synthetic.reader import SampleSet, read_real
 
 SIDE = 32
 CLOSEST = 10
@@ -75,29 +75,40 @@ class MemorisationReport:
         """Plain types for JSON."""
         return asdict(self)
 
-    def lines(self) -> list[str]:
-        """The table that the command prints."""
-        known = [value for value in self.samples if value is not None]
-        lines = [f"{'distance to the nearest training image':44}{'least':>9}{'5 %':>9}{'median':>9}"]
-        for title, values in (("synthetic images", known), (self.reference_is, self.reference)):
-            cells = np.percentile(values, [0, 5, 50]) if values else [None] * 3
-            lines.append(f"{title:44}" + "".join(number(value, 9) for value in cells))
-        return lines + self.words() + describe_provenance(self.provenance)
 
-    def words(self) -> list[str]:
-        """What the distances say."""
-        words = [
-            f"{self.closer_than_any} of {len(self.samples)} synthetic images are nearer to a training image than any "
-            f"of the {len(self.reference)} reference images; {self.closer_by_chance:.1f} would be by chance"
-        ]
-        if self.reference_left_out:
-            words.append(f"{self.reference_left_out} real images show what another training image shows: left out")
-        if self.made_from_training_masks is not None:
-            words.append(
-                f"{self.made_from_training_masks} synthetic images were made from masks of training and have their "
-                f"cells in the same places; of the others {self.closer_of_other_masks} are nearer than any reference"
-            )
-        return [*words, "0 is a copy, 1.4 unrelated; look at memorisation.png: grain and background tell a copy"]
+def _table(content: dict) -> Table:
+    rows = []
+    for title, values in (("synthetic images", content["samples"]), (content["reference_is"], content["reference"])):
+        known = [value for value in values if value is not None]
+        rows.append([title, *(np.percentile(known, [0, 5, 50]).tolist() if known else [None] * 3), len(known)])
+    return Table(["distance to the nearest training image", "least", "5 %", "median", "images"], rows)
+
+
+def _notes(content: dict) -> list[str]:
+    notes = [
+        f"{content['closer_than_any']} of {len(content['samples'])} synthetic images are nearer to a training image "
+        f"than any of the {len(content['reference'])} reference images; {content['closer_by_chance']:.1f} would be by "
+        "chance"
+    ]
+    if content["reference_left_out"]:
+        notes.append(f"{content['reference_left_out']} real images show what another training image shows: left out")
+    if content["made_from_training_masks"] is not None:
+        notes.append(
+            f"{content['made_from_training_masks']} synthetic images were made from masks of training and have their "
+            f"cells in the same places; of the others {content['closer_of_other_masks']} are nearer than any reference"
+        )
+    return notes
+
+
+SECTION = Section(
+    "memorisation",
+    "Does it repeat its training images",
+    "0 is a copy in any turn, flip, brightness or contrast; 1.4 are unrelated images. The picture shows the closest "
+    "pairs, synthetic left, training image right: grain and background tell a copy.",
+    _table,
+    _notes,
+    ("memorisation.png",),
+)
 
 
 def score_memorisation(
@@ -212,8 +223,7 @@ def write_memorisation_report(
     samples: SampleSet, report: MemorisationReport, closest: list[tuple[int, Match]], paths: list[Path]
 ) -> Path:
     """Write ``memorisation.json``, ``memorisation.csv`` and the closest pairs, ``memorisation.png``; the folder."""
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_json(folder / "memorisation.json", report.to_dict())
     rows = [
         [sample.columns["image"], "" if value is None else f"{value:.5f}"]

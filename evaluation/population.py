@@ -22,8 +22,8 @@ from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.folders import MaskFolder
 from evaluation.fidelity import LabelledImage, folder_images, set_images
-from evaluation.output import new_figure, number, save_figure
-from synthetic.reader import SampleSet, describe_provenance
+from evaluation.output import Section, Table, new_figure, results_folder, save_figure
+from synthetic.reader import SampleSet
 
 SPLITS = 20
 TEXTURE_SIGMA = 2.0  # pixels: structure below this size is texture
@@ -134,20 +134,29 @@ class PopulationReport:
         """Plain types for JSON."""
         return asdict(self)
 
-    def lines(self) -> list[str]:
-        """The table that the command prints."""
-        lines = [f"{'':32}{'synthetic':>11}{'real':>11}{'distance':>11}{'real-real':>11}{'/ real std':>12}"]
-        for score in self.quantities.values():
-            digits = 1 if (score.real_mean or 0) >= 10 else 3
-            cells = (score.synthetic_mean, score.real_mean, score.distance, score.real_distance)
-            row = "".join(number(value, 11, digits) for value in cells)
-            lines.append(f"{score.title:32}{row}{number(score.relative, 12, 2)}")
-        lines.append("means; Wasserstein distance; the same between random halves of the real images")
-        lines.append(
-            f"{self.synthetic_images} synthetic images; real: {self.real_images} images, {self.real_images_are}; cells "
-            f"are {self.cells_are}"
-        )
-        return lines + describe_provenance(self.provenance)
+
+def _table(content: dict) -> Table:
+    names = ("synthetic_mean", "real_mean", "distance", "real_distance", "relative")
+    rows = [[one["title"], *(one[name] for name in names)] for one in content["quantities"].values()]
+    return Table(["", "synthetic, mean", "real, mean", "distance", "real - real", "distance / real std"], rows)
+
+
+def _notes(content: dict) -> list[str]:
+    return [
+        f"{content['synthetic_images']} synthetic images; real: {content['real_images']} images, "
+        f"{content['real_images_are']}; cells are {content['cells_are']}"
+    ]
+
+
+SECTION = Section(
+    "population",
+    "Are the cells alike",
+    "Means, and Wasserstein distances beside those of random halves of the real images. Numbers and shapes are those "
+    "of the masks, brightness, contrast and texture those of the images.",
+    _table,
+    _notes,
+    ("population.png",),
+)
 
 
 def compare_populations(synthetic: Population, real: Population, seed: int = 0) -> dict[str, QuantityScore]:
@@ -237,8 +246,7 @@ def write_population_report(
     samples: SampleSet, report: PopulationReport, synthetic: Population, real: Population
 ) -> Path:
     """Write ``population.json``, ``population.csv`` (a row per cell) and ``population.png``; the folder."""
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_json(folder / "population.json", report.to_dict())
     rows = []
     for kind, population in (("synthetic", synthetic), ("real", real)):

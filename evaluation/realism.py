@@ -25,8 +25,8 @@ from common.disk import write_json
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import find_files
-from evaluation.output import new_figure, number, save_figure
-from synthetic.reader import SampleSet, describe_provenance, read_real
+from evaluation.output import Section, Table, new_figure, results_folder, save_figure, with_spread
+from synthetic.reader import SampleSet, read_real
 
 logger = logging.getLogger(__name__)
 SPLITS = 20
@@ -82,23 +82,34 @@ class RealismReport:
                 entry[f"{kind}_std"] = float(np.std(entry[kind]))
         return content
 
-    def lines(self) -> list[str]:
-        """The table that the command prints."""
-        width = max(len(one.name) for one in self.distances) + 2
-        lines = [f"{'':{width}}{'synthetic - real':>36}{'real - real':>36}{'all images':>14}"]
-        for one in self.distances:
-            cells = [
-                f"{np.mean(values):.4g} +- {np.std(values):.2g} ({min(values):.3g}..{max(values):.3g})"
-                for values in (one.synthetic, one.real)
-            ]
-            lines.append(f"{one.name:{width}}{cells[0]:>36}{cells[1]:>36}{number(one.whole, 14)}")
-        splits = len(self.distances[0].real)
-        lines.append(
-            f"mean +- standard deviation (smallest..largest) over {splits} random splits of {self.real_images} real "
-            f"images, {self.distances[0].images_compared} images on each side"
-        )
-        lines.append(f"{self.synthetic_images} synthetic images; features: {self.features}; gray values: {self.window}")
-        return lines + describe_provenance(self.provenance)
+
+def _table(content: dict) -> Table:
+    rows = []
+    for one in content["distances"]:
+        for title, kind in (("synthetic - real", "synthetic"), ("real - real", "real")):
+            known, mean = one[kind], with_spread(one[f"{kind}_mean"], one[f"{kind}_std"])
+            rows.append([f"{one['name']}, {title}", mean, min(known), max(known), one["images_compared"]])
+        rows.append([f"{one['name']}, all images", one["whole"], None, None, None])
+    return Table(["", "mean ± standard deviation", "smallest", "largest", "images on each side"], rows)
+
+
+def _notes(content: dict) -> list[str]:
+    return [
+        f"{len(content['distances'][0]['real'])} random splits of {content['real_images']} real images; "
+        f"{content['synthetic_images']} synthetic images",
+        f"features: {content['features']}; gray values: {content['window']}",
+    ]
+
+
+SECTION = Section(
+    "realism",
+    "Is it real: distances of features",
+    "Synthetic to real images beside real to real ones, over random splits with the same number of images. A set that "
+    "cannot be told from real ones has the distance of real to real.",
+    _table,
+    _notes,
+    ("realism.png",),
+)
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -237,8 +248,8 @@ def inception_features(weights: Path, device: torch.device) -> Extractor:
 
     if not weights.is_file():
         raise InputError(
-            f"--inception-weights {weights}: no such file. Fetch {INCEPTION_URL} once, or leave the flag out for a "
-            "distance on the judge's features"
+            f"Inception weights {weights}: no such file. Fetch {INCEPTION_URL} once, or do without for a distance on "
+            "the judge's features"
         )
     try:
         # torch-fidelity reads files without restrictions, so it gets what the restricted reader made of this one.
@@ -250,7 +261,7 @@ def inception_features(weights: Path, device: torch.device) -> Extractor:
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = " ".join(str(error).split())[:120]
         raise InputError(
-            f"--inception-weights {weights} holds other weights than {INCEPTION_URL} ({type(error).__name__}: {reason})"
+            f"{weights} holds other weights than {INCEPTION_URL} ({type(error).__name__}: {reason})"
         ) from error
     network = network.to(device).eval()
 
@@ -365,8 +376,7 @@ def score_realism(
 
 def write_realism_report(samples: SampleSet, report: RealismReport) -> Path:
     """Write ``realism.json`` and ``realism.png`` into ``SAMPLE_DIR/evaluation``; the folder."""
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_json(folder / "realism.json", report.to_dict())
     figure = new_figure(4.2 * len(report.distances), 3.2)
     axes = figure.subplots(1, len(report.distances), squeeze=False)[0]

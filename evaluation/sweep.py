@@ -28,7 +28,7 @@ from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
-from evaluation.output import new_figure, number, save_figure
+from evaluation.output import Section, Table, new_figure, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
 from transport import ODE_METHODS, SDE_METHODS
@@ -60,9 +60,7 @@ def settings_grid(
         raise ValueError(f"unknown solver {unknown[0]!r}; choose one of {', '.join(SOLVERS)}")
     empty = [interval for interval in intervals if interval[0] >= interval[1]]
     if empty:
-        raise InputError(
-            f"--guidance-intervals {empty[0][0]:g}:{empty[0][1]:g}: the first time must be the smaller one"
-        )
+        raise InputError(f"guidance interval {empty[0][0]:g}:{empty[0][1]:g}: the first time must be the smaller one")
     grid = {}
     for solver, count, scale, interval in itertools.product(solvers, steps, scales, intervals):
         mode, method = SOLVERS[solver]
@@ -129,27 +127,28 @@ class SweepReport:
         rows = [asdict(row) | {"settings": row.settings.to_dict(), "name": row.name} for row in self.rows]
         return asdict(self) | {"rows": rows, "recommended_flags": self.rows[self.recommended].flags()}
 
-    def lines(self) -> list[str]:
-        """The table that the command prints, and the recommendation."""
-        width = max(len(row.name) for row in self.rows) + 2
-        lines = [f"{'':{width}}{'fidelity':>10}{'distance':>10}{'mean':>8}{'std':>8}{'calls':>8}{'s/image':>9}"]
-        for index, row in enumerate(self.rows):
-            cells = [number(row.fidelity, 10), number(row.distance, 10), number(row.mean, 8), number(row.std, 8)]
-            cells += [number(row.network_calls, 8, 0), number(row.seconds, 9, 2)]
-            lines.append(f"{row.name:{width}}{''.join(cells)}{'  <- recommended' * (index == self.recommended)}")
-        floor = number(self.real_distance, 10)
-        real = [number(self.real_fidelity, 10), floor, number(self.real_mean, 8), number(self.real_std, 8)]
-        lines.append(f"{'real images':{width}}{''.join(real)}")
-        lines.append(
-            f"fidelity: Dice of the judge with masks; distance: Frechet distance of its features; {self.images} masks"
-        )
-        lines.append(
-            f"recommended: the cheapest of the settings within {FIDELITY_TOLERANCE:g} of the best fidelity (no more "
-            f"than real images reach counts) and then within {(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest "
-            "distance"
-        )
-        lines.append(f"sample with: {self.rows[self.recommended].flags()}")
-        return lines
+
+def _table(content: dict) -> Table:
+    names = ("fidelity", "distance", "mean", "std", "network_calls", "seconds")
+    rows = []
+    for index, one in enumerate(content["rows"]):
+        mark = " <- recommended" if index == content["recommended"] else ""
+        rows.append([one["name"] + mark, *(one[name] for name in names)])
+    rows.append(["real images", *(content[f"real_{name}"] for name in names[:4]), None, None])
+    columns = ["", "fidelity", "distance", "mean gray", "std of gray", "network calls", "seconds per image"]
+    return Table(columns, rows)
+
+
+SECTION = Section(
+    "sweep",
+    "Guidance and solver",
+    "Fidelity: Dice of the judge with the masks. Distance: Frechet distance of its features to real images. "
+    f"Recommended is the cheapest of the settings within {FIDELITY_TOLERANCE:g} of the best fidelity (more than real "
+    f"images reach does not count) and then within {(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest distance.",
+    _table,
+    lambda content: [f"{content['images']} masks; sample with: {content['recommended_flags']}"],
+    ("sweep.png",),
+)
 
 
 def recommend(rows: Sequence[SweepRow], real_fidelity: float) -> int:

@@ -20,10 +20,9 @@ from skimage.filters import threshold_otsu
 
 from common.disk import write_csv, write_json
 from common.errors import InputError
-from common.pictures import as_rgb
 from evaluation.instances import dice
-from evaluation.output import new_figure, save_figure
-from synthetic.reader import Sample, SampleSet, describe_provenance
+from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
+from synthetic.reader import Sample, SampleSet
 
 logger = logging.getLogger(__name__)
 NUM_BINS = 256
@@ -135,27 +134,37 @@ class ThresholdScore:
         content["polarity"] = "brighter" if content.pop("brighter") else "darker"
         return content
 
-    def lines(self) -> list[str]:
-        """The short table that the command prints."""
-        rows = [
-            ("Dice with the mask", self.dice_synthetic, self.dice_real),
-            ("mean gray value", self.mean_synthetic, self.mean_real),
-            ("std of gray values", self.std_synthetic, self.std_real),
-        ]
-        lines = [f"{'':20}{'synthetic':>11}{'real':>11}{'synthetic / real':>18}"]
-        for title, synthetic, real in rows:
-            ratio = _ratio(synthetic, real)
-            cells = (_number(synthetic, 11), _number(real, 11), _number(ratio, 18))
-            lines.append(f"{title:20}" + "".join(cells))
-        lines.append(
-            f"{self.compared} of {self.images} images compared; left out of the Dice: {self.no_cell} without a cell, "
-            f"{self.only_cell} with nothing but cell"
-        )
-        lines.append(
-            f"cells are {'brighter' if self.brighter else 'darker'} than the background, decided on the "
-            f"{self.polarity_from} images; gray values in [0, 1]"
-        )
-        return lines + describe_provenance(self.provenance)
+
+def _table(content: dict) -> Table:
+    quantities = {
+        "dice": "Dice with the mask",
+        "mean": "mean gray value, 0 to 1",
+        "std": "standard deviation of gray values",
+    }
+    rows = []
+    for name, title in quantities.items():
+        synthetic, real = content[f"{name}_synthetic"], content[f"{name}_real"]
+        rows.append([title, synthetic, real, _ratio(synthetic, real)])
+    return Table(["", "synthetic", "real images of the same masks", "synthetic / real"], rows)
+
+
+def _notes(content: dict) -> list[str]:
+    return [
+        f"{content['compared']} of {content['images']} images compared; left out of the Dice: {content['no_cell']} "
+        f"without a cell, {content['only_cell']} with nothing but cell",
+        f"cells are {content['polarity']} than the background, decided on the {content['polarity_from']} images",
+    ]
+
+
+SECTION = Section(
+    "threshold",
+    "Does it follow the mask: bright against dark",
+    "Otsu's threshold of each image against its mask. High contrast raises the Dice, so mean and standard deviation of "
+    "the gray values stand beside it.",
+    _table,
+    _notes,
+    ("threshold.png",),
+)
 
 
 def score_by_threshold(samples: SampleSet) -> ThresholdScore:
@@ -268,10 +277,6 @@ def _relative_difference(value: float, reference: float | None) -> float | None:
     return None if ratio is None else ratio - 1
 
 
-def _number(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else format(value, '.3f'):>{width}}"
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +286,7 @@ def write_threshold_report(samples: SampleSet, score: ThresholdScore) -> Path:
     Returns:
         The folder.
     """
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_json(folder / "threshold.json", score.to_dict())
     rows = []
     for row in score.per_image:
@@ -316,15 +320,10 @@ def draw_extremes(samples: SampleSet, score: ThresholdScore, path: Path) -> None
     for row, index, title in zip(axes, picked, titles, strict=True):
         sample, found = samples.samples[index], score.per_image[index]
         cells = samples.foreground(sample)
-        row[0].imshow(cells, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        row[0].set_title(f"{title} {sample.name}".strip()[:28], fontsize=8)
+        show_image(row[0], cells, f"{title} {sample.name}".strip()[:28])
         pictures = [("synthetic", samples.synthetic(sample), found.dice_synthetic)]
         if samples.has_real:
             pictures.append(("real", samples.real(sample), found.dice_real))
         for axis, (kind, image, value) in zip(row[1:], pictures, strict=True):
-            axis.imshow(as_rgb(image), interpolation="nearest")
-            axis.contour(cells, levels=[0.5], colors="#ff4fd8", linewidths=0.8)
-            axis.set_title(f"{kind}, Dice {value:.2f}", fontsize=8)
-        for axis in row:
-            axis.set_axis_off()
+            show_image(axis, image, f"{kind}, Dice {value:.2f}", cells)
     save_figure(figure, path)

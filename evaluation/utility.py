@@ -28,7 +28,7 @@ from dataset.views import SYMMETRIES, turn
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
-from evaluation.output import new_figure, number, save_figure
+from evaluation.output import Section, Table, new_figure, number, save_figure, with_spread
 from evaluation.split import SplitPlan
 from synthetic.reader import SampleSet
 
@@ -128,21 +128,26 @@ class UtilityReport:
         """Plain types for JSON."""
         return asdict(self) | {"summary": self.summary()}
 
-    def lines(self) -> list[str]:
-        """The table that the command prints."""
-        lines = [f"{'labels':>7}  {'trained on':18}{'Dice':>16}{'AP at 0.5':>16}{'PQ':>16}{'gain':>17}{'images':>14}"]
-        for entry in self.summary():
-            cells = [_with_spread(entry[name], entry[f"{name}_std"]).rjust(16) for name in METRICS]
-            gain = "-" if entry["arm"] == "real" else _with_spread(entry["gain"], entry["gain_std"], "+.3f")
-            images = f"{entry['real_images']} + {entry['synthetic_images']}"
-            lines.append(f"{entry['share']:>5} %  {entry['arm']:18}{''.join(cells)}{gain:>17}{images:>14}")
-        seeds = len({row.seed for row in self.rows})
-        lines.append(
-            f"{self.steps} steps each, mean +- standard deviation over {seeds} seeds; tested on {self.test_images} "
-            "real images (windows); gain: Dice over that of the real images alone, seed by seed; images: real + "
-            "synthetic"
-        )
-        return lines
+
+def _table(content: dict) -> Table:
+    rows = []
+    for one in content["summary"]:
+        scores = [with_spread(one[name], one[f"{name}_std"]) for name in METRICS]
+        gain = None if one["arm"] == "real" else with_spread(one["gain"], one["gain_std"], "+")
+        images = f"{one['real_images']} + {one['synthetic_images']}"
+        rows.append([f"{one['share']} % of the labels, {one['arm']}", *scores, gain, one["seeds"], images])
+    return Table(["trained on", *METRICS.values(), "gain in Dice", "seeds", "real + synthetic images"], rows)
+
+
+SECTION = Section(
+    "utility",
+    "Does it help: a segmenter trained on it, tested on real images",
+    "Mean ± standard deviation over the seeds; the same number of steps in every arm. Gain is the Dice over that of "
+    "real images alone at the same share of the labels, seed by seed.",
+    _table,
+    lambda content: [f"{content['steps']} steps each; tested on {content['test_images']} real images (windows)"],
+    ("utility.png",),
+)
 
 
 def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -150,12 +155,6 @@ def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float |
     known = [value for value in values if value is not None]
     spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
     return (float(np.mean(known)) if known else None), spread
-
-
-def _with_spread(mean: float | None, spread: float | None, form: str = ".3f") -> str:
-    if mean is None:
-        return "-"
-    return format(mean, form) + ("" if spread is None else f" +- {spread:.3f}")
 
 
 def score_utility(
@@ -219,7 +218,7 @@ def score_utility(
                 left = (time.monotonic() - started) / len(rows) * (len(jobs) * len(seeds) - len(rows))
                 logger.info(
                     "%d %% of the labels, %s, seed %d: Dice %s; training %d of %d, about %.0f min left",
-                    share, arm, seed, number(rows[-1].dice, 0), len(rows), len(jobs) * len(seeds), left / 60,
+                    share, arm, seed, number(rows[-1].dice), len(rows), len(jobs) * len(seeds), left / 60,
                 )  # fmt: skip
                 bar.update()
     bar.close()
@@ -230,7 +229,7 @@ def score_utility(
 def _common_config(sets: Mapping[int, SampleSet]) -> DataConfig:
     """How all sets read their files. Gray values of a window over the data set differ with the share, and may."""
     if not sets:
-        raise InputError("no synthetic set is given: --synthetic SHARE=SAMPLE_DIR")
+        raise InputError("no synthetic set is given")
     configs = {
         share: dataclasses.replace(samples.require_config(), window_values=None) for share, samples in sets.items()
     }

@@ -168,6 +168,15 @@ def test_command_ends_with_zero_or_with_one_line_and_the_report_written(drawn, t
     assert "PROBLEM: 1 images have no mask" in (tmp_path / "bad" / "data.txt").read_text()
 
 
+def test_signs_of_formulas_in_file_names_are_only_characters(tmp_path, capsys):
+    for name in ("cell$1_{2", r"a$b$\frac^", "100%_$x_1$"):
+        draw_pair(tmp_path, name, 1, seed=len(name))
+    command = ["data", "--data-path", str(tmp_path / "images"), "--mask-path", str(tmp_path / "masks")]
+    evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "out")]))
+    assert "3 images, 3 masks, 3 pairs" in capsys.readouterr().out
+    assert np.array(Image.open(tmp_path / "out" / "contact_sheet.png")).std() > 5
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
 @pytest.mark.parametrize(("kind", "pairs"), [("nuclei/val", 69), ("histology/val", 5)])

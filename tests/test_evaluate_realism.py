@@ -18,6 +18,7 @@ from dataset.config import DataConfig
 from evaluation.judge import CHANNELS, Judge, build_network, deepest_layer
 from evaluation.realism import (
     JUDGE_DISTANCE,
+    SECTION,
     compare_with_splits,
     extract_all,
     frechet_distance,
@@ -154,7 +155,7 @@ def test_images_of_known_statistics_give_their_distance_beside_the_real_spread(t
     near = score_realism(gray_set(tmp_path / "near", 60), real / "images", mean_and_spread, "known", False)
     far = score_realism(gray_set(tmp_path / "far", 100), real / "images", mean_and_spread, "known", False)
     (close,), (wide,) = near.distances, far.distances
-    assert close.name == JUDGE_DISTANCE and "FID" not in "\n".join(near.lines())
+    assert close.name == JUDGE_DISTANCE and "FID" not in "\n".join(SECTION.lines(near.to_dict()))
     assert np.mean(close.synthetic) < 2 * max(close.real)
     means = [image.mean() for image in real_windows(real / "images", DataConfig(image_size=SIZE))[1]]
     assert wide.whole > (40 / np.std(means)) ** 2 * 0.9 and min(wide.synthetic) > 50 * max(wide.real)

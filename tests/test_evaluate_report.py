@@ -17,13 +17,14 @@ from PIL import Image
 
 import evaluate
 from common.errors import InputError
-from evaluation import report
+from evaluation import output, report
 from evaluation.fidelity import AgreementScore, FidelityReport, write_fidelity_report
 from evaluation.filter import filter_set, write_filter_report
 from evaluation.memorisation import score_memorisation, write_memorisation_report
+from evaluation.output import Table, with_spread
 from evaluation.population import score_population, write_population_report
 from evaluation.realism import score_realism, write_realism_report
-from evaluation.report import SECTIONS, html_table, write_report
+from evaluation.report import SECTIONS, TEMPLATE, write_report
 from evaluation.threshold import score_by_threshold, write_threshold_report
 from synthetic.reader import SampleSet
 
@@ -148,7 +149,7 @@ def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tm
     page, found, _ = write_report(samples, others={"utility": tmp_path / "u", "sweep": tmp_path / "s"})
     words = " ".join(Page(page.read_text()).text)
     assert found == ["utility", "sweep"] and "0.711" in words and "0.711 ±" not in words and "-0.078" in words
-    assert "Recommended: ODE --sampling-method heun" in words
+    assert "sample with: ODE --sampling-method heun" in words
     with pytest.raises(InputError, match="holds no sweep.json"):
         write_report(samples, others={"sweep": tmp_path / "u"})
 
@@ -167,10 +168,37 @@ def test_set_without_results_is_refused_and_a_damaged_or_old_one_named(folder):
 
 
 def test_table_shows_dashes_and_escapes():
-    text = html_table(["", "a<b"], [["x & y", None], ["z", 0.123456], ["n", 7]])
+    text = str(TEMPLATE.module.table(Table(["", "a<b"], [["x & y", None], ["z", 0.123456], ["n", 7]])))
     assert (
         "a&lt;b" in text and "x &amp; y" in text and "<td>-</td>" in text and "0.1235" in text and "<td>7</td>" in text
     )
+
+
+def test_signs_of_formulas_in_file_names_are_only_characters_in_every_picture(folder):
+    manifest = folder / "manifest.csv"
+    for number in range(5):
+        name = f"images/cells_0{number}.png"
+        (folder / name).rename(folder / f"images/c$_{{{number}$^.png")
+        manifest.write_text(manifest.read_text().replace(name, f"images/c$_{{{number}$^.png"))
+    page, _, _ = write_report(measure_all(folder), images=2)
+    assert len(Page(page.read_text()).sources) == 6
+
+
+def test_numbers_have_four_digits_spreads_two_and_the_unknown_a_dash():
+    assert [output.number(value) for value in (0.81234, 12345.6, 0.00123456, 0.0, 7, None, "x")] == [
+        "0.8123", "12346", "0.001235", "0.000", "7", "-", "x",
+    ]  # fmt: skip
+    assert with_spread(0.71, 0.0123) == "0.710 ± 0.012" and with_spread(0.15, None, "+") == "+0.150"
+    assert with_spread(None, None) == "-" and output.number(float("nan")) == "nan"
+
+
+def test_table_of_the_terminal_is_aligned():
+    lines = Table(["", "synthetic", "real"], [["Dice", 0.5, None], ["a longer name", 12, 0.25]]).lines()
+    assert lines == [
+        "               synthetic    real",
+        "Dice              0.5000       -",
+        "a longer name         12  0.2500",
+    ]
 
 
 def test_command_names_what_is_missing(folder, capsys):

@@ -15,7 +15,7 @@ import evaluate
 from common.errors import InputError
 from engine.sampling import SamplingSettings
 from evaluation.fidelity import LabelledImage
-from evaluation.sweep import SOLVERS, SweepRow, recommend, run_sweep, settings_grid, write_sweep_report
+from evaluation.sweep import SECTION, SOLVERS, SweepRow, recommend, run_sweep, settings_grid, write_sweep_report
 
 SIZE = 24
 WHOLE = (0.0, 1.0)
@@ -136,7 +136,7 @@ def test_files_hold_every_setting_and_the_plot(real, tmp_path):
     content = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert content["recommended_flags"] == report.rows[1].flags() and len(content["rows"]) == 2
     assert np.array(Image.open(tmp_path / "out" / "sweep.png")).std() > 5
-    assert "<- recommended" in "\n".join(report.lines())
+    assert "<- recommended" in "\n".join(SECTION.lines(report.to_dict()))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

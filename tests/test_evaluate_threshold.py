@@ -19,6 +19,7 @@ from common.errors import InputError
 from dataset.config import DataConfig
 from evaluation.instances import dice
 from evaluation.threshold import (
+    SECTION,
     decide_polarity,
     otsu_threshold,
     pick_extremes,
@@ -132,7 +133,7 @@ def test_without_real_images_the_synthetic_ones_decide_and_the_report_says_so(tm
     score = score_by_threshold(SampleSet(write_set(tmp_path / "set", rows)))
     assert (score.brighter, score.polarity_from) == (False, "synthetic")
     assert score.dice_synthetic == 1 and score.dice_real is None and score.mean_difference is None
-    assert "decided on the synthetic images" in "\n".join(score.lines())
+    assert "decided on the synthetic images" in "\n".join(SECTION.lines(score.to_dict()))
 
 
 def test_crops_without_cell_or_background_are_counted_apart(tmp_path):
@@ -143,7 +144,7 @@ def test_crops_without_cell_or_background_are_counted_apart(tmp_path):
     score = score_by_threshold(SampleSet(write_set(tmp_path / "set", rows)))
     assert (score.images, score.compared, score.no_cell, score.only_cell) == (4, 1, 2, 1)
     assert score.dice_synthetic == 1
-    assert "2 without a cell, 1 with nothing but cell" in "\n".join(score.lines())
+    assert "2 without a cell, 1 with nothing but cell" in "\n".join(SECTION.lines(score.to_dict()))
 
 
 def test_set_with_nothing_to_compare_gives_a_table_without_a_number(tmp_path):
@@ -332,7 +333,7 @@ def test_command_ends_with_one_line_and_code_two_on_bad_input(tmp_path):
     assert "manifest.csv" in finished.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in evaluate.COMMANDS)], ids=str)
+@pytest.mark.parametrize("arguments", [[], *([name] for name in evaluate.MEASURES)], ids=str)
 def test_help_exits_zero(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.parse_args([*arguments, "--help"])

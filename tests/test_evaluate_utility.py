@@ -22,6 +22,7 @@ from engine.checkpoint import save_checkpoint
 from evaluation.leaks import find_leaks, refuse_leaks
 from evaluation.split import SplitPlan, make_split, plan_shares, read_split
 from evaluation.utility import (
+    SECTION,
     MixedPairs,
     SyntheticPairs,
     UtilityReport,
@@ -381,7 +382,8 @@ def test_gain_is_taken_seed_by_seed_and_spreads_are_those_of_samples():
     assert real["dice_std"] == pytest.approx(0.2 / np.sqrt(2)) and real["gain"] == 0
     assert (synthetic["gain"], synthetic["gain_std"]) == pytest.approx((0.15, 0.1 / np.sqrt(2)))
     assert both["gain"] == pytest.approx(0.1) and both["gain_std"] is None and both["dice_std"] is None
-    assert "+0.150 +- 0.071" in report.lines()[2] and "0.600  " in report.lines()[3]
+    lines = SECTION.lines(report.to_dict())
+    assert "+0.150 ± 0.071" in lines[2] and "0.600  " in lines[3]
 
 
 def test_unknown_shares_and_sets_made_differently_are_refused(split, tmp_path):
