@@ -25,16 +25,12 @@ import argparse
 import hashlib
 import logging
 import sys
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from cli import (
     add_machine_arguments,
@@ -50,32 +46,15 @@ from cli import (
 )
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
-from dataset.folders import MaskFolder, MaskItem
-from dataset.gray import INTENSITIES, SOURCE_WINDOWS, ImageFormat, choose_format, to_gray_values
+from dataset.folders import MaskFolder
+from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
 from dataset.masks import MASK_TYPES
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
-from engine.sampling import (
-    ImageSampler,
-    SamplingSettings,
-    TrainedModel,
-    image_seed,
-)
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
+from layouts.recombine import read_origin
+from synthetic.bulk import draw_missing
 from synthetic.export import EXPORTS, check_export, export_set
-from synthetic.writer import (
-    Job,
-    forget_rows,
-    image_name,
-    image_path,
-    jobs_to_do,
-    load_mask,
-    open_sample_dir,
-    plan_jobs,
-    read_attempt,
-    write_contact_sheet,
-    write_manifest,
-    write_npz,
-    write_pair,
-)
+from synthetic.writer import SetWriter, plan_jobs
 
 if TYPE_CHECKING:
     from evaluation.redraw import Redraw
@@ -169,6 +148,7 @@ def set_settings(
         "source_window": args.source_window,
         "tile_scale": masks.whole_scale,
         "mask_rule": asdict(masks.rule),
+        "mask_origin": read_origin(args.mask_path if args.mask_path.is_dir() else args.mask_path.parent),
         "masks": len(masks.names),
         "mask_names_sha256": hashlib.sha256("\n".join(masks.names).encode()).hexdigest(),
         "patch_pixels": trained.model.patch_size * trained.space.factor,
@@ -214,31 +194,36 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     redraw, judged = load_redraw(args, trained, machine)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged)
-    lock = on_main(machine, lambda: open_sample_dir(args.sample_dir, made_with))
+    writer = SetWriter(args.sample_dir, masks, form, jobs, made_with)
+    on_main(machine, writer.open)
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
     mine = jobs[machine.rank :: machine.world_size]
-    todo = jobs_to_do(args, masks, mine, form)
+    todo = writer.missing(mine)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
-    again = machine.to_main([image_name(job, form) for job in todo])
-    on_main(machine, lambda: forget_rows(args.sample_dir, again))
-    make_images(args, sampler, masks, todo, form, machine, redraw)
+    again = machine.to_main([writer.image_name(job) for job, _ in todo])
+    on_main(machine, lambda: writer.forget(again))
+    draw_missing(writer, sampler, todo, args.per_proc_batch_size, redraw, machine.is_main and sys.stderr.isatty())
     machine.barrier()
     if machine.is_main:
-        write_manifest(args, settings, trained, masks, jobs, form)
-        if redraw is not None:
-            log_attempts(args, jobs)
-        write_contact_sheet(args, masks, jobs, form)
-        images = [image_path(args.sample_dir, job, form) for job in jobs]
-        for name in exports:
-            logger.info("exported %s", export_set(args.sample_dir, images, masks.rule, name))
-        if args.npz:
-            write_npz(args, jobs, form)
-        logger.info("done: %d pairs and manifest.csv in %s", len(jobs), args.sample_dir)
+        finish(args, writer, exports)
     machine.barrier()
-    if lock is not None:
-        lock.close()
+    writer.close()
+
+
+def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) -> None:
+    """What is made once all images are there."""
+    writer.write_manifest()
+    if args.min_fidelity is not None:
+        log_attempts(args.min_fidelity, writer)
+    writer.write_contact_sheet()
+    images = [writer.image_path(job) for job in writer.jobs]
+    for name in exports:
+        logger.info("exported %s", export_set(args.sample_dir, images, writer.masks.rule, name))
+    if args.npz:
+        writer.write_npz()
+    logger.info("done: %d pairs and manifest.csv in %s", len(writer.jobs), args.sample_dir)
 
 
 def load_redraw(
@@ -265,76 +250,15 @@ def load_redraw(
     return Redraw.from_trained(judge, trained.data, machine.device), judge.note
 
 
-def make_images(
-    args: argparse.Namespace,
-    sampler: ImageSampler,
-    masks: MaskFolder,
-    todo: list[Job],
-    form: ImageFormat,
-    machine: Machine,
-    redraw: Redraw | None = None,
-) -> None:
-    """Draw batch after batch; background threads encode and write while the next batch is drawn.
-
-    What is to be drawn again comes first in the next batch, so that few images wait in memory.
-    """
-    size = 1 if args.tile else args.per_proc_batch_size  # a field is a batch of windows
-    shown = machine.is_main and sys.stderr.isatty()
-    waiting = deque((job, 1) for job in todo)
-    with ThreadPoolExecutor(max_workers=2) as writers, tqdm(total=len(todo), unit="image", disable=not shown) as bar:
-        pending: list[Future[None]] = []
-        while waiting:
-            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            items = [load_mask(masks, job, args.seed) for job, _ in batch]
-            prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, H, W)
-            seeds = [image_seed(args.seed, job.index, attempt) for job, attempt in batch]
-            if args.tile:
-                images = sampler.draw_field(prob_maps[0], seeds[0], args.per_proc_batch_size)[None]
-            else:
-                images = sampler(prob_maps, seeds, batch_size=size)
-            for (job, attempt), item, image in zip(batch, items, images.cpu().numpy(), strict=True):
-                kept = kept_image(redraw, job, item, image, attempt)
-                if kept is None:
-                    waiting.appendleft((job, attempt + 1))
-                else:
-                    picture, note = kept
-                    pending.append(
-                        writers.submit(write_pair, args.sample_dir, job, item, picture, form, args.seed, note)
-                    )
-                    bar.update()
-            pending = finished(pending, most_left=4 * size)
-            if not shown:
-                logger.info("%d of %d images", len(todo) - len(waiting), len(todo))
-        finished(pending, most_left=0)
-
-
-def kept_image(
-    redraw: Redraw | None, job: Job, item: MaskItem, image: np.ndarray, attempt: int
-) -> tuple[np.ndarray, dict[str, str]] | None:
-    """The image (C, H, W) that stays (this one, or an attempt before it) with the note on it; None: draw it again."""
-    if redraw is None:
-        return image, {}
-    shown = to_gray_values(image, None, np.dtype(np.uint8))
-    kept = redraw(job.index, np.asarray(item.prob_map), image, attempt, shown)
-    return None if kept is None else (kept.image, kept.columns())
-
-
-def log_attempts(args: argparse.Namespace, jobs: list[Job]) -> None:
+def log_attempts(min_fidelity: float, writer: SetWriter) -> None:
     """How often images were drawn, and how many never reached --min-fidelity."""
-    found = [read_attempt(args.sample_dir, job) for job in jobs]
-    again = sum(int(notes["attempt"]) > 1 or notes["fidelity_reached"] == "no" for notes in found)
-    missed = sum(notes["fidelity_reached"] == "no" for notes in found)
+    found = [attempt for job in writer.jobs if (attempt := writer.attempt(job)) is not None]
+    again = sum(attempt.number > 1 or not attempt.reached for attempt in found)
+    missed = sum(not attempt.reached for attempt in found)
     logger.info(
         "--min-fidelity %g: %d of %d images were drawn again; %d did not reach it, their best attempts stay (column "
-        "fidelity_reached of the manifest)", args.min_fidelity, again, len(jobs), missed,
+        "fidelity_reached of the manifest)", min_fidelity, again, len(writer.jobs), missed,
     )  # fmt: skip
-
-
-def finished(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
-    """Wait until at most so many writes are left; raise what went wrong in those that ended."""
-    while len(pending) > most_left:
-        pending.pop(0).result()
-    return pending
 
 
 def run() -> None:

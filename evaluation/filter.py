@@ -82,8 +82,9 @@ def filter_set(samples: SampleSet, min_fidelity: float | None = None, keep_share
         keep = set(order[:count])
     if not keep:
         raise InputError(
-            f"--min-fidelity {min_fidelity:g} keeps none of the {len(values)} images of {samples.folder}; the best has "
-            f"{max(values):.4f}"
+            f"min_fidelity {min_fidelity:g} keeps none of the {len(values)} images of {samples.folder}; the best has "
+            f"{max(values):.4f}",
+            "min_fidelity",
         )
     return FilterResult(
         rule=rule,

@@ -54,7 +54,7 @@ def refuse_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: P
     """Raises InputError with everything that :func:`find_leaks` finds."""
     leaks = find_leaks(split, share, samples, checkpoint)
     if leaks:
-        raise InputError(f"{samples.folder} leaks at {share} % of the labels: {'; '.join(leaks)}")
+        raise InputError(f"{samples.folder} leaks at {share} % of the labels: {'; '.join(leaks)}", "ckpt")
 
 
 def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str, str]) -> dict[str, int]:
@@ -185,7 +185,7 @@ def _generator(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
     """What the generator was trained on: from the set's settings, else from the folders that its checkpoint names."""
     trained_on = samples.settings.get("trained_on")
     if trained_on is None and checkpoint is None:
-        return [f"what its generator was trained on is not known: give --ckpt {share}=FILE"]
+        return [f"what its generator was trained on is not known: give ckpt {share}=FILE"]
     if trained_on is None:
         found = trained_on_by_checkpoint(samples, checkpoint)
         if isinstance(found, str):

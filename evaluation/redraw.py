@@ -8,7 +8,7 @@ that judge: measure such a set with another one (``evaluate.py fidelity --seed``
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,7 @@ from dataset.config import DataConfig
 from dataset.folders import PairedFolder
 from evaluation.fidelity import fidelity_of
 from evaluation.judge import Judge, JudgeConfig, build_network, judged_channels, load_or_train_judge
-
-COLUMNS = ("attempt", "attempt_fidelity", "fidelity_reached")  # of the manifest
+from synthetic.writer import Attempt
 
 
 @dataclass(frozen=True)
@@ -98,25 +97,11 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Attempt(NamedTuple):
-    """One draw of an image: which one, and how well it follows its mask."""
-
-    image: np.ndarray
-    number: int  # 1 is the first draw
-    fidelity: float
-    reached: bool
-
-    def columns(self) -> dict[str, str]:
-        """What the manifest says about it."""
-        values = (str(self.number), f"{self.fidelity:.4f}", "yes" if self.reached else "no")
-        return dict(zip(COLUMNS, values, strict=True))
-
-
 class Redraw:
-    """Decides after every draw whether it stays.
+    """Decides after every draw of an image which one is kept, and whether to draw again.
 
-    One image is judged at a time: what a network answers depends in the last bits on how many images it is given, and
-    whether an image stays may not depend on its neighbours.
+    One image is judged at a time. What a network answers depends in the last bits on how many images it is given, and
+    an image may not depend on its neighbours.
 
     Args:
         judge: segmenter that learned from real pairs.
@@ -128,7 +113,6 @@ class Redraw:
         self.judge = judge
         self.min_fidelity = min_fidelity
         self.max_attempts = max_attempts
-        self._best: dict[int, Attempt] = {}  # of images still to be drawn again
 
     @classmethod
     def from_trained(cls, trained: TrainedJudge, config: DataConfig, device: torch.device) -> Redraw:
@@ -138,25 +122,21 @@ class Redraw:
         judge = Judge(network, device, config.image_size)
         return cls(judge, trained.note["min_fidelity"], trained.note["max_attempts"])
 
-    def __call__(
-        self, index: int, prob_map: np.ndarray, image: np.ndarray, number: int, shown: np.ndarray | None = None
-    ) -> Attempt | None:
-        """The attempt that stays, None where the image is to be drawn again.
+    def __call__(self, before: Attempt | None, prob_map: np.ndarray, image: np.ndarray, number: int) -> Attempt:
+        """The better of two draws; of equal ones the first.
 
         Args:
-            index: of the image in the set.
-            prob_map: (K, S, S) its mask.
-            image: this attempt, as it is to be kept.
-            number: of this attempt, from 1.
-            shown: the image as the judge sees it, uint8 (S, S, C), where that differs.
+            before: the draw that is kept so far, None for the first.
+            prob_map: (K, S, S) the image's mask.
+            image: (S, S, C) uint8 draw.
+            number: of this draw, from 1.
         """
-        found = self.judge.class_maps([repeat_gray(image if shown is None else shown)])[0] > 0
-        truth = prob_map.argmax(axis=0) > 0
-        fidelity = fidelity_of(found, truth)
-        attempt = Attempt(image, number, fidelity, fidelity >= self.min_fidelity)
-        before = self._best.pop(index, None)
-        best = attempt if before is None or attempt.fidelity > before.fidelity else before
-        if best.reached or number >= self.max_attempts:
-            return best
-        self._best[index] = best
-        return None
+        found = self.judge.class_maps([repeat_gray(image)])[0] > 0
+        fidelity = fidelity_of(found, prob_map.argmax(axis=0) > 0)
+        if before is not None and before.fidelity >= fidelity:
+            return replace(before, tried=number)
+        return Attempt(number, fidelity, fidelity >= self.min_fidelity, tried=number)
+
+    def is_done(self, attempt: Attempt) -> bool:
+        """Whether the draw that is kept is good enough, or no draw is left."""
+        return attempt.reached or attempt.tried >= self.max_attempts

@@ -26,6 +26,7 @@ from common.disk import write_atomically, write_json
 from common.errors import InputError
 from dataset.files import encode_tiff, read_image, read_mask
 from dataset.masks import MaskRule, class_map
+from synthetic.manifest import label_path
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def check_export(formats: Sequence[str], rule: MaskRule) -> None:
     """Raises InputError where the masks hold no cells that could be told apart."""
     if formats and not rule.is_hard:
         raise InputError(
-            f"--export {formats[0]}: {rule.mask_type} masks have no cells with outlines; leave --export out."
+            f"export {formats[0]}: {rule.mask_type} masks have no cells with outlines; leave export out.", "export"
         )
 
 
@@ -93,8 +94,7 @@ def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
 
 def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator[ExportedPair]:
     for image in images:
-        paths = (sample_dir / "masks" / f"{image.stem}{suffix}" for suffix in (".png", ".tif"))
-        label = read_mask(next(path for path in paths if path.is_file()))
+        label = read_mask(label_path(sample_dir, image.stem))
         classes = label > 0 if rule.mask_type == "instances" else class_map(label, rule)  # not interior and boundary
         yield ExportedPair(image.stem, image, read_image(image), instances_of(label, rule), classes.astype(np.uint8))
 

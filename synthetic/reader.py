@@ -266,12 +266,14 @@ class SampleSet:
         if real and len(real) < len(self.samples):
             raise InputError(
                 f"{self.folder / MANIFEST}: real_image is empty in {len(self.samples) - len(real)} of "
-                f"{len(self.samples)} rows; sample the set again with --data-path, or without"
+                f"{len(self.samples)} rows; sample the set again, with all real images or without any"
             )
         absent = [path for path in real if not path.is_file()]
         if absent:
-            where = "--real-dir" if real_dir is not None else "--real-dir FOLDER says where they are now"
-            raise InputError(f"{len(absent)} real images are not there ({where}): {list_some(absent)}")
+            raise InputError(
+                f"{len(absent)} real images are not there: {list_some(absent)}; say with real_dir where they are now",
+                "real_dir",
+            )
 
 
 _VIEW_FIELDS = [name.removeprefix("crop_") for name in VIEW_COLUMNS]  # of data.View

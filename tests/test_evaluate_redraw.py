@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from engine.sampling import image_seed
 from evaluation.fidelity import fidelity_of
 from evaluation.judge import Judge, build_network
 from evaluation.redraw import Redraw, weights_sha256
+from synthetic.writer import Attempt
 
 SIZE = 18
 
@@ -39,26 +41,38 @@ SCORES = [fidelity_of(np.roll(CELLS, shift, axis=1), CELLS) for shift in (0, 1, 
 
 
 def test_an_image_that_follows_its_mask_stays_at_once():
-    attempt = Redraw(BrightIsCell(), 0.8, 3)(0, MASK, NEAR, 1)
+    redraw = Redraw(BrightIsCell(), 0.8, 3)
+    attempt = redraw(None, MASK, NEAR, 1)
     assert attempt.columns() == {"attempt": "1", "attempt_fidelity": f"{SCORES[1]:.4f}", "fidelity_reached": "yes"}
-    assert np.array_equal(attempt.image, NEAR) and 0.8 < SCORES[1] < 1
+    assert redraw.is_done(attempt) and 0.8 < SCORES[1] < 1
 
 
 def test_an_image_is_drawn_until_it_reaches_the_threshold():
     redraw = Redraw(BrightIsCell(), 0.95, 5)
-    assert redraw(0, MASK, NEAR, 1) is None
-    assert redraw(1, MASK, FAR, 1) is None  # another image of the set in between
-    attempt = redraw(0, MASK, RIGHT, 2)
-    assert (attempt.number, attempt.fidelity, attempt.reached) == (2, 1, True)
+    first = redraw(None, MASK, NEAR, 1)
+    assert not redraw.is_done(first)
+    assert not redraw.is_done(redraw(None, MASK, FAR, 1))  # another image of the set in between
+    attempt = redraw(first, MASK, RIGHT, 2)
+    assert attempt == Attempt(2, 1, True, tried=2) and redraw.is_done(attempt)
 
 
 def test_the_best_attempt_stays_when_none_reaches_the_threshold():
-    redraw = Redraw(BrightIsCell(), 0.999, 3)
-    assert [redraw(0, MASK, image, n + 1) for n, image in enumerate((FAR, NEAR))] == [None, None]
-    attempt = redraw(0, MASK, FAR, 3)
-    assert (attempt.number, attempt.fidelity, attempt.reached) == (2, SCORES[1], False)
-    assert np.array_equal(attempt.image, NEAR) and attempt.columns()["fidelity_reached"] == "no"
-    assert redraw(0, MASK, FAR, 1) is None  # nothing is remembered of a finished image
+    redraw, attempt = Redraw(BrightIsCell(), 0.999, 3), None
+    for number, image in enumerate((FAR, NEAR, FAR), start=1):
+        attempt = redraw(attempt, MASK, image, number)
+        assert redraw.is_done(attempt) == (number == 3)
+    assert attempt == Attempt(2, SCORES[1], False, tried=3)
+    assert attempt.columns()["fidelity_reached"] == "no"
+    assert redraw(None, MASK, FAR, 1).number == 1  # nothing is remembered of a finished image
+    assert redraw(Attempt(1, SCORES[1], False, 1), MASK, NEAR, 2).number == 1  # of equal ones the first
+
+
+def test_notes_of_earlier_versions_say_that_the_image_is_finished():
+    old = {"attempt": "2", "attempt_fidelity": "0.8125", "fidelity_reached": "no"}
+    attempt = Attempt.from_plain(old)
+    assert attempt.columns() == old and Redraw(BrightIsCell(), 0.9, 10**6).is_done(attempt)
+    now = Attempt(2, 1 / 3, False, 3)
+    assert Attempt.from_plain(json.loads(json.dumps(asdict(now)))) == now
 
 
 def test_every_attempt_has_its_own_noise_and_the_first_is_the_plain_image():

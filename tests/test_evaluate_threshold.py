@@ -261,7 +261,7 @@ def test_all_missing_files_are_in_one_message(tmp_path):
 def test_moved_real_images_are_found_by_real_dir(tmp_path):
     folder = write_set(tmp_path / "set", [shifted_row(0)])
     (tmp_path / "set_real").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match="--real-dir"):
+    with pytest.raises(InputError, match="real_dir"):
         SampleSet(folder)
     assert score_by_threshold(SampleSet(folder, tmp_path / "moved")).dice_real == 1
 

@@ -111,6 +111,6 @@ def test_an_id_that_does_not_fit_16_bits_is_refused():
 
 
 def test_probability_masks_are_refused_before_the_work():
-    with pytest.raises(InputError, match="--export coco: probability"):
+    with pytest.raises(InputError, match="export coco: probability"):
         check_export(["coco"], MaskRule("probability", 2, 255, ""))
     check_export([], MaskRule("probability", 2, 255, ""))

@@ -27,6 +27,7 @@ from dataset.gray import ImageFormat
 from dataset.views import center_view
 from engine.checkpoint import read_checkpoint
 from synthetic.reader import SampleSet
+from synthetic.writer import SetWriter
 
 STEPS = 6
 
@@ -306,7 +307,7 @@ def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_i
     reads = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(folders, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
-    monkeypatch.setattr(sample_ddp, "write_contact_sheet", lambda *_: None)
+    monkeypatch.setattr(SetWriter, "write_contact_sheet", lambda *_: None)
     arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 1]
     arguments += ["--device", "cpu", "--precision", "float32", "--sample-dir"]
     for folder, times in (("first", 2), ("second", 1)):

@@ -1,0 +1,115 @@
+"""Draw the missing images of a set, and draw again those that a judge sends back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.folders import MaskItem
+from dataset.gray import to_gray_values
+from engine.sampling import ImageSampler, image_seed
+from synthetic.writer import Attempt, Job, SetWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Judge(Protocol):
+    """Decides which draw of an image is kept, and when to stop."""
+
+    def __call__(self, before: Attempt | None, prob_map: np.ndarray, image: np.ndarray, number: int) -> Attempt:
+        """The better of the draw that was kept so far and draw ``number``, an image (H, W, C) uint8."""
+
+    def is_done(self, attempt: Attempt) -> bool:
+        """Whether no further draw is needed, or none is left."""
+
+
+def draw_missing(
+    writer: SetWriter,
+    sampler: ImageSampler,
+    todo: Sequence[tuple[Job, int]],
+    batch_size: int,
+    judge: Judge | None = None,
+    progress: bool = False,
+) -> None:
+    """Draw and write images in rounds: each round draws what the judge sent back in the round before.
+
+    Which draw is kept stands beside the set after every image, so that a later start continues in the middle.
+
+    Args:
+        writer: the set.
+        sampler: draws the images.
+        todo: jobs, each with the number of its next draw.
+        batch_size: images (of a large field: windows) that pass through the model at once.
+        judge: None keeps every first draw.
+        progress: show a progress bar, and no lines in the log.
+    """
+    with (
+        ThreadPoolExecutor(max_workers=2) as threads,
+        tqdm(total=len(todo), unit="image", disable=not progress) as bar,
+    ):
+        while todo:
+            todo = _draw_round(writer, sampler, todo, batch_size, judge, threads, bar)
+
+
+def _draw_round(
+    writer: SetWriter,
+    sampler: ImageSampler,
+    todo: Sequence[tuple[Job, int]],
+    batch_size: int,
+    judge: Judge | None,
+    threads: ThreadPoolExecutor,
+    bar: tqdm,
+) -> list[tuple[Job, int]]:
+    """Draw everything once; background threads write while the next batch is drawn. Returns what to draw again."""
+    size = batch_size if writer.masks.whole_scale is None else 1  # a field is a batch of windows
+    again: list[tuple[Job, int]] = []
+    pending: list[Future[None]] = []
+    for first in range(0, len(todo), size):
+        batch = todo[first : first + size]
+        items = [writer.load(job) for job, _ in batch]
+        seeds = [image_seed(writer.seed, job.index, number) for job, number in batch]
+        images = _draw(sampler, items, seeds, batch_size, is_field=writer.masks.whole_scale is not None)
+        for (job, number), item, image in zip(batch, items, images, strict=True):
+            attempt = None
+            if judge is not None:
+                before = writer.attempt(job) if number > 1 else None
+                shown = to_gray_values(image, None, np.dtype(np.uint8))
+                attempt = judge(before, np.asarray(item.prob_map), shown, number)
+            if attempt is None or attempt.number == number:
+                pending.append(threads.submit(writer.write_pair, job, item, image, attempt))
+            else:
+                writer.write_attempt(job, attempt)
+            if attempt is None or judge.is_done(attempt):
+                bar.update()
+            else:
+                again.append((job, number + 1))
+        pending = _wait(pending, most_left=4 * size)
+        if bar.disable:
+            logger.info("%d of %d images", min(first + size, len(todo)), len(todo))
+    _wait(pending, most_left=0)
+    if again:
+        logger.info("%d of %d images do not follow their masks well enough and are drawn again", len(again), len(todo))
+    return again
+
+
+def _draw(
+    sampler: ImageSampler, items: Sequence[MaskItem], seeds: Sequence[int], batch_size: int, is_field: bool
+) -> np.ndarray:
+    """(n, C, H, W) in [-1, 1]; n is 1 for a field."""
+    prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, H, W)
+    if is_field:
+        return sampler.draw_field(prob_maps[0], seeds[0], batch_size)[None].cpu().numpy()
+    return sampler(prob_maps, seeds, batch_size=batch_size).cpu().numpy()
+
+
+def _wait(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
+    """Wait until at most so many writes are left; raise what went wrong in those that ended."""
+    while len(pending) > most_left:
+        pending.pop(0).result()
+    return pending
