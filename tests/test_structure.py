@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,109 @@ def places(paths: list[Path], wrong: object) -> list[str]:
         for name, call in calls(tree(path))
         if wrong(name, call)
     ]
+
+
+# The root holds these files, so that a newcomer finds a topic in one guess.
+ROOT_FILES = {"train.py", "sample.py", "sample_ddp.py", "evaluate.py", "make_masks.py"}
+ROOT_FILES |= {"cli.py", "models.py", "download.py", "wandb_utils.py"}
+MOST_LINES = 500
+# A word of the left column stands in the file of the right column only.
+ONE_PLACE = {"rot90": "dataset/views.py", "127.5": "common/pictures.py", "manifest.csv": "synthetic/manifest.py"}
+COMMAND_LINE = COMMANDS | {"cli"}
+# Parameters of the interface that users of SiT know: they stay, whether or not our own commands use them.
+API_OF_SIT = {"SiT", "Sampler", "Transport", "create_transport", "find_model", "sample_ode", "sample_sde"}
+API_OF_SIT |= {"sample_ode_likelihood", "training_losses", "forward", "forward_with_cfg"}
+
+
+def test_root_holds_the_commands_and_little_else():
+    assert {path.name for path in ROOT.glob("*.py")} == ROOT_FILES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES
+
+
+def without_docstrings(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but the docstrings of modules, classes and functions."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {id(one.body[0]) for one in ast.walk(node) if isinstance(one, documented) and ast.get_docstring(one)}
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting += [child for child in ast.iter_child_nodes(found) if id(child) not in docstrings]
+
+
+@pytest.mark.parametrize("word", ONE_PLACE)
+def test_what_has_one_owner_is_written_once(word):
+    def says(node: ast.AST) -> bool:
+        texts = (getattr(node, name, "") for name in ("id", "attr", "value", "name"))
+        return any(word in str(text) for text in texts if isinstance(text, str | int | float))
+
+    found = {str(path.relative_to(ROOT)) for path in SOURCES for node in without_docstrings(tree(path)) if says(node)}
+    assert found == {ONE_PLACE[word]}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_argparse_is_known_to_commands_only(path):
+    allowed = owner(path) in COMMAND_LINE or path == ROOT / "common" / "errors.py"
+    assert allowed or "argparse" not in set(imports(tree(path), owner(path)))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_libraries_do_not_speak_of_flags(path):
+    """A library names its parameter; the command names the flag."""
+    if owner(path) in COMMAND_LINE:
+        return
+    texts = [
+        (node.lineno, node.value)
+        for node in without_docstrings(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert [(line, text) for line, text in texts if re.search(r"(^|[\s(])--[a-z]", text)] == []
+
+
+def optional_parameters() -> Iterator[tuple[str, str, int | None]]:
+    """(function, parameter, its position in a call) of every public parameter that has a default."""
+    for path in SOURCES:
+        if owner(path) in COMMANDS:
+            continue
+        module = tree(path)
+        methods = {id(one): node for node in module.body if isinstance(node, ast.ClassDef) for one in node.body}
+        for node in ast.walk(module):
+            if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and node.name != "__init__"):
+                continue
+            of_class = methods.get(id(node))
+            name = of_class.name if node.name == "__init__" and of_class is not None else node.name
+            bound = of_class is not None and "staticmethod" not in {ast.unparse(one) for one in node.decorator_list}
+            first = len(node.args.args) - len(node.args.defaults)
+            for position, argument in enumerate(node.args.args[first:], first):
+                yield name, argument.arg, position - bound
+            for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+                if default is not None:
+                    yield name, argument.arg, None
+
+
+def test_every_optional_parameter_is_used_by_the_product():
+    """A parameter that only tests give is a promise that nobody needs."""
+    keywords, most_positional = set(), {}
+    for path in SOURCES + SCRIPTS:
+        for name, call in calls(tree(path)):
+            short = name.split(".")[-1]
+            if any(isinstance(argument, ast.Starred) for argument in call.args):
+                most_positional[short] = 99
+            most_positional[short] = max(most_positional.get(short, 0), len(call.args))
+            keywords |= {(short, keyword.arg) for keyword in call.keywords}
+    idle = {
+        f"{name}({parameter})"
+        for name, parameter, position in optional_parameters()
+        if name not in API_OF_SIT
+        and not {(name, parameter), (name, None)} & keywords
+        and (position is None or most_positional.get(name, 0) <= position)
+    }
+    assert idle == set()
 
 
 def test_every_module_has_its_row():
