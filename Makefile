@@ -26,11 +26,12 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-# Quickstart: simulated pairs, or DATA=FOLDER with images/ and masks/. Each has its own folder (name and a checksum of
+# Quickstart: simulated pairs, or DATA=FOLDER in any layout that training takes. Each has its own folder (name and a checksum of
 # the whole path), so that none mixes with another's run.
 DATA ?=
-NAME_OF_DATA = $(shell basename "$(DATA)" | tr -c 'A-Za-z0-9._\n-' '_')-$(shell realpath "$(DATA)" | cksum | cut -c 1-4)
-QUICKSTART := quickstart/$(if $(DATA),$(NAME_OF_DATA),simulated)
+QUOTED_DATA = '$(subst ','\'',$(value DATA))'
+NAME_OF_DATA = $(shell basename -- $(QUOTED_DATA) | tr -c 'A-Za-z0-9._\n-' '_')-$(shell realpath -- $(QUOTED_DATA) | cksum | cut -c 1-4)
+QUICKSTART := quickstart/$(if $(value DATA),$(NAME_OF_DATA),simulated)
 
 .PHONY: help constraints test-lowest lint format test test-slow bench quickstart quickstart-data clean-quickstart .venv
 
@@ -82,54 +83,25 @@ test-slow: $(READY)  ## every test; those that need a GPU skip without one
 # --- quickstart ------------------------------------------------------------------------------------------------------
 # $(QUICKSTART)/train and $(QUICKSTART)/heldout each hold images/ and masks/. Both ways of filling them may be repeated.
 
-# With DATA the last fifth by name is held out, not every fifth: neighbours in a series (tiles of one slide) then stay
-# on one side as far as they can.
-define LINK_DATA
-if [ ! -d "$(DATA)/images" ] || [ ! -d "$(DATA)/masks" ]; then
-  echo "DATA=$(DATA) needs the folders images/ and masks/ with equal file names." >&2; exit 2
-fi
-data=$$(cd "$(DATA)" && pwd)
-for part in train heldout; do
-  mkdir -p "$(QUICKSTART)/$$part/images" "$(QUICKSTART)/$$part/masks"
-  find "$(QUICKSTART)/$$part" -type l -delete
-done
-images=("$$data"/images/*)
-number=$${#images[@]}
-if [ "$$number" -lt 5 ]; then echo "DATA=$(DATA) holds $$number images; 5 is the least." >&2; exit 2; fi
-for index in "$${!images[@]}"; do
-  image=$${images[$$index]}
-  stem=$$(basename "$${image%.*}")
-  part=train
-  if [ $$((index * 5)) -ge $$((number * 4)) ]; then part=heldout; fi
-  ln -sf "$$image" "$(QUICKSTART)/$$part/images/"
-  for mask in "$$data/masks/$$stem".*; do  # an image without mask is for train.py to report
-    if [ -e "$$mask" ]; then ln -sf "$$mask" "$(QUICKSTART)/$$part/masks/"; fi
-  done
-done
-files=$$(cd "$(QUICKSTART)" && ls train/images heldout/images)
-if [ -e "$(QUICKSTART)/files.txt" ] && [ "$$files" != "$$(cat "$(QUICKSTART)/files.txt")" ]; then
-  echo "DATA=$(DATA) holds other images than before, and what was held out may change: remove $(QUICKSTART) to start anew." >&2
-  exit 2
-fi
-echo "$$files" > "$(QUICKSTART)/files.txt"
-echo "quickstart: $$number images of $(DATA), the last fifth by name held out"
-endef
-export LINK_DATA_SCRIPT = $(LINK_DATA)
-
 SIMULATE = $(PYTHON) make_masks.py simulate --render --image-size 128 --cell-size 20
 
 quickstart-data: $(READY)
-ifeq ($(DATA),)
+ifeq ($(value DATA),)
 	$(SIMULATE) --output $(QUICKSTART)/train --count 240 --seed 0
 	$(SIMULATE) --output $(QUICKSTART)/heldout --count 40 --seed 1
 else
-	@bash -euo pipefail -c "$$LINK_DATA_SCRIPT"
+	@$(PYTHON) -m dataset.hold_out -- $(QUOTED_DATA) $(QUICKSTART)
 endif
 
 # A tiny model on pixels: no download, and minutes on a CPU. More STEPS give better images. Gray images of your own train
 # better with CHANNELS=1.
+<<<<<<< HEAD
 STEPS ?= 800
 CHANNELS ?= $(if $(DATA),3,1)
+=======
+STEPS ?= 1000
+CHANNELS ?= $(if $(value DATA),3,1)
+>>>>>>> 84d1776 (wip)
 RUN = $(QUICKSTART)/run-$(STEPS)
 SAMPLES = $(QUICKSTART)/samples-$(STEPS)
 

@@ -192,6 +192,10 @@ def add_mask_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--normalize-masks", action="store_true", help="divide soft maps by their sum if they do not sum to 1"
     )
+    group.add_argument(
+        "--mask-values", type=non_negative_int, nargs="+", metavar="VALUE",
+        help="gray value of each class in the mask files, background first (0 128 255 for three classes)",
+    )  # fmt: skip
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -376,6 +380,7 @@ def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | No
             window_channels=args.window_channels,
             window_values=saved.data.window_values if saved else None,
             channels=args.in_channels,
+            mask_values=args.mask_values,
         ),
         optimiser=_section(OptimiserConfig, args),
         train=_section(TrainConfig, args),

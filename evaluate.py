@@ -247,7 +247,7 @@ def run_data(args: argparse.Namespace) -> None:
 
     report, pairs, rule = survey(
         args.data_path, args.mask_path, args.num_classes, args.mask_type, args.image_size, args.crop,
-        normalize=args.normalize_masks, progress=True,
+        normalize=args.normalize_masks, mask_values=args.mask_values, progress=True,
     )  # fmt: skip
     written = write_data_report(report, pairs, rule, args.output)
     print("\n".join(report.lines()))

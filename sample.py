@@ -41,7 +41,7 @@ from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from common.pictures import grid_image, mask_picture
-from dataset.folders import MaskFolder
+from dataset.mask_folder import MaskFolder
 from engine.autoencoder import PixelSpace
 from engine.machine import check_compiler, start_machine
 from engine.sampling import ImageSampler, image_seed
@@ -108,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     masks = MaskFolder(
-        args.mask_path, trained.data, args.mask_type, image_dir=args.data_path, normalize=args.normalize_masks,
+        args.mask_path, trained.data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
+        normalize=args.normalize_masks,
         whole_scale=field_scale(args, trained.data),
     )  # fmt: skip
     if args.tile:

@@ -46,8 +46,8 @@ from cli import (
 )
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
-from dataset.folders import MaskFolder
 from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
+from dataset.mask_folder import MaskFolder
 from dataset.masks import MASK_TYPES
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
@@ -183,7 +183,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     with machine.main_first():  # the files that it decoded need no second decode
         masks = MaskFolder(
-            args.mask_path, trained.data, args.mask_type, image_dir=args.data_path,
+            args.mask_path, trained.data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
             progress=machine.is_main, normalize=args.normalize_masks, whole_scale=field_scale(args, trained.data),
         )  # fmt: skip
     if args.tile:

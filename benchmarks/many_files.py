@@ -30,9 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.workloads import draw_masks  # noqa: E402
 from cli import positive_int  # noqa: E402
 from common.errors import CommandParser, run_command  # noqa: E402
+from dataset.checks import refuse_bad_sizes  # noqa: E402
 from dataset.config import DataConfig  # noqa: E402
 from dataset.files import pair_files  # noqa: E402
-from dataset.folders import MaskFolder, PairedFolder, refuse_bad_sizes  # noqa: E402
+from dataset.folders import PairedFolder  # noqa: E402
+from dataset.mask_folder import MaskFolder  # noqa: E402
 
 SIZE = 32
 KINDS = 50  # different pairs; the others repeat them under other names

@@ -25,7 +25,7 @@ from cli import load_checkpoint, non_negative_float, positive_int
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
 from common.pictures import to_uint8
-from dataset.folders import MaskFolder  # noqa: E402
+from dataset.mask_folder import MaskFolder  # noqa: E402
 from engine.machine import DEVICES, Machine, has_compiler, start_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
 

@@ -30,7 +30,7 @@ from cli import load_checkpoint, non_negative_float, positive_int
 from common.disk import write_atomically, write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
-from dataset.folders import MaskFolder  # noqa: E402
+from dataset.mask_folder import MaskFolder  # noqa: E402
 from engine.machine import DEVICES, Machine, commit, start_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
 from transport import ODE_METHODS, Sampler, create_transport  # noqa: E402

@@ -119,6 +119,8 @@ def file_sha256(path: str | Path) -> str:
     if path.is_dir():
         parts = [file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{path} is no regular file")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

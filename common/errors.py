@@ -33,6 +33,11 @@ MENDS = {
 
 # Fields whose flag has another name.
 FLAGS = {"channels": "in_channels"}
+# NAME=VALUE of a setting that is a flag of the commands, too.
+_NAMES = (
+    "crop|image_size|in_channels|intensity|mask_type|mask_values|normalize_masks|num_classes|vae|window(?:_[a-z]+)?"
+)
+_SETTING = re.compile(rf"\b(?P<name>{_NAMES})=(?P<value>\([^)]*\)|-?[\w.]*\w)")
 
 
 class InputError(ValueError):
@@ -109,12 +114,22 @@ def list_some(items: Sequence[object], most: int = 3) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
+def settings_as_flags(text: str) -> str:
+    """Settings in a library's message as the flags of a command: ``mask_type=binary`` is ``--mask-type binary``."""
+
+    def flag(match: re.Match[str]) -> str:
+        value = match["value"].strip("()").replace(",", "")
+        return f"--{match['name'].replace('_', '-')}" + ("" if value == "True" else f" {value}")
+
+    return _SETTING.sub(flag, text)
+
+
 def one_line(error: Exception) -> str:
     """An error as one line; of the operating system's: file, what was wrong, how to mend it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         mend = f". {MENDS[error.errno]}." if error.errno in MENDS else "."
         return f"{error.filename2 or error.filename}: {error.strerror}{mend}"
-    return " ".join(str(error).split())
+    return settings_as_flags(" ".join(str(error).split()))
 
 
 def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) -> str:

@@ -23,9 +23,12 @@ logger = logging.getLogger(__name__)
 CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 
-def cache_folder() -> Path:
-    """Where the user's caches lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sit-masks" / "checked"
+def cache_folder() -> Path | None:
+    """Where the user's caches lie; None for a user without a home, as in some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sit-masks" / "checked"
+    except RuntimeError:
+        return None
 
 
 class CheckedFiles:
@@ -39,38 +42,42 @@ class CheckedFiles:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
         for path in CODE:
             digest.update(path.read_bytes())
-        self.path = cache_folder() / f"{digest.hexdigest()[:24]}.jsonl.gz"
+        folder = cache_folder()
+        self.path = None if folder is None else folder / f"{digest.hexdigest()[:24]}.jsonl.gz"
         self._lines = self._read()  # name -> line, parsed when it is asked for: a line takes less memory
         self._stamps: dict[str, list[int]] = {}
         self._changed = False
 
     def _read(self) -> dict[str, str]:
+        if self.path is None:
+            return {}
         try:
             with gzip.open(self.path, "rt", encoding="utf-8") as file:
                 return dict(line.rstrip("\n").split("\t", 1) for line in file)
         except (OSError, EOFError, ValueError):  # none yet, or damaged
             return {}
 
-    def recall(self, name: str, files: Sequence[Path]) -> Any | None:
-        """Facts about the files that belong to this name; None where they are not known as they are now."""
-        stamp = self._stamps[name] = [number for path in files for number in _stamp(path)]
-        line = self._lines.get(_key(name))
-        if line is None:
-            return None
-        try:
-            known, facts = json.loads(line)
-        except ValueError:  # a damaged line
-            return None
-        return facts if known == stamp else None
+    def recall(self, files: dict[str, Sequence[Path]]) -> dict[str, Any]:
+        """Facts by name, of those names whose files are as they were when the facts were found out."""
+        self._stamps = {name: [number for path in paths for number in _stamp(path)] for name, paths in files.items()}
+        known = {}
+        for name in files:
+            try:
+                stamp, facts = json.loads(self._lines.get(_key(name), "[null, null]"))
+            except ValueError:  # a damaged line
+                continue
+            if stamp == self._stamps[name]:
+                known[name] = facts
+        return known
 
     def remember(self, name: str, facts: Any) -> None:
-        """Keep what was found out, for the files as they were when ``recall`` was asked for this name."""
+        """Keep what was found out about the files of a name, as they were at :meth:`recall`."""
         self._lines[_key(name)] = json.dumps([self._stamps[name], facts], separators=(",", ":"))
         self._changed = True
 
     def save(self) -> None:
         """Write what is new; a cache folder that cannot be written is no reason to stop."""
-        if not self._changed:
+        if self.path is None or not self._changed:
             return
         text = "".join(f"{key}\t{line}\n" for key, line in self._lines.items())
         try:

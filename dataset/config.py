@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import InputError
-from dataset.masks import MAX_CLASSES
 
+MAX_CLASSES = 255  # class maps are uint8
 CROPS = ("center", "random")
 WINDOW_SCOPES = ("image", "dataset")
 WINDOW_CHANNELS = ("joint", "separate")
@@ -34,6 +35,7 @@ class DataConfig:
             fluorescence channels differ in brightness).
         window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
         channels: image channels; one stored channel is repeated to three, three equal ones count as one.
+        mask_values: stored value of each class, in the order of the classes, if these are not 0..K-1.
     """
 
     image_size: int
@@ -44,10 +46,13 @@ class DataConfig:
     window_channels: str = "joint"
     window_values: Window | None = field(default=None, metadata={"flag": None})
     channels: int = field(default=3, metadata={"flag": "in_channels"})
+    mask_values: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None:  # lists where the dict went through JSON
             object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
+        if self.mask_values is not None:
+            object.__setattr__(self, "mask_values", tuple(int(value) for value in self.mask_values))
         if self.window_values is not None:
             pairs = tuple((float(low), float(high)) for low, high in self.window_values)
             object.__setattr__(self, "window_values", pairs)
@@ -68,6 +73,10 @@ class DataConfig:
         if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
             low, high = self.window
             raise InputError(f"window {low:g} {high:g}: give two percentiles, 0 <= LOW < HIGH <= 100", "window")
+
+    def with_mask_values(self, values: Sequence[int] | None) -> DataConfig:
+        """The same, for masks that store their classes as ``values``; None keeps those of training."""
+        return self if values is None else dataclasses.replace(self, mask_values=tuple(values))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for checkpoints."""

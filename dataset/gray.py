@@ -87,7 +87,7 @@ def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndar
     if found == channels or (found, channels) == (1, 3):
         return image
     hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
-    mend = "train.py --vae none --in-channels N trains on N"
+    mend = "vae=none in_channels=N trains on N"
     count = f"{found} channel{'s' * (found > 1)}{hint.get(found, '')}"
     raise FileError(where, f"has {count}, the model takes {channels}; {mend}")
 
@@ -198,17 +198,17 @@ def choose_format(
     """
     if intensity == "display":
         if source_window is not None:
-            raise InputError("--source-window has no effect on --intensity display: leave it out.")
+            raise InputError("source_window has no effect on intensity=display: leave it out.")
         return ImageFormat(data.channels)
     if source is None:
-        raise InputError("--intensity source: the checkpoint does not know the gray values of its training images.")
+        raise InputError("intensity=source: the checkpoint does not know the gray values of its training images.")
     if len(source.dtypes) != 1:
         raise InputError(
-            f"--intensity source: the training images were {' and '.join(source.dtypes)}, there is no one kind of gray "
-            "values to go back to. Leave the flag out."
+            f"intensity=source: the training images were {' and '.join(source.dtypes)}, there is no one kind of gray "
+            "values to go back to. Leave it out."
         )
     if source_window is not None and len(source.windows) == 1:
-        raise InputError("--source-window has no effect: all training images had one window. Leave it out.")
+        raise InputError("source_window has no effect: all training images had one window. Leave it out.")
     windows = (source.median_window(),) if source_window == "median" else source.windows
     channels = min(source.channels, data.channels)  # gray files trained a model of three channels, too
     return ImageFormat(channels, np.dtype(source.dtypes[0]), windows)

@@ -1,28 +1,26 @@
 """What the gray values of masks mean: decided once per folder, then turned into classes or class probabilities.
 
-:func:`mask_stats` collects facts about each mask, :func:`decide_mask_rule` draws one :class:`MaskRule` from all of
-them, :func:`class_map` and :func:`prob_map` apply it. Automatic takes clear cases only and refuses the rest with the
-likely types named: a wrong guess would train for hours on nonsense.
+``mask_facts`` collects facts about each mask, :func:`decide_mask_rule` draws one :class:`MaskRule` from all of
+them, :meth:`MaskRule.class_map` and :meth:`MaskRule.prob_map` apply it. Automatic takes clear
+cases only and refuses the rest with the likely types named: a wrong guess would train for hours on nonsense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scipy.ndimage
 import torch
 from torch import Tensor
 
 from common.errors import InputError, list_some
+from dataset.mask_facts import FEW_VALUES, MaskStats, certainty, full_scale
+from dataset.views import View
 
 MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
 HARD_TYPES = ("binary", "classes", "instances")
-MAX_CLASSES = 255  # class maps are uint8
-FEW_VALUES = 16
 SUM_TOLERANCE = 0.01
 # A mask of numbered cells is piecewise constant, an id is one piece apart from crumbs, and there are too many ids for
 # classes. Measured: see test_thresholds_of_automatic_have_room_on_real_labels.
@@ -30,6 +28,7 @@ MIN_IDS = 8
 MAX_UNEQUAL_SHARE = 0.2
 MAX_SCATTERED_SHARE = 0.2
 MAX_STEP_SHARE = 0.9
+MUCH_FRAME = 0.9  # of the border's pixels
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class MaskRule:
         maximum: gray value that means "cell for sure" (binary and probability; 1 otherwise).
         reason: one sentence for the log.
         normalize: divide soft maps by their sum instead of refusing those that do not sum to one.
+        values: stored value of each class in the order of the classes, if these are not 0..K-1.
     """
 
     mask_type: str
@@ -49,6 +49,7 @@ class MaskRule:
     maximum: float
     reason: str
     normalize: bool = False
+    values: Sequence[int] | None = None
 
     @property
     def is_hard(self) -> bool:
@@ -60,106 +61,75 @@ class MaskRule:
         """Class 2 is the boundary between touching cells, made from the ids of instances."""
         return self.mask_type == "instances" and self.num_classes == 3
 
+    def class_map(self, mask: np.ndarray, view: View | None = None) -> np.ndarray:
+        """Class ids of a mask; the most probable class of a soft one. Hard masks stay hard when resized.
 
-@dataclass(frozen=True)
-class MaskStats:
-    """What the decision needs to know of one mask. Pairs are 4-neighbours that are both above 0."""
+        Args:
+            mask: (H, W) or (K, H, W) as stored.
+            view: the part to take; None is all of it.
 
-    name: str
-    dtype: np.dtype
-    planes: int  # K of a (K, H, W) stack, 0 for a flat mask
-    from_folder: bool  # one file per nucleus
-    is_whole: bool  # no fractions
-    minimum: float
-    maximum: float
-    distinct: int
-    values: frozenset[float]  # the distinct values where they are few, else empty
-    near_ends: float = 1.0  # share of pixels close to 0 or to the largest value
-    sum_error: float = 0.0  # stacks: largest |sum over K - 1|
-    pairs: int = 0
-    unequal_pairs: int = 0
-    step_pairs: int = 0  # unequal pairs of two values that follow each other in the sorted values
-    ids: int = 0
-    area: int = 0  # pixels above 0
-    main_area: int = 0  # pixels in the largest connected piece of each id
+        Returns:
+            (H, W) uint8 in 0..K-1. Instances with K = 3: 0 background, 1 interior, 2 pixels of a cell of which one of
+            the eight neighbours belongs to another cell.
+        """
+        if not self.is_hard:
+            return self.prob_map(mask, view).argmax(axis=0).astype(np.uint8)
+        if view is None:
+            return self._classes(mask)
+        if view.is_native(*mask.shape):
+            return view.cut(self._classes(mask))  # touching cells are seen across the square's border
+        return self._classes(view.apply_labels(mask))  # a boundary drawn after resizing keeps its width
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON can hold it; what has its default is left out."""
-        kept = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
-        return kept | {"dtype": str(self.dtype), "values": sorted(self.values)}
+    def prob_map(self, mask: np.ndarray, view: View | None = None) -> np.ndarray:
+        """Class probabilities of a mask.
 
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> MaskStats:
-        """The inverse of :meth:`to_plain`."""
-        return cls(**plain | {"dtype": np.dtype(plain["dtype"]), "values": frozenset(plain["values"])})
+        Args:
+            mask: (H, W) or (K, H, W) as stored, of any type.
+            view: the part to take; None is all of it.
 
+        Returns:
+            (K, H, W) float32 in [0, 1], sums to 1 over K.
+        """
+        if self.is_hard:
+            classes = self.class_map(mask, view)
+            return (classes == np.arange(self.num_classes)[:, None, None]).astype(np.float32)
+        if view is None:
+            return self._probabilities(mask)
+        height, width = mask.shape[-2:]
+        if view.is_native(height, width):  # cut first: the stored values take less time than probabilities
+            return self._probabilities(view.apply_probabilities(mask.reshape(-1, height, width)))
+        return view.apply_probabilities(self._probabilities(mask))
 
-def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False) -> MaskStats:
-    """Facts about one mask.
+    def _classes(self, mask: np.ndarray) -> np.ndarray:
+        if self.mask_type == "classes":
+            if self.values is None:
+                return mask.astype(np.uint8)
+            order = np.argsort(self.values)
+            return order[np.searchsorted(np.array(self.values)[order], mask)].astype(np.uint8)
+        if self.mask_type == "binary":
+            return (mask >= self.maximum / 2).astype(np.uint8)
+        classes = (mask > 0).astype(np.uint8)
+        if self.has_boundary:
+            classes[_touches_other_cell(mask)] = 2
+        return classes
 
-    Args:
-        name: for messages.
-        mask: (H, W) or (K, H, W) as ``read_mask`` gives it.
-        from_folder: put together from one file per nucleus.
-    """
-    if mask.dtype in (np.uint8, np.uint16):
-        counts = np.bincount(mask.ravel())  # several times faster than np.unique
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(mask, return_counts=True)
-    facts: dict[str, Any] = {
-        "dtype": mask.dtype,
-        "planes": len(mask) if mask.ndim == 3 else 0,
-        "is_whole": mask.dtype.kind in "ui" or bool((values == np.round(values)).all()),
-        "minimum": float(values[0]),
-        "maximum": float(values[-1]),
-        "distinct": len(values),
-        "values": frozenset(values.tolist()) if len(values) <= FEW_VALUES else frozenset(),
-    }
-    if mask.ndim == 3:
-        total = mask.sum(axis=0, dtype=np.float64) / _certainty(mask.dtype, facts["maximum"])
-        facts["sum_error"] = float(np.abs(total - 1).max())
-    elif facts["is_whole"] and len(values) > 2 and values[0] >= 0:
-        near = facts["maximum"] / 16
-        facts["near_ends"] = float(counts[(values <= near) | (values >= 15 * near)].sum() / mask.size)
-        facts.update(_label_evidence(mask, values))
-    return MaskStats(name=name, from_folder=from_folder, **facts)
-
-
-def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:
-    """How much a mask looks like numbered cells: see the thresholds at the top of this file."""
-    pairs = unequal_pairs = step_pairs = 0
-    parted = mask.copy()  # 0 between touching regions, so that connected components are regions of one value
-    for first, second, cut in (
-        (mask[:, :-1], mask[:, 1:], parted[:, :-1]),
-        (mask[:-1], mask[1:], parted[:-1]),
-    ):
-        both = (first > 0) & (second > 0)
-        unequal = both & (first != second)
-        ranks = np.searchsorted(values, first[unequal]), np.searchsorted(values, second[unequal])
-        pairs += int(np.count_nonzero(both))
-        unequal_pairs += int(np.count_nonzero(unequal))
-        step_pairs += int(np.count_nonzero(np.abs(ranks[0] - ranks[1]) == 1))
-        cut[unequal] = 0
-    pieces, _ = scipy.ndimage.label(parted > 0)
-    _, first_pixels, areas = np.unique(pieces, return_index=True, return_counts=True)
-    id_of_piece = np.searchsorted(values, parted.ravel()[first_pixels])
-    main_areas = np.zeros(len(values), np.int64)
-    np.maximum.at(main_areas, id_of_piece, areas)
-    main_areas = main_areas[values > 0]
-    return {
-        "pairs": pairs,
-        "unequal_pairs": unequal_pairs,
-        "step_pairs": step_pairs,
-        "ids": len(main_areas),
-        "area": int(np.count_nonzero(parted)),
-        "main_area": int(main_areas.sum()),
-    }
+    def _probabilities(self, mask: np.ndarray) -> np.ndarray:
+        shares = np.clip(mask.astype(np.float32) / np.float32(self.maximum), 0, 1)
+        if shares.ndim == 3 and len(shares) > 1:
+            total = shares.sum(axis=0)
+            shares[0][total == 0] = 1  # a pixel that no class claims is background
+            return shares / np.where(total == 0, 1, total)
+        shares = shares.reshape(shares.shape[-2:])
+        return np.stack([1 - shares, shares])
 
 
 def decide_mask_rule(
-    stats: Sequence[MaskStats], num_classes: int, mask_type: str, where: str | Path, normalize: bool = False
+    stats: Sequence[MaskStats],
+    num_classes: int,
+    mask_type: str,
+    where: str | Path,
+    normalize: bool = False,
+    values: Sequence[int] | None = None,
 ) -> MaskRule:
     """Say what the masks of a folder hold, from all of them together.
 
@@ -178,12 +148,14 @@ def decide_mask_rule(
         mask_type: one of :data:`MASK_TYPES`.
         where: folder or file, for messages.
         normalize: accept soft maps that do not sum to one and divide them by their sum.
+        values: stored value of each class, in the order of the classes. Masks that hold no other values are classes;
+            masks of ids 0..K-1 are still taken.
 
     Raises:
         InputError: the values do not fit the type or K, or automatic finds no clear case.
     """
     if mask_type not in MASK_TYPES:
-        raise InputError(f"--mask-type {mask_type!r} is unknown; choose one of {', '.join(MASK_TYPES)}")
+        raise InputError(f"mask_type={mask_type} is unknown; choose one of {', '.join(MASK_TYPES)}")
     if not stats:
         raise InputError(f"{where} holds no masks")
     negative = [one.name for one in stats if one.minimum < 0]
@@ -193,7 +165,18 @@ def decide_mask_rule(
     if len(planes) > 1:
         kinds = ", ".join(f"stacks of {count}" if count else "flat" for count in planes)
         raise InputError(f"masks in {where} are of different kinds ({kinds}): give each kind its own folder")
-    why = "given by --mask-type"
+    tables = {one.table: one.name for one in stats if one.table}
+    if len(tables) > 1:
+        raise InputError(
+            f"masks in {where} have colour tables of two kinds: gray ones stand for their gray values (as in "
+            f"{tables['gray']}), coloured ones for the numbers in the file (as in {tables['coloured']}). Save "
+            "all alike, best without a colour table"
+        )
+    if values is not None:
+        rule = _rule_of_values(stats, num_classes, mask_type, where, values)
+        if rule is not None:
+            return rule
+    why = "given as mask_type"
     if mask_type == "auto":
         mask_type, why = _guess_type(stats, num_classes, where)
     maximum = _check_type(stats, num_classes, mask_type, where, normalize)
@@ -204,6 +187,85 @@ def decide_mask_rule(
         "instances": "0 is background, every id is a cell" + (", class 2 where cells touch" * (num_classes == 3)),
     }[mask_type]
     return MaskRule(mask_type, num_classes, maximum, f"masks are {mask_type}: {meaning} ({why})", normalize)
+
+
+def _rule_of_values(
+    stats: Sequence[MaskStats], num_classes: int, mask_type: str, where: str | Path, values: Sequence[int]
+) -> MaskRule | None:
+    """Classes by their stored values; None if the masks hold class ids anyway."""
+    given = f"mask_values={_listed(values)}"
+    if len(values) != num_classes or len(set(values)) != num_classes or mask_type not in ("auto", "classes"):
+        raise InputError(
+            f"{given} does not fit num_classes={num_classes} and mask_type={mask_type}: it needs one different value "
+            "for each class, and masks of classes"
+        )
+    others = {one.name: sorted(one.values - set(values)) for one in stats if not one.values <= set(values)}
+    many = [one.name for one in stats if not one.values]
+    if not others and not many:
+        listed = ", ".join(f"{value} is {k}" for k, value in enumerate(values))
+        reason = f"masks are classes: {listed} (given as mask_values)"
+        return MaskRule("classes", num_classes, 1.0, reason, values=tuple(values))
+    if max(one.maximum for one in stats) < num_classes and all(one.is_whole for one in stats):
+        return None
+    shown = [f"{name} ({list_some([f'{value:g}' for value in found])})" for name, found in others.items()]
+    raise InputError(
+        f"{len(others) + len(many)} of {len(stats)} masks in {where} hold other values than {given}: "
+        f"{list_some(shown + many)}"
+    )
+
+
+def _listed(values: Sequence[float]) -> str:
+    """Values as a Python tuple."""
+    return f"({', '.join(f'{value:g}' for value in values)})"
+
+
+# --------------------------------------------------------------------------------------------------- what looks wrong
+
+
+def refuse_one_class(stats: Sequence[MaskStats], rule: MaskRule, where: str | Path) -> None:
+    """Refuse to train on masks that all hold one class: no cell in any of them, or nothing but cell.
+
+    Raises:
+        InputError: nothing can be learned from such masks.
+    """
+    found = _classes_found(stats, rule)
+    if found is not None and len(found) < 2:
+        one = "no mask holds a cell" if found == {0} else f"every pixel is class {min(found)}, no mask holds background"
+        raise InputError(f"{len(stats)} masks in {where} (as {stats[0].name}): {one}. Was the export complete?")
+
+
+def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
+    """What training takes, but a person should decide: absent classes, masks that look like black cells on white."""
+    warnings = []
+    found = _classes_found(stats, rule)
+    absent = [] if found is None or len(found) < 2 else sorted(set(range(rule.num_classes)) - found)
+    if absent:
+        names = ", ".join(map(str, absent))
+        warnings.append(f"no mask holds a pixel of class {names}: nothing can be learned about it")
+    framed = [one for one in stats if one.frame > MUCH_FRAME and one.frame_area > 0.5]
+    if rule.mask_type in ("binary", "instances") and 2 * len(framed) > len(stats):
+        warnings.append(
+            f"in {len(framed)} of {len(stats)} masks one piece covers the border and more than half of the pixels "
+            f"(as in {framed[0].name}): are these masks black on white? Background must be 0"
+        )
+    return warnings
+
+
+def _classes_found(stats: Sequence[MaskStats], rule: MaskRule) -> set[int] | None:
+    """Classes that some mask holds; None if the facts do not tell."""
+    if rule.mask_type in ("binary", "instances"):
+        cell = rule.maximum / 2 if rule.mask_type == "binary" else 0.5
+        full = all(one.minimum >= cell for one in stats)
+        some = any(one.maximum >= cell for one in stats)
+        found = ({1} if some else set()) | (set() if full else {0})
+        return found | ({2} if rule.has_boundary and len(found) == 2 else set())
+    if rule.mask_type == "probability":
+        return {0} if stats[0].planes == 0 and all(one.maximum == 0 for one in stats) else None
+    if not all(one.values for one in stats):
+        return None
+    stored = set().union(*(one.values for one in stats))
+    values = range(rule.num_classes) if rule.values is None else rule.values
+    return {k for k, value in enumerate(values) if value in stored}
 
 
 # ------------------------------------------------------------------------------------------------------- automatic
@@ -265,26 +327,32 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     scales = values is not None and not one_value and all(len(one.values - {0}) <= 1 for one in stats)
     patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
     soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.9
-    binary = "" if num_classes == 2 else " --num-classes 2"
+    binary = "" if num_classes == 2 else " num_classes=2"
     likely = []
     if one_value:
-        likely.append(f"one class of cells (--mask-type binary{binary})")
+        likely.append(f"one class of cells (mask_type=binary{binary})")
     elif scales:
         likely.append("one class of cells, saved with different values (save all with the same two)")
     elif soft_edges:
-        likely.append(f"two values with soft or JPEG edges (--mask-type binary{binary}, cut at half)")
+        likely.append(f"two values with soft or JPEG edges (mask_type=binary{binary}, cut at half)")
     if patchy and not one_value and largest < 2 * FEW_VALUES:
-        likely.append(f"class ids (--mask-type classes --num-classes {int(largest) + 1})")
+        likely.append(f"class ids (mask_type=classes num_classes={int(largest) + 1})")
     if patchy and not soft_edges and largest not in (255, 65535):
-        count = "" if num_classes <= 3 else " with --num-classes 2 or 3"
-        likely.append(f"numbered cells (--mask-type instances{count})")
+        count = "" if num_classes <= 3 else " with num_classes=2 or num_classes=3"
+        likely.append(f"numbered cells (mask_type=instances{count})")
     if not patchy:
-        likely.append(f"gray probabilities (--mask-type probability{binary})")
+        likely.append(f"gray probabilities (mask_type=probability{binary})")
         likely.append("images instead of masks")
+    classes = sorted(values | {0}) if values is not None else []
+    if len(classes) > 2 and largest >= max(num_classes, 2 * len(classes)):
+        count = f" num_classes={len(classes)}" * (len(classes) != num_classes)
+        likely.insert(0, f"{len(classes)} classes saved to be looked at (mask_values={_listed(classes)}{count})")
+    if not likely:
+        likely.append("none of the known kinds (class ids 0..K-1, numbered cells, 0 and 255): look at the masks")
     first = next(one.name for one in stats if one.maximum == largest)
     return (
-        f"masks in {where} hold {shown} (as in {first}), which is unclear for --num-classes {num_classes}. "
-        f"Likely: {', or '.join(likely)}. Say which with --mask-type"
+        f"masks in {where} hold {shown} (as in {first}), which is unclear for num_classes={num_classes}. "
+        f"Likely: {', or '.join(likely)}. Say which with mask_type"
     )
 
 
@@ -298,7 +366,7 @@ def _check_type(
     if mask_type == "probability":
         return _check_probability(stats, num_classes, where, normalize)
     if stats[0].planes:
-        raise InputError(f"masks in {where} are stacks of {stats[0].planes} planes: only --mask-type probability fits")
+        raise InputError(f"masks in {where} are stacks of {stats[0].planes} planes: only mask_type=probability fits")
     if mask_type == "binary":
         return _check_binary(stats, num_classes, where)
     fractions = [one.name for one in stats if not one.is_whole]
@@ -307,15 +375,15 @@ def _check_type(
     if mask_type == "classes":
         above = [f"{one.name} ({one.maximum:g})" for one in stats if one.maximum >= num_classes]
         if above:
-            hint = ", or --mask-type binary for 0 and 255" if max(one.maximum for one in stats) == 255 else ""
+            hint = ", or mask_type=binary for 0 and 255" if max(one.maximum for one in stats) == 255 else ""
             raise InputError(
                 f"{len(above)} of {len(stats)} masks in {where} have a class id of {num_classes} or more: "
-                f"{list_some(above)}. With --num-classes {num_classes} ids are 0..{num_classes - 1}: give more "
+                f"{list_some(above)}. With num_classes={num_classes} ids are 0..{num_classes - 1}: give more "
                 f"classes, or mend the masks{hint}"
             )
     elif num_classes not in (2, 3):
         raise InputError(
-            f"masks in {where} are instances: --num-classes is 2 (background, cell) or 3 (background, interior, "
+            f"masks in {where} are instances: num_classes is 2 (background, cell) or 3 (background, interior, "
             f"boundary between touching cells), not {num_classes}"
         )
     return 1.0
@@ -323,14 +391,14 @@ def _check_type(
 
 def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Path) -> float:
     if num_classes != 2:
-        raise InputError(f"masks in {where} are binary, that is 2 classes, but --num-classes is {num_classes}")
+        raise InputError(f"masks in {where} are binary, that is 2 classes, but num_classes={num_classes}")
     largest = max(one.maximum for one in stats)
     if largest == 0:
         return 255.0
     values = _few_values(stats)
     if values is not None and len(values - {0}) == 1:  # one value for cells, whatever it is
         return largest
-    full = _full_scale(largest)
+    full = full_scale(largest)
     other_scale = [one.name for one in stats if 0 < len(one.values) <= 2 and 0 < one.maximum < full / 2]
     if other_scale and largest >= full / 2:
         raise InputError(
@@ -340,7 +408,7 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
     if largest < full / 2:
         raise InputError(
             f"masks in {where} reach {largest:g}, not half of {full:g}, with several values between: no binary masks. "
-            "Likely numbered cells (--mask-type instances) or class ids (--mask-type classes)"
+            "Likely numbered cells (mask_type=instances) or class ids (mask_type=classes)"
         )
     return full
 
@@ -348,16 +416,16 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
 def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str | Path, normalize: bool) -> float:
     planes = stats[0].planes
     if planes > 1 and planes != num_classes:
-        raise InputError(f"masks in {where} are stacks of {planes} planes, but --num-classes is {num_classes}")
+        raise InputError(f"masks in {where} are stacks of {planes} planes, but num_classes={num_classes}")
     if planes <= 1 and num_classes != 2:
         raise InputError(
-            f"masks in {where} hold one probability per pixel, that is 2 classes, but --num-classes is {num_classes}: "
+            f"masks in {where} hold one probability per pixel, that is 2 classes, but num_classes={num_classes}: "
             f"give stacks of shape ({num_classes}, H, W) as .npy, .npz or float TIFF"
         )
     dtypes = sorted({"float" if one.dtype.kind == "f" else str(one.dtype) for one in stats})
     if len(dtypes) > 1:
         raise InputError(f"masks in {where} store probabilities as {', '.join(dtypes)}: save them all alike")
-    maximum = _certainty(stats[0].dtype, max(one.maximum for one in stats))
+    maximum = certainty(stats[0].dtype, max(one.maximum for one in stats))
     above = [f"{one.name} ({one.maximum:g})" for one in stats if one.maximum > maximum * (1 + SUM_TOLERANCE)]
     if above:
         raise InputError(f"{len(above)} masks in {where} hold probabilities above 1: {list_some(above)}")
@@ -365,43 +433,12 @@ def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str 
     if planes > 1 and uneven and not normalize:
         raise InputError(
             f"{len(uneven)} of {len(stats)} soft masks in {where} do not sum to 1 over the classes: "
-            f"{list_some(uneven)}. Mend them, or have each pixel divided by its sum with --normalize-masks"
+            f"{list_some(uneven)}. Mend them, or have each pixel divided by its sum with normalize_masks=True"
         )
     return maximum
 
 
-def _full_scale(largest: float) -> float:
-    """Value of certainty: what the storage offers and not what one folder reaches, so that folders agree."""
-    return next((full for full in (1.0, 255.0, 65535.0) if largest <= full), largest)
-
-
-def _certainty(dtype: np.dtype, largest: float) -> float:
-    """Value of probability 1: floats are probabilities as they are."""
-    return 1.0 if dtype.kind == "f" else _full_scale(largest)
-
-
 # ------------------------------------------------------------------------------------------------------ apply a rule
-
-
-def class_map(mask: np.ndarray, rule: MaskRule) -> np.ndarray:
-    """Class ids of a hard mask.
-
-    Args:
-        mask: (H, W) as stored.
-        rule: of a hard type.
-
-    Returns:
-        (H, W) uint8 in 0..K-1. Instances with K = 3: 0 background, 1 interior, 2 pixels of a cell of which one of the
-        eight neighbours belongs to another cell.
-    """
-    if rule.mask_type == "classes":
-        return mask.astype(np.uint8)
-    if rule.mask_type == "binary":
-        return (mask >= rule.maximum / 2).astype(np.uint8)
-    classes = (mask > 0).astype(np.uint8)
-    if rule.has_boundary:
-        classes[_touches_other_cell(mask)] = 2
-    return classes
 
 
 def _touches_other_cell(instance_map: np.ndarray) -> np.ndarray:
@@ -418,32 +455,6 @@ def _touches_other_cell(instance_map: np.ndarray) -> np.ndarray:
         touching[first] |= unequal
         touching[second] |= unequal
     return touching
-
-
-def prob_map(mask: np.ndarray, rule: MaskRule) -> np.ndarray:
-    """Class probabilities of a mask.
-
-    Args:
-        mask: (H, W) or (K, H, W) as stored, of any type.
-        rule: what it holds.
-
-    Returns:
-        (K, H, W) float32 in [0, 1], sums to 1 over K.
-    """
-    if rule.is_hard:
-        return one_hot(class_map(mask, rule), rule.num_classes)
-    shares = np.clip(mask.astype(np.float32) / np.float32(rule.maximum), 0, 1)
-    if shares.ndim == 3 and len(shares) > 1:
-        total = shares.sum(axis=0)
-        shares[0][total == 0] = 1  # a pixel that no class claims is background
-        return shares / np.where(total == 0, 1, total)
-    shares = shares.reshape(shares.shape[-2:])
-    return np.stack([1 - shares, shares])
-
-
-def one_hot(classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """(H, W) class ids -> (K, H, W) float32."""
-    return (classes == np.arange(num_classes)[:, None, None]).astype(np.float32)
 
 
 def to_prob_map(mask_batch: Tensor, num_classes: int) -> Tensor:

@@ -37,7 +37,7 @@ from engine.machine import Machine
 
 logger = logging.getLogger(__name__)
 READER = 1  # raise it when files are read, resized or windowed in another way: older latents are then made anew
-NOT_ABOUT_IMAGES = ("num_classes",)
+NOT_ABOUT_IMAGES = ("num_classes", "mask_values")
 
 
 class LatentPairs(torch.utils.data.Dataset):

@@ -20,11 +20,20 @@ from tqdm import tqdm
 
 from common.cells import connected_cells
 from common.disk import write_json
-from common.errors import InputError, list_some
+from common.errors import InputError, list_some, settings_as_flags
 from dataset.config import DataConfig
-from dataset.files import FileError, Pair, find_images_and_masks, match_names, read_image, read_mask
+from dataset.files import (
+    FileError,
+    Pair,
+    find_images_and_masks,
+    match_names,
+    read_image,
+    read_mask,
+    read_mask_and_table,
+)
 from dataset.gray import default_window_channels, image_window, to_display
-from dataset.masks import MaskRule, MaskStats, decide_mask_rule, mask_stats, prob_map
+from dataset.mask_facts import MaskStats, mask_stats
+from dataset.masks import MaskRule, decide_mask_rule, mask_warnings, refuse_one_class
 from dataset.views import native_view
 from evaluation.output import new_figure, save_figure, show_image
 
@@ -141,6 +150,7 @@ def survey(
     crop: str = "center",
     normalize: bool = False,
     progress: bool = False,
+    mask_values: Sequence[int] | None = None,
 ) -> tuple[DataReport, list[Pair], MaskRule | None]:
     """Read every file of a data set once and say what is there.
 
@@ -153,6 +163,7 @@ def survey(
         crop: as in training.
         normalize: soft maps need not sum to one.
         progress: show progress bars.
+        mask_values: stored value of each class, if these are not 0..K-1.
 
     Returns:
         The report, the pairs that can be used, and the masks' rule (None where it could not be decided).
@@ -188,7 +199,7 @@ def survey(
             size = f"{mask[1][1]} x {mask[1][0]}"
             report.mismatched.append(f"{pair.name} (image {image.width} x {image.height}, mask {size})")
     _find_problems(report, list(facts.values()), image_dir, mask_dir, image_size, crop)
-    rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize)
+    rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize, mask_values)
     if rule is not None:
         _count_cells(report, usable, rule, progress)
     _find_remarks(report, list(facts.values()))
@@ -236,8 +247,8 @@ def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
 
 
 def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, int]]:
-    mask = read_mask(path)
-    return mask_stats(path.name, mask, path.is_dir()), mask.shape[-2:]
+    mask, table = read_mask_and_table(path)
+    return mask_stats(path.name, mask, path.is_dir(), table), mask.shape[-2:]
 
 
 def signature(image: np.ndarray) -> np.ndarray:
@@ -354,15 +365,21 @@ def _decide(
     mask_type: str,
     where: str | Path,
     normalize: bool,
+    mask_values: Sequence[int] | None,
 ) -> MaskRule | None:
     if not stats:
         return None
     try:
-        rule = decide_mask_rule(stats, num_classes, mask_type, where, normalize)
+        rule = decide_mask_rule(stats, num_classes, mask_type, where, normalize, mask_values)
     except InputError as error:
-        report.problems.append(str(error))
+        report.problems.append(settings_as_flags(str(error)))
         return None
     report.mask_type, report.mask_reason = rule.mask_type, rule.reason
+    try:
+        refuse_one_class(stats, rule, where)
+    except InputError as error:
+        report.problems.append(str(error))
+    report.remarks += mask_warnings(stats, rule)
     return rule
 
 
@@ -373,7 +390,7 @@ def _count_cells(report: DataReport, pairs: Sequence[Pair], rule: MaskRule, prog
     report.instances_are = "ids" if ids else "connected components"
     for pair in tqdm(pairs, desc="counting cells", unit="file", disable=None if progress else True):
         mask = read_mask(pair.mask_path)
-        probabilities = prob_map(mask, rule)
+        probabilities = rule.prob_map(mask)
         totals += probabilities.sum(axis=(1, 2), dtype=np.float64)
         cells = np.unique(mask[mask > 0]).size if ids else int(connected_cells(probabilities.argmax(axis=0) > 0).max())
         report.instances.append(cells)
@@ -474,5 +491,5 @@ def _drawable(pairs: Sequence[Pair], rule: MaskRule) -> Iterator[tuple[str, np.n
     for pair in pairs:
         image = read_image(pair.image_path)
         config = DataConfig(image_size=1, window_channels=default_window_channels(image.shape[2]))
-        cells = prob_map(read_mask(pair.mask_path), rule).argmax(axis=0) > 0
+        cells = rule.class_map(read_mask(pair.mask_path)) > 0
         yield pair.name, to_display(image, image_window(image, config)), cells

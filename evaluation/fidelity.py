@@ -25,7 +25,8 @@ from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
 from common.randomness import shuffled_by_hash
 from dataset.files import pair_files
-from dataset.folders import MaskFolder, MaskItem, PairedFolder
+from dataset.folders import PairedFolder
+from dataset.mask_folder import MaskFolder, MaskItem
 from dataset.masks import MaskRule
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
 from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge

@@ -20,7 +20,7 @@ from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.folders import MaskFolder
+from dataset.mask_folder import MaskFolder
 from evaluation.fidelity import LabelledImage, folder_images, set_images
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure
 from synthetic.reader import SampleSet

@@ -23,7 +23,8 @@ from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
 from common.randomness import shuffled_by_hash
 from dataset.files import pair_files
-from dataset.folders import MaskFolder, MaskItem, PairedFolder
+from dataset.folders import PairedFolder
+from dataset.mask_folder import MaskFolder, MaskItem
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement

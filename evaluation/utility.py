@@ -22,7 +22,8 @@ from common.disk import write_csv, write_json
 from common.errors import InputError
 from common.pictures import from_uint8
 from dataset.config import DataConfig
-from dataset.folders import MaskFolder, PairedFolder
+from dataset.folders import PairedFolder
+from dataset.mask_folder import MaskFolder
 from dataset.masks import to_prob_map
 from dataset.views import SYMMETRIES, turn
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement

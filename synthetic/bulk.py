@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.folders import MaskItem
 from dataset.gray import to_gray_values
+from dataset.mask_folder import MaskItem
 from engine.sampling import ImageSampler, image_seed
 from synthetic.writer import Attempt, Job, SetWriter
 

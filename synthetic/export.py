@@ -25,7 +25,7 @@ from scipy import ndimage
 from common.disk import write_atomically, write_json
 from common.errors import InputError
 from dataset.files import encode_tiff, read_image, read_mask
-from dataset.masks import MaskRule, class_map
+from dataset.masks import MaskRule
 from synthetic.manifest import label_path
 
 
@@ -83,7 +83,7 @@ def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
     if rule.mask_type == "instances":
         cells = label
     else:
-        cells, classes = np.zeros(label.shape, dtype=np.int64), class_map(label, rule)
+        cells, classes = np.zeros(label.shape, dtype=np.int64), rule.class_map(label)
         for number in range(1, rule.num_classes):
             regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))
             cells = np.where(regions > 0, regions + cells.max(), cells)
@@ -95,7 +95,7 @@ def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
 def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator[ExportedPair]:
     for image in images:
         label = read_mask(label_path(sample_dir, image.stem))
-        classes = label > 0 if rule.mask_type == "instances" else class_map(label, rule)  # not interior and boundary
+        classes = label > 0 if rule.mask_type == "instances" else rule.class_map(label)  # not interior and boundary
         yield ExportedPair(image.stem, image, read_image(image), instances_of(label, rule), classes.astype(np.uint8))
 
 

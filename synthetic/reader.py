@@ -21,7 +21,7 @@ from common.pictures import repeat_gray
 from dataset.config import DataConfig
 from dataset.files import read_image, read_mask
 from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
-from dataset.masks import MaskRule, class_map, prob_map
+from dataset.masks import MaskRule
 from dataset.views import View, center_view, native_view, whole_view
 from engine.tiling import spread_starts
 from synthetic.manifest import (
@@ -205,6 +205,8 @@ class SampleSet:
         label = self._label(sample)
         if label.ndim == 3:
             return label.argmax(axis=0).astype(np.uint8)
+        if self._rule is not None and self._rule.get("values"):
+            return self._rule_of(sample, label).class_map(label)
         if sample.mask_type == "classes" or (sample.mask_type == "probability" and _holds_ids(label, self.num_classes)):
             if label.max(initial=0) >= self.num_classes:
                 raise InputError(
@@ -213,8 +215,7 @@ class SampleSet:
             return label.astype(np.uint8)
         if sample.mask_type == "binary" and len(np.unique(label[label > 0])) < 2:  # {0, 1} as well as {0, 255}
             return (label > 0).astype(np.uint8)
-        rule = self._rule_of(sample, label)
-        return class_map(label, rule) if rule.is_hard else prob_map(label, rule).argmax(axis=0).astype(np.uint8)
+        return self._rule_of(sample, label).class_map(label)
 
     def instance_map(self, sample: Sample) -> np.ndarray | None:
         """The label's cells, (H, W) int, 0 background; None where the label does not tell cells apart."""

@@ -23,8 +23,8 @@ from common.errors import InputError, list_some
 from common.pictures import from_uint8, grid_image, mask_picture, repeat_gray
 from common.randomness import derived_seed
 from dataset.files import FileError, read_image
-from dataset.folders import MaskFolder, MaskItem
 from dataset.gray import ImageFormat, to_display, window_columns
+from dataset.mask_folder import MaskFolder, MaskItem
 from synthetic.manifest import (
     ATTEMPT_COLUMNS,
     ATTEMPTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from PIL import Image
 from script_helpers import write_pairs
 
 from benchmarks import many_files
+from common.disk import file_sha256
 from common.errors import InputError
-from dataset import folders
+from dataset import checks
 from dataset.config import DataConfig
-from dataset.files import read_image, read_mask, read_size
-from dataset.folders import MaskFolder, PairedFolder
-from dataset.masks import MaskStats, mask_stats
+from dataset.files import read_image, read_mask_and_table, read_size
+from dataset.folders import PairedFolder
+from dataset.mask_facts import MaskStats, mask_stats
+from dataset.mask_folder import MaskFolder
 
 CONFIG = DataConfig(16)
 
@@ -35,7 +38,9 @@ def pairs(tmp_path):
 def reads(monkeypatch) -> list[str]:
     """Names of the masks decoded so far."""
     names: list[str] = []
-    monkeypatch.setattr(folders, "read_mask", lambda path: names.append(path.name) or read_mask(path))
+    monkeypatch.setattr(
+        checks, "read_mask_and_table", lambda path: names.append(path.name) or read_mask_and_table(path)
+    )
     return names
 
 
@@ -125,11 +130,11 @@ def test_headers_tell_the_size_that_decoding_tells_or_nothing(disk_pairs):
 
 
 def test_sizes_of_many_files_are_refused_before_any_is_decoded(pairs, reads, monkeypatch):
-    monkeypatch.setattr(folders, "PAIRS_WORTH_A_LOOK", 5)
+    monkeypatch.setattr(checks, "PAIRS_WORTH_A_LOOK", 5)
     Image.fromarray(np.zeros((21, 20), np.uint8)).save(pairs[1] / "cell_2.png")
     with pytest.raises(InputError, match=r"cell_2\.png.*20 x 21 pixels.*20 x 24"):
         PairedFolder(*pairs, CONFIG)
-    with pytest.raises(InputError, match=r"6 of 6.*smaller than --image-size 64"):
+    with pytest.raises(InputError, match=r"6 of 6.*smaller than image_size=64"):
         PairedFolder(*pairs, DataConfig(64, crop="random"))
     assert reads == []
 
@@ -140,3 +145,21 @@ def test_the_benchmark_of_many_files_runs(capsys):
     assert [line.split(":")[0] for line in lines[2:6]] == [
         "training, first start", "training, second start", "sampling, first start", "sampling, second start",
     ]  # fmt: skip
+
+
+def test_a_user_without_a_home_has_no_cache_and_no_error(pairs, reads, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    for _ in range(2):
+        assert len(MaskFolder(pairs[1], CONFIG)) == 6
+    assert len(reads) == 12
+
+
+def test_a_pipe_among_many_files_does_not_hang_the_look_at_headers(pairs, monkeypatch):
+    monkeypatch.setattr(checks, "PAIRS_WORTH_A_LOOK", 5)
+    (pairs[1] / "cell_2.png").unlink()
+    os.mkfifo(pairs[1] / "cell_2.png")
+    with pytest.raises(InputError, match=r"cell_2\.png.*no regular file"):
+        PairedFolder(*pairs, CONFIG)
+    with pytest.raises(InputError, match="no regular file"):
+        file_sha256(pairs[1] / "cell_2.png")

@@ -16,9 +16,9 @@ from PIL import Image
 
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.folders import MaskFolder, PairedFolder
+from dataset.folders import PairedFolder
 from dataset.gray import fit_channels, image_window, window_image
-from dataset.masks import prob_map
+from dataset.mask_folder import MaskFolder
 from dataset.views import View, center_view, native_view
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -65,9 +65,9 @@ def test_config_survives_json_and_refuses_nonsense():
     config = DataConfig(64, 3, "random", (0.5, 99.5), "dataset", "separate", ((3.0, 700.0), (0.0, 9.0)), 2)
     assert DataConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for wrong, words in (
-        ({"image_size": 0}, "--image-size 0"),
-        ({"num_classes": 1}, "--num-classes 1"),
-        ({"num_classes": 256}, "--num-classes 256"),
+        ({"image_size": 0}, "image_size 0"),
+        ({"num_classes": 1}, "num_classes 1"),
+        ({"num_classes": 256}, "num_classes 256"),
         ({"crop": "middle"}, "center, random"),
         ({"window_scope": "all"}, "image, dataset"),
         ({"window_channels": "all"}, "joint, separate"),
@@ -126,7 +126,7 @@ def test_resized_whole_numbers_stay_in_range():
 
 
 def test_native_view_refuses_images_that_are_too_small():
-    with pytest.raises(InputError, match="70 x 50 pixels is smaller than --image-size 64"):
+    with pytest.raises(InputError, match="70 x 50 pixels is smaller than image_size=64"):
         native_view(50, 70, 64)
 
 
@@ -189,7 +189,7 @@ def test_window_of_the_data_set_is_one_for_all_and_is_kept_in_the_config(tmp_pat
     assert np.array_equal(masks.load("1").image, dataset.example(1)["image"].numpy())
     save(tmp_path / "images" / "3.png", np.zeros((30, 40), np.uint8))
     save(tmp_path / "masks" / "3.png", np.zeros((30, 40), np.uint8))
-    with pytest.raises(InputError, match="uint16, uint8.*--window-scope image"):
+    with pytest.raises(InputError, match="uint16, uint8.*window_scope=image"):
         PairedFolder(tmp_path / "images", tmp_path / "masks", config)
 
 
@@ -202,7 +202,7 @@ def test_channels_are_repeated_kept_or_refused():
         fit_channels(colour, 1, "a")
     wrong = ((gray, 2), (np.ones((4, 5, 4)), 3), (np.ones((4, 5, 2)), 3), (colour, 5))
     for image, channels in wrong:
-        with pytest.raises(InputError, match=f"has {image.shape[2]} channels?.*takes {channels}; .*--in-channels"):
+        with pytest.raises(InputError, match=f"has {image.shape[2]} channels?.*takes {channels}; .*in_channels=N"):
             fit_channels(image, channels, "a")
 
 
@@ -321,7 +321,7 @@ def test_all_bad_files_are_named_in_one_line(folders):
 
 
 def test_images_smaller_than_the_crop_are_all_named(folders):
-    with pytest.raises(InputError, match="2 of 5 pairs .*c0.png: an image of 80 x 60 .*--image-size 70"):
+    with pytest.raises(InputError, match="2 of 5 pairs .*c0.png: an image of 80 x 60 .*image_size=70"):
         PairedFolder(*folders, DataConfig(70, crop="random"))
 
 
@@ -340,7 +340,7 @@ def test_the_log_hints_at_a_window_for_dark_8_bit_images(folders, caplog):
         PairedFolder(*folders, DataConfig(32, window=(0, 99)))
         assert not caplog.records
         PairedFolder(*folders, DataConfig(32))
-    assert "50 of 255" in caplog.text and "--window" in caplog.text
+    assert "50 of 255" in caplog.text and "window=(0.1, 99.9)" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------ masks alone
@@ -358,7 +358,7 @@ def test_label_prob_map_and_image_of_a_mask_lie_on_the_same_pixels(folders, crop
     stored = np.array(Image.open(instances / "c2.png"))
     assert item.label.dtype == np.uint16
     assert np.array_equal(item.label, item.view.apply_labels(stored))
-    assert np.array_equal(item.prob_map, prob_map(item.label, masks.rule))
+    assert np.array_equal(item.prob_map, masks.rule.prob_map(item.label))
     agree = ((item.image[0] > 120 / 127.5 - 1) == (item.label > 0)).mean()
     assert agree == 1 if crop == "random" else agree > 0.9
     assert item.window == ((0, 255),)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common.errors import InputError
 from dataset import files
-from dataset.files import find_files, pair_files, read_image, read_mask
+from dataset.files import find_files, pair_files, read_image, read_mask, read_mask_and_table
 
 READERS = Path(__file__).parents[2] / "shared" / "data" / "readers"
 needs_readers = pytest.mark.skipif(not READERS.is_dir(), reason="the reader files in ../shared/data/readers are absent")
@@ -505,3 +505,96 @@ def test_a_hundred_thousand_names_pair_in_seconds(tmp_path, monkeypatch):
     start = time.perf_counter()
     assert len(pair_files(tmp_path / "i", tmp_path / "m")) == 100_000
     assert time.perf_counter() - start < 8
+
+
+# ------------------------------------------------------------------------------------------- never wrong in silence
+
+
+def cells_of(count: int, size: int = 64) -> np.ndarray:
+    """Numbered disks in a row, 0 background."""
+    rows, columns = np.mgrid[:size, :size]
+    labels = np.zeros((size, size), np.uint8)
+    for index in range(count):
+        labels[(rows - 10 - 14 * (index // 4)) ** 2 + (columns - 10 - 14 * (index % 4)) ** 2 < 30] = index + 1
+    return labels
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_colour_table_with_white_background_gives_the_numbers_in_every_file(tmp_path, count, suffix):
+    table = np.random.default_rng(0).integers(1, 255, (256, 3), dtype=np.uint8)
+    table[:2] = [[255, 255, 255], [0, 0, 0]]
+    labels, path = cells_of(count), tmp_path / f"a{suffix}"
+    if suffix == ".tif":
+        tifffile.imwrite(path, labels, photometric="palette", colormap=table.T.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(labels).convert("P")
+        image.putpalette(table.ravel().tolist())
+        image.save(path)
+    mask, kind = read_mask_and_table(path)
+    assert np.array_equal(mask, labels) and kind == "coloured"
+
+
+def test_a_rotation_tag_is_refused_in_tiff_and_16_bit_colour_png(tmp_path):
+    for read in (read_image, read_mask):
+        tifffile.imwrite(tmp_path / "a.tif", noise(5, 6), extratags=[(274, "H", 1, 3, True)])
+        with pytest.raises(InputError, match="rotation tag"):
+            read(tmp_path / "a.tif")
+    tifffile.imwrite(tmp_path / "b.tif", noise(5, 6), extratags=[(274, "H", 1, 1, True)])
+    assert np.array_equal(read_mask(tmp_path / "b.tif"), noise(5, 6))
+    content = imagecodecs.png_encode(noise(5, 6, 3, dtype=np.uint16))
+    exif = b"eXIf" + b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x03\0\0\0\0\0\0\0"
+    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
+    (tmp_path / "c.png").write_bytes(content[:33] + chunk + content[33:])
+    with pytest.raises(InputError, match="rotation tag"):
+        read_image(tmp_path / "c.png")
+
+
+def test_splits_are_not_taken_for_folders_of_nuclei(tmp_path):
+    for split in ("train", "val", "test"):
+        for number in range(4):
+            save(tmp_path / "all" / split / f"f{number}.png", np.roll((cells_of(6) > 0) * np.uint8(255), 5 * number, 0))
+    with pytest.raises(InputError, match="train.*masks of whole images.*give one of them"):
+        find_files(tmp_path / "all", "mask")
+    (tmp_path / "all").rename(tmp_path / "odd")
+    for split in ("train", "val", "test"):
+        (tmp_path / "odd" / split).rename(tmp_path / "odd" / f"day_{split}")
+    with pytest.raises(InputError, match="masks of whole images"):
+        read_mask(tmp_path / "odd" / "day_train")
+    with pytest.raises(InputError, match="did you mean .*day_t.*It holds 4"):
+        find_files(tmp_path / "odd", "image")
+
+
+def test_nuclei_that_overlap_a_little_are_still_one_image(tmp_path):
+    labels = cells_of(5)
+    for index in range(1, 6):
+        nucleus = labels == index
+        save(tmp_path / "a" / f"{index}.png", (nucleus | np.roll(nucleus, 1, 0)).astype(np.uint8))
+    assert len(np.unique(read_mask(tmp_path / "a"))) == 6
+
+
+def test_a_folder_of_seg_npy_is_explained(tmp_path):
+    for number in range(6):
+        np.save(tmp_path / f"f{number}_seg.npy", np.zeros(3))
+    with pytest.raises(InputError, match="holds no mask files but 6 _seg.npy of Cellpose.*File menu"):
+        find_files(tmp_path, "mask")
+    save(tmp_path / "f0.png", noise(5, 6))
+    with pytest.raises(InputError, match="_masks.*6 _seg.npy of Cellpose"):
+        pair_files(tmp_path, tmp_path)
+
+
+def test_labels_of_two_channels_are_called_so(tmp_path):
+    tifffile.imwrite(
+        tmp_path / "a.tif", noise(2, 9, 8), photometric="minisblack", metadata={"axes": "CYX"}, imagej=True
+    )
+    with pytest.raises(InputError, match="holds 2 channels"):
+        read_mask(tmp_path / "a.tif")
+
+
+def test_name_mask_pairs_like_name_masks_and_names_that_look_alike_are_explained(tmp_path):
+    save(tmp_path / "images" / "a.png", noise(5, 6))
+    mask = save(tmp_path / "masks" / "a_mask.png", noise(5, 6))
+    assert [pair.name for pair in pair_files(tmp_path / "images", tmp_path / "masks")] == ["a"]
+    mask.rename(tmp_path / "masks" / "A.png")
+    with pytest.raises(InputError, match="capital letters or spaces only: a"):
+        pair_files(tmp_path / "images", tmp_path / "masks")

@@ -130,7 +130,7 @@ def test_gray_files_come_back_gray_from_a_model_of_three_channels():
 
 def test_what_cannot_be_written_back_is_refused():
     data = DataConfig(8)
-    with pytest.raises(InputError, match="--source-window has no effect on --intensity display"):
+    with pytest.raises(InputError, match="source_window has no effect on intensity=display"):
         choose_format("display", "median", data, TWO)
     with pytest.raises(InputError, match="does not know the gray values"):
         choose_format("source", None, data, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +11,17 @@ import pytest
 import scipy.ndimage
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, settings_as_flags
 from dataset.files import read_mask
+from dataset.mask_facts import mask_stats
 from dataset.masks import (
     MASK_TYPES,
     MAX_SCATTERED_SHARE,
     MAX_UNEQUAL_SHARE,
     MaskRule,
-    class_map,
     decide_mask_rule,
-    mask_stats,
-    one_hot,
-    prob_map,
+    mask_warnings,
+    refuse_one_class,
     to_prob_map,
 )
 
@@ -28,6 +29,11 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data in ../shared/data are absent")
 
 HEIGHT, WIDTH = 90, 120
+
+
+def one_hot(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """(H, W) class ids -> (K, H, W) float32."""
+    return (classes == np.arange(num_classes)[:, None, None]).astype(np.float32)
 
 
 def decide(masks: list[np.ndarray], num_classes: int = 2, mask_type: str = "auto", normalize: bool = False) -> MaskRule:
@@ -135,14 +141,14 @@ def jpeg_like() -> np.ndarray:
 @pytest.mark.parametrize(
     ("mask", "num_classes", "words"),
     [
-        (blobs(), 2, "--mask-type probability"),
+        (blobs(), 2, "mask_type=probability"),
         (blobs(8), 2, "unclear"),
         (jpeg_like(), 2, "binary, cut at half"),
-        (np.where(disks(), 128, 0).astype(np.uint8), 2, "one class of cells .--mask-type binary"),
-        (np.where(disks(), 255, 0).astype(np.uint8), 3, "--mask-type binary --num-classes 2"),
-        (disks() % 3, 2, "--num-classes 3.*--mask-type instances"),
-        (disks() % 5, 2, "the values 0, 1, 2, 3, 4 .*--num-classes 5"),
-        (disks(12), 5, "instances with --num-classes 2 or 3"),
+        (np.where(disks(), 128, 0).astype(np.uint8), 2, "one class of cells .mask_type=binary"),
+        (np.where(disks(), 255, 0).astype(np.uint8), 3, "mask_type=binary num_classes=2"),
+        (disks() % 3, 2, "num_classes=3.*mask_type=instances"),
+        (disks() % 5, 2, "the values 0, 1, 2, 3, 4 .*num_classes=5"),
+        (disks(12), 5, "instances with num_classes=2 or num_classes=3"),
         (np.random.default_rng(0).integers(0, 65535, (HEIGHT, WIDTH)).astype(np.uint16), 2, "images instead of masks"),
         (np.float32(2.5) * disks(), 2, "fractions up to 50"),
         (-disks(6, np.int16), 2, "negative"),
@@ -179,13 +185,13 @@ def test_labels_are_never_taken_for_probabilities(dtype, radius):
     ("mask", "num_classes", "mask_type", "words"),
     [
         (disks() % 4, 3, "classes", r"class id of 3 or more: m0.png \(3\)"),
-        (np.where(disks(), 255, 0).astype(np.uint8), 2, "classes", "--mask-type binary for 0 and 255"),
+        (np.where(disks(), 255, 0).astype(np.uint8), 2, "classes", "mask_type=binary for 0 and 255"),
         (disks(), 4, "instances", "not 4"),
         (disks(), 2, "binary", "no binary masks"),
         (np.where(disks(), 255, 0).astype(np.uint8), 3, "binary", "2 classes"),
         (blobs(), 3, "probability", r"\(3, H, W\)"),
         (one_hot(disks() % 3, 3), 4, "probability", "stacks of 3 planes"),
-        (one_hot(disks() % 3, 3), 3, "binary", "only --mask-type probability"),
+        (one_hot(disks() % 3, 3), 3, "binary", "only mask_type=probability"),
         ((blobs() / 255).astype(np.float32), 2, "instances", "fractions"),
         (blobs().astype(np.float32), 2, "probability", "above 1"),
         (disks(), 2, "depth", "choose one of auto, binary"),
@@ -203,9 +209,9 @@ def test_all_masks_with_an_id_above_the_classes_are_counted():
 
 def test_binary_by_hand_cuts_at_half():
     rule = decide([jpeg_like()], 2, "binary")
-    assert np.array_equal(class_map(jpeg_like(), rule), disks() > 0)
-    assert class_map(np.array([[127, 128]], np.uint8), rule).tolist() == [[0, 1]]
-    assert class_map(np.array([[0, 7]], np.uint8), decide([np.array([[0, 7]], np.uint8)], 2, "binary")).tolist() == [
+    assert np.array_equal(rule.class_map(jpeg_like()), disks() > 0)
+    assert rule.class_map(np.array([[127, 128]], np.uint8)).tolist() == [[0, 1]]
+    assert decide([np.array([[0, 7]], np.uint8)], 2, "binary").class_map(np.array([[0, 7]], np.uint8)).tolist() == [
         [0, 1]
     ]
 
@@ -218,14 +224,14 @@ def test_binary_masks_of_two_scales_are_refused_and_not_read_as_empty():
         decide([full, one, full])
     assert "cut at half" not in str(caught.value)
     faint = (blobs() * 0.3).astype(np.uint8)  # soft, and nowhere above half: no cell, as it says
-    assert prob_map(faint, decide([blobs(), faint], mask_type="binary"))[1].max() == 0
+    assert decide([blobs(), faint], mask_type="binary").prob_map(faint)[1].max() == 0
 
 
 def test_probability_by_hand_is_a_share_of_what_the_storage_offers():
     gray = np.array([[0, 51, 102]], np.uint8)
-    assert prob_map(gray, decide([gray], 2, "probability"))[1] == pytest.approx(np.array([[0, 0.2, 0.4]]))
+    assert decide([gray], 2, "probability").prob_map(gray)[1] == pytest.approx(np.array([[0, 0.2, 0.4]]))
     deep = np.array([[0, 13107, 65535]], np.uint16)
-    assert prob_map(deep, decide([deep], 2, "probability"))[1] == pytest.approx(np.array([[0, 0.2, 1]]))
+    assert decide([deep], 2, "probability").prob_map(deep)[1] == pytest.approx(np.array([[0, 0.2, 1]]))
     with pytest.raises(InputError, match="uint16, uint8"):
         decide([gray, deep], 2, "probability")
 
@@ -233,9 +239,9 @@ def test_probability_by_hand_is_a_share_of_what_the_storage_offers():
 def test_soft_stacks_that_do_not_sum_to_one_are_refused_or_normalised():
     stack = one_hot(disks() % 3, 3) * np.float32(0.5)
     stack[:, 0, 0] = 0
-    with pytest.raises(InputError, match=r"m0.png \(off by 1\).*--normalize-masks"):
+    with pytest.raises(InputError, match=r"m0.png \(off by 1\).*normalize_masks=True"):
         decide([stack], 3)
-    soft = prob_map(stack, decide([stack], 3, normalize=True))
+    soft = decide([stack], 3, normalize=True).prob_map(stack)
     assert soft.sum(axis=0) == pytest.approx(np.ones((HEIGHT, WIDTH)))
     assert soft[:, 0, 0].tolist() == [1, 0, 0]
     assert np.array_equal(soft[:, 1:, 1:], one_hot(disks() % 3, 3)[:, 1:, 1:])
@@ -251,17 +257,17 @@ def test_flat_masks_and_stacks_in_one_folder_are_refused():
 
 def test_instances_become_cell_or_interior_and_boundary():
     labels = np.array([[1, 1, 1, 2, 2, 0, 3, 3]] * 5, dtype=np.uint16)
-    assert class_map(labels, decide([labels], 2, "instances"))[0].tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
-    three = class_map(labels, decide([labels], 3, "instances"))
+    assert decide([labels], 2, "instances").class_map(labels)[0].tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
+    three = decide([labels], 3, "instances").class_map(labels)
     assert three.dtype == np.uint8
     assert three[0].tolist() == [1, 1, 2, 2, 1, 0, 1, 1]  # 3 touches nobody: it has no boundary
     diagonal = np.array([[1, 0], [0, 2]])
-    assert class_map(diagonal, decide([labels], 3, "instances")).tolist() == [[2, 0], [0, 2]]
+    assert decide([labels], 3, "instances").class_map(diagonal).tolist() == [[2, 0], [0, 2]]
 
 
 def test_removing_the_boundary_class_parts_touching_cells():
     labels = disks(12)
-    classes = class_map(labels, decide([labels], 3))
+    classes = decide([labels], 3).class_map(labels)
     assert scipy.ndimage.label(labels > 0)[1] == 1
     assert scipy.ndimage.label(classes == 1)[1] == labels.max()
 
@@ -271,13 +277,13 @@ def test_prob_maps_sum_to_one_for_every_type(mask_type):
     masks = {"binary": np.where(disks(), 255, 0).astype(np.uint8), "classes": disks() % 2, "probability": blobs(),
              "instances": disks(12)}  # fmt: skip
     rule = decide([masks[mask_type]], 2, mask_type)
-    soft = prob_map(masks[mask_type], rule)
+    soft = rule.prob_map(masks[mask_type])
     assert soft.shape == (2, HEIGHT, WIDTH)
     assert soft.dtype == np.float32
     assert soft.min() >= 0
     assert soft.sum(axis=0) == pytest.approx(np.ones((HEIGHT, WIDTH)))
     if rule.is_hard:
-        batch = torch.from_numpy(class_map(masks[mask_type], rule))[None]
+        batch = torch.from_numpy(rule.class_map(masks[mask_type]))[None]
         assert torch.equal(to_prob_map(batch, 2)[0], torch.from_numpy(soft))
 
 
@@ -292,3 +298,67 @@ def test_to_prob_map_lets_soft_maps_and_their_gradient_through():
 )
 def test_class_2_is_the_boundary_of_instances_with_three_classes_only(mask_type, num_classes, expected):
     assert MaskRule(mask_type, num_classes, 1, "").has_boundary is expected
+
+
+# ------------------------------------------------------------------------------------------- saved wrong, or to be seen
+
+
+@pytest.mark.parametrize("values", [(0, 128, 255), (0, 127, 255), (0, 85, 170, 255), (255, 0, 128)])
+def test_classes_saved_to_be_seen_are_read_by_their_values_and_the_message_gives_them(values):
+    labels = disks() % len(values)
+    mask = np.array(values, np.uint8)[labels]
+    with pytest.raises(InputError) as refusal:
+        decide([mask], len(values))
+    listed = " ".join(map(str, sorted(values)))
+    assert f"--mask-values {listed}" in settings_as_flags(str(refusal.value))
+    assert "Likely: ." not in str(refusal.value)
+    rule = decide_mask_rule([mask_stats("m", mask)], len(values), "auto", "masks", values=values)
+    assert np.array_equal(rule.class_map(mask), labels)
+    again = MaskRule(**json.loads(json.dumps(dataclasses.asdict(rule))))  # as the settings of a set keep it
+    assert np.array_equal(again.class_map(mask), labels)
+    plain = decide_mask_rule([mask_stats("m", labels.astype(np.uint8))], len(values), "auto", "masks", values=values)
+    assert np.array_equal(plain.class_map(labels), labels)  # ids stay ids
+
+
+def test_other_values_than_those_given_are_named():
+    mask = np.array([0, 128, 200], np.uint8)[disks() % 3]
+    with pytest.raises(InputError, match=r"1 of 1 masks .* other values .*m \(200\)"):
+        decide_mask_rule([mask_stats("m", mask)], 3, "auto", "masks", values=(0, 128, 255))
+    with pytest.raises(InputError, match="num_classes=2"):
+        decide_mask_rule([mask_stats("m", mask)], 2, "auto", "masks", values=(0, 128, 200))
+
+
+def test_the_message_for_two_classes_gives_the_number_of_classes_too():
+    with pytest.raises(InputError, match=r"mask_values=\(0, 128, 255\) num_classes=3"):
+        decide([np.array([0, 128, 255], np.uint8)[disks() % 3]], 2)
+
+
+def test_colour_tables_of_two_kinds_in_one_folder_are_refused():
+    stats = [mask_stats(kind, disks() * 1, table=kind) for kind in ("gray", "coloured")]
+    with pytest.raises(InputError, match="colour tables of two kinds"):
+        decide_mask_rule(stats, 2, "instances", "masks")
+
+
+def facts_of(*masks: np.ndarray, num_classes: int = 2, mask_type: str = "auto") -> tuple:
+    stats = [mask_stats(f"m{index}", mask) for index, mask in enumerate(masks)]
+    return stats, decide_mask_rule(stats, num_classes, mask_type, "masks")
+
+
+@pytest.mark.parametrize(("value", "words"), [(0, "no mask holds a cell"), (255, "no mask holds background")])
+def test_masks_of_one_class_are_no_training_set(value, words):
+    stats, rule = facts_of(*[np.full((9, 8), value, np.uint8)] * 3)
+    with pytest.raises(InputError, match=words):
+        refuse_one_class(stats, rule, "masks")
+
+
+def test_an_absent_class_and_black_cells_on_white_are_warned_of_and_good_masks_are_not():
+    cells = np.where(disks(), 255, 0).astype(np.uint8)
+    assert mask_warnings(*facts_of(cells)) == []
+    refuse_one_class(*facts_of(cells), "masks")
+    (warning,) = mask_warnings(*facts_of(255 - cells))
+    assert "black on white" in warning
+    numbered = disks() + 1  # the background has an id, too
+    (warning,) = mask_warnings(*facts_of(numbered, mask_type="instances"))
+    assert "black on white" in warning
+    (warning,) = mask_warnings(*facts_of((disks() % 3).astype(np.uint8), num_classes=4))
+    assert "class 3" in warning

@@ -13,8 +13,8 @@ from script_helpers import write_pairs
 
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.folders import MaskFolder
 from dataset.gray import ImageFormat
+from dataset.mask_folder import MaskFolder
 from engine.sampling import SamplingSettings
 from evaluation.redraw import Redraw
 from synthetic.bulk import draw_missing

@@ -1,0 +1,109 @@
+"""Check many files at once: a few threads, a progress bar, and every bad file named in one message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import InputError, list_some
+from dataset.config import DataConfig
+from dataset.files import FileError, Pair, read_image, read_mask_and_table, read_size
+from dataset.gray import fit_channels
+from dataset.views import view_of_file
+
+PAIRS_WORTH_A_LOOK = 2000  # with so many, headers are read first
+SECONDS_BETWEEN_LINES = 20  # of the log, if no progress bar can be shown
+logger = logging.getLogger(__name__)
+
+
+def for_all(function: Callable[[Any], Any], items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
+    """Yield ``function`` of every item in order. A few threads work: decoders release the interpreter lock."""
+    block = 256  # bounds what waits in memory
+    last_line = time.monotonic()
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(items), desc=title, unit="file", disable=None if progress else True) as bar,
+    ):
+        for start in range(0, len(items), block):
+            if progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                logger.info("%s: %d of %d", title, start, len(items))
+            for result in pool.map(function, items[start : start + block]):
+                bar.update()
+                yield result
+
+
+def or_error(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a FileError instead of raising it, so that all bad files can be named at once."""
+
+    def wrapped(item: Any) -> Any:
+        try:
+            return function(item)
+        except FileError as error:
+            return error
+
+    return wrapped
+
+
+def refuse_bad(errors: Sequence[FileError], total: int, what: str) -> None:
+    """Raise one message for all bad files: files with the same fault together, three names of each."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        names_by_reason: dict[str, list[str]] = {}
+        for error in errors:
+            names_by_reason.setdefault(error.reason, []).append(error.path.name)
+        faults = [f"{list_some(names)}: {reason}" for reason, names in names_by_reason.items()]
+        more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        raise InputError(f"{len(errors)} of {total} {what} cannot be used. {'; '.join(faults[:3])}{more}")
+
+
+def refuse_bad_sizes(pairs: Sequence[Pair], config: DataConfig, what: str) -> None:
+    """Refuse wrong sizes by the headers of many files, within seconds: decoding them may take long."""
+    if len(pairs) < PAIRS_WORTH_A_LOOK:
+        return
+
+    def check(pair: Pair) -> None:
+        image, mask = read_size(pair.image_path), read_size(pair.mask_path)
+        if image is not None:
+            view_of_file(pair.image_path, image, config)
+        if image is not None and mask is not None:
+            check_same_size(image, mask, pair.image_path, pair.mask_path)
+
+    errors = [error for error in for_all(or_error(check), pairs, "reading headers", False) if error is not None]
+    refuse_bad(errors, len(pairs), what)
+
+
+def check_same_size(image: Sequence[int], mask: Sequence[int], image_path: Path, mask_path: Path) -> None:
+    """Heights and widths must agree."""
+    if tuple(image) != tuple(mask):
+        raise FileError(
+            mask_path,
+            f"has {mask[1]} x {mask[0]} pixels, but its image {image_path.name} {image[1]} x {image[0]}: "
+            "they must agree",
+        )
+
+
+class ReadPair(NamedTuple):
+    """One pair as stored."""
+
+    image: np.ndarray | None  # (H, W, C)
+    mask: np.ndarray  # (H, W) or (K, H, W)
+    table: str  # kind of the mask's colour table, see read_mask_and_table
+
+
+def read_pair(image_path: Path | None, mask_path: Path, channels: int) -> ReadPair:
+    """A mask and its image, if a path is given; their sizes agree."""
+    image = None if image_path is None else fit_channels(read_image(image_path), channels, image_path)
+    mask, table = read_mask_and_table(mask_path)
+    if image is not None:
+        check_same_size(image.shape[:2], mask.shape[-2:], image_path, mask_path)
+    return ReadPair(image, mask, table)

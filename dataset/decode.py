@@ -1,0 +1,206 @@
+"""Decode the bytes of one file, or refuse it with a :class:`FileError`: no other exception leaves this module."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import Image
+
+from common.errors import InputError, list_some
+
+MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
+ORIENTATION_TAG = 274  # of EXIF and TIFF; 1 is upright
+ROTATED = "carries a rotation tag (EXIF or TIFF orientation): save it upright, so that image and mask agree"
+TABLES = ("gray", "coloured")  # a gray table is read as its gray values, a coloured one as the numbers in the file
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
+_PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
+_CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
+NOT_FLAT = "one 2-D image per file is needed, save the planes as files of their own"
+
+
+# tifffile logs every damaged tag; the FileError says it once.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+# Pillow's limit on pixels is lower than stitched fields of a slide scanner; _check_size has ours, in bytes.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class FileError(InputError):
+    """One file cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: our own words, without the path and without a decoder's text. Files of one reason are named together.
+    """
+
+    def __init__(self, path: str | Path, reason: str, detail: str = "") -> None:
+        """``detail`` is what a decoder said; it is shown for a single file and decides nothing."""
+        super().__init__(f"{path}: {reason}{f' ({detail})' if detail else ''}")
+        self.path, self.reason = Path(path), reason
+
+
+def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
+    """Decode by content; every fault of a decoder becomes a FileError.
+
+    Returns:
+        the array; one of :data:`TABLES` if the pixels of a mask are numbers of a colour table, else "".
+    """
+    table = ""
+    try:
+        if not path.is_file():  # also keeps pipes and devices from being opened
+            raise FileError(path, "is no regular file" if path.exists() else "no such file, or a broken link")
+        with path.open("rb") as file:
+            start = file.read(8)
+            file.seek(0)
+            if not start:
+                raise FileError(path, "is empty (0 bytes)")
+            if as_mask and path.suffix.lower() in (".npy", ".npz"):
+                array = _decode_numpy(file, path)
+            elif start.startswith(TIFF_STARTS):
+                array, table = _decode_tiff(file, path, as_mask)
+            else:
+                array, table = _decode_with_pillow(file, path, as_mask)
+                array = array if as_mask else _without_opaque_alpha(array)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
+        detail = " ".join((str(error) or type(error).__name__).split())[:120]
+        raise FileError(path, "cannot be read, it is damaged or no image file", detail) from None
+    return array, table
+
+
+def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
+    with Image.open(file, formats=["PNG", "JPEG", "BMP"]) as image:
+        deep_colour = any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile)
+        value_bytes = 4 if image.mode in ("I", "F") else 2 if deep_colour or image.mode.startswith("I;16") else 1
+        _check_size((image.height, image.width, len(image.getbands())), value_bytes, path)
+        if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+            raise FileError(path, f"is an animation of {image.n_frames} frames: {NOT_FLAT}")
+        image.load()
+        if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+            raise FileError(path, ROTATED)
+        if deep_colour:
+            file.seek(0)
+            return imagecodecs.png_decode(file.read()), ""  # Pillow would cut 16-bit colour to 8 bits
+        if image.mode == "P":
+            return _palette_to_array(image, as_mask)
+        if image.mode not in _PLAIN_MODES:
+            if image.mode not in _CONVERTED_MODES:
+                raise FileError(path, f"has the unusual pixel format {image.mode}: save it as gray or RGB")
+            image = image.convert(_CONVERTED_MODES[image.mode])
+        return np.array(image), ""
+
+
+def _palette_to_array(image: Image.Image, as_mask: bool) -> tuple[np.ndarray, str]:
+    if not as_mask:
+        return np.array(image.convert("RGBA" if "transparency" in image.info else "RGB")), ""
+    palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    return _palette_mask(np.array(image), palette)
+
+
+def _palette_mask(indices: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, str]:
+    """Gray values if the whole table (n, 3) is gray, else the numbers. The table decides, not the colours in use:
+    files of one folder share a table and use different parts of it."""
+    if len(palette) and (palette == palette[:, :1]).all():
+        return palette[:, 0][np.minimum(indices, len(palette) - 1)], "gray"
+    return indices, "coloured"
+
+
+def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
+    with tifffile.TiffFile(file, _multifile=False) as tiff:  # an OME header must not open other files
+        series = [one for one in tiff.series if not one.keyframe.is_reduced]
+        if len(series) != 1:
+            raise FileError(path, f"holds {len(series)} images of different kinds: {NOT_FLAT}")
+        series, page = series[0], series[0].keyframe
+        _check_size(series.shape, series.dtype.itemsize, path)
+        orientation = page.tags.get(ORIENTATION_TAG)
+        if orientation is not None and orientation.value not in (0, 1):
+            raise FileError(path, ROTATED)
+        kept = [(axis, n) for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"]
+        axes, shape = "".join(axis for axis, _ in kept), tuple(n for _, n in kept)
+        extra = axes.replace("Y", "").replace("X", "")
+        if sorted(axes.replace(extra, "")) != ["X", "Y"] or len(extra) > 1:
+            raise FileError(path, f"is a stack of shape {' x '.join(map(str, shape))}: {NOT_FLAT}")
+        is_soft_stack = as_mask and series.dtype.kind == "f"
+        if extra and extra not in "SC" and not is_soft_stack:
+            raise FileError(
+                path,
+                f"is a 3-D stack of {shape[axes.index(extra)]} planes: {NOT_FLAT} (if they are channels, store them "
+                "as such: axes CYX)",
+            )
+        array = series.asarray(maxworkers=1).reshape(shape)
+        array, table = _photometric_to_gray(array, page, path, as_mask)
+        if as_mask and extra == "C" and not is_soft_stack:
+            raise FileError(path, f"holds {shape[axes.index('C')]} channels: save the mask as one gray channel")
+    order = extra + "YX" if is_soft_stack else "YX" + extra
+    if array.ndim == len(axes):  # a palette image gained its colour axis above
+        array = array.transpose([axes.index(axis) for axis in order])
+    alpha = page.photometric.name == "RGB" or {1, 2} & set(page.extrasamples)  # else a channel, perhaps saturated
+    if extra == "S" and alpha and not as_mask:
+        array = _without_opaque_alpha(array)
+    return array.astype(array.dtype.newbyteorder("="), copy=False), table
+
+
+def _photometric_to_gray(
+    array: np.ndarray, page: tifffile.TiffPage, path: Path, as_mask: bool
+) -> tuple[np.ndarray, str]:
+    """Turn palette and 1-bit TIFF pages into gray or RGB; refuse what could be read in two ways."""
+    kind = page.photometric.name
+    if kind == "PALETTE" and page.colormap is not None:
+        palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
+        return _palette_mask(array, palette) if as_mask else (palette[array], "")
+    if kind == "MINISWHITE" and not page.software.startswith("tifffile"):
+        # Half of the programs invert such a file and half do not, so image and mask could disagree.
+        # tifffile itself writes bool arrays like this and means them as they are.
+        raise FileError(
+            path, "is stored as 'white is zero': save it as 'black is zero' (Fiji: Lookup Tables > Invert LUT)"
+        )
+    if kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
+        raise FileError(path, f"has the colour space {kind}: save it as gray or RGB")
+    return (array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array), ""
+
+
+def _without_opaque_alpha(array: np.ndarray) -> np.ndarray:
+    """Gray + alpha or RGBA without the alpha channel, where that is full everywhere."""
+    if array.ndim == 3 and array.shape[2] in (2, 4) and array.dtype.kind == "u":
+        return array[:, :, :-1] if (array[:, :, -1] == np.iinfo(array.dtype).max).all() else array
+    return array
+
+
+def _decode_numpy(file: BinaryIO, path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".npz":
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len(members) != 1:
+                raise FileError(path, f"holds {len(members)} arrays, not one: {list_some(archive.namelist())}")
+            _check_size((members[0].file_size,), 1, path)
+            with archive.open(members[0]) as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
+    else:
+        _check_size((os.fstat(file.fileno()).st_size,), 1, path)
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or array.size == 0:
+        shape = " x ".join(map(str, array.shape))
+        raise FileError(path, f"holds {array.dtype} numbers of shape ({shape}): (H, W) or (K, H, W) is expected")
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> None:
+    """Refuse before decoding what would fill the memory (a damaged header, a decompression bomb, a whole slide)."""
+    size = math.prod(int(n) for n in shape) * bytes_per_value
+    if size > MAX_DECODED_BYTES or min(shape) < 1:
+        raise FileError(
+            path,
+            f"claims {' x '.join(map(str, shape))} values ({size / 2**30:.3g} GiB), at least one and at most "
+            f"{MAX_DECODED_BYTES / 2**30:g} GiB are read: cut it into tiles",
+        )

@@ -1,0 +1,134 @@
+"""Facts about the values of one mask, from which the meaning of a whole folder is decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import scipy.ndimage
+
+FEW_VALUES = 16
+
+
+@dataclass(frozen=True)
+class MaskStats:
+    """What the decision needs to know of one mask. Pairs are 4-neighbours that are both above 0."""
+
+    name: str
+    dtype: np.dtype
+    planes: int  # K of a (K, H, W) stack, 0 for a flat mask
+    from_folder: bool  # one file per nucleus
+    is_whole: bool  # no fractions
+    minimum: float
+    maximum: float
+    distinct: int
+    values: frozenset[float]  # the distinct values where they are few, else empty
+    near_ends: float = 1.0  # share of pixels close to 0 or to the largest value
+    sum_error: float = 0.0  # stacks: largest |sum over K - 1|
+    pairs: int = 0
+    unequal_pairs: int = 0
+    step_pairs: int = 0  # unequal pairs of two values that follow each other in the sorted values
+    ids: int = 0
+    area: int = 0  # pixels above 0
+    main_area: int = 0  # pixels in the largest connected piece of each id
+    table: str = ""  # kind of the file's colour table, see read_mask_and_table
+    frame: float = 0.0  # share of the border's pixels that hold the border's most frequent value, if that is not 0
+    frame_area: float = 0.0  # share of all pixels that hold it
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it; what has its default is left out."""
+        kept = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+        return kept | {"dtype": str(self.dtype), "values": sorted(self.values)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> MaskStats:
+        """The inverse of :meth:`to_plain`."""
+        return cls(**plain | {"dtype": np.dtype(plain["dtype"]), "values": frozenset(plain["values"])})
+
+
+def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: str = "") -> MaskStats:
+    """Facts about one mask.
+
+    Args:
+        name: for messages.
+        mask: (H, W) or (K, H, W) as ``read_mask`` gives it.
+        from_folder: put together from one file per nucleus.
+        table: kind of the file's colour table.
+    """
+    if mask.dtype in (np.uint8, np.uint16):
+        counts = np.bincount(mask.ravel())  # several times faster than np.unique
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    else:
+        values, counts = np.unique(mask, return_counts=True)
+    facts: dict[str, Any] = {
+        "dtype": mask.dtype,
+        "planes": len(mask) if mask.ndim == 3 else 0,
+        "is_whole": mask.dtype.kind in "ui" or bool((values == np.round(values)).all()),
+        "minimum": float(values[0]),
+        "maximum": float(values[-1]),
+        "distinct": len(values),
+        "values": frozenset(values.tolist()) if len(values) <= FEW_VALUES else frozenset(),
+    }
+    if mask.ndim == 3:
+        total = mask.sum(axis=0, dtype=np.float64) / certainty(mask.dtype, facts["maximum"])
+        facts["sum_error"] = float(np.abs(total - 1).max())
+    elif facts["is_whole"] and len(values) > 2 and values[0] >= 0:
+        near = facts["maximum"] / 16
+        facts["near_ends"] = float(counts[(values <= near) | (values >= 15 * near)].sum() / mask.size)
+        facts.update(_label_evidence(mask, values))
+    if mask.ndim == 2:
+        facts.update(_frame(mask))
+    return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
+
+
+def _frame(mask: np.ndarray) -> dict[str, float]:
+    """The border's most frequent value, if it is not 0: the background of masks that are stored the wrong way round."""
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    values, counts = np.unique(border, return_counts=True)
+    value = values[counts.argmax()]
+    if value <= 0:
+        return {}
+    return {"frame": float(counts.max() / border.size), "frame_area": float(np.mean(mask == value))}
+
+
+def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:
+    """How much a mask looks like numbered cells: see the thresholds at the top of this file."""
+    pairs = unequal_pairs = step_pairs = 0
+    parted = mask.copy()  # 0 between touching regions, so that connected components are regions of one value
+    for first, second, cut in (
+        (mask[:, :-1], mask[:, 1:], parted[:, :-1]),
+        (mask[:-1], mask[1:], parted[:-1]),
+    ):
+        both = (first > 0) & (second > 0)
+        unequal = both & (first != second)
+        ranks = np.searchsorted(values, first[unequal]), np.searchsorted(values, second[unequal])
+        pairs += int(np.count_nonzero(both))
+        unequal_pairs += int(np.count_nonzero(unequal))
+        step_pairs += int(np.count_nonzero(np.abs(ranks[0] - ranks[1]) == 1))
+        cut[unequal] = 0
+    pieces, _ = scipy.ndimage.label(parted > 0)
+    _, first_pixels, areas = np.unique(pieces, return_index=True, return_counts=True)
+    id_of_piece = np.searchsorted(values, parted.ravel()[first_pixels])
+    main_areas = np.zeros(len(values), np.int64)
+    np.maximum.at(main_areas, id_of_piece, areas)
+    main_areas = main_areas[values > 0]
+    return {
+        "pairs": pairs,
+        "unequal_pairs": unequal_pairs,
+        "step_pairs": step_pairs,
+        "ids": len(main_areas),
+        "area": int(np.count_nonzero(parted)),
+        "main_area": int(main_areas.sum()),
+    }
+
+
+def full_scale(largest: float) -> float:
+    """Value of certainty: what the storage offers and not what one folder reaches, so that folders agree."""
+    return next((full for full in (1.0, 255.0, 65535.0) if largest <= full), largest)
+
+
+def certainty(dtype: np.dtype, largest: float) -> float:
+    """Value of probability 1: floats are probabilities as they are."""
+    return 1.0 if dtype.kind == "f" else full_scale(largest)

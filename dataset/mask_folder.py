@@ -1,0 +1,202 @@
+"""A folder of masks to generate images from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError, list_some
+from dataset.checked_files import CheckedFiles
+from dataset.checks import ReadPair, for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
+from dataset.config import DataConfig, Window
+from dataset.files import (
+    IMAGE_ENDING,
+    MASK_ENDINGS,
+    FileError,
+    Pair,
+    find_files,
+    find_images_and_masks,
+    match_names,
+)
+from dataset.gray import image_window, to_tensor
+from dataset.mask_facts import MaskStats, mask_stats
+from dataset.masks import decide_mask_rule, mask_warnings
+from dataset.views import View, view_of_file, whole_view
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MaskItem:
+    """One mask to generate from, with all that has to lie on the same pixels.
+
+    Attributes:
+        name: of the mask, without suffix and without _masks.
+        path: its file, or its folder of nuclei.
+        view: the part that is used, a square of the training size or the whole field.
+        label: (H, W) in the file's own dtype and ids, nearest neighbour; (K, H, W) float for a stack.
+        prob_map: (K, H, W) float32, sums to 1.
+        image: (C, H, W) float32 in [-1, 1], the real image there, or None.
+        window: gray values of the real image that became -1 and 1, or None.
+    """
+
+    name: str
+    path: Path
+    view: View
+    label: np.ndarray
+    prob_map: np.ndarray
+    image: np.ndarray | None
+    window: Window | None = None
+
+
+class MaskFolder:
+    """Masks to generate from: a folder or one file, all checked at the start, read again by :meth:`load`.
+
+    Attributes:
+        names: sorted.
+        paths: name -> mask file (or folder of nuclei).
+        image_paths: name -> real image, or None without ``image_dir``.
+        rule: what the masks hold.
+        config: as given.
+    """
+
+    def __init__(
+        self,
+        mask_path: str | Path,
+        config: DataConfig,
+        mask_type: str = "auto",
+        image_dir: str | Path | None = None,
+        progress: bool = False,
+        normalize: bool = False,
+        whole_scale: float | None = None,
+    ) -> None:
+        """Find and check the masks.
+
+        Args:
+            mask_path: folder of masks, or one mask file.
+            config: that of the checkpoint.
+            mask_type: one of :data:`MASK_TYPES`.
+            image_dir: keep the masks that have an image here.
+            progress: show a progress bar.
+            normalize: as in :class:`PairedFolder`.
+            whole_scale: take all of every mask, at this scale, instead of the square of the config.
+
+        Raises:
+            InputError: any file that cannot be used, all of them in one message.
+        """
+        if config.window_scope == "dataset" and config.window_values is None and image_dir is not None:
+            raise ValueError("window_scope 'dataset' needs window_values: take the config of the training data set")
+        self.config = config
+        self.whole_scale = whole_scale
+        self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
+        self.names = sorted(self.paths)
+        checked = self._read_all(f"masks of {mask_path}", progress)
+        self._sizes = {name: size for name, (_, size) in checked.items()}
+        stats = [checked[name][0] for name in self.names]
+        self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_path, normalize, config.mask_values)
+        for warning in mask_warnings(stats, self.rule):
+            logger.warning("masks in %s: %s", mask_path, warning)
+        logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
+
+    def _read_all(self, what: str, progress: bool) -> dict[str, tuple[MaskStats, tuple[int, int]]]:
+        """Facts about every mask, and its height and width; only files that are new or changed are decoded."""
+        folders = [
+            str(paths[self.names[0]].absolute().parent) for paths in (self.paths, self.image_paths) if paths is not None
+        ]
+        memory = CheckedFiles(["masks", *folders, self.config.to_dict(), self.whole_scale])
+        images = self.image_paths or {}
+        files = {name: [path for path in (self.paths[name], images.get(name)) if path] for name in self.names}
+        checked = {
+            name: (MaskStats.from_plain(plain[0]), tuple(plain[1])) for name, plain in memory.recall(files).items()
+        }
+        todo = [name for name in self.names if name not in checked]
+        if self.image_paths is not None and self.whole_scale is None:
+            pairs = [Pair(name, self.image_paths[name], self.paths[name]) for name in todo]
+            refuse_bad_sizes(pairs, self.config, what)
+        errors = []
+        for name, result in zip(todo, for_all(or_error(self._check), todo, "reading masks", progress), strict=True):
+            if isinstance(result, FileError):
+                errors.append(result)
+                continue
+            checked[name] = result
+            memory.remember(name, [result[0].to_plain(), result[1]])
+        memory.save()
+        refuse_bad(errors, len(self.names), what)
+        return checked
+
+    def _read(self, name: str) -> ReadPair:
+        image_path = None if self.image_paths is None else self.image_paths[name]
+        return read_pair(image_path, self.paths[name], self.config.channels)
+
+    def _check(self, name: str) -> tuple[MaskStats, tuple[int, int]]:
+        """Facts about a mask, and its height and width."""
+        _, mask, table = self._read(name)
+        size = (mask.shape[-2], mask.shape[-1])
+        self._view(name, size)
+        return mask_stats(self.paths[name].name, mask, self.paths[name].is_dir(), table), size
+
+    def _view(self, name: str, size: tuple[int, int], rng: np.random.Generator | None = None) -> View:
+        if self.whole_scale is not None:
+            return whole_view(*size, self.whole_scale)
+        return view_of_file(self.paths[name], size, self.config, rng)
+
+    def __len__(self) -> int:
+        """Number of masks."""
+        return len(self.names)
+
+    def view(self, name: str, rng: np.random.Generator | None = None) -> View:
+        """The part that :meth:`load` would take, without reading the file."""
+        return self._view(name, self._sizes[name], rng)
+
+    def view_sizes(self) -> set[tuple[int, int]]:
+        """Height and width of all masks' views."""
+        return {self.view(name).size for name in self.names}
+
+    def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
+        """Read one mask and its image. A random crop takes the middle square unless ``rng`` is given."""
+        image, mask, _ = self._read(name)
+        view = self._view(name, mask.shape[-2:], rng)
+        label = view.apply_labels(mask)
+        if label.ndim == 3 and label.dtype.kind != "f":  # a stack goes out as float TIFF, the only one that is read
+            label = self.rule.prob_map(label)
+        window = tensor = None
+        if image is not None:
+            window = image_window(image, self.config)
+            tensor = to_tensor(view.apply_image(image), window, self.config.channels).numpy()
+        prob = np.ascontiguousarray(self.rule.prob_map(mask, view), dtype=np.float32)
+        return MaskItem(name, self.paths[name], view, label.copy(), prob, tensor, window)
+
+
+def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str, Path], dict[str, Path] | None]:
+    """Masks by name, and the images where ``image_dir`` is given; then only masks that have one are kept."""
+    if mask_path.is_dir() and image_dir is not None:
+        images, masks = find_images_and_masks(image_dir, mask_path)
+    else:
+        masks = find_files(mask_path, "mask") if mask_path.is_dir() else {mask_path.stem: mask_path}
+        images = find_files(image_dir, "image") if image_dir is not None else {}
+    if image_dir is not None:
+        pairs, _, lonely = match_names(images, masks)
+        if not pairs:
+            raise InputError(
+                f"none of the {len(lonely)} masks of {mask_path} has an image in {image_dir}: names must agree"
+            )
+        if lonely:
+            logger.info("%d masks without an image in %s are left out: %s", len(lonely), image_dir, list_some(lonely))
+        return {pair.name: pair.mask_path for pair in pairs}, {pair.name: pair.image_path for pair in pairs}
+    # Cellpose keeps NAME_img and NAME_masks in one folder: only the latter are masks.
+    endings = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
+    beside = {stem.removesuffix(IMAGE_ENDING) for stem in masks if stem not in endings}
+    if endings and beside and all(_without_ending(stem) in beside for stem in endings):
+        masks = endings
+    short = {_without_ending(stem): path for stem, path in masks.items()}
+    return (short if len(short) == len(masks) else masks), None
+
+
+def _without_ending(stem: str) -> str:
+    for ending in MASK_ENDINGS:
+        if stem.endswith(ending) and stem != ending:
+            return stem.removesuffix(ending)
+    return stem
