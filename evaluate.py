@@ -41,6 +41,7 @@ from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.config import CROPS
 from engine.machine import resolve_device, start_machine
+from synthetic.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from evaluation.output import Section
@@ -291,7 +292,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
     where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
     report = score_fidelity(samples, *where, device=device, **_judge_settings(args))
     folder = write_fidelity_report(samples, report)
-    written = f"{folder}/fidelity.json, and the column fidelity_dice of {samples.folder}/manifest.csv"
+    written = f"{folder}/fidelity.json, and the column fidelity_dice of {samples.folder / MANIFEST}"
     _show(SECTION, report.to_dict(), written, samples)
 
 

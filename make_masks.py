@@ -341,5 +341,10 @@ def main(args: argparse.Namespace) -> None:
         run_recombine(args)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of the script and of ``sit-make-masks``."""
     run_command(main, parse_args)
+
+
+if __name__ == "__main__":
+    run()

@@ -54,6 +54,7 @@ from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
 from synthetic.bulk import draw_missing
 from synthetic.export import EXPORTS, check_export, export_set
+from synthetic.manifest import MANIFEST
 from synthetic.writer import SetWriter, plan_jobs
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) 
         logger.info("exported %s", export_set(args.sample_dir, images, writer.masks.rule, name))
     if args.npz:
         writer.write_npz()
-    logger.info("done: %d pairs and manifest.csv in %s", len(writer.jobs), args.sample_dir)
+    logger.info("done: %d pairs and %s in %s", len(writer.jobs), MANIFEST, args.sample_dir)
 
 
 def load_redraw(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.pictures import to_uint8
 from common.randomness import derived_seed
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, encode_image, image_suffix
@@ -238,7 +239,7 @@ def to_display(image: np.ndarray, window: Window | None) -> np.ndarray:
     """An image of a set as 8 bits over the whole range. (H, W, C) -> the same shape, uint8."""
     if window is None:
         return image
-    return np.rint((window_image(image, window) + 1) * np.float32(127.5)).astype(np.uint8)
+    return to_uint8(torch.from_numpy(window_image(image, window)).permute(2, 0, 1))
 
 
 def window_columns(window: Window | None) -> dict[str, str]:

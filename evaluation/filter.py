@@ -11,7 +11,7 @@ from pathlib import Path
 from common.disk import SETTINGS, check_folder, write_csv, write_json
 from common.errors import InputError, list_some
 from evaluation.output import Section, Table
-from synthetic.manifest import FIDELITY_COLUMN, judge_notes, relative_to_set, write_manifest
+from synthetic.manifest import FIDELITY_COLUMN, MANIFEST, judge_notes, relative_to_set, write_manifest
 from synthetic.reader import Sample, SampleSet
 
 KEPT, DROPPED = "kept.csv", "dropped.csv"
@@ -103,13 +103,13 @@ def read_fidelity(samples: SampleSet) -> list[float]:
     """
     if FIDELITY_COLUMN not in samples.columns:
         raise InputError(
-            f"{samples.folder}/manifest.csv has no column {FIDELITY_COLUMN}; run evaluate.py fidelity on the set first"
+            f"{samples.folder / MANIFEST} has no column {FIDELITY_COLUMN}; run evaluate.py fidelity on the set first"
         )
     values = [_number_or_nan(sample.columns[FIDELITY_COLUMN]) for sample in samples.samples]
     bad = [sample.columns["image"] for sample, value in zip(samples.samples, values, strict=True) if math.isnan(value)]
     if bad:
         raise InputError(
-            f"{samples.folder}/manifest.csv: {len(bad)} rows have no number in {FIDELITY_COLUMN}: {list_some(bad)}; "
+            f"{samples.folder / MANIFEST}: {len(bad)} rows have no number in {FIDELITY_COLUMN}: {list_some(bad)}; "
             "run evaluate.py fidelity on the set again"
         )
     return values

@@ -220,7 +220,7 @@ def score_population(
             "those of the same masks",
         )
     else:
-        raise InputError(f"{samples.folder} names no real images: give --data-path IMAGES and --mask-path MASKS")
+        raise InputError(f"{samples.folder} names no real images: give the real images and their masks")
     synthetic = measure_population(_cells_alike(set_images(samples, real=False), ids))
     report = PopulationReport(
         quantities=compare_populations(synthetic, real, seed),

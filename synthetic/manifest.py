@@ -137,18 +137,22 @@ def write_manifest(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     found = dict.fromkeys(name for row in rows for name in row)
     known = [column.name for column in COLUMNS if column.name in found]
-    columns = list(dict.fromkeys([*known, *found]))
+    _write(folder, list(dict.fromkeys([*known, *found])), rows)
+
+
+def _write(folder: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     write_csv(folder / MANIFEST, columns, [[row.get(name, "") for name in columns] for row in rows])
 
 
 def write_column(folder: Path, name: str, values: Sequence[str]) -> None:
-    """Add a column to a manifest, or give it new values; one value per row.
+    """Add a column to a manifest, or give it new values; one value per row. The other columns stay where they are.
 
     Raises:
         InputError: the manifest cannot be read.
     """
-    _, rows = read_manifest(folder)
-    write_manifest(folder, [row | {name: value} for row, value in zip(rows, values, strict=True)])
+    columns, rows = read_manifest(folder)
+    rows = [row | {name: value} for row, value in zip(rows, values, strict=True)]
+    _write(folder, list(dict.fromkeys([*columns, name])), rows)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

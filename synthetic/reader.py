@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
-from common.pictures import repeat_gray
+from common.pictures import repeat_gray, to_uint8
 from dataset.config import DataConfig
 from dataset.files import read_image, read_mask
 from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
@@ -303,7 +304,7 @@ def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = 
 def _windowed(image: np.ndarray, view: View, config: DataConfig) -> np.ndarray:
     window = image_window(image, config)  # of the whole image, as in training, not of the crop
     gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
-    return repeat_gray(np.rint((gray + 1) * 127.5).astype(np.uint8))
+    return repeat_gray(to_uint8(torch.from_numpy(gray).permute(2, 0, 1)))
 
 
 def _holds_ids(label: np.ndarray, num_classes: int) -> bool:

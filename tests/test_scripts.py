@@ -63,8 +63,9 @@ def assert_equal_weights(first: Path, second: Path) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl without the speed, which no two runs share."""
+    """Lines of metrics.jsonl about steps, without the speed, which no two runs share."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "preview/grid" not in line]
     return [{name: value for name, value in line.items() if not name.startswith("speed")} for line in lines]
 
 
