@@ -95,13 +95,8 @@ endif
 
 # A tiny model on pixels: no download, and minutes on a CPU. More STEPS give better images. Gray images of your own train
 # better with CHANNELS=1.
-<<<<<<< HEAD
 STEPS ?= 800
-CHANNELS ?= $(if $(DATA),3,1)
-=======
-STEPS ?= 1000
 CHANNELS ?= $(if $(value DATA),3,1)
->>>>>>> 84d1776 (wip)
 RUN = $(QUICKSTART)/run-$(STEPS)
 SAMPLES = $(QUICKSTART)/samples-$(STEPS)
 

@@ -179,7 +179,7 @@ def test_window_maps_its_ends_to_one_and_clips_beyond():
 def test_window_of_the_data_set_is_one_for_all_and_is_kept_in_the_config(tmp_path):
     for index, level in enumerate((100, 1000, 4000)):
         save(tmp_path / "images" / f"{index}.tif", np.linspace(0, level, 1200).reshape(30, 40).astype(np.uint16))
-        save(tmp_path / "masks" / f"{index}.png", np.zeros((30, 40), np.uint8))
+        save(tmp_path / "masks" / f"{index}.png", np.eye(30, 40, dtype=np.uint8) * 255)
     config = DataConfig(16, window=(0, 100), window_scope="dataset")
     dataset = PairedFolder(tmp_path / "images", tmp_path / "masks", config)
     assert dataset.config.window_values == ((0, 4000),)
@@ -209,7 +209,7 @@ def test_channels_are_repeated_kept_or_refused():
 def test_five_channel_images_stay_five_channels(tmp_path):
     array = np.random.default_rng(0).integers(0, 4000, (5, 30, 40), dtype=np.uint16)
     tifffile.imwrite(save(tmp_path / "images" / "a.tif", array[0]), array, metadata={"axes": "CYX"}, imagej=True)
-    save(tmp_path / "masks" / "a.png", np.zeros((30, 40), np.uint8))
+    save(tmp_path / "masks" / "a.png", np.eye(30, 40, dtype=np.uint8) * 255)
     dataset = PairedFolder(tmp_path / "images", tmp_path / "masks", DataConfig(16, crop="random", channels=5))
     assert dataset[0, 0]["image"].shape == (5, 16, 16)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import InputError
-from dataset import files
+from dataset import decode, files
 from dataset.files import find_files, pair_files, read_image, read_mask, read_mask_and_table
 
 READERS = Path(__file__).parents[2] / "shared" / "data" / "readers"
@@ -348,7 +348,7 @@ fuzz = settings(
 @pytest.fixture
 def small_limit(monkeypatch):
     """A damaged header may claim up to the limit: keep the zeros that are then filled in few."""
-    monkeypatch.setattr(files, "MAX_DECODED_BYTES", 2**24)
+    monkeypatch.setattr(decode, "MAX_DECODED_BYTES", 2**24)
 
 
 @pytest.mark.usefixtures("small_limit")
