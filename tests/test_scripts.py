@@ -21,8 +21,8 @@ import sample_ddp
 import train
 from benchmarks import same_images, solver_error
 from common.errors import run_command
-from dataset import checks
-from dataset.files import read_mask, read_mask_and_table
+from dataset import folders
+from dataset.files import read_mask
 from dataset.gray import ImageFormat
 from dataset.views import center_view
 from engine.checkpoint import read_checkpoint
@@ -62,17 +62,20 @@ def assert_equal_weights(first: Path, second: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl about steps, without the speed, which no two runs share."""
+def metrics(folder: Path, of: str = "train/loss") -> list[dict[str, float]]:
+    """Lines of metrics.jsonl that hold ``of``, without the speed, which no two runs share."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "preview/grid" not in line]
-    return [{name: value for name, value in line.items() if not name.startswith("speed")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("speed")} for line in lines if of in line
+    ]
 
 
 def test_run_folder_holds_config_log_metrics_checkpoints_and_previews(trained):
     assert json.loads((trained / "config.json").read_text())["model"]["name"] == "SiT-Ti/8"
     assert "command:" in (trained / "log.txt").read_text().splitlines()[0]
     assert [line["step"] for line in metrics(trained)] == [2, 4, 6]
+    previews = sorted(int(path.stem) for path in (trained / "previews").iterdir())
+    assert [line["step"] for line in metrics(trained, of="preview/grid")] == previews == [4, 6]
     assert sorted(path.name for path in trained.rglob("*.pt")) == ["0000003.pt", "0000006.pt"]
     with Image.open(trained / "previews" / "0000004.png") as preview:
         assert preview.size == (3 * 18 + 2, 4 * 18 + 2)  # mask, real, generated of four examples, 2 px between
@@ -307,7 +310,7 @@ def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_i
 ):
     reads = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checks, "read_mask_and_table", lambda p: reads.append(p.name) or read_mask_and_table(p))
+    monkeypatch.setattr(folders, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
     monkeypatch.setattr(SetWriter, "write_contact_sheet", lambda *_: None)
     arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 1]
     arguments += ["--device", "cpu", "--precision", "float32", "--sample-dir"]
