@@ -21,8 +21,8 @@ import sample_ddp
 import train
 from benchmarks import same_images, solver_error
 from common.errors import run_command
-from dataset import folders
-from dataset.files import read_mask
+from dataset import checks
+from dataset.files import read_mask, read_mask_and_table
 from dataset.gray import ImageFormat
 from dataset.views import center_view
 from engine.checkpoint import read_checkpoint
@@ -65,9 +65,8 @@ def assert_equal_weights(first: Path, second: Path) -> None:
 def metrics(folder: Path, of: str = "train/loss") -> list[dict[str, float]]:
     """Lines of metrics.jsonl that hold ``of``, without the speed, which no two runs share."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if not name.startswith("speed")} for line in lines if of in line
-    ]
+    lines = [line for line in lines if of in line]
+    return [{name: value for name, value in line.items() if not name.startswith("speed")} for line in lines]
 
 
 def test_run_folder_holds_config_log_metrics_checkpoints_and_previews(trained):
@@ -310,7 +309,7 @@ def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_i
 ):
     reads = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(folders, "read_mask", lambda path: reads.append(path.name) or read_mask(path))
+    monkeypatch.setattr(checks, "read_mask_and_table", lambda p: reads.append(p.name) or read_mask_and_table(p))
     monkeypatch.setattr(SetWriter, "write_contact_sheet", lambda *_: None)
     arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 1]
     arguments += ["--device", "cpu", "--precision", "float32", "--sample-dir"]
