@@ -128,6 +128,11 @@ def file_sha256(path: str | Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
+def _is_passing(name: str) -> bool:
+    """Whether a file is a lock or a temporary file of ours, such as another process writes at this moment."""
+    return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
+
+
 def check_folder(
     folder: Path,
     settings: Mapping[str, Any] | None = None,
@@ -152,7 +157,7 @@ def check_folder(
         raise InputError(f"{folder} is a file; name a folder")
     path = folder / SETTINGS
     if settings is None or not path.is_file():
-        if folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+        if folder.is_dir() and any(not _is_passing(entry.name) for entry in folder.iterdir()):
             what = (
                 "is not empty"
                 if settings is None

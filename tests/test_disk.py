@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.disk import lock_folder, read_csv, write_atomically, write_csv
+from common.disk import LOCK_FILE, check_folder, lock_folder, read_csv, write_atomically, write_csv
 from common.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -120,3 +120,12 @@ def test_other_faults_of_a_lock_name_the_file(tmp_path):
     done = lock_with(errno.EIO, tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(f"Input/output error: '{tmp_path / '.lock'}'")
+
+
+def test_a_folder_with_a_lock_and_a_half_written_file_of_ours_counts_as_empty(tmp_path):
+    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / ".sit-0a1b2c3d.tmp").touch()
+    assert not check_folder(tmp_path, {"seed": 0})
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="not empty"):
+        check_folder(tmp_path, {"seed": 0})
