@@ -31,7 +31,6 @@ MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "heldout", "holdout"}
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
 IMAGE_ENDING = "_img"
-MAX_CHANNELS = 64
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 _BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"

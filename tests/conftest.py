@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.run_folder import RunFolder
 from models import SiT
 
 # H, W, C, K and the width differ from each other and from every batch size of the tests: a swap of axes shows.
@@ -102,4 +103,12 @@ def disk_pairs(tmp_path: Path) -> Path:
         gray = np.where(cells, 200, 40)[..., None] + rng.normal(0, 4, (40, 52, 3))
         Image.fromarray(gray.astype(np.uint8)).save(folder / "images" / f"cell_{number}{image_suffix}")
         Image.fromarray(cells.astype(np.uint8) * 255).save(folder / "masks" / f"cell_{number}{mask_suffix}")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run folder that keeps two checkpoints."""
+    folder = RunFolder(tmp_path / "run", keep=2)
+    folder.create()
     return folder

@@ -13,6 +13,7 @@ from types import ModuleType
 from unittest import mock
 
 import numpy as np
+import torch
 from PIL import Image
 
 from common.errors import run_command
@@ -22,6 +23,12 @@ TINY = ["--vae", "none", "--model", "SiT-Ti/8", "--image-size", "16", "--global-
 TINY += ["--precision", "float32", "--warmup-steps", "2", "--lr", "1e-3"]
 
 FEW_STEPS = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", "2", "--per-proc-batch-size", "4"]
+
+
+def state(step: int) -> dict:
+    """A checkpoint with nothing in it but a few numbers that tell the step."""
+    config = {"model": {}, "transport": {}, "space": {}, "data": {}}
+    return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
 
 
 def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (24, 20), seed: int = 0) -> tuple[Path, Path]:

@@ -10,24 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from script_helpers import state
 
 from common.disk import file_sha256, write_atomically
 from common.errors import InputError, one_line
 from engine import checkpoint
 from engine.checkpoint import export_safetensors, read_checkpoint, save_checkpoint
-from engine.run_folder import RunFolder
-
-
-def state(step: int) -> dict:
-    config = {"model": {}, "transport": {}, "space": {}, "data": {}}
-    return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
-
-
-@pytest.fixture
-def run(tmp_path) -> RunFolder:
-    folder = RunFolder(tmp_path / "run", keep=2)
-    folder.create()
-    return folder
 
 
 def test_a_checkpoint_is_read_as_it_was_written(run):

@@ -11,21 +11,10 @@ import sys
 
 import pytest
 import torch
+from script_helpers import state
 
 from common.errors import InputError
 from engine.run_folder import RunFolder, choose_run_folder
-
-
-def state(step: int) -> dict:
-    config = {"model": {}, "transport": {}, "space": {}, "data": {}}
-    return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
-
-
-@pytest.fixture
-def run(tmp_path) -> RunFolder:
-    folder = RunFolder(tmp_path / "run", keep=2)
-    folder.create()
-    return folder
 
 
 def test_only_the_newest_are_kept(run):
