@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from common.arguments import (
+    finite_float,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    overlap,
+    part_of_time,
+    positive_float,
+    positive_int,
+    seed_number,
+)
 from common.errors import InputError
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
 from dataset.gray import default_window_channels
@@ -38,61 +48,6 @@ from transport import (
 )
 
 logger = logging.getLogger(__name__)
-
-# ---------------------------------------------------------------------------------------------------- argument types
-
-
-def number(
-    kind: type[int] | type[float], least: float, most: float, *, open_least: bool = False, open_most: bool = False
-) -> Callable[[str], int | float]:
-    """An argument type: a number from ``least`` to ``most``, without an end that is open.
-
-    Infinity as an end means no bound; the number itself is always finite.
-    """
-
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        above = value > least if open_least else value >= least
-        below = value < most if open_most else value <= most
-        if not (above and below and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not {_in_words(kind, least, most, open_least, open_most)}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse names it: "invalid number value: 'x'"
-    return parse
-
-
-def _in_words(kind: type, least: float, most: float, open_least: bool, open_most: bool) -> str:
-    noun = "a whole number" if kind is int else "a number"
-    if most == math.inf:
-        if least == -math.inf:
-            return "a finite number"
-        return f"{noun} above {least}" if open_least else f"{noun} of at least {least}"
-    if kind is int:
-        return f"{noun} from {least} to {most}"
-    if open_least:
-        return f"strictly between {least} and {most}" if open_most else f"above {least} and up to {most}"
-    return f"between {least} and {most}"
-
-
-MOST = 10**9  # of what is counted: more steps, images or pixels are a slip of the finger
-positive_int = number(int, 1, MOST)
-non_negative_int = number(int, 0, MOST)
-seed_number = number(int, 0, 2**63 - 1)
-positive_float = number(float, 0, math.inf, open_least=True)
-non_negative_float = number(float, 0, math.inf)
-finite_float = number(float, -math.inf, math.inf)
-fraction = number(float, 0, 1)
-positive_fraction = number(float, 0, 1, open_least=True)
-part_of_time = number(float, 0, 1, open_least=True, open_most=True)
-
-
-def overlap(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text} is neither a share between 0 and 1 nor a number of pixels")
-    return value
-
 
 # --------------------------------------------------------------------------------------------------- flags in company
 

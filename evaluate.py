@@ -26,17 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import (
-    add_device_argument,
-    add_machine_arguments,
-    add_mask_arguments,
-    add_mask_type_argument,
-    load_checkpoint,
-    non_negative_float,
-    positive_fraction,
-    positive_int,
-    seed_number,
-)
+from cli import add_device_argument, add_machine_arguments, add_mask_arguments, add_mask_type_argument, load_checkpoint
+from common.arguments import non_negative_float, positive_fraction, positive_int, seed_number
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.config import CROPS

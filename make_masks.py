@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cli import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
+from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
 from common.disk import SETTINGS, check_folder, lock_folder, write_atomically, write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging

@@ -34,9 +34,9 @@ from cli import (
     check_fields,
     field_scale,
     load_checkpoint,
-    positive_int,
     sampling_settings,
 )
+from common.arguments import positive_int
 from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging

@@ -40,10 +40,9 @@ from cli import (
     check_fields,
     field_scale,
     load_checkpoint,
-    positive_fraction,
-    positive_int,
     sampling_settings,
 )
+from common.arguments import positive_fraction, positive_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format

@@ -29,18 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import wandb_utils
-from cli import (
-    add_data_arguments,
-    add_machine_arguments,
-    add_transport_arguments,
-    as_flag,
+from cli import add_data_arguments, add_machine_arguments, add_transport_arguments, as_flag, resolve
+from common.arguments import (
     fraction,
     non_negative_float,
     non_negative_int,
     number,
     positive_float,
     positive_int,
-    resolve,
     seed_number,
 )
 from common.disk import write_csv, write_json

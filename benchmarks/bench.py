@@ -53,7 +53,7 @@ from benchmarks.workloads import (  # noqa: E402
     modes_of,
     sd_autoencoder,
 )
-from cli import positive_float, positive_int
+from common.arguments import positive_float, positive_int
 from common.disk import write_atomically, write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from dataset.masks import to_prob_map  # noqa: E402

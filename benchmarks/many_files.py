@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.workloads import draw_masks  # noqa: E402
-from cli import positive_int  # noqa: E402
+from common.arguments import positive_int  # noqa: E402
 from common.errors import CommandParser, run_command  # noqa: E402
 from dataset.checks import refuse_bad_sizes  # noqa: E402
 from dataset.config import DataConfig  # noqa: E402

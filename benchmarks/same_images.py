@@ -21,7 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import load_checkpoint, non_negative_float, positive_int
+from cli import load_checkpoint
+from common.arguments import non_negative_float, positive_int
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
 from common.pictures import to_uint8

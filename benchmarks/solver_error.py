@@ -26,7 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import load_checkpoint, non_negative_float, positive_int
+from cli import load_checkpoint
+from common.arguments import non_negative_float, positive_int
 from common.disk import write_atomically, write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -49,6 +47,9 @@ class View:
         """Antialiased bicubic. (H, W, C) -> (height, width, C) of the same dtype, whole numbers rounded."""
         if self.is_native(*image.shape[:2]):
             return self.cut(image)
+        import torch  # here, so that making masks starts without it
+        import torch.nn.functional as F
+
         batch = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
         target = (self.scaled_height, self.scaled_width)
         scaled = F.interpolate(batch, target, mode="bicubic", antialias=True, align_corners=False)[0]

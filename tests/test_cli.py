@@ -11,7 +11,8 @@ from script_helpers import run_here
 import sample
 import sample_ddp
 import train
-from cli import NEEDS, number
+from cli import NEEDS
+from common.arguments import number
 from common.errors import CommandParser, InputError, with_flags
 
 TYPES = {
