@@ -1,0 +1,32 @@
+"""Seeds and orders that depend on what they are given and on nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from common.randomness import derived_seed, seed_step, shuffled_by_hash
+
+
+def test_neighbouring_seeds_are_unrelated_and_fit_torch():
+    seeds = {derived_seed(a, b) for a in range(20) for b in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_step_draws_the_same_whatever_came_before():
+    seed_step(1, 10, 0)
+    first = torch.randn(4)
+    torch.randn(100)
+    seed_step(1, 10, 0)
+    assert torch.equal(torch.randn(4), first)
+    seed_step(1, 10, 1)
+    assert not torch.equal(torch.randn(4), first)
+
+
+def test_order_by_hash_follows_seed_and_names_and_not_the_order_given():
+    names = [f"cell_{number}" for number in range(30)]
+    order = shuffled_by_hash(names, 0)
+    assert sorted(order) == sorted(names) and order != names
+    assert shuffled_by_hash(names[::-1], 0) == order != shuffled_by_hash(names, 1)
+    assert shuffled_by_hash(names[:20], 0) == [name for name in order if name in names[:20]]
+    assert shuffled_by_hash(["a", "b", "c", "d"], 0) == list("bacd")  # sets made before stay as they are
