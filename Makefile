@@ -70,8 +70,9 @@ format: $(READY)  ## ruff writes its fixes and the layout
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-test: $(READY)  ## the tests that run anywhere in minutes
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+# One process for each core, one thread each: tests wait for starting commands more than for arithmetic.
+test: $(READY)  ## the tests that run anywhere in minutes, on all cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow and not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
 
 PRESET ?= cpu
 bench: $(READY)  ## speed beside the way of SiT, minutes on an idle machine (PRESET=cpu or gpu); writes bench/
@@ -101,10 +102,8 @@ RUN = $(QUICKSTART)/run-$(STEPS)
 SAMPLES = $(QUICKSTART)/samples-$(STEPS)
 
 quickstart: quickstart-data  ## data, training, samples, one number and one picture in about ten minutes (DATA=FOLDER)
-	$(PYTHON) train.py --data-path $(QUICKSTART)/train/images --mask-path $(QUICKSTART)/train/masks \
-	  --vae none --in-channels $(CHANNELS) --model SiT-Ti/8 --image-size 64 --crop random --window 0 99.8 \
-	  --max-steps $(STEPS) --global-batch-size 16 --lr 1e-3 --cooldown-steps 160 --cfg-scale 1 --sample-every 200 \
-	  --ckpt-every 200 --log-every 20 \
+	$(PYTHON) train.py --preset quickstart --data-path $(QUICKSTART)/train/images --mask-path $(QUICKSTART)/train/masks \
+	  --in-channels $(CHANNELS) --max-steps $(STEPS) --sample-every 200 --ckpt-every 200 --log-every 20 \
 	  --results-dir $(QUICKSTART) --run-name $(notdir $(RUN))
 	$(PYTHON) sample_ddp.py ODE --ckpt $(RUN)/checkpoints/$$(printf %07d $(STEPS)).pt \
 	  --data-path $(QUICKSTART)/heldout/images --mask-path $(QUICKSTART)/heldout/masks --sample-dir $(SAMPLES)

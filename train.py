@@ -89,7 +89,9 @@ GRAY = f"{PIXELS} --in-channels 1 --window 0 99.8"
 NUCLEI = "benchmarks/reference_nuclei/README.md"
 PRESETS = {
     "quickstart": Preset(
-        f"{GRAY} --image-size 64 --cooldown-steps 200 --max-steps 1000 --cfg-scale 1", "benchmarks/presets.md", "1.00"
+        f"{GRAY} --image-size 64 --global-batch-size 16 --cooldown-steps 160 --max-steps 800 --cfg-scale 1",
+        "benchmarks/grid.md",
+        "0.982",
     ),
     "nuclei-64-cpu": Preset(f"{GRAY} --image-size 64 --cooldown-steps 1000 --max-steps 6500", NUCLEI, "0.996"),
     "nuclei-128-cpu": Preset(

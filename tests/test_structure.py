@@ -30,8 +30,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FOREIGN = {"models": {"torch", "timm", "numpy"}, "transport": {"torch", "torchdiffeq"}}
 NO_USER_INTERFACE = {"argparse", "sys", "os", "pathlib"}  # of the standard library, not for the numerics
 
-SOURCES = [*ROOT.glob("*.py"), *(path for name in RANK for path in (ROOT / name).rglob("*.py"))]
-SCRIPTS = [*(ROOT / "benchmarks").glob("*.py")]
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in RANK for path in (ROOT / name).rglob("*.py"))])
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def owner(path: Path) -> str:
