@@ -167,13 +167,14 @@ def set_settings(
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=False)
     settings = sampling_settings(args)
-    if args.compile:
-        check_compiler()
     if args.npz and args.tile:
         raise InputError("--npz holds images of one size, and --tile keeps each mask's own: leave one of them out.")
     machine = start_machine(args.device, args.precision)
-    sample(args, settings, machine)
-    stop_machine()  # not after an error: the others would leave, and torchrun end this process, before it has said it
+    with machine.sharing_errors():
+        if args.compile:
+            check_compiler()
+        sample(args, settings, machine)
+        stop_machine(machine)
 
 
 @torch.inference_mode()
@@ -181,7 +182,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     start_logging(machine.is_main)
     trained = load_checkpoint(args, machine)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
-    with machine.main_first():  # the files that it decoded need no second decode
+    with machine.main_first("check the masks"):  # the files that it decoded need no second decode
         masks = MaskFolder(
             args.mask_path, trained.data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
             progress=machine.is_main, normalize=args.normalize_masks, whole_scale=field_scale(args, trained.data),
@@ -195,20 +196,20 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged)
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with)
-    on_main(machine, writer.open)
+    on_main(machine, writer.open, "open the folder of the set")
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
     mine = jobs[machine.rank :: machine.world_size]
     todo = writer.missing(mine)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
-    again = machine.to_main([writer.image_name(job) for job, _ in todo])
-    on_main(machine, lambda: writer.forget(again))
+    again = machine.to_main([writer.image_name(job) for job, _ in todo], "look at what is there")
+    on_main(machine, lambda: writer.forget(again), "correct the manifest")
     draw_missing(writer, sampler, todo, args.per_proc_batch_size, redraw, machine.is_main and sys.stderr.isatty())
-    machine.barrier()
+    machine.barrier("draw their images")
     if machine.is_main:
         finish(args, writer, exports)
-    machine.barrier()
+    machine.barrier("write manifest and exports")
     writer.close()
 
 
@@ -245,8 +246,12 @@ def load_redraw(
         cache_dir=args.judge_cache or JUDGE_CACHE,
     )
     with torch.inference_mode(False):  # it learns
-        judge = on_main(machine, lambda: train_redraw_judge(settings, trained.data, machine.device, progress=True))
-    judge = machine.from_main(judge)
+        judge = on_main(
+            machine,
+            lambda: train_redraw_judge(settings, trained.data, machine.device, progress=True),
+            "train the judge",
+        )
+    judge = machine.from_main(judge, "train the judge")
     return Redraw.from_trained(judge, trained.data, machine.device), judge.note
 
 

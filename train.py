@@ -45,6 +45,7 @@ from common.log import start_logging
 from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
 from download import PUBLISHED_URLS
+from engine.agreement import agree_on_checkpoint, agree_on_data
 from engine.autoencoder import Space, load_space, space_config
 from engine.checkpoint import read_checkpoint
 from engine.config import NO_CACHE, OptimiserConfig, RunConfig, TrainConfig
@@ -218,8 +219,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=False)
     machine = start_machine(args.device, args.precision)
-    train(args, machine)
-    stop_machine()  # not after an error: if the other ranks exit first, torchrun kills this one before it can speak
+    with machine.sharing_errors():
+        train(args, machine)
+        stop_machine(machine)
 
 
 def train(args: argparse.Namespace, machine: Machine) -> None:
@@ -234,7 +236,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     if args.preset:
         preset = PRESETS[args.preset]
         logger.info("preset %s: %s (%s: Dice ratio %s)", args.preset, preset.flags, preset.record, preset.ratio)
-    state = find_state(args, run)
+    state = find_state(args, run, machine)
     config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
     run.keep = config.train.keep
@@ -246,6 +248,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         config.train.data_path, config.train.mask_path, config.data, config.train.mask_type,
         seed=config.optimiser.seed, progress=machine.is_main, normalize=config.train.normalize_masks,
     )  # fmt: skip
+    agree_on_data(machine, dataset)
     training = Training(replace(config, data=dataset.config), machine, space)
     logger.info("%s: %.1f million parameters", config.model.name, count_parameters(training.model) / 1e6)
     if machine.is_main:
@@ -301,13 +304,17 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
         run.lock()
         return run
 
-    made = on_main(machine, make)
-    path = machine.from_main(made.path if made else None)
+    made = on_main(machine, make, "open the run folder")
+    path = machine.from_main(made.path if made else None, "open the run folder")
     return made or RunFolder(path, args.keep)
 
 
-def find_state(args: argparse.Namespace, run: RunFolder) -> dict[str, Any] | None:
-    """The checkpoint to continue from; None for a new run. See the resume policy above."""
+def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> dict[str, Any] | None:
+    """The checkpoint to continue from, the same on every rank; None for a new run. See the resume policy above."""
+
+    def choose() -> tuple[Path, dict[str, Any]] | None:
+        return run.newest() or ((args.ckpt, read_checkpoint(args.ckpt)) if args.ckpt else None)
+
     steps = run.steps()
     own = args.ckpt is not None and args.ckpt.resolve().parent == run.checkpoints.resolve()
     if own and steps and args.ckpt.resolve() != run.checkpoint_path(steps[-1]).resolve():
@@ -315,7 +322,10 @@ def find_state(args: argparse.Namespace, run: RunFolder) -> dict[str, Any] | Non
             f"--ckpt {args.ckpt} is not the newest checkpoint of its run folder (that is {steps[-1]:07d}.pt), and "
             "going back would overwrite what came after: branch off with another --run-name."
         )
-    return run.newest() or (read_checkpoint(args.ckpt) if args.ckpt else None)
+    path, state = on_main(machine, choose, "look for a checkpoint") or (None, None)
+    path = machine.from_main(path, "look for a checkpoint")
+    agree_on_checkpoint(machine, run, path)
+    return read_checkpoint(path) if state is None and path is not None else state
 
 
 def check_same_space(space: Space, saved: dict[str, Any]) -> None:

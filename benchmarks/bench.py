@@ -463,7 +463,7 @@ def main(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, "auto")
     if args.worker:
         rank_worker(args, machine)
-        stop_machine()
+        stop_machine(machine)
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch._dynamo.config.recompile_limit = 64  # one process times many modes; a command has one

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +18,6 @@ from typing import Any, NoReturn
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
 EXIT_INTERRUPTED = 130
-# How gloo and nccl say that the other end of a connection died.
-LOST_PROCESS = r"gloo.*(onnection|eer|imed out)|NCCL.*(remote process|onnection)|ncclRemoteError"
 FIRST_RANK_SPEAKS_SECONDS = 3.0
 _FULL = "Free some space and run the same command again: what was made so far is kept"
 _CLOSED = "Give a folder that may be written to"
@@ -53,6 +52,10 @@ class InputError(ValueError):
     def __init__(self, message: str, *fields: str) -> None:
         super().__init__(message)
         self.fields = fields
+
+
+class LostProcess(RuntimeError):
+    """Another process of this launch is gone, silent or too slow. The message is one line that names it."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -147,25 +150,37 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
 
     Operating system errors (a full disk, a folder without write permission) are the user's to mend, too, and so are
     samples that are not finite. Under torchrun most errors meet every rank: the first of each machine says it, and
-    torchrun ends the others while they wait for that; a rank that is alone with its error says it after the wait.
+    torchrun ends the others while they wait for that; a rank that is alone with its error says it after the wait. A
+    process that ends for the sake of another one waits longest.
     """
     args = parse_args()
     program = Path(sys.argv[0]).name
     rank = os.environ.get("RANK", "0")
     try:
         main(args)
+    except LostProcess as error:
+        _let_others_speak(2 * FIRST_RANK_SPEAKS_SECONDS)  # above all the one whose error it is
+        print(f"{program}: process {rank} on {socket.gethostname()} ends: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST_PROCESS)  # an exchange that never ends, on a GPU, would keep an orderly end waiting
     except (InputError, OSError, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(FIRST_RANK_SPEAKS_SECONDS)
-        where = f" (process {rank})" if rank != "0" else ""
+            _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)
         message = with_flags(one_line(error), getattr(error, "fields", ()), args)
-        print(f"{program}: error{where}: {message}", file=sys.stderr)
+        print(f"{program}: error{_where(rank)}: {message}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(LOST_PROCESS, str(error)):
-            raise
-        print(f"{program}: process {rank} ends: another process of this launch is gone", file=sys.stderr)
-        sys.exit(EXIT_LOST_PROCESS)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _let_others_speak(seconds: float) -> None:
+    """Wait before a line is printed. torchrun ends this process meanwhile if another one has failed beside it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+def _where(rank: str) -> str:
+    """Which process speaks, if there are several, and on which machine, if those are several."""
+    if rank == "0":
+        return ""
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+    return f" (process {rank} on {socket.gethostname()})" if several else f" (process {rank})"

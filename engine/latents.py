@@ -85,11 +85,11 @@ class LatentPairs(torch.utils.data.Dataset):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_disk(machine)
             made = self._encode_share(machine.rank, machine.world_size, machine)
-            machine.barrier()
+            machine.barrier("encode images")
             # Machines without a common disk: what the others made is made here, too.
             local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self._encode_share(*local, machine, check=False)
-            machine.barrier()
+            machine.barrier("encode images")
         except OSError as error:
             raise InputError(
                 f"latent_cache {self.folder}: {error}. Give another folder, or none.", "latent_cache"
@@ -106,7 +106,7 @@ class LatentPairs(torch.utils.data.Dataset):
 
     def _check_disk(self, machine: Machine) -> None:
         missing = sum(not path.is_file() for path in self.paths) * self.num_bytes / len(self)
-        machine.barrier()  # no process writes before all have looked
+        machine.barrier("look at the disk")  # no process writes before all have looked
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             raise InputError(
@@ -120,6 +120,7 @@ class LatentPairs(torch.utils.data.Dataset):
         made = 0
         share = range(rank, len(self), ranks)
         for index in tqdm(share, desc="encoding images", unit="image", disable=None if machine.is_main else True):
+            machine.progress()
             path = self.paths[index]
             if path.is_file() and not (check and self._is_damaged(index)):
                 continue

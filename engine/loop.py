@@ -76,7 +76,7 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
         wandb_utils.start_run(run.path, run.path.name, training.record)
     take_steps(training, source, run, previews)
     export_weights(training, run)
-    machine.barrier()
+    machine.barrier("write the last files")
     wandb_utils.finish()
     logger.info("done: %d steps; the checkpoint to sample from is %s", total, run.checkpoint_path(total))
 
@@ -87,6 +87,7 @@ def take_steps(
     """The steps themselves. A signal saves a checkpoint and ends the process with its exit code."""
     machine, settings, total = training.machine, training.config.train, training.total_steps
     stop = StopRequest()
+    machine.barrier("draw a preview, or start wandb")
     clock = WaitingClock(machine.device)
     bar = tqdm(
         clock.watch(step_batches(source, training)),
@@ -94,6 +95,7 @@ def take_steps(
     )  # fmt: skip
     started, steps_before = time.perf_counter(), training.step
     for batch in bar:
+        machine.progress()  # the batch is there
         training.train_step(batch)
         step, last = training.step, training.step == total
         if step % settings.log_every == 0 or last:
@@ -105,6 +107,8 @@ def take_steps(
             save(training, run, last)
         if previews is not None and preview_is_due(training) and not stopped:
             save_preview(previews, run, step)
+        if step % settings.ckpt_every == 0 or last or stopped or preview_is_due(training):
+            machine.barrier(f"save what step {step} gave")  # on a slow disk it takes longer than an exchange may
         if stopped:
             logger.warning("signal received: leaving at step %d; the same command continues", step)
             sys.exit(stop.exit_code)
@@ -123,7 +127,7 @@ def encode_once(pairs: PairedFolder, training: Training) -> LatentPairs | None:
         logger.info("images are encoded at each step: in so short a run that is less work than all views of each")
         return None
     folder = Path(settings.latent_cache or settings.results_dir / "latents")
-    hashes = machine.from_main(pairs.image_hashes if machine.is_main else None)
+    hashes = machine.from_main(pairs.image_hashes if machine.is_main else None, "hash the images")
     latents = LatentPairs(pairs, space, folder, hashes)
     latents.prepare(machine)
     return latents

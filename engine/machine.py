@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import InputError, one_line
+from engine.peers import Peers, join_peers
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "bf16", "float32")
 DEVICES = ("auto", "cuda", "cpu")
+# Connections are made when all processes have met. gloo waits five times as long.
+CONNECT_TIMEOUT = timedelta(minutes=2)
+# For what the training loop exchanges at each step. Longer work is waited for through the store: see engine/peers.py.
+EXCHANGE_TIMEOUT = timedelta(minutes=10)
+# A process whose peer is gone must end, and its watchdog must not fire before the exchange does.
+NCCL_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "900"}
 
 
 def check_compiler() -> None:
@@ -52,6 +60,7 @@ class Machine:
     world_size: int
     device: torch.device
     precision: str  # bf16 or float32
+    peers: Peers | None = None  # None if there is one process
 
     @property
     def is_main(self) -> bool:
@@ -66,18 +75,71 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    # ------------------------------------------------------------- beside the loop: one process may work for hours here
+
+    def sharing_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Tell the other processes what this one ends on; see ``Peers.sharing_errors``."""
+        return contextlib.nullcontext() if self.peers is None else self.peers.sharing_errors()
+
+    def progress(self) -> None:
+        """Note that this process gets on with its work, so that the others go on waiting for it."""
+        if self.peers is not None:
+            self.peers.progress()
+
+    def barrier(self, what: str) -> None:
+        """Wait for all processes; ``what`` says what the last ones are doing."""
+        if self.peers is not None:
+            self.peers.wait_for_all(what)
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_first(self, what: str) -> Iterator[None]:
         """Rank 0 goes through the block before the others, which then find what it left on disk."""
         if not self.is_main:
-            self.barrier()
+            self.barrier(what)
         yield
         if self.is_main:
-            self.barrier()
+            self.barrier(what)
+
+    def to_main(self, values: list[Any], what: str) -> list[Any]:
+        """The lists of all ranks in one, on rank 0; empty elsewhere."""
+        if self.world_size == 1:
+            return values
+        self.barrier(what)
+        lists = [[] for _ in range(self.world_size)] if self.is_main else None
+        dist.gather_object(values, lists)
+        return [value for one in lists or () for value in one]
+
+    def from_main(self, value: Any, what: str) -> Any:
+        """What rank 0 has, on every rank."""
+        if self.world_size == 1:
+            return value
+        self.barrier(what)
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def check_same(self, values: dict[str, Any], mend: str, *fields: str) -> None:
+        """Refuse to go on if a process has found something else than rank 0.
+
+        Args:
+            values: plain values by what they are, such as {"step": 10}; None if this process has not looked.
+            mend: what to do about a difference.
+            fields: names in ``mend``, as in ``InputError``.
+
+        Raises:
+            InputError: on every rank: the first difference, with the processes and their machines.
+        """
+        if self.peers is None:
+            return
+        texts = self.peers.gather(json.dumps(values), "check that all see the same files")
+        found = [json.loads(text) for text in texts]
+        for rank, other in enumerate(found):
+            for name, value in found[0].items():
+                if other[name] is not None and other[name] != value:
+                    one, two = self.peers.name(0), self.peers.name(rank)
+                    raise InputError(f"{name}: {one} has {value}, {two} has {other[name]}. {mend}", *fields)
+
+    # ------------------------------------------------------------- in the loop: no process waits long for these
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Travels over the CPU, so that no GPU waits for it."""
@@ -102,22 +164,6 @@ class Machine:
         rows = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(rows, values)
         return torch.stack(rows)
-
-    def to_main(self, values: list[Any]) -> list[Any]:
-        """The lists of all ranks in one, on rank 0; empty elsewhere."""
-        if self.world_size == 1:
-            return values
-        lists = [[] for _ in range(self.world_size)] if self.is_main else None
-        dist.gather_object(values, lists)
-        return [value for one in lists or () for value in one]
-
-    def from_main(self, value: Any) -> Any:
-        """What rank 0 has, on every rank."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -153,21 +199,46 @@ def start_machine(device: str, precision: str) -> Machine:
     """Join the other processes, where torchrun started several, and choose device and precision.
 
     gloo joins processes on CPUs; on GPUs nccl moves tensors and gloo what lies on the CPU.
+
+    Raises:
+        InputError: the device is not there.
+        LostProcess: another process did not come, or cannot be reached.
     """
-    resolved = resolve_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if resolved.type == "cuda":
-        torch.cuda.set_device(resolved)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    if world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    rank = dist.get_rank() if world_size > 1 else 0
-    return Machine(rank, world_size, resolved, resolve_precision(precision, resolved))
+    peers = join_peers() if world_size > 1 else None
+    machine = Machine(0 if peers is None else peers.rank, world_size, torch.device("cpu"), "float32", peers)
+    with machine.sharing_errors():
+        resolved = resolve_device(device)
+        if resolved.type == "cuda":
+            torch.cuda.set_device(resolved)
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+        if peers is not None:
+            _connect(peers, resolved)
+        return replace(machine, device=resolved, precision=resolve_precision(precision, resolved))
 
 
-def stop_machine() -> None:
+def _connect(peers: Peers, device: torch.device) -> None:
+    """Open the connections for tensors. All processes have met, so that none is late."""
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        for name, value in NCCL_WATCHDOG.items():
+            os.environ.setdefault(name, value)
+    ranks = {"rank": peers.rank, "world_size": len(peers.hosts)}
+    dist.init_process_group(backend, store=peers.store, timeout=CONNECT_TIMEOUT, **ranks)
+    # torch 2.14 gave it a name without the underscore and warns about the old one.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(EXCHANGE_TIMEOUT)
+
+
+def stop_machine(machine: Machine) -> None:
+    """Leave the other processes when all work is done.
+
+    Not after an error: if the others exit first, torchrun kills this process before it can say its line.
+    """
+    if machine.peers is not None:
+        machine.peers.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -217,8 +288,13 @@ def commit() -> str:
 T = TypeVar("T")
 
 
-def on_main(machine: Machine, work: Callable[[], T]) -> T | None:
+def on_main(machine: Machine, work: Callable[[], T], what: str) -> T | None:
     """What ``work`` gives on rank 0, None elsewhere; a fault of the user's input there ends every rank.
+
+    Args:
+        machine: this process.
+        work: done by rank 0.
+        what: what it is, for those that wait.
 
     Raises:
         InputError: what rank 0 met.
@@ -229,7 +305,7 @@ def on_main(machine: Machine, work: Callable[[], T]) -> T | None:
             found = work()
         except (InputError, OSError) as error:
             problem, fields = one_line(error), getattr(error, "fields", ())
-    problem, fields = machine.from_main((problem, fields))
+    problem, fields = machine.from_main((problem, fields), what)
     if problem:
         raise InputError(problem, *fields)
     return found

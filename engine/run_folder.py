@@ -33,6 +33,7 @@ class RunFolder:
         self.previews = path / "previews"
         self.metrics = path / "metrics.jsonl"
         self._lock: IO[bytes] | None = None
+        self._whole: set[Path] = set()  # checkpoints that were written or read by this process
 
     def create(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -61,29 +62,59 @@ class RunFolder:
         return self.previews / f"{step:07d}.png"
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``state["step"]``, then drop the oldest beyond ``keep``."""
+        """Write the checkpoint of ``state["step"]``, then drop the oldest beyond ``keep``.
+
+        Only whole checkpoints up to this step count, so that the new one always stays.
+        """
         path = self.checkpoint_path(state["step"])
         save_checkpoint(path, state)
         sync_folder(self.checkpoints)  # before an older one goes
-        for step in self.steps()[: -self.keep]:
+        self._whole.add(path)
+        whole = [step for step in self.steps() if step <= state["step"] and self._is_whole(step)]
+        for step in whole[: -self.keep]:
             self.checkpoint_path(step).unlink(missing_ok=True)
         return path
 
-    def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole; None in a new run.
+    def _is_whole(self, step: int) -> bool:
+        """Whether a checkpoint can be read; each is tried once. A damaged one is set aside."""
+        path = self.checkpoint_path(step)
+        if path not in self._whole:
+            try:
+                read_checkpoint(path)
+            except InputError as error:
+                self._set_aside(path, error)
+                return False
+            self._whole.add(path)
+        return True
+
+    def _set_aside(self, path: Path, error: InputError) -> None:
+        """Give a damaged checkpoint a name under which nothing looks for it."""
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        logger.warning("%s It is kept as %s.", error, aside.name)
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, with its file; None in a new run. Damaged ones after it are set aside.
 
         Raises:
-            InputError: there are checkpoints and every one is damaged.
+            InputError: there are checkpoints and every one is damaged. They keep their names.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged = []
+        for step in reversed(self.steps()):
+            path = self.checkpoint_path(step)
             try:
-                return read_checkpoint(self.checkpoint_path(step))
+                state = read_checkpoint(path)
             except InputError as error:
                 logger.warning("%s Falling back to the one before.", error)
-        if steps:
+                damaged.append((path, error))
+                continue
+            for other, error in damaged:
+                self._set_aside(other, error)
+            self._whole.add(path)
+            return path, state
+        if damaged:
             raise InputError(
-                f"{self.checkpoints}: all {len(steps)} checkpoints are damaged. Remove them to start anew."
+                f"{self.checkpoints}: all {len(damaged)} checkpoints are damaged. Remove them to start anew."
             )
         return None
 

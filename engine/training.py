@@ -131,6 +131,7 @@ class Training:
             self.model.use_plain_attention()
         if self.config.train.compile:
             self.model.compile_blocks()
+        self.machine.barrier("read the data and the weights")
         if self.machine.world_size > 1:
             device_ids = [self.machine.device.index] if self.machine.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(

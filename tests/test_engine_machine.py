@@ -29,7 +29,7 @@ def test_a_fault_on_the_first_rank_keeps_its_fields():
         raise InputError("vae x: no such folder", "vae")
 
     with pytest.raises(InputError, match="vae x") as caught:
-        on_main(Machine(0, 1, CPU, "float32"), fail)
+        on_main(Machine(0, 1, CPU, "float32"), fail, "fail")
     assert caught.value.fields == ("vae",)
 
 

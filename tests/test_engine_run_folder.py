@@ -33,8 +33,10 @@ def test_damaged_newest_falls_back_to_the_one_before(run, damage, caplog):
             1  # inside a tensor: only a checksum sees it
         )
     path.write_bytes({"truncated": content[:-200], "empty": b"", "text": b"<html>", "flipped": content}[damage])
-    assert run.newest()["step"] == 1
+    found, content_of_it = run.newest()
+    assert (found, content_of_it["step"]) == (run.checkpoint_path(1), 1)
     assert "0000002.pt" in caplog.text and "Falling back" in caplog.text
+    assert sorted(file.name for file in run.checkpoints.iterdir()) == ["0000001.pt", "0000002.pt.damaged"]
 
 
 def test_all_damaged_is_said_and_nothing_is_removed(run):
@@ -43,6 +45,56 @@ def test_all_damaged_is_said_and_nothing_is_removed(run):
     with pytest.raises(InputError, match="all 1 checkpoints are damaged"):
         run.newest()
     assert path.exists()
+
+
+def reopened(run: RunFolder) -> RunFolder:
+    """The folder as another process finds it."""
+    return RunFolder(run.path, run.keep)
+
+
+def test_damaged_checkpoints_do_not_count_and_the_new_one_stays(run):
+    """The newest two damaged, two kept: the next one must not push the only whole one out, nor itself."""
+    for step in (10, 20, 30):
+        run.save(state(step))
+        (run.path / f"copy-{step}").write_bytes(run.checkpoint_path(step).read_bytes())
+    (run.path / "copy-10").replace(run.checkpoint_path(10))
+    for step in (20, 30):
+        run.checkpoint_path(step).write_bytes(b"damaged")
+    again = reopened(run)
+    assert again.newest()[1]["step"] == 10
+    again.save(state(11))
+    assert again.steps() == [10, 11]
+    assert run.checkpoint_path(20).with_suffix(".pt.damaged").read_bytes() == b"damaged"
+
+
+def test_a_checkpoint_that_is_damaged_below_the_newest_does_not_count(run):
+    for step in (1, 2):
+        run.save(state(step))
+    run.checkpoint_path(1).write_bytes(b"damaged")
+    again = reopened(run)
+    assert again.newest()[1]["step"] == 2
+    again.save(state(3))
+    assert again.steps() == [2, 3] and (run.checkpoints / "0000001.pt.damaged").is_file()
+
+
+def test_checkpoints_of_later_steps_push_nothing_out(run):
+    for step in (40, 50):
+        run.save(state(step))
+    again = reopened(run)
+    again.save(state(7))
+    assert again.steps() == [7, 40, 50]
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(run, monkeypatch):
+    path = run.save(state(1))
+
+    def broken(*arguments: object) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("common.weights.zipfile.ZipFile", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        reopened(run).newest()
+    assert path.is_file()
 
 
 def test_a_new_run_has_no_newest(run):

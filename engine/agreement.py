@@ -1,0 +1,76 @@
+"""All processes of a run continue from the same checkpoint and train on the same files, or the run does not begin."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from common.disk import file_sha256
+from common.weights import archive_checksum
+from dataset.folders import PairedFolder
+from engine.machine import Machine
+from engine.run_folder import RunFolder
+
+SEEN_AFTER_SECONDS = 60.0  # network file systems show a new file on other machines that late
+
+
+def agree_on_checkpoint(machine: Machine, run: RunFolder, path: Path | None) -> None:
+    """Refuse to go on if a process does not see the checkpoint that rank 0 continues from, or sees another one.
+
+    Args:
+        machine: this process.
+        run: folder of the run.
+        path: the checkpoint, as rank 0 says; None for a new run.
+
+    Raises:
+        InputError: on every rank.
+    """
+    if machine.world_size == 1:
+        return
+    if path is None:
+        steps = run.steps()
+        seen = f"{run.checkpoint_path(steps[-1])}" if steps else "none"
+    else:
+        seen = _seen(path)
+    machine.check_same(
+        {"checkpoint to continue from": seen},
+        f"All processes must see {run.path.parent}: put it on a disk that all machines share.",
+    )
+
+
+def _seen(path: Path) -> str:
+    deadline = time.monotonic() + SEEN_AFTER_SECONDS
+    while not path.is_file() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return f"{path.name} with checksum {archive_checksum(path)[:12]}" if path.is_file() else f"no {path}"
+
+
+def agree_on_data(machine: Machine, dataset: PairedFolder) -> None:
+    """Refuse to train on different files.
+
+    Names are compared by all processes. If there are several machines, one process of each also compares the content.
+
+    Raises:
+        InputError: on every rank.
+    """
+    if machine.peers is None:
+        return
+    names = [f"{pair.image_path.name} {pair.mask_path.name}" for pair in dataset.pairs]
+    found: dict[str, object] = {
+        "number of pairs": len(names),
+        "names of the pairs": _checksum(names),
+        "content of the files": None,
+    }
+    if machine.peers.several_hosts and os.environ.get("LOCAL_RANK", "0") == "0":
+        masks = [file_sha256(pair.mask_path) for pair in dataset.pairs]
+        found["content of the files"] = _checksum([*dataset.image_hashes, *masks])
+    machine.check_same(
+        found, "data_path and mask_path must hold the same files on every machine.", "data_path", "mask_path"
+    )
+
+
+def _checksum(texts: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return f"checksum {digest[:12]}"

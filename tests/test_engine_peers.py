@@ -1,0 +1,220 @@
+"""Processes of a launch meet, wait for each other and name the one that is missing; threads stand for processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from script_helpers import state
+
+from common.errors import InputError, LostProcess
+from engine import agreement, peers
+from engine.agreement import agree_on_checkpoint
+from engine.machine import Machine
+from engine.peers import Peers, meet
+from engine.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Everything that takes minutes takes tenths of a second."""
+    for name, seconds in (("MEETING", 1.0), ("BEAT", 0.02), ("SILENT", 0.4), ("LOOK", 0.3), ("STANDSTILL", 0.8)):
+        monkeypatch.setattr(peers, f"{name}_SECONDS", seconds)
+
+
+def together(*work: Callable[[], object]) -> list[object]:
+    """All at once; an exception counts as a result."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        futures = [pool.submit(one) for one in work]
+        return [future.exception() or future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def launch(*hosts: str) -> Iterator[list[Peers]]:
+    """Processes that have met."""
+    store = dist.HashStore()
+    found = [Peers(store, rank, list(hosts)) for rank in range(len(hosts))]
+    try:
+        yield found
+    finally:
+        for one in found:
+            one.leave()
+
+
+def late(seconds: float, work: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        time.sleep(seconds)
+        return work()
+
+    return run
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_living_processes_share_a_part_of_the_store_that_dead_ones_never_wrote_to(last):
+    store = dist.HashStore()
+    before = together(*(lambda rank=rank: meet(store, rank, 3) for rank in range(3)))
+    for part, _ in before:
+        part.set("address/0", "of a dead process")
+    delays = [0.2 if rank == last else 0.0 for rank in range(3)]
+    now = together(*(late(delay, lambda rank=rank: meet(store, rank, 3)) for rank, delay in enumerate(delays)))
+    parts = [part for part, _ in now]
+    assert not any(part.check(["address/0"]) for part in parts)
+    parts[0].set("address/0", "of a living one")
+    assert {part.get("address/0") for part in parts} == {b"of a living one"}
+    assert all(len(hosts) == 3 for _, hosts in now)
+
+
+def test_a_process_that_died_in_the_middle_of_the_meeting_is_not_taken_for_its_successor():
+    """Its name is in the store and gets an answer, which nobody reads."""
+    store = dist.HashStore()
+    store.set("hello/1", "0123456789abcdef nodeb")
+    one, other = together(lambda: meet(store, 0, 2), late(0.2, lambda: meet(store, 1, 2)))
+    assert store.check(["answer/0123456789abcdef"])
+    one[0].set("key", "value")
+    assert other[0].get("key") == b"value"
+
+
+def test_a_process_that_does_not_come_is_named_to_all_with_the_machine_that_it_was_on():
+    store = dist.HashStore()
+    store.set("hello/2", "0123456789abcdef nodec")
+    errors = together(lambda: meet(store, 0, 4), lambda: meet(store, 1, 4))
+    assert {str(error) for error in errors} == {"no word from process 2 (it was on nodec), process 3 in 1 s"}
+    assert all(isinstance(error, LostProcess) for error in errors)
+
+
+def test_without_the_first_process_the_others_end():
+    with pytest.raises(LostProcess, match="no word from process 0"):
+        meet(dist.HashStore(), 1, 2)
+
+
+def test_a_wait_lasts_as_long_as_the_others_get_on():
+    def work(one: Peers) -> None:
+        for _ in range(12):
+            time.sleep(0.1)  # 1.2 s in all, above every bound
+            one.progress()
+        one.wait_for_all("work")
+
+    with launch("nodea", "nodeb") as (first, second):
+        assert together(lambda: first.wait_for_all("work"), lambda: work(second)) == [None, None]
+
+
+def test_who_waits_hears_what_another_process_ended_on():
+    def fail(one: Peers) -> None:
+        with one.sharing_errors():
+            raise InputError("images/a.png: no such file")
+
+    with launch("nodea", "nodeb") as (first, second):
+        error, _ = together(lambda: first.wait_for_all("work"), lambda: fail(second))
+    assert str(error) == "process 1 on nodeb ended: images/a.png: no such file"
+
+
+def test_a_process_that_ends_for_the_sake_of_another_passes_on_whose():
+    def follow(one: Peers) -> None:
+        with one.sharing_errors():
+            one.wait_for_all("work")
+
+    with launch("nodea", "nodeb", "nodec") as (first, second, third):
+        third.leave("full disk")
+        errors = together(lambda: first.wait_for_all("work"), lambda: follow(second))
+        late_one = together(lambda: first.wait_for_all("work"))
+    assert {str(error) for error in [*errors, *late_one]} == {"process 2 on nodec ended: full disk"}
+
+
+def test_a_process_without_a_sign_of_life_counts_as_gone():
+    with launch("nodea", "nodeb") as (first, second):
+        second.leave()
+        begun = time.monotonic()
+        with pytest.raises(LostProcess, match="process 1 on nodeb has given no sign of life"):
+            first.wait_for_all("work")
+        assert time.monotonic() - begun < 2
+
+
+def test_a_process_that_lives_and_stands_still_is_not_waited_for_without_end():
+    line = r"process 1 on nodeb lives and has not got on .* .encode images"
+    with launch("nodea", "nodeb") as (first, _), pytest.raises(LostProcess, match=line):
+        first.wait_for_all("encode images")
+
+
+def test_a_long_wait_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(peers, "REMINDER_SECONDS", 0.2)
+    with launch("nodea", "nodeb") as (first, second):
+        together(lambda: first.wait_for_all("work"), late(0.5, lambda: second.wait_for_all("work")))
+    assert "waiting for process 1 on nodeb (work)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "ours"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", "process 1 on nodeb is gone"),
+        ("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1ms for send", "process 1 on nodeb is gone"),
+    ],
+)
+def test_a_failed_exchange_names_the_process_that_is_gone(torch_says, ours):
+    with launch("nodea", "nodeb", "nodec") as (first, second, _):
+        second.leave()
+        with pytest.raises(LostProcess, match=f"^{ours} without a word$"), first.sharing_errors():
+            raise RuntimeError(torch_says)
+
+
+def test_a_timeout_a_refusal_and_a_broken_connection_are_told_apart_where_all_live():
+    def said(text: str) -> str:
+        with launch("nodea", "nodeb", "nodec") as (first, second, _):
+            second.progress()
+            first.progress()
+            time.sleep(0.1)
+            with pytest.raises(LostProcess) as caught, first.sharing_errors():
+                raise RuntimeError(f"[/build/gloo/transport/tcp/pair.cc:81] {text}")
+            return str(caught.value)
+
+    assert said("Timed out waiting 600000ms").startswith("waited too long for process 2 on nodec; every process lives")
+    assert "refused" in said("Connect error: Connection refused") and "GLOO_SOCKET_IFNAME" in said("refused")
+    assert said(
+        "Broken pipe"
+    ) == "the connection to another process broke (pair.cc:81 Broken pipe)" or "Broken pipe" in said("Broken pipe")
+
+
+def test_an_error_of_our_own_is_no_lost_process():
+    with launch("nodea", "nodeb") as (first, second):
+        with pytest.raises(RuntimeError, match="shapes") as caught, first.sharing_errors():
+            raise RuntimeError("shapes do not match")
+        assert not isinstance(caught.value, LostProcess)
+        assert second.words_of(0) == "shapes do not match"
+
+
+def test_processes_that_found_different_things_all_end_with_the_same_line():
+    cpu = torch.device("cpu")
+    with launch("nodea", "nodeb") as both:
+        machines = [Machine(one.rank, 2, cpu, "float32", one) for one in both]
+        same = together(*(lambda one=one: one.check_same({"step": 3, "data": None}, "Mend it.") for one in machines))
+        errors = together(*(lambda one=one: one.check_same({"step": one.rank}, "Mend it.") for one in machines))
+    assert same == [None, None]
+    assert [str(one) for one in errors] == ["step: process 0 on nodea has 0, process 1 on nodeb has 1. Mend it."] * 2
+
+
+@pytest.mark.parametrize("has", ["nothing", "another", "more"])
+def test_a_run_does_not_begin_if_a_process_sees_another_checkpoint(tmp_path, monkeypatch, has):
+    """Folders that are not shared: one process would continue and the other begin anew, without a word."""
+    monkeypatch.setattr(agreement, "SEEN_AFTER_SECONDS", 0.1)
+    folders = [RunFolder(tmp_path / name / "run", keep=2) for name in ("nodea", "nodeb")]
+    for number, folder in enumerate(folders):
+        folder.create()
+        if has == "another" or (has == "nothing") == (number == 0):
+            folder.save(state(10) | {"note": number})
+    paths = [folder.checkpoint_path(10) if has != "more" else None for folder in folders]
+    with launch("nodea", "nodeb") as both:
+        machines = [Machine(one.rank, 2, torch.device("cpu"), "float32", one) for one in both]
+        work = [
+            lambda machine=machine, folder=folder, path=path: agree_on_checkpoint(machine, folder, path)
+            for machine, folder, path in zip(machines, folders, paths, strict=True)
+        ]
+        errors = together(*work)
+        said = [str(error).partition(" All processes must see ")[0] for error in errors]
+        assert said[0] == said[1] and said[0].startswith("checkpoint to continue from: process 0 on nodea has ")
+        assert all(isinstance(error, InputError) and "put it on a disk" in str(error) for error in errors)
+        shared = [lambda machine=machine: agree_on_checkpoint(machine, folders[1], None) for machine in machines]
+        assert together(*shared) == [None, None]
