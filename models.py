@@ -19,18 +19,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Distinct rows are padded to a multiple of this, so that a matrix product has few shapes: nothing recompiles, and the
-# same row comes out with the same bits whatever else is in the batch.
-ROW_MULTIPLE = 64
+from layers.mask import MaskDetail, MaskEmbedder, wide
+from layers.overlap import Overlap
+from layers.rows import ROW_MULTIPLE, MaskRows, distinct_rows, spread_rows
+
 MOST_TOKENS_UNFUSED = 512
 MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill the memory
 
@@ -51,22 +51,6 @@ class MaskCondition:
     detail: Tensor | None
     row_of_token: Tensor | None = None
     image_of_row: Tensor | None = None
-
-
-class MaskRows(NamedTuple):
-    """Distinct class shares within each image of a batch, see :func:`mask_rows`."""
-
-    shares: Tensor  # (R, K) float32
-    row_of_token: Tensor  # (B, T) long
-    image_of_row: Tensor  # (R,) long
-
-    def to(self, device: torch.device) -> MaskRows:
-        return MaskRows(*(part.to(device, non_blocking=True) for part in self))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What times and masks are computed in, given the dtype of the weights: never less than float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class TimestepEmbedder(nn.Module):
@@ -93,62 +77,6 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.sinusoids(t))
-
-
-class MaskEmbedder(nn.Module):
-    """Probability map (B, K, H, W) at any resolution -> one class embedding per token (B, T, D).
-
-    The last of the K + 1 rows of ``embedding_table`` is the learned null condition of classifier-free guidance
-    (Ho and Salimans 2022, arXiv 2207.12598). It is always there, whether or not masks are dropped in training.
-    """
-
-    def __init__(self, num_classes: int, hidden_size: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-        self.num_classes = num_classes
-        self.grid = grid
-
-    def pool(self, y: Tensor) -> Tensor:
-        """(B, K, H, W) -> (B, T, K): the share of every class in every patch, float32 at least."""
-        y = y.to(wide(self.embedding_table.weight.dtype))
-        return F.adaptive_avg_pool2d(y, self.grid).flatten(2).transpose(1, 2)
-
-    def embed(self, shares: Tensor) -> Tensor:
-        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, in float32 at least."""
-        with torch.autocast(shares.device.type, enabled=False):
-            return shares @ self.embedding_table.weight[: self.num_classes].to(shares.dtype)
-
-    def null(self) -> Tensor:
-        """(D,) embedding of "no mask"."""
-        return self.embedding_table.weight[self.num_classes].to(wide(self.embedding_table.weight.dtype))
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embed(self.pool(y))
-
-
-class MaskDetail(nn.Module):
-    """Where in its patch the mask lies: a linear embedding of the patch's own mask pixels less their mean.
-
-    Starts at zero, has no bias, and is exactly zero for a patch of one class, so that the model begins as plain SiT and
-    keeps its output on constant masks.
-    """
-
-    def __init__(self, num_classes: int, hidden_size: int, grid: tuple[int, int], mask_pixels: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(num_classes * mask_pixels**2, hidden_size, bias=False)
-        self.grid = grid
-        self.mask_pixels = mask_pixels
-
-    def forward(self, y: Tensor) -> Tensor:
-        """(B, K, H, W) at any resolution -> (B, T, D)."""
-        (gh, gw), p = self.grid, self.mask_pixels
-        y = y.to(wide(self.proj.weight.dtype))
-        y = F.adaptive_avg_pool2d(y, (gh * p, gw * p))  # (B, K, gh p, gw p)
-        y = y.unflatten(2, (gh, p)).unflatten(4, (gw, p))  # (B, K, gh, p, gw, p)
-        patches = y.permute(0, 2, 4, 1, 3, 5).reshape(y.shape[0], gh * gw, y.shape[1], p * p)  # (B, T, K, p p)
-        patches = patches - patches[..., :1]  # first pixel before mean: no rounding is left where all are equal
-        patches = patches - patches.mean(-1, keepdim=True)
-        return self.proj(patches.flatten(2))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, row_of_token: Tensor | None) -> Tensor:
@@ -191,74 +119,6 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         tokens = modulate(self.norm_final(x), shift, scale, row_of_token)
         return self.linear(tokens), tokens
-
-
-def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
-    """(R, N) distinct rows -> (B, T, N), every token its own; (B, T, N) passes through."""
-    if row_of_token is None:
-        return rows
-    rows = rows.contiguous()
-    return SpreadRows.apply(rows, row_of_token) if rows.requires_grad else F.embedding(row_of_token, rows)
-
-
-class SpreadRows(torch.autograd.Function):
-    """``F.embedding`` whose gradient is summed in float32: a row has many tokens, and long sums in bf16 stand still."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, row_of_token: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_token)
-        ctx.num_rows, ctx.dtype = len(rows), rows.dtype
-        return F.embedding(row_of_token, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (row_of_token,) = ctx.saved_tensors
-        total = torch.ops.aten.embedding_dense_backward(grad.float(), row_of_token, ctx.num_rows, -1, False)
-        return total.to(ctx.dtype), None
-
-
-class Overlap(nn.Module):
-    """Output without borders of patches: neighbouring tokens write across each other.
-
-    output = shift + scale * detail of the noisy input, pixel by pixel. Every token gives shift and scale in a window of
-    about twice the patch's side, whose weight falls in a straight line from the middle to nothing at the edge; the
-    weighted windows are added up. From the centre of a patch to the next one's the output so passes evenly from one
-    token's answer to the other's. All weights on a pixel sum to 1, also at the image's edges, which fewer windows
-    reach.
-
-    Why the scale: a velocity holds the noise of every pixel, and a token has seen its own patch's noise only. Shifts
-    alone would leave noise where a neighbour writes, in a grid again. The detail is the input less its interpolated
-    patch means, so that no scale changes the brightness.
-
-    Starts at zero. The factor ``SHIFT_GAIN`` makes the shifts learn faster than other layers: see benchmarks/grid.md.
-    """
-
-    SHIFT_GAIN = 4.0  # a power of two: exact in every dtype
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid, self.patch_size, self.margin = grid, patch_size, patch_size // 2
-        self.side = patch_size + 2 * self.margin  # of a window: 2 p, or 2 p - 1 for odd p
-        self.linear = nn.Linear(hidden_size, 2 * out_channels * self.side**2)  # shifts, then scales
-        fade = 1 - (torch.arange(self.side) - (self.side - 1) / 2).abs() / patch_size
-        window = (fade[:, None] * fade).flatten()  # (side side,)
-        reached = self.add_up(window[None, :, None].repeat(1, 1, grid[0] * grid[1]))  # 1, but below it at the edges
-        self.register_buffer("window", window, persistent=False)
-        self.register_buffer("reached", reached, persistent=False)  # (1, 1, H, W)
-
-    def add_up(self, windows: Tensor) -> Tensor:
-        """(B, C side side, T) -> (B, C, H, W): every window around its patch, cut off at the image's edges."""
-        size = [count * self.patch_size for count in self.grid]
-        return F.fold(windows, size, self.side, padding=self.margin, stride=self.patch_size)
-
-    def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
-        """tokens (B, T, D), noisy (B, C, H, W) -> (B, C, H, W), or (B, 2 C, H, W) where sigma is learned, too."""
-        windows = self.linear(tokens).unflatten(2, (-1, len(self.window))) * self.window  # (B, T, 2 C, side side)
-        field = self.add_up(windows.flatten(2).transpose(1, 2)) / self.reached
-        shift, scale = field.chunk(2, dim=1)
-        means = F.avg_pool2d(noisy, self.patch_size)
-        detail = noisy - F.interpolate(means, noisy.shape[2:], mode="bilinear", align_corners=False)
-        return self.SHIFT_GAIN * shift + scale * detail.repeat(1, shift.shape[1] // detail.shape[1], 1, 1)
 
 
 class SiT(nn.Module):
@@ -498,49 +358,6 @@ class SiT(nn.Module):
         if not self.training or self.class_dropout_prob == 0:
             return None
         return torch.rand(batch_size, device=device) < self.class_dropout_prob
-
-
-def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows of (B, T, K) and which of them each token has.
-
-    Returns:
-        rows (R, K), R padded to a multiple of ROW_MULTIPLE by repeating the last one, and (B, T) long indices.
-    """
-    rows, row_of_token = torch.unique(shares.flatten(0, 1), dim=0, return_inverse=True)
-    padding = -len(rows) % ROW_MULTIPLE
-    rows = torch.cat([rows, rows[-1:].expand(padding, -1)])
-    return rows, row_of_token.view(shares.shape[:2])
-
-
-def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
-    """Distinct class shares within each image, found on the CPU, so that no device has to say how many there are.
-
-    In training every image is at a time of its own, so rows repeat within an image only. Exact: tokens share a row
-    where all their class counts are equal. Measured on masks of real nuclei: rows are 0.27 of the tokens at 256 px and
-    16 px per token, 0.16 at 64 px and 8. On a CPU at SiT-S width and 256 px in float32, a step with modulation per
-    token takes 1.41 times one with one condition per image, and one with distinct rows 1.22 times. In bf16 they gain
-    nothing there (0.99 and, compiled, 1.00 of the step per token), so training on a CPU in bf16 goes without.
-
-    Args:
-        class_maps: (B, H, W) whole numbers 0..K-1 on the CPU; H and W are multiples of the grid.
-        num_classes: K.
-        grid: (gh, gw) tokens.
-
-    Returns:
-        Rows of all images, images in order; R is padded to a multiple of ROW_MULTIPLE by rows of the last image.
-    """
-    (gh, gw), (batch, height, width) = grid, class_maps.shape
-    patches = class_maps.numpy().reshape(batch, gh, height // gh, gw, width // gw)
-    area = (height // gh) * (width // gw)
-    counts = [(patches == k).sum(axis=(2, 4), dtype=np.int64).ravel() for k in range(num_classes)]  # K of (B T,)
-    row = np.repeat(np.arange(batch), gh * gw)
-    for count in counts[1:]:  # the counts of one class follow from the others
-        _, first, row = np.unique(row * (area + 1) + count, return_index=True, return_inverse=True)
-    first = np.pad(first, (0, -len(first) % ROW_MULTIPLE), mode="edge")
-    shares = np.stack([count[first] for count in counts], axis=1) / np.float32(area)  # (R, K)
-    image = first // (gh * gw)
-    row_of_token = torch.from_numpy(row.reshape(batch, gh * gw))
-    return MaskRows(torch.from_numpy(shares.astype(np.float32)), row_of_token, torch.from_numpy(image))
 
 
 def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:

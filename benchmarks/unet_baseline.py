@@ -23,7 +23,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from models import MaskRows, SiT_models  # noqa: E402
+from layers.rows import MaskRows  # noqa: E402
+from models import SiT_models  # noqa: E402
 
 COMMANDS = ("train.py", "sample.py", "sample_ddp.py")
 NORM_GROUPS = 8

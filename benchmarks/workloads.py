@@ -28,7 +28,8 @@ from dataset.masks import to_prob_map
 from engine.autoencoder import LatentSpace, Space
 from engine.machine import Machine, has_compiler, update_ema
 from engine.sampling import ImageSampler, SamplingSettings
-from models import MaskCondition, MaskRows, SiT, SiT_models, mask_rows
+from layers.rows import MaskRows, mask_rows
+from models import MaskCondition, SiT, SiT_models
 from transport import Transport, create_transport
 
 NUM_CLASSES = 2

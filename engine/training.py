@@ -29,7 +29,8 @@ from engine.init_from import adapt_sit_weights
 from engine.machine import Machine, update_ema
 from engine.run_folder import RunFolder
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
-from models import MaskRows, SiT, build_model, mask_rows
+from layers.rows import MaskRows, mask_rows
+from models import SiT, build_model
 from transport import Transport, create_transport
 
 MOST_SKIPPED_IN_A_ROW = 20

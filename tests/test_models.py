@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.masks import to_prob_map
+from layers.rows import mask_rows
 from models import (
     ROW_MULTIPLE,
     MaskCondition,
@@ -19,7 +20,6 @@ from models import (
     SiT_models,
     build_model,
     distinct_rows,
-    mask_rows,
     position_embedding,
     spread_rows,
 )

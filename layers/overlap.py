@@ -1,0 +1,51 @@
+"""Output patches that fade into each other, so that no grid shows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Overlap(nn.Module):
+    """Output without borders of patches: neighbouring tokens write across each other.
+
+    output = shift + scale * detail of the noisy input, pixel by pixel. Every token gives shift and scale in a window of
+    about twice the patch's side, whose weight falls in a straight line from the middle to nothing at the edge; the
+    weighted windows are added up. From the centre of a patch to the next one's the output so passes evenly from one
+    token's answer to the other's. All weights on a pixel sum to 1, also at the image's edges, which fewer windows
+    reach.
+
+    Why the scale: a velocity holds the noise of every pixel, and a token has seen its own patch's noise only. Shifts
+    alone would leave noise where a neighbour writes, in a grid again. The detail is the input less its interpolated
+    patch means, so that no scale changes the brightness.
+
+    Starts at zero. The factor ``SHIFT_GAIN`` makes the shifts learn faster than other layers: see benchmarks/grid.md.
+    """
+
+    SHIFT_GAIN = 4.0  # a power of two: exact in every dtype
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid, self.patch_size, self.margin = grid, patch_size, patch_size // 2
+        self.side = patch_size + 2 * self.margin  # of a window: 2 p, or 2 p - 1 for odd p
+        self.linear = nn.Linear(hidden_size, 2 * out_channels * self.side**2)  # shifts, then scales
+        fade = 1 - (torch.arange(self.side) - (self.side - 1) / 2).abs() / patch_size
+        window = (fade[:, None] * fade).flatten()  # (side side,)
+        reached = self.add_up(window[None, :, None].repeat(1, 1, grid[0] * grid[1]))  # 1, but below it at the edges
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("reached", reached, persistent=False)  # (1, 1, H, W)
+
+    def add_up(self, windows: Tensor) -> Tensor:
+        """(B, C side side, T) -> (B, C, H, W): every window around its patch, cut off at the image's edges."""
+        size = [count * self.patch_size for count in self.grid]
+        return F.fold(windows, size, self.side, padding=self.margin, stride=self.patch_size)
+
+    def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
+        """tokens (B, T, D), noisy (B, C, H, W) -> (B, C, H, W), or (B, 2 C, H, W) where sigma is learned, too."""
+        windows = self.linear(tokens).unflatten(2, (-1, len(self.window))) * self.window  # (B, T, 2 C, side side)
+        field = self.add_up(windows.flatten(2).transpose(1, 2)) / self.reached
+        shift, scale = field.chunk(2, dim=1)
+        means = F.avg_pool2d(noisy, self.patch_size)
+        detail = noisy - F.interpolate(means, noisy.shape[2:], mode="bilinear", align_corners=False)
+        return self.SHIFT_GAIN * shift + scale * detail.repeat(1, shift.shape[1] // detail.shape[1], 1, 1)

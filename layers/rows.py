@@ -1,0 +1,92 @@
+"""Distinct rows: tokens with equal class shares have one condition, whose modulation is computed once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Distinct rows are padded to a multiple of this, so that a matrix product has few shapes: nothing recompiles, and the
+# same row comes out with the same bits whatever else is in the batch.
+ROW_MULTIPLE = 64
+
+
+class MaskRows(NamedTuple):
+    """Distinct class shares within each image of a batch, see :func:`mask_rows`."""
+
+    shares: Tensor  # (R, K) float32
+    row_of_token: Tensor  # (B, T) long
+    image_of_row: Tensor  # (R,) long
+
+    def to(self, device: torch.device) -> MaskRows:
+        return MaskRows(*(part.to(device, non_blocking=True) for part in self))
+
+
+def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows of (B, T, K) and which of them each token has.
+
+    Returns:
+        rows (R, K), R padded to a multiple of ROW_MULTIPLE by repeating the last one, and (B, T) long indices.
+    """
+    rows, row_of_token = torch.unique(shares.flatten(0, 1), dim=0, return_inverse=True)
+    padding = -len(rows) % ROW_MULTIPLE
+    rows = torch.cat([rows, rows[-1:].expand(padding, -1)])
+    return rows, row_of_token.view(shares.shape[:2])
+
+
+def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
+    """Distinct class shares within each image, found on the CPU, so that no device has to say how many there are.
+
+    In training every image is at a time of its own, so rows repeat within an image only. Exact: tokens share a row
+    where all their class counts are equal. Measured on masks of real nuclei: rows are 0.27 of the tokens at 256 px and
+    16 px per token, 0.16 at 64 px and 8. On a CPU at SiT-S width and 256 px in float32, a step with modulation per
+    token takes 1.41 times one with one condition per image, and one with distinct rows 1.22 times. In bf16 they gain
+    nothing there (0.99 and, compiled, 1.00 of the step per token), so training on a CPU in bf16 goes without.
+
+    Args:
+        class_maps: (B, H, W) whole numbers 0..K-1 on the CPU; H and W are multiples of the grid.
+        num_classes: K.
+        grid: (gh, gw) tokens.
+
+    Returns:
+        Rows of all images, images in order; R is padded to a multiple of ROW_MULTIPLE by rows of the last image.
+    """
+    (gh, gw), (batch, height, width) = grid, class_maps.shape
+    patches = class_maps.numpy().reshape(batch, gh, height // gh, gw, width // gw)
+    area = (height // gh) * (width // gw)
+    counts = [(patches == k).sum(axis=(2, 4), dtype=np.int64).ravel() for k in range(num_classes)]  # K of (B T,)
+    row = np.repeat(np.arange(batch), gh * gw)
+    for count in counts[1:]:  # the counts of one class follow from the others
+        _, first, row = np.unique(row * (area + 1) + count, return_index=True, return_inverse=True)
+    first = np.pad(first, (0, -len(first) % ROW_MULTIPLE), mode="edge")
+    shares = np.stack([count[first] for count in counts], axis=1) / np.float32(area)  # (R, K)
+    image = first // (gh * gw)
+    row_of_token = torch.from_numpy(row.reshape(batch, gh * gw))
+    return MaskRows(torch.from_numpy(shares.astype(np.float32)), row_of_token, torch.from_numpy(image))
+
+
+def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
+    """(R, N) distinct rows -> (B, T, N), every token its own; (B, T, N) passes through."""
+    if row_of_token is None:
+        return rows
+    rows = rows.contiguous()
+    return SpreadRows.apply(rows, row_of_token) if rows.requires_grad else F.embedding(row_of_token, rows)
+
+
+class SpreadRows(torch.autograd.Function):
+    """``F.embedding`` whose gradient is summed in float32: a row has many tokens, and long sums in bf16 stand still."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, row_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_token)
+        ctx.num_rows, ctx.dtype = len(rows), rows.dtype
+        return F.embedding(row_of_token, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (row_of_token,) = ctx.saved_tensors
+        total = torch.ops.aten.embedding_dense_backward(grad.float(), row_of_token, ctx.num_rows, -1, False)
+        return total.to(ctx.dtype), None
