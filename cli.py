@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from common.arguments import (
@@ -151,6 +152,18 @@ def add_mask_arguments(group: argparse._ActionsContainer) -> None:
         "--mask-values", type=non_negative_int, nargs="+", metavar="VALUE",
         help="gray value of each class in the mask files, background first (0 128 255 for three classes)",
     )  # fmt: skip
+
+
+def add_output_argument(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Where results go, for evaluate.py."""
+    parser.add_argument("--output", type=Path, default=Path(folder), metavar="FOLDER", help="folder for the results")
+
+
+def add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
+    """Folders of real images and masks; ``what`` completes the help text."""
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images{what}")
+    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
+    add_mask_type_argument(parser)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@
     python evaluate.py report SAMPLE_DIR                                            all of it as one HTML file
     python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    which guidance and solver
     python evaluate.py split --data-path IMAGES --mask-path MASKS --output SPLIT    for the next one
-    python evaluate.py utility SPLIT --synthetic 10=SAMPLES_10 100=SAMPLES_100      does it help a segmenter
+    python evaluate.py utility SPLIT --sets PRACTISED                               does it help a segmenter
 
 Measures of a set compare it with real images; their tables, rows per image and pictures go into SAMPLE_DIR/evaluation.
 ``MEASURE --help`` explains each.
@@ -26,12 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import add_device_argument, add_machine_arguments, add_mask_arguments, add_mask_type_argument, load_checkpoint
-from common.arguments import non_negative_float, positive_fraction, positive_int, seed_number
+from cli import (
+    add_device_argument,
+    add_machine_arguments,
+    add_mask_arguments,
+    add_mask_type_argument,
+    add_output_argument,
+    add_real_pairs,
+    load_checkpoint,
+)
+from common.arguments import interval, non_negative_float, positive_fraction, positive_int, seed_number
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.config import CROPS
 from engine.machine import resolve_device, start_machine
+from experiments import add_split, add_utility, run_split, run_utility
 from synthetic.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -51,12 +60,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=positive_int, help="side of the training images, checked with --crop random"
     )
     parser.add_argument("--crop", choices=CROPS, default="center", help="as in training")
-    _add_output(parser, "data_report")
+    add_output_argument(parser, "data_report")
 
 
 def _add_fidelity(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
-    _add_real_pairs(parser, " that teach the judge")
+    add_real_pairs(parser, " that teach the judge")
     _add_judge(parser)
     add_device_argument(parser)
 
@@ -111,12 +120,12 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
     parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
     parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
-    _add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
+    add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
     parser.add_argument("--images", type=positive_int, default=48, help="masks drawn with every setting")
     scales = {"type": non_negative_float, "nargs": "+", "default": [1.0, 1.5, 2.0, 4.0], "metavar": "SCALE"}
     parser.add_argument("--cfg-scales", **scales, help="guidance; 1 is none")
-    interval = {"type": _interval, "nargs": "+", "default": [(0.0, 1.0)], "metavar": "LO:HI"}
-    parser.add_argument("--guidance-intervals", **interval, help="times at which guidance is on, such as 0:1 0.2:0.8")
+    times = {"type": interval, "nargs": "+", "default": [(0.0, 1.0)], "metavar": "LO:HI"}
+    parser.add_argument("--guidance-intervals", **times, help="times at which guidance is on, such as 0:1 0.2:0.8")
     parser.add_argument(
         "--solvers", nargs="+", default=["heun"], metavar="NAME", help="such as euler heun ab2 sde-euler"
     )
@@ -124,37 +133,9 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS", help="steps of the solver"
     )
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
-    _add_output(parser, "sweep")
+    add_output_argument(parser, "sweep")
     _add_judge(parser)
     add_machine_arguments(parser)
-
-
-def _add_split(parser: argparse.ArgumentParser) -> None:
-    _add_real_pairs(parser, " to divide")
-    parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied along to recombine")
-    parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
-    parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
-    parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="share of the pairs to test on")
-    parser.add_argument("--shares", type=_percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT")
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the choice")
-    parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
-
-
-def _add_utility(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("split", metavar="SPLIT", help="folder that evaluate.py split has made")
-    parser.add_argument(
-        "--synthetic", type=_by_share, nargs="+", required=True, metavar="PERCENT=SAMPLE_DIR", help="set of every share"
-    )
-    trained = "checkpoint of every set, if its settings do not say what its generator was trained on"
-    parser.add_argument("--ckpt", type=_by_share, nargs="+", default=[], metavar="PERCENT=FILE", help=trained)
-    parser.add_argument(
-        "--shares", type=_percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
-    )
-    add_mask_type_argument(parser)
-    parser.add_argument("--steps", type=positive_int, default=400, help="steps of every training, the same in all arms")
-    parser.add_argument("--seeds", type=positive_int, default=3, help="trainings of every arm")
-    add_device_argument(parser)
-    _add_output(parser, "utility")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -163,48 +144,10 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real-dir", metavar="FOLDER", help=moved)
 
 
-def _add_output(parser: argparse.ArgumentParser, folder: str) -> None:
-    parser.add_argument("--output", type=Path, default=Path(folder), metavar="FOLDER", help="folder for the results")
-
-
-def _add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images{what}")
-    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
-    add_mask_type_argument(parser)
-
-
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=400, help="training steps of the judge")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the judge and of the held-out share")
     parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
-
-
-def _interval(text: str) -> tuple[float, float]:
-    """LO:HI as two numbers in [0, 1], for argparse."""
-    low, colon, high = text.partition(":")
-    try:
-        values = float(low), float(high)
-    except ValueError:
-        colon = ""
-    if not colon or not 0 <= values[0] < values[1] <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LO:HI with 0 <= LO < HI <= 1")
-    return values
-
-
-def _percent(text: str) -> int:
-    """A whole number in 1..100, for argparse."""
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is no percentage from 1 to 100")
-    return value
-
-
-def _by_share(text: str) -> tuple[int, Path]:
-    """PERCENT=PATH, for argparse."""
-    share, equals, path = text.partition("=")
-    if not equals or not share.isdecimal() or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PERCENT=PATH, such as 10=samples_10")
-    return _percent(share), Path(path)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -222,11 +165,11 @@ def _judge_settings(args: argparse.Namespace) -> dict[str, object]:
 
 def _show(section: Section, content: dict, written: str | Sequence[Path], samples: SampleSet | None = None) -> None:
     """Print a result: its table, what it says, how the set was made, and where the files are."""
+    from evaluation.output import written_line
     from synthetic.reader import describe_provenance
 
     made = describe_provenance(samples.provenance()) if samples is not None else []
-    files = written if isinstance(written, str) else ", ".join(map(str, written))
-    print("\n".join([*section.lines(content), *made, f"written: {files}"]))
+    print("\n".join([*section.lines(content), *made, written_line(written)]))
 
 
 def run_data(args: argparse.Namespace) -> None:
@@ -400,44 +343,6 @@ def run_sweep(args: argparse.Namespace) -> None:
     _show(SECTION, report.to_dict(), written)
 
 
-def run_split(args: argparse.Namespace) -> None:
-    """Copy real pairs into test images and nested shares of the others.
-
-    Train a generator on every SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated
-    ones; then run utility.
-    """
-    from evaluation.split import make_split
-
-    if (args.test_data_path is None) != (args.test_mask_path is None):
-        raise InputError("--test-data-path and --test-mask-path go together: give both, or none")
-    plan = make_split(
-        args.output, args.data_path, args.mask_path, args.shares, args.test_share, args.seed,
-        args.test_data_path, args.test_mask_path, args.instances,
-    )  # fmt: skip
-    print(f"{len(plan.test)} test pairs: {plan.part(None)}")
-    for share, names in plan.shares.items():
-        print(f"{share:>3} %: {len(names)} pairs: {plan.part(share)}")
-
-
-def run_utility(args: argparse.Namespace) -> None:
-    """Train a segmenter on real, synthetic, and real + synthetic images at several shares of the labels, with the
-    same steps and several seeds, and test it on real images.
-
-    A synthetic set that has seen more than its share, or the test images, is refused.
-    """
-    from evaluation.split import read_split
-    from evaluation.utility import SECTION, score_utility, write_utility_report
-    from synthetic.reader import SampleSet
-
-    sets = {share: SampleSet(path) for share, path in args.synthetic}
-    report = score_utility(
-        read_split(args.split), sets, dict(args.ckpt), args.shares, args.mask_type, args.steps, range(args.seeds),
-        resolve_device(args.device), progress=True,
-    )  # fmt: skip
-    written = write_utility_report(report, args.output)
-    _show(SECTION, report.to_dict(), written)
-
-
 @dataclass(frozen=True)
 class Measure:
     """One subcommand. The docstring of ``run`` is the description in its ``--help``."""
@@ -460,8 +365,8 @@ MEASURES = {
     "memorisation": Measure("nearest training image of every synthetic one", _add_memorisation, run_memorisation),
     "report": Measure("one HTML file of all that was measured on a set", _add_report, run_report),
     "sweep": Measure("which guidance and solver to sample with", _add_sweep, run_sweep),
-    "split": Measure("test images and shares of the labels, for the utility measure", _add_split, run_split),
-    "utility": Measure("does training on real + synthetic images beat real ones alone", _add_utility, run_utility),
+    "split": Measure("test images and shares of the labels, for the utility measure", add_split, run_split),
+    "utility": Measure("does training on real + synthetic images beat real ones alone", add_utility, run_utility),
 }
 
 

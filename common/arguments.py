@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 
 def number(
@@ -57,3 +58,31 @@ def overlap(text: str) -> float:
     if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
         raise argparse.ArgumentTypeError(f"{text} is neither a share between 0 and 1 nor a number of pixels")
     return value
+
+
+def interval(text: str) -> tuple[float, float]:
+    """LO:HI as two numbers in [0, 1], for argparse."""
+    low, colon, high = text.partition(":")
+    try:
+        values = float(low), float(high)
+    except ValueError:
+        colon = ""
+    if not colon or not 0 <= values[0] < values[1] <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LO:HI with 0 <= LO < HI <= 1")
+    return values
+
+
+def percent(text: str) -> int:
+    """A whole number in 1..100, for argparse."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no percentage from 1 to 100")
+    return value
+
+
+def by_share(text: str) -> tuple[int, Path]:
+    """PERCENT=PATH, for argparse."""
+    share, equals, path = text.partition("=")
+    if not equals or not share.isdecimal() or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PERCENT=PATH, such as 10=samples_10")
+    return percent(share), Path(path)

@@ -54,7 +54,7 @@ def refuse_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: P
     """Raises InputError with everything that :func:`find_leaks` finds."""
     leaks = find_leaks(split, share, samples, checkpoint)
     if leaks:
-        raise InputError(f"{samples.folder} leaks at {share} % of the labels: {'; '.join(leaks)}", "ckpt")
+        raise InputError(f"{samples.folder} leaks at {split.words(share)}: {'; '.join(leaks)}", "ckpt")
 
 
 def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str, str]) -> dict[str, int]:

@@ -92,6 +92,11 @@ def with_spread(mean: float | None, spread: float | None, sign: str = "") -> str
     return text if spread is None or mean is None else f"{text} ± {number(spread, 2)}"
 
 
+def written_line(written: str | Sequence[Path]) -> str:
+    """Where the files of a result are, as a command says it."""
+    return f"written: {written if isinstance(written, str) else ', '.join(map(str, written))}"
+
+
 # --- files and pictures ----------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -74,6 +74,23 @@ def write_report(
     results = {name: contents[name] for name in found}
     write_json(page.with_suffix(".json"), {"set": samples.folder.name, "images": len(samples), "measures": results})
     return page, found, missing
+
+
+def write_page(title: str, sections: Sequence[tuple[Section, dict, Path]], path: Path) -> Path:
+    """Write results that belong to no single set as one HTML file.
+
+    Args:
+        title: heading.
+        sections: each with its content and the folder of its pictures.
+        path: of the page.
+
+    Returns:
+        ``path``.
+    """
+    parts = [_part(*one) for one in sections]
+    text = TEMPLATE.render(name=title, parts=parts)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
 
 
 def _read(path: Path) -> dict | None:

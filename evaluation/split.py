@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,9 +32,12 @@ class SplitPlan:
         folder: SPLIT.
         seed: of the order.
         test: names of the test pairs.
-        shares: percent -> names, each share holding the smaller ones.
+        shares: percent of the training pairs, or number of labels, -> names, each share holding the smaller ones.
         images: name -> sha256 of the image file.
         masks: name -> sha256 of the mask file (or folder of nuclei).
+        unit: what the keys of ``shares`` count, "percent" or "labels".
+        unlabelled: number of labels -> names of the other training pairs, whose masks nothing may see.
+        groups: name -> look, patient or what else the images are grouped by.
     """
 
     folder: Path
@@ -43,10 +46,18 @@ class SplitPlan:
     shares: dict[int, list[str]]
     images: dict[str, str] = field(repr=False)
     masks: dict[str, str] = field(repr=False)
+    unit: str = "percent"
+    unlabelled: dict[int, list[str]] = field(default_factory=dict, repr=False)
+    groups: dict[str, str] = field(default_factory=dict, repr=False)
 
     def part(self, share: int | None) -> Path:
         """Folder of a share, of the test images for None."""
-        return self.folder / ("test" if share is None else f"share_{share:03d}")
+        name = "share" if self.unit == "percent" else "labels"
+        return self.folder / ("test" if share is None else f"{name}_{share:03d}")
+
+    def words(self, share: int) -> str:
+        """A share as a message says it."""
+        return f"{share} % of the labels" if self.unit == "percent" else f"{share} labels"
 
 
 def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequence[int], seed: int) -> tuple:
@@ -142,15 +153,15 @@ def make_split(
         plan = SplitPlan(
             output, seed, [f"test/{name}" for name in sorted(test_pairs)], by_share, plan.images, plan.masks
         )
-    instances = _instances_of(pairs, image_dir, instance_dir)
-    _copy(test_pairs.values(), plan.part(None), {})
+    instances = instances_of(pairs, image_dir, instance_dir)
+    copy_pairs(test_pairs.values(), plan.part(None), {})
     for share, chosen in by_share.items():
-        _copy([pairs[name] for name in chosen], plan.part(share), instances)
+        copy_pairs([pairs[name] for name in chosen], plan.part(share), instances)
     write_json(output / SPLIT_FILE, {name: value for name, value in asdict(plan).items() if name != "folder"})
     return plan
 
 
-def _instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: str | Path | None) -> dict[str, Path]:
+def instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: str | Path | None) -> dict[str, Path]:
     if instance_dir is None:
         return {}
     found, without, _ = match_names(find_files(image_dir, "image"), find_files(instance_dir, "instance labels"))
@@ -159,7 +170,8 @@ def _instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: s
     return {pair.name: pair.mask_path for pair in found if pair.name in pairs}
 
 
-def _copy(pairs: Iterable[Pair], folder: Path, instances: dict[str, Path]) -> None:
+def copy_pairs(pairs: Iterable[Pair], folder: Path, instances: Mapping[str, Path]) -> None:
+    """Copy images, masks and instance labels into the folders of a part."""
     for pair in pairs:
         files = {"images": pair.image_path, "masks": pair.mask_path, "instances": instances.get(pair.name)}
         for kind, path in files.items():
@@ -185,7 +197,11 @@ def read_split(folder: str | Path) -> SplitPlan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         shares = {int(share): names for share, names in content["shares"].items()}
-        plan = SplitPlan(folder, content["seed"], content["test"], shares, content["images"], content["masks"])
+        unlabelled = {int(share): names for share, names in content.get("unlabelled", {}).items()}
+        plan = SplitPlan(
+            folder, content["seed"], content["test"], shares, content["images"], content["masks"],
+            content.get("unit", "percent"), unlabelled, content.get("groups", {}),
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); make the split again") from error
     for share, names in [(None, plan.test), *plan.shares.items()]:

@@ -31,6 +31,7 @@ from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
 from evaluation.output import Section, Table, new_figure, number, save_figure, with_spread
 from evaluation.split import SplitPlan
+from evaluation.trial_report import NOTE, trial_notes, trial_table
 from synthetic.reader import SampleSet
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ class UtilityReport:
 
 
 def _table(content: dict) -> Table:
+    if "kind" in content:
+        return trial_table(content)
     rows = []
     for one in content["summary"]:
         scores = [with_spread(one[name], one[f"{name}_std"]) for name in METRICS]
@@ -140,13 +143,22 @@ def _table(content: dict) -> Table:
     return Table(["trained on", *METRICS.values(), "gain in Dice", "seeds", "real + synthetic images"], rows)
 
 
+def _notes(content: dict) -> list[str]:
+    if "kind" in content:
+        return [NOTE, *trial_notes(content)]
+    return [
+        "Mean ± standard deviation over the seeds. Gain is the Dice over that of real images alone at the same share "
+        "of the labels, seed by seed.",
+        f"{content['steps']} steps each; tested on {content['test_images']} real images (windows)",
+    ]
+
+
 SECTION = Section(
     "utility",
     "Does it help: a segmenter trained on it, tested on real images",
-    "Mean ± standard deviation over the seeds; the same number of steps in every arm. Gain is the Dice over that of "
-    "real images alone at the same share of the labels, seed by seed.",
+    "The same number of steps in every arm; tested on real images that nothing was trained on.",
     _table,
-    lambda content: [f"{content['steps']} steps each; tested on {content['test_images']} real images (windows)"],
+    _notes,
     ("utility.png",),
 )
 

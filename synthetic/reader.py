@@ -301,6 +301,14 @@ def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = 
     return _windowed(image, view, config)
 
 
+def read_whole(path: Path, config: DataConfig) -> np.ndarray:
+    """As :func:`read_real`, but all of the image at native scale under crop "random"."""
+    image = fit_channels(read_image(path), config.channels, path)
+    height, width = image.shape[:2]
+    view = center_view(height, width, config.image_size) if config.crop == "center" else whole_view(height, width)
+    return _windowed(image, view, config)
+
+
 def _windowed(image: np.ndarray, view: View, config: DataConfig) -> np.ndarray:
     window = image_window(image, config)  # of the whole image, as in training, not of the crop
     gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]

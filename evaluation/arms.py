@@ -1,0 +1,96 @@
+"""The arms of the utility experiment: what a segmenter is trained on, all for the same number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from common.errors import InputError
+from evaluation.fidelity import LabelledImage
+from evaluation.segmenter import Phase
+from evaluation.sources import CopyPaste, Labelled
+
+REAL, COPY_PASTE, SELF_TRAINING = "real", "copy-paste", "self-training"
+WITHOUT_SYNTHETIC = (REAL, COPY_PASTE, SELF_TRAINING)
+WAYS = ("real + synthetic", "synthetic then real", "80 % synthetic")
+PRETRAINING = 0.5  # share of the steps on synthetic images alone
+RULES = {"": (False, False), "ignore": (True, False), "practise": (False, True), "both rules": (True, True)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        way: one of ``WITHOUT_SYNTHETIC`` or ``WAYS``.
+        rules: key of ``RULES``: whether badly drawn pixels are ignored, and whether hard masks are drawn more often.
+    """
+
+    way: str
+    rules: str = ""
+
+    @property
+    def name(self) -> str:
+        """As tables and flags say it, such as ``real + synthetic, ignore``."""
+        return f"{self.way}, {self.rules}" if self.rules else self.way
+
+    @property
+    def ignores(self) -> bool:
+        """Whether pixels that were drawn wrongly are ignored."""
+        return RULES[self.rules][0]
+
+    @property
+    def practises(self) -> bool:
+        """Whether hard masks are drawn more often."""
+        return RULES[self.rules][1]
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether it needs a synthetic set."""
+        return self.way in WAYS
+
+
+ARMS = {arm.name: arm for arm in [*map(Arm, WITHOUT_SYNTHETIC), *(Arm(way, rules) for way in WAYS for rules in RULES)]}
+
+
+def arm_of(name: str) -> Arm:
+    """The arm of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in ARMS:
+        raise InputError(f"arm {name!r} is unknown; choose from {'; '.join(ARMS)}", "arms")
+    return ARMS[name]
+
+
+def phases_of(
+    arm: Arm,
+    real: Sequence[LabelledImage],
+    groups: Sequence[str],
+    synthetic: Sequence[LabelledImage] = (),
+    pseudo: Sequence[LabelledImage] = (),
+) -> list[Phase]:
+    """What the segmenter of an arm sees.
+
+    Args:
+        arm: which one.
+        real: labelled images.
+        groups: look of each.
+        synthetic: images of the set, for arms that need it.
+        pseudo: images with pseudo-labels, for self-training.
+    """
+    own = Labelled(real)
+    if arm.way == REAL:
+        return [Phase(1, [(own, 1)])]
+    if arm.way == COPY_PASTE:
+        return [Phase(1, [(own, 0.5), (CopyPaste(real, groups), 0.5)])]
+    if arm.way == SELF_TRAINING:
+        return [Phase(1, [(own, 0.5), (Labelled(pseudo), 0.5)])]
+    made = Labelled(synthetic)
+    mixtures: Mapping[str, list[Phase]] = {
+        "real + synthetic": [Phase(1, [(own, 0.5), (made, 0.5)])],
+        "synthetic then real": [Phase(PRETRAINING, [(made, 1)]), Phase(1 - PRETRAINING, [(own, 1)])],
+        "80 % synthetic": [Phase(1, [(own, 0.2), (made, 0.8)])],
+    }
+    return mixtures[arm.way]

@@ -1,0 +1,238 @@
+"""Several random selections of a few labelled images, each with its test images, as folders.
+
+SPLIT/selection_00/test/images, masks            real pairs that nothing is trained on
+SPLIT/selection_00/labels_005/images, masks      five labelled pairs; labels_010 holds these and five more
+SPLIT/selection_00/labels_005/unlabelled         images of the other training pairs, without masks
+SPLIT/selection_00/split.json                    names and hashes, as of a split by shares
+SPLIT/selections.json                            the numbers of labels and of selections
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.disk import check_folder, file_sha256, read_csv, write_json
+from common.errors import InputError, list_some
+from common.randomness import derived_seed, shuffled_by_hash
+from dataset.files import Pair, pair_files
+from evaluation.split import (
+    SPLIT_FILE,
+    SplitPlan,
+    copy_pairs,
+    group_near_duplicates,
+    instances_of,
+    plan_shares,
+    read_split,
+    shown_in_both,
+)
+
+SELECTIONS_FILE = "selections.json"
+UNLABELLED = "unlabelled"
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How labelled images are chosen.
+
+    Attributes:
+        labels: numbers of labelled images, or of labelled groups with ``whole_groups``.
+        selections: random selections.
+        seed: of all of them.
+        test_share: of the pairs, tested on in every selection; not used with test folders or ``test_groups``.
+        whole_groups: a label is a whole group, such as a patient.
+        test_groups: each selection tests on so many groups of its own; 0 tests on ``test_share`` of the pairs.
+    """
+
+    labels: Sequence[int]
+    selections: int = 5
+    seed: int = 0
+    test_share: float = 0.2
+    whole_groups: bool = False
+    test_groups: int = 0
+
+
+def read_groups(path: Path, column: str) -> dict[str, str]:
+    """name -> group from a table with the columns ``name`` (with or without suffix) and ``column``.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    columns, rows = read_csv(path)
+    missing = [name for name in ("name", column) if name not in columns]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}")
+    return {Path(row["name"]).stem: row[column] for row in rows}
+
+
+def choose(groups: Mapping[str, str], settings: SelectionSettings, selection: int) -> tuple[list[str], dict]:
+    """Names of one selection.
+
+    Images are taken from the groups in turn, the largest group first, so that every look gets labels. Smaller numbers
+    of labels are part of the larger ones.
+
+    Args:
+        groups: name -> group of the pairs that may be chosen.
+        settings: numbers.
+        selection: number of the selection.
+
+    Returns:
+        (test names: those of ``test_groups``, number of labels -> labelled names).
+
+    Raises:
+        InputError: too few images or groups.
+    """
+    seed = derived_seed(settings.seed, selection)
+    members: dict[str, list[str]] = {}
+    for name in shuffled_by_hash(groups, seed):
+        members.setdefault(groups[name], []).append(name)
+    drawn = shuffled_by_hash(members, seed)
+    test = [name for group in drawn[: settings.test_groups] for name in members[group]]
+    drawn = drawn[settings.test_groups :]
+    if settings.whole_groups:
+        units = [sorted(members[group]) for group in drawn]
+    else:
+        ordered = sorted(drawn, key=lambda group: -len(members[group]))
+        longest = max((len(members[group]) for group in drawn), default=0)
+        units = [[members[group][turn]] for turn in range(longest) for group in ordered if turn < len(members[group])]
+    if max(settings.labels) > len(units):
+        what = "groups" if settings.whole_groups else "images"
+        raise InputError(
+            f"{max(settings.labels)} labels are asked for, and {len(units)} {what} are left to choose from"
+        )
+    return sorted(test), {count: sorted(sum(units[:count], [])) for count in sorted(set(settings.labels))}
+
+
+def make_selections(
+    output: Path,
+    image_dir: str | Path,
+    mask_dir: str | Path,
+    settings: SelectionSettings,
+    test_dirs: tuple[str | Path, str | Path] | None = None,
+    instance_dir: str | Path | None = None,
+    test_instance_dir: str | Path | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> list[SplitPlan]:
+    """Write the folders of all selections; files are links to one copy if the disk can do that.
+
+    Args:
+        output: new folder.
+        image_dir: real images.
+        mask_dir: their masks.
+        settings: how to choose.
+        test_dirs: images and masks to test on; None takes some of the pairs.
+        instance_dir: instance labels of the pairs, copied along.
+        test_instance_dir: instance labels of the test pairs.
+        groups: name -> group; None puts all into one.
+
+    Raises:
+        InputError: the folder holds something, too few pairs, test images among the training images, or images that
+            have no group.
+    """
+    check_folder(output)
+    pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
+    tested = {f"test/{pair.name}": pair for pair in pair_files(*test_dirs)} if test_dirs else {}
+    everything = pairs | tested
+    of_group = {name: (groups or {}).get(pair.image_path.stem, "") for name, pair in everything.items()}
+    without = [name for name, group in of_group.items() if groups and not group]
+    if without:
+        raise InputError(f"{len(without)} images have no group: {list_some(without)}")
+    both = shown_in_both(pairs.values(), tested.values()) if tested else []
+    if both:
+        raise InputError(f"{len(both)} test images show nearly the same as training images, a leak: {list_some(both)}")
+    chosen = _choose_all(pairs, tested, of_group, settings)
+    hashes = {name: (file_sha256(pair.image_path), file_sha256(pair.mask_path)) for name, pair in everything.items()}
+    cells = instances_of(pairs, image_dir, instance_dir)
+    if test_dirs and test_instance_dir:
+        own = instances_of({pair.name: pair for pair in tested.values()}, test_dirs[0], test_instance_dir)
+        cells |= {f"test/{name}": path for name, path in own.items()}
+    plans = []
+    for number, (test, by_labels) in enumerate(chosen):
+        rest = sorted(set(pairs) - set(test))
+        plan = SplitPlan(
+            output / f"selection_{number:02d}", settings.seed, test, by_labels,
+            {name: one for name, (one, _) in hashes.items()}, {name: other for name, (_, other) in hashes.items()},
+            "labels", {count: sorted(set(rest) - set(names)) for count, names in by_labels.items()}, of_group,
+        )  # fmt: skip
+        _write(plan, everything, cells, plans[0].folder.parent / "pool" if plans else output / "pool")
+        plans.append(plan)
+    write_json(output / SELECTIONS_FILE, asdict(settings) | {"labels": sorted(set(settings.labels))})
+    return plans
+
+
+def _choose_all(
+    pairs: Mapping[str, Pair], tested: Mapping[str, Pair], groups: Mapping[str, str], settings: SelectionSettings
+) -> list[tuple[list[str], dict[int, list[str]]]]:
+    """Test names and labelled names of every selection."""
+    test = sorted(tested)
+    if not tested and not settings.test_groups:
+        test, _ = plan_shares(group_near_duplicates(list(pairs.values())), settings.test_share, [100], settings.seed)
+    free = {name: groups[name] for name in pairs if name not in test}
+    found = [choose(free, settings, number) for number in range(settings.selections)]
+    return [(own or test, by_labels) for own, by_labels in found]
+
+
+def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path], pool: Path) -> None:
+    """The folders of one selection; ``pool`` holds the one copy that the others link to."""
+    renamed = {name: _renamed(pair, name) for name, pair in pairs.items()}
+    if not pool.is_dir():
+        copy_pairs(renamed.values(), pool, {})
+        for name, path in cells.items():
+            (pool / "instances").mkdir(exist_ok=True)
+            shutil.copyfile(path, pool / "instances" / f"{_flat(name)}{path.suffix}")
+    parts = {plan.part(None): plan.test} | {plan.part(count): names for count, names in plan.shares.items()}
+    for folder, names in parts.items():
+        _link(pool, folder, [_flat(name) for name in names], ("images", "masks", "instances"))
+    for count, names in plan.unlabelled.items():
+        _link(pool, plan.part(count) / UNLABELLED, [_flat(name) for name in names], ("images",))
+    write_json(plan.folder / SPLIT_FILE, {name: value for name, value in asdict(plan).items() if name != "folder"})
+
+
+def _flat(name: str) -> str:
+    """The name of a file of a test pair, which may be that of a training pair, too."""
+    return name.replace("/", "__")
+
+
+def _renamed(pair: Pair, name: str) -> Pair:
+    return Pair(_flat(name), pair.image_path, pair.mask_path)
+
+
+def _link(pool: Path, folder: Path, names: Iterable[str], kinds: Sequence[str]) -> None:
+    """Hard links of a part's files; copies if the disk has no links."""
+    wanted = set(names)
+    for kind in kinds:
+        files = [path for path in (pool / kind).iterdir() if path.stem in wanted] if (pool / kind).is_dir() else []
+        if files:
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        for path in files:
+            target = folder / kind / path.name
+            if path.is_dir():
+                shutil.copytree(path, target)
+                continue
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+
+
+def read_selections(folder: str | Path) -> list[SplitPlan]:
+    """The plans of a folder that :func:`make_selections` wrote, each checked against its files.
+
+    Raises:
+        InputError: it is none, or files were changed since.
+    """
+    path = Path(folder) / SELECTIONS_FILE
+    try:
+        count = int(json.loads(path.read_text(encoding="utf-8"))["selections"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); make the folder with evaluate.py split") from error
+    return [read_split(Path(folder) / f"selection_{number:02d}") for number in range(count)]
+
+
+def holds_selections(folder: str | Path) -> bool:
+    """Whether a folder was split by numbers of labels."""
+    return (Path(folder) / SELECTIONS_FILE).is_file()

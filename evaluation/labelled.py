@@ -1,0 +1,79 @@
+"""Labelled images for segmenters: real pairs of a folder, images of a synthetic set, images without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.cells import connected_cells, without_gaps
+from common.errors import InputError
+from common.randomness import shuffled_by_hash
+from dataset.config import DataConfig
+from dataset.files import find_files, read_mask
+from dataset.mask_folder import MaskFolder
+from evaluation.fidelity import LabelledImage, labelled_image
+from synthetic.reader import SampleSet, read_whole
+
+
+class Named(NamedTuple):
+    """A labelled image and its name."""
+
+    name: str
+    item: LabelledImage
+
+
+def segmenter_classes(samples: SampleSet | None, config: DataConfig) -> int:
+    """Classes that a segmenter learns: those of the masks, but a boundary made from instances is no class."""
+    rule = (samples.settings.get("mask_rule") or {}) if samples is not None else {}
+    has_boundary = rule.get("mask_type") == "instances" and rule.get("num_classes") == 3
+    return 2 if has_boundary else config.num_classes
+
+
+def real_pairs(folder: Path, config: DataConfig, num_classes: int, mask_type: str = "auto") -> list[Named]:
+    """Pairs of ``folder``/images and masks, whole at native scale; the resized middle square under crop "center".
+
+    Cells are those of ``folder``/instances if it is there, else the connected parts of the masks.
+
+    Args:
+        folder: a part of a split.
+        config: how images are read.
+        num_classes: K of the segmenter.
+        mask_type: what the masks hold.
+    """
+    own = dataclasses.replace(config, num_classes=num_classes)
+    scale = 1.0 if config.crop == "random" else None
+    masks = MaskFolder(folder / "masks", own, mask_type, folder / "images", whole_scale=scale)
+    cells = find_files(folder / "instances", "instance labels") if (folder / "instances").is_dir() else {}
+    found = []
+    for name in masks.names:
+        item = masks.load(name)
+        pair = labelled_image(item, masks.rule)
+        if cells:
+            if name not in cells:
+                raise InputError(f"{folder / 'instances'} has no file for {name}")
+            pair = pair._replace(cells=without_gaps(item.view.apply_labels(read_mask(cells[name])).astype(np.int64)))
+        found.append(Named(name, pair))
+    return found
+
+
+def set_pairs(samples: SampleSet, num_classes: int) -> list[Named]:
+    """Images of a synthetic set with their labels."""
+    found = []
+    for sample in samples.samples:
+        classes, cells = samples.class_map(sample), samples.instance_map(sample)
+        if num_classes == 2:
+            classes = (classes > 0).astype(np.uint8)
+        cells = connected_cells(classes > 0) if cells is None else without_gaps(cells.astype(np.int64))
+        found.append(Named(sample.name, LabelledImage(samples.synthetic(sample), classes, cells)))
+    return found
+
+
+def plain_images(folder: Path, config: DataConfig, most: int | None, seed: int) -> list[tuple[str, np.ndarray]]:
+    """Images without labels as uint8 (H, W, C), at most so many; which ones follows from the seed and their names."""
+    files = find_files(folder, "image")
+    names: Sequence[str] = shuffled_by_hash(files, seed)[:most]
+    return [(name, read_whole(files[name], config)) for name in names]

@@ -1,0 +1,78 @@
+"""A practice folder on disk: its rounds, its synthetic sets and the pixels to ignore.
+
+FOLDER/practice.json           settings and what every round gave
+FOLDER/round_0/samples         a set of sample_ddp.py; round_1 and so on draw the hard masks again
+FOLDER/round_0/ignore/NAME.png 8-bit, 255 where the image was drawn wrongly, else 0
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError
+from dataset.files import read_mask
+from evaluation.fidelity import LabelledImage
+from evaluation.labelled import Named, set_pairs
+from evaluation.segmenter import IGNORE
+from synthetic.manifest import MANIFEST
+from synthetic.reader import SampleSet
+
+PRACTICE_FILE = "practice.json"
+
+
+class PracticeFolder:
+    """The synthetic sets of one selection of labels, or a plain set of sample_ddp.py in their place.
+
+    Args:
+        folder: of ``evaluate.py practise``, or a set.
+
+    Raises:
+        InputError: it is neither.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_plain_set = (folder / MANIFEST).is_file()
+        if self.is_plain_set:
+            self.rounds = [folder]
+        elif (folder / PRACTICE_FILE).is_file():
+            content = json.loads((folder / PRACTICE_FILE).read_text(encoding="utf-8"))
+            self.rounds = [folder / f"round_{one['round']}" for one in content["rounds"]]
+        else:
+            raise InputError(f"{folder} is neither a set of sample_ddp.py nor a folder of evaluate.py practise")
+
+    def sets(self) -> list[SampleSet]:
+        """The set of every round."""
+        return [SampleSet(self.set_folder(number)) for number in range(len(self.rounds))]
+
+    def set_folder(self, number: int) -> Path:
+        """The folder of the set of a round."""
+        return self.rounds[number] if self.is_plain_set else self.rounds[number] / "samples"
+
+    def images(self, num_classes: int, ignore: bool, practise: bool) -> list[LabelledImage]:
+        """Images to train on.
+
+        Args:
+            num_classes: K of the segmenter.
+            ignore: give ``IGNORE`` to the pixels that were drawn wrongly.
+            practise: also those of the later rounds, in which hard masks were drawn more often.
+
+        Raises:
+            InputError: a plain set has none of that.
+        """
+        if self.is_plain_set and (ignore or practise):
+            raise InputError(f"{self.folder} is a plain set: arms with rules need a folder of evaluate.py practise")
+        found = []
+        for number in range(len(self.rounds) if practise else 1):
+            pairs = set_pairs(SampleSet(self.set_folder(number)), num_classes)
+            found += [ignored(pair, self.rounds[number]) if ignore else pair.item for pair in pairs]
+        return found
+
+
+def ignored(pair: Named, round_folder: Path) -> LabelledImage:
+    """The image with ``IGNORE`` where its round says that it was drawn wrongly."""
+    wrong = read_mask(round_folder / "ignore" / f"{pair.name}.png") > 0
+    return pair.item._replace(classes=np.where(wrong, IGNORE, pair.item.classes).astype(np.uint8))

@@ -1,0 +1,323 @@
+"""The utility experiment by numbers of labels: selections x labels x arms x seeds, resumable training by training.
+
+Everything derived (generator, masks, segmenters) may see the labels of its own selection only; the other training
+images count as unlabelled. All arms have the same number of steps and the same augmentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
+from common.errors import InputError
+from dataset.config import DataConfig
+from evaluation.arms import REAL, SELF_TRAINING, Arm, phases_of
+from evaluation.instance_score import InstanceScore, score_segmenter
+from evaluation.judge import build_network, judged_channels
+from evaluation.label_split import UNLABELLED
+from evaluation.labelled import Named, plain_images, real_pairs, segmenter_classes
+from evaluation.leaks import refuse_leaks
+from evaluation.output import number
+from evaluation.practice_folder import PracticeFolder
+from evaluation.segmenter import Segmenter, SegmenterConfig, train_segmenter
+from evaluation.sources import pseudo_label
+from evaluation.split import SplitPlan
+from synthetic.manifest import MANIFEST
+
+logger = logging.getLogger(__name__)
+TRIAL_VERSION = 1  # raise it when the same settings would give another score
+LEAST_CONFIDENCE = 0.9  # of a pseudo-label
+RESULTS, NETWORKS = "results", "segmenters"
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What decides a score, besides the data.
+
+    Attributes:
+        arms: what is compared.
+        labels: numbers of labels.
+        seeds: trainings of every arm and selection.
+        steps: of every training.
+        crop: side of the training squares, pixels.
+        pseudo_images: most unlabelled images for self-training.
+        mask_type: what the real masks hold.
+        config: how images are read, if no synthetic set says it.
+    """
+
+    arms: tuple[Arm, ...]
+    labels: tuple[int, ...]
+    seeds: int = 1
+    steps: int = 500
+    crop: int = 64
+    pseudo_images: int = 60
+    mask_type: str = "auto"
+    config: DataConfig | None = None
+
+    def fixed(self) -> dict:
+        """What all results in one folder share."""
+        return {
+            "trial": TRIAL_VERSION,
+            "steps": self.steps,
+            "crop": self.crop,
+            "pseudo_images": self.pseudo_images,
+            "mask_type": self.mask_type,
+        }
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One training and its scores on the test images."""
+
+    selection: int
+    labels: int
+    arm: str
+    seed: int
+    real_images: int
+    synthetic_images: int
+    score: InstanceScore
+    groups: dict[str, InstanceScore]
+
+    @classmethod
+    def from_dict(cls, content: dict) -> TrialRow:
+        """The inverse of ``dataclasses.asdict``."""
+        groups = {name: InstanceScore(**score) for name, score in content["groups"].items()}
+        return cls(**{**content, "score": InstanceScore(**content["score"]), "groups": groups})
+
+
+class Case:
+    """One number of labels of one selection: its images, read when they are first asked for.
+
+    Args:
+        plan: the selection.
+        selection: its number.
+        labels: key of ``plan.shares``.
+        synthetic: practice folder or set of this case, or None.
+        settings: of the experiment.
+
+    Raises:
+        InputError: a leak.
+    """
+
+    def __init__(
+        self, plan: SplitPlan, selection: int, labels: int, synthetic: Path | None, settings: TrialSettings
+    ) -> None:
+        self.plan, self.selection, self.labels, self.settings = plan, selection, labels, settings
+        self.made = None if synthetic is None else PracticeFolder(synthetic)
+        sets = [] if self.made is None else self.made.sets()
+        for samples in sets:
+            refuse_leaks(plan, labels, samples)
+        self.config = sets[0].require_config() if sets else settings.config
+        if self.config is None:
+            raise InputError(
+                "no synthetic set says how images are read: give image_size and the other fields of training",
+                "image_size",
+            )
+        self.num_classes = segmenter_classes(sets[0] if sets else None, self.config)
+        self._real: list[Named] | None = None
+        self._test: list[Named] | None = None
+
+    @property
+    def real(self) -> list[Named]:
+        """The labelled images."""
+        if self._real is None:
+            self._real = self._read(self.labels)
+        return self._real
+
+    @property
+    def test(self) -> list[Named]:
+        """The test images."""
+        if self._test is None:
+            self._test = self._read(None)
+        return self._test
+
+    def forget(self) -> None:
+        """Free the memory of the images."""
+        self._real = self._test = None
+
+    def _read(self, share: int | None) -> list[Named]:
+        return real_pairs(self.plan.part(share), self.config, self.num_classes, self.settings.mask_type)
+
+    def group(self, name: str) -> str:
+        """Look or patient of an image."""
+        return self.plan.groups.get(name.replace("__", "/", 1) if name.startswith("test__") else name, "")
+
+    def segmenter(self, seed: int) -> SegmenterConfig:
+        """How its segmenters are trained."""
+        return SegmenterConfig(
+            self.num_classes, judged_channels(self.config), self.settings.crop, self.settings.steps, seed=seed
+        )
+
+    def stamp(self, arm: Arm) -> dict[str, object]:
+        """What the score of an arm depends on; a stored score with another stamp is made again."""
+        sets: list[str] = []
+        if arm.is_synthetic and self.made is not None:
+            sets = [file_sha256(self.made.set_folder(place) / MANIFEST) for place in range(len(self.made.rounds))]
+            sets = sets if arm.practises else sets[:1]
+        config = dataclasses.replace(self.config, window_values=None)
+        return {"data": config.to_dict(), "classes": self.num_classes, "sets": sets}
+
+
+def run_trial(
+    plans: Sequence[SplitPlan],
+    synthetic: Path | None,
+    settings: TrialSettings,
+    output: Path,
+    device: torch.device,
+    selections: Sequence[int] | None = None,
+) -> list[TrialRow]:
+    """Train and test what is not there yet, and read what is.
+
+    Args:
+        plans: the selections.
+        synthetic: holds ``selection_SS/labels_NNN`` for every case; None runs arms without synthetic images only.
+        settings: arms, labels, budget.
+        output: a result per training goes here.
+        device: where to train.
+        selections: numbers of those to run now; None for all. Results of others that are there are read, too.
+
+    Returns:
+        All rows in ``output`` that belong to these settings.
+
+    Raises:
+        InputError: leaks (before any training), unknown numbers of labels, a folder of other settings.
+    """
+    cases = list(_cases(plans, synthetic, settings, selections))
+    check_folder(output, settings.fixed())
+    (output / RESULTS).mkdir(parents=True, exist_ok=True)
+    (output / NETWORKS).mkdir(exist_ok=True)
+    with lock_folder(output, "name another output", [RESULTS, NETWORKS]):
+        if not (output / SETTINGS).is_file():
+            write_json(output / SETTINGS, settings.fixed())
+        clock = Clock(len(cases) * settings.seeds * len(settings.arms))
+        for case in cases:
+            for seed in range(settings.seeds):
+                for arm in settings.arms:
+                    _run_job(case, arm, seed, output, device, clock)
+            case.forget()
+    return read_rows(output)
+
+
+class Clock:
+    """How many trainings are done and how long the others may take."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.made, self.started = total, 0, 0, time.monotonic()
+
+    def minutes_left(self) -> float:
+        """Estimate from the trainings made so far."""
+        return (time.monotonic() - self.started) / max(1, self.made) * (self.total - self.done) / 60
+
+
+def _run_job(case: Case, arm: Arm, seed: int, output: Path, device: torch.device, clock: Clock) -> None:
+    """One training, if its result is not there."""
+    path = output / RESULTS / f"{_slug(case.selection, case.labels, arm.name, seed)}.json"
+    clock.done += 1
+    if _is_there(path, case.stamp(arm)):
+        return
+    row = train_and_test(case, arm, seed, output, device)
+    write_json(path, {"stamp": case.stamp(arm), "row": asdict(row)})
+    clock.made += 1
+    logger.info(
+        "selection %d, %d labels, %s, seed %d: AP %s; training %d of %d, about %.0f min left",
+        case.selection, case.labels, arm.name, seed, number(row.score.ap50), clock.done, clock.total,
+        clock.minutes_left(),
+    )  # fmt: skip
+
+
+def _cases(
+    plans: Sequence[SplitPlan], synthetic: Path | None, settings: TrialSettings, selections: Sequence[int] | None
+) -> Iterator[Case]:
+    needs_sets = any(arm.is_synthetic for arm in settings.arms)
+    if needs_sets and synthetic is None:
+        raise InputError(
+            "arms with synthetic images need synthetic: a folder with selection_00/labels_NNN", "synthetic"
+        )
+    for selection, plan in enumerate(plans):
+        unknown = sorted(set(settings.labels) - set(plan.shares))
+        if unknown:
+            known = ", ".join(map(str, plan.shares))
+            raise InputError(f"{plan.folder} has no selection of {unknown[0]} labels; it has {known}", "labels")
+        if selections is not None and selection not in selections:
+            continue
+        for labels in settings.labels:
+            folder = synthetic / plan.folder.name / plan.part(labels).name if synthetic is not None else None
+            if folder is not None and not folder.is_dir() and not needs_sets:
+                folder = None
+            yield Case(plan, selection, labels, folder, settings)
+
+
+def _slug(selection: int, labels: int, arm: str, seed: int) -> str:
+    words = "".join(letter if letter.isalnum() else "_" for letter in arm.replace(" ", ""))
+    return f"selection_{selection:02d}_labels_{labels:03d}_{words}_seed_{seed}"
+
+
+def _is_there(path: Path, stamp: dict[str, object]) -> bool:
+    if not path.is_file():
+        return False
+    if json.loads(path.read_text(encoding="utf-8")).get("stamp") == json.loads(json.dumps(stamp)):
+        return True
+    logger.info("%s was made from other images; it is made again", path.name)
+    return False
+
+
+def read_rows(output: Path) -> list[TrialRow]:
+    """All results of a folder, sorted by labels, arm, selection and seed."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / RESULTS).glob("*.json"))]
+    rows = [TrialRow.from_dict(content["row"]) for content in contents]
+    return sorted(rows, key=lambda row: (row.labels, row.arm, row.selection, row.seed))
+
+
+def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.device) -> TrialRow:
+    """One training of one arm and its scores on the test images."""
+    real = [one.item for one in case.real]
+    groups = [case.group(one.name) for one in case.real]
+    made, pseudo = [], []
+    if arm.is_synthetic:
+        made = case.made.images(case.num_classes, arm.ignores, arm.practises)
+    if arm.way == SELF_TRAINING:
+        pseudo = _pseudo_labelled(case, seed, output, device)
+    if arm.way == REAL:
+        network = _teacher(case, seed, output, device)
+    else:
+        network = train_segmenter(phases_of(arm, real, groups, made, pseudo), case.segmenter(seed), device)
+    tested = [(one.item, case.group(one.name)) for one in case.test]
+    score, by_group = score_segmenter(Segmenter([network], device), tested, case.num_classes)
+    return TrialRow(
+        case.selection, case.labels, arm.name, seed, len(real), len(made) + len(pseudo), score, dict(by_group)
+    )
+
+
+def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Module:
+    """The segmenter of the real images alone, kept for self-training."""
+    key = hashlib.sha256(json.dumps(case.stamp(Arm(REAL)), sort_keys=True).encode()).hexdigest()[:8]
+    path = output / NETWORKS / f"{_slug(case.selection, case.labels, REAL, seed)}_{key}.pt"
+    config = case.segmenter(seed)
+    network = build_network(config.num_classes + 1, channels=config.channels)
+    if path.is_file():
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return network.to(device).eval()
+    groups = [case.group(one.name) for one in case.real]
+    network = train_segmenter(phases_of(Arm(REAL), [one.item for one in case.real], groups), config, device)
+    weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    write_atomically(path, lambda file: torch.save(weights, file))
+    return network
+
+
+def _pseudo_labelled(case: Case, seed: int, output: Path, device: torch.device) -> list:
+    folder = case.plan.part(case.labels) / UNLABELLED / "images"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not there: without unlabelled images leave out the arm {SELF_TRAINING}", "arms")
+    images = plain_images(folder, case.config, case.settings.pseudo_images, seed)
+    segmenter = Segmenter([_teacher(case, seed, output, device)], device)
+    return [pseudo_label(image, segmenter, LEAST_CONFIDENCE) for _, image in images]

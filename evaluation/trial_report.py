@@ -1,0 +1,275 @@
+"""Tables, sentences and the plot of the utility experiment by numbers of labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from common.disk import write_csv, write_json
+from evaluation.arms import ARMS, REAL, WITHOUT_SYNTHETIC
+from evaluation.output import Table, new_figure, number, save_figure, with_spread
+from evaluation.trial import TRIAL_VERSION, TrialRow
+
+CONFIDENCE = 0.95  # of the intervals
+CLEAR = 2.0  # standard errors that make a difference clear
+SCORES = ("ap50", "ap75", "ap90", "ap50_touching", "pq", "dice")
+TITLES = {
+    "ap50": "AP 0.5", "ap75": "AP 0.75", "ap90": "AP 0.9", "ap50_touching": "AP 0.5, touching", "pq": "PQ",
+    "dice": "Dice",
+}  # fmt: skip
+HELPS, HARMS, UNCLEAR, UNKNOWN = "helps", "harms", "no clear difference", "one selection: not known"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference over selections.
+
+    Attributes:
+        mean: of the differences, selection by selection.
+        error: standard error of that mean; None for one selection.
+        low, high: interval of ``CONFIDENCE`` by Student's t; None for one selection.
+        count: selections.
+    """
+
+    mean: float
+    error: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+    @property
+    def verdict(self) -> str:
+        """What the difference says, with ``CLEAR`` standard errors as the limit."""
+        if self.error is None:
+            return UNKNOWN
+        if abs(self.mean) <= CLEAR * self.error or self.mean == 0:
+            return UNCLEAR
+        return HELPS if self.mean > 0 else HARMS
+
+
+def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+    """Mean of first - second over the selections that both have; None if there is none."""
+    both = sorted(set(first) & set(second))
+    if not both:
+        return None
+    gains = np.array([first[key] - second[key] for key in both])
+    if len(gains) < 2:
+        return Difference(float(gains.mean()), None, None, None, len(gains))
+    error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(gains) - 1)) * error
+    mean = float(gains.mean())
+    return Difference(mean, error, mean - reach, mean + reach, len(gains))
+
+
+def by_selection(rows: Sequence[TrialRow], labels: int, arm: str, score: str = "ap50") -> dict[int, float]:
+    """Selection -> score of an arm, mean over its seeds."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        value = getattr(row.score, score)
+        if (row.labels, row.arm) == (labels, arm) and value is not None:
+            values.setdefault(row.selection, []).append(value)
+    return {selection: float(np.mean(found)) for selection, found in sorted(values.items())}
+
+
+def labels_worth(curve: Mapping[int, float], value: float) -> tuple[float, str]:
+    """Number of labels at which real images alone reach a score, read off the real curve on a logarithmic axis.
+
+    Args:
+        curve: labels -> score of real images alone, two points at least.
+        value: score.
+
+    Returns:
+        The number and its words; outside of the curve its end, "fewer than" or "more than".
+    """
+    numbers = sorted(curve)
+    reached = np.maximum.accumulate([curve[count] for count in numbers])  # more labels are worth no less
+    if value < reached[0]:
+        return float(numbers[0]), f"fewer than {numbers[0]}"
+    if value > reached[-1]:
+        return float(numbers[-1]), f"more than {numbers[-1]}"
+    worth = float(np.exp(np.interp(value, reached, np.log(numbers))))
+    return worth, f"{worth:.0f}"
+
+
+# --- the summary -----------------------------------------------------------------------------------------------------
+
+
+def summarize_trial(rows: Sequence[TrialRow], steps: int) -> dict:
+    """Everything that tables, plot and recommendation need, as plain types."""
+    counts = sorted({row.labels for row in rows})
+    known = {labels: by_selection(rows, labels, REAL) for labels in counts}
+    real_curve = {labels: float(np.mean(list(known[labels].values()))) for labels in counts if known[labels]}
+    entries = [
+        _entry(rows, labels, arm, known[labels], real_curve)
+        for labels in counts
+        for arm in sorted({row.arm for row in rows if row.labels == labels}, key=list(ARMS).index)
+    ]
+    return {
+        "version": TRIAL_VERSION,
+        "kind": "labels",
+        "steps": steps,
+        "summary": entries,
+        "duels": [duel for labels in counts if (duel := _duel(rows, labels, entries)) is not None],
+        "groups": _group_table(rows),
+    }
+
+
+def _entry(
+    rows: Sequence[TrialRow], labels: int, arm: str, real: Mapping[int, float], real_curve: Mapping[int, float]
+) -> dict:
+    own = [row for row in rows if (row.labels, row.arm) == (labels, arm)]
+    entry: dict = {"labels": labels, "arm": arm, "trainings": len(own), "selections": len({r.selection for r in own})}
+    for score in SCORES:
+        values = list(by_selection(rows, labels, arm, score).values())
+        entry[score] = float(np.mean(values)) if values else None
+        entry[f"{score}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    classes = [row.score.class_dice for row in own]
+    entry["class_dice"] = [_mean([one[k] for one in classes]) for k in range(len(classes[0]))]
+    gain = difference(by_selection(rows, labels, arm), real) if arm != REAL else None
+    entry["gain"] = None if gain is None else asdict(gain) | {"verdict": gain.verdict}
+    entry["worth"] = None
+    if arm not in WITHOUT_SYNTHETIC and len(real_curve) > 1 and entry["ap50"] is not None:
+        entry["worth"] = labels_worth(real_curve, entry["ap50"])[1]
+    entry["images"] = f"{own[0].real_images} + {round(np.mean([row.synthetic_images for row in own]))}"
+    return entry
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _duel(rows: Sequence[TrialRow], labels: int, entries: Sequence[dict]) -> dict | None:
+    """The best arm with synthetic images against the best without, selection by selection."""
+    own = [entry for entry in entries if entry["labels"] == labels and entry["ap50"] is not None]
+    made = [entry for entry in own if entry["arm"] not in WITHOUT_SYNTHETIC]
+    others = [entry for entry in own if entry["arm"] in WITHOUT_SYNTHETIC]
+    if not made or not others:
+        return None
+    best, other = (max(part, key=lambda entry: entry["ap50"])["arm"] for part in (made, others))
+    found = difference(by_selection(rows, labels, best), by_selection(rows, labels, other))
+    if found is None:
+        return None
+    return {"labels": labels, "synthetic": best, "other": other} | asdict(found) | {"verdict": found.verdict}
+
+
+def _group_table(rows: Sequence[TrialRow]) -> list[dict]:
+    """Mean AP at 0.5 of every group of test images, by labels and arm."""
+    names = sorted({name for row in rows for name in row.groups})
+    if len(names) < 2:
+        return []
+    found = []
+    for labels, arm in dict.fromkeys((row.labels, row.arm) for row in rows):
+        own = [row for row in rows if (row.labels, row.arm) == (labels, arm)]
+        scores = {name: _mean([row.groups[name].ap50 for row in own if name in row.groups]) for name in names}
+        found.append({"labels": labels, "arm": arm, "ap50": scores})
+    return found
+
+
+# --- as people read it -----------------------------------------------------------------------------------------------
+
+
+def trial_table(content: dict) -> Table:
+    """One row per number of labels and arm."""
+    rows = []
+    for one in content["summary"]:
+        gain = one["gain"]
+        shown = None
+        if gain is not None:
+            shown = number(gain["mean"], 3, "+")
+            if gain["low"] is not None:
+                shown += f" [{number(gain['low'], 2, '+')}, {number(gain['high'], 2, '+')}]"
+        scores = [with_spread(one[score], one[f"{score}_std"]) for score in SCORES]
+        verdict = None if gain is None else gain["verdict"]
+        rows.append([f"{one['labels']} labels, {one['arm']}", *scores, shown, verdict, one["worth"], one["images"]])
+    columns = ["trained on", *TITLES.values(), "gain in AP 0.5", "verdict", "worth in labels", "real + other images"]
+    return Table(columns, rows)
+
+
+def trial_notes(content: dict) -> list[str]:
+    """Sentences: what wins, per group, and what to do."""
+    lines = [f"{content['steps']} steps in every arm, the same augmentation."]
+    for duel in content["duels"]:
+        error = "" if duel["error"] is None else f" ± {number(duel['error'], 2)} (standard error)"
+        lines.append(
+            f"{duel['labels']} labels: the best arm with synthetic images ({duel['synthetic']}) minus the best without "
+            f"({duel['other']}): {number(duel['mean'], 3, '+')}{error} in AP 0.5 over {duel['count']} selections: "
+            f"{duel['verdict']}. {advice(duel)}"
+        )
+    for one in content["summary"]:
+        if one["gain"] is not None and one["gain"]["verdict"] == HARMS:
+            lines.append(f"{one['labels']} labels: {one['arm']} is harmful: it is behind real images alone.")
+    for one in content["summary"]:
+        if len(one["class_dice"]) > 1:
+            dices = ", ".join(f"class {k} {number(value)}" for k, value in enumerate(one["class_dice"], start=1))
+            lines.append(f"{one['labels']} labels, {one['arm']}: Dice of {dices}")
+    for one in content["groups"]:
+        scores = ", ".join(f"{name or 'no group'} {number(value)}" for name, value in one["ap50"].items())
+        lines.append(f"AP 0.5 by group, {one['labels']} labels, {one['arm']}: {scores}")
+    return lines
+
+
+def advice(duel: dict) -> str:
+    """What a lab should do after a duel: synthetic images only if they are clearly ahead of the best other arm."""
+    if duel["verdict"] == HELPS:
+        return f"Use synthetic images: {duel['synthetic']}."
+    return f"Do not use synthetic images here: {duel['other']} is as good or better."
+
+
+NOTE = (
+    "Mean ± standard deviation over the random selections of labels. The gain is AP at IoU 0.5 over that of real "
+    f"images alone, selection by selection, with its {CONFIDENCE:.0%} interval. It helps or harms if it exceeds "
+    f"{CLEAR:g} standard errors. Worth in labels: how many labels real images alone need for the same AP, read off "
+    "their curve. The best of several arms looks a little better than it is."
+)
+
+
+def write_trial(rows: Sequence[TrialRow], steps: int, output: Path) -> tuple[dict, list[Path]]:
+    """Write ``utility.json``, ``utility.csv`` (a row per training) and ``utility.png``; the content and the files."""
+    content = summarize_trial(rows, steps)
+    write_json(output / "utility.json", content)
+    names = [one.name for one in dataclasses.fields(TrialRow) if one.name not in ("score", "groups")]
+    table = [[getattr(row, name) for name in names] + [_cell(getattr(row.score, s)) for s in SCORES] for row in rows]
+    write_csv(output / "utility.csv", [*names, *SCORES], table)
+    draw_trial(content, output / "utility.png")
+    return content, [output / name for name in ("utility.json", "utility.csv", "utility.png")]
+
+
+def _cell(value: float | None) -> object:
+    return "" if value is None else value
+
+
+def draw_trial(content: dict, path: Path) -> None:
+    """AP at 0.5 against the number of labels, a line per arm, bars of one standard deviation over selections."""
+    figure = new_figure(9, 5)
+    axis = figure.subplots()
+    arms = list(dict.fromkeys(one["arm"] for one in content["summary"]))
+    counts = sorted({one["labels"] for one in content["summary"]})
+    for place, arm in enumerate(arms):
+        own = [one for one in content["summary"] if one["arm"] == arm and one["ap50"] is not None]
+        shift = 1 + 0.012 * (place - len(arms) / 2)
+        axis.errorbar(
+            [one["labels"] * shift for one in own],
+            [one["ap50"] for one in own],
+            [one["ap50_std"] or 0 for one in own],
+            label=arm,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linestyle="--" if arm in WITHOUT_SYNTHETIC else "-",
+            color="black" if arm == REAL else f"C{place % 10}",
+        )
+    axis.set_xscale("log")
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.minorticks_off()
+    axis.set_xlabel("labelled images")
+    axis.set_ylabel("AP at IoU 0.5")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    save_figure(figure, path)

@@ -1,0 +1,280 @@
+"""Selections of few labels, the utility experiment on them, and what its report says of sets with a known answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_sets import Row, disk, paint, write_set
+from PIL import Image
+from script_helpers import call
+
+import evaluate
+import make_masks
+from common.disk import file_sha256
+from common.errors import InputError
+from dataset.config import DataConfig
+from evaluation.arms import ARMS, Arm, arm_of
+from evaluation.instance_score import InstanceScore
+from evaluation.label_split import SelectionSettings, choose, make_selections, read_groups, read_selections
+from evaluation.split import SplitPlan
+from evaluation.trial import TrialRow, TrialSettings, run_trial
+from evaluation.trial_report import difference, labels_worth, summarize_trial, trial_notes, trial_table
+from synthetic.manifest import write_manifest
+from synthetic.reader import SampleSet
+
+SIZE, CPU = 32, torch.device("cpu")
+CONFIG = DataConfig(image_size=SIZE, crop="random")
+
+
+def cells_at(seed: int) -> np.ndarray:
+    """Two disks, sometimes one upon the other."""
+    rng = np.random.default_rng(seed)
+    cells = np.zeros((SIZE, SIZE), np.uint8)
+    for number in (1, 2):
+        cells[disk(SIZE, *rng.uniform(6, SIZE - 6, 2), rng.uniform(4, 6))] = number
+    return cells
+
+
+def noisy(cells: np.ndarray, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(1000 + seed).normal(0, 12, (*cells.shape, 1))
+    return np.clip(paint(cells > 0) + noise, 0, 255).astype(np.uint8)
+
+
+def write_pair(folder: Path, name: str, seed: int) -> None:
+    cells = cells_at(seed)
+    arrays = {"images": noisy(cells, seed), "masks": np.where(cells, 255, 0).astype(np.uint8), "instances": cells}
+    for kind, array in arrays.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(folder / kind / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Sixteen training and six test pairs with instances, in two looks."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed in range(16):
+        write_pair(folder / "train", f"{'a' if seed < 12 else 'b'}_{seed:02d}", seed)
+    for seed in range(6):
+        write_pair(folder / "val", f"{'ab'[seed % 2]}_{seed:02d}", 100 + seed)
+    rows = [f"{path.name},{path.name[0]}" for part in ("train", "val") for path in (folder / part / "images").iterdir()]
+    (folder / "index.csv").write_text("\n".join(["name,look", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(data, tmp_path_factory) -> Path:
+    """Three selections of 2 and 4 labels."""
+    output = tmp_path_factory.mktemp("plan") / "split"
+    train, val = data / "train", data / "val"
+    call(evaluate, "split", "--data-path", train / "images", "--mask-path", train / "masks", "--instances",
+         train / "instances", "--test-data-path", val / "images", "--test-mask-path", val / "masks", "--test-instances",
+         val / "instances", "--labels", 4, 2, "--selections", 3, "--groups", data / "index.csv",
+         "--group-column", "look", "--output", output)  # fmt: skip
+    return output
+
+
+def seen(plan: SplitPlan, labels: int) -> list[str]:
+    return [file_sha256(path) for path in sorted((plan.part(labels) / "images").iterdir())]
+
+
+def make_set(folder: Path, plan: SplitPlan, labels: int, shuffled: bool = False, count: int = 12) -> SampleSet:
+    """A set from recombined cells of a selection: images that follow their labels, or those of other labels."""
+    masks = folder.parent / f"{folder.name}_masks"
+    call(make_masks, "recombine", "--instances", plan.part(labels) / "instances", "--count", count, "--output", masks)
+    paths = sorted((masks / "instances").iterdir())
+    labels_ = [np.array(Image.open(path)) for path in paths]
+    images = [noisy(label, 500 + number) for number, label in enumerate(labels_)]
+    images = images[1:] + images[:1] if shuffled else images
+    rows = [Row(label, image, mask_type="instances") for label, image in zip(labels_, images, strict=True)]
+    rule = {"mask_type": "instances", "num_classes": 2, "maximum": 1.0, "reason": "drawn"}
+    write_set(folder, rows, CONFIG, trained_on=seen(plan, labels), mask_rule=rule)
+    samples = SampleSet(folder)
+    write_manifest(folder, [
+        sample.columns | {"source_mask": str(path), "source_mask_sha256": file_sha256(path), "ckpt_sha256": "c"}
+        for sample, path in zip(samples.samples, paths, strict=True)
+    ])  # fmt: skip
+    return SampleSet(folder)
+
+
+def sets_of(split: Path, folder: Path, labels: int, shuffled: bool = False) -> Path:
+    for plan in read_selections(split):
+        place = folder / plan.folder.name / plan.part(labels).name
+        place.parent.mkdir(parents=True)
+        make_set(place, plan, labels, shuffled)
+    return folder
+
+
+# --- selections ------------------------------------------------------------------------------------------------------
+
+
+def test_selections_are_nested_stratified_and_differ(split):
+    plans = read_selections(split)
+    assert len(plans) == 3 and len({tuple(plan.shares[4]) for plan in plans}) == 3
+    for plan in plans:
+        assert set(plan.shares[2]) < set(plan.shares[4]) and len(plan.test) == 6
+        assert sorted(name[0] for name in plan.shares[2]) == ["a", "b"]
+        assert sorted(name[0] for name in plan.shares[4]) == ["a", "a", "b", "b"]
+        assert len(plan.unlabelled[2]) == 14 and not set(plan.unlabelled[2]) & set(plan.shares[2])
+        assert plan.groups[plan.test[0]] == plan.test[0].removeprefix("test/")[0]
+
+
+def test_folders_of_a_selection_hold_its_files_and_no_other_label(split):
+    plan = read_selections(split)[1]
+    for kind in ("images", "masks", "instances"):
+        assert [path.stem for path in sorted((plan.part(2) / kind).iterdir())] == plan.shares[2]
+        assert len(list((plan.part(None) / kind).iterdir())) == 6
+    assert sorted(path.stem for path in (plan.part(2) / "unlabelled" / "images").iterdir()) == plan.unlabelled[2]
+    assert not (plan.part(2) / "unlabelled" / "masks").exists()
+
+
+def test_patients_are_labelled_and_tested_as_a_whole():
+    groups = {f"p{patient}_{number}": str(patient) for patient in range(6) for number in range(2 + patient)}
+    settings = SelectionSettings([2, 3], selections=2, whole_groups=True, test_groups=2)
+    for selection in range(2):
+        test, labels = choose(groups, settings, selection)
+        of = {count: {groups[name] for name in names} for count, names in labels.items()}
+        assert len(of[2]) == 2 and of[2] < of[3] and len({groups[name] for name in test}) == 2
+        assert not {groups[name] for name in test} & of[3]
+        assert sorted(test + labels[3]) == sorted(
+            name for name in groups if groups[name] in of[3] | {groups[n] for n in test}
+        )
+    with pytest.raises(InputError, match="5 labels are asked for, and 4 groups"):
+        choose(groups, SelectionSettings([5], whole_groups=True, test_groups=2), 0)
+
+
+def test_bad_group_tables_and_test_images_among_the_training_images_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match="no column stain; it has name, look"):
+        read_groups(data / "index.csv", "stain")
+    folders = [data / "train" / kind for kind in ("images", "masks")]
+    with pytest.raises(InputError, match="16 images have no group"):
+        make_selections(tmp_path / "a", *folders, SelectionSettings([2]), groups={"x": "y"})
+    with pytest.raises(InputError, match="a leak"):
+        make_selections(tmp_path / "a", *folders, SelectionSettings([2]), test_dirs=tuple(folders))
+    plans = make_selections(tmp_path / "b", *folders, SelectionSettings([3], selections=1, test_share=0.25))
+    assert len(plans[0].test) == 4 and len(plans[0].unlabelled[3]) == 9
+
+
+# --- arms and numbers ------------------------------------------------------------------------------------------------
+
+
+def test_arms_are_three_without_and_twelve_with_synthetic_images():
+    assert sum(arm.is_synthetic for arm in ARMS.values()) == 12 and len(ARMS) == 15
+    assert arm_of("synthetic then real, both rules") == Arm("synthetic then real", "both rules")
+    assert Arm("80 % synthetic", "ignore").ignores and not Arm("80 % synthetic", "ignore").practises
+    with pytest.raises(InputError, match="choose from real; copy-paste"):
+        arm_of("reel")
+
+
+def score(ap50: float) -> InstanceScore:
+    return InstanceScore(ap50, ap50 / 2, ap50 / 4, None, ap50, ap50, [ap50])
+
+
+def rows_of(values: dict[tuple[int, str], list[float]]) -> list[TrialRow]:
+    return [
+        TrialRow(selection, labels, arm, 0, labels, 9, score(value), {"a": score(value), "b": score(value / 2)})
+        for (labels, arm), found in values.items()
+        for selection, value in enumerate(found)
+    ]
+
+
+def test_gain_is_paired_over_selections_and_has_an_interval():
+    found = difference({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.5, 2: 0.6, 3: 0.1})
+    assert found.mean == pytest.approx(0.2) and found.count == 3
+    assert found.error == pytest.approx(0.1 / np.sqrt(3))
+    assert found.high - found.mean == pytest.approx(4.302653 * 0.1 / np.sqrt(3))  # Student's t, two degrees of freedom
+    assert found.verdict == "helps" and difference({0: 0.1}, {0: 0.2}).verdict == "one selection: not known"
+    assert difference({0: 0.1}, {1: 0.2}) is None
+
+
+def test_labels_worth_are_read_off_the_real_curve():
+    curve = {3: 0.3, 10: 0.5, 30: 0.7}
+    assert labels_worth(curve, 0.5) == (pytest.approx(10), "10")
+    assert labels_worth(curve, 0.6)[0] == pytest.approx(np.sqrt(300))
+    assert labels_worth(curve, 0.2)[1] == "fewer than 3" and labels_worth(curve, 0.8)[1] == "more than 30"
+
+
+def test_report_recommends_what_helps_and_warns_of_what_harms():
+    values = {
+        (5, "real"): [0.40, 0.50, 0.60], (5, "copy-paste"): [0.42, 0.51, 0.62],
+        (5, "real + synthetic"): [0.50, 0.61, 0.70], (5, "80 % synthetic"): [0.30, 0.41, 0.50],
+        (30, "real"): [0.70, 0.72, 0.71], (30, "real + synthetic"): [0.71, 0.70, 0.71],
+    }  # fmt: skip
+    content = json.loads(json.dumps(summarize_trial(rows_of(values), 7)))
+    table = {row[0]: row for row in trial_table(content).rows}
+    assert table["5 labels, real + synthetic"][-3:-1] == ["helps", "12"]  # 5 * 6 ** (0.1033 / 0.21)
+    assert table["5 labels, 80 % synthetic"][-3:-1] == ["harms", "fewer than 5"]
+    assert table["30 labels, real + synthetic"][-3] == "no clear difference"
+    text = "\n".join(trial_notes(content))
+    assert "5 labels: the best arm with synthetic images (real + synthetic) minus the best without (copy-paste)" in text
+    assert "Use synthetic images: real + synthetic." in text
+    assert "5 labels: 80 % synthetic is harmful" in text
+    assert "Do not use synthetic images here: real is as good or better." in text
+    assert "by group, 5 labels, real: a 0.5000, b 0.2500" in text
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+
+def test_planted_leaks_are_refused_before_any_training(split, tmp_path):
+    settings = TrialSettings((ARMS["real"], ARMS["real + synthetic"]), (2,), steps=10**9, config=CONFIG)
+    plans = read_selections(split)
+    sets = tmp_path / "sets"
+    for plan in plans:
+        place = sets / plan.folder.name / "labels_002"
+        place.parent.mkdir(parents=True)
+        make_set(place, plan, 4)
+    with pytest.raises(
+        InputError, match=r"leaks at 2 labels: .*recombined from other cells.*trained on 2 images outside"
+    ):
+        run_trial(plans, sets, settings, tmp_path / "out", CPU)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="no selection of 3 labels; it has 2, 4"):
+        run_trial(plans, None, TrialSettings((ARMS["real"],), (3,), config=CONFIG), tmp_path / "out", CPU)
+
+
+def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, capsys):
+    sets, out = sets_of(split, tmp_path / "sets", 2), tmp_path / "out"
+    words = ["utility", split, "--sets", sets, "--labels", 2, "--steps", 2, "--square", 16, "--pseudo-images", 2]
+    arms = [
+        "--arms",
+        "real",
+        "copy-paste",
+        "self-training",
+        "real + synthetic",
+        "synthetic then real",
+        "80 % synthetic",
+    ]
+    call(evaluate, *words, *arms, "--selections", 0, "--output", out, "--device", "cpu")
+    first = {path.name: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    assert len(first) == 6
+    call(evaluate, *words, *arms[:2], arms[4], "--selections", 0, 1, "--output", out, "--device", "cpu")
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    assert len(kept) == 8 and first.items() <= kept.items()
+    printed = capsys.readouterr().out
+    assert "2 labels, synthetic then real" in printed and "AP 0.5, touching" in printed
+    rows = list(csv.DictReader((out / "utility.csv").open()))
+    assert {(row["real_images"], row["synthetic_images"]) for row in rows} == {("2", "0"), ("2", "12"), ("2", "2")}
+    page = (out / "utility.html").read_text()
+    assert "Does it help?" in page and "data:image/png" in page
+    with pytest.raises(InputError, match="other settings"):
+        call(evaluate, *words, *arms, "--steps", 3, "--output", out, "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_shuffled_pairs_are_reported_as_harmful_and_faithful_ones_are_not(split, tmp_path):
+    settings = TrialSettings((ARMS["real"], ARMS["80 % synthetic"]), (4,), steps=100, crop=32, config=CONFIG)
+    verdicts = {}
+    for name, shuffled in (("faithful", False), ("shuffled", True)):
+        sets = sets_of(split, tmp_path / name, 4, shuffled)
+        rows = run_trial(read_selections(split), sets, settings, tmp_path / f"out_{name}", CPU)
+        content = summarize_trial(rows, settings.steps)
+        entry = next(one for one in content["summary"] if one["arm"] == "80 % synthetic")
+        verdicts[name] = entry["gain"]["verdict"], "\n".join(trial_notes(content))
+    assert verdicts["shuffled"][0] == "harms" and "Do not use synthetic images" in verdicts["shuffled"][1]
+    assert "is harmful" in verdicts["shuffled"][1]
+    assert verdicts["faithful"][0] != "harms"
