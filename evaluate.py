@@ -10,6 +10,7 @@
     python evaluate.py memorisation SAMPLE_DIR --data-path TRAINING --held-out OTHERS
     python evaluate.py report SAMPLE_DIR                                            all of it as one HTML file
     python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    which guidance and solver
+    python evaluate.py practise --data-path IMAGES --mask-path MASKS --train-flags FLAGS    make what helps, or say no
     python evaluate.py split --data-path IMAGES --mask-path MASKS --output SPLIT    for the next one
     python evaluate.py utility SPLIT --sets PRACTISED                               does it help a segmenter
 
@@ -40,7 +41,7 @@ from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.config import CROPS
 from engine.machine import resolve_device, start_machine
-from experiments import add_split, add_utility, run_split, run_utility
+from experiments import add_practise, add_split, add_utility, run_practise, run_split, run_utility
 from synthetic.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -366,6 +367,7 @@ MEASURES = {
     "report": Measure("one HTML file of all that was measured on a set", _add_report, run_report),
     "sweep": Measure("which guidance and solver to sample with", _add_sweep, run_sweep),
     "split": Measure("test images and shares of the labels, for the utility measure", add_split, run_split),
+    "practise": Measure("which synthetic images help a few labels: makes them, too", add_practise, run_practise),
     "utility": Measure("does training on real + synthetic images beat real ones alone", add_utility, run_utility),
 }
 

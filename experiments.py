@@ -1,15 +1,36 @@
-"""The experiments of evaluate.py, which train segmenters and generators: split, utility."""
+"""The experiments of evaluate.py, which train segmenters and generators: split, utility, practise."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import add_device_argument, add_mask_type_argument, add_output_argument, add_real_pairs
-from common.arguments import by_share, non_negative_int, percent, positive_fraction, positive_int, seed_number
+from common.arguments import (
+    by_share,
+    fraction,
+    non_negative_int,
+    percent,
+    positive_float,
+    positive_fraction,
+    positive_int,
+    seed_number,
+)
 from common.errors import InputError
 from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device
+
+if TYPE_CHECKING:
+    from evaluation.labelled import LabelledFolders
+    from evaluation.practice_masks import MaskPart
+
+ROOT = Path(__file__).parent
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -45,6 +66,33 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
     _add_trial(parser)
     add_device_argument(parser)
     add_output_argument(parser, "utility")
+
+
+def add_practise(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``evaluate.py practise``."""
+    add_real_pairs(parser, " with labels, two or more")
+    parser.add_argument("--instances", type=Path, metavar="FOLDER", help="instance labels of the pairs")
+    parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels")
+    parser.add_argument("--output", type=Path, default=Path("practice"), metavar="FOLDER", help="new, or to continue")
+    train = "flags of train.py, in quotes: '--preset nuclei-64-cpu --max-steps 2000'"
+    parser.add_argument("--train-flags", type=shlex.split, default=[], metavar="FLAGS", help=train)
+    sample = "flags of sample_ddp.py, in quotes: '--sampling-method ab2 --num-sampling-steps 16'"
+    parser.add_argument("--sample-flags", type=shlex.split, default=[], metavar="FLAGS", help=sample)
+    group = parser.add_argument_group("masks and rounds")
+    group.add_argument("--masks", type=positive_int, default=100, help="new masks")
+    group.add_argument("--simulated-share", type=fraction, default=0.25, help="of them that are simulated")
+    group.add_argument("--pseudo-share", type=fraction, default=0.0, help="of them found in the unlabelled images")
+    group.add_argument("--most-rounds", type=non_negative_int, default=3, help="rounds after the first one")
+    group.add_argument("--most-draws", type=positive_int, default=20, help="images of the hardest mask")
+    factor = "ignore pixels above so many times the mean loss of their class on real images"
+    group.add_argument("--ignore-factor", type=positive_float, default=1.25, help=factor)
+    group = parser.add_argument_group("segmenters")
+    group.add_argument("--folds", type=positive_int, default=3, help="of the cross-validation")
+    group.add_argument("--steps", type=positive_int, default=500, help="training steps of every segmenter")
+    group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
+    group.add_argument("--unlabelled-images", type=positive_int, default=60, help="that are segmented to count cells")
+    group.add_argument("--seed", type=seed_number, default=0, help="seed of every draw")
+    add_device_argument(parser)
 
 
 def _add_selections(parser: argparse.ArgumentParser) -> None:
@@ -170,3 +218,101 @@ def _run_trial(args: argparse.Namespace) -> None:
     content, written = write_trial(rows, args.steps, args.output)
     page = write_page("Does it help?", [(SECTION, content, args.output)], args.output / "utility.html")
     print("\n".join([*SECTION.lines(content), written_line([*written, page])]))
+
+
+class CommandTools:
+    """The other commands, each in a process of its own. Run again, they continue.
+
+    Args:
+        train_flags: more flags of train.py.
+        sample_flags: more flags of sample_ddp.py.
+    """
+
+    def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str]) -> None:
+        self._train_flags, self._sample_flags = list(train_flags), list(sample_flags)
+
+    def train(self, folders: LabelledFolders, unlabelled: Path | None, run: Path) -> Path:
+        """Train a generator on the labelled images; its last checkpoint."""
+        masks, mask_type = folders.masks, folders.mask_type
+        if folders.instances is not None:
+            masks, mask_type = folders.instances, "instances"
+        where = ["--data-path", folders.images, "--mask-path", masks, "--mask-type", mask_type]
+        _run("train.py", *where, "--results-dir", run.parent, "--run-name", run.name, *self._train_flags)
+        return max((run / "checkpoints").glob("*.pt"))
+
+    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
+        """Make a part of the masks."""
+        words: list[object] = [
+            part.kind,
+            "--output",
+            output,
+            "--count",
+            part.count,
+            "--image-size",
+            side,
+            "--seed",
+            seed,
+        ]
+        if part.kind == "recombine":
+            words += ["--instances", instances, *(["--components"] if components else [])]
+        for name, value in part.values.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(value if isinstance(value, tuple) else [value])]
+        _run("make_masks.py", *words)
+
+    def sample(
+        self, checkpoint: Path, masks: Path, mask_type: str, seed: int, looks: Path | None, output: Path
+    ) -> None:
+        """Draw one image of every mask."""
+        words = ["--ckpt", checkpoint, "--mask-path", masks, "--mask-type", mask_type, "--seed", seed]
+        _run("sample_ddp.py", "ODE", *words, "--sample-dir", output, *self._sample_flags)
+
+
+def _run(script: str, *words: object) -> None:
+    """A command of this project, in a process of its own.
+
+    Raises:
+        InputError: it ended with an error, which it has said.
+    """
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=False)
+    if done.returncode:
+        raise InputError(f"{script} ended with exit code {done.returncode}; its message is above")
+
+
+def run_practise(args: argparse.Namespace) -> None:
+    """Find out which synthetic images help a few labelled ones, and make them.
+
+    Trains a generator, makes masks that follow the unlabelled images, and samples them. Pixels that were drawn wrongly
+    are ignored. Masks that the segmenter finds hard are drawn again, until the cross-validated score stops rising. The
+    page practice.html says which set to use, or that none helps. Run the same command to continue.
+    """
+    from evaluation.labelled import LabelledFolders
+    from evaluation.output import written_line
+    from evaluation.practice import Practice, PracticeSettings
+    from evaluation.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
+    from evaluation.report import write_page
+
+    given = vars(args) | {"crop": args.square}
+    settings = PracticeSettings(**{one.name: given[one.name] for one in fields(PracticeSettings)})
+    folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)
+    tools = CommandTools(args.train_flags, args.sample_flags)
+    practice = Practice(folders, args.unlabelled_path, settings, tools, args.output, resolve_device(args.device))
+    content = practice.run() | {"commands": _segmenter_commands(args.output / TRAINING_SETS)}
+    content, written = write_practice(practice, content)
+    page = write_page("Practice", [(SECTION, content, args.output)], args.output / PAGE)
+    print("\n".join([*SECTION.lines(content), written_line([*written, page])]))
+
+
+def _segmenter_commands(folder: Path) -> dict[str, list[str]]:
+    """How to train users' segmenters with each of the sets."""
+    return {
+        name: [
+            f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img --mask_filter "
+            "_masks --pretrained_model None",
+            f"StarDist and Cellpose: benchmarks/segmenters/run.sh {folder / name} TEST_FOLDER",
+        ]
+        for name in ("real", "real_and_synthetic")
+    }

@@ -33,28 +33,47 @@ def segmenter_classes(samples: SampleSet | None, config: DataConfig) -> int:
     return 2 if has_boundary else config.num_classes
 
 
-def real_pairs(folder: Path, config: DataConfig, num_classes: int, mask_type: str = "auto") -> list[Named]:
-    """Pairs of ``folder``/images and masks, whole at native scale; the resized middle square under crop "center".
+class LabelledFolders(NamedTuple):
+    """Where labelled images lie.
 
-    Cells are those of ``folder``/instances if it is there, else the connected parts of the masks.
+    Attributes:
+        images: real images.
+        masks: their masks.
+        instances: instance labels, or None: then the connected parts of the masks are the cells.
+        mask_type: what the masks hold.
+    """
+
+    images: Path
+    masks: Path
+    instances: Path | None = None
+    mask_type: str = "auto"
+
+    @classmethod
+    def of_part(cls, folder: Path, mask_type: str) -> LabelledFolders:
+        """The folders of a part of a split."""
+        cells = folder / "instances"
+        return cls(folder / "images", folder / "masks", cells if cells.is_dir() else None, mask_type)
+
+
+def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -> list[Named]:
+    """All pairs, whole at native scale; the resized middle square under crop "center".
 
     Args:
-        folder: a part of a split.
+        folders: where they are.
         config: how images are read.
         num_classes: K of the segmenter.
-        mask_type: what the masks hold.
     """
     own = dataclasses.replace(config, num_classes=num_classes)
     scale = 1.0 if config.crop == "random" else None
-    masks = MaskFolder(folder / "masks", own, mask_type, folder / "images", whole_scale=scale)
-    cells = find_files(folder / "instances", "instance labels") if (folder / "instances").is_dir() else {}
+    masks = MaskFolder(folders.masks, own, folders.mask_type, folders.images, whole_scale=scale)
+    cells = find_files(folders.instances, "instance labels") if folders.instances is not None else {}
     found = []
     for name in masks.names:
         item = masks.load(name)
         pair = labelled_image(item, masks.rule)
         if cells:
             if name not in cells:
-                raise InputError(f"{folder / 'instances'} has no file for {name}")
+                raise InputError(f"{folders.instances} has no file for {name}")
             pair = pair._replace(cells=without_gaps(item.view.apply_labels(read_mask(cells[name])).astype(np.int64)))
         found.append(Named(name, pair))
     return found

@@ -12,6 +12,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,9 +111,18 @@ def _unknown_masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str
     return [f"{changed} source masks are gone or changed since, so their origin is unknown"] if changed else []
 
 
-def _origin_problem(split: SplitPlan, share: int, masks: str, origin: dict[str, str] | None) -> str | None:
+def _origin_problem(split: SplitPlan, share: int, masks: str, origin: dict[str, Any] | None) -> str | None:
     if origin is None:
         return f"{masks} are neither of the split nor made by make_masks.py, so their origin is unknown"
+    if origin["command"] == "merged":
+        found = [_origin_problem(split, share, masks, part) for part in origin.get("parts") or [None]]
+        return next((problem for problem in found if problem), None)
+    if origin["command"] == "pseudo":
+        seen = origin.get("segmenter_images_sha256")
+        if not seen:
+            return f"{masks} were found by a segmenter, and what taught it is unknown"
+        problems = _seen_by(f"the segmenter of {masks} was trained on", _where(split, share, seen, split.images))
+        return "; ".join(problems) or None
     if origin["command"] == "simulate" or origin.get("source_sha256") in _recombine_digests(split.part(share)):
         return None
     return f"{masks} are recombined from other cells than those of the share"

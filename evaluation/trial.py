@@ -25,7 +25,7 @@ from evaluation.arms import REAL, SELF_TRAINING, Arm, phases_of
 from evaluation.instance_score import InstanceScore, score_segmenter
 from evaluation.judge import build_network, judged_channels
 from evaluation.label_split import UNLABELLED
-from evaluation.labelled import Named, plain_images, real_pairs, segmenter_classes
+from evaluation.labelled import LabelledFolders, Named, plain_images, real_pairs, segmenter_classes
 from evaluation.leaks import refuse_leaks
 from evaluation.output import number
 from evaluation.practice_folder import PracticeFolder
@@ -146,7 +146,8 @@ class Case:
         self._real = self._test = None
 
     def _read(self, share: int | None) -> list[Named]:
-        return real_pairs(self.plan.part(share), self.config, self.num_classes, self.settings.mask_type)
+        folders = LabelledFolders.of_part(self.plan.part(share), self.settings.mask_type)
+        return real_pairs(folders, self.config, self.num_classes)
 
     def group(self, name: str) -> str:
         """Look or patient of an image."""

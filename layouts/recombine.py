@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -24,6 +25,7 @@ LARGEST_CLUSTER = 6  # cells; larger clumps of a lab's data are taken apart, so 
 LEAST_SMOOTHED_AREA = 60  # px
 MOST_SCRAPS = 1000  # pieces drawn in a row, before all cells count as too small
 LEAST_POOL = 100  # pieces that a recombined layout can draw from, where the data has so many
+ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # of the settings of a folder of masks
 ROTATIONS = ("free", "quarter", "none")
 
 
@@ -261,18 +263,21 @@ def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def read_origin(folder: Path) -> dict[str, str] | None:
-    """How ``make_masks.py`` made a folder of masks: its command, and of recombined masks the source's digest.
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """How a folder of masks was made: the command, and what tells a leak.
+
+    That is the source's digest of recombined masks, the images that taught the segmenter of pseudo-masks, and the
+    origins of the parts of merged folders.
 
     Returns:
-        None if the folder is not one of ``make_masks.py``.
+        None if it is not known.
     """
     try:
         settings = json.loads((folder.parent / SETTINGS).read_text(encoding="utf-8"))
-        origin = {name: settings[name] for name in ("command", "source_sha256") if settings.get(name)}
+        origin = {name: settings[name] for name in ("command", *ORIGIN_NOTES) if settings.get(name)}
     except (OSError, ValueError, AttributeError):
         return None
-    return origin if origin.get("command") in ("simulate", "recombine") else None
+    return origin if origin.get("command") in ("simulate", "recombine", "pseudo", "merged") else None
 
 
 def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:

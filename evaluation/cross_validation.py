@@ -1,0 +1,111 @@
+"""Cross-validation inside a selection of labelled images: no test image and no other label is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.errors import InputError
+from common.randomness import shuffled_by_hash
+from evaluation.fidelity import LabelledImage
+from evaluation.instance_score import InstanceScore, score_segmenter
+from evaluation.labelled import Named
+from evaluation.practice_rules import Scored, hardness
+from evaluation.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
+from evaluation.sources import Labelled
+
+
+class Fold(NamedTuple):
+    """A part of the labelled images is held out, and a part of the masks."""
+
+    number: int
+    train: list[Named]
+    held_out: list[Named]
+
+
+class Made(NamedTuple):
+    """A synthetic image.
+
+    Attributes:
+        name: its file, without suffix.
+        mask: the layout that it was drawn from; several images share one.
+        item: image, classes (ignored pixels included) and cells.
+    """
+
+    name: str
+    mask: str
+    item: LabelledImage
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What the segmenter of one fold scores on its held-out real images, and how hard it finds its held-out masks."""
+
+    fold: int
+    score: InstanceScore
+    hardness: dict[str, float]
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> FoldResult:
+        """The inverse of :meth:`to_dict`."""
+        return cls(content["fold"], InstanceScore(**content["score"]), content["hardness"])
+
+
+def make_folds(pairs: Sequence[Named], count: int, seed: int) -> list[Fold]:
+    """Folds of the labelled images, at most one per image; every image is held out once.
+
+    Raises:
+        InputError: fewer than two images.
+    """
+    if len(pairs) < 2:
+        raise InputError(f"{len(pairs)} labelled image: cross-validation needs two or more")
+    order = {name: place for place, name in enumerate(shuffled_by_hash([one.name for one in pairs], seed))}
+    count = min(count, len(pairs))
+    parts = [[one for one in pairs if order[one.name] % count == number] for number in range(count)]
+    return [
+        Fold(number, [one for other in parts if other is not part for one in other], part)
+        for number, part in enumerate(parts)
+    ]
+
+
+def fold_of_mask(mask: str, count: int, seed: int) -> int:
+    """The fold that holds out a mask, the same for all images of it."""
+    return int(hashlib.sha256(f"{seed} {mask}".encode()).hexdigest()[:8], 16) % count
+
+
+def run_fold(
+    fold: Fold, count: int, made: Sequence[Made], config: SegmenterConfig, device: torch.device
+) -> tuple[nn.Module, FoldResult]:
+    """Train on the other folds, real and synthetic in equal parts, and test on this one.
+
+    The segmenter has seen neither the held-out real images nor any image of the held-out masks: how hard a mask is is
+    told by an image of a seed and a layout that are new to it.
+
+    Args:
+        fold: which images are held out.
+        count: number of folds.
+        made: synthetic images; none trains on real images alone.
+        config: budget and seed.
+        device: where to train.
+    """
+    mine = [one for one in made if fold_of_mask(one.mask, count, config.seed) == fold.number]
+    others = [one.item for one in made if fold_of_mask(one.mask, count, config.seed) != fold.number]
+    sources = [(Labelled([one.item for one in fold.train]), 0.5)] + ([(Labelled(others), 0.5)] if others else [])
+    network = train_segmenter([Phase(1, sources)], config, device)
+    segmenter = Segmenter([network], device)
+    score, _ = score_segmenter(segmenter, [(one.item, "") for one in fold.held_out], config.num_classes)
+    found: dict[str, list[float]] = {}
+    for one in mine:
+        losses = segmenter.pixel_losses(one.item.image, one.item.classes)
+        found.setdefault(one.mask, []).append(hardness(Scored(losses, one.item.classes)))
+    return network, FoldResult(fold.number, score, {mask: float(np.mean(values)) for mask, values in found.items()})

@@ -1,0 +1,361 @@
+"""The practice loop for one selection of labels: a generator, new masks, rounds of synthetic images, a recommendation.
+
+1. The generator learns the labelled images.
+2. Segmenters of the folds learn the labelled images alone. They segment the unlabelled images, and new masks follow
+   what they count there. They tell which synthetic pixels were drawn wrongly.
+3. Round 0 draws every mask once. Each next round draws the masks again that the segmenters of the round found hard.
+4. Rounds go on until the cross-validated score stops rising. What does not beat real images is not recommended.
+
+Every stage keeps its files. The same call continues.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.files import encode_image, find_files
+from engine.checkpoint import read_checkpoint
+from evaluation.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
+from evaluation.judge import build_network, judged_channels
+from evaluation.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
+from evaluation.practice_folder import PRACTICE_FILE, ignored
+from evaluation.practice_masks import (
+    LayoutStatistics,
+    MaskPart,
+    layout_statistics,
+    link,
+    link_labelled,
+    merge_masks,
+    plan_parts,
+    write_pseudo_masks,
+)
+from evaluation.practice_rules import IGNORE_FACTOR, MOST_DRAWS, Scored, class_mean_losses, plan_draws, wrong_pixels
+from evaluation.segmenter import Segmenter, SegmenterConfig
+from synthetic.reader import SampleSet
+
+logger = logging.getLogger(__name__)
+PRACTICE_VERSION = 1
+REAL, PLAIN = "real", "round 0, nothing ignored"
+
+
+@dataclass(frozen=True)
+class PracticeSettings:
+    """What decides the result, besides the data.
+
+    Attributes:
+        masks: new masks.
+        simulated_share: of them that are simulated and not recombined.
+        pseudo_share: of them that are found in the unlabelled images.
+        most_rounds: rounds after the first one.
+        most_draws: images of the hardest mask.
+        ignore_factor: times a class's mean loss on real images, from which a pixel is ignored.
+        folds: of the cross-validation.
+        steps: of every segmenter.
+        crop: side of the segmenters' squares, pixels.
+        unlabelled_images: that are segmented to count cells.
+        seed: of every draw.
+    """
+
+    masks: int = 100
+    simulated_share: float = 0.25
+    pseudo_share: float = 0.0
+    most_rounds: int = 3
+    most_draws: int = MOST_DRAWS
+    ignore_factor: float = IGNORE_FACTOR
+    folds: int = 3
+    steps: int = 500
+    crop: int = 64
+    unlabelled_images: int = 60
+    seed: int = 0
+
+
+class Tools(Protocol):
+    """The other commands, as the loop calls them. Each call continues what it began before."""
+
+    def train(self, folders: LabelledFolders, unlabelled: Path | None, run: Path) -> Path:
+        """Train a generator; its checkpoint."""
+
+    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
+        """Make a part of the masks."""
+
+    def sample(
+        self, checkpoint: Path, masks: Path, mask_type: str, seed: int, looks: Path | None, output: Path
+    ) -> None:
+        """Draw one image of every mask."""
+
+
+class Practice:
+    """One run of the loop.
+
+    Args:
+        folders: the labelled images.
+        unlabelled: images without labels, or None.
+        settings: budget and rules.
+        tools: the other commands.
+        folder: where everything goes.
+        device: where segmenters are trained.
+    """
+
+    def __init__(
+        self, folders: LabelledFolders, unlabelled: Path | None, settings: PracticeSettings, tools: Tools, folder: Path,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.folders, self.unlabelled, self.settings = folders, unlabelled, settings
+        self.tools, self.folder, self.device = tools, folder, device
+        self.seen: list[str] = []  # sha256 of the labelled images
+        self.checkpoint = Path()
+
+    def run(self) -> dict:
+        """All stages; the content of ``practice.json``.
+
+        Raises:
+            InputError: too few labelled images, or a folder of other work.
+        """
+        images = sorted(find_files(self.folders.images, "image").values())
+        made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings)}
+        made_with |= {"mask_type": self.folders.mask_type, "images_sha256": [file_sha256(path) for path in images]}
+        if len(images) < 2:
+            raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
+        check_folder(self.folder, made_with)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(self.folder, "name another output"):
+            if not (self.folder / SETTINGS).is_file():
+                write_json(self.folder / SETTINGS, made_with)
+            self.seen = made_with["images_sha256"]
+            self.checkpoint = self.tools.train(self.folders, self.unlabelled, self.folder / "generator")
+            return self._rounds()
+
+    # --- what is read once --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> DataConfig:
+        """How the generator reads images."""
+        return DataConfig.from_dict(read_checkpoint(self.checkpoint)["config"]["data"])
+
+    @property
+    def cells_only(self) -> bool:
+        """Whether the classes are cell and background, so that new layouts of cells are masks."""
+        return self.folders.instances is not None or self.config.num_classes == 2
+
+    @property
+    def num_classes(self) -> int:
+        """K of the segmenters: a boundary made from instances is no class."""
+        return 2 if self.cells_only else self.config.num_classes
+
+    @cached_property
+    def segmenter_config(self) -> SegmenterConfig:
+        """How segmenters are trained."""
+        settings = self.settings
+        return SegmenterConfig(
+            self.num_classes, judged_channels(self.config), settings.crop, settings.steps, seed=settings.seed
+        )
+
+    @cached_property
+    def real(self) -> list[Named]:
+        """The labelled images."""
+        return real_pairs(self.folders, self.config, self.num_classes)
+
+    @cached_property
+    def folds(self) -> list[Fold]:
+        """Folds of the labelled images."""
+        return make_folds(self.real, self.settings.folds, self.settings.seed)
+
+    # --- segmenters ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def committee(self) -> list[nn.Module]:
+        """A segmenter per fold that has learned real images alone."""
+        return [self._of_real(fold) for fold in self.folds]
+
+    def _of_real(self, fold: Fold) -> nn.Module:
+        path = self.folder / "segmenters" / f"real_{fold.number}.pt"
+        network = build_network(self.num_classes + 1, channels=self.segmenter_config.channels)
+        if path.is_file() and self._result_path(REAL, fold).is_file():
+            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return network
+        network, result = run_fold(fold, len(self.folds), [], self.segmenter_config, self.device)
+        weights = {name: value.cpu() for name, value in network.state_dict().items()}
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda file: torch.save(weights, file))
+        self._keep(REAL, fold, result)
+        return network
+
+    @cached_property
+    def mean_losses(self) -> list[float]:
+        """Mean loss of every class on real images that the segmenter has not learned from."""
+        scored = []
+        for fold, network in zip(self.folds, self.committee, strict=True):
+            segmenter = Segmenter([network], self.device)
+            for one in fold.held_out:
+                scored.append(Scored(segmenter.pixel_losses(one.item.image, one.item.classes), one.item.classes))
+        return class_mean_losses(scored, self.num_classes)
+
+    def cross_validate(self, variant: str, made: Sequence[Made]) -> list[FoldResult]:
+        """Results of all folds, from the disk if they are there."""
+        results = []
+        for fold in self.folds:
+            path = self._result_path(variant, fold)
+            if not path.is_file():
+                _, result = run_fold(fold, len(self.folds), made, self.segmenter_config, self.device)
+                self._keep(variant, fold, result)
+                logger.info("%s, fold %d of %d: AP %s", variant, fold.number + 1, len(self.folds), result.score.ap50)
+            results.append(FoldResult.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+        return results
+
+    def _result_path(self, variant: str, fold: Fold) -> Path:
+        return self.folder / "scores" / f"{variant.replace(' ', '_').replace(',', '')}_{fold.number}.json"
+
+    def _keep(self, variant: str, fold: Fold, result: FoldResult) -> None:
+        path = self._result_path(variant, fold)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, result.to_dict())
+
+    # --- masks --------------------------------------------------------------------------------------------------------
+
+    def make_masks(self) -> tuple[dict[str, str], LayoutStatistics | None]:
+        """New masks in ``masks/instances``; name -> how it was made, and what the layouts follow."""
+        place = self.folder / "masks"
+        note = place / "masks.json"
+        if note.is_file():
+            content = json.loads(note.read_text(encoding="utf-8"))
+            known = content["statistics"]
+            return content["kinds"], None if known is None else LayoutStatistics(**known)
+        found = self._segmented()
+        statistics = None
+        if self.cells_only:
+            labelled = [one.item.cells for one in self.real]
+            statistics = layout_statistics([one for _, one in found], labelled, self.config.image_size)
+            if statistics is None and found:
+                logger.warning("too few cells are found in the unlabelled images; masks follow the labelled ones")
+            statistics = statistics or layout_statistics(labelled, labelled, self.config.image_size)
+            if statistics is None:
+                raise InputError("the labelled images hold too few whole cells to make new layouts of them")
+        place.mkdir(exist_ok=True)
+        kinds = merge_masks([*self._copied_masks(found, place), *self._new_layouts(statistics, place)], place)
+        write_json(note, {"kinds": kinds, "statistics": None if statistics is None else statistics.to_dict()})
+        return kinds, statistics
+
+    def _copied_masks(self, found: Sequence[tuple[str, np.ndarray]], place: Path) -> list[Path]:
+        """Parts that are no new layouts: pseudo-masks, and with several classes the labelled masks."""
+        parts = []
+        if not self.cells_only:
+            link_labelled(self.folders.masks, place / "labelled")
+            parts.append(place / "labelled")
+        count = round(self.settings.masks * (self.settings.pseudo_share if self.cells_only else 1))
+        if count and found:
+            write_pseudo_masks(found, self.seen, self.config.image_size, count, place / "pseudo")
+            parts.append(place / "pseudo")
+        return parts
+
+    def _new_layouts(self, statistics: LayoutStatistics | None, place: Path) -> list[Path]:
+        """Parts of recombined and simulated cells."""
+        if statistics is None:
+            return []
+        settings, side = self.settings, self.config.image_size
+        count = settings.masks - (round(settings.masks * settings.pseudo_share) if self.unlabelled else 0)
+        parts = []
+        for number, part in enumerate(plan_parts(statistics, count, settings.simulated_share, side)):
+            output = place / f"{part.kind}_{number}"
+            source, components = self.folders.instances or self.folders.masks, self.folders.instances is None
+            self.tools.make_masks(part, source, components, side, settings.seed + number, output)
+            parts.append(output)
+        return parts
+
+    def _segmented(self) -> list[tuple[str, np.ndarray]]:
+        """(name, instance map or, with several classes, class map) of the unlabelled images."""
+        if self.unlabelled is None:
+            return []
+        segmenter = Segmenter(self.committee, self.device)
+        images = plain_images(self.unlabelled, self.config, self.settings.unlabelled_images, self.settings.seed)
+        found = [(name, segmenter(image)) for name, image in images]
+        if self.cells_only:
+            return [(name, one.cells) for name, one in found]
+        stored = np.array(self.config.mask_values or range(self.num_classes))
+        return [(name, stored[one.classes]) for name, one in found]
+
+    # --- rounds -------------------------------------------------------------------------------------------------------
+
+    def _rounds(self) -> dict:
+        content: dict = {"version": PRACTICE_VERSION, "settings": asdict(self.settings)}
+        means = [value if math.isfinite(value) else None for value in self.mean_losses]
+        content |= {"checkpoint": str(self.checkpoint), "mean_losses": means, "rounds": []}
+        kinds, statistics = self.make_masks()
+        content["statistics"] = None if statistics is None else statistics.to_dict()
+        content["masks"] = kinds
+        results = {REAL: self.cross_validate(REAL, [])}
+        draws, drawn, hardness = dict.fromkeys(kinds, 1), dict.fromkeys(kinds, 0), {}
+        made: list[Made] = []
+        for number in range(self.settings.most_rounds + 1):
+            new = self._draw(number, draws, drawn)
+            made += new
+            content["rounds"].append({"round": number, "images": len(new), "draws": draws, "hardness": hardness})
+            write_json(self.folder / PRACTICE_FILE, content)
+            if number == 0:
+                results[PLAIN] = self.cross_validate(PLAIN, self._made(0, with_ignored=False))
+            results[f"round {number}"] = self.cross_validate(f"round {number}", made)
+            if number and _mean_ap(results[f"round {number}"]) <= _mean_ap(results[f"round {number - 1}"]):
+                break
+            for mask, count in draws.items():
+                drawn[mask] += count
+            hardness = {mask: value for one in results[f"round {number}"] for mask, value in one.hardness.items()}
+            planned = plan_draws(hardness, self.settings.most_draws) if hardness else {}
+            draws = {mask: count - drawn[mask] for mask, count in planned.items() if count > drawn[mask]}
+            if not draws:
+                break
+        content["results"] = {name: [one.to_dict() for one in found] for name, found in results.items()}
+        return content
+
+    def _draw(self, number: int, draws: Mapping[str, int], drawn: Mapping[str, int]) -> list[Made]:
+        """Sample a round and mark what was drawn wrongly."""
+        place = self.folder / f"round_{number}"
+        masks = place / "masks"
+        masks.mkdir(parents=True, exist_ok=True)
+        sources = find_files(self.folder / "masks" / "instances", "mask")
+        for mask, count in draws.items():
+            for copy in range(count):
+                link(sources[mask], masks / f"{mask}__{drawn[mask] + copy:02d}{sources[mask].suffix}")
+        link(self.folder / "masks" / SETTINGS, place / SETTINGS)
+        mask_type = "instances" if self.cells_only else "classes"
+        seed = self.settings.seed + number
+        self.tools.sample(self.checkpoint, masks, mask_type, seed, self.unlabelled, place / "samples")
+        self._mark_wrong(number)
+        return self._made(number, with_ignored=True)
+
+    def _mark_wrong(self, number: int) -> None:
+        place = self.folder / f"round_{number}"
+        (place / "ignore").mkdir(exist_ok=True)
+        segmenter = Segmenter(self.committee, self.device)
+        for one in self._made(number, with_ignored=False):
+            path = place / "ignore" / f"{one.name}.png"
+            if path.is_file():
+                continue
+            losses = segmenter.pixel_losses(one.item.image, one.item.classes)
+            wrong = wrong_pixels(Scored(losses, one.item.classes), self.mean_losses, self.settings.ignore_factor)
+            content = encode_image(np.where(wrong, 255, 0).astype(np.uint8)[..., None])
+            write_atomically(path, lambda file, content=content: file.write(content))
+
+    def _made(self, number: int, with_ignored: bool) -> list[Made]:
+        place = self.folder / f"round_{number}"
+        pairs = set_pairs(SampleSet(place / "samples"), self.num_classes)
+        items = [ignored(pair, place) if with_ignored else pair.item for pair in pairs]
+        return [Made(pair.name, pair.name.rpartition("__")[0], item) for pair, item in zip(pairs, items, strict=True)]
+
+
+def _mean_ap(results: Sequence[FoldResult]) -> float:
+    """Mean AP at 0.5 over the folds; 0 if no fold has cells."""
+    known = [one.score.ap50 for one in results if one.score.ap50 is not None]
+    return float(np.mean(known)) if known else 0.0

@@ -1,0 +1,203 @@
+"""New masks whose density, sizes and touching follow the unlabelled images, as a segmenter counts them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.disk import SETTINGS, write_atomically, write_json
+from dataset.files import encode_image, find_files
+from engine.tiling import spread_starts
+from layouts.nuclei import HEADROOM
+from layouts.recombine import read_origin
+from layouts.statistics import measure, summarize
+
+LEVELS = 4  # of density: a part of the masks is made for each
+LEAST_DENSITY, LEAST_CELLS = 0.01, 3
+SCALE_LIMITS, SCALE_SPREAD = (0.5, 2.0), 1.15
+TOUCHING = 0.02  # share of the cells from which simulated cells may touch
+
+
+@dataclass(frozen=True)
+class LayoutStatistics:
+    """What the masks follow.
+
+    Attributes:
+        images: segmented images.
+        densities: covered share of their squares at ``LEVELS`` levels, rising.
+        diameter: mean, pixels.
+        size_spread: standard deviation of the diameter over its mean.
+        elongation: mean ratio of the axes, at least 1.
+        touching: share of the cells that touch another.
+        scale: diameter over that of the labelled cells.
+        labelled_touching: share of the labelled cells that touch another.
+    """
+
+    images: int
+    densities: list[float]
+    diameter: float
+    size_spread: float
+    elongation: float
+    touching: float
+    scale: float
+    labelled_touching: float
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        return asdict(self)
+
+
+def layout_statistics(
+    found: Sequence[np.ndarray], labelled: Sequence[np.ndarray], side: int
+) -> LayoutStatistics | None:
+    """Statistics of instance maps.
+
+    Args:
+        found: (H, W) instance maps of the unlabelled images.
+        labelled: those of the labelled images.
+        side: of the squares that masks are made for.
+
+    Returns:
+        None if there are fewer than ``LEAST_CELLS`` whole cells.
+    """
+    if not found:
+        return None
+    measured, own = [measure(one) for one in found], [measure(one) for one in labelled]
+    areas = np.concatenate([np.zeros(0), *(one.areas for one in measured)])
+    own_areas = np.concatenate([np.zeros(0), *(one.areas for one in own)])
+    if len(areas) < LEAST_CELLS or len(own_areas) < 1:
+        return None
+    summary, own_summary = summarize(measured), summarize(own)
+    shares = np.array([square.mean() for one in found for square in _squares(one > 0, side)])
+    levels = np.quantile(shares[shares >= LEAST_DENSITY], (np.arange(LEVELS) + 0.5) / LEVELS)
+    diameters = np.sqrt(4 / math.pi * areas)
+    scale = float(np.median(diameters) / np.median(np.sqrt(4 / math.pi * own_areas)))
+    return LayoutStatistics(
+        images=len(measured),
+        densities=[float(value) for value in levels],
+        diameter=float(diameters.mean()),
+        size_spread=float(min(1.0, diameters.std() / diameters.mean())),
+        elongation=max(1.0, float(summary["elongation, mean"])),
+        touching=float(summary["share of cells that touch another"]),
+        scale=float(np.clip(scale, *SCALE_LIMITS)),
+        labelled_touching=float(own_summary["share of cells that touch another"]),
+    )
+
+
+def _squares(array: np.ndarray, side: int) -> list[np.ndarray]:
+    """Squares that cover an array (H, W), evenly spread; all of it if it is smaller."""
+    rows, columns = (spread_starts(length, min(side, length), 0) for length in array.shape)
+    return [array[row : row + side, column : column + side] for row in rows for column in columns]
+
+
+@dataclass(frozen=True)
+class MaskPart:
+    """One call of ``make_masks.py``: name -> value of its settings."""
+
+    kind: str
+    count: int
+    values: dict[str, object]
+
+
+def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float, side: int) -> list[MaskPart]:
+    """What to make: recombined and simulated layouts at every level of density.
+
+    Args:
+        statistics: what to follow.
+        count: masks in all.
+        simulated_share: of them, in [0, 1].
+        side: height and width.
+    """
+    simulated = round(count * simulated_share)
+    parts = []
+    for level, density in enumerate(statistics.densities):
+        low, high = statistics.scale / SCALE_SPREAD, statistics.scale * SCALE_SPREAD
+        recombined: dict[str, object] = {
+            "density": round(min(density, 0.9), 4),
+            "scale": (round(low, 3), round(high, 3)),
+        }
+        if statistics.touching > statistics.labelled_touching:
+            recombined["max_overlap"] = 0.1  # cells may be laid against each other beyond their source's clusters
+        touching = statistics.touching > TOUCHING
+        drawn = {
+            "density": round(min(density, HEADROOM[touching]), 4),
+            "cell_size": round(float(np.clip(statistics.diameter, 4, side)), 2),
+            "size_spread": round(statistics.size_spread, 3),
+            "elongation": round(min(4.0, statistics.elongation), 3),
+            "touching": touching,
+        }
+        for kind, total, values in (("recombine", count - simulated, recombined), ("simulate", simulated, drawn)):
+            own = total // LEVELS + (level < total % LEVELS)
+            if own:
+                parts.append(MaskPart(kind, own, values))
+    return parts
+
+
+def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
+    """Put the instance maps of several folders of masks into one, by links, with a note of where they come from.
+
+    Args:
+        parts: folders of ``make_masks.py``, or of :func:`write_pseudo_masks`.
+        output: gets ``instances`` and ``settings.json``.
+
+    Returns:
+        Name of every mask -> name of its part.
+    """
+    (output / "instances").mkdir(parents=True, exist_ok=True)
+    names: dict[str, str] = {}
+    for part in parts:
+        for path in sorted((part / "instances").iterdir()):
+            name = f"{part.name}_{path.stem}"
+            link(path, output / "instances" / f"{name}{path.suffix}")
+            names[name] = part.name
+    origins = [read_origin(part / "instances") for part in parts]
+    known = [origin for origin in origins if origin is not None]  # labelled masks need none: their hashes are known
+    write_json(output / SETTINGS, {"command": "merged", "parts": known})
+    return names
+
+
+def link_labelled(masks: Path, output: Path) -> None:
+    """The labelled images' own masks as a part."""
+    (output / "instances").mkdir(parents=True, exist_ok=True)
+    for name, path in find_files(masks, "mask").items():
+        link(path, output / "instances" / f"{name}{path.suffix}")
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy if the disk has no links; what is there stays."""
+    if target.exists():
+        return
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        content = source.read_bytes()
+        write_atomically(target, lambda file: file.write(content))
+
+
+def write_pseudo_masks(
+    found: Sequence[tuple[str, np.ndarray]], seen: Sequence[str], side: int, count: int, output: Path
+) -> None:
+    """Masks that a segmenter found in unlabelled images, as one square of each image.
+
+    Args:
+        found: (name, (H, W) instance or class map).
+        seen: sha256 of the images that taught the segmenter; the check of leaks reads them.
+        side: of the squares.
+        count: masks at most.
+        output: gets ``instances`` and ``settings.json``.
+    """
+    (output / "instances").mkdir(parents=True, exist_ok=True)
+    made = 0
+    for name, array in found:
+        squares = _squares(array, side)
+        square = max(squares, key=lambda one: np.count_nonzero(one))
+        if made == count or not square.any():
+            continue
+        content = encode_image(square.astype(np.uint16)[..., None])
+        write_atomically(output / "instances" / f"{name}.png", lambda file, content=content: file.write(content))
+        made += 1
+    write_json(output / SETTINGS, {"command": "pseudo", "segmenter_images_sha256": list(seen)})

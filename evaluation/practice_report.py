@@ -1,0 +1,230 @@
+"""What the practice loop gave: the recommendation, the reason for every image, sets to train with, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.disk import write_atomically, write_csv, write_json
+from dataset.files import encode_image
+from evaluation.fidelity import LabelledImage
+from evaluation.labelled import set_pairs
+from evaluation.output import Section, Table, new_figure, number, save_figure, show_image, with_spread
+from evaluation.practice import PLAIN, REAL, Practice
+from evaluation.practice_folder import PRACTICE_FILE, ignored
+from evaluation.segmenter import IGNORE
+from evaluation.trial_report import difference
+from synthetic.export import EXPORTS, ExportedPair
+from synthetic.reader import SampleSet
+
+WHY, TRAINING_SETS = "why.csv", "training_sets"
+ALONE, TOGETHER = "real", "real_and_synthetic"
+SHOWN = 6  # hardest and easiest images in the picture
+PAGE = "practice.html"
+
+
+def fold_scores(results: Sequence[dict], score: str = "ap50") -> dict[int, float]:
+    """Fold -> score, of the folds that have one."""
+    return {one["fold"]: one["score"][score] for one in results if one["score"][score] is not None}
+
+
+def recommend(results: Mapping[str, Sequence[dict]]) -> dict:
+    """Which set to train with, by the cross-validated AP at IoU 0.5.
+
+    Args:
+        results: variant -> results of its folds, "real" among them.
+
+    Returns:
+        "use": whether synthetic images are recommended; "variant": the best of them; "gain" and "error": over real
+        images, fold by fold; "reason": in words.
+    """
+    real = fold_scores(results[REAL])
+    means = {
+        name: float(np.mean(list(fold_scores(found).values())))
+        for name, found in results.items()
+        if name != REAL and fold_scores(found)
+    }
+    if not real or not means:
+        return {"use": False, "variant": None, "gain": None, "error": None, "reason": "no fold has cells to score."}
+    best = max(means, key=lambda name: means[name])
+    gain = difference(fold_scores(results[best]), real)
+    assert gain is not None  # both have scores of the same folds
+    known = gain.error is not None
+    use = known and gain.mean > gain.error
+    shown = f"{number(gain.mean, 3, '+')}" + (f" ± {number(gain.error, 2)}" if known else "")
+    reason = (
+        f"Cross-validated inside the labelled images, {best} is ahead of real images alone by {shown} in AP at IoU 0.5 "
+        "(mean ± standard error over the folds)."
+        if use
+        else f"The best synthetic set ({best}) differs from real images alone by {shown} in cross-validated AP at IoU "
+        "0.5, and that is no gain above its standard error. Synthetic images do not help here."
+    )
+    return {"use": use, "variant": best, "gain": gain.mean, "error": gain.error, "reason": reason}
+
+
+def chosen_images(content: dict) -> tuple[int, bool]:
+    """(last round, whether pixels are ignored) of the best synthetic variant."""
+    best = content["recommended"]["variant"]
+    if best in (None, PLAIN):
+        return 0, False
+    return int(best.removeprefix("round ")), True
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_practice(practice: Practice, content: dict) -> tuple[dict, list[Path]]:
+    """Write the reasons, the training sets, the picture and ``practice.json``; its content and what was written."""
+    content = content | {"recommended": recommend(content["results"])}
+    folder = practice.folder
+    write_why(practice, content)
+    last, with_ignored = chosen_images(content)
+    real = [(f"real_{one.name}", one.item) for one in practice.real]
+    made = [
+        (f"made_{round_}_{pair.name}", ignored(pair, folder / f"round_{round_}") if with_ignored else pair.item)
+        for round_ in range(last + 1)
+        for pair in set_pairs(SampleSet(folder / f"round_{round_}" / "samples"), practice.num_classes)
+    ]
+    write_training_set(folder / TRAINING_SETS / ALONE, real)
+    write_training_set(folder / TRAINING_SETS / TOGETHER, [*real, *made])
+    draw_practice(practice, content, folder / "practice.png")
+    write_json(folder / PRACTICE_FILE, content)
+    return content, [folder / PRACTICE_FILE, folder / WHY, folder / TRAINING_SETS]
+
+
+def write_why(practice: Practice, content: dict) -> None:
+    """``why.csv``: one row per synthetic image."""
+    last, with_ignored = chosen_images(content)
+    rows = []
+    for one in content["rounds"]:
+        place = practice.folder / f"round_{one['round']}"
+        ranked = sorted(one["hardness"], key=lambda mask: -one["hardness"][mask])
+        for pair in set_pairs(SampleSet(place / "samples"), practice.num_classes):
+            mask = pair.name.rpartition("__")[0]
+            share = float((ignored(pair, place).classes == IGNORE).mean())
+            if not ranked:
+                why = "round 0 draws every mask once"
+            else:
+                why = f"mask {ranked.index(mask) + 1} of {len(ranked)} by loss, drawn {one['draws'][mask]} times more"
+            best = one["round"] <= last
+            hard = one["hardness"].get(mask)
+            rows.append(
+                [f"round_{one['round']}/samples/{pair.name}", one["round"], mask, content["masks"].get(mask, ""),
+                 "" if hard is None else f"{hard:.4f}", f"{share:.4f}", "yes" if best else "no",
+                 "yes" if best and with_ignored else "no", why]
+            )  # fmt: skip
+    columns = ["image", "round", "mask", "mask_part", "loss", "ignored_share", "in_best_set", "ignore_applied", "why"]
+    write_csv(practice.folder / WHY, columns, rows)
+
+
+def write_training_set(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> None:
+    """Images, masks (class ids, 255 is ignored) and instances as PNG, and the layouts of ``EXPORTS`` for instances."""
+    for name, item in images:
+        arrays = {
+            "images": item.image,
+            "masks": item.classes.astype(np.uint8)[..., None],
+            "instances": item.cells.astype(np.uint16)[..., None],
+        }
+        for kind, array in arrays.items():
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            content = encode_image(np.ascontiguousarray(array))
+            write_atomically(folder / kind / f"{name}.png", lambda file, content=content: file.write(content))
+    for layout in ("cellpose", "stardist"):
+        (folder / layout).mkdir(exist_ok=True)
+        EXPORTS[layout](folder / layout, _exported(folder, images))
+
+
+def _exported(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> Iterator[ExportedPair]:
+    for name, item in images:
+        classes = np.where(item.classes == IGNORE, 0, item.classes).astype(np.uint8)
+        path = folder / "images" / f"{name}.png"
+        yield ExportedPair(name, path, item.image, item.cells.astype(np.uint16), classes)
+
+
+def draw_practice(practice: Practice, content: dict, path: Path) -> None:
+    """Images of the hardest and the easiest masks of round 0, with the outlines of the cells; ignored pixels red."""
+    place = practice.folder / "round_0"
+    pairs = {
+        pair.name.rpartition("__")[0]: pair for pair in set_pairs(SampleSet(place / "samples"), practice.num_classes)
+    }
+    found = {mask: loss for one in content["results"]["round 0"] for mask, loss in one["hardness"].items()}
+    order = sorted(found, key=lambda mask: -found[mask])
+    rows = [("hardest", order[:SHOWN]), ("easiest", order[::-1][:SHOWN])]
+    figure = new_figure(1.9 * SHOWN, 8.4)
+    axes = figure.subplots(4, SHOWN, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for row, (title, masks) in enumerate(rows):
+        for column, mask in enumerate(masks):
+            item = ignored(pairs[mask], place)
+            title_ = f"{title}, loss {found[mask]:.2f}"
+            show_image(axes[2 * row, column], item.image, title_, item.cells > 0)
+            red = item.image.copy()
+            red[item.classes == IGNORE] = [255] + [0] * (red.shape[-1] - 1)
+            show_image(axes[2 * row + 1, column], red, "red: ignored")
+    save_figure(figure, path)
+
+
+# --- as people read it -----------------------------------------------------------------------------------------------
+
+
+def _table(content: dict) -> Table:
+    real = fold_scores(content["results"][REAL])
+    counts = {f"round {one['round']}": one["images"] for one in content["rounds"]}
+    rows, total = [], 0
+    for name, results in content["results"].items():
+        total += counts.get(name, 0)
+        images = 0 if name == REAL else counts["round 0"] if name == PLAIN else total
+        scores = [_with_spread(list(fold_scores(results, score).values())) for score in ("ap50", "ap75", "dice")]
+        gain = None if name == REAL else difference(fold_scores(results), real)
+        shown = None if gain is None else with_spread(gain.mean, gain.error, "+")
+        rows.append([name, *scores, shown, images])
+    return Table(
+        ["trained on real and", "AP 0.5", "AP 0.75", "Dice", "gain in AP 0.5 ± error", "synthetic images"], rows
+    )
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    if not values:
+        return number(None)
+    return with_spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
+def _notes(content: dict) -> list[str]:
+    advice = content["recommended"]
+    use = TOGETHER if advice["use"] else ALONE
+    lines = [
+        (
+            "Recommendation: use the synthetic images. "
+            if advice["use"]
+            else "Recommendation: do not use synthetic images. "
+        )
+        + advice["reason"],
+        f"Train with {TRAINING_SETS}/{use}. {WHY} says for every image why it is there.",
+    ]
+    lines += content.get("commands", {}).get(use, [])
+    statistics = content["statistics"]
+    if statistics is not None:
+        lines.append(
+            f"New masks follow {statistics['images']} images: covered share {number(statistics['densities'][0], 2)} to "
+            f"{number(statistics['densities'][-1], 2)}, mean diameter {number(statistics['diameter'], 3)} pixels, "
+            f"{number(100 * statistics['touching'], 2)} % of the cells touch another."
+        )
+    means = ", ".join(f"class {k}: {number(value, 3)}" for k, value in enumerate(content["mean_losses"]))
+    factor = content["settings"]["ignore_factor"]
+    lines.append(f"Pixels are ignored above {factor:g} times the mean loss on real images ({means}).")
+    return lines
+
+
+SECTION = Section(
+    "practice",
+    "Practice: which synthetic images help these labels",
+    "Cross-validation inside the labelled images: mean ± standard deviation over the folds. In every row the segmenter "
+    "has the same number of steps. From round 0 on, pixels that were drawn wrongly are ignored; later rounds draw hard "
+    "masks again.",
+    _table,
+    _notes,
+    ("practice.png",),
+)

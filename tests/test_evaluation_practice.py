@@ -1,0 +1,333 @@
+"""The practice loop: its two rules, its masks, its rounds and its advice, on drawn images with known faults."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_sets import Row, disk, paint, write_set
+from PIL import Image
+from script_helpers import call
+
+import evaluate
+import experiments
+import make_masks
+from common.cells import connected_cells
+from common.disk import file_sha256
+from common.errors import InputError
+from dataset.config import DataConfig
+from engine.checkpoint import save_checkpoint
+from evaluation.cross_validation import fold_of_mask, make_folds
+from evaluation.fidelity import LabelledImage
+from evaluation.instance_score import InstanceScore
+from evaluation.label_split import SelectionSettings, make_selections
+from evaluation.labelled import LabelledFolders, Named
+from evaluation.leaks import find_leaks
+from evaluation.practice_folder import PracticeFolder
+from evaluation.practice_masks import MaskPart, layout_statistics, merge_masks, plan_parts, write_pseudo_masks
+from evaluation.practice_report import recommend
+from evaluation.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
+from evaluation.segmenter import IGNORE, Segmenter
+from synthetic.manifest import write_manifest
+from synthetic.reader import SampleSet
+
+SIZE, CPU = 32, torch.device("cpu")
+CONFIG = DataConfig(image_size=SIZE, crop="random")
+COMMANDS = experiments.CommandTools
+
+
+def cells_at(seed: int) -> np.ndarray:
+    """Two or three disks, which do not touch."""
+    rng = np.random.default_rng(seed)
+    cells = np.zeros((SIZE, SIZE), np.uint8)
+    for row, column in ((8, 8), (23, 9), (15, 24))[: 2 + seed % 2]:
+        cells[disk(SIZE, row + rng.uniform(-1, 1), column + rng.uniform(-1, 1), rng.uniform(3.5, 6))] = cells.max() + 1
+    return cells
+
+
+def noisy(cells: np.ndarray, seed: int, bright: int = 200) -> np.ndarray:
+    noise = np.random.default_rng(1000 + seed).normal(0, 10, (*cells.shape, 1))
+    return np.clip(paint(cells > 0, bright) + noise, 0, 255).astype(np.uint8)
+
+
+class Brightness(torch.nn.Module):
+    """A segmenter that knows only bright and dark: its losses can be told beforehand."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        level = images.mean(1) * 3
+        return torch.stack([-level, level, level], dim=1)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def test_ignored_are_exactly_the_pixels_that_were_drawn_wrongly():
+    segmenter = Segmenter([Brightness()], CPU)
+
+    def scored(image: np.ndarray, classes: np.ndarray) -> Scored:
+        return Scored(segmenter.pixel_losses(image, classes), classes)
+
+    real = [(cells_at(seed) > 0).astype(np.uint8) for seed in range(4)]
+    means = class_mean_losses([scored(paint(classes > 0), classes) for classes in real], 2)
+    cells = cells_at(9)
+    image = paint(cells > 0)
+    assert not wrong_pixels(scored(image, (cells > 0).astype(np.uint8)), means).any()
+    missing, invented = cells == 1, disk(SIZE, 27, 27, 3)
+    image[missing], image[invented] = 40, 200
+    wrong = wrong_pixels(scored(image, (cells > 0).astype(np.uint8)), means)
+    np.testing.assert_array_equal(wrong, missing | invented)
+
+
+def test_mean_loss_is_that_of_each_class_and_nothing_is_wrong_in_a_class_without_pixels():
+    losses, classes = np.array([[1.0, 3.0, 5.0, 9.0]]), np.array([[0, 0, 1, IGNORE]], np.uint8)
+    means = class_mean_losses([Scored(losses, classes)], 3)
+    assert means == [2.0, 5.0, float("inf")]
+    image = Scored(np.array([[2.5, 2.6, 6.0, 6.5, 1e9, 1e9]]), np.array([[0, 0, 1, 1, 2, IGNORE]], np.uint8))
+    assert wrong_pixels(image, means).tolist() == [[False, True, False, True, False, False]]
+
+
+def test_hardest_are_exactly_the_faint_images_and_ignored_pixels_do_not_count():
+    segmenter = Segmenter([Brightness()], CPU)
+    found = {}
+    for seed in range(8):
+        classes = (cells_at(seed) > 0).astype(np.uint8)
+        image = paint(classes > 0, cell=150 if seed in (2, 5) else 220)
+        found[f"m{seed}"] = hardness(Scored(segmenter.pixel_losses(image, classes), classes))
+    assert set(sorted(found, key=lambda name: -found[name])[:2]) == {"m2", "m5"}
+    draws = plan_draws(found, most=20)
+    assert max(draws.values()) == 20 and min(draws.values()) == 2 and draws["m2"] + draws["m5"] == 20 + 18
+    hidden = Scored(np.array([[9.0, 1.0]]), np.array([[IGNORE, 1]], np.uint8))
+    assert hardness(hidden) == 1 and hardness(Scored(hidden.losses, np.full((1, 2), IGNORE))) == 0
+
+
+def test_easy_masks_are_drawn_once_and_the_hardest_most_often():
+    draws = plan_draws({f"m{number:03d}": float(number) for number in range(100)}, most=20)
+    assert draws["m000"] == draws["m006"] == 1 and draws["m050"] == 10 and draws["m099"] == 20
+    assert set(plan_draws({"a": 1.0, "b": 1.0}, most=1).values()) == {1}
+
+
+# --- cross-validation and advice -------------------------------------------------------------------------------------
+
+
+def test_every_image_is_held_out_once_and_a_mask_stays_in_its_fold():
+    pairs = [Named(f"n{number}", LabelledImage(*np.zeros((3, 4, 4), np.uint8))) for number in range(7)]
+    folds = make_folds(pairs, 3, seed=0)
+    held = [one.name for fold in folds for one in fold.held_out]
+    assert sorted(held) == [one.name for one in pairs]
+    for fold in folds:
+        assert {one.name for one in fold.train} == {one.name for one in pairs} - {one.name for one in fold.held_out}
+    assert len(make_folds(pairs[:2], 3, 0)) == 2 and {fold_of_mask(f"m{n}", 3, 0) for n in range(30)} == {0, 1, 2}
+    with pytest.raises(InputError, match="needs two or more"):
+        make_folds(pairs[:1], 3, 0)
+
+
+def results(values: list[float]) -> list[dict]:
+    scores = [InstanceScore(value, value, value, None, value, value, [value]) for value in values]
+    return [{"fold": number, "score": one.to_dict(), "hardness": {}} for number, one in enumerate(scores)]
+
+
+def test_synthetic_images_are_recommended_only_if_they_gain_more_than_the_error():
+    real = results([0.4, 0.5, 0.6])
+    good = recommend({"real": real, "round 0": results([0.45, 0.56, 0.66]), "round 1": results([0.5, 0.62, 0.7])})
+    assert good["use"] and good["variant"] == "round 1" and good["gain"] == pytest.approx(0.32 / 3)
+    unsure = recommend({"real": real, "round 0": results([0.6, 0.4, 0.55])})
+    assert not unsure["use"] and "do not help here" in unsure["reason"]
+    worse = recommend({"real": real, "round 0, nothing ignored": results([0.1, 0.2, 0.1])})
+    assert not worse["use"] and worse["gain"] < 0
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_follow_the_density_sizes_and_touching_of_what_was_counted(tmp_path):
+    small = [connected_cells(cells_at(seed) > 0) for seed in range(6)]
+    large = [np.kron(one, np.ones((2, 2), int)) for one in small]
+    same, twice = layout_statistics(small, small, SIZE), layout_statistics(large, small, 2 * SIZE)
+    assert same.scale == pytest.approx(1) and twice.scale == pytest.approx(2, rel=0.05)
+    assert twice.diameter == pytest.approx(2 * same.diameter, rel=0.02) and same.touching == 0
+    shares = [float((one > 0).mean()) for one in small]
+    assert min(shares) <= same.densities[0] <= same.densities[-1] <= max(shares)
+    parts = plan_parts(same, 10, 0.4, SIZE)
+    assert sum(part.count for part in parts) == 10
+    assert sum(part.count for part in parts if part.kind == "simulate") == 4
+    assert not any(part.values.get("touching") for part in parts)
+    assert layout_statistics([np.zeros((9, 9), int)], small, SIZE) is None
+
+
+def write_pair(folder: Path, name: str, seed: int) -> None:
+    cells = cells_at(seed)
+    arrays = {"images": noisy(cells, seed), "masks": np.where(cells, 255, 0).astype(np.uint8), "instances": cells}
+    for kind, array in arrays.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(folder / kind / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six labelled pairs with instances, and four images without labels."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed in range(6):
+        write_pair(folder, f"real_{seed}", seed)
+    (folder / "unlabelled").mkdir()
+    for seed in range(50, 54):
+        Image.fromarray(noisy(cells_at(seed), seed)).save(folder / "unlabelled" / f"new_{seed}.png")
+    return folder
+
+
+def test_merged_masks_are_no_leak_if_every_part_knows_the_selection_only(data, tmp_path):
+    settings = SelectionSettings([2], selections=1, test_share=0.2)
+    plan = make_selections(tmp_path / "split", data / "images", data / "masks", settings, None, data / "instances")[0]
+    own = [file_sha256(path) for path in (plan.part(2) / "images").iterdir()]
+    other = [file_sha256(path) for path in (plan.part(2) / "unlabelled" / "images").iterdir()]
+    call(make_masks, "recombine", "--instances", plan.part(2) / "instances", "--count", 2, "--output", tmp_path / "mix")
+    call(make_masks, "simulate", "--image-size", SIZE, "--cell-size", 8, "--count", 2, "--output", tmp_path / "sim")
+    for name, seen in (("good", own), ("bad", own + other[:1])):
+        write_pseudo_masks([("u", cells_at(77))], seen, SIZE, 5, tmp_path / name / "pseudo")
+        kinds = merge_masks([tmp_path / "mix", tmp_path / "sim", tmp_path / name / "pseudo"], tmp_path / name / "all")
+        assert sorted(set(kinds.values())) == ["mix", "pseudo", "sim"] and len(kinds) == 5
+        masks = tmp_path / name / "all" / "instances"
+        samples = drawn_set(tmp_path / name / "set", masks, CONFIG, own)
+        leaks = find_leaks(plan, 2, samples)
+        assert bool(leaks) == (name == "bad")
+    assert "the segmenter of its masks was trained on 1 images outside" in leaks[0]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def drawn_set(folder: Path, masks: Path, config: DataConfig, trained_on: list[str], shift: int = 0) -> SampleSet:
+    """A set of images that follow their masks, or with ``shift`` the masks of other images."""
+    from layouts.recombine import read_origin
+
+    paths = sorted(masks.iterdir())
+    labels = [np.array(Image.open(path)) for path in paths]
+    images = [noisy(label, 500 + number) for number, label in enumerate(labels)]
+    images = images[shift:] + images[:shift]
+    rule = {"mask_type": "instances", "num_classes": 2, "maximum": 1.0, "reason": "drawn"}
+    rows = [Row(label, image, mask_type="instances") for label, image in zip(labels, images, strict=True)]
+    write_set(folder, rows, config, trained_on=trained_on, mask_rule=rule, mask_origin=read_origin(masks))
+    renamed = []
+    for sample, path in zip(SampleSet(folder).samples, paths, strict=True):
+        names = {"image": f"images/{path.stem}.png", "label": f"masks/{path.stem}.png"}
+        (folder / sample.columns["image"]).rename(folder / names["image"])
+        (folder / sample.columns["label"]).rename(folder / names["label"])
+        renamed.append(sample.columns | names | {"source_mask": str(path), "source_mask_sha256": file_sha256(path)})
+    write_manifest(folder, [row | {"ckpt_sha256": "c"} for row in renamed])
+    return SampleSet(folder)
+
+
+class Drawing:
+    """A generator that is a drawing: faithful, or with ``shift`` one that draws the masks of other images."""
+
+    def __init__(self, shift: int = 0) -> None:
+        self.shift, self.calls = shift, []
+
+    def train(self, folders: LabelledFolders, unlabelled: Path | None, run: Path) -> Path:
+        self.calls.append("train")
+        self.seen = [file_sha256(path) for path in sorted(folders.images.iterdir())]
+        config = {"model": {}, "transport": {}, "space": {}, "data": CONFIG.to_dict()}
+        path = run / "checkpoints" / "0000001.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, {"model": {}, "ema": {}, "opt": {}, "step": 1, "config": config})
+        return path
+
+    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
+        self.calls.append(part.kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experiments, "_run", lambda script, *words: call(make_masks, *words))
+            COMMANDS([], []).make_masks(part, instances, components, side, seed, output)
+
+    def sample(
+        self, checkpoint: Path, masks: Path, mask_type: str, seed: int, looks: Path | None, output: Path
+    ) -> None:
+        self.calls.append("sample")
+        if not output.exists():
+            drawn_set(output, masks, CONFIG, self.seen, self.shift)
+
+
+def practise(monkeypatch, data: Path, output: Path, drawing: Drawing, *words: object) -> dict:
+    """``evaluate.py practise`` with a drawing in place of the generator."""
+    monkeypatch.setattr(experiments, "CommandTools", lambda *flags: drawing)
+    call(evaluate, "practise", "--data-path", data / "images", "--mask-path", data / "masks", "--instances",
+         data / "instances", "--unlabelled-path", data / "unlabelled", "--output", output, "--device", "cpu",
+         *words)  # fmt: skip
+    return json.loads((output / "practice.json").read_text())
+
+
+SHORT = ["--steps", 2, "--folds", 2, "--masks", 8, "--most-rounds", 1, "--most-draws", 3, "--square", 16]
+
+
+def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkeypatch, data, tmp_path, capsys):
+    monkeypatch.setattr("evaluation.practice._mean_ap", lambda results: 0.0)  # two steps teach nothing: round 1 ends it
+    output, drawing = tmp_path / "out", Drawing()
+    content = practise(monkeypatch, data, output, drawing, *SHORT)
+    printed = capsys.readouterr().out
+    assert "Recommendation: do not use synthetic images" in printed and "--pretrained_model" in printed
+    assert set(content["results"]) == {"real", "round 0, nothing ignored", "round 0", "round 1"}
+    first, second = content["rounds"]
+    assert first["images"] == 8 and set(first["draws"].values()) == {1}
+    assert sorted(second["hardness"]) == sorted(first["draws"]) and second["images"] == sum(second["draws"].values())
+    hardest = max(second["hardness"], key=second["hardness"].get)
+    assert second["draws"][hardest] == 2  # three draws in all, one of them in round 0
+    rows = list(csv.DictReader((output / "why.csv").open()))
+    assert len(rows) == first["images"] + second["images"] and rows[0]["why"] == "round 0 draws every mask once"
+    assert "mask 1 of 8 by loss, drawn 2 times more" in {row["why"] for row in rows}
+    real, both = (output / "training_sets" / name for name in ("real", "real_and_synthetic"))
+    assert len(list((real / "images").iterdir())) == 6 and len(list((real / "cellpose").iterdir())) == 12
+    assert len(list((both / "images").iterdir())) > 6
+    assert "data:image/png" in (output / "practice.html").read_text()
+    made = PracticeFolder(output)
+    assert len(made.images(2, ignore=False, practise=False)) == 8
+    assert len(made.images(2, ignore=True, practise=True)) == len(rows)
+    assert all(IGNORE not in item.classes for item in made.images(2, ignore=False, practise=True))
+    before = {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
+    assert practise(monkeypatch, data, output, drawing, *SHORT) == content
+    assert before == {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
+    assert drawing.calls.count("recombine") == 4 and drawing.calls.count("simulate") == 2
+    with pytest.raises(InputError, match="other settings"):
+        practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)
+
+
+def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):
+    tools = experiments.CommandTools(["--no-such-flag"], [])
+    monkeypatch.setattr(experiments.sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match=r"train\.py ended with exit code 1"):
+        tools.train(LabelledFolders(data / "images", data / "masks"), None, tmp_path / "run")
+    write_pair(tmp_path / "one", "a", 1)
+    words = ["--data-path", tmp_path / "one" / "images", "--mask-path", tmp_path / "one" / "masks"]
+    with pytest.raises(InputError, match="needs two or more"):
+        call(evaluate, "practise", *words, "--output", tmp_path / "out")
+
+
+def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
+    called = []
+    monkeypatch.setattr(experiments, "_run", lambda script, *words: called.append([script, *map(str, words)]))
+    tools = experiments.CommandTools(["--max-steps", "5"], ["--num-sampling-steps", "2"])
+    values = {"density": 0.2, "scale": (0.9, 1.1)}
+    tools.make_masks(MaskPart("recombine", 3, values), data / "masks", True, SIZE, 7, tmp_path / "m")
+    tools.make_masks(
+        MaskPart("simulate", 3, {"cell_size": 9.0, "touching": False}), data, False, SIZE, 7, tmp_path / "s"
+    )
+    for words in called:
+        assert words[0] == "make_masks.py"
+        make_masks.check_args(make_masks.parse_args(words[1:]))
+    assert "--components" in called[0] and "--no-touching" in called[1]
+
+
+@pytest.mark.slow
+def test_generator_that_ignores_its_masks_is_found_out(monkeypatch, data, tmp_path):
+    """Most of its cells are ignored, and its images are not recommended; a faithful one keeps its pixels."""
+    words = ["--steps", 100, "--folds", 2, "--masks", 12, "--most-rounds", 0, "--square", SIZE, "--simulated-share", 0]
+    ignored, advice = {}, {}
+    for name, shift in (("faithful", 0), ("shuffled", 5)):
+        content = practise(monkeypatch, data, tmp_path / name, Drawing(shift), *words)
+        made = PracticeFolder(tmp_path / name)
+        cells = [(item.classes, item.cells > 0) for item in made.images(2, ignore=True, practise=False)]
+        ignored[name] = np.mean([(classes[inside] == IGNORE).mean() for classes, inside in cells if inside.any()])
+        advice[name] = content["recommended"]
+    assert ignored["shuffled"] > 0.5 > 0.3 > ignored["faithful"]
+    assert not advice["shuffled"]["use"]
