@@ -190,7 +190,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--window-channels",
         choices=WINDOW_CHANNELS,
-        help="one window for all channels, or one for each (default: joint for gray and RGB, else separate)",
+        help="one window for all channels, or one for each (default: joint for gray and RGB; separate for other "
+        "channels, also for three that a TIFF calls channels: axes CYX)",
     )
 
 

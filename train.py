@@ -365,7 +365,9 @@ def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 def note_data(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
     """Keep what is known of the training images, in the run and beside it; drop metrics after the step at hand."""
     note_images(training, dataset)
-    training.intensity = SourceIntensity.of(dataset.windows, dataset.dtypes, dataset.stored_channels).to_dict()
+    training.intensity = SourceIntensity.of(
+        dataset.windows, dataset.dtypes, dataset.stored_channels, dataset.colours
+    ).to_dict()
     write_windows(run.path / "windows.csv", dataset)
     run.cut_metrics(training.step)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, list_some
 from dataset.config import DataConfig
-from dataset.files import FileError, Pair, read_image, read_mask_and_table, read_size
+from dataset.files import FileError, Pair, read_image_and_kind, read_mask_and_table, read_size
 from dataset.gray import fit_channels
 from dataset.views import view_of_file
 
@@ -98,12 +98,15 @@ class ReadPair(NamedTuple):
     image: np.ndarray | None  # (H, W, C)
     mask: np.ndarray  # (H, W) or (K, H, W)
     table: str  # kind of the mask's colour table, see read_mask_and_table
+    has_channels: bool  # the image's file says that its planes are no colours
 
 
 def read_pair(image_path: Path | None, mask_path: Path, channels: int) -> ReadPair:
     """A mask and its image, if a path is given; their sizes agree."""
-    image = None if image_path is None else fit_channels(read_image(image_path), channels, image_path)
+    image, has_channels = (None, False) if image_path is None else read_image_and_kind(image_path)
+    if image is not None:
+        image = fit_channels(image, channels, image_path)
     mask, table = read_mask_and_table(mask_path)
     if image is not None:
         check_same_size(image.shape[:2], mask.shape[-2:], image_path, mask_path)
-    return ReadPair(image, mask, table)
+    return ReadPair(image, mask, table, has_channels)

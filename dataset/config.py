@@ -32,7 +32,7 @@ class DataConfig:
             :data:`ROBUST_PERCENTILES` for all others.
         window_scope: "image" (each image its own percentiles) or "dataset" (those of all images together).
         window_channels: "joint" (one window for all channels: RGB keeps its colours) or "separate" (each its own:
-            fluorescence channels differ in brightness).
+            stains differ in brightness). None: a data set decides by its files.
         window_values: gray values of the window, set by the data set when ``window_scope`` is "dataset".
         channels: image channels; one stored channel is repeated to three, three equal ones count as one.
         mask_values: stored value of each class, in the order of the classes, if these are not 0..K-1.
@@ -43,7 +43,7 @@ class DataConfig:
     crop: str = "center"
     window: tuple[float, float] | None = None
     window_scope: str = "image"
-    window_channels: str = "joint"
+    window_channels: str | None = "joint"
     window_values: Window | None = field(default=None, metadata={"flag": None})
     channels: int = field(default=3, metadata={"flag": "in_channels"})
     mask_values: tuple[int, ...] | None = None
@@ -68,7 +68,7 @@ class DataConfig:
             raise InputError(wrong, "num_classes")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in choices and not (name == "window_channels" and value is None):
                 raise InputError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}", name)
         if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
             low, high = self.window

@@ -19,6 +19,7 @@ from common.errors import InputError, list_some
 MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
 ORIENTATION_TAG = 274  # of EXIF and TIFF; 1 is upright
 ROTATED = "carries a rotation tag (EXIF or TIFF orientation): save it upright, so that image and mask agree"
+CHANNELS = "channels"  # several planes that the file does not call colours, such as stains
 TABLES = ("gray", "coloured")  # a gray table is read as its gray values, a coloured one as the numbers in the file
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
@@ -53,7 +54,8 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     """Decode by content; every fault of a decoder becomes a FileError.
 
     Returns:
-        the array; one of :data:`TABLES` if the pixels of a mask are numbers of a colour table, else "".
+        the array; one of :data:`TABLES` if the pixels of a mask are numbers of a colour table; :data:`CHANNELS` for an
+        image whose planes are no colours; else "".
     """
     table = ""
     try:
@@ -139,7 +141,9 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
                 "as such: axes CYX)",
             )
         array = series.asarray(maxworkers=1).reshape(shape)
-        array, table = _photometric_to_gray(array, page, path, as_mask)
+        table = ""
+        if not (extra and page.photometric.name == "PALETTE" and not as_mask):  # Fiji's table only tints the planes
+            array, table = _photometric_to_gray(array, page, path, as_mask)
         if as_mask and extra == "C" and not is_soft_stack:
             raise FileError(path, f"holds {shape[axes.index('C')]} channels: save the mask as one gray channel")
     order = extra + "YX" if is_soft_stack else "YX" + extra
@@ -148,6 +152,8 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
     alpha = page.photometric.name == "RGB" or {1, 2} & set(page.extrasamples)  # else a channel, perhaps saturated
     if extra == "S" and alpha and not as_mask:
         array = _without_opaque_alpha(array)
+    if extra and not as_mask and page.photometric.name not in ("RGB", "YCBCR"):
+        table = CHANNELS
     return array.astype(array.dtype.newbyteorder("="), copy=False), table
 
 

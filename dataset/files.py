@@ -22,7 +22,7 @@ from PIL import Image
 
 from common.cells import connected_cells
 from common.errors import InputError, list_some
-from dataset.decode import JPEG_START, PNG_START, FileError, decode
+from dataset.decode import CHANNELS, JPEG_START, PNG_START, FileError, decode
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
@@ -234,12 +234,17 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         FileError: unreadable, truncated, a stack of planes, NaN or infinity, above :data:`MAX_DECODED_BYTES`.
     """
-    array, _ = decode(Path(path), as_mask=False)
+    return read_image_and_kind(path)[0]
+
+
+def read_image_and_kind(path: str | Path) -> tuple[np.ndarray, bool]:
+    """:func:`read_image`, and whether the file says that its channels are no colours, as a TIFF of axes CYX does."""
+    array, kind = decode(Path(path), as_mask=False)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.dtype == np.float64:
         array = array.astype(np.float32)
-    return _checked(np.ascontiguousarray(array), path)
+    return _checked(np.ascontiguousarray(array), path), kind == CHANNELS
 
 
 def read_size(path: str | Path) -> tuple[int, int] | None:
@@ -346,12 +351,13 @@ def _size(array: np.ndarray) -> str:
     return f"{array.shape[-1]} x {array.shape[-2]}"
 
 
-def image_suffix(channels: int, dtype: np.dtype | type) -> str:
-    """Suffix of the file that :func:`encode_image` makes: PNG where it holds such an image, else TIFF."""
-    return ".png" if channels in (1, 3) and dtype in (np.uint8, np.uint16) else ".tif"
+def image_suffix(channels: int, dtype: np.dtype | type, colours: bool = True) -> str:
+    """Suffix of the file that :func:`encode_image` makes: PNG if it holds such an image, else TIFF."""
+    plain = channels == 1 or (channels == 3 and colours)
+    return ".png" if plain and dtype in (np.uint8, np.uint16) else ".tif"
 
 
-def encode_image(image: np.ndarray) -> bytes:
+def encode_image(image: np.ndarray, colours: bool = True) -> bytes:
     """An image as file content, every value kept; the same bytes for the same image.
 
     Gray and RGB of 8 or 16 bits become PNG, all else TIFF: one plane per channel (axes CYX), as Fiji and Cellpose
@@ -359,20 +365,21 @@ def encode_image(image: np.ndarray) -> bytes:
 
     Args:
         image: (H, W, C) of any dtype that :func:`read_image` returns.
+        colours: whether three channels are RGB.
     """
-    if image_suffix(image.shape[2], image.dtype) == ".png":
+    if image_suffix(image.shape[2], image.dtype, colours) == ".png":
         return imagecodecs.png_encode(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
-    return encode_tiff(image)
+    return encode_tiff(image, colours=colours)
 
 
-def encode_tiff(image: np.ndarray, planes: bool = True) -> bytes:
+def encode_tiff(image: np.ndarray, planes: bool = True, colours: bool = True) -> bytes:
     """(H, W, C) or (H, W) as TIFF, compressed.
 
-    Three channels of whole numbers are RGB. Others become one plane per channel (axes CYX), or, without ``planes``,
-    stay the last axis.
+    With ``colours``, three channels of whole numbers are RGB. Others become one plane per channel (axes CYX), or,
+    without ``planes``, stay the last axis.
     """
     buffer = io.BytesIO()
-    if image.ndim == 3 and image.shape[2] == 3 and image.dtype.kind == "u":
+    if colours and image.ndim == 3 and image.shape[2] == 3 and image.dtype.kind == "u":
         tifffile.imwrite(buffer, image, photometric="rgb", compression="zlib")
     elif image.ndim == 2 or image.shape[2] == 1:
         plane = image.reshape(image.shape[:2])

@@ -23,7 +23,15 @@ from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, Pair, pair_files
-from dataset.gray import ROBUST_PERCENTILES, image_window, percentile_windows, to_tensor
+from dataset.gray import (
+    ROBUST_PERCENTILES,
+    channel_shares,
+    default_window_channels,
+    image_window,
+    narrow_channels_warning,
+    percentile_windows,
+    to_tensor,
+)
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.masks import decide_mask_rule, mask_warnings, refuse_one_class
 from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file
@@ -40,6 +48,8 @@ class _Checked(NamedTuple):
     brightest: float
     dtype: str
     nbytes: int  # of the pixels as decoded
+    has_channels: bool  # the file says that its planes are no colours
+    channel_shares: tuple[float, ...]
 
     def to_plain(self) -> list[Any]:
         """As JSON can hold it."""
@@ -60,11 +70,12 @@ class PairedFolder(torch.utils.data.Dataset):
 
     Attributes:
         pairs: what is trained on, sorted by name.
-        config: with ``window_values`` set where the scope is "dataset".
+        config: with ``window_channels`` decided, and ``window_values`` set if the scope is "dataset".
         rule: what the masks hold.
         windows: gray values of each pair's window.
         dtypes: of each pair's image file.
         stored_channels: most channels of a file; 1 where all are gray.
+        colours: whether three channels are RGB; False if the files say that they are channels.
         in_memory: whether all files fit.
     """
 
@@ -113,11 +124,19 @@ class PairedFolder(torch.utils.data.Dataset):
         self.windows = [one.window for one in checked]
         self.dtypes = [np.dtype(one.dtype) for one in checked]
         self.stored_channels = max(one.channels for one in checked)
+        self.colours = not _all_have_channels(checked, self.pairs, config)
+        if config.window_channels is None:
+            decided = default_window_channels(config.channels, not self.colours)
+            self.config = dataclasses.replace(config, window_channels=decided)
         if self._seeks_common_window:
-            self.config = dataclasses.replace(config, window_values=_common_window(self._samples, config))
+            common = _common_window(self._samples, self.config)
+            self.config = dataclasses.replace(self.config, window_values=common)
             self._samples = []
             self.windows = [self.config.window_values] * len(self.pairs)
         _hint_at_window(checked, self.config)
+        warning = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
+        if warning:
+            logger.warning("images in %s: %s", image_dir, warning)
         for index, mask in enumerate(self._masks):
             self._masks[index] = self._prepare_mask(mask)
         where = "in memory" if self.in_memory else "read again at each access"
@@ -172,13 +191,18 @@ class PairedFolder(torch.utils.data.Dataset):
         return self.config.window_scope == "dataset" and self.config.window_values is None
 
     def _check_pair(self, pair: Pair) -> tuple[np.ndarray, np.ndarray, _Checked, np.ndarray | None]:
-        image, mask, table = read_pair(pair.image_path, pair.mask_path, self.config.channels)
+        image, mask, table, has_channels = read_pair(pair.image_path, pair.mask_path, self.config.channels)
         view = view_of_file(pair.image_path, image.shape, self.config)
         stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir(), table)
         # A window over all images follows when all are read.
-        window = ((0.0, 1.0),) if self._seeks_common_window else image_window(image, self.config)
+        config = self.config
+        if config.window_channels is None:
+            channels = default_window_channels(image.shape[2], has_channels)
+            config = dataclasses.replace(config, window_channels=channels)
+        window = ((0.0, 1.0),) if self._seeks_common_window else image_window(image, config)
         brightest, nbytes = float(image.max()), image.nbytes + mask.nbytes
-        facts = _Checked(stats, window, image.shape[2], brightest, str(image.dtype), nbytes)
+        shares = channel_shares(image)
+        facts = _Checked(stats, window, image.shape[2], brightest, str(image.dtype), nbytes, has_channels, shares)
         return self._prepare_image(image, view), mask, facts, self._sample(image)
 
     def _sample(self, image: np.ndarray) -> np.ndarray | None:
@@ -207,7 +231,7 @@ class PairedFolder(torch.utils.data.Dataset):
         if self.in_memory:
             return self._images[index], self._masks[index]
         pair = self.pairs[index]
-        image, mask, _ = read_pair(pair.image_path, pair.mask_path, self.config.channels)
+        image, mask, *_ = read_pair(pair.image_path, pair.mask_path, self.config.channels)
         return self._prepare_image(image, view_of(image.shape, self.config)), self._prepare_mask(mask)
 
     @cached_property
@@ -276,6 +300,25 @@ def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Pat
     if not kept:
         raise InputError(f"no pair of {where} is left: the list of names is empty")
     return kept
+
+
+def _all_have_channels(checked: Sequence[_Checked], pairs: Sequence[Pair], config: DataConfig) -> bool:
+    """Whether the files of three channels say that these are no colours.
+
+    Raises:
+        InputError: some do and some do not, and the config does not say what to do.
+    """
+    names: dict[bool, list[str]] = {False: [], True: []}
+    for one, pair in zip(checked, pairs, strict=True):
+        if one.channels == 3:
+            names[one.has_channels].append(pair.image_path.name)
+    if names[True] and names[False] and config.window_channels is None:
+        raise InputError(
+            f"{len(names[False])} images are RGB (as {names[False][0]}), {len(names[True])} hold three channels that "
+            f"are no colours (as {names[True][0]}): save all alike, or say how to read them with "
+            "window_channels=joint or window_channels=separate"
+        )
+    return bool(names[True]) and not names[False]
 
 
 def _common_window(samples: Sequence[np.ndarray], config: DataConfig) -> Window:

@@ -25,9 +25,62 @@ from dataset.files import FileError, encode_image, image_suffix
 ROBUST_PERCENTILES = (0.1, 99.9)
 
 
-def default_window_channels(channels: int) -> str:
-    """Gray and RGB have one window; other channels are fluorescence, each of a brightness of its own."""
-    return "joint" if channels in (1, 3) else "separate"
+NARROW_SHARE = 0.1  # of the gray range that all channels of an image share
+_SAMPLED_PIXELS = 2**14
+
+
+def default_window_channels(channels: int, has_channels: bool | None = None) -> str | None:
+    """Gray and RGB have one window; other channels are stains, each of a brightness of its own.
+
+    Args:
+        channels: of the images.
+        has_channels: whether their files say that the channels are no colours; None if no file was read yet.
+
+    Returns:
+        One of ``WINDOW_CHANNELS``; None for three channels that may be RGB or stains.
+    """
+    if channels == 3 and has_channels is None:
+        return None
+    return "separate" if channels not in (1, 3) or (channels == 3 and has_channels) else "joint"
+
+
+def channel_shares(image: np.ndarray) -> tuple[float, ...]:
+    """How much of the gray range of all channels each channel uses, between robust percentiles; empty for gray.
+
+    Args:
+        image: (H, W, C).
+
+    Returns:
+        C numbers in [0, 1].
+    """
+    if image.shape[2] == 1:
+        return ()
+    pixels = image.reshape(-1, image.shape[2])
+    low, high = np.percentile(pixels[:: max(1, len(pixels) // _SAMPLED_PIXELS)], ROBUST_PERCENTILES, axis=0)
+    return tuple(((high - low) / max(high.max() - low.min(), 1e-12)).tolist())
+
+
+def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfig, dtype: str) -> str | None:
+    """What to say if images share one window that a channel hardly uses; None if all is well.
+
+    Args:
+        shares: :func:`channel_shares` of every image.
+        config: how the images are read.
+        dtype: of their files.
+    """
+    counts = [len(one) for one in shares if one]
+    fixed = dtype == "uint8" and config.window is None  # then channels keep their range, whatever the config says
+    if not counts or (config.window_channels == "separate" and not fixed):
+        return None
+    median = np.median([one for one in shares if len(one) == max(counts)], axis=0)
+    narrow = [f"channel {k} uses {share:.1%}" for k, share in enumerate(median, start=1) if share < NARROW_SHARE]
+    if not narrow:
+        return None
+    window = f" window=({ROBUST_PERCENTILES[0]:g}, {ROBUST_PERCENTILES[1]:g})" if fixed else ""
+    return (
+        f"{', '.join(narrow)} of the gray range that the {max(counts)} channels share (median of {len(shares)} "
+        f"images): a model hardly sees it; window_channels=separate{window} gives every channel a range of its own"
+    )
 
 
 def image_window(image: np.ndarray, config: DataConfig) -> Window:
@@ -114,20 +167,25 @@ class SourceIntensity:
         dtypes: kinds of gray values in the files, sorted; one of them where images can be written back.
         channels: most channels of a file; 1 where all are gray, also for a model of three.
         windows: windows of the training images, all alike counted once; at most ``MOST_WINDOWS``, spread evenly.
+        colours: whether three channels are RGB; stains are not.
     """
 
     dtypes: tuple[str, ...]
     channels: int
     windows: tuple[Window, ...]
+    colours: bool = True
 
     @classmethod
-    def of(cls, windows: Sequence[Window], dtypes: Sequence[np.dtype], channels: int) -> SourceIntensity:
+    def of(
+        cls, windows: Sequence[Window], dtypes: Sequence[np.dtype], channels: int, colours: bool = True
+    ) -> SourceIntensity:
         """Of all training images.
 
         Args:
             windows: of every image; their order does not matter.
             dtypes: of every image's file.
             channels: most channels of a file.
+            colours: whether three channels are RGB.
         """
         most = max(map(len, windows))  # gray beside RGB
         windows = [window * most if len(window) == 1 else window for window in windows]
@@ -135,18 +193,23 @@ class SourceIntensity:
         if len(set(ordered)) == 1:
             ordered = ordered[:1]
         chosen = np.unique(np.linspace(0, len(ordered) - 1, MOST_WINDOWS).round().astype(int))
-        return cls(tuple(sorted({str(dtype) for dtype in dtypes})), channels, tuple(ordered[index] for index in chosen))
+        return cls(
+            tuple(sorted({str(dtype) for dtype in dtypes})),
+            channels,
+            tuple(ordered[index] for index in chosen),
+            colours,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for checkpoints."""
         windows = [[list(pair) for pair in window] for window in self.windows]
-        return {"dtypes": list(self.dtypes), "channels": self.channels, "windows": windows}
+        return {"dtypes": list(self.dtypes), "channels": self.channels, "windows": windows, "colours": self.colours}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SourceIntensity:
         """The inverse of :meth:`to_dict`."""
         windows = tuple(tuple((float(low), float(high)) for low, high in window) for window in values["windows"])
-        return cls(tuple(values["dtypes"]), values["channels"], windows)
+        return cls(tuple(values["dtypes"]), values["channels"], windows, values.get("colours", True))
 
     def median_window(self) -> Window:
         """The medians of all lower and of all upper ends."""
@@ -162,16 +225,18 @@ class ImageFormat:
         channels: of an image in its file; a gray one is the mean of what the model drew.
         dtype: of its gray values.
         windows: those to choose from; none for 8 bits over the whole range.
+        colours: whether three channels are RGB; stains go out as planes of a TIFF.
     """
 
     channels: int
     dtype: np.dtype = np.dtype(np.uint8)
     windows: tuple[Window, ...] = ()
+    colours: bool = True
 
     @property
     def suffix(self) -> str:
         """Of the image files."""
-        return image_suffix(self.channels, self.dtype)
+        return image_suffix(self.channels, self.dtype, self.colours)
 
     def window(self, seed: int, index: int) -> Window | None:
         """Gray values that -1 and 1 of image ``index`` become; None for 8 bits over the whole range."""
@@ -180,7 +245,7 @@ class ImageFormat:
     def encode(self, image: np.ndarray, window: Window | None) -> bytes:
         """File content of an image (C, H, W) in [-1, 1]."""
         image = image.mean(axis=0, keepdims=True) if self.channels == 1 else image
-        return encode_image(to_gray_values(image, window, self.dtype))
+        return encode_image(to_gray_values(image, window, self.dtype), self.colours)
 
 
 def choose_format(
@@ -200,7 +265,7 @@ def choose_format(
     if intensity == "display":
         if source_window is not None:
             raise InputError("source_window has no effect on intensity=display: leave it out.")
-        return ImageFormat(data.channels)
+        return ImageFormat(data.channels, colours=source is None or source.colours)
     if source is None:
         raise InputError("intensity=source: the checkpoint does not know the gray values of its training images.")
     if len(source.dtypes) != 1:
@@ -212,7 +277,7 @@ def choose_format(
         raise InputError("source_window has no effect: all training images had one window. Leave it out.")
     windows = (source.median_window(),) if source_window == "median" else source.windows
     channels = min(source.channels, data.channels)  # gray files trained a model of three channels, too
-    return ImageFormat(channels, np.dtype(source.dtypes[0]), windows)
+    return ImageFormat(channels, np.dtype(source.dtypes[0]), windows, source.colours)
 
 
 def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) -> np.ndarray:

@@ -133,7 +133,7 @@ class MaskFolder:
 
     def _check(self, name: str) -> tuple[MaskStats, tuple[int, int]]:
         """Facts about a mask, and its height and width."""
-        _, mask, table = self._read(name)
+        _, mask, table, _ = self._read(name)
         size = (mask.shape[-2], mask.shape[-1])
         self._view(name, size)
         return mask_stats(self.paths[name].name, mask, self.paths[name].is_dir(), table), size
@@ -157,7 +157,7 @@ class MaskFolder:
 
     def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
         """Read one mask and its image. A random crop takes the middle square unless ``rng`` is given."""
-        image, mask, _ = self._read(name)
+        image, mask, _, _ = self._read(name)
         view = self._view(name, mask.shape[-2:], rng)
         label = view.apply_labels(mask)
         if label.ndim == 3 and label.dtype.kind != "f":  # a stack goes out as float TIFF, the only one that is read

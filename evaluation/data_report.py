@@ -6,16 +6,14 @@ person should know, are *remarks*.
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.cells import connected_cells
@@ -27,38 +25,21 @@ from dataset.files import (
     Pair,
     find_images_and_masks,
     match_names,
-    read_image,
+    read_image_and_kind,
     read_mask,
     read_mask_and_table,
 )
-from dataset.gray import default_window_channels, image_window, to_display
+from dataset.gray import default_window_channels, image_window, narrow_channels_warning, to_display
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.masks import MaskRule, decide_mask_rule, mask_warnings, refuse_one_class
 from dataset.views import native_view
+from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
 from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)
-SIGNATURE_SIDE = 32
-NEAR_DUPLICATE = 0.99  # correlation of two images of SIGNATURE_SIDE x SIGNATURE_SIDE pixels
 SHEET_IMAGES = 12
 DARK = 128  # of 255
 MUCH_LOST = 0.2
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is kept of one image file."""
-
-    name: str
-    height: int
-    width: int
-    channels: int
-    dtype: str
-    minimum: float
-    maximum: float
-    is_gray: bool  # one channel, or RGB of equal channels
-    digest: str
-    signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
 
 
 @dataclass
@@ -222,24 +203,6 @@ def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple
     return found, errors
 
 
-def image_facts(path: Path) -> ImageFacts:
-    """Read one image; raises FileError where it cannot be read."""
-    image = read_image(path)
-    height, width, channels = image.shape
-    return ImageFacts(
-        name=path.name,
-        height=height,
-        width=width,
-        channels=channels,
-        dtype=str(image.dtype),
-        minimum=float(image.min()),
-        maximum=float(image.max()),
-        is_gray=channels in (1, 3) and bool((image == image[:, :, :1]).all()),
-        digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
-        signature=signature(image),
-    )
-
-
 def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
     """Names of the files of the folders that are not known, hidden ones apart."""
     found = {path for folder in folders for path in Path(folder).iterdir() if path.is_file()}
@@ -249,48 +212,6 @@ def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
 def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, int]]:
     mask, table = read_mask_and_table(path)
     return mask_stats(path.name, mask, path.is_dir(), table), mask.shape[-2:]
-
-
-def signature(image: np.ndarray) -> np.ndarray:
-    """Small gray version of an image, zero mean and unit length, so that a dot product is a correlation.
-
-    Args:
-        image: (H, W, C) of any type.
-
-    Returns:
-        (SIGNATURE_SIDE ** 2,) float32; all 0 for an image of one gray value.
-    """
-    gray = torch.from_numpy(image.mean(axis=-1, dtype=np.float32))[None, None]
-    small = F.adaptive_avg_pool2d(gray, SIGNATURE_SIDE)[0, 0].numpy().ravel().astype(np.float64)
-    small -= small.mean()
-    length = np.linalg.norm(small)
-    scale = max(1.0, abs(float(image.max())))
-    return (small / length if length > 1e-4 * scale else np.zeros_like(small)).astype(np.float32)
-
-
-def near_duplicates(
-    facts: Sequence[ImageFacts], least: float = NEAR_DUPLICATE, block: int = 1024
-) -> list[tuple[str, str, float]]:
-    """Pairs of images that show the same, whatever their size, brightness and compression.
-
-    Returns:
-        (name, other name, correlation), highest first; 1.0 for equal pixels.
-    """
-    if not facts:
-        return []
-    signatures = np.stack([one.signature for one in facts])
-    found = []
-    for start in range(0, len(facts), block):
-        table = signatures[start : start + block] @ signatures.T
-        for row, column in np.argwhere(table >= least):
-            first, second = start + int(row), int(column)
-            if first < second and facts[first].digest != facts[second].digest:
-                found.append((facts[first].name, facts[second].name, round(float(table[row, column]), 4)))
-    by_digest: dict[str, str] = {}
-    for one in facts:
-        if by_digest.setdefault(one.digest, one.name) != one.name:
-            found.append((by_digest[one.digest], one.name, 1.0))
-    return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
 
 def common_channels(facts: Sequence[ImageFacts]) -> int:
@@ -344,6 +265,12 @@ def _find_problems(
     others = [f"{one.name} ({one.channels})" for one in facts if one.channels not in (1, channels)]
     if channels == 3 and others:
         report.problems.append(f"{len(others)} images have neither 1 nor 3 channels: {list_some(others)}")
+    three = {one.has_channels: one.name for one in facts if one.channels == 3}
+    if len(three) == 2:
+        report.problems.append(
+            f"some images are RGB (as {three[False]}), some hold three channels that are no colours (as "
+            f"{three[True]}): save all alike, or say how to read them with --window-channels"
+        )
     if image_size is not None and crop == "random":
         small = []
         for one in facts:
@@ -427,8 +354,14 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     channels = common_channels(facts)
     if channels != 3:
         report.remarks.append(f"images have {channels} channels: train with --vae none --in-channels {channels}")
+    elif {one.has_channels for one in facts if one.channels == 3} == {True}:
+        report.remarks.append(
+            "images have 3 channels that are no colours (axes CYX): train with --vae none --in-channels 3; each gets a "
+            "gray range of its own"
+        )
     elif all(one.is_gray for one in facts):
         report.remarks.append("all images are gray; in pixel space --vae none --in-channels 1 wastes nothing on colour")
+    _remark_on_narrow_channels(report, facts)
     bytes_ = [one.maximum for one in facts if one.dtype == "uint8"]
     if bytes_ and np.median(bytes_) < DARK:
         report.remarks.append(
@@ -436,6 +369,18 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
         )
     if report.pairs < 20:
         report.remarks.append(f"{report.pairs} pairs are few; a generator learns from some hundred on")
+
+
+def _remark_on_narrow_channels(report: DataReport, facts: Sequence[ImageFacts]) -> None:
+    """Channels that would be next to nothing beside the others in the gray range that training would take."""
+    if not facts:
+        return
+    has_channels = any(one.has_channels for one in facts if one.channels == 3)
+    channels = max(one.channels for one in facts)
+    config = DataConfig(image_size=1, window_channels=default_window_channels(channels, has_channels))
+    warning = narrow_channels_warning([one.channel_shares for one in facts], config, facts[0].dtype)
+    if warning:
+        report.remarks.append(settings_as_flags(warning))
 
 
 def _find_remarks_on_center_crop(report: DataReport, facts: Sequence[ImageFacts], image_size: int | None) -> None:
@@ -467,17 +412,28 @@ def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule 
     (output / "data.txt").write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
     written = [output / "data.json", output / "data.txt"]
     if rule is not None and pairs:
-        draw_contact_sheet(pairs, rule, output / "contact_sheet.png")
+        notes = [f"PROBLEM: {line}" for line in report.problems] + [f"remark: {line}" for line in report.remarks]
+        draw_contact_sheet(pairs, rule, notes, output / "contact_sheet.png")
         written.append(output / "contact_sheet.png")
     return written
 
 
-def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, path: Path) -> None:
-    """A few pairs spread over the set: images as training windows them, with the outline of their masks."""
+def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, notes: Sequence[str], path: Path) -> None:
+    """A few pairs spread over the set: images as training windows them, with the outline of their masks.
+
+    Args:
+        pairs: of the set.
+        rule: what the masks hold.
+        notes: sentences above the pictures.
+        path: PNG file to write.
+    """
     chosen = [pairs[index] for index in np.unique(np.linspace(0, len(pairs) - 1, SHEET_IMAGES).astype(int))]
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = new_figure(2.8 * columns, 3 * rows)
+    lines = [line for note in notes for line in textwrap.wrap(note, 38 * columns, subsequent_indent="    ")]
+    figure = new_figure(2.8 * columns, 3 * rows + 0.15 * len(lines))
+    if lines:
+        figure.suptitle("\n".join(lines), fontsize=7, x=0.01, ha="left", parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -489,7 +445,7 @@ def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, path: Path) -> Non
 def _drawable(pairs: Sequence[Pair], rule: MaskRule) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, uint8 (H, W, C) and cells (H, W) bool of every pair."""
     for pair in pairs:
-        image = read_image(pair.image_path)
-        config = DataConfig(image_size=1, window_channels=default_window_channels(image.shape[2]))
+        image, has_channels = read_image_and_kind(pair.image_path)
+        config = DataConfig(image_size=1, window_channels=default_window_channels(image.shape[2], has_channels))
         cells = rule.class_map(read_mask(pair.mask_path)) > 0
         yield pair.name, to_display(image, image_window(image, config)), cells

@@ -30,7 +30,7 @@ from dataset.config import DataConfig
 from dataset.files import find_files, read_image
 from dataset.gray import fit_channels, image_window, to_display
 from dataset.views import center_view, turn
-from evaluation.data_report import image_facts, near_duplicates
+from evaluation.image_facts import image_facts, near_duplicates
 from evaluation.nearest import Match, NearestTraining, small_gray
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
 from synthetic.reader import SampleSet, read_real

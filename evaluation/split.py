@@ -18,7 +18,7 @@ from common.disk import check_folder, file_sha256, write_json
 from common.errors import InputError, list_some
 from common.randomness import shuffled_by_hash
 from dataset.files import Pair, find_files, match_names, pair_files
-from evaluation.data_report import image_facts, near_duplicates
+from evaluation.image_facts import image_facts, near_duplicates
 
 SPLIT_FILE = "split.json"
 DEFAULT_SHARES = (10, 20, 50, 100)

@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from common.disk import write_atomically, write_json
 from common.errors import InputError
-from dataset.files import encode_tiff, read_image, read_mask
+from dataset.files import encode_tiff, read_image_and_kind, read_mask
 from dataset.masks import MaskRule
 from synthetic.manifest import label_path
 
@@ -37,6 +37,7 @@ class ExportedPair:
         name: without suffix.
         image_path: the image in the set.
         image: (H, W, C) as it lies there.
+        colours: whether three channels are RGB.
         instance_map: (H, W) uint16, 0 background.
         class_map: (H, W) uint8, 0 background.
     """
@@ -44,6 +45,7 @@ class ExportedPair:
     name: str
     image_path: Path
     image: np.ndarray
+    colours: bool
     instance_map: np.ndarray
     class_map: np.ndarray
 
@@ -96,17 +98,19 @@ def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator
     for image in images:
         label = read_mask(label_path(sample_dir, image.stem))
         classes = label > 0 if rule.mask_type == "instances" else rule.class_map(label)  # not interior and boundary
-        yield ExportedPair(image.stem, image, read_image(image), instances_of(label, rule), classes.astype(np.uint8))
+        pixels, has_channels = read_image_and_kind(image)
+        cells, classes = instances_of(label, rule), classes.astype(np.uint8)
+        yield ExportedPair(image.stem, image, pixels, not has_channels, cells, classes)
 
 
-def _write_tiff(path: Path, array: np.ndarray, planes: bool = True) -> None:
-    content = encode_tiff(array, planes)
+def _write_tiff(path: Path, array: np.ndarray, planes: bool = True, colours: bool = True) -> None:
+    content = encode_tiff(array, planes, colours)
     write_atomically(path, lambda file: file.write(content))
 
 
 def _cellpose(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     for pair in pairs:
-        _write_tiff(folder / f"{pair.name}_img.tif", pair.image)
+        _write_tiff(folder / f"{pair.name}_img.tif", pair.image, colours=pair.colours)
         _write_tiff(folder / f"{pair.name}_masks.tif", pair.instance_map)
 
 
@@ -114,7 +118,7 @@ def _stardist(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     (folder / "images").mkdir(exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
     for pair in pairs:
-        _write_tiff(folder / "images" / f"{pair.name}.tif", pair.image, planes=False)
+        _write_tiff(folder / "images" / f"{pair.name}.tif", pair.image, planes=False, colours=pair.colours)
         _write_tiff(folder / "masks" / f"{pair.name}.tif", pair.instance_map)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -18,9 +19,15 @@ import sample_ddp
 import train
 from common.errors import InputError, run_command
 from common.pictures import as_rgb
-from dataset.files import encode_image, encode_tiff, read_image
+from dataset.config import DataConfig
+from dataset.files import encode_image, encode_tiff, read_image, read_image_and_kind
+from dataset.folders import PairedFolder
+from dataset.gray import SourceIntensity, choose_format
+from dataset.masks import MaskRule
 from engine.autoencoder import check_space
 from engine.checkpoint import read_checkpoint
+from evaluation.data_report import survey
+from synthetic.export import export_set
 
 
 def two_channel_pairs(folder: Path) -> tuple[Path, Path]:
@@ -164,3 +171,110 @@ def test_channels_that_are_no_rgb_are_shown_in_colours_of_their_own():
     assert as_rgb(image).tolist() == [[[255, 0, 0], [0, 255, 0], [255, 255, 0]]]
     assert as_rgb(np.full((1, 1, 4), 200, np.uint8)).tolist() == [[[255, 255, 255]]]
     assert as_rgb(image[:, :, :1]).tolist() == [[[255] * 3, [0] * 3, [255] * 3]]
+
+
+# ------------------------------------------------------------------------------------------- three stains are no RGB
+
+
+def write_stains(folder: Path, count: int = 4, scale: tuple[float, ...] = (200, 8, 3), **options) -> Path:
+    """TIFFs of axes CYX whose channels differ in brightness, with label images beside them."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        labels = np.zeros((32, 40), np.uint8)
+        labels[6:14, 5 + number : 15 + number] = labels[20:27, 22:33] = 255
+        gray = rng.integers(40, 60, (len(scale), 32, 40)) + np.where(labels, 120, 0)
+        planes = (gray * np.array(scale)[:, None, None]).astype(np.uint16)
+        tifffile.imwrite(folder / "images" / f"f{number}.tif", planes, imagej=True, metadata={"axes": "CYX"} | options)
+        Image.fromarray(labels).save(folder / "masks" / f"f{number}.png")
+    return folder
+
+
+def stains_of(folder: Path, **settings) -> PairedFolder:
+    config = DataConfig(image_size=32, channels=3, **{"window_channels": None} | settings)
+    return PairedFolder(folder / "images", folder / "masks", config)
+
+
+def test_three_channels_of_a_file_that_calls_them_channels_get_a_window_each(tmp_path):
+    data = stains_of(write_stains(tmp_path))
+    assert data.config.window_channels == "separate" and not data.colours
+    assert all(len(window) == 3 for window in data.windows)
+    image = data.example(0)["image"]
+    assert (image.amax((1, 2)) - image.amin((1, 2)) > 1.9).all()
+
+
+def test_rgb_of_16_bits_keeps_one_window_for_its_colours(tmp_path):
+    write_stains(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        tifffile.imwrite(path, tifffile.imread(path).transpose(1, 2, 0), photometric="rgb")
+    data = stains_of(tmp_path)
+    assert data.config.window_channels == "joint" and data.colours
+    assert all(len(window) == 1 for window in data.windows)
+
+
+def test_rgb_beside_stains_is_refused_unless_the_windows_are_given(tmp_path):
+    write_stains(tmp_path)
+    path = tmp_path / "images" / "f0.tif"
+    tifffile.imwrite(path, tifffile.imread(path).transpose(1, 2, 0), photometric="rgb")
+    with pytest.raises(InputError, match=r"1 images are RGB \(as f0.tif\), 3 hold three channels.*window_channels="):
+        stains_of(tmp_path)
+    assert len(stains_of(tmp_path, window_channels="separate").windows[0]) == 3
+    assert any("some images are RGB" in line for line in survey(tmp_path / "images", tmp_path / "masks")[0].problems)
+
+
+def test_a_channel_that_hardly_uses_the_shared_range_is_warned_about(tmp_path, caplog):
+    write_stains(tmp_path)
+    stains_of(tmp_path, window_channels="joint")
+    assert "channel 2 uses 3." in caplog.text and "channel 3 uses 1." in caplog.text
+    assert "window_channels=separate gives every channel" in caplog.text
+    caplog.clear()
+    stains_of(tmp_path)
+    assert "uses" not in caplog.text
+
+
+def test_8_bit_stains_keep_their_range_and_the_warning_says_both_flags(tmp_path, caplog):
+    write_stains(tmp_path, scale=(1, 1, 1))
+    for path in (tmp_path / "images").iterdir():
+        planes = (tifffile.imread(path) * np.array([1, 0.05, 1])[:, None, None]).astype(np.uint8)
+        tifffile.imwrite(path, planes, photometric="minisblack", metadata={"axes": "CYX"})
+    stains_of(tmp_path)
+    assert "channel 2 uses" in caplog.text and "window_channels=separate window=(0.1, 99.9)" in caplog.text
+    report, *_ = survey(tmp_path / "images", tmp_path / "masks")
+    assert any("--window-channels separate --window 0.1 99.9" in line for line in report.remarks)
+    assert any("3 channels that are no colours" in line for line in report.remarks)
+
+
+def test_stains_with_the_lookup_tables_of_fiji_are_read_as_they_are(tmp_path):
+    planes = np.random.default_rng(0).integers(0, 255, (3, 20, 24), dtype=np.uint8)
+    table = np.zeros((3, 256), np.uint16)
+    table[0] = np.arange(256) * 257
+    options = {"photometric": "palette", "colormap": table, "metadata": {"axes": "CYX"}}
+    tifffile.imwrite(tmp_path / "a.tif", planes, **options)
+    image, has_channels = read_image_and_kind(tmp_path / "a.tif")
+    assert has_channels and np.array_equal(image, planes.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("intensity", ["display", "source"])
+def test_synthetic_stains_leave_as_planes_and_are_exported_as_planes(tmp_path, intensity):
+    data = stains_of(write_stains(tmp_path))
+    source = SourceIntensity.of(data.windows, data.dtypes, data.stored_channels, data.colours)
+    assert SourceIntensity.from_dict(json.loads(json.dumps(source.to_dict()))) == source
+    form = choose_format(intensity, None, data.config, source)
+    assert form.suffix == ".tif"
+    for name in ("set/images", "set/masks"):
+        (tmp_path / name).mkdir(parents=True)
+    image = data.example(0)["image"].numpy()
+    path = tmp_path / "set" / "images" / "f0.tif"
+    path.write_bytes(form.encode(image, form.window(0, 0)))
+    Image.fromarray(np.full(image.shape[1:], 255, np.uint8)).save(tmp_path / "set" / "masks" / "f0.png")
+    read, has_channels = read_image_and_kind(path)
+    assert has_channels and read.shape == (32, 32, 3)
+    assert read.dtype == (np.uint16 if intensity == "source" else np.uint8)
+    export_set(tmp_path / "set", [path], MaskRule("binary", 2, 255, ""), "cellpose")
+    with tifffile.TiffFile(tmp_path / "set" / "cellpose" / "f0_img.tif") as file:
+        assert file.series[0].axes == "CYX" and file.pages[0].photometric.name == "MINISBLACK"
+        assert np.array_equal(file.asarray(), read.transpose(2, 0, 1))
+    export_set(tmp_path / "set", [path], MaskRule("binary", 2, 255, ""), "stardist")
+    again, has_channels = read_image_and_kind(tmp_path / "set" / "stardist" / "images" / "f0.tif")
+    assert has_channels and np.array_equal(again, read)

@@ -1,0 +1,98 @@
+"""What is kept of one image file to compare it with others: size, kind, gray values, and a small picture of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dataset.files import read_image_and_kind
+from dataset.gray import channel_shares
+
+SIGNATURE_SIDE = 32
+NEAR_DUPLICATE = 0.99  # correlation of two images of SIGNATURE_SIDE x SIGNATURE_SIDE pixels
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is kept of one image file."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    minimum: float
+    maximum: float
+    is_gray: bool  # one channel, or RGB of equal channels
+    has_channels: bool  # the file says that its channels are no colours
+    channel_shares: tuple[float, ...]
+    digest: str
+    signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
+
+
+def image_facts(path: Path) -> ImageFacts:
+    """Read one image; raises FileError where it cannot be read."""
+    image, has_channels = read_image_and_kind(path)
+    height, width, channels = image.shape
+    return ImageFacts(
+        name=path.name,
+        height=height,
+        width=width,
+        channels=channels,
+        dtype=str(image.dtype),
+        minimum=float(image.min()),
+        maximum=float(image.max()),
+        is_gray=channels in (1, 3) and bool((image == image[:, :, :1]).all()),
+        has_channels=has_channels,
+        channel_shares=channel_shares(image),
+        digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
+        signature=signature(image),
+    )
+
+
+def signature(image: np.ndarray) -> np.ndarray:
+    """Small gray version of an image, zero mean and unit length, so that a dot product is a correlation.
+
+    Args:
+        image: (H, W, C) of any type.
+
+    Returns:
+        (SIGNATURE_SIDE ** 2,) float32; all 0 for an image of one gray value.
+    """
+    gray = torch.from_numpy(image.mean(axis=-1, dtype=np.float32))[None, None]
+    small = F.adaptive_avg_pool2d(gray, SIGNATURE_SIDE)[0, 0].numpy().ravel().astype(np.float64)
+    small -= small.mean()
+    length = np.linalg.norm(small)
+    scale = max(1.0, abs(float(image.max())))
+    return (small / length if length > 1e-4 * scale else np.zeros_like(small)).astype(np.float32)
+
+
+def near_duplicates(
+    facts: Sequence[ImageFacts], least: float = NEAR_DUPLICATE, block: int = 1024
+) -> list[tuple[str, str, float]]:
+    """Pairs of images that show the same, whatever their size, brightness and compression.
+
+    Returns:
+        (name, other name, correlation), highest first; 1.0 for equal pixels.
+    """
+    if not facts:
+        return []
+    signatures = np.stack([one.signature for one in facts])
+    found = []
+    for start in range(0, len(facts), block):
+        table = signatures[start : start + block] @ signatures.T
+        for row, column in np.argwhere(table >= least):
+            first, second = start + int(row), int(column)
+            if first < second and facts[first].digest != facts[second].digest:
+                found.append((facts[first].name, facts[second].name, round(float(table[row, column]), 4)))
+    by_digest: dict[str, str] = {}
+    for one in facts:
+        if by_digest.setdefault(one.digest, one.name) != one.name:
+            found.append((by_digest[one.digest], one.name, 1.0))
+    return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
