@@ -33,6 +33,7 @@ IGNORE = 255  # class of pixels that no loss sees
 BORDER = 2  # pixels: width of a cell's border, at most half of the cell's depth
 WINDOW, WINDOW_OVERLAP, WINDOW_BATCH = 256, 0.125, 4  # of large images
 LEAST_AREA = 10  # pixels; smaller finds are no cells
+SMOOTHING = 1.0  # pixels: blur of the interior before it is cut into seeds
 INTERIOR_WEIGHT = 1.0  # of the interior's loss beside that of the classes
 FINETUNE_RATE = 0.5  # factor on the learning rate of phases after the first
 LOG_EVERY = 100
@@ -279,6 +280,7 @@ def split_cells(foreground: np.ndarray, interior: np.ndarray) -> np.ndarray:
     Returns:
         (H, W) int32 instance map without gaps; cells below ``LEAST_AREA`` pixels are dropped.
     """
+    interior = ndimage.gaussian_filter(interior, SMOOTHING)
     seeds = ndimage.label((interior > 0.5) & foreground)[0]
     parts = connected_cells(foreground)
     seeded = np.zeros(int(parts.max()) + 1, bool)

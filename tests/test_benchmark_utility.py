@@ -1,0 +1,51 @@
+"""The benchmarks of utility plan command lines that evaluate.py takes, and stop in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import sample_ddp
+import train
+from benchmarks import utility
+from common.errors import InputError
+from evaluation.arms import arm_of
+
+
+def words_of(name: str, *more: str):
+    return utility.parse_args([name, "--data", "data", *more])
+
+
+@pytest.mark.parametrize("name", utility.BENCHMARKS)
+def test_every_planned_command_line_is_one_of_evaluate(name, tmp_path):
+    args = words_of(name, "--selections-made", "2", "--train-flags", "--seed 3")
+    jobs = utility.plan(name, Path("data"), tmp_path, args)
+    assert len(jobs) == 1 + 2 * 2 * len(utility.BENCHMARKS[name].labels)
+    assert len({done for done, _ in jobs}) == len(jobs)
+    for _, words in jobs:
+        parsed = evaluate.parse_args(words)
+        if parsed.command == "utility":
+            assert all(map(arm_of, parsed.arms))
+        if parsed.command == "practise":
+            train.parse_args(["--data-path", "i", "--mask-path", "m", *parsed.train_flags])
+            sample_ddp.parse_args(["ODE", "--ckpt", "c", "--mask-path", "m", *parsed.sample_flags])
+
+
+def test_parts_are_run_and_unknown_numbers_refused(tmp_path):
+    args = words_of("nuclei", "--labels", "5", "--selections", "1", "--stages", "practise")
+    ((done, words),) = utility.plan("nuclei", Path("data"), tmp_path, args)
+    assert done == tmp_path / "nuclei/sets/selection_01/labels_005/practice.html" and words[0] == "practise"
+    with pytest.raises(InputError, match="7: nuclei has 3, 5, 10, 30"):
+        utility.plan("nuclei", Path("data"), tmp_path, words_of("nuclei", "--labels", "7"))
+
+
+def test_a_command_that_takes_too_long_is_ended_and_one_that_fails_is_said(monkeypatch, tmp_path):
+    script = tmp_path / "evaluate.py"
+    script.write_text("import sys, time\ntime.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))\n")
+    monkeypatch.setattr(utility, "ROOT", tmp_path)
+    assert not utility.run_for(["60", "0"], 0.3)
+    assert utility.run_for(["0", "0"], 60)
+    with pytest.raises(InputError, match="exit code 3"):
+        utility.run_for(["0", "3"], 60)
