@@ -1,7 +1,6 @@
-"""Look at images and masks before training, in plain language: what is there, what is wrong, what deserves a look.
+"""Check images and masks before training, and report in plain language.
 
-Nothing here trains or changes anything. Faults that training would refuse are *problems*; what it would take, but a
-person should know, are *remarks*.
+Problems stop training. Remarks are warnings. Nothing here trains a model or changes a file.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)
 SHEET_IMAGES = 12
-DARK = 128  # of 255
-MUCH_LOST = 0.2
+DARK = 128  # gray value; images that stay below it count as dark
+MUCH_LOST = 0.2  # fraction of a typical image that the center crop may lose before a remark
 
 
 @dataclass
@@ -53,19 +52,19 @@ class DataReport:
         sizes: "WIDTH x HEIGHT" -> number of images, most frequent first.
         dtypes: "uint8, 3 channels" -> number of images.
         ranges: dtype -> darkest and brightest value of all images, and the median of the images' brightest values.
-        mask_type: what the masks hold, None where that could not be decided.
-        mask_reason: why, in one sentence.
-        class_shares: share of all pixels per class.
-        instances: cells per image, in the order of the pairs: ids, or connected components.
-        instances_are: "ids" or "connected components".
-        without_image: masks without image.
-        without_mask: images without mask.
+        mask_type: one of ``MASK_TYPES``, None if it could not be decided.
+        mask_reason: one sentence that says why.
+        class_shares: fraction of all pixels per class.
+        instances: cells per image, in the order of the pairs.
+        instances_are: how cells were counted: "ids" or "connected components".
+        without_image: masks without an image.
+        without_mask: images without a mask.
         unreadable: file and reason.
-        left_out: files in the two folders that are neither.
+        left_out: files in the two folders that are neither image nor mask.
         mismatched: pairs whose image and mask differ in size.
-        duplicates: (name, other name, correlation); 1.0 means equal pixels.
-        problems: what training would refuse.
-        remarks: what a person should know.
+        duplicates: (name, other name, correlation). 1.0 means equal pixels.
+        problems: faults that stop training.
+        remarks: warnings.
     """
 
     images: int
@@ -97,15 +96,15 @@ class DataReport:
         lines = [f"{self.images} images, {self.masks} masks, {self.pairs} pairs"]
         lines += _counted("sizes (width x height)", self.sizes) + _counted("kinds of images", self.dtypes)
         lines += [
-            f"gray values of {dtype} images: {facts['minimum']:g} to {facts['maximum']:g}; half of the images stay "
-            f"below {facts['median_maximum']:g}"
+            f"gray values of {dtype} images: {facts['minimum']:g} to {facts['maximum']:g}; median of the images' "
+            f"brightest values: {facts['median_maximum']:g}"
             for dtype, facts in self.ranges.items()
         ]
         if self.mask_type is not None:
             lines.append(self.mask_reason)
         if self.class_shares:
             shares = ", ".join(f"class {k}: {share * 100:.1f} %" for k, share in enumerate(self.class_shares))
-            lines.append(f"share of the pixels: {shares}")
+            lines.append(f"fraction of the pixels: {shares}")
         if self.instances:
             lines.append(
                 f"cells per image: {min(self.instances)} to {max(self.instances)}, median "
@@ -113,7 +112,7 @@ class DataReport:
             )
         lines += [f"remark: {remark}" for remark in self.remarks]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        return lines + ([] if self.problems else ["nothing stands in the way of training"])
+        return lines + ([] if self.problems else ["no problem found: training can start"])
 
 
 def _counted(title: str, counts: dict[str, int], most: int = 5) -> list[str]:
@@ -133,21 +132,21 @@ def survey(
     progress: bool = False,
     mask_values: Sequence[int] | None = None,
 ) -> tuple[DataReport, list[Pair], MaskRule | None]:
-    """Read every file of a data set once and say what is there.
+    """Read every file of a data set once and report on it.
 
     Args:
         image_dir: folder of images.
         mask_dir: folder of masks.
         num_classes: K.
         mask_type: one of ``MASK_TYPES``.
-        image_size: side of the training images, checked against the images' sizes with ``crop`` "random".
-        crop: as in training.
-        normalize: soft maps need not sum to one.
+        image_size: side of the training images. With ``crop`` "random", no image may be smaller.
+        crop: same as in training.
+        normalize: whether soft maps may have sums other than one.
         progress: show progress bars.
         mask_values: stored value of each class, if these are not 0..K-1.
 
     Returns:
-        The report, the pairs that can be used, and the masks' rule (None where it could not be decided).
+        The report, the usable pairs, and the mask rule (None if it could not be decided).
 
     Raises:
         InputError: a folder is missing or empty.
@@ -193,7 +192,7 @@ def survey(
 
 
 def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple[dict, list[str]]:
-    """Facts by path, and one line for every file that cannot be read."""
+    """Facts by path, and one line for every unreadable file."""
     found, errors = {}, []
     for path in tqdm(files.values(), desc=title, unit="file", disable=None if progress else True):
         try:
@@ -204,7 +203,7 @@ def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple
 
 
 def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
-    """Names of the files of the folders that are not known, hidden ones apart."""
+    """Names of all other files in the folders, except hidden files."""
     found = {path for folder in folders for path in Path(folder).iterdir() if path.is_file()}
     return sorted(path.name for path in found - known if not path.name.startswith("."))
 
@@ -215,7 +214,7 @@ def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, int]]:
 
 
 def common_channels(facts: Sequence[ImageFacts]) -> int:
-    """Channels to train with: what all images have, where it is neither gray nor RGB; else 3, which takes both."""
+    """Channels to train with: 3 for gray and RGB images, else the number that all images share (3 if they differ)."""
     counts = {one.channels for one in facts}
     return counts.pop() if len(counts) == 1 and not counts & {1, 3} else 3
 
@@ -249,7 +248,7 @@ def _find_problems(
     image_size: int | None,
     crop: str,
 ) -> None:
-    """What training would refuse, but for the masks' values."""
+    """Add all problems, except those of mask values."""
     if report.unreadable:
         report.problems.append(f"{len(report.unreadable)} files cannot be read: {list_some(report.unreadable)}")
     if report.without_mask:
@@ -311,7 +310,7 @@ def _decide(
 
 
 def _count_cells(report: DataReport, pairs: Sequence[Pair], rule: MaskRule, progress: bool) -> None:
-    """Shares of the classes and cells per image."""
+    """Count the cells of each image, and measure the fraction of pixels of each class."""
     totals = np.zeros(rule.num_classes)
     ids = rule.mask_type == "instances"
     report.instances_are = "ids" if ids else "connected components"
@@ -326,53 +325,59 @@ def _count_cells(report: DataReport, pairs: Sequence[Pair], rule: MaskRule, prog
 
 
 def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
-    """What training takes, but a person should know."""
+    """Add all remarks, except those of the center crop."""
     empty = sum(count == 0 for count in report.instances)
     if empty:
-        report.remarks.append(f"{empty} of {len(report.instances)} masks hold no cell")
+        report.remarks.append(f"{empty} of {len(report.instances)} masks have no cell")
     blank = [one.name for one in facts if one.minimum == one.maximum]
     if blank:
-        report.remarks.append(f"{len(blank)} images hold one gray value only: {list_some(blank)}")
+        report.remarks.append(f"{len(blank)} images have a single gray value: {list_some(blank)}")
     if report.left_out:
-        report.remarks.append(f"{len(report.left_out)} files are of other kinds: {list_some(report.left_out)}")
+        report.remarks.append(
+            f"{len(report.left_out)} files are neither image nor mask and will be ignored: {list_some(report.left_out)}"
+        )
     absent = [str(k) for k, share in enumerate(report.class_shares) if share == 0]
     if absent:
-        report.remarks.append(f"no pixel of class {', '.join(absent)}: nothing can be learned about it")
+        report.remarks.append(f"no pixel has class {', '.join(absent)}, so the model cannot learn it")
     if report.duplicates:
         names = [f"{one} and {other}" for one, other, _ in report.duplicates]
         report.remarks.append(
-            f"{len(names)} pairs of images show nearly the same: {list_some(names)}; keep copies out of the test images"
+            f"{len(names)} pairs of images are nearly equal: {list_some(names)}; do not put such copies into both "
+            "training and test images"
         )
     if len(report.ranges) > 1:
         kinds = ", ".join(report.ranges)
-        report.remarks.append(f"images are stored as {kinds}: each is windowed by its own rule; see --window")
+        report.remarks.append(
+            f"images are stored as {kinds}: the default gray range depends on the kind; --window sets one rule for all"
+        )
     if len(report.sizes) > 1:
         report.remarks.append(
-            "images have different sizes; --crop center scales each so that its short side fits, --crop random keeps "
-            "the scale"
+            "images have different sizes: --crop center scales each image so that its short side fits, --crop random "
+            "keeps the scale"
         )
     channels = common_channels(facts)
     if channels != 3:
         report.remarks.append(f"images have {channels} channels: train with --vae none --in-channels {channels}")
     elif {one.has_channels for one in facts if one.channels == 3} == {True}:
         report.remarks.append(
-            "images have 3 channels that are no colours (axes CYX): train with --vae none --in-channels 3; each gets a "
-            "gray range of its own"
+            "images have 3 channels that are not colours (axes CYX): train with --vae none --in-channels 3; each "
+            "channel gets its own gray range"
         )
     elif all(one.is_gray for one in facts):
-        report.remarks.append("all images are gray; in pixel space --vae none --in-channels 1 wastes nothing on colour")
+        report.remarks.append("all images are gray: if you train on pixels (--vae none), use --in-channels 1")
     _remark_on_narrow_channels(report, facts)
     bytes_ = [one.maximum for one in facts if one.dtype == "uint8"]
     if bytes_ and np.median(bytes_) < DARK:
         report.remarks.append(
-            f"half of the 8-bit images stay below gray {np.median(bytes_):g} of 255: --window 0.1 99.9 stretches each"
+            f"half of the 8-bit images have no pixel above gray {np.median(bytes_):g} of 255: --window 0.1 99.9 "
+            "stretches the contrast of each image"
         )
     if report.pairs < 20:
-        report.remarks.append(f"{report.pairs} pairs are few; a generator learns from some hundred on")
+        report.remarks.append(f"{report.pairs} pairs are few; about a hundred or more are better")
 
 
 def _remark_on_narrow_channels(report: DataReport, facts: Sequence[ImageFacts]) -> None:
-    """Channels that would be next to nothing beside the others in the gray range that training would take."""
+    """Add a remark on channels that would be almost black in the gray range of training."""
     if not facts:
         return
     has_channels = any(one.has_channels for one in facts if one.channels == 3)
@@ -384,11 +389,11 @@ def _remark_on_narrow_channels(report: DataReport, facts: Sequence[ImageFacts]) 
 
 
 def _find_remarks_on_center_crop(report: DataReport, facts: Sequence[ImageFacts], image_size: int | None) -> None:
-    """What scaling the short side and cutting the middle does to these images."""
+    """Add remarks on what the center crop does to these images."""
     lost = [1 - min(one.height, one.width) / max(one.height, one.width) for one in facts]
     if lost and np.median(lost) > MUCH_LOST:
         report.remarks.append(
-            f"--crop center leaves out {np.median(lost):.0%} of a typical image, at its ends; --crop random uses all"
+            f"--crop center cuts {np.median(lost):.0%} off a typical image, at its ends; --crop random uses all of it"
         )
     small = [one.name for one in facts if min(one.height, one.width) < (image_size or 0)]
     if small:
@@ -402,10 +407,10 @@ def _find_remarks_on_center_crop(report: DataReport, facts: Sequence[ImageFacts]
 
 
 def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule | None, output: Path) -> list[Path]:
-    """Write ``data.json``, ``data.txt`` and, where masks could be read, ``contact_sheet.png`` into ``output``.
+    """Write ``data.json``, ``data.txt`` and, if the masks are usable, ``contact_sheet.png`` into ``output``.
 
     Returns:
-        What was written.
+        Paths of the written files.
     """
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "data.json", report.to_dict())
@@ -419,11 +424,11 @@ def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule 
 
 
 def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, notes: Sequence[str], path: Path) -> None:
-    """A few pairs spread over the set: images as training windows them, with the outline of their masks.
+    """Draw a few pairs spread over the set: images in the gray range of training, with the outlines of the masks.
 
     Args:
-        pairs: of the set.
-        rule: what the masks hold.
+        pairs: pairs of the set.
+        rule: how to read the masks.
         notes: sentences above the pictures.
         path: PNG file to write.
     """

@@ -1,8 +1,8 @@
-"""Does the image follow its mask, judged by a segmenter that knows real cells only.
+"""Fidelity: does the image follow its mask, according to a segmenter trained on real images only?
 
-A small U-Net is trained on real pairs and run on the synthetic images; its segmentation is compared with the masks that
-the images were made from. The same judge on real images that it has not seen gives the ceiling: no synthetic set needs
-to score higher than real images do.
+A small U-Net (the judge) is trained on real pairs and segments the synthetic images. Its segmentation is compared with
+the masks of the images. The same judge also segments real images that it has not seen. Their score is the ceiling: a
+synthetic set need not score higher.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from synthetic.reader import SampleSet
 
 logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.2
-BATCH_PIXELS = 2**22  # of images segmented at once
-WINDOWS_PER_IMAGE = 4  # of a held-out image under --crop random
-EMPTY_TOLERANCE = 0.02  # share of an image found as cells that makes the fidelity of an empty mask 0
-BOUNDARY_SHARE = 0.0075  # of the image's diagonal; never below one pixel
+BATCH_PIXELS = 2**22  # most pixels segmented at once
+WINDOWS_PER_IMAGE = 4  # random crops of each held-out image, with --crop random
+EMPTY_TOLERANCE = 0.02  # an empty mask has fidelity 0 if the judge finds cells in this fraction of the image
+BOUNDARY_SHARE = 0.0075  # tolerance as a fraction of the image's diagonal, at least one pixel
 
 
 class LabelledImage(NamedTuple):
-    """What the judge is asked about.
+    """An image with its true labels.
 
     Attributes:
         image: uint8 (S, S, C).
@@ -57,17 +57,17 @@ class LabelledImage(NamedTuple):
 
 @dataclass
 class AgreementScore:
-    """Agreement of the judge with the masks of one set of images; None where nothing can be said.
+    """Agreement of the judge with the masks of one set of images. None: not defined for this set.
 
     Attributes:
-        images: images judged.
-        dice: mean over the images whose mask holds a cell, foreground against background.
-        iou: per class, over all pixels of the set.
+        images: number of images.
+        dice: foreground Dice, mean over the images whose mask has a cell.
+        iou: IoU per class, over all pixels of the set.
         ap: IoU threshold -> average precision of single cells.
         pq: panoptic quality of cells.
         boundary_f: mean F-score of the foreground's boundary.
-        count_error: mean absolute difference of the number of cells per image.
-        per_image: foreground Dice of every image; see :func:`fidelity_of` for masks without a cell.
+        count_error: mean absolute difference in the number of cells per image.
+        per_image: foreground Dice of every image. :func:`fidelity_of` defines it for masks without a cell.
     """
 
     images: int
@@ -80,7 +80,7 @@ class AgreementScore:
     per_image: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """Plain types without the values of the single images."""
+        """Plain types for JSON, without the values of each image."""
         content = asdict(self)
         del content["per_image"]
         return content
@@ -98,8 +98,8 @@ class FidelityReport:
     judge_cached: bool
     masks_seen_by_judge: int
     provenance: dict[str, list[str]]
-    judge_images_sha256: list[str] = field(default_factory=list)  # what the judge has seen, for checks of leaks
-    chosen_by_this_judge: bool = False  # the set was drawn again until this very judge was content
+    judge_images_sha256: list[str] = field(default_factory=list)  # training images of the judge, to check for leaks
+    chosen_by_this_judge: bool = False  # the same judge selected the images of this set
 
     def to_dict(self) -> dict:
         """Plain types for JSON."""
@@ -127,19 +127,19 @@ def _notes(content: dict) -> list[str]:
     seen = content["masks_seen_by_judge"]
     notes = [
         f"real images: {content['real_images_are']}",
-        f"the judge learned from {content['judge_pairs']} real pairs"
-        + (f"; {seen} images were made from masks that it knows" if seen else ""),
+        f"the judge was trained on {content['judge_pairs']} real pairs"
+        + (f"; {seen} synthetic images were made from masks in its training set" if seen else ""),
     ]
     if content.get("chosen_by_this_judge"):
-        notes.append("this judge chose the images of the set, so its scores are too high; use another seed")
+        notes.append("this judge selected the images of the set, so its scores are too high; use another seed")
     return notes
 
 
 SECTION = Section(
     "fidelity",
-    "Does it follow the mask: a segmenter that knows real cells only",
-    "A small U-Net that learned from real pairs segments the images; its answer is compared with the masks. Real "
-    "images that it has not seen are the ceiling. Higher is better, but for the count error.",
+    "Fidelity: does the image follow its mask? (segmenter trained on real images)",
+    "A small U-Net, trained on real pairs, segments the images. Its result is compared with the masks. Real images "
+    "that it has not seen give the ceiling. Higher is better, except for the count error: there lower is better.",
     _table,
     _notes,
 )
@@ -159,13 +159,13 @@ def score_agreement(
 
     Args:
         segment: list of uint8 (S, S, C) -> (B, S, S) uint8 class ids (``Judge.class_maps``).
-        images: what to judge.
+        images: images with their labels.
         num_classes: K.
-        separated: class 2 is the border between touching cells (instances with K = 3).
+        separated: whether class 2 is the border between touching cells (instances with K = 3).
         batch_size: images segmented at once.
 
     Raises:
-        InputError: there is no image.
+        InputError: there are no images.
     """
     counts, table = InstanceCounts(), np.zeros((num_classes, num_classes), np.int64)
     per_image, with_cells, boundaries = [], [], []
@@ -194,30 +194,31 @@ def score_agreement(
 
 
 def fidelity_of(found: np.ndarray, truth: np.ndarray) -> float:
-    """Foreground Dice; for a mask without a cell 1 where nothing is found, and 0 from :data:`EMPTY_TOLERANCE` on.
+    """Foreground Dice, with a softer rule for masks without a cell.
 
-    Dice would be 0 for one wrong pixel there, and a filter would throw the empty images away.
+    For an empty mask, the value falls from 1 (no cell found) to 0 (:data:`EMPTY_TOLERANCE` of the image found as cell).
+    Dice itself would be 0 after one wrong pixel, and a filter would then remove all empty images.
 
     Args:
-        found: (H, W) bool, the judge's cells.
-        truth: (H, W) bool, the mask's.
+        found: (H, W) bool, cells that the judge found.
+        truth: (H, W) bool, cells of the mask.
     """
     return dice(found, truth) if truth.any() else max(0.0, 1 - float(found.mean()) / EMPTY_TOLERANCE)
 
 
 def class_iou(table: np.ndarray) -> list[float | None]:
-    """IoU of every class from a (K, K) table of pixel counts, truth by prediction; None for a class that is nowhere."""
+    """IoU of every class from a (K, K) table of pixel counts (truth by prediction). None for a class that is absent."""
     hits = np.diag(table)
     union = table.sum(axis=0) + table.sum(axis=1) - hits
     return [float(hit / total) if total else None for hit, total in zip(hits, union, strict=True)]
 
 
 def cells_of_classes(classes: np.ndarray, separated: bool) -> np.ndarray:
-    """Instance map of a predicted class map: connected components, with ``separated`` cut along class 2.
+    """Instance map of a predicted class map, by connected components.
 
     Args:
         classes: (H, W) class ids.
-        separated: components of class 1, each grown into the nearest pixels of class 2.
+        separated: take the components of class 1, and give each pixel of class 2 to the nearest of them.
     """
     if not separated:
         return connected_cells(classes > 0)
@@ -229,7 +230,7 @@ def cells_of_classes(classes: np.ndarray, separated: bool) -> np.ndarray:
 
 
 def _batches(images: Iterator[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:
-    """Up to ``size`` images of one shape each; fewer large ones, so that memory stays bounded."""
+    """Batches of at most ``size`` images of equal shape. Large images come in smaller batches to limit memory."""
     batch: list[LabelledImage] = []
     for item in images:
         full = len(batch) == size or len(batch) * item.classes.size >= BATCH_PIXELS
@@ -241,12 +242,16 @@ def _batches(images: Iterator[LabelledImage], size: int) -> Iterator[list[Labell
         yield batch
 
 
-# --- which pairs teach, which are held out ---------------------------------------------------------------------------
+# --- training pairs and held-out pairs of the judge ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Names of the pairs that teach the judge and of those held out (empty: the set's own real images are judged)."""
+    """Names of the judge's training pairs and held-out pairs.
+
+    If ``held_out`` is empty, the real images of the set's own masks give the ceiling. ``masks_seen`` counts the
+    synthetic images whose mask is in a training pair of the judge.
+    """
 
     train: list[str]
     held_out: list[str]
@@ -254,15 +259,15 @@ class Split:
 
 
 def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) -> Split:
-    """Decide what the judge learns from, so that it has not seen what it judges.
+    """Choose the judge's training pairs, so that it is evaluated on images that it has not seen.
 
-    1. The set names its real images: pairs whose mask is in the set are kept from the judge, and the real images of the
-       very same masks give the ceiling. (Needs a fifth of the pairs, at least four, to be left for the judge.)
-    2. Otherwise a fifth of the pairs is held out, chosen by a hash of seed and name. Masks of the set can then be among
-       those that the judge knows; their number is reported.
+    1. If the set names its real images, the judge is trained on the pairs whose mask is not in the set. The real images
+       of the set's masks give the ceiling. This needs at least a fifth of the pairs, and at least four, for training.
+    2. Otherwise a fifth of the pairs is held out. A hash of seed and name chooses them. The judge may then know masks
+       of the set. The report says how many.
 
     Raises:
-        InputError: fewer than two pairs.
+        InputError: there are fewer than two pairs.
     """
     pairs = pair_files(image_dir, mask_dir)
     used = {sample.columns.get("source_mask_sha256", "") for sample in samples.samples} - {""}
@@ -271,9 +276,7 @@ def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) ->
     if samples.has_real and used and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
         return Split(free, [], 0)
     if len(pairs) < 2:
-        raise InputError(
-            f"{image_dir} holds one pair; the judge needs at least two, one to learn from and one held out"
-        )
+        raise InputError(f"{image_dir} holds one pair; the judge needs at least two: one for training and one held out")
     names = shuffled_by_hash(hashes, seed)
     held_out = max(1, round(HELD_OUT_SHARE * len(names)))
     known = {hashes[name] for name in names[held_out:]}
@@ -295,17 +298,17 @@ def score_fidelity(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> FidelityReport:
-    """Train (or load) the judge of the real pairs and compare it with the set's masks, beside real images.
+    """Train or load the judge, and compare its segmentation with the masks, for synthetic and real images.
 
     Args:
         samples: the synthetic set.
         image_dir: real images.
         mask_dir: their masks.
-        cache_dir: where judges are kept.
-        mask_type: what the masks hold.
+        cache_dir: folder that keeps trained judges.
+        mask_type: one of ``MASK_TYPES``.
         steps: training steps of the judge.
-        seed: of the judge and of the held-out share.
-        device: None takes the GPU where there is one.
+        seed: seed of the judge's training and of the choice of held-out pairs.
+        device: None uses the GPU if there is one.
         progress: show a progress bar.
 
     Raises:
@@ -334,7 +337,7 @@ def score_fidelity(
 
 
 class PreparedJudge(NamedTuple):
-    """A judge, and what it learned from."""
+    """A trained judge and its training pairs."""
 
     judge: Judge
     key: str
@@ -354,7 +357,10 @@ def prepare_judge(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> PreparedJudge:
-    """Choose the judge's pairs by :func:`split_pairs`, then load it from the cache or train it; see score_fidelity."""
+    """Choose the judge's pairs by :func:`split_pairs`, then load the judge from the cache or train it.
+
+    The arguments are those of :func:`score_fidelity`.
+    """
     config = samples.require_config()
     split = split_pairs(samples, image_dir, mask_dir, seed)
     pairs = PairedFolder(
@@ -377,7 +383,7 @@ def _judge(judge: Judge, images: Iterator[LabelledImage], num_classes: int, sepa
 
 
 def set_images(samples: SampleSet, real: bool) -> Iterator[LabelledImage]:
-    """The images of a set, synthetic or real, with the labels that both belong to."""
+    """The synthetic images of a set, or the real images of the same masks, with their labels."""
     for sample in samples.samples:
         classes = samples.class_map(sample)
         image = samples.real(sample) if real else samples.synthetic(sample)
@@ -390,7 +396,10 @@ def set_images(samples: SampleSet, real: bool) -> Iterator[LabelledImage]:
 def held_out_images(
     image_dir: str, mask_dir: str, pairs: PairedFolder, names: Sequence[str], seed: int, whole_scale: float | None
 ) -> Iterator[LabelledImage]:
-    """Real pairs as the judge's training data are read, the same squares at every call; whole ones beside fields."""
+    """Held-out real pairs, read like the judge's training data. Every call gives the same crops.
+
+    If ``whole_scale`` is given (a set of whole fields), the real images are whole fields, too.
+    """
     folder = MaskFolder(
         mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=pairs.rule.normalize, whole_scale=whole_scale
     )
@@ -398,7 +407,7 @@ def held_out_images(
 
 
 def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterator[LabelledImage]:
-    """Pairs of a folder with images as training sees them; several windows of each under --crop random."""
+    """Pairs of a folder, read as in training. With random crops, each image gives several crops."""
     for number, name in enumerate(names):
         drawn = folder.config.crop == "random" and folder.whole_scale is None
         for window in range(WINDOWS_PER_IMAGE if drawn else 1):
@@ -407,7 +416,7 @@ def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterat
 
 
 def labelled_image(item: MaskItem, rule: MaskRule) -> LabelledImage:
-    """A mask of a folder and its real image, rounded as synthetic images are."""
+    """A mask and its real image. The image is rounded to 8 bits, like synthetic images."""
     image = to_uint8(torch.as_tensor(item.image))  # (S, S, C)
     classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
     cells = item.label if rule.mask_type == "instances" else connected_cells(classes > 0)
@@ -418,7 +427,7 @@ def labelled_image(item: MaskItem, rule: MaskRule) -> LabelledImage:
 
 
 def write_fidelity_report(samples: SampleSet, report: FidelityReport) -> Path:
-    """Write ``evaluation/fidelity.json``, and the column ``fidelity_dice`` into the manifest.
+    """Write ``evaluation/fidelity.json``, and add the column ``fidelity_dice`` to the manifest.
 
     Returns:
         The folder.

@@ -1,4 +1,4 @@
-"""Keep the images of a set that follow their masks best. Nothing of the set itself is moved, changed or removed."""
+"""Filter: select the images of a set that follow their masks best. The set itself stays unchanged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ KEPT, DROPPED = "kept.csv", "dropped.csv"
 
 @dataclass(frozen=True)
 class FilterResult:
-    """Which images stay, and why the others do not.
+    """Images that are kept, and images that are dropped with the reason.
 
     Attributes:
-        rule: the filter in words.
+        rule: text that states the rule.
         kept: rows of the manifest, in its order.
         dropped: (row, reason), in the order of the manifest.
         mean_before: mean fidelity of all images.
-        mean_after: mean fidelity of those kept.
+        mean_after: mean fidelity of the kept images.
     """
 
     rule: str
@@ -48,8 +48,8 @@ def _table(content: dict) -> Table:
 
 SECTION = Section(
     "filter",
-    "Filter",
-    "The set itself is unchanged; see kept.csv and dropped.csv.",
+    "Filter: images that follow their masks best",
+    "kept.csv and dropped.csv list the images. The set itself is unchanged.",
     _table,
     lambda content: [f"kept {content['kept']} of {content['kept'] + content['dropped']} images: {content['rule']}"],
 )
@@ -60,15 +60,15 @@ def filter_set(samples: SampleSet, min_fidelity: float | None = None, keep_share
 
     Args:
         samples: a set on which ``evaluate.py fidelity`` has run.
-        min_fidelity: keep images of at least this Dice.
-        keep_share: keep this share of the images, the best ones, at least one; of equal ones the first.
+        min_fidelity: keep images with at least this Dice.
+        keep_share: keep this fraction of the images, the best ones, but at least one. Of equal images, the first wins.
 
     Raises:
-        InputError: no fidelity in the manifest, or nothing would be kept.
-        ValueError: not exactly one rule given.
+        InputError: the manifest has no fidelity, or no image would be kept.
+        ValueError: both rules or none are given.
     """
     if (min_fidelity is None) == (keep_share is None):
-        raise ValueError("give min_fidelity or keep_share, one of them")
+        raise ValueError("give either min_fidelity or keep_share")
     values = read_fidelity(samples)
     if min_fidelity is not None:
         rule = f"{FIDELITY_COLUMN} of at least {min_fidelity:g}"
@@ -99,7 +99,7 @@ def read_fidelity(samples: SampleSet) -> list[float]:
     """The column ``fidelity_dice``, one number per image.
 
     Raises:
-        InputError: the column is not there, or a row has no number.
+        InputError: the column is missing, or a row has no number.
     """
     if FIDELITY_COLUMN not in samples.columns:
         raise InputError(
@@ -123,18 +123,18 @@ def _number_or_nan(text: str) -> float:
 
 
 def write_filter_report(samples: SampleSet, result: FilterResult, output: Path | None = None) -> list[Path]:
-    """Write ``kept.csv``, ``dropped.csv`` and ``filter.json``, and on request a set of the kept images.
+    """Write ``kept.csv``, ``dropped.csv`` and ``filter.json``. If ``output`` is given, copy the kept images there.
 
     Args:
         samples: the set.
-        result: of :func:`filter_set`.
-        output: new folder for copies of the kept images, their labels, manifest and settings.
+        result: result of :func:`filter_set`.
+        output: new folder for copies of the kept images with their labels, manifest and settings.
 
     Returns:
-        What was written.
+        Paths of the written files.
 
     Raises:
-        InputError: ``output`` holds something.
+        InputError: ``output`` is not empty.
     """
     if output is not None:
         copy_set(samples, result, output)
@@ -151,10 +151,10 @@ def write_filter_report(samples: SampleSet, result: FilterResult, output: Path |
 
 
 def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
-    """What the new set's settings say: the rule, and the images of every judge that has chosen among its images.
+    """Entry for the new set's settings: the rule, and the training images of every judge that selected its images.
 
-    The set may have been chosen from before, by ``sample_ddp.py --min-fidelity`` or by this command. If the images of
-    one judge are not known, the list is empty, and ``evaluate.py utility`` refuses the set.
+    The set may have been selected before, by ``sample_ddp.py --min-fidelity`` or by this command. If the training
+    images of one judge are unknown, the list is empty, and ``evaluate.py utility`` refuses the set.
     """
     fidelity = samples.folder / "evaluation" / "fidelity.json"
     judge = json.loads(fidelity.read_text(encoding="utf-8")) if fidelity.is_file() else {}
@@ -170,10 +170,10 @@ def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
 
 
 def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
-    """Copy the kept images into a new set; its manifest comes last, so that a torn copy is no set.
+    """Copy the kept images into a new set. The manifest is written last: without it, a partial copy is not a set.
 
     Raises:
-        InputError: ``output`` exists and is no empty folder, or lies in the set itself.
+        InputError: ``output`` exists and is not an empty folder, or lies inside the set.
     """
     check_folder(output)
     if output.resolve().is_relative_to(samples.folder.resolve()):

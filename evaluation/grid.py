@@ -1,9 +1,8 @@
-"""Does the image show the network's patches: gray steps across patch borders over those inside patches.
+"""Grid: do the borders of the network's patches show in the image?
 
-The network writes an image patch by patch. If neighbouring patches disagree, the image shows a grid. The measure is the
-mean absolute difference of neighbouring pixels on two sides of a patch border, over the same mean for neighbours inside
-a patch, over rows and columns. An image without a grid has ratio 1, but for chance, and so have real images: their
-ratio at the same places stands beside it.
+The network writes an image patch by patch. If neighbouring patches disagree, the image shows a grid. The grid ratio is
+the mean absolute difference of neighbouring pixels across patch borders, divided by the same mean inside patches. Rows
+and columns both count. Without a grid the ratio is near 1. Real images are measured at the same places for comparison.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from evaluation.output import Section, Table, number, results_folder
 from synthetic.manifest import SETTINGS
 from synthetic.reader import SampleSet
 
-PATCH_SETTING = "patch_pixels"  # in a set's settings.json: side of the model's patches in pixels of the image
+PATCH_SETTING = "patch_pixels"  # key in settings.json: side of the model's patches in pixels of the image
 
 
 @dataclass
@@ -34,7 +33,7 @@ class ImageGrid:
 
 @dataclass
 class GridScore:
-    """Result of ``score_grid``: ratios over the steps of all images, and one row per image."""
+    """Result of ``score_grid``: ratios over all images together, and one row per image."""
 
     images: int
     patch_pixels: int
@@ -44,7 +43,7 @@ class GridScore:
     per_image: list[ImageGrid] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """Plain types for JSON, without the rows of the single images."""
+        """Plain types for JSON, without the rows of each image."""
         content = asdict(self)
         del content["per_image"]
         known = [row for row in self.per_image if row.synthetic is not None]
@@ -56,7 +55,7 @@ class GridScore:
 
 
 def _table(content: dict) -> Table:
-    title = f"steps across borders of {content['patch_pixels']} pixel patches / steps inside"
+    title = f"differences across borders of {content['patch_pixels']} px patches / inside patches"
     return Table(
         ["", "synthetic", "real images of the same masks"], [[title, content["grid_synthetic"], content["grid_real"]]]
     )
@@ -71,31 +70,31 @@ def _notes(content: dict) -> list[str]:
 
 SECTION = Section(
     "grid",
-    "Do the network's patches show",
-    "The mean difference of neighbouring pixels across the borders of the network's patches, over the same inside the "
-    "patches. 1 is no grid; real images are measured at the same places.",
+    "Grid: do the network's patches show?",
+    "The mean difference of neighbouring pixels across the borders of the network's patches, divided by the same mean "
+    "inside the patches. 1 means no grid. Real images are measured at the same places.",
     _table,
     _notes,
 )
 
 
 def patch_pixels(samples: SampleSet) -> int:
-    """Side of a patch in pixels of the images, as the set's settings say.
+    """Side of a patch in pixels of the images, from the set's settings.
 
     Raises:
-        InputError: the settings do not say it, or the images were put together from overlapping windows.
+        InputError: the settings lack the entry, or the images were sampled as overlapping tiles.
     """
     if samples.whole_scale is not None:
         raise InputError(
-            f"{samples.folder}: its images were put together from overlapping windows, whose patches have no common "
-            "grid; measure a set of single windows"
+            f"{samples.folder}: its images were put together from overlapping tiles, whose patches have no common "
+            "grid; measure a set that was sampled without tiles"
         )
     patch = samples.settings.get(PATCH_SETTING)
     if not isinstance(patch, int) or patch < 2:
         raise InputError(
-            f'{samples.folder / SETTINGS} does not say how large the patches are: write "{PATCH_SETTING}": N into it, '
-            "N = patch size of the model (8 for SiT-Ti/8) x factor of the autoencoder (1 for pixels, 8 for Stable "
-            "Diffusion's), or sample the set again"
+            f"{samples.folder / SETTINGS} does not say how large the patches are. Sample the set again, or add "
+            f'"{PATCH_SETTING}": N to the file, with N = patch size of the model (8 for SiT-Ti/8) x factor of the '
+            "autoencoder (1 for pixels, 8 for Stable Diffusion's)"
         )
     return patch
 
@@ -104,7 +103,7 @@ def score_grid(samples: SampleSet) -> GridScore:
     """Grid ratio of the synthetic images and of the real images of the same masks.
 
     Raises:
-        InputError: the set does not say how large its patches are, or a file is unreadable.
+        InputError: the patch size of the set is unknown, or a file is unreadable.
     """
     patch = patch_pixels(samples)
     total, total_real, rows = Steps(), Steps(), []
@@ -121,13 +120,13 @@ def score_grid(samples: SampleSet) -> GridScore:
 
 
 def grid_line(samples: SampleSet) -> str:
-    """One line for the output of another measure: the set's numbers, or why there are none."""
+    """One line for the output of another measure: the grid ratios, or the reason why there are none."""
     try:
         score = score_grid(samples)
     except InputError as error:
-        return f"patch border steps: not measured ({error})"
+        return f"grid of patches: not measured ({error})"
     return (
-        f"patch border steps: synthetic {number(score.grid_synthetic)}, real {number(score.grid_real)} (1 is no grid)"
+        f"grid of patches: synthetic {number(score.grid_synthetic)}, real {number(score.grid_real)} (1 means no grid)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is kept of one image file to compare it with others: size, kind, gray values, and a small picture of it."""
+"""Facts of one image file to compare it with others: size, kind, gray values, and a small gray version."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dataset.files import read_image_and_kind
 from dataset.gray import channel_shares
 
 SIGNATURE_SIDE = 32
-NEAR_DUPLICATE = 0.99  # correlation of two images of SIGNATURE_SIDE x SIGNATURE_SIDE pixels
+NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is kept of one image file."""
+    """Facts of one image file."""
 
     name: str
     height: int
@@ -30,14 +30,14 @@ class ImageFacts:
     minimum: float
     maximum: float
     is_gray: bool  # one channel, or RGB of equal channels
-    has_channels: bool  # the file says that its channels are no colours
+    has_channels: bool  # the file says that its channels are not colours
     channel_shares: tuple[float, ...]
     digest: str
     signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
 
 
 def image_facts(path: Path) -> ImageFacts:
-    """Read one image; raises FileError where it cannot be read."""
+    """Read one image. Raises FileError if it cannot be read."""
     image, has_channels = read_image_and_kind(path)
     height, width, channels = image.shape
     return ImageFacts(
@@ -76,10 +76,10 @@ def signature(image: np.ndarray) -> np.ndarray:
 def near_duplicates(
     facts: Sequence[ImageFacts], least: float = NEAR_DUPLICATE, block: int = 1024
 ) -> list[tuple[str, str, float]]:
-    """Pairs of images that show the same, whatever their size, brightness and compression.
+    """Pairs of images with the same content, whatever their size, brightness and compression.
 
     Returns:
-        (name, other name, correlation), highest first; 1.0 for equal pixels.
+        (name, other name, correlation), highest first. 1.0 means equal pixels.
     """
     if not facts:
         return []

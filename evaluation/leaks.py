@@ -1,8 +1,12 @@
-"""Has a synthetic set seen what it must not: the check of the utility experiment, from manifests and hashes.
+"""Leak check of the utility experiment: did the synthetic set use labels or test images that it must not know?
 
-At a share of the labels everything that makes the synthetic set may know that share only: the generator's training
-images, the masks that it draws from (masks of the share, recombined cells of the share, or simulated ones), and the
-judge of a filter. What cannot be told counts as a leak: an experiment is as good as what is known about it.
+At a given share of the labels, everything behind the synthetic set may know that share only:
+
+- the generator's training images,
+- the masks that were sampled: masks of the share, recombined cells of the share, or simulated cells,
+- the training images of a judge that selected images.
+
+The check uses manifests and hashes. Unknown origin counts as a leak.
 """
 
 from __future__ import annotations
@@ -28,20 +32,20 @@ from layouts.recombine import read_origin, read_sources, source_digest
 from synthetic.manifest import judge_notes
 from synthetic.reader import Sample, SampleSet
 
-LEAST_CELL_SHARE = 0.05  # labels with less cell (or background) can be equal by chance
+LEAST_CELL_SHARE = 0.05  # below this fraction of cell (or background), labels can be equal by chance
 
 
 def find_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Path | None = None) -> list[str]:
-    """Everything wrong with using a synthetic set at a share; empty where it may be used.
+    """All leaks of a synthetic set at a share of the labels.
 
     Args:
         split: shares and test pairs.
-        share: percent.
+        share: percent of the labels.
         samples: the synthetic set.
-        checkpoint: of the generator, where the set's settings do not say what it was trained on.
+        checkpoint: checkpoint of the generator. Only needed if the set's settings do not name its training images.
 
     Returns:
-        One sentence per leak.
+        One sentence per leak. Empty if the set may be used.
     """
     return [
         *_masks(split, share, samples),
@@ -52,14 +56,14 @@ def find_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
 
 
 def refuse_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Path | None = None) -> None:
-    """Raises InputError with everything that :func:`find_leaks` finds."""
+    """Raise InputError with all leaks that :func:`find_leaks` finds."""
     leaks = find_leaks(split, share, samples, checkpoint)
     if leaks:
         raise InputError(f"{samples.folder} leaks at {split.words(share)}: {'; '.join(leaks)}", "ckpt")
 
 
 def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str, str]) -> dict[str, int]:
-    """How many hashes belong to the test pairs, to pairs outside of the share, and to nothing known."""
+    """Count the hashes that belong to test pairs ("test"), to pairs outside of the share ("outside"), or to no pair."""
     test = {known[name] for name in split.test}
     inside = {known[name] for name in split.shares[share]} - test
     everything = set(known.values())
@@ -76,7 +80,7 @@ def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str
 
 
 def _masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
-    """Where the masks come from, by their hashes; unknown ones must be of make_masks.py."""
+    """Leaks by masks, from their hashes. A mask that is not in the split must come from make_masks.py."""
     if "source_mask_sha256" not in samples.columns:
         return ["its manifest has no column source_mask_sha256, so its masks cannot be checked"]
     counts = _where(split, share, (sample.columns["source_mask_sha256"] for sample in samples.samples), split.masks)
@@ -91,10 +95,11 @@ def _masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
 
 
 def _unknown_masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
-    """What is wrong with masks that are none of the split's: nothing if they are simulated, or recombined of the share.
+    """Leaks by masks that are not in the split. Simulated masks and masks recombined from the share are allowed.
 
-    The set's settings say where its masks come from (``mask_origin``). Sets of earlier versions do not; for them the
-    folder of the masks says it, if its files have not changed since.
+    The set's settings say where its masks come from (``mask_origin``). Sets of earlier versions lack this entry. For
+    them, settings.json in the folder of the masks says it. This is only valid if the mask files have not changed since
+    sampling, so check that as well.
     """
     if "mask_origin" in samples.settings:
         problem = _origin_problem(split, share, "its masks", samples.settings["mask_origin"])
@@ -108,19 +113,19 @@ def _unknown_masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str
     if problems:
         return problems
     changed = sum(not _is_unchanged(sample) for sample in unknown)
-    return [f"{changed} source masks are gone or changed since, so their origin is unknown"] if changed else []
+    return [f"{changed} source masks are missing or have changed, so their origin is unknown"] if changed else []
 
 
 def _origin_problem(split: SplitPlan, share: int, masks: str, origin: dict[str, Any] | None) -> str | None:
     if origin is None:
-        return f"{masks} are neither of the split nor made by make_masks.py, so their origin is unknown"
+        return f"{masks} are neither in the split nor made by make_masks.py, so their origin is unknown"
     if origin["command"] == "merged":
         found = [_origin_problem(split, share, masks, part) for part in origin.get("parts") or [None]]
         return next((problem for problem in found if problem), None)
     if origin["command"] == "pseudo":
         seen = origin.get("segmenter_images_sha256")
         if not seen:
-            return f"{masks} were found by a segmenter, and what taught it is unknown"
+            return f"{masks} were found by a segmenter whose training images are unknown"
         problems = _seen_by(f"the segmenter of {masks} was trained on", _where(split, share, seen, split.images))
         return "; ".join(problems) or None
     if origin["command"] == "simulate" or origin.get("source_sha256") in _recombine_digests(split.part(share)):
@@ -134,7 +139,7 @@ def _is_unchanged(sample: Sample) -> bool:
 
 
 def _recombine_digests(folder: Path) -> set[str]:
-    """Digests of the cells of a share, read as ids and as connected parts: what ``make_masks.py`` may have noted."""
+    """Digests of the cells of a share that ``make_masks.py`` may have recorded: read as ids and as connected parts."""
     digests = set()
     for kind in ("instances", "masks"):
         for components in (False, True):
@@ -146,7 +151,7 @@ def _recombine_digests(folder: Path) -> set[str]:
 
 
 def _labels(split: SplitPlan, samples: SampleSet) -> list[str]:
-    """Labels that show the cells of a test mask, whatever their file is called and however it is stored."""
+    """Leaks by content: labels with the cells of a test mask, whatever their file name and format."""
     config = samples.require_config()
     tested = find_files(split.part(None) / "masks", "mask").values()
     foregrounds = [cells for path in tested for cells in _foregrounds(read_mask(path))]
@@ -164,7 +169,7 @@ def _labels(split: SplitPlan, samples: SampleSet) -> list[str]:
 
 
 def _foregrounds(mask: np.ndarray) -> list[np.ndarray]:
-    """Where a mask file can mean cells, (H, W) bool each: above 0, above half, or not background in a stack."""
+    """Possible cells of a mask file, (H, W) bool each: above 0, above half, or (in a stack) not background."""
     if mask.ndim == 3 and len(mask) > 1:
         return [mask.argmax(axis=0) > 0]
     mask = mask.reshape(mask.shape[-2:])
@@ -174,7 +179,7 @@ def _foregrounds(mask: np.ndarray) -> list[np.ndarray]:
 def _test_parts(
     foregrounds: list[np.ndarray], view: View | None, config: DataConfig, whole_scale: float | None
 ) -> Iterable[np.ndarray]:
-    """What a view shows of the test masks that it fits."""
+    """The part of each test mask that a view selects, for the masks that it fits."""
     for foreground in foregrounds:
         height, width = foreground.shape
         middle = center_view(height, width, config.image_size)
@@ -192,10 +197,10 @@ def _digest(cells: np.ndarray) -> bytes:
 
 
 def _generator(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Path | None) -> list[str]:
-    """What the generator was trained on: from the set's settings, else from the folders that its checkpoint names."""
+    """Leaks by the generator's training images, from the set's settings or from the folders named in its checkpoint."""
     trained_on = samples.settings.get("trained_on")
     if trained_on is None and checkpoint is None:
-        return [f"what its generator was trained on is not known: give ckpt {share}=FILE"]
+        return [f"the training images of its generator are not known: give ckpt {share}=FILE"]
     if trained_on is None:
         found = trained_on_by_checkpoint(samples, checkpoint)
         if isinstance(found, str):
@@ -205,28 +210,28 @@ def _generator(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
 
 
 def trained_on_by_checkpoint(samples: SampleSet, checkpoint: Path) -> list[str] | str:
-    """sha256 of the images in the folder that the checkpoint was trained on, or why that cannot be told."""
+    """sha256 of the checkpoint's training images, or a sentence that says why they are unknown."""
     digest = file_sha256(checkpoint) if checkpoint.is_file() else ""
     rows = {sample.columns.get("ckpt_sha256") for sample in samples.samples}
     config = read_checkpoint(checkpoint)["config"]
     if rows != {digest}:
-        return f"{checkpoint} is not the checkpoint that made it"
+        return f"{checkpoint} is not the checkpoint that made its images"
     started = config.get("train", {}).get("init_from")
     if started and started not in PUBLISHED_URLS and Path(started).name not in PUBLISHED_URLS:
-        return f"its generator started from {started}, and what those weights have seen is not known"
+        return f"its generator started from {started}, and the training images of those weights are not known"
     folder = config.get("train", {}).get("data_path")
     if not folder or not Path(folder).is_dir():
-        return f"the folder that its generator was trained on ({folder}) is not there, so it cannot be checked"
+        return f"the folder with the training images of its generator ({folder}) is missing, so it cannot be checked"
     return [file_sha256(path) for path in find_files(folder, "image").values()]
 
 
 def _judge(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
-    """The judges that chose among the images have seen real images."""
+    """Leaks by the training images of judges that selected images of the set."""
     notes = judge_notes(samples.settings)
     if not all(note.get("judge_images_sha256") for note in notes):
-        return ["it is filtered by a judge whose images are not known: run evaluate.py fidelity and filter again"]
+        return ["a judge with unknown training images selected its images: run evaluate.py fidelity and filter again"]
     seen = {digest for note in notes for digest in note["judge_images_sha256"]}
-    return _seen_by("the judge of its filter was trained on", _where(split, share, seen, split.images))
+    return _seen_by("the judge that selected its images was trained on", _where(split, share, seen, split.images))
 
 
 def _seen_by(who: str, counts: dict[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How results leave: tables for the terminal and the report, files written whole or not at all, pictures."""
+"""Output of results: tables for the terminal and the report, files, pictures."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from synthetic.reader import SampleSet
 
-OUTLINE = "#ff4fd8"  # of masks over images: a colour that neither fluorescence nor stains have
-LINE_WIDTH = 110  # of explanations on a terminal
+OUTLINE = "#ff4fd8"  # outline of masks over images: a colour that neither fluorescence nor stains have
+LINE_WIDTH = 110  # characters per line of explanations on a terminal
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
 
     def texts(self) -> list[list[str]]:
-        """The rows as :func:`number` writes them."""
+        """The rows as text, formatted by :func:`number`."""
         return [[number(value) for value in row] for row in self.rows]
 
     def lines(self) -> list[str]:
@@ -47,13 +47,13 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """One measure as the terminal and the report show it, from the content of its JSON file.
+    """How to show one measure, on the terminal and in the report, from the content of its JSON file.
 
     Attributes:
-        name: of the measure and its JSON file.
+        name: name of the measure and of its JSON file.
         title: heading.
         note: what the numbers mean.
-        table: content -> numbers.
+        table: content -> table of numbers.
         notes: content -> sentences about this result.
         pictures: PNG files beside the JSON file.
     """
@@ -66,17 +66,17 @@ class Section:
     pictures: tuple[str, ...] = ()
 
     def lines(self, content: dict) -> list[str]:
-        """What the command prints."""
+        """Lines for the terminal."""
         return [*self.table(content).lines(), *textwrap.wrap(self.note, LINE_WIDTH), *self.notes(content)]
 
 
 def number(value: object, digits: int = 4, sign: str = "") -> str:
-    """A value as text: a dash for None, fractions with so many significant digits, all else as it is.
+    """A value as text: a dash for None, floats with ``digits`` significant digits, other values unchanged.
 
     Args:
-        value: of a table.
+        value: value of a table.
         digits: significant digits of a float.
-        sign: "+" shows the sign of positive floats, too.
+        sign: "+" also shows the sign of positive floats.
     """
     if value is None:
         return "-"
@@ -87,13 +87,13 @@ def number(value: object, digits: int = 4, sign: str = "") -> str:
 
 
 def with_spread(mean: float | None, spread: float | None, sign: str = "") -> str:
-    """Mean ± standard deviation; the mean alone if there is no spread, a dash if there is no mean."""
+    """Text "mean ± standard deviation". Only the mean if there is no spread, a dash if there is no mean."""
     text = number(mean, 3, sign)
     return text if spread is None or mean is None else f"{text} ± {number(spread, 2)}"
 
 
 def written_line(written: str | Sequence[Path]) -> str:
-    """Where the files of a result are, as a command says it."""
+    """Line that names the written files."""
     return f"written: {written if isinstance(written, str) else ', '.join(map(str, written))}"
 
 
@@ -101,14 +101,14 @@ def written_line(written: str | Sequence[Path]) -> str:
 
 
 def results_folder(samples: SampleSet) -> Path:
-    """``SAMPLE_DIR/evaluation``, made if need be."""
+    """``SAMPLE_DIR/evaluation``. Creates the folder if it is missing."""
     folder = samples.folder / "evaluation"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches; no pyplot, so no display and no global state."""
+    """An empty figure; width and height in inches. Avoids pyplot, which needs a display and has global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -120,13 +120,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def show_image(axis: Axes, image: np.ndarray, title: str, cells: np.ndarray | None = None) -> None:
-    """One picture of a grid.
+    """Show one picture of a grid.
 
     Args:
-        axis: where.
+        axis: place in the figure.
         image: (H, W, C) uint8, or (H, W) bool.
-        title: plain text; it may hold file names with any characters.
-        cells: (H, W) bool, outlined if given.
+        title: plain text. May contain file names with any characters.
+        cells: (H, W) bool. If given, outline these cells.
     """
     if image.dtype == bool:
         image = np.where(image, 255, 0).astype(np.uint8)[..., None]

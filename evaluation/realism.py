@@ -1,12 +1,12 @@
-"""Do synthetic images look like real ones: distances of feature distributions, beside real against real.
+"""Realism: do synthetic images look like real ones? Compares distributions of image features.
 
-With Inception weights: FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) on
-the features of torch-fidelity. Without: a Frechet distance along the main directions in which real images differ in the
-features of the judge of ``evaluate.py fidelity``, which is not FID and is not called so.
+With Inception weights, the measures are FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018,
+arXiv 1801.01401) on the features of torch-fidelity. Without them, the measure is a Frechet distance on features of the
+judge of ``evaluate.py fidelity``, along the main directions in which real images differ. This distance is not FID.
 
-Every distance shrinks with the number of images, and two real sets are not at distance 0 either. So the real images are
-split at random into two halves, again and again: real half against real half, and synthetic against the same real
-half, with the same number of images each time. Only the two beside each other mean something.
+Every distance shrinks as the number of images grows, and two sets of real images are not at distance 0. Therefore the
+real images are split at random into two halves, many times. Each split compares real half with real half, and synthetic
+images with the same real half, at equal numbers of images. Compare these two numbers with each other only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from synthetic.reader import SampleSet, read_real
 
 logger = logging.getLogger(__name__)
 SPLITS = 20
-WINDOWS_PER_IMAGE = 4  # of a real image under --crop random
+WINDOWS_PER_IMAGE = 4  # random crops of each real image, with --crop random
 LEAST_REAL, LEAST_SYNTHETIC = 4, 2
 COMPONENTS = 16
 JUDGE_DISTANCE = "Frechet distance on judge features"
@@ -44,14 +44,14 @@ Distance = Callable[[np.ndarray, np.ndarray], float]
 
 @dataclass
 class Distances:
-    """One distance: synthetic against real halves, and real halves against each other.
+    """Values of one distance over the random splits.
 
     Attributes:
         name: FID, KID, or the Frechet distance on the judge's features.
         images_compared: images on each side of every comparison.
-        synthetic: of every split, synthetic against the first real half.
-        real: of every split, the second real half against the first.
-        whole: all synthetic against all real images; its size bias is not that of the splits.
+        synthetic: per split, synthetic images against the first real half.
+        real: per split, the second real half against the first.
+        whole: all synthetic against all real images. Do not compare it with the splits: it uses more images.
     """
 
     name: str
@@ -103,9 +103,9 @@ def _notes(content: dict) -> list[str]:
 
 SECTION = Section(
     "realism",
-    "Is it real: distances of features",
-    "Synthetic to real images beside real to real ones, over random splits with the same number of images. A set that "
-    "cannot be told from real ones has the distance of real to real.",
+    "Realism: does it look real? (distances of features)",
+    "Distance of synthetic to real images, and of real to real images, over random splits with equal numbers of "
+    "images. If a set looks like the real images, both distances are equal.",
     _table,
     _notes,
     ("realism.png",),
@@ -119,7 +119,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Squared 2-Wasserstein distance of two Gaussians with the features' means and covariances.
 
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2). With C = A' A the last trace is the nuclear norm of A1 A2', which
-    is exact and fast where there are fewer images than features, and needs no root of a singular matrix.
+    is exact, fast if there are fewer images than features, and needs no root of a singular matrix.
 
     Source: Dowson and Landau 1982; for images Heusel et al. 2017, arXiv 1706.08500.
 
@@ -128,7 +128,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
         second: (m, D).
 
     Raises:
-        ValueError: fewer than two rows, or other columns.
+        ValueError: fewer than two rows, or different numbers of columns.
     """
     if first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
         raise ValueError(f"features of shapes {first.shape} and {second.shape}")
@@ -142,7 +142,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def kernel_inception_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared MMD with torch-fidelity's cubic kernel, on as many images as both sides have (at most 1000).
+    """Unbiased squared MMD with torch-fidelity's cubic kernel, on equal numbers of images (at most 1000 a side).
 
     Source: Binkowski et al. 2018, arXiv 1801.01401.
     """
@@ -166,29 +166,30 @@ def compare_with_splits(
     seed: int = 0,
     partners: np.ndarray | None = None,
 ) -> Distances:
-    """A distance of synthetic to real features beside that of real to real ones, all with the same number of images.
+    """Distance of synthetic to real features, and of real to real features, at equal numbers of images.
 
-    A synthetic image has the layout of its mask, and so has the real image of that mask. Where partners are known, the
-    synthetic images compared with a real half are of other masks than its images, as the other real half is.
+    A synthetic image has the same layout as the real image of its mask. If partners are known, each split therefore
+    prefers synthetic images whose masks do not belong to the real half they are compared with. The two real halves have
+    different masks as well.
 
     Args:
-        name: of the distance.
-        distance: of (n, D) and (n, D) features.
+        name: name of the distance.
+        distance: function of (n, D) and (n, D) features.
         synthetic: (N, D).
         real: (M, D).
-        groups: (M,) which image each real row was cut from; a split uses one window of each.
-        splits: random halves.
-        seed: of the halves and of the synthetic images drawn.
-        partners: (N,) group of the real image of every synthetic image's mask, -1 where it is not among them.
+        groups: (M,) image that each real row was cropped from. A split uses one crop of each image.
+        splits: number of random splits.
+        seed: seed of the splits and of the choice of synthetic images.
+        partners: (N,) group of the real image of each synthetic image's mask, -1 if there is none.
 
     Raises:
-        InputError: too few images.
+        InputError: there are too few images.
     """
     images = np.unique(groups)
     if len(images) < LEAST_REAL or len(synthetic) < LEAST_SYNTHETIC:
         raise InputError(
             f"{len(synthetic)} synthetic and {len(images)} real images are too few to compare; at least "
-            f"{LEAST_SYNTHETIC} and {LEAST_REAL} are needed, some hundred say more"
+            f"{LEAST_SYNTHETIC} and {LEAST_REAL} are needed, better some hundred"
         )
     rng = np.random.default_rng(seed)
     against_synthetic, against_real = [], []
@@ -196,7 +197,7 @@ def compare_with_splits(
     for _ in range(splits):
         rows = _one_of_each(groups, rng)
         order = rng.permutation(len(synthetic))
-        if partners is not None:  # those of other masks first
+        if partners is not None:  # images of other masks come first
             order = order[np.argsort(np.isin(partners[order], groups[rows[:count]]), kind="stable")]
         against_synthetic.append(distance(synthetic[order[:count]], real[rows[:count]]))
         against_real.append(distance(real[rows[-count:]], real[rows[:count]]))
@@ -204,23 +205,22 @@ def compare_with_splits(
 
 
 def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One random row of every group, in random order: windows of one image are no independent images."""
+    """One random row of every group, in random order. Crops of one image are not independent images."""
     order = rng.permutation(len(groups))
     return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
 
 
 def real_components(features: np.ndarray, real: np.ndarray, most: int = COMPONENTS) -> np.ndarray:
-    """Features along the main directions in which real images differ, each in units of its spread there.
+    """Whitened principal components: features along the main directions of the real images, each with unit spread.
 
-    A network's features have a scale of their own and say the same several times over: brightness alone would decide.
-    Measured on nuclei (64 px, 108 images a side, the distance of real from real images and its standard deviation over
-    the splits, then of blurred and of noisier ones): features as they are 10.4 +- 10.9, 7.2, 7.9; 16 directions 2.0 +-
-    0.3, 2.3, 2.7.
+    Raw features of a network have arbitrary scales and are correlated, so that brightness alone decides. The record
+    compares both: benchmarks/design_choices.md.
 
     Args:
         features: (N, D).
         real: (M, D).
-        most: directions kept; fewer where the real images have fewer, or are fewer than four for each.
+        most: most directions to keep. Fewer are kept if the real images span fewer, or if there are fewer than four
+            real images per direction.
 
     Returns:
         (N, k).
@@ -239,20 +239,20 @@ def real_components(features: np.ndarray, real: np.ndarray, most: int = COMPONEN
 
 
 def inception_features(weights: Path, device: torch.device) -> Extractor:
-    """The 2048 pooled features of torch-fidelity's Inception, from a file; nothing is fetched.
+    """The 2048 pooled features of torch-fidelity's Inception. The weights come from a file; nothing is downloaded.
 
     Raises:
-        InputError: no such file, not these weights, or a file that would run code.
+        InputError: the file is missing, holds other weights, or would run code.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if not weights.is_file():
         raise InputError(
-            f"Inception weights {weights}: no such file. Fetch {INCEPTION_URL} once, or do without for a distance on "
-            "the judge's features"
+            f"Inception weights {weights}: no such file. Download {INCEPTION_URL} once, or leave the weights out: the "
+            "judge's features are then used"
         )
     try:
-        # torch-fidelity reads files without restrictions, so it gets what the restricted reader made of this one.
+        # torch-fidelity would run code in the file. So read it safely here, and pass a clean copy on.
         state = torch.load(weights, map_location="cpu", weights_only=True)
         safe = io.BytesIO()
         torch.save(state, safe)
@@ -274,13 +274,13 @@ def inception_features(weights: Path, device: torch.device) -> Extractor:
 
 
 def describe_weights(weights: Path) -> str:
-    """Which Inception: the published one, or another, by its hash."""
+    """Text that says whether the weights are the published ones, by their hash."""
     with weights.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest.startswith(INCEPTION_SHA256_START):
         return "Inception of torch-fidelity"
-    logger.warning("%s is not the published file: its numbers compare with no published FID", weights)
-    return f"Inception weights of sha256 {digest[:12]}, which are not the published ones"
+    logger.warning("%s is not the published file: do not compare its numbers with published FIDs", weights)
+    return f"Inception weights with sha256 {digest[:12]}, which are not the published ones"
 
 
 def extract_all(extract: Extractor, images: Iterable[np.ndarray], batch_size: int = 32) -> np.ndarray:
@@ -297,10 +297,10 @@ def extract_all(extract: Extractor, images: Iterable[np.ndarray], batch_size: in
 
 
 def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tuple[list[Path], list[np.ndarray]]:
-    """All real images of a folder as training sees them; several windows of each under --crop random.
+    """All real images of a folder, read as in training. With random crops, each image gives several crops.
 
     Returns:
-        For every window the file it was cut from, and uint8 (S, S, C).
+        For every crop its file, and the crop as uint8 (S, S, C).
     """
     paths, images = [], []
     for index, path in enumerate(find_files(image_dir, "image").values()):
@@ -311,7 +311,7 @@ def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tu
 
 
 def describe_window(config: DataConfig) -> str:
-    """The one intensity window of real and synthetic images, in words."""
+    """Text that names the gray range of real and synthetic images."""
     if config.window_values is not None:
         ranges = " and ".join(f"{low:g} to {high:g}" for low, high in config.window_values)
         return f"{ranges} for all images, as in training"
@@ -335,20 +335,20 @@ def score_realism(
     """Distances between the set and the real images of a folder.
 
     Args:
-        samples: the synthetic set; Inception takes gray and RGB only.
-        image_dir: real images; best ones that the generator has not seen.
+        samples: the synthetic set. Inception needs gray or RGB images.
+        image_dir: real images, preferably ones that the generator has not seen.
         extract: images to features.
-        features: what the features are, in words.
-        inception: the features are Inception's: FID and KID. Otherwise the Frechet distance has another name.
-        splits: random real halves.
-        seed: of the splits and windows.
+        features: text that names the features.
+        inception: whether the features are Inception's. If so, compute FID and KID; if not, :data:`JUDGE_DISTANCE`.
+        splits: number of random splits.
+        seed: seed of the splits and crops.
     """
     config = samples.require_config()
     paths, real = real_windows(image_dir, config, seed)
     order = {path: number for number, path in enumerate(dict.fromkeys(paths))}
     groups = np.array([order[path] for path in paths])
     real_features = extract_all(extract, real)
-    rng = np.random.default_rng(seed)  # of a large field one square counts, as one window of a real image does
+    rng = np.random.default_rng(seed)  # one random square of each large field, as one crop of each real image
     squares = (samples.squares(samples.synthetic(sample)) for sample in samples.samples)
     synthetic_features = extract_all(extract, (parts[rng.integers(len(parts))] for parts in squares))
     if not inception:
@@ -375,14 +375,14 @@ def score_realism(
 
 
 def write_realism_report(samples: SampleSet, report: RealismReport) -> Path:
-    """Write ``realism.json`` and ``realism.png`` into ``SAMPLE_DIR/evaluation``; the folder."""
+    """Write ``realism.json`` and ``realism.png`` into ``SAMPLE_DIR/evaluation``. Returns the folder."""
     folder = results_folder(samples)
     write_json(folder / "realism.json", report.to_dict())
     figure = new_figure(4.2 * len(report.distances), 3.2)
     axes = figure.subplots(1, len(report.distances), squeeze=False)[0]
     for axis, one in zip(axes, report.distances, strict=True):
         for place, (kind, values) in enumerate((("real - real", one.real), ("synthetic - real", one.synthetic))):
-            spread = np.linspace(-0.15, 0.15, len(values))  # so that equal values stay visible
+            spread = np.linspace(-0.15, 0.15, len(values))  # keeps equal values visible
             axis.plot(place + spread, values, "o", markersize=4, alpha=0.7, label=kind)
         axis.set_xticks([0, 1], ["real - real", "synthetic - real"])
         axis.set_xlim(-0.5, 1.5)

@@ -1,8 +1,8 @@
-"""Draw again what does not follow its mask: the judge of ``evaluate.py fidelity`` inside of bulk sampling.
+"""Sample an image again if it does not follow its mask: the judge of ``evaluate.py fidelity`` inside bulk sampling.
 
-An image is drawn until the judge finds its mask in it with the Dice asked for, each attempt with noise of its own, at
-most ``max_attempts`` times; then the best attempt stays and is marked. What was chosen by a judge is at its best before
-that judge: measure such a set with another one (``evaluate.py fidelity --seed``).
+Each attempt has its own noise. The first attempt with the requested Dice is kept. After ``max_attempts`` attempts, the
+best one is kept and marked. Scores from the judge that selected the images are biased upwards, so evaluate such a set
+with another judge (``evaluate.py fidelity --seed``).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from synthetic.writer import Attempt
 
 @dataclass(frozen=True)
 class RedrawSettings:
-    """When to draw again, and what the judge learns from.
+    """When to sample again, and how to train the judge.
 
     Attributes:
-        min_fidelity: Dice with the mask (:func:`evaluation.fidelity.fidelity_of`) from which an image is kept, (0, 1].
-        max_attempts: draws of an image at most.
-        images: real images that teach the judge.
+        min_fidelity: keep an image with at least this Dice (:func:`evaluation.fidelity.fidelity_of`), in (0, 1].
+        max_attempts: most attempts per image.
+        images: real images to train the judge.
         masks: their masks.
-        mask_type: what the masks hold.
+        mask_type: one of ``MASK_TYPES``.
         normalize: divide soft masks by their sum.
         steps: training steps of the judge.
-        seed: of the judge.
-        cache_dir: where trained judges are kept.
+        seed: seed of the judge's training.
+        cache_dir: folder that keeps trained judges.
     """
 
     min_fidelity: float
@@ -52,7 +52,7 @@ class RedrawSettings:
 
 
 class TrainedJudge(NamedTuple):
-    """Weights of a judge on the CPU, and what a set made with it says about it (plain types)."""
+    """Weights of a judge on the CPU, and its entry for the settings of a set (plain types)."""
 
     weights: dict[str, torch.Tensor]
     note: dict[str, Any]
@@ -61,16 +61,16 @@ class TrainedJudge(NamedTuple):
 def train_redraw_judge(
     settings: RedrawSettings, config: DataConfig, device: torch.device, progress: bool = False
 ) -> TrainedJudge:
-    """The judge, from the cache where it has been trained before.
+    """Train the judge, or load it from the cache.
 
     Args:
-        settings: its pairs and budget.
-        config: of the generator; the judge sees images as it does.
+        settings: pairs and training steps of the judge.
+        config: data settings of the generator. The judge reads images in the same way.
         device: where to train.
         progress: show a progress bar.
 
     Raises:
-        InputError: unusable files.
+        InputError: files are unusable.
     """
     pairs = PairedFolder(
         settings.images, settings.masks, config, settings.mask_type,
@@ -90,7 +90,7 @@ def train_redraw_judge(
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
-    """One hash of all weights: a judge that was trained again is another one where its numbers differ."""
+    """Hash of all weights. A judge that was trained again has another hash if its numbers differ."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
@@ -98,13 +98,13 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
 
 
 class Redraw:
-    """Decides after every draw of an image which one is kept, and whether to draw again.
+    """Decides after every attempt which one is kept, and whether to sample again.
 
-    One image is judged at a time. What a network answers depends in the last bits on how many images it is given, and
-    an image may not depend on its neighbours.
+    Judges one image at a time. The last bits of a network's output depend on the batch size, and an image must not
+    depend on the other images of its batch.
 
     Args:
-        judge: segmenter that learned from real pairs.
+        judge: segmenter trained on real pairs.
         min_fidelity: see :class:`RedrawSettings`.
         max_attempts: see :class:`RedrawSettings`.
     """
@@ -116,20 +116,20 @@ class Redraw:
 
     @classmethod
     def from_trained(cls, trained: TrainedJudge, config: DataConfig, device: torch.device) -> Redraw:
-        """The same judge on any process."""
+        """Rebuild the same judge in any process."""
         network = build_network(config.num_classes, channels=judged_channels(config))
         network.load_state_dict(trained.weights)
         judge = Judge(network, device, config.image_size)
         return cls(judge, trained.note["min_fidelity"], trained.note["max_attempts"])
 
     def __call__(self, before: Attempt | None, prob_map: np.ndarray, image: np.ndarray, number: int) -> Attempt:
-        """The better of two draws; of equal ones the first.
+        """The better of two attempts. If they are equal, the first.
 
         Args:
-            before: the draw that is kept so far, None for the first.
-            prob_map: (K, S, S) the image's mask.
-            image: (S, S, C) uint8 draw.
-            number: of this draw, from 1.
+            before: best attempt so far, None at the first call.
+            prob_map: (K, S, S) mask of the image.
+            image: (S, S, C) uint8 image of this attempt.
+            number: number of this attempt, from 1.
         """
         found = self.judge.class_maps([repeat_gray(image)])[0] > 0
         fidelity = fidelity_of(found, prob_map.argmax(axis=0) > 0)
@@ -138,5 +138,5 @@ class Redraw:
         return Attempt(number, fidelity, fidelity >= self.min_fidelity, tried=number)
 
     def is_done(self, attempt: Attempt) -> bool:
-        """Whether the draw that is kept is good enough, or no draw is left."""
+        """Whether the best attempt is good enough, or no attempt is left."""
         return attempt.reached or attempt.tried >= self.max_attempts

@@ -1,8 +1,8 @@
-"""Which guidance and solver to sample with: fidelity and realism over a grid, one plot, one recommended setting.
+"""Sweep: which guidance and solver to sample with. Compares fidelity and realism over a grid and recommends a setting.
 
-Every setting draws the same masks with the same noise, and the same judge looks at all of them: a segmenter trained on
-real pairs that the sweep does not use. Its agreement with the real images of the same masks is the ceiling of fidelity,
-the distance of real from real images the floor of realism.
+Every setting samples the same masks with the same noise. The same judge rates all of them: a segmenter trained on real
+pairs that the sweep does not use. Its agreement with the real images of the same masks is the ceiling of fidelity. The
+distance between real images is the floor of the distance.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from evaluation.threshold import to_gray
 from transport import ODE_METHODS, SDE_METHODS
 
 logger = logging.getLogger(__name__)
-# Solvers with a fixed number of steps: the cost of an adaptive one is not a setting.
+# Solvers with a fixed number of steps. Adaptive solvers choose their own cost, so they cannot be compared here.
 SOLVERS = {name: ("ODE", name) for name, method in ODE_METHODS.items() if not method.adaptive} | {
     f"sde-{name.lower()}": ("SDE", name) for name in SDE_METHODS
 }
 NO_INTERVAL = (0.0, 1.0)
 LEAST_IMAGES = 4
-NAMED_POINTS = 30  # of the plot; more would hide each other
-FIDELITY_TOLERANCE = 0.02  # Dice below the best that still counts as best
-DISTANCE_TOLERANCE = 1.1  # times the smallest distance that still counts as smallest
+NAMED_POINTS = 30  # the plot names its points up to this number; more names would overlap
+FIDELITY_TOLERANCE = 0.02  # a Dice this far below the best still counts as best
+DISTANCE_TOLERANCE = 1.1  # a distance of this times the smallest still counts as smallest
 Draw = Callable[[SamplingSettings], tuple[list[np.ndarray], int]]  # -> images uint8 (S, S, C), network calls
 
 
 def settings_grid(
     scales: Sequence[float], intervals: Sequence[tuple[float, float]], solvers: Sequence[str], steps: Sequence[int]
 ) -> list[SamplingSettings]:
-    """All combinations; without guidance the interval has no effect and appears once.
+    """All combinations. Scale 1 means no guidance, so it is combined with one interval only.
 
     Raises:
-        ValueError: a solver that is not in :data:`SOLVERS`.
-        InputError: an empty interval.
+        ValueError: a solver is not in :data:`SOLVERS`.
+        InputError: an interval is empty.
     """
     unknown = [name for name in solvers if name not in SOLVERS]
     if unknown:
@@ -72,16 +72,16 @@ def settings_grid(
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One setting and what it gave.
+    """One setting and its results.
 
     Attributes:
-        settings: of the sampler.
-        fidelity: mean Dice of the judge with the masks.
-        distance: Frechet distance on the judge's features, mean over the splits.
-        mean: mean gray of the images, 0..1; guidance moves it.
-        std: standard deviation of their gray values.
-        network_calls: forward passes per image, guided ones counted twice.
-        seconds: per image.
+        settings: settings of the sampler.
+        fidelity: mean Dice of the judge's segmentation with the masks.
+        distance: Frechet distance to real images on the judge's features, mean over the splits.
+        mean: mean gray value of the images, 0..1. Guidance changes it.
+        std: standard deviation of the gray values.
+        network_calls: forward passes per image. A guided step counts twice.
+        seconds: sampling time per image.
     """
 
     settings: SamplingSettings
@@ -94,7 +94,7 @@ class SweepRow:
 
     @property
     def name(self) -> str:
-        """Short text for tables and plots."""
+        """Short name for tables and plots."""
         settings = self.settings
         span = "" if settings.guidance_interval == NO_INTERVAL else " in {:g}:{:g}".format(*settings.guidance_interval)
         solver = settings.method if settings.mode == "ODE" else f"sde-{settings.method.lower()}"
@@ -143,9 +143,10 @@ def _table(content: dict) -> Table:
 SECTION = Section(
     "sweep",
     "Guidance and solver",
-    "Fidelity: Dice of the judge with the masks. Distance: Frechet distance of its features to real images. "
-    f"Recommended is the cheapest of the settings within {FIDELITY_TOLERANCE:g} of the best fidelity (more than real "
-    f"images reach does not count) and then within {(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest distance.",
+    "Fidelity: Dice of the judge with the masks. Distance: Frechet distance to real images on the judge's features. "
+    f"The recommended setting is found in three steps: keep the settings within {FIDELITY_TOLERANCE:g} of the best "
+    "fidelity (a fidelity above that of real images counts as theirs), keep those within "
+    f"{(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest distance, take the one with the fewest network calls.",
     _table,
     lambda content: [f"{content['images']} masks; sample with: {content['recommended_flags']}"],
     ("sweep.png",),
@@ -153,12 +154,12 @@ SECTION = Section(
 
 
 def recommend(rows: Sequence[SweepRow], real_fidelity: float) -> int:
-    """Index of the cheapest setting that follows the masks and looks real as well as any.
+    """Index of the recommended setting.
 
-    1. Fidelity within :data:`FIDELITY_TOLERANCE` of the best; above that of real images it counts as theirs, since more
-       is exaggeration.
-    2. Of those a distance of at most :data:`DISTANCE_TOLERANCE` times the smallest.
-    3. Of those the fewest network calls, then the smallest distance.
+    1. Keep the settings whose fidelity is within :data:`FIDELITY_TOLERANCE` of the best. A fidelity above that of real
+       images counts as theirs, because such images exaggerate their cells.
+    2. Of these, keep those with a distance of at most :data:`DISTANCE_TOLERANCE` times the smallest.
+    3. Of these, take the one with the fewest network calls. If several are equal, take the smallest distance.
     """
     capped = [min(row.fidelity, real_fidelity) for row in rows]
     best = max(capped)
@@ -178,20 +179,20 @@ def run_sweep(
     seed: int = 0,
     progress: bool = False,
 ) -> SweepReport:
-    """Draw and judge every setting.
+    """Sample and judge every setting.
 
     Args:
-        draw: settings -> one image for every entry of ``real``, from its mask.
-        grid: settings.
+        draw: function that samples one image for the mask of each entry of ``real``.
+        grid: settings to compare.
         real: real images of the masks, with the masks.
-        judge: segmenter that has seen none of them.
+        judge: segmenter that has seen none of these images.
         num_classes: K.
-        separated: class 2 is the border between cells.
-        seed: of the splits of the real images.
+        separated: whether class 2 is the border between cells.
+        seed: seed of the splits of the real images.
         progress: show a progress bar.
 
     Raises:
-        InputError: fewer than four masks.
+        InputError: there are fewer than four masks.
     """
     if len(real) < LEAST_IMAGES:
         raise InputError(f"{len(real)} masks are too few to compare settings; at least {LEAST_IMAGES}, better 50")
@@ -233,7 +234,7 @@ def _gray_statistics(images: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _cost(settings: SamplingSettings, calls: int) -> float:
-    """Forward passes per image: a guided call is two, and guidance is on for its share of the time."""
+    """Forward passes per image. A guided call needs two, and guidance is on during its interval only."""
     guided = 0.0 if settings.cfg_scale == 1 else settings.guidance_interval[1] - settings.guidance_interval[0]
     return calls * (1 + guided)
 
@@ -243,7 +244,7 @@ def _cost(settings: SamplingSettings, calls: int) -> float:
 
 @dataclass(frozen=True)
 class SweepData:
-    """Masks to draw from with their real images, and the judge that has seen neither."""
+    """Masks to sample with their real images, and a judge that has seen neither."""
 
     items: list[MaskItem]
     real: list[LabelledImage]
@@ -266,7 +267,7 @@ def load_sweep_data(
     """Choose ``images`` pairs by a hash of seed and name, and train the judge on the others.
 
     Raises:
-        InputError: unusable files, or too few pairs for both.
+        InputError: files are unusable, or there are too few pairs for masks and judge.
     """
     order = shuffled_by_hash((pair.name for pair in pair_files(image_dir, mask_dir)), seed)
     if len(order) < 2 * LEAST_IMAGES:
@@ -288,7 +289,7 @@ def load_sweep_data(
 def sampler_draw(
     trained: TrainedModel, machine: Machine, items: Sequence[MaskItem], seed: int = 0, batch_size: int = 32
 ) -> Draw:
-    """Draws all masks with one setting; image i has the same noise under every setting."""
+    """A function that samples all masks with one setting. Image i gets the same noise for every setting."""
     prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
     seeds = [image_seed(seed, index) for index in range(len(items))]
 
@@ -308,7 +309,7 @@ def sampler_draw(
 
 
 def write_sweep_report(report: SweepReport, output: Path) -> list[Path]:
-    """Write ``sweep.json``, ``sweep.csv`` and ``sweep.png``; what was written."""
+    """Write ``sweep.json``, ``sweep.csv`` and ``sweep.png``. Returns the paths."""
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "sweep.json", report.to_dict())
     columns = ["setting", "flags", "fidelity", "distance", "mean", "std", "network_calls", "seconds", "recommended"]
@@ -322,7 +323,7 @@ def write_sweep_report(report: SweepReport, output: Path) -> list[Path]:
 
 
 def draw_sweep(report: SweepReport, path: Path) -> None:
-    """Fidelity against distance: a colour per guidance scale, a marker per solver, size by network calls."""
+    """Plot fidelity against distance. Colour: guidance scale. Marker: solver. Size: network calls."""
     figure = new_figure(8, 5.2)
     axis = figure.subplots()
     scales = sorted({row.settings.cfg_scale for row in report.rows})
@@ -350,8 +351,8 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
     axis.annotate(best.name, (best.fidelity, best.distance), (8, 10), textcoords="offset points", fontsize=8)
     axis.axvline(report.real_fidelity, color="gray", linestyle="--", linewidth=1, label="real images")
     axis.axhline(report.real_distance, color="gray", linestyle=":", linewidth=1, label="real - real")
-    axis.set_xlabel("fidelity (Dice of the judge with the mask), more is better")
-    axis.set_ylabel("Frechet distance on judge features, less is better")
+    axis.set_xlabel("fidelity (Dice of the judge with the mask), higher is better")
+    axis.set_ylabel("Frechet distance on judge features, lower is better")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     save_figure(figure, path)

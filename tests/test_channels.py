@@ -242,7 +242,7 @@ def test_8_bit_stains_keep_their_range_and_the_warning_says_both_flags(tmp_path,
     assert "channel 2 uses" in caplog.text and "window_channels=separate window=(0.1, 99.9)" in caplog.text
     report, *_ = survey(tmp_path / "images", tmp_path / "masks")
     assert any("--window-channels separate --window 0.1 99.9" in line for line in report.remarks)
-    assert any("3 channels that are no colours" in line for line in report.remarks)
+    assert any("3 channels that are not colours" in line for line in report.remarks)
 
 
 def test_stains_with_the_lookup_tables_of_fiji_are_read_as_they_are(tmp_path):

@@ -53,8 +53,8 @@ def test_drawn_set_is_counted_as_drawn(drawn):
     assert report.class_shares == pytest.approx([1 - share, share], abs=1e-6)
     assert report.problems == [] and report.duplicates == []
     text = "\n".join(report.lines())
-    assert "cells per image: 0 to 5, median 2.5, 10 in all" in text and "nothing stands in the way" in text
-    assert "1 of 4 masks hold no cell" in text
+    assert "cells per image: 0 to 5, median 2.5, 10 in all" in text and "no problem found: training can start" in text
+    assert "1 of 4 masks have no cell" in text
 
 
 def test_instance_ids_are_counted_as_ids_even_where_cells_touch(tmp_path):
@@ -93,7 +93,7 @@ def test_unclear_masks_are_a_problem_with_the_likely_types_named(tmp_path):
     assert look(tmp_path, mask_type="binary")[0].problems == []
 
 
-def test_what_a_person_should_know_is_remarked(drawn):
+def test_blank_images_other_files_and_losses_of_the_crop_are_remarks(drawn):
     draw_pair(drawn, "blank", 1, seed=7)
     Image.fromarray(np.full((HEIGHT, WIDTH), 90, np.uint8)).save(drawn / "images" / "blank.png")
     (drawn / "images" / "stack.nd2").write_bytes(b"?")
@@ -101,9 +101,9 @@ def test_what_a_person_should_know_is_remarked(drawn):
     report, _, _ = look(drawn, image_size=50)
     remarks = "\n".join(report.remarks)
     assert report.problems == []
-    assert "1 images hold one gray value only: blank.png" in remarks
-    assert "1 files are of other kinds: stack.nd2" in remarks
-    assert "--crop center leaves out 25% of a typical image" in remarks
+    assert "1 images have a single gray value: blank.png" in remarks
+    assert "1 files are neither image nor mask and will be ignored: stack.nd2" in remarks
+    assert "--crop center cuts 25% off a typical image" in remarks
     assert "5 images are smaller than --image-size 50 and will be enlarged" in remarks
     assert "all images are gray" in remarks
     assert "enlarged" not in "\n".join(look(drawn, image_size=48)[0].remarks)

@@ -93,10 +93,10 @@ def test_a_set_is_measured_beside_its_real_images(tmp_path, capsys):
 def test_the_line_of_threshold_and_the_section_of_the_report_hold_the_ratio(tmp_path, capsys):
     folder = drawn_set(tmp_path, patch_pixels=PATCH)
     evaluate.main(evaluate.parse_args(["threshold", str(folder)]))
-    assert "patch border steps" in (printed := capsys.readouterr().out) and "3.000" in printed
+    assert "grid of patches: synthetic" in (printed := capsys.readouterr().out) and "3.000" in printed
     evaluate.main(evaluate.parse_args(["grid", str(folder)]))
     evaluate.main(evaluate.parse_args(["report", str(folder)]))
-    assert "steps across borders of 8 pixel patches" in (folder / "evaluation" / "report.html").read_text()
+    assert "differences across borders of 8 px patches" in (folder / "evaluation" / "report.html").read_text()
 
 
 def test_an_old_set_is_told_what_to_write(tmp_path, capsys):
@@ -104,9 +104,9 @@ def test_an_old_set_is_told_what_to_write(tmp_path, capsys):
     with pytest.raises(InputError, match='"patch_pixels": N'):
         score_grid(SampleSet(folder))
     evaluate.main(evaluate.parse_args(["threshold", str(folder)]))
-    assert "patch border steps: not measured" in capsys.readouterr().out
+    assert "grid of patches: not measured" in capsys.readouterr().out
 
 
-def test_images_of_overlapping_windows_have_no_common_grid(tmp_path):
-    with pytest.raises(InputError, match="overlapping windows"):
+def test_images_of_overlapping_tiles_have_no_common_grid(tmp_path):
+    with pytest.raises(InputError, match="overlapping tiles"):
         score_grid(SampleSet(drawn_set(tmp_path, patch_pixels=PATCH, tile_scale=1.0)))

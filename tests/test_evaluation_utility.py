@@ -294,7 +294,7 @@ def test_filter_by_a_judge_that_has_seen_more_is_found(split, tmp_path):
     bad = set_of(tmp_path / "b", masks, trained_on=images, filter={"judge_images_sha256": seen(split, None)})
     unknown = set_of(tmp_path / "c", masks, trained_on=images, filter={"rule": "x"})
     assert find_leaks(split, 25, good) == []
-    assert find_leaks(split, 25, bad) == ["the judge of its filter was trained on 4 images of the test set"]
+    assert find_leaks(split, 25, bad) == ["the judge that selected its images was trained on 4 images of the test set"]
     assert "not known" in find_leaks(split, 25, unknown)[0]
 
 
