@@ -148,6 +148,10 @@ def add_mask_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--normalize-masks", action="store_true", help="divide soft maps by their sum if they do not sum to 1"
     )
+    add_mask_values_argument(group)
+
+
+def add_mask_values_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--mask-values", type=non_negative_int, nargs="+", metavar="VALUE",
         help="gray value of each class in the mask files, background first (0 128 255 for three classes)",
@@ -446,9 +450,11 @@ def load_checkpoint(args: argparse.Namespace, machine: Machine) -> TrainedModel:
     """
     expected = {name: getattr(args, name, None) for name in ("model", "num_classes", "image_size")}
     scales = (getattr(args, "cfg_scale", 1.0), *getattr(args, "cfg_scales", ()))
-    return load_trained(
+    trained = load_trained(
         args.ckpt, machine, raw_weights=args.raw_weights, vae=args.vae, expected=expected, cfg_scales=scales
     )
+    args.image_size = trained.data.image_size  # for the message if memory runs out
+    return trained
 
 
 def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:

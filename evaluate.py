@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from cli import (
     add_machine_arguments,
     add_mask_arguments,
     add_mask_type_argument,
+    add_mask_values_argument,
     add_output_argument,
     add_real_pairs,
     load_checkpoint,
@@ -67,6 +68,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_fidelity(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     add_real_pairs(parser, " that teach the judge")
+    add_mask_values_argument(parser)
     _add_judge(parser)
     add_device_argument(parser)
 
@@ -88,6 +90,7 @@ def _add_realism(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images, best unseen in training")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks, for the judge (without Inception weights)")
     add_mask_type_argument(parser)
+    add_mask_values_argument(parser)
     weights = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases; never fetched from here"
     parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--splits", type=positive_int, default=20, help="random halves of the real images")
@@ -100,6 +103,7 @@ def _add_population(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-path", metavar="IMAGES", help="real images (default: those that the manifest names)")
     parser.add_argument("--mask-path", metavar="MASKS", help="their masks")
     add_mask_type_argument(parser)
+    add_mask_values_argument(parser)
 
 
 def _add_memorisation(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +126,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
     parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
     add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
+    add_mask_values_argument(parser)
     parser.add_argument("--images", type=positive_int, default=48, help="masks drawn with every setting")
     scales = {"type": non_negative_float, "nargs": "+", "default": [1.0, 1.5, 2.0, 4.0], "metavar": "SCALE"}
     parser.add_argument("--cfg-scales", **scales, help="guidance; 1 is none")
@@ -157,7 +162,10 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
 def _open_set(args: argparse.Namespace) -> SampleSet:
     from synthetic.reader import SampleSet
 
-    return SampleSet(args.sample_dir, getattr(args, "real_dir", None))
+    samples = SampleSet(args.sample_dir, getattr(args, "real_dir", None))
+    if getattr(args, "mask_values", None) is not None:
+        samples.config = samples.require_config().with_mask_values(args.mask_values)
+    return samples
 
 
 def _judge_settings(args: argparse.Namespace) -> dict[str, object]:
@@ -333,6 +341,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps)
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
+    trained = replace(trained, data=trained.data.with_mask_values(args.mask_values))
     data = load_sweep_data(
         trained, args.data_path, args.mask_path, images=args.images, cache_dir=args.cache_dir, device=machine.device,
         **_judge_settings(args),

@@ -240,7 +240,12 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
     run.keep = config.train.keep
-
+    vars(args).update(  # for the message if memory runs out
+        model=config.model.name,
+        image_size=config.data.image_size,
+        global_batch_size=config.optimiser.global_batch_size,
+        accumulate=config.optimiser.accumulate,
+    )
     space = load_space(config.train.vae, config.data.channels).to(machine.device)
     if state is not None:
         check_same_space(space, state["config"]["space"])
@@ -286,6 +291,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--ckpt resumes and --init-from starts new: give one of them.")
     if args.wandb:
         wandb_utils.check_wandb()
+        wandb_utils.check_server()
 
 
 def continues(args: argparse.Namespace) -> bool:

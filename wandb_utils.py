@@ -3,7 +3,7 @@
 The only module that imports wandb, and only when a run starts. Who may log in, first found first used:
 
 1. the environment: ``WANDB_API_KEY`` (and ``WANDB_ENTITY``, ``WANDB_PROJECT``, ``WANDB_BASE_URL``, ``WANDB_MODE``);
-2. ``wandb login``, which keeps its key in ~/.netrc;
+2. ``wandb login``: wandb itself is asked whether it finds a key for its server;
 3. the three constants below, which may stay as they are.
 
 ``WANDB_MODE=offline`` needs no key; ``wandb sync RUN_FOLDER/wandb/offline-*`` uploads later. No key is written to any
@@ -14,11 +14,13 @@ file by this module. Without a started run ``log``, ``log_image`` and ``finish``
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
-import netrc
 import os
 import re
 import secrets
+import socket
+import urllib.request
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +35,8 @@ WANDB_PROJECT = "YOUR_WANDB_PROJECT"
 WANDB_API_KEY = "YOUR_WANDB_API_KEY"
 PLACEHOLDER_PREFIX = "YOUR_"
 DEFAULT_PROJECT = "mask-to-image"
-DEFAULT_BASE_URL = "https://api.wandb.ai"
+CONNECT_SECONDS = 5
+INIT_SECONDS = 30
 KEYLESS_MODES = ("offline", "dryrun", "disabled")
 ID_FILE = "wandb_id.txt"
 _run: Any = None  # the wandb.Run of this process; None on every rank but 0 and in runs without --wandb
@@ -48,19 +51,42 @@ def from_environment(name: str, constant: str) -> str | None:
     return constant if constant and not constant.startswith(PLACEHOLDER_PREFIX) else None
 
 
+def _import_wandb() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # wandb's own, on import
+        import wandb
+    return wandb
+
+
 def has_login() -> bool:
-    """Whether ``wandb login`` left a key for the server in the netrc file."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or DEFAULT_BASE_URL).netloc
-    given = os.environ.get("NETRC")
-    files = [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in files:
-        try:
-            entry = netrc.netrc(file).authenticators(host)
-        except (OSError, netrc.NetrcParseError):  # absent, or written by another tool in its own way
-            continue
-        if entry and entry[2]:
-            return True
-    return False
+    """Whether wandb itself finds a login for its server. It knows where it keeps keys, and the addresses of servers."""
+    wandb = _import_wandb()
+    try:
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            return bool(wandb.login(prompt=False, verify=False))
+        return bool(wandb.api.api_key)  # versions whose login would ask on the terminal
+    except Exception:  # noqa: BLE001 - a damaged file, or a key of the wrong form: wandb has many exceptions
+        return False
+
+
+def check_server() -> None:
+    """Check within seconds that the server of wandb answers: wandb itself tries for minutes.
+
+    Raises:
+        InputError: it cannot be reached.
+    """
+    proxies = urllib.request.getproxies()
+    if os.environ.get("WANDB_MODE", "").strip().lower() in KEYLESS_MODES or proxies:
+        return  # nothing is sent, or it goes through a proxy, which we do not test
+    address = urlsplit(_import_wandb().setup().settings.base_url)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"wandb: {address.hostname} cannot be reached ({error.strerror or error}); check the network, or set "
+            "WANDB_MODE=offline (upload later with wandb sync), or leave it out"
+        ) from None
 
 
 def check_wandb() -> None:
@@ -120,9 +146,7 @@ def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str,
     key = from_environment("WANDB_API_KEY", WANDB_API_KEY)
     if key and not os.environ.get("WANDB_API_KEY", "").strip() and not has_login():
         os.environ["WANDB_API_KEY"] = key  # not wandb.login(key=...), which writes the key to ~/.netrc
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # wandb's own, on import
-        import wandb
+    wandb = _import_wandb()
     try:
         _run = wandb.init(
             entity=from_environment("WANDB_ENTITY", WANDB_ENTITY),
@@ -134,7 +158,7 @@ def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str,
             config=dict(config),
             # wandb can store the uncommitted changes of the repository (diff.patch): a key put into the constant
             # above would travel with them.
-            settings=wandb.Settings(disable_git=True, save_code=False, init_timeout=120),
+            settings=wandb.Settings(disable_git=True, save_code=False, init_timeout=INIT_SECONDS),
         )
     except Exception as error:  # wandb has many exceptions, of its own, of the network and of the settings
         reason = without_key(" ".join(str(error).split()) or type(error).__name__)

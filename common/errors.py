@@ -11,10 +11,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common.faults import fault_of_machine, write_bug_report
+
+EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
 EXIT_INTERRUPTED = 130
@@ -152,6 +156,9 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
     samples that are not finite. Under torchrun most errors meet every rank: the first of each machine says it, and
     torchrun ends the others while they wait for that; a rank that is alone with its error says it after the wait. A
     process that ends for the sake of another one waits longest.
+
+    Faults of the machine, such as memory that runs out, end in one line and exit code 2, too. All else is a bug of
+    ours: a traceback, and a file to report it with.
     """
     args = parse_args()
     program = Path(sys.argv[0]).name
@@ -162,14 +169,27 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
         _let_others_speak(2 * FIRST_RANK_SPEAKS_SECONDS)  # above all the one whose error it is
         print(f"{program}: process {rank} on {socket.gethostname()} ends: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST_PROCESS)  # an exchange that never ends, on a GPU, would keep an orderly end waiting
-    except (InputError, OSError, FloatingPointError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)
-        message = with_flags(one_line(error), getattr(error, "fields", ()), args)
-        print(f"{program}: error{_where(rank)}: {message}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the user learns whose fault it is
+        message = fault_of_machine(error, vars(args))
+        if message is None:
+            if not isinstance(error, (InputError, OSError, FloatingPointError)):
+                _end_on_bug(program, error)
+            message = with_flags(one_line(error), getattr(error, "fields", ()), args)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)
+        print(f"{program}: error{_where(rank)}: {message}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _end_on_bug(program: str, error: Exception) -> NoReturn:
+    """Show where our own code failed, and say how to report it."""
+    traceback.print_exception(error)
+    file = write_bug_report(error)
+    what = f", with the file {file}: it holds the command, the versions and these lines, and no key" if file else ""
+    print(f"{program}: this is a bug of ours. Please report it where you got this program{what}.", file=sys.stderr)
+    sys.exit(EXIT_BUG)
 
 
 def _let_others_speak(seconds: float) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -38,13 +39,34 @@ def check_compiler() -> None:
     """torch.compile builds its code with a C++ compiler, also for a GPU.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it cannot compile.
     """
+    compiler = os.environ.get("CXX", "g++")
     if not has_compiler():
-        compiler = os.environ.get("CXX", "g++")
         raise InputError(
             f"compile: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.", "compile"
         )
+    reason = _compiler_fault(compiler)
+    if reason:
+        raise InputError(
+            f"compile: the C++ compiler {compiler} cannot compile ({reason}). Mend it or name another one in CXX, or "
+            "leave it out.",
+            "compile",
+        )
+
+
+def _compiler_fault(compiler: str) -> str:
+    """Why a compiler cannot build a small shared library; empty if it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "try.cpp"
+        source.write_text('#include <cmath>\nextern "C" double root(double x) { return std::sqrt(x); }\n')
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.SubprocessError) as error:
+            return " ".join(str(error).split())[:200]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return "" if done.returncode == 0 else (lines[0][:200] if lines else f"exit code {done.returncode}")
 
 
 def has_compiler() -> bool:
@@ -204,7 +226,7 @@ def start_machine(device: str, precision: str) -> Machine:
         InputError: the device is not there.
         LostProcess: another process did not come, or cannot be reached.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     peers = join_peers() if world_size > 1 else None
     machine = Machine(0 if peers is None else peers.rank, world_size, torch.device("cpu"), "float32", peers)
     with machine.sharing_errors():
@@ -216,6 +238,25 @@ def start_machine(device: str, precision: str) -> Machine:
         if peers is not None:
             _connect(peers, resolved)
         return replace(machine, device=resolved, precision=resolve_precision(precision, resolved))
+
+
+def _world_size() -> int:
+    """Number of processes, as the launcher says it.
+
+    Raises:
+        InputError: variables of a launcher are left over in the shell.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    mend = "start with torchrun, or run: unset WORLD_SIZE RANK LOCAL_RANK"
+    if not count.isdecimal() or int(count) < 1:
+        raise InputError(f"WORLD_SIZE={count} in the environment is no number of processes: {mend}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if int(count) > 1 and missing:
+        raise InputError(f"WORLD_SIZE={count} is set in the environment, but not {', '.join(missing)}: {mend}")
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal() or int(rank) >= int(count):
+        raise InputError(f"RANK={rank} in the environment does not fit WORLD_SIZE={count}: {mend}")
+    return int(count)
 
 
 def _connect(peers: Peers, device: torch.device) -> None:

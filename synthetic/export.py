@@ -9,11 +9,14 @@ Written beside the set that sample_ddp.py made, from its images and labels:
 An image of several channels that is no RGB becomes a TIFF: of one plane per channel (axes CYX), but for StarDist, which
 expects channels last.
 
-Instance labels keep their ids. Binary and class masks hold no instances: every connected region of a class is one cell.
+Instance labels keep their ids. A label image with an id above 65,535 is numbered anew from 1: its 16 bits hold no more,
+and segmenters give the numbers no meaning. COCO keeps every id in "instance_id". Binary and class masks hold no
+instances: every connected region of a class is one cell.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +25,14 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from common.cells import without_gaps
 from common.disk import write_atomically, write_json
 from common.errors import InputError
 from dataset.files import encode_tiff, read_image_and_kind, read_mask
 from dataset.masks import MaskRule
 from synthetic.manifest import label_path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class ExportedPair:
         image_path: the image in the set.
         image: (H, W, C) as it lies there.
         colours: whether three channels are RGB.
-        instance_map: (H, W) uint16, 0 background.
+        instance_map: (H, W) integers, 0 background; ids of the label as they are.
         class_map: (H, W) uint8, 0 background.
     """
 
@@ -77,11 +83,7 @@ def export_set(sample_dir: Path, images: Sequence[Path], rule: MaskRule, format_
 
 
 def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
-    """(H, W) uint16 cells of a label: its own ids, or the connected regions of each class, numbered through.
-
-    Raises:
-        InputError: more than 65,535 cells or an id above that.
-    """
+    """(H, W) cells of a label: its own ids, or the connected regions of each class, numbered through."""
     if rule.mask_type == "instances":
         cells = label
     else:
@@ -89,8 +91,21 @@ def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
         for number in range(1, rule.num_classes):
             regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))
             cells = np.where(regions > 0, regions + cells.max(), cells)
-    if cells.max(initial=0) > np.iinfo(np.uint16).max:
-        raise InputError(f"a label holds the id {cells.max()}, and the exported label images end at 65535.")
+    return cells
+
+
+def label_image(pair: ExportedPair) -> np.ndarray:
+    """(H, W) uint16: the ids of the cells, numbered anew from 1 if one of them needs more than 16 bits.
+
+    Raises:
+        InputError: more than 65,535 cells.
+    """
+    cells, most = pair.instance_map, np.iinfo(np.uint16).max
+    if cells.max(initial=0) > most:
+        cells = without_gaps(cells)
+        logger.info("%s: ids above %d, numbered anew from 1", pair.name, most)
+    if cells.max(initial=0) > most:
+        raise InputError(f"{pair.name}: {cells.max()} cells, and a label image of 16 bits holds at most {most}.")
     return cells.astype(np.uint16)
 
 
@@ -111,7 +126,7 @@ def _write_tiff(path: Path, array: np.ndarray, planes: bool = True, colours: boo
 def _cellpose(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     for pair in pairs:
         _write_tiff(folder / f"{pair.name}_img.tif", pair.image, colours=pair.colours)
-        _write_tiff(folder / f"{pair.name}_masks.tif", pair.instance_map)
+        _write_tiff(folder / f"{pair.name}_masks.tif", label_image(pair))
 
 
 def _stardist(folder: Path, pairs: Iterator[ExportedPair]) -> None:
@@ -119,7 +134,7 @@ def _stardist(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     (folder / "masks").mkdir(exist_ok=True)
     for pair in pairs:
         _write_tiff(folder / "images" / f"{pair.name}.tif", pair.image, planes=False, colours=pair.colours)
-        _write_tiff(folder / "masks" / f"{pair.name}.tif", pair.instance_map)
+        _write_tiff(folder / "masks" / f"{pair.name}.tif", label_image(pair))
 
 
 def _coco(folder: Path, pairs: Iterator[ExportedPair]) -> None:

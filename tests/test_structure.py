@@ -84,9 +84,10 @@ ONE_PLACE = {"rot90": "dataset/views.py", "127.5": "common/pictures.py", "manife
 COMMAND_LINE = COMMANDS | {"cli", "experiments"}
 # The parser and its argument types; `python -m dataset.hold_out`, which make calls; a class in SiT's published files.
 KNOWS_ARGPARSE = {"common/errors.py", "common/arguments.py", "dataset/hold_out.py", "download.py"}
-# Advice to copy into a command line; the table that says which command writes a column; flags of git.
+# Advice to copy into a command line; flags of containers; the table that says which command writes a column; of git.
 SPEAKS_OF_FLAGS = {
     "common/errors.py",
+    "common/faults.py",
     "evaluation/data_report.py",
     "evaluation/sweep.py",
     "synthetic/manifest.py",

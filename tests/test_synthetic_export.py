@@ -13,7 +13,7 @@ from PIL import Image
 from common.errors import InputError
 from dataset.files import encode_image, image_suffix
 from dataset.masks import MaskRule
-from synthetic.export import check_export, export_set, instances_of
+from synthetic.export import ExportedPair, check_export, export_set, instances_of, label_image
 
 INSTANCES = MaskRule("instances", 2, 1, "")
 BINARY = MaskRule("binary", 2, 255, "")
@@ -105,9 +105,27 @@ def test_regions_of_different_classes_are_different_cells():
     assert sorted(np.unique(instances_of(classes, MaskRule("classes", 3, 1, "")))) == [0, 1, 2]
 
 
-def test_an_id_that_does_not_fit_16_bits_is_refused():
-    with pytest.raises(InputError, match="70000"):
-        instances_of(np.full((2, 2), 70_000, dtype=np.int32), INSTANCES)
+def test_large_ids_are_numbered_anew_in_label_images_and_kept_in_coco(sample_dir):
+    large = labels().astype(np.int32)
+    large[large == 300] = 150_009
+    (sample_dir / "masks" / "a.png").unlink()
+    tifffile.imwrite(sample_dir / "masks" / "a.tif", large)
+    for layout, label in (("cellpose", "{}_masks.tif"), ("stardist", "masks/{}.tif")):
+        folder = export_set(sample_dir, images(sample_dir), INSTANCES, layout)
+        written = tifffile.imread(folder / label.format("a"))
+        assert written.dtype == np.uint16 and set(np.unique(written)) == {0, 1, 2, 3}
+        assert np.array_equal(written == 3, large == 150_009)
+        assert set(np.unique(tifffile.imread(folder / label.format(NAMES[1])))) == {0, 7, 41, 300}  # as they were
+    folder = export_set(sample_dir, images(sample_dir), INSTANCES, "coco")
+    found = json.loads((folder / "annotations.json").read_text())["annotations"]
+    assert sorted(one["instance_id"] for one in found if one["image_id"] == 1) == [7, 41, 150_009]
+
+
+def test_more_cells_than_16_bits_can_number_are_refused_by_name(sample_dir):
+    many = np.arange(1, 66_001, dtype=np.int32).reshape(220, 300)
+    pair = ExportedPair("a", sample_dir / "a.png", many, True, many, many)
+    with pytest.raises(InputError, match="a: 66000 cells"):
+        label_image(pair)
 
 
 def test_probability_masks_are_refused_before_the_work():

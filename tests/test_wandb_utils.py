@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,40 @@ def test_blank_key_is_no_key(monkeypatch):
         wandb_utils.check_wandb()
 
 
-def test_wandb_login_is_enough_for_its_own_server(monkeypatch, clean_environment):
-    (clean_environment / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
-    wandb_utils.check_wandb()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    with pytest.raises(InputError):
-        wandb_utils.check_wandb()
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [[], ["--host", "https://wandb.example.org"]])
+def test_login_of_the_installed_wandb_is_enough(host):
+    subprocess.run(["wandb", "login", "--no-verify", *host, KEY], check=True, capture_output=True, env=with_scripts())
+    check = "import wandb_utils; wandb_utils.check_wandb()"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, capture_output=True)
+    other = "import os; os.environ['WANDB_BASE_URL'] = 'https://other.example.org'; " + check
+    refused = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode and "wandb: no key found" in refused.stderr
+
+
+def with_scripts() -> dict[str, str]:
+    """The environment, with the commands of this Python first."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_a_server_that_does_not_answer_is_said_in_words_within_seconds(monkeypatch):
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+
+    class Wandb:
+        class settings:  # noqa: N801 - as wandb names it
+            base_url = "https://127.0.0.1:9"
+
+        @classmethod
+        def setup(cls):
+            return cls
+
+    monkeypatch.setattr(wandb_utils, "_import_wandb", lambda: Wandb)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"127.0.0.1 cannot be reached \(.*WANDB_MODE=offline"):
+        wandb_utils.check_server()
+    assert time.monotonic() - start < 2 * wandb_utils.CONNECT_SECONDS
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb_utils.check_server()
 
 
 def test_damaged_netrc_is_no_login(clean_environment):

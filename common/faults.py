@@ -1,0 +1,128 @@
+"""Faults of the machine, such as memory that runs out, in one line; and a file about what must be a bug of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SHARED_MEMORY = Path("/dev/shm")
+_OUT_OF_MEMORY = re.compile(r"out of memory|can(?:'|no)t allocate memory|_STATUS_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+_TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
+_NO_SHARED_MEMORY = re.compile(r"unable to \w+ shared memory|out of shared memory|Bus error", re.IGNORECASE)
+_WORKER_DIED = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: \w+)")
+# Flags that say how much is computed at once; a command has some of them.
+_SIZES = ("model", "image_size", "global_batch_size", "accumulate", "per_proc_batch_size", "batch_size")
+_MENDS = {
+    "accumulate": "a larger --accumulate (the same update in more parts)",
+    "recompute_activations": "--recompute-activations",
+    "global_batch_size": "a smaller --global-batch-size",
+    "per_proc_batch_size": "a smaller --per-proc-batch-size",
+    "batch_size": "a smaller --batch-size",
+}
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "tifffile", "diffusers", "monai", "wandb")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
+
+def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | None:
+    """What to say about a fault of the machine, in one line; None if the error is none.
+
+    Args:
+        error: what ended the command.
+        values: of the command's flags, for the sizes that it ran with and the flags that it has.
+    """
+    text = f"{type(error).__name__} {error}"
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not isinstance(error, (RuntimeError, MemoryError, OSError)):
+        return None
+    if isinstance(error, RuntimeError) and _NO_SHARED_MEMORY.search(text):
+        return _no_shared_memory()
+    died = _WORKER_DIED.search(text)
+    if died:
+        return (
+            f"a loader process {died[1]}; if the system killed it, memory ran out: give fewer --num-workers (0 loads "
+            "in this process)"
+        )
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        last = str(error).strip().splitlines()[:1]
+        return f"--compile: torch.compile cannot build the network ({' '.join(last)[:200]}). Leave it out"
+    if no_memory or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
+        return _out_of_memory(text, values)
+    return None
+
+
+def _no_shared_memory() -> str:
+    size = f" is {shutil.disk_usage(SHARED_MEMORY).total / 2**20:.0f} MiB" if SHARED_MEMORY.is_dir() else " is missing"
+    return (
+        f"the loader processes have no shared memory left ({SHARED_MEMORY}{size}): start the container with "
+        "--shm-size 8g or --ipc=host, or give --num-workers 0"
+    )
+
+
+def _out_of_memory(text: str, values: Mapping[str, Any]) -> str:
+    where = "the GPU" if re.search(r"CUDA|HIP|CUDNN|CUBLAS|MPS", text) else "this machine"
+    tried = _TRIED.search(text)
+    asked = f", which was asked for {_readable(*tried.groups())} more" if tried else ""
+    sizes = [f"--{name.replace('_', '-')} {values[name]}" for name in _SIZES if values.get(name) is not None]
+    ran = f" It ran with {' '.join(sizes)}." if sizes else ""
+    mends = [mend for name, mend in _MENDS.items() if name in values and values[name] is not True]
+    give = f" Give {', or '.join(mends)}." if mends else ""
+    return f"out of memory on {where}{asked}.{ran}{give}"
+
+
+def _readable(number: str, unit: str) -> str:
+    """``8589934592 bytes`` as ``8 GiB``."""
+    return f"{float(number) / 2**30:.3g} GiB" if unit == "bytes" else f"{number} {unit}"
+
+
+def write_bug_report(error: BaseException) -> Path | None:
+    """Write what is needed to find a bug of ours: command, versions, traceback. No key of the environment is in it.
+
+    Returns:
+        The file, in this folder or, if that cannot be written, in that for temporary files; None if neither can.
+    """
+    lines = [
+        f"command: {' '.join(sys.argv)}",
+        f"process: {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}",
+        f"system: {platform.platform()}, Python {platform.python_version()}",
+        f"packages: {', '.join(_versions())}",
+        "",
+        "".join(traceback.format_exception(error)),
+    ]
+    content = without_secrets("\n".join(lines))
+    name = f"bug_report_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.txt"
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            (folder / name).write_text(content, encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            continue
+        return folder / name
+    return None
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def without_secrets(text: str) -> str:
+    """The text with the values of environment variables that look like secrets, and keys in addresses, as ``***``."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return re.sub(r"(https?://)[^/@\s]+@", r"\1***@", text)

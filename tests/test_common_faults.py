@@ -1,0 +1,164 @@
+"""Faults of the machine end in one line that helps; all else says that it is a bug of ours and leaves a file."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import CommandParser, InputError, run_command
+from common.faults import fault_of_machine, without_secrets
+from engine.machine import check_compiler, start_machine
+
+ROOT = Path(__file__).parents[1]
+TRAINING = argparse.Namespace(
+    model="SiT-B/8", image_size=256, global_batch_size=512, accumulate=1, recompute_activations=False
+)
+SAMPLING = argparse.Namespace(model=None, image_size=64, per_proc_batch_size=16384)
+
+
+def end(monkeypatch, capsys, tmp_path, error: Exception, args: argparse.Namespace = TRAINING) -> tuple[int, str]:
+    """Exit code and stderr of a command whose work ends with this error, in an empty folder."""
+
+    def main(args: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", "images"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, lambda: args)
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_memory_that_really_runs_out_is_known_by_its_text():
+    for allocate in (lambda: torch.empty(2**60), lambda: np.empty(2**58)):
+        with pytest.raises((RuntimeError, MemoryError)) as failed:
+            allocate()
+        assert fault_of_machine(failed.value, vars(TRAINING)).startswith("out of memory on this machine")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+)
+def test_a_gpu_out_of_memory_names_sizes_and_flags(monkeypatch, capsys, tmp_path, error):
+    code, text = end(monkeypatch, capsys, tmp_path, error)
+    assert code == 2 and len(text.splitlines()) == 1
+    assert "out of memory on the GPU" in text
+    assert "--model SiT-B/8 --image-size 256 --global-batch-size 512 --accumulate 1" in text
+    for flag in ("--accumulate", "--recompute-activations", "--global-batch-size"):
+        assert flag in text.partition(" Give ")[2]
+
+
+def test_sampling_out_of_memory_names_its_own_flag(monkeypatch, capsys, tmp_path):
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                         "you tried to allocate 8589934592 bytes. Error code 12")  # fmt: skip
+    code, text = end(monkeypatch, capsys, tmp_path, error, SAMPLING)
+    assert code == 2 and len(text.splitlines()) == 1
+    assert "8 GiB" in text and "--image-size 64 --per-proc-batch-size 16384" in text
+    assert text.endswith("Give a smaller --per-proc-batch-size.\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...\nRuntimeError: unable to "
+            "allocate shared memory(shm) for file </torch_12_34>: No space left on device (28)",
+            ["/dev/shm", "--shm-size", "--ipc=host", "--num-workers 0"],
+        ),
+        ("DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+         "of shared memory. Please try to raise your shared memory limit.", ["/dev/shm"]),
+        ("DataLoader worker (pid 5) is killed by signal: Killed. ", ["killed by signal: Killed", "--num-workers"]),
+        ("DataLoader worker (pid(s) 5, 6) exited unexpectedly", ["exited unexpectedly", "--num-workers"]),
+    ],
+)  # fmt: skip
+def test_faults_of_loader_processes_end_in_one_line(monkeypatch, capsys, tmp_path, text, words):
+    code, line = end(monkeypatch, capsys, tmp_path, RuntimeError(text))
+    assert code == 2 and len(line.splitlines()) == 1
+    assert all(word in line for word in words)
+
+
+def test_a_bug_of_ours_shows_the_traceback_and_writes_a_file_without_keys(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "5ec2e70123456789")
+    code, text = end(monkeypatch, capsys, tmp_path, KeyError("at https://user:pw@host with 5ec2e70123456789"))
+    assert code == 1 and "Traceback" in text and "bug of ours" in text
+    (file,) = tmp_path.glob("bug_report_*.txt")
+    assert str(file) in text
+    content = file.read_text()
+    for part in (
+        "train.py --data-path images",
+        f"torch {torch.__version__.partition('+')[0]}",
+        "KeyError",
+        "Traceback",
+    ):
+        assert part in content
+    assert "5ec2e70123456789" not in content and "user:pw" not in content
+
+
+def test_errors_of_the_user_stay_one_line_and_write_no_file(monkeypatch, capsys, tmp_path):
+    code, text = end(monkeypatch, capsys, tmp_path, InputError("image_size 0 is wrong", "image_size"))
+    assert code == 2 and text == "train.py: error: --image-size 0 is wrong\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_secrets_are_replaced(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    assert without_secrets("token hf_abcdefgh at http://a:b@c/d") == "token *** at http://***@c/d"
+
+
+def test_windows_is_told_of_wsl_at_once():
+    program = "import sys; sys.platform = 'win32'; import train"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "WSL" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set in the environment, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four in the environment is no number"),
+        ({"RANK": "1"}, "RANK=1 in the environment does not fit WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 .* WORLD_SIZE=2"),
+    ],
+)
+def test_variables_of_a_launcher_that_are_left_over_are_named(monkeypatch, variables, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words + ".*unset WORLD_SIZE RANK"):
+        start_machine("cpu", "float32")
+
+
+def test_a_compiler_that_cannot_compile_is_said_with_its_words(monkeypatch, tmp_path):
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: cmath: No such file or directory' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(InputError, match="broken-c.. cannot compile .fatal error: cmath"):
+        check_compiler()
+
+
+def test_a_failure_of_the_compiler_later_on_says_to_leave_compile_out(monkeypatch, capsys, tmp_path):
+    from torch._inductor.exc import InductorError
+
+    code, text = end(monkeypatch, capsys, tmp_path, InductorError(RuntimeError("C++ compile error"), "x.py"))
+    assert code == 2 and len(text.splitlines()) == 1 and "--compile" in text and "Leave it out" in text
+
+
+def test_an_interrupt_needs_no_words(monkeypatch):
+    def main(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, lambda: CommandParser().parse_args([]))
+    assert ended.value.code == 130
