@@ -17,7 +17,12 @@ class Steps(NamedTuple):
     inside_count: int = 0
 
     def plus(self, other: Steps) -> Steps:
-        return Steps(*(a + b for a, b in zip(self, other, strict=True)))
+        return Steps(
+            self.border_sum + other.border_sum,
+            self.border_count + other.border_count,
+            self.inside_sum + other.inside_sum,
+            self.inside_count + other.inside_count,
+        )
 
     @property
     def ratio(self) -> float | None:

@@ -14,8 +14,8 @@ def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
     tiles = [as_rgb(to_uint8(tile)) for row in rows for tile in row]
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     margins = [((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0)) for tile in tiles]
-    tiles = np.stack([np.pad(tile, margin, constant_values=255) for tile, margin in zip(tiles, margins, strict=True)])
-    grid = make_grid(torch.from_numpy(tiles).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=pad, pad_value=255)
+    padded = np.stack([np.pad(tile, margin, constant_values=255) for tile, margin in zip(tiles, margins, strict=True)])
+    grid = make_grid(torch.from_numpy(padded).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=pad, pad_value=255)
     return grid.permute(1, 2, 0).numpy()
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class CheckedFiles:
         except (OSError, EOFError, ValueError):  # none yet, or damaged
             return {}
 
-    def recall(self, files: dict[str, Sequence[Path]]) -> dict[str, Any]:
+    def recall(self, files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
         """Facts by name, of those names whose files are as they were when the facts were found out."""
         self._stamps = {name: [number for path in paths for number in _stamp(path)] for name, paths in files.items()}
         known = {}

@@ -95,18 +95,16 @@ def check_same_size(image: Sequence[int], mask: Sequence[int], image_path: Path,
 class ReadPair(NamedTuple):
     """One pair as stored."""
 
-    image: np.ndarray | None  # (H, W, C)
+    image: np.ndarray  # (H, W, C)
     mask: np.ndarray  # (H, W) or (K, H, W)
     table: str  # kind of the mask's colour table, see read_mask_and_table
     has_channels: bool  # the image's file says that its planes are no colours
 
 
-def read_pair(image_path: Path | None, mask_path: Path, channels: int) -> ReadPair:
-    """A mask and its image, if a path is given; their sizes agree."""
-    image, has_channels = (None, False) if image_path is None else read_image_and_kind(image_path)
-    if image is not None:
-        image = fit_channels(image, channels, image_path)
+def read_pair(image_path: Path, mask_path: Path, channels: int) -> ReadPair:
+    """An image and its mask; their sizes agree."""
+    image, has_channels = read_image_and_kind(image_path)
+    image = fit_channels(image, channels, image_path)
     mask, table = read_mask_and_table(mask_path)
-    if image is not None:
-        check_same_size(image.shape[:2], mask.shape[-2:], image_path, mask_path)
+    check_same_size(image.shape[:2], mask.shape[-2:], image_path, mask_path)
     return ReadPair(image, mask, table, has_channels)

@@ -86,8 +86,9 @@ def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.n
         deep_colour = any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile)
         value_bytes = 4 if image.mode in ("I", "F") else 2 if deep_colour or image.mode.startswith("I;16") else 1
         _check_size((image.height, image.width, len(image.getbands())), value_bytes, path)
-        if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
-            raise FileError(path, f"is an animation of {image.n_frames} frames: {NOT_FLAT}")
+        frames = getattr(image, "n_frames", 1)
+        if image.format == "PNG" and frames > 1:
+            raise FileError(path, f"is an animation of {frames} frames: {NOT_FLAT}")
         image.load()
         if image.getexif().get(ORIENTATION_TAG, 1) != 1:
             raise FileError(path, ROTATED)
@@ -96,11 +97,11 @@ def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.n
             return imagecodecs.png_decode(file.read()), ""  # Pillow would cut 16-bit colour to 8 bits
         if image.mode == "P":
             return _palette_to_array(image, as_mask)
-        if image.mode not in _PLAIN_MODES:
-            if image.mode not in _CONVERTED_MODES:
-                raise FileError(path, f"has the unusual pixel format {image.mode}: save it as gray or RGB")
-            image = image.convert(_CONVERTED_MODES[image.mode])
-        return np.array(image), ""
+        if image.mode in _PLAIN_MODES:
+            return np.array(image), ""
+        if image.mode not in _CONVERTED_MODES:
+            raise FileError(path, f"has the unusual pixel format {image.mode}: save it as gray or RGB")
+        return np.array(image.convert(_CONVERTED_MODES[image.mode])), ""
 
 
 def _palette_to_array(image: Image.Image, as_mask: bool) -> tuple[np.ndarray, str]:
@@ -120,10 +121,10 @@ def _palette_mask(indices: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray,
 
 def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     with tifffile.TiffFile(file, _multifile=False) as tiff:  # an OME header must not open other files
-        series = [one for one in tiff.series if not one.keyframe.is_reduced]
-        if len(series) != 1:
-            raise FileError(path, f"holds {len(series)} images of different kinds: {NOT_FLAT}")
-        series, page = series[0], series[0].keyframe
+        full_size = [series for series in tiff.series if not series.keyframe.is_reduced]
+        if len(full_size) != 1:
+            raise FileError(path, f"holds {len(full_size)} images of different kinds: {NOT_FLAT}")
+        series, page = full_size[0], full_size[0].keyframe
         _check_size(series.shape, series.dtype.itemsize, path)
         orientation = page.tags.get(ORIENTATION_TAG)
         if orientation is not None and orientation.value not in (0, 1):
@@ -141,18 +142,18 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
                 "as such: axes CYX)",
             )
         array = series.asarray(maxworkers=1).reshape(shape)
-        table = ""
-        if not (extra and page.photometric.name == "PALETTE" and not as_mask):  # Fiji's table only tints the planes
+        kind, table = tifffile.PHOTOMETRIC(page.photometric).name, ""
+        if not (extra and kind == "PALETTE" and not as_mask):  # Fiji's table only tints the planes
             array, table = _photometric_to_gray(array, page, path, as_mask)
         if as_mask and extra == "C" and not is_soft_stack:
             raise FileError(path, f"holds {shape[axes.index('C')]} channels: save the mask as one gray channel")
     order = extra + "YX" if is_soft_stack else "YX" + extra
     if array.ndim == len(axes):  # a palette image gained its colour axis above
         array = array.transpose([axes.index(axis) for axis in order])
-    alpha = page.photometric.name == "RGB" or {1, 2} & set(page.extrasamples)  # else a channel, perhaps saturated
+    alpha = kind == "RGB" or {1, 2} & set(page.extrasamples)  # else a channel, perhaps saturated
     if extra == "S" and alpha and not as_mask:
         array = _without_opaque_alpha(array)
-    if extra and not as_mask and page.photometric.name not in ("RGB", "YCBCR"):
+    if extra and not as_mask and kind not in ("RGB", "YCBCR"):
         table = CHANNELS
     return array.astype(array.dtype.newbyteorder("="), copy=False), table
 
@@ -161,7 +162,7 @@ def _photometric_to_gray(
     array: np.ndarray, page: tifffile.TiffPage, path: Path, as_mask: bool
 ) -> tuple[np.ndarray, str]:
     """Turn palette and 1-bit TIFF pages into gray or RGB; refuse what could be read in two ways."""
-    kind = page.photometric.name
+    kind = tifffile.PHOTOMETRIC(page.photometric).name
     if kind == "PALETTE" and page.colormap is not None:
         palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
         return _palette_mask(array, palette) if as_mask else (palette[array], "")

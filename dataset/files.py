@@ -299,13 +299,12 @@ def _read_nuclei(folder: Path) -> np.ndarray:
     files = _files_in(folder)
     if not files:
         raise FileError(folder, "holds no nucleus masks")
-    instance_map: np.ndarray | None = None
     claimed = many_pieces = 0
     for index, file in enumerate(files, start=1):
         nucleus = read_mask(file)
         if nucleus.ndim != 2:
             raise FileError(file, "is no flat mask of one nucleus")
-        if instance_map is None:
+        if index == 1:
             instance_map = np.zeros(nucleus.shape, np.uint16 if len(files) < 2**16 else np.int32)
         if nucleus.shape != instance_map.shape:
             raise FileError(file, f"has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
@@ -313,7 +312,7 @@ def _read_nuclei(folder: Path) -> np.ndarray:
         if len(values) > 2 or (len(values) == 2 and values[0] != 0):
             raise FileError(file, f"is no mask of one nucleus: gray values {list_some(values.tolist())}")
         nucleus = nucleus > 0
-        claimed += np.count_nonzero(nucleus)
+        claimed += int(np.count_nonzero(nucleus))
         many_pieces += _is_scattered(nucleus)
         instance_map[nucleus & (instance_map == 0)] = index
     overlap = claimed - np.count_nonzero(instance_map)
@@ -325,7 +324,7 @@ def _read_nuclei(folder: Path) -> np.ndarray:
 def _is_scattered(nucleus: np.ndarray) -> bool:
     """Whether a mask has three or more pieces that are no crumbs (a tenth of the largest one)."""
     areas = np.bincount(connected_cells(nucleus).ravel())[1:]
-    return np.count_nonzero(areas * 10 > areas.max(initial=0)) > 2
+    return bool(np.count_nonzero(areas * 10 > areas.max(initial=0)) > 2)
 
 
 def _gray_channel(array: np.ndarray, path: Path) -> np.ndarray:
@@ -368,7 +367,7 @@ def encode_image(image: np.ndarray, colours: bool = True) -> bytes:
         colours: whether three channels are RGB.
     """
     if image_suffix(image.shape[2], image.dtype, colours) == ".png":
-        return imagecodecs.png_encode(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
+        return bytes(imagecodecs.png_encode(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0])))
     return encode_tiff(image, colours=colours)
 
 

@@ -22,7 +22,7 @@ from common.errors import InputError, list_some
 from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
-from dataset.files import FileError, Pair, pair_files
+from dataset.files import FileError, Pair, pair_files, read_mask
 from dataset.gray import (
     ROBUST_PERCENTILES,
     channel_shares,
@@ -129,14 +129,14 @@ class PairedFolder(torch.utils.data.Dataset):
             decided = default_window_channels(config.channels, not self.colours)
             self.config = dataclasses.replace(config, window_channels=decided)
         if self._seeks_common_window:
-            common = _common_window(self._samples, self.config)
-            self.config = dataclasses.replace(self.config, window_values=common)
+            window = _common_window(self._samples, self.config)
+            self.config = dataclasses.replace(self.config, window_values=window)
             self._samples = []
-            self.windows = [self.config.window_values] * len(self.pairs)
+            self.windows = [window] * len(self.pairs)
         _hint_at_window(checked, self.config)
-        warning = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
-        if warning:
-            logger.warning("images in %s: %s", image_dir, warning)
+        narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
+        if narrow:
+            logger.warning("images in %s: %s", image_dir, narrow)
         for index, mask in enumerate(self._masks):
             self._masks[index] = self._prepare_mask(mask)
         where = "in memory" if self.in_memory else "read again at each access"
@@ -266,10 +266,7 @@ class PairedFolder(torch.utils.data.Dataset):
 
     def mask(self, index: int, symmetry: int) -> Tensor:
         """The mask of :meth:`__getitem__` alone, for a center crop; the image is not read."""
-        if self.in_memory:
-            mask = self._masks[index]
-        else:
-            mask = self._prepare_mask(read_pair(None, self.pairs[index].mask_path, self.config.channels).mask)
+        mask = self._masks[index] if self.in_memory else self._prepare_mask(read_mask(self.pairs[index].mask_path))
         return torch.from_numpy(np.array(turn(mask, (-2, -1), symmetry)))
 
     def example(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import InputError, list_some
 from dataset.checked_files import CheckedFiles
-from dataset.checks import ReadPair, for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
+from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
 from dataset.files import (
     IMAGE_ENDING,
@@ -20,6 +20,7 @@ from dataset.files import (
     find_files,
     find_images_and_masks,
     match_names,
+    read_mask_and_table,
 )
 from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
@@ -127,13 +128,16 @@ class MaskFolder:
         refuse_bad(errors, len(self.names), what)
         return checked
 
-    def _read(self, name: str) -> ReadPair:
-        image_path = None if self.image_paths is None else self.image_paths[name]
-        return read_pair(image_path, self.paths[name], self.config.channels)
+    def _read(self, name: str) -> tuple[np.ndarray | None, np.ndarray, str]:
+        """The image if there is one, the mask, and the kind of its colour table."""
+        if self.image_paths is None:
+            return None, *read_mask_and_table(self.paths[name])
+        pair = read_pair(self.image_paths[name], self.paths[name], self.config.channels)
+        return pair.image, pair.mask, pair.table
 
     def _check(self, name: str) -> tuple[MaskStats, tuple[int, int]]:
         """Facts about a mask, and its height and width."""
-        _, mask, table, _ = self._read(name)
+        _, mask, table = self._read(name)
         size = (mask.shape[-2], mask.shape[-1])
         self._view(name, size)
         return mask_stats(self.paths[name].name, mask, self.paths[name].is_dir(), table), size
@@ -157,7 +161,7 @@ class MaskFolder:
 
     def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
         """Read one mask and its image. A random crop takes the middle square unless ``rng`` is given."""
-        image, mask, _, _ = self._read(name)
+        image, mask, _ = self._read(name)
         view = self._view(name, mask.shape[-2:], rng)
         label = view.apply_labels(mask)
         if label.ndim == 3 and label.dtype.kind != "f":  # a stack goes out as float TIFF, the only one that is read

@@ -127,7 +127,7 @@ class Machine:
         if self.world_size == 1:
             return values
         self.barrier(what)
-        lists = [[] for _ in range(self.world_size)] if self.is_main else None
+        lists: list[list[Any]] | None = [[] for _ in range(self.world_size)] if self.is_main else None
         dist.gather_object(values, lists)
         return [value for one in lists or () for value in one]
 
@@ -266,8 +266,9 @@ def _connect(peers: Peers, device: torch.device) -> None:
         backend = "cpu:gloo,cuda:nccl"
         for name, value in NCCL_WATCHDOG.items():
             os.environ.setdefault(name, value)
-    ranks = {"rank": peers.rank, "world_size": len(peers.hosts)}
-    dist.init_process_group(backend, store=peers.store, timeout=CONNECT_TIMEOUT, **ranks)
+    dist.init_process_group(
+        backend, store=peers.store, timeout=CONNECT_TIMEOUT, rank=peers.rank, world_size=len(peers.hosts)
+    )
     # torch 2.14 gave it a name without the underscore and warns about the old one.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     set_timeout(EXCHANGE_TIMEOUT)

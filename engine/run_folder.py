@@ -108,8 +108,8 @@ class RunFolder:
                 logger.warning("%s Falling back to the one before.", error)
                 damaged.append((path, error))
                 continue
-            for other, error in damaged:
-                self._set_aside(other, error)
+            for other, fault in damaged:
+                self._set_aside(other, fault)
             self._whole.add(path)
             return path, state
         if damaged:

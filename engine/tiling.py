@@ -85,10 +85,9 @@ class Windows:
             return function(0, field[None])[0]
         height, width = (scale * side for side in self.window)
         weight = hill(height, field.device)[:, None] * hill(width, field.device)  # (h scale, w scale)
-        total = None
         for first in range(0, len(self), batch_size):
             out = function(first, self.cut(field, first, batch_size))
-            if total is None:
+            if first == 0:
                 total = out.new_zeros(out.shape[1], *(scale * length for length in self.field))
             for (row, column), part in zip(self.corners[first:], out, strict=False):
                 total[:, scale * row : scale * row + height, scale * column : scale * column + width] += part * weight

@@ -140,7 +140,7 @@ def _exported(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> Iter
     for name, item in images:
         classes = np.where(item.classes == IGNORE, 0, item.classes).astype(np.uint8)
         path = folder / "images" / f"{name}.png"
-        yield ExportedPair(name, path, item.image, item.cells.astype(np.uint16), classes)
+        yield ExportedPair(name, path, item.image, True, item.cells.astype(np.uint16), classes)
 
 
 def draw_practice(practice: Practice, content: dict, path: Path) -> None:

@@ -24,6 +24,8 @@ class Overlap(nn.Module):
     """
 
     SHIFT_GAIN = 4.0  # a power of two: exact in every dtype
+    window: Tensor
+    reached: Tensor
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class Overlap(nn.Module):
 
     def add_up(self, windows: Tensor) -> Tensor:
         """(B, C side side, T) -> (B, C, H, W): every window around its patch, cut off at the image's edges."""
-        size = [count * self.patch_size for count in self.grid]
+        size = (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
         return F.fold(windows, size, self.side, padding=self.margin, stride=self.patch_size)
 
     def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from script_helpers import write_pairs
 from benchmarks import many_files
 from common.disk import file_sha256
 from common.errors import InputError
-from dataset import checks
+from dataset import checks, mask_folder
 from dataset.config import DataConfig
 from dataset.files import read_image, read_mask_and_table, read_size
 from dataset.folders import PairedFolder
@@ -38,9 +38,10 @@ def pairs(tmp_path):
 def reads(monkeypatch) -> list[str]:
     """Names of the masks decoded so far."""
     names: list[str] = []
-    monkeypatch.setattr(
-        checks, "read_mask_and_table", lambda path: names.append(path.name) or read_mask_and_table(path)
-    )
+    for module in (checks, mask_folder):
+        monkeypatch.setattr(
+            module, "read_mask_and_table", lambda path: names.append(path.name) or read_mask_and_table(path)
+        )
     return names
 
 

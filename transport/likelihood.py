@@ -97,7 +97,7 @@ class LikelihoodSolver:
 
     def _integrate(self, augmented: Callable[[Tensor, float], Tensor], state: Tensor) -> Tensor:
         row = ODE_METHODS[self.method]
-        if row.adaptive:
+        if row.step is None:
             return solve_adaptive(
                 augmented, state, [self.t_max, self.t_min], self.method, self.atol, self.rtol, norm=_largest_error
             )[-1]

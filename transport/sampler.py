@@ -91,6 +91,7 @@ class OdeSolver:
 
     def _fixed(self, field: ModelField, x: Tensor, times: list[float]) -> Tensor:
         row = ODE_METHODS[self.method]
+        assert row.step is not None, "adaptive methods have a loop of their own"
         times = [*times[:-1], 1.0]
         if self.reverse:
             times.reverse()
