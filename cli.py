@@ -1,4 +1,4 @@
-"""The command line: flags that commands share, which flag needs which other, and the settings that flags resolve to."""
+"""Command line: flags that several commands share, rules between flags, and the step from flags to settings."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ from transport import (
 
 logger = logging.getLogger(__name__)
 
-# --------------------------------------------------------------------------------------------------- flags in company
+# ------------------------------------------------------------------------------------------------- rules between flags
 
 
 @dataclass(frozen=True)
 class Need:
-    """Flags that have an effect only beside certain values of another flag.
+    """Flags that have an effect only together with certain values of another flag.
 
     Attributes:
-        flags: their names.
+        flags: names of the flags.
         other: name of the flag that they need.
-        works: whether they have an effect beside this value of the other flag.
+        works: whether the flags have an effect with this value of the other flag.
         reason: completes "--flag has no effect ...".
-        idle: values of the flags that ask for nothing, so that they are never refused.
+        idle: values that request nothing, so that they are never refused.
     """
 
     flags: tuple[str, ...]
@@ -78,43 +78,43 @@ def _is_adaptive(method: str) -> bool:
 
 JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
 NEEDS = (
-    Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: give it, too"),
+    Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
     Need(
         ("guidance_interval",), "cfg_scale", lambda scale: scale != 1,
-        "at --cfg-scale 1: give a scale other than 1", idle=((0.0, 1.0), [0.0, 1.0]),
+        "with --cfg-scale 1: give a scale other than 1", idle=((0.0, 1.0), [0.0, 1.0]),
     ),
     Need(
         ("num_sampling_steps",), "sampling_method", lambda method: not _is_adaptive(method),
-        "on {value}, an adaptive solver: leave it out",
+        "with {value}, an adaptive solver: leave it out",
     ),
-    Need(("atol", "rtol"), "sampling_method", _is_adaptive, "on {value}, a fixed-step solver: leave it out"),
-    Need(("last_step_size",), "last_step", lambda name: name != "None", "on --last-step None: leave it out"),
-    Need(("num_samples", "tile"), "on_real", lambda on: not on, "on --likelihood and --reverse: leave it out"),
-    Need(("data_path",), "on_real", bool, "here: it goes with --likelihood or --reverse"),
+    Need(("atol", "rtol"), "sampling_method", _is_adaptive, "with {value}, a fixed-step solver: leave it out"),
+    Need(("last_step_size",), "last_step", lambda name: name != "None", "with --last-step None: leave it out"),
+    Need(("num_samples", "tile"), "on_real", lambda on: not on, "with --likelihood or --reverse: leave it out"),
+    Need(("data_path",), "on_real", bool, "without --likelihood or --reverse: leave it out"),
     Need(
         ("time_mean", "time_std"), "time_sampling", lambda name: name != "uniform",
-        "on uniform times: give --time-sampling logit-normal",
+        "with uniform times: give --time-sampling logit-normal",
     ),
-    Need(("window_channels",), "in_channels", lambda channels: channels != 1, "on --in-channels 1: leave it out"),
+    Need(("window_channels",), "in_channels", lambda channels: channels != 1, "with --in-channels 1: leave it out"),
     Need(
         ("cfg_scale",), "mask_dropout", lambda share: share > 0,
-        "on the previews of --mask-dropout 0: leave it out, or give images without a mask in training", idle=(1.0,),
+        "on the previews with --mask-dropout 0: leave it out, or give --mask-dropout above 0", idle=(1.0,),
     ),
     Need(("latent_cache",), "vae", lambda vae: vae != PIXEL_SPACE, "with --vae none: there are no latents"),
     Need(
         ("latent_cache",), "crop", lambda crop: crop == "center",
-        "with --crop random, whose windows are new at each step: give --crop center",
+        "with --crop random, because every step uses new crops: give --crop center",
     ),
     Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
-    Need(("source_window",), "intensity", lambda name: name == "source", "on --intensity display: leave it out"),
+    Need(("source_window",), "intensity", lambda name: name == "source", "with --intensity display: leave it out"),
 )  # fmt: skip
 
 
 def check_needs(args: argparse.Namespace, needs: Sequence[Need] = NEEDS) -> None:
-    """Refuse a flag that stands on the command line and has no effect.
+    """Refuse flags of the command line that have no effect.
 
     Raises:
-        InputError: the flag, and what it needs.
+        InputError: names the flag and what it needs.
     """
     values = vars(args)
     for need in needs:
@@ -135,15 +135,18 @@ def as_flag(name: str) -> str:
 
 
 def add_mask_type_argument(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="what the mask files hold")
+    group.add_argument(
+        "--mask-type", choices=MASK_TYPES, default="auto",
+        help="meaning of the mask values (auto: find out from all files)",
+    )  # fmt: skip
 
 
 def add_device_argument(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU, if there is one")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)")
 
 
 def add_mask_arguments(group: argparse._ActionsContainer) -> None:
-    """What the mask files hold; for every command that reads masks."""
+    """Flags on the meaning of mask values, for every command that reads masks."""
     add_mask_type_argument(group)
     group.add_argument(
         "--normalize-masks", action="store_true", help="divide soft maps by their sum if they do not sum to 1"
@@ -154,49 +157,45 @@ def add_mask_arguments(group: argparse._ActionsContainer) -> None:
 def add_mask_values_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--mask-values", type=non_negative_int, nargs="+", metavar="VALUE",
-        help="gray value of each class in the mask files, background first (0 128 255 for three classes)",
+        help="gray value of each class in the mask files, background first, such as 0 128 255 for three classes",
     )  # fmt: skip
 
 
 def add_output_argument(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Where results go, for evaluate.py."""
+    """Folder for results, for evaluate.py."""
     parser.add_argument("--output", type=Path, default=Path(folder), metavar="FOLDER", help="folder for the results")
 
 
 def add_real_pairs(parser: argparse.ArgumentParser, what: str) -> None:
-    """Folders of real images and masks; ``what`` completes the help text."""
+    """Folders of real images and masks. ``what`` completes the help text."""
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help=f"real images{what}")
-    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
+    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="masks of the real images")
     add_mask_type_argument(parser)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """How files become tensors in training. Sampling takes all of it from the checkpoint, except the masks' flags."""
+    """How to read files in training. Sampling takes these settings from the checkpoint, except those of masks."""
     group = parser.add_argument_group("images and masks")
     add_mask_arguments(group)
     group.add_argument(
-        "--crop",
-        choices=CROPS,
-        default="center",
-        help="center: resize the short side to the image size and cut the middle; random: windows at native scale",
-    )
+        "--crop", choices=CROPS, default="center",
+        help="center: resize the short side to the image size and keep the middle; random: cut random squares, not "
+        "resized",
+    )  # fmt: skip
     group.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="stretch these percentiles of gray (0 to 100) to the full range; without it 8-bit images keep their range "
-        "and others are stretched between robust percentiles",
-    )
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="gray range: stretch these percentiles of the gray values (0 to 100) to the full range; by default, 8-bit "
+        "images keep their range and other images are stretched between robust percentiles",
+    )  # fmt: skip
     group.add_argument(
-        "--window-scope", choices=WINDOW_SCOPES, default="image", help="percentiles of each image, or of the data set"
-    )
+        "--window-scope", choices=WINDOW_SCOPES, default="image",
+        help="take the percentiles of each image, or of the whole data set",
+    )  # fmt: skip
     group.add_argument(
-        "--window-channels",
-        choices=WINDOW_CHANNELS,
-        help="one window for all channels, or one for each (default: joint for gray and RGB; separate for other "
-        "channels, also for three that a TIFF calls channels: axes CYX)",
-    )
+        "--window-channels", choices=WINDOW_CHANNELS,
+        help="joint: one gray range for all channels; separate: one for each channel (default: joint for gray and RGB, "
+        "separate for other images and for TIFF files with axes CYX)",
+    )  # fmt: skip
 
 
 def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,91 +203,104 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("transport")
     group.add_argument("--path-type", choices=list(PATHS), default="Linear", help="interpolant between noise and data")
     group.add_argument(
-        "--prediction",
-        choices=list(PREDICTIONS),
-        help="what the model predicts (default: velocity; data for pixels whose patch exceeds 3/4 of the width)",
-    )
+        "--prediction", choices=list(PREDICTIONS),
+        help="what the model predicts (default: velocity; in pixel space: data if a patch has more values than 3/4 of "
+        "the model's width)",
+    )  # fmt: skip
     group.add_argument(
-        "--loss-weight",
-        choices=list(LOSS_WEIGHTS),
+        "--loss-weight", choices=list(LOSS_WEIGHTS),
         help="weight of the loss over time (default: none; for data prediction: velocity)",
-    )
-    group.add_argument("--train-eps", type=non_negative_float, help="least distance of training times to a singularity")
-    group.add_argument("--sample-eps", type=non_negative_float, help="least distance of solver times to a singularity")
+    )  # fmt: skip
+    eps = "keep {} times at least this far from a singularity (default: depends on path and prediction)"
+    group.add_argument("--train-eps", type=non_negative_float, help=eps.format("training"))
+    group.add_argument("--sample-eps", type=non_negative_float, help=eps.format("solver"))
     group.add_argument(
-        "--time-sampling",
-        choices=list(TIME_SAMPLINGS),
-        help="how training times are drawn (default: uniform for latents, logit-normal for pixels)",
-    )
+        "--time-sampling", choices=list(TIME_SAMPLINGS),
+        help="distribution of training times (default: uniform for latents, logit-normal for pixels)",
+    )  # fmt: skip
     group.add_argument(
         "--time-mean", type=finite_float,
-        help="logit-normal: mean of logit(t) (default: 0; -1.2 for data prediction on pixels)",
+        help="mean of logit(t) for logit-normal times (default: 0; -1.2 for data prediction on pixels)",
     )  # fmt: skip
-    group.add_argument("--time-std", type=positive_float, default=1.0, help="logit-normal: its standard deviation")
+    group.add_argument(
+        "--time-std", type=positive_float, default=1.0, help="standard deviation of logit(t) for logit-normal times"
+    )
 
 
 def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Sub-commands ODE and SDE with the flags of their solvers."""
+    """Subcommands ODE and SDE with the flags of their solvers."""
     modes = parser.add_subparsers(dest="mode", required=True, metavar="ODE|SDE")
-    ode = modes.add_parser("ODE", help="deterministic sampling")
+    ode = modes.add_parser("ODE", help="deterministic sampling (faster, the usual choice)")
     group = ode.add_argument_group("ODE solver")
-    group.add_argument("--sampling-method", type=str.lower, choices=list(ODE_METHODS), default="heun", help="solver")
+    group.add_argument(
+        "--sampling-method", type=str.lower, choices=list(ODE_METHODS), default="heun", help="name of the solver"
+    )
     group.add_argument("--num-sampling-steps", type=positive_int, help="steps of a fixed-step solver (default: 25)")
     group.add_argument("--atol", type=positive_float, help="absolute tolerance of an adaptive solver (default: 1e-6)")
     group.add_argument("--rtol", type=positive_float, help="relative tolerance of an adaptive solver (default: 1e-3)")
     sde = modes.add_parser("SDE", help="stochastic sampling")
     group = sde.add_argument_group("SDE solver")
     group.add_argument(
-        "--sampling-method", type=str.capitalize, choices=list(SDE_METHODS), default="Euler", help="solver"
+        "--sampling-method", type=str.capitalize, choices=list(SDE_METHODS), default="Euler", help="name of the solver"
     )
-    group.add_argument("--num-sampling-steps", type=positive_int, help="steps (default: 250)")
-    group.add_argument("--diffusion-form", choices=list(DIFFUSION_FORMS), default="SBDM", help="diffusion over time")
-    group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="factor on the diffusion")
-    group.add_argument("--last-step", choices=[str(name) for name in LAST_STEPS], default="Tweedie", help="how it ends")
-    group.add_argument("--last-step-size", type=part_of_time, help="(default: the size of the other steps)")
+    group.add_argument("--num-sampling-steps", type=positive_int, help="steps of the solver (default: 250)")
+    group.add_argument(
+        "--diffusion-form", choices=list(DIFFUSION_FORMS), default="SBDM",
+        help="how the strength of the noise depends on time",
+    )  # fmt: skip
+    group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="factor on the strength of the noise")
+    group.add_argument(
+        "--last-step", choices=[str(name) for name in LAST_STEPS], default="Tweedie",
+        help="how to take the last step, which removes the remaining noise",
+    )  # fmt: skip
+    group.add_argument(
+        "--last-step-size", type=part_of_time, help="length of the last step in time (default: that of the other steps)"
+    )
     return {"ODE": ode, "SDE": sde}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) -> None:
-    """Checkpoint, guidance and what must agree with the checkpoint; for sample.py and sample_ddp.py alike."""
+    """Flags of sample.py and sample_ddp.py: checkpoint, large fields, guidance and seed."""
     group = parser.add_argument_group("model")
     group.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
-    group.add_argument("--raw-weights", action="store_true", help="sample from the last weights and not from their EMA")
-    group.add_argument("--vae", help="where the autoencoder is now, if it has moved since training")
-    group.add_argument("--num-classes", type=positive_int, help="checked against the checkpoint")
-    group.add_argument("--image-size", type=positive_int, help="checked against the checkpoint")
-    group.add_argument("--model", help="checked against the checkpoint")
+    group.add_argument(
+        "--raw-weights", action="store_true", help="sample with the last weights instead of their average (EMA)"
+    )
+    group.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
+    checked = "optional: the checkpoint knows it; stops if yours differs"
+    group.add_argument("--num-classes", type=positive_int, help=checked)
+    group.add_argument("--image-size", type=positive_int, help=checked)
+    group.add_argument("--model", help=checked)
     group = parser.add_argument_group("large fields")
     group.add_argument(
-        "--tile", action="store_true", help="draw every mask as a whole, by overlapping windows, not a square of it"
+        "--tile", action="store_true", help="sample the whole mask in overlapping tiles, instead of one square of it"
     )
     group.add_argument(
-        "--tile-scale",
-        type=positive_float,
-        metavar="FACTOR",
+        "--tile-scale", type=positive_float, metavar="FACTOR",
         help="image pixels per mask pixel (default: 1; required for a checkpoint of --crop center)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--tile-overlap",
-        type=overlap,
-        metavar="SHARE|PIXELS",
-        help="least overlap of neighbouring windows: below 1 a share of the image size, else pixels; 0 shows seams "
-        "(default: 0.25)",
-    )
+        "--tile-overlap", type=overlap, metavar="FRACTION|PIXELS",
+        help="least overlap of neighbouring tiles: a fraction of the image size if below 1, else pixels; 0 leaves "
+        "visible seams (default: 0.25)",
+    )  # fmt: skip
     group = parser.add_argument_group("guidance and randomness")
     group.add_argument(
-        "--cfg-scale", type=non_negative_float, default=cfg_scale, help="classifier-free guidance; 1 is none"
-    )
+        "--cfg-scale", type=non_negative_float, default=cfg_scale,
+        help="scale of classifier-free guidance: above 1 exaggerates what the mask asks for, 1 means none",
+    )  # fmt: skip
     group.add_argument(
-        "--guidance-interval",
-        type=fraction,
-        nargs=2,
-        metavar=("LO", "HI"),
-        default=(0.0, 1.0),
-        help="times at which guidance is on; 0 is noise, 1 is data",
-    )
-    group.add_argument("--seed", "--global-seed", type=seed_number, default=0, help="seed of the noise")
-    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images drawn at once by a process")
+        "--guidance-interval", type=fraction, nargs=2, metavar=("LO", "HI"), default=(0.0, 1.0),
+        help="use guidance only between these times; 0 is noise, 1 is data",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", "--global-seed", type=seed_number, default=0,
+        help="seed of the noise: another seed gives other images",
+    )  # fmt: skip
+    group.add_argument(
+        "--per-proc-batch-size", type=positive_int, default=32,
+        help="images that each process samples at once; lower it if memory runs out",
+    )  # fmt: skip
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = False) -> None:
@@ -296,15 +308,13 @@ def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = F
     group = parser.add_argument_group("machine")
     add_device_argument(group)
     group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="auto: bf16 autocast, if the hardware multiplies in it",
-    )
+        "--precision", choices=PRECISIONS, default="auto",
+        help="number format of the network (auto: bf16 if the hardware supports it, else float32)",
+    )  # fmt: skip
     if can_compile:
         group.add_argument(
             "--compile", action="store_true",
-            help="torch.compile the network: minutes at the start, faster steps; on a CPU it needs a C++ compiler",
+            help="compile the network: slow start (minutes), faster steps; on a CPU, this needs a C++ compiler",
         )  # fmt: skip
 
 
@@ -312,15 +322,15 @@ def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = F
 
 
 def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | None = None) -> RunConfig:
-    """The configuration of a run: the command line, else the checkpoint, else what follows from the other values.
+    """The configuration of a run: from the command line, else the checkpoint, else defaults that depend on others.
 
     Args:
-        args: of train.py.
-        world_size: processes that share a batch.
+        args: arguments of train.py.
+        world_size: number of processes that share a batch.
         saved: configuration in the checkpoint that the run continues.
 
     Raises:
-        InputError: flags that contradict the checkpoint or each other, or have no effect.
+        InputError: flags contradict the checkpoint or each other, or have no effect.
     """
     args = argparse.Namespace(**vars(args))
     if saved is not None:
@@ -364,15 +374,17 @@ Section = TypeVar("Section", OptimiserConfig, TrainConfig)
 
 
 def _section(kind: type[Section], args: argparse.Namespace) -> Section:
-    """A section whose fields are flags of their own names."""
+    """A section of the configuration whose fields have the same names as flags."""
     return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def _continue_from(args: argparse.Namespace, saved: RunConfig) -> None:
-    """Take from the checkpoint what was not given; log what was given and differs. A new --epochs ends --max-steps.
+    """Take values that were not given from the checkpoint, and log given values that differ from it.
+
+    A new --epochs replaces the --max-steps of the checkpoint.
 
     Raises:
-        InputError: flags that contradict the checkpoint.
+        InputError: flags contradict the checkpoint.
     """
     contradicted = []
     for name, (value, resume) in saved.flags().items():
@@ -388,26 +400,26 @@ def _continue_from(args: argparse.Namespace, saved: RunConfig) -> None:
             logger.info("changed on resume: %s: %s -> %s", as_flag(name), _shown(value), _shown(given))
     if contradicted:
         raise InputError(
-            f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start anew with another "
-            "--run-name."
+            f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start a new run: give "
+            "another --run-name."
         )
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands on a command line."""
+    """A value in the form of the command line."""
     return " ".join(f"{one:g}" for one in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _check_batch(args: argparse.Namespace, world_size: int) -> None:
-    """Raises InputError for a batch that processes and parts cannot share equally."""
+    """Raise InputError if the batch cannot be divided equally among processes and accumulation steps."""
     if args.global_batch_size % world_size:
         raise InputError(
             f"--global-batch-size {args.global_batch_size} is not divisible by the {world_size} processes."
         )
     if args.global_batch_size // world_size % args.accumulate:
         raise InputError(
-            f"--accumulate {args.accumulate} does not divide the {args.global_batch_size // world_size} images that a "
-            "process has of --global-batch-size."
+            f"--accumulate {args.accumulate} does not divide the {args.global_batch_size // world_size} images of each "
+            "process (--global-batch-size / processes)."
         )
 
 
@@ -415,10 +427,10 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
-    """Solver, guidance and windows of a command with the flags of ``add_sampling_arguments``.
+    """Settings of the sampler, from the flags of ``add_sampling_arguments``.
 
     Raises:
-        InputError: an empty guidance interval, or a flag that has no effect beside the others.
+        InputError: the guidance interval is empty, or a flag has no effect.
     """
     low, high = args.guidance_interval
     if low >= high:
@@ -443,7 +455,7 @@ SDE_FLAGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
 
 def load_checkpoint(args: argparse.Namespace, machine: Machine) -> TrainedModel:
-    """The checkpoint of ``--ckpt``, checked against the flags that repeat what it knows.
+    """Load the checkpoint of ``--ckpt``, and check it against --model, --num-classes and --image-size.
 
     Raises:
         InputError: see ``engine.sampling.load_trained``.
@@ -458,23 +470,23 @@ def load_checkpoint(args: argparse.Namespace, machine: Machine) -> TrainedModel:
 
 
 def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:
-    """Scale at which --tile takes whole masks; None without --tile.
+    """Scale of whole masks for --tile. None without --tile.
 
     Raises:
-        InputError: the checkpoint learned from resized images, and only the user knows by how much.
+        InputError: the checkpoint was trained on resized images, so the user has to say by how much.
     """
     if args.tile and args.tile_scale is None and data.crop == "center":
         raise InputError(
             f"--tile: {args.ckpt} was trained on images resized to a short side of {data.image_size} (--crop center), "
-            f"so say how large its cells are: --tile-scale {data.image_size} / (short side of the training images in "
-            "pixels), 1 if they were not resized."
+            f"so give the scale of its cells: --tile-scale {data.image_size} / (short side of the training images in "
+            "pixels), or 1 if they were not resized."
         )
     return (args.tile_scale or 1.0) if args.tile else None
 
 
 def check_fields(args: argparse.Namespace, sizes: set[tuple[int, int]], side: int) -> None:
-    """Raises InputError if --tile would change nothing, or its windows of ``side`` pixels would not move on."""
+    """Raise InputError if --tile has no effect, or if the overlap is not smaller than a tile of ``side`` pixels."""
     if sizes == {(side, side)}:
         raise InputError(f"--tile has no effect: the masks have the model's own {side} x {side} pixels. Leave it out.")
     if args.tile_overlap is not None and args.tile_overlap >= side:
-        raise InputError(f"--tile-overlap {args.tile_overlap:g}: a window has {side} pixels. Give fewer, or a share.")
+        raise InputError(f"--tile-overlap {args.tile_overlap:g}: a tile has {side} pixels. Give fewer, or a fraction.")

@@ -1,21 +1,21 @@
-"""Measure data sets: before training, and what sample_ddp.py made: does it follow its masks, is it real, does it help?
+"""Check a data set before training, or measure a synthetic set: does it follow its masks, look real, help a segmenter?
 
-    python evaluate.py data --data-path IMAGES --mask-path MASKS                    a look before training
-    python evaluate.py threshold SAMPLE_DIR                                         bright against dark, no training
-    python evaluate.py grid SAMPLE_DIR                                              do the network's patches show
-    python evaluate.py fidelity SAMPLE_DIR --data-path IMAGES --mask-path MASKS     a segmenter against the masks
-    python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST             the images that follow them best
-    python evaluate.py realism SAMPLE_DIR --data-path IMAGES --mask-path MASKS      (or --inception-weights FILE)
+    python evaluate.py data --data-path IMAGES --mask-path MASKS                    check files before training
+    python evaluate.py threshold SAMPLE_DIR                                         follows masks? (no training)
+    python evaluate.py grid SAMPLE_DIR                                              do the network's patches show?
+    python evaluate.py fidelity SAMPLE_DIR --data-path IMAGES --mask-path MASKS     follows masks? (by a segmenter)
+    python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST             keep the best images
+    python evaluate.py realism SAMPLE_DIR --data-path IMAGES --mask-path MASKS      looks real? (or FID, see --help)
     python evaluate.py population SAMPLE_DIR                                        number, size, brightness of cells
     python evaluate.py memorisation SAMPLE_DIR --data-path TRAINING --held-out OTHERS
-    python evaluate.py report SAMPLE_DIR                                            all of it as one HTML file
-    python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    which guidance and solver
-    python evaluate.py practise --data-path IMAGES --mask-path MASKS --train-flags FLAGS    make what helps, or say no
-    python evaluate.py split --data-path IMAGES --mask-path MASKS --output SPLIT    for the next one
-    python evaluate.py utility SPLIT --sets PRACTISED                               does it help a segmenter
+    python evaluate.py report SAMPLE_DIR                                            all results in one HTML file
+    python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    compare guidance and solvers
+    python evaluate.py practise --data-path IMAGES --mask-path MASKS --train-flags FLAGS    make images for few labels
+    python evaluate.py split --data-path IMAGES --mask-path MASKS --output SPLIT    prepare the utility experiment
+    python evaluate.py utility SPLIT --sets PRACTISED                               does it help a segmenter?
 
-Measures of a set compare it with real images; their tables, rows per image and pictures go into SAMPLE_DIR/evaluation.
-``MEASURE --help`` explains each.
+Most measures compare synthetic with real images. They write tables and pictures into SAMPLE_DIR/evaluation.
+``evaluate.py MEASURE --help`` explains each measure.
 """
 
 from __future__ import annotations
@@ -57,17 +57,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images")
     parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
     add_mask_arguments(parser)
-    parser.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
+    parser.add_argument("--num-classes", type=positive_int, default=2, help="number of classes, background included")
     parser.add_argument(
-        "--image-size", type=positive_int, help="side of the training images, checked with --crop random"
+        "--image-size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="--image-size of the training: reports images that are smaller",
     )
-    parser.add_argument("--crop", choices=CROPS, default="center", help="as in training")
+    parser.add_argument("--crop", choices=CROPS, default="center", help="--crop of the training")
     add_output_argument(parser, "data_report")
 
 
 def _add_fidelity(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
-    add_real_pairs(parser, " that teach the judge")
+    add_real_pairs(parser, " to train the judge (a small segmenter)")
     add_mask_values_argument(parser)
     _add_judge(parser)
     add_device_argument(parser)
@@ -77,68 +80,89 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="set on which evaluate.py fidelity has run")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument(
-        "--min-fidelity", type=positive_fraction, metavar="DICE", help="keep images of at least this fidelity_dice"
+        "--min-fidelity", type=positive_fraction, metavar="DICE", help="keep images with at least this fidelity_dice"
     )
     rule.add_argument(
-        "--keep-share", type=positive_fraction, metavar="SHARE", help="keep this share of the images, the best ones"
+        "--keep-share", type=positive_fraction, metavar="FRACTION", help="keep this fraction of the images: the best"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for a set of the kept images")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="also copy the kept images into this new folder")
 
 
 def _add_realism(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
-    parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images, best unseen in training")
-    parser.add_argument("--mask-path", metavar="MASKS", help="their masks, for the judge (without Inception weights)")
+    unseen = "real images, preferably not used to train the generator"
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help=unseen)
+    masks = "masks of the real images, to train the judge; not needed with --inception-weights"
+    parser.add_argument("--mask-path", metavar="MASKS", help=masks)
     add_mask_type_argument(parser)
     add_mask_values_argument(parser)
-    weights = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases; never fetched from here"
+    weights = (
+        "measure FID and KID with this file: weights-inception-2015-12-05-6726825d.pth from the releases of "
+        "torch-fidelity (not downloaded for you)"
+    )
     parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=weights)
-    parser.add_argument("--splits", type=positive_int, default=20, help="random halves of the real images")
+    parser.add_argument("--splits", type=positive_int, default=20, help="how often to split the real images at random")
     _add_judge(parser)
     add_device_argument(parser)
 
 
 def _add_population(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
-    parser.add_argument("--data-path", metavar="IMAGES", help="real images (default: those that the manifest names)")
-    parser.add_argument("--mask-path", metavar="MASKS", help="their masks")
+    named = "real images to compare with (default: those that the manifest of the set names)"
+    parser.add_argument("--data-path", metavar="IMAGES", help=named)
+    parser.add_argument("--mask-path", metavar="MASKS", help="masks of these real images")
     add_mask_type_argument(parser)
     add_mask_values_argument(parser)
 
 
 def _add_memorisation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
-    parser.add_argument("--data-path", required=True, metavar="IMAGES", help="images that the generator learned from")
-    parser.add_argument("--mask-path", metavar="MASKS", help="their masks: tells samples made from them apart")
-    unseen = "real images that it has not seen (default: each training image beside the others)"
+    parser.add_argument("--data-path", required=True, metavar="IMAGES", help="training images of the generator")
+    masks = "training masks of the generator: counts images made from them separately"
+    parser.add_argument("--mask-path", metavar="MASKS", help=masks)
+    unseen = "real images that were not used in training (default: compare training images with each other)"
     parser.add_argument("--held-out", metavar="IMAGES", help=unseen)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
-    parser.add_argument("--images", type=positive_int, default=8, help="worst and best images shown, each")
-    parser.add_argument("--utility", type=Path, metavar="FOLDER", help="results of the utility command, to include")
-    parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="results of the sweep command, to include")
+    shown = "number of worst images to show, and number of best images"
+    parser.add_argument("--images", type=positive_int, default=8, help=shown)
+    utility = "include the results of evaluate.py utility from this folder"
+    parser.add_argument("--utility", type=Path, metavar="FOLDER", help=utility)
+    sweep = "include the results of evaluate.py sweep from this folder"
+    parser.add_argument("--sweep", type=Path, metavar="FOLDER", help=sweep)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
-    parser.add_argument("--raw-weights", action="store_true", help="the last weights and not their EMA")
-    parser.add_argument("--vae", help="where the autoencoder lies now, if not where training found it")
-    add_real_pairs(parser, ": some for the sweep, the others for the judge; best unseen in training")
+    raw = "sample with the last weights instead of their average (EMA)"
+    parser.add_argument("--raw-weights", action="store_true", help=raw)
+    parser.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
+    add_real_pairs(parser, ", preferably not used in training: some to sample, the others to train the judge")
     add_mask_values_argument(parser)
-    parser.add_argument("--images", type=positive_int, default=48, help="masks drawn with every setting")
+    parser.add_argument("--images", type=positive_int, default=48, help="number of masks to sample with every setting")
     scales = {"type": non_negative_float, "nargs": "+", "default": [1.0, 1.5, 2.0, 4.0], "metavar": "SCALE"}
-    parser.add_argument("--cfg-scales", **scales, help="guidance; 1 is none")
+    parser.add_argument("--cfg-scales", **scales, help="scales of classifier-free guidance to compare; 1 means none")
     times = {"type": interval, "nargs": "+", "default": [(0.0, 1.0)], "metavar": "LO:HI"}
-    parser.add_argument("--guidance-intervals", **times, help="times at which guidance is on, such as 0:1 0.2:0.8")
+    spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8 (0 is noise, 1 is data)"
+    parser.add_argument("--guidance-intervals", **times, help=spans)
     parser.add_argument(
-        "--solvers", nargs="+", default=["heun"], metavar="NAME", help="such as euler heun ab2 sde-euler"
+        "--solvers",
+        nargs="+",
+        default=["heun"],
+        metavar="NAME",
+        help="solvers to compare, such as euler heun ab2 sde-euler",
     )
     parser.add_argument(
-        "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS", help="steps of the solver"
+        "--num-steps",
+        type=positive_int,
+        nargs="+",
+        default=[10, 25],
+        metavar="STEPS",
+        help="numbers of steps to compare",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images to sample at once; limits memory")
     add_output_argument(parser, "sweep")
     _add_judge(parser)
     add_machine_arguments(parser)
@@ -146,14 +170,16 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
-    moved = "where the real images are now, if they are no longer where the manifest says"
+    moved = "new folder of the real images, if they have moved since sampling"
     parser.add_argument("--real-dir", metavar="FOLDER", help=moved)
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=400, help="training steps of the judge")
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the judge and of the held-out share")
-    parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help="where trained judges are kept")
+    seed = "seed of the judge's training and of the choice of held-out images"
+    parser.add_argument("--seed", type=seed_number, default=0, help=seed)
+    cache = "folder that keeps trained judges, for reuse"
+    parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help=cache)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -173,7 +199,7 @@ def _judge_settings(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _show(section: Section, content: dict, written: str | Sequence[Path], samples: SampleSet | None = None) -> None:
-    """Print a result: its table, what it says, how the set was made, and where the files are."""
+    """Print a result: table, explanation, how the set was made, and the written files."""
     from evaluation.output import written_line
     from synthetic.reader import describe_provenance
 
@@ -182,10 +208,10 @@ def _show(section: Section, content: dict, written: str | Sequence[Path], sample
 
 
 def run_data(args: argparse.Namespace) -> None:
-    """Report in plain language on a data set before training: counts, sizes, gray values, classes, cells,
-    unreadable files, files without partner, copies, and a contact sheet with the masks' outlines.
+    """Check a data set before training. Reports counts, sizes, gray values, classes and cells in plain language.
 
-    The exit code is 0 if training can start, 2 if it cannot.
+    Lists unreadable files, images without a mask, masks without an image, and duplicates. Draws a contact sheet with
+    the outlines of the masks. The exit code is 0 if training can start, 2 if it cannot.
     """
     from evaluation.data_report import survey, write_data_report
 
@@ -198,12 +224,15 @@ def run_data(args: argparse.Namespace) -> None:
     print(f"written: {', '.join(map(str, written))}")
     if report.problems:
         count = len(report.problems)
-        raise InputError(f"{count} problem{'s' * (count > 1)} to mend before training, first: {report.problems[0]}")
+        raise InputError(f"{count} problem{'s' * (count > 1)} to fix before training, first: {report.problems[0]}")
 
 
 def run_threshold(args: argparse.Namespace) -> None:
-    """Dice of the Otsu-thresholded images against their masks, beside real images of the same masks, with the gray
-    values' mean and standard deviation."""
+    """Threshold each image into bright and dark (Otsu), and compare the result with the mask by Dice.
+
+    Does the same with the real images of the same masks. Also reports mean and standard deviation of the gray values.
+    Needs no training.
+    """
     from evaluation.grid import grid_line
     from evaluation.threshold import SECTION, score_by_threshold, write_threshold_report
 
@@ -216,8 +245,11 @@ def run_threshold(args: argparse.Namespace) -> None:
 
 
 def run_grid(args: argparse.Namespace) -> None:
-    """Mean difference of neighbouring pixels across the borders of the network's patches, over the same inside the
-    patches, beside the real images of the same masks. 1 is no grid."""
+    """Measure whether the network's patches show as a grid.
+
+    The number is the mean difference of neighbouring pixels across patch borders, divided by the mean difference inside
+    patches. 1 means no grid. Real images of the same masks are measured as well.
+    """
     from evaluation.grid import SECTION, score_grid, write_grid_report
 
     samples = _open_set(args)
@@ -227,8 +259,11 @@ def run_grid(args: argparse.Namespace) -> None:
 
 
 def run_fidelity(args: argparse.Namespace) -> None:
-    """Agreement of a small U-Net, trained on real pairs (minutes on a CPU at small size, kept for the next set),
-    with the masks, beside real images that it has not seen; adds the column fidelity_dice to the manifest."""
+    """Segment the synthetic images with a small U-Net (the judge), and compare the result with the masks.
+
+    The judge is trained on real pairs. This takes minutes on a CPU for small images. The next set reuses the judge.
+    Real images that it has not seen show the highest score to expect. Adds the column fidelity_dice to the manifest.
+    """
     from evaluation.fidelity import SECTION, score_fidelity, write_fidelity_report
 
     samples = _open_set(args)
@@ -240,10 +275,10 @@ def run_fidelity(args: argparse.Namespace) -> None:
 
 
 def run_filter(args: argparse.Namespace) -> None:
-    """Keep the images of the highest fidelity_dice.
+    """Select the images with the highest fidelity_dice.
 
-    The set itself stays as it is: the lists kept.csv and dropped.csv (with reasons) go into SAMPLE_DIR/evaluation,
-    copies of the kept images into --output.
+    The set itself stays unchanged. The lists kept.csv and dropped.csv (with reasons) go into SAMPLE_DIR/evaluation.
+    With --output, the kept images are copied into a new set.
     """
     from evaluation.filter import SECTION, filter_set, write_filter_report
 
@@ -254,11 +289,11 @@ def run_filter(args: argparse.Namespace) -> None:
 
 
 def run_realism(args: argparse.Namespace) -> None:
-    """Distance of the synthetic to real images in a feature space, beside that of real to real images over random
-    splits.
+    """Measure how far the synthetic images are from real images, in the features of a network.
 
-    FID and KID with --inception-weights; without, a Frechet distance on the features of the judge of the fidelity
-    command, which is no FID.
+    Two random halves of the real images are compared in the same way, many times. If the synthetic images look real,
+    both distances are equal. With --inception-weights, the distances are FID and KID. Without it, the distance is a
+    Frechet distance on the features of the judge (see evaluate.py fidelity). This distance is not FID.
     """
     from evaluation.fidelity import prepare_judge
     from evaluation.realism import SECTION, describe_weights, inception_features, score_realism, write_realism_report
@@ -266,14 +301,14 @@ def run_realism(args: argparse.Namespace) -> None:
     samples = _open_set(args)
     if args.inception_weights is not None and samples.require_config().channels not in (1, 3):
         raise InputError(
-            f"--inception-weights: Inception takes gray and RGB, the set has {samples.config.channels} channels; "
-            "leave the flag out for a distance on the judge's features"
+            f"--inception-weights: Inception needs gray or RGB images, but the set has {samples.config.channels} "
+            "channels; leave the flag out to use the judge's features"
         )
     if args.inception_weights is not None:
         extract = inception_features(args.inception_weights, resolve_device(args.device))
         features = describe_weights(args.inception_weights)
     elif args.mask_path is None:
-        raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS for a distance by the judge")
+        raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS to use the judge's features")
     else:
         where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
         prepared = prepare_judge(samples, *where, device=device, **_judge_settings(args))
@@ -285,12 +320,16 @@ def run_realism(args: argparse.Namespace) -> None:
 
 
 def run_population(args: argparse.Namespace) -> None:
-    """Histograms and Wasserstein distances of the cells' number, area, eccentricity, brightness and texture,
-    beside the distances of random halves of the real images."""
+    """Compare synthetic with real cells: number, area, eccentricity, brightness, contrast and texture.
+
+    Gives histograms and Wasserstein distances. Two random halves of the real images are compared for reference.
+    """
     from evaluation.population import SECTION, score_population, write_population_report
 
     if (args.data_path is None) != (args.mask_path is None):
-        raise InputError("--data-path and --mask-path go together: give both, or none for the manifest's real images")
+        raise InputError(
+            "--data-path and --mask-path go together: give both, or none to use the manifest's real images"
+        )
     samples = _open_set(args)
     report, synthetic, real = score_population(samples, args.data_path, args.mask_path, args.mask_type)
     folder = write_population_report(samples, report, synthetic, real)
@@ -298,8 +337,10 @@ def run_population(args: argparse.Namespace) -> None:
 
 
 def run_memorisation(args: argparse.Namespace) -> None:
-    """Distance of every synthetic image to its nearest training image, in any turn or flip, beside the same of
-    held-out real images, with the ten closest pairs as a picture."""
+    """Find the nearest training image of every synthetic image, in any turn or flip.
+
+    Does the same for held-out real images, for reference. Draws the ten closest pairs.
+    """
     from evaluation.memorisation import SECTION, score_memorisation, write_memorisation_report
 
     samples = _open_set(args)
@@ -309,8 +350,11 @@ def run_memorisation(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """Put all measures of SAMPLE_DIR/evaluation, with their pictures and the worst and best images by fidelity,
-    into one HTML file that needs nothing beside it, and into report.json."""
+    """Collect all results of SAMPLE_DIR/evaluation in one HTML file.
+
+    The file is self-contained. It holds tables, plots, and the worst and best images by fidelity. The numbers also go
+    into report.json.
+    """
     from evaluation.report import ELSEWHERE, write_report
 
     samples = _open_set(args)
@@ -323,8 +367,10 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
-    """Draw the same masks with every combination of guidance scale, guidance interval, solver and number of steps;
-    fidelity and realism of each, one plot and a recommended setting."""
+    """Sample the same masks with every combination of guidance scale, guidance interval, solver and number of steps.
+
+    Measures fidelity and realism of each combination. Writes a table and a plot, and recommends a setting.
+    """
     from evaluation.sweep import (
         SECTION,
         SOLVERS,
@@ -363,21 +409,21 @@ class Measure:
 
 
 MEASURES = {
-    "data": Measure("look at images and masks before training", _add_data, run_data),
-    "threshold": Measure("Dice of the thresholded images against their masks (no training)", _add_set, run_threshold),
-    "grid": Measure("gray steps across the borders of the network's patches over those inside", _add_set, run_grid),
-    "fidelity": Measure("agreement of a segmenter trained on real pairs with the masks", _add_fidelity, run_fidelity),
+    "data": Measure("check images and masks before training", _add_data, run_data),
+    "threshold": Measure("do thresholded images agree with their masks? (no training)", _add_set, run_threshold),
+    "grid": Measure("do the network's patches show as a grid?", _add_set, run_grid),
+    "fidelity": Measure("does a segmenter trained on real images find the masks?", _add_fidelity, run_fidelity),
     "filter": Measure("keep the images that follow their masks best", _add_filter, run_filter),
-    "realism": Measure(
-        "FID and KID, or a distance on the judge's features, beside real against real", _add_realism, run_realism
+    "realism": Measure("distance to real images: FID and KID, or on the judge's features", _add_realism, run_realism),
+    "population": Measure("number, size, shape, brightness and texture of cells", _add_population, run_population),
+    "memorisation": Measure("does the generator copy its training images?", _add_memorisation, run_memorisation),
+    "report": Measure("collect all results of a set in one HTML file", _add_report, run_report),
+    "sweep": Measure("which guidance and solver to use for sampling", _add_sweep, run_sweep),
+    "split": Measure("divide pairs into test images and shares of the labels, for utility", add_split, run_split),
+    "practise": Measure(
+        "make synthetic images for a few labels, and say whether they help", add_practise, run_practise
     ),
-    "population": Measure("number, size, shape, brightness and texture of the cells", _add_population, run_population),
-    "memorisation": Measure("nearest training image of every synthetic one", _add_memorisation, run_memorisation),
-    "report": Measure("one HTML file of all that was measured on a set", _add_report, run_report),
-    "sweep": Measure("which guidance and solver to sample with", _add_sweep, run_sweep),
-    "split": Measure("test images and shares of the labels, for the utility measure", add_split, run_split),
-    "practise": Measure("which synthetic images help a few labels: makes them, too", add_practise, run_practise),
-    "utility": Measure("does training on real + synthetic images beat real ones alone", add_utility, run_utility),
+    "utility": Measure("do synthetic images beside real ones improve a segmenter?", add_utility, run_utility),
 }
 
 
@@ -391,8 +437,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the chosen measure, print its table and say where the files are."""
-    start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
+    """Run the chosen measure, print its table and name the written files."""
+    start_logging(is_main=not sys.stderr.isatty())  # a terminal shows progress bars, a log file gets lines
     MEASURES[args.command].run(args)
 
 

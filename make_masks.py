@@ -238,7 +238,13 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def _add_shared_flags(parser: argparse.ArgumentParser, size: int | None) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder, or one to continue")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to write; an unfinished set there is continued",
+    )
     parser.add_argument("--count", type=positive_int, default=100, help="number of images")
     parser.add_argument(
         "--image-size",
@@ -248,13 +254,14 @@ def _add_shared_flags(parser: argparse.ArgumentParser, size: int | None) -> None
         metavar="PIXELS",
         help=f"one number, or height and width (default: {size or 'the most common size of the source'})",
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the whole set")
+    parser.add_argument("--seed", type=seed_number, default=0, help="another seed gives other masks")
 
 
 def _add_simulate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("simulate", help="draw nuclei from numbers", description="Draw nuclei from numbers.")
+    text = "simulate nuclei of a given size, shape and density"
+    parser = commands.add_parser("simulate", help=text, description=f"{text.capitalize()}.")
     _add_shared_flags(parser, 256)
-    cells = parser.add_argument_group("cells; spreads are standard deviation / mean")
+    cells = parser.add_argument_group("cells (a spread is standard deviation / mean)")
     cells.add_argument("--cell-size", type=positive_float, default=20.0, help="mean diameter in pixels")
     cells.add_argument("--size-spread", type=fraction, default=0.2, help="spread of the diameter")
     cells.add_argument("--elongation", type=positive_float, default=1.35, help="mean ratio of long to short axis")
@@ -262,28 +269,39 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
         "--irregularity",
         type=non_negative_float,
         default=0.04,
-        help="how far outlines leave the ellipse, as a share of the radius",
+        help="how far outlines deviate from an ellipse, as a fraction of the radius",
     )
     layout = parser.add_argument_group("layout")
     layout.add_argument(
-        "--density", type=positive_float, default=0.15, help="mean share of the image that cells cover, 0 to 1"
+        "--density", type=positive_float, default=0.15, help="mean fraction of the image that cells cover, 0 to 1"
     )
-    layout.add_argument("--density-spread", type=fraction, default=0.4, help="spread of that share from image to image")
     layout.add_argument(
-        "--touching", action=argparse.BooleanOptionalAction, default=True, help="whether cells may touch"
+        "--density-spread", type=fraction, default=0.4, help="spread of the density from image to image"
+    )
+    layout.add_argument(
+        "--touching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether cells may touch (default: they may)",
     )
     parser.add_argument("--render", action="store_true", help="also draw simple fluorescence images of the nuclei")
 
 
 def _add_recombine(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "recombine", help="place the cells of label files anew", description="Place the cells of label files anew."
+        "recombine",
+        help="arrange the cells of your own label files in new layouts",
+        description="Arrange the cells of your own label files in new layouts.",
     )
     parser.add_argument(
-        "--instances", type=Path, required=True, metavar="FOLDER", help="label files: 0 background, one number per cell"
+        "--instances",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="label files: 0 is background, each cell has its own number",
     )
     parser.add_argument(
-        "--components", action="store_true", help="the files are binary masks: take every connected part as one cell"
+        "--components", action="store_true", help="the files are binary masks: count every connected part as one cell"
     )
     _add_shared_flags(parser, None)
     cells = parser.add_argument_group("cells")
@@ -293,29 +311,29 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         nargs=2,
         default=(0.9, 1.1),
         metavar=("LOW", "HIGH"),
-        help="resize each piece by a random factor in this range (default: 0.9 1.1)",
+        help="resize each cell (or cluster) by a random factor in this range (default: 0.9 1.1)",
     )
-    cells.add_argument("--rotate", choices=ROTATIONS, default="free", help="turn and mirror the pieces")
+    cells.add_argument("--rotate", choices=ROTATIONS, default="free", help="how to turn and mirror cells")
     cells.add_argument(
         "--clusters",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help=f"keep cells together that touch in the source, up to {LARGEST_CLUSTER} of them",
+        help=f"keep touching cells together, up to {LARGEST_CLUSTER} of them (default: yes)",
     )
     layout = parser.add_argument_group("layout")
     layout.add_argument(
         "--density",
         type=positive_float,
-        help="share of the image that cells cover, 0 to 1 (default: that of a random source image)",
+        help="fraction of the image that cells cover, 0 to 1 (default: that of a random source image)",
     )
-    layout.add_argument("--density-scale", type=positive_float, default=1.0, help="factor on the source's share")
+    layout.add_argument("--density-scale", type=positive_float, default=1.0, help="factor on the density of the source")
     layout.add_argument(
         "--gap",
         type=non_negative_int,
-        help="least number of background pixels between pieces (default: 1, or 0 with --max-overlap)",
+        help="least number of background pixels between cells or clusters (default: 1, or 0 with --max-overlap)",
     )
     layout.add_argument(
-        "--max-overlap", type=fraction, default=0.0, help="largest share of a cell that others may hide"
+        "--max-overlap", type=fraction, default=0.0, help="largest fraction of a cell that others may hide"
     )
 
 

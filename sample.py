@@ -57,18 +57,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         group.add_argument("--mask-path", type=Path, required=True, metavar="MASK", help="one mask file")
         add_mask_arguments(group)
         group.add_argument(
-            "--num-samples", "--num-fid-samples", type=positive_int, help="images to draw from the mask (default: 4)"
+            "--num-samples", "--num-fid-samples", type=positive_int, help="images to sample from the mask (default: 4)"
         )
-        group.add_argument("--output", type=Path, help="file to write (default: samples.png)")
+        group.add_argument("--output", type=Path, help="picture to write (default: samples.png)")
         add_sampling_arguments(mode, cfg_scale=1.0)
         add_machine_arguments(mode, can_compile=True)
     group = modes["ODE"].add_argument_group("real images instead of samples; --mask-path is then a folder")
     what = group.add_mutually_exclusive_group()
     what.add_argument(
-        "--likelihood", action="store_true", help="log-likelihood and bits per number of every image (CSV)"
+        "--likelihood", action="store_true", help="write log-likelihood and bits per value of every image (CSV)"
     )
     what.add_argument(
-        "--reverse", action="store_true", help="images to their noise and back (PNG, and .npz with the noise)"
+        "--reverse", action="store_true", help="turn images into noise and back (PNG, and .npz with the noise)"
     )
     group.add_argument(
         "--data-path", type=Path, metavar="IMAGES", help="the real images, paired with the masks by name"

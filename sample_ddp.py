@@ -68,30 +68,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for mode in add_solver_parsers(parser).values():
         group = mode.add_argument_group("input and output")
         group.add_argument(
-            "--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks (or one file)"
+            "--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks, or one mask file"
         )
         add_mask_arguments(group)
         group.add_argument(
-            "--data-path", type=Path, metavar="IMAGES", help="use only masks with an image here, and show it beside"
+            "--data-path",
+            type=Path,
+            metavar="IMAGES",
+            help="only use masks that have an image in this folder, and name the image in the manifest",
         )
-        group.add_argument("--sample-dir", type=Path, default=Path("samples"), help="where the data set goes")
-        group.add_argument("--samples-per-mask", type=positive_int, help="images drawn from every mask (default: 1)")
+        group.add_argument("--sample-dir", type=Path, default=Path("samples"), help="folder to write the data set to")
+        group.add_argument("--samples-per-mask", type=positive_int, help="images per mask (default: 1)")
         group.add_argument(
-            "--num-samples", "--num-fid-samples", type=positive_int, help="images in all, spread evenly over the masks"
+            "--num-samples",
+            "--num-fid-samples",
+            type=positive_int,
+            help="total number of images, spread evenly over the masks",
         )
         group.add_argument(
             "--export", nargs="+", choices=["plain", *EXPORTS], default=["plain"],
-            help="also write the set as these segmenters read it; plain is the set itself",
+            help="also write the set in the formats of these segmenters; plain: the set only",
         )  # fmt: skip
-        group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID suites, as SiT does")
+        group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID programs, as SiT does")
         group.add_argument(
             "--intensity", choices=INTENSITIES, default="display",
-            help="display: 8 bits over the whole range; source: type and gray values of the training images",
+            help="gray values to write; display: 8 bits over the whole range; source: type and gray range of the "
+            "training images",
         )  # fmt: skip
         group.add_argument(
             "--source-window", choices=SOURCE_WINDOWS,
-            help="which of the training images' windows an image gets back: one drawn by its seed, or the median of "
-            "all (default: draw)",
+            help="with --intensity source: give each image the gray range of a random training image (draw), or the "
+            "median range of all (median) (default: draw)",
         )  # fmt: skip
         add_redraw_arguments(mode)
         add_sampling_arguments(mode, cfg_scale=1.0)
@@ -102,23 +109,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_redraw_arguments(parser: argparse.ArgumentParser) -> None:
-    """When to draw an image again. Defaults are filled in later, so that a flag without effect is seen."""
-    group = parser.add_argument_group("drawing again what does not follow its mask")
+    """Flags on sampling an image again. Defaults are filled in later, to detect flags that have no effect."""
+    group = parser.add_argument_group("sample an image again if it does not follow its mask")
     group.add_argument(
         "--min-fidelity", type=positive_fraction, metavar="DICE",
-        help="draw an image again while a small segmenter, trained on real pairs first, finds its mask in it with a "
+        help="sample an image again if a small segmenter (trained on real pairs first) finds its mask with a "
         "lower Dice than this (evaluate.py fidelity shows what real images reach)",
     )  # fmt: skip
     group.add_argument(
         "--max-attempts", type=positive_int, metavar="N",
-        help=f"draws of an image; then the best one stays, marked in the manifest (default: {MAX_ATTEMPTS})",
+        help=f"most attempts per image; if all fail, the best stays, marked in the manifest (default: {MAX_ATTEMPTS})",
     )  # fmt: skip
-    group.add_argument("--judge-images", type=Path, metavar="IMAGES", help="real images that teach the segmenter")
-    group.add_argument("--judge-masks", type=Path, metavar="MASKS", help="their masks")
-    group.add_argument("--judge-mask-type", choices=MASK_TYPES, help="what those mask files hold (default: auto)")
-    group.add_argument("--judge-steps", type=positive_int, help=f"its training steps (default: {JUDGE_STEPS})")
+    group.add_argument("--judge-images", type=Path, metavar="IMAGES", help="real images to train the segmenter")
+    group.add_argument("--judge-masks", type=Path, metavar="MASKS", help="masks of these real images")
+    group.add_argument("--judge-mask-type", choices=MASK_TYPES, help="meaning of their mask values (default: auto)")
     group.add_argument(
-        "--judge-cache", type=Path, metavar="FOLDER", help=f"where trained ones are kept (default: {JUDGE_CACHE})"
+        "--judge-steps", type=positive_int, help=f"training steps of the segmenter (default: {JUDGE_STEPS})"
+    )
+    group.add_argument(
+        "--judge-cache",
+        type=Path,
+        metavar="FOLDER",
+        help=f"folder that keeps trained segmenters, for reuse (default: {JUDGE_CACHE})",
     )
 
 

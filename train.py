@@ -110,28 +110,37 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--preset",
         choices=list(PRESETS),
-        help="flags of a measured run (benchmarks/presets.md); others override them",
+        help="use the flags of a measured run (benchmarks/presets.md); your own flags override them",
     )
     group.add_argument("--data-path", type=Path, required=True, metavar="IMAGES", help="folder of images")
     group.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks, paired by name")
-    group.add_argument("--results-dir", type=Path, help="where run folders go")
-    group.add_argument("--run-name", help="name of the run folder; an existing one is continued")
-    group.add_argument("--ckpt", type=Path, metavar="FILE", help="resume from this checkpoint")
+    group.add_argument("--results-dir", type=Path, help="folder that holds the run folders")
+    group.add_argument("--run-name", help="name of the run folder; continues the run if the folder exists")
+    group.add_argument("--ckpt", type=Path, metavar="FILE", help="continue from this checkpoint")
     group.add_argument(
-        "--init-from", metavar="FILE", help="start new from these weights (ours, or SiT's by name or file)"
+        "--init-from",
+        metavar="FILE",
+        help="start a new run from these weights (a checkpoint of this project, or SiT's by name or file)",
     )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=list(SiT_models), default="SiT-B/2", metavar="NAME", help="SiT-SIZE/PATCH")
-    group.add_argument("--image-size", type=positive_int, default=256, help="side of the training images, pixels")
+    group.add_argument(
+        "--model",
+        choices=list(SiT_models),
+        default="SiT-B/2",
+        metavar="NAME",
+        help="SiT-SIZE/PATCH, sizes Ti S B L XL, patches 2 4 8 16",
+    )
+    group.add_argument("--image-size", type=positive_int, default=256, help="side of the training images in pixels")
     group.add_argument(
         "--in-channels", type=positive_int, default=3,
-        help="channels of the images; other than 3 with --vae none: 1 for gray, 2, 4, ... for fluorescence",
+        help="channels of the images; with --vae none also 1 for gray, and 2, 4, ... for fluorescence",
     )  # fmt: skip
-    group.add_argument("--num-classes", type=positive_int, default=2, help="mask classes, background included")
+    group.add_argument("--num-classes", type=positive_int, default=2, help="number of classes, background included")
     group.add_argument(
         "--vae",
-        help="ema or mse (Stable Diffusion autoencoders), a diffusers folder, or none for pixels",
+        help="autoencoder: ema or mse (of Stable Diffusion, downloaded once), a diffusers folder, or none to train on "
+        "pixels",
     )
     group.add_argument(
         "--latent-cache",
@@ -139,11 +148,17 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"where encoded images are kept, or {NO_CACHE} to encode anew at each step (default: RESULTS_DIR/latents "
         "for --crop center, if the run is long enough to gain from it)",
     )
-    group.add_argument("--no-mask-detail", action="store_true", help="condition on pooled masks only, as plain SiT")
-    group.add_argument("--no-patch-overlap", action="store_true", help="patches of the output side by side, as in SiT")
+    group.add_argument(
+        "--no-mask-detail",
+        action="store_true",
+        help="only give the model the cell fraction of each patch, not its pixels",
+    )
+    group.add_argument(
+        "--no-patch-overlap", action="store_true", help="output patches side by side, as in SiT (may show a grid)"
+    )
     group.add_argument(
         "--mask-dropout", type=fraction, default=0.1,
-        help="share of examples trained without their mask, which guidance needs; 0 if you only sample at guidance 1",
+        help="fraction of examples trained without their mask, for guidance; 0 if you only sample with --cfg-scale 1",
     )  # fmt: skip
     group.add_argument(
         "--time-scale", type=positive_float,
@@ -154,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_int, help="passes over the data")
-    group.add_argument("--max-steps", type=positive_int, help="steps in all; replaces --epochs")
+    group.add_argument("--max-steps", type=positive_int, help="total number of steps; replaces --epochs")
     group.add_argument("--global-batch-size", type=positive_int, help="images per step over all processes")
     group.add_argument(
         "--accumulate",
@@ -165,34 +180,42 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--recompute-activations",
         action="store_true",
-        help="keep less for the backward pass and compute it again: much less memory, slower steps",
+        help="compute activations again in the backward pass: much less memory, slower steps",
     )
     group.add_argument("--lr", type=positive_float, help="learning rate of AdamW")
-    group.add_argument("--warmup-steps", type=non_negative_int, help="steps until the full learning rate")
     group.add_argument(
-        "--cooldown-steps", type=non_negative_int, help="last steps, over which the learning rate falls to 0"
+        "--warmup-steps", type=non_negative_int, help="steps over which the learning rate rises to its full value"
+    )
+    group.add_argument(
+        "--cooldown-steps", type=non_negative_int, help="number of last steps, over which the learning rate falls to 0"
     )
     group.add_argument("--weight-decay", type=non_negative_float, help="weight decay of AdamW")
-    group.add_argument("--grad-clip", type=non_negative_float, help="bound of the gradient norm; 0 is none")
-    group.add_argument("--ema-decay", type=fraction, help="decay of the averaged weights; it warms up")
-    group.add_argument("--seed", "--global-seed", type=seed_number, help="seed of every random draw")
+    group.add_argument("--grad-clip", type=non_negative_float, help="largest gradient norm; 0 means no limit")
+    group.add_argument(
+        "--ema-decay",
+        type=fraction,
+        help="decay of the averaged weights (EMA); rises to this value over the first steps",
+    )
+    group.add_argument("--seed", "--global-seed", type=seed_number, help="seed of all random numbers")
 
     group = parser.add_argument_group("logging and checkpoints")
     group.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
-    group.add_argument("--ckpt-every", type=positive_int, help="steps between checkpoints; the last is always saved")
-    group.add_argument("--keep", type=positive_int, help="how many checkpoints stay")
+    group.add_argument(
+        "--ckpt-every", type=positive_int, help="steps between checkpoints; the last step is always saved"
+    )
+    group.add_argument("--keep", type=positive_int, help="number of newest checkpoints to keep")
     group.add_argument(
         "--export-safetensors",
         action="store_true",
-        help="at the end also write model.safetensors: averaged weights, config",
+        help="at the end, also write model.safetensors with averaged weights and configuration",
     )
     group.add_argument("--sample-every", type=positive_int, help="steps between previews")
-    group.add_argument("--cfg-scale", type=non_negative_float, help="guidance of the previews")
+    group.add_argument("--cfg-scale", type=non_negative_float, help="guidance scale of the previews; 1 means none")
     group.add_argument("--wandb", action="store_true", help="also log to Weights and Biases")
     group.add_argument(
         "--num-workers",
         type=number(int, 0, MOST_WORKERS),
-        help="loader processes (default: 4, or 0 where one thread keeps up)",
+        help="processes that load images (default: 4, or 0 if one thread is fast enough)",
     )
     add_machine_arguments(parser, can_compile=True)
     for section in (OptimiserConfig, TrainConfig):

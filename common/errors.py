@@ -1,4 +1,4 @@
-"""The one error that a user's own input raises, and how a command ends on it."""
+"""InputError for unusable user input, and how a command ends with it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ MENDS = {
 }
 
 
-# Fields whose flag has another name.
+# Fields whose flag has a different name.
 FLAGS = {"channels": "in_channels"}
-# NAME=VALUE of a setting that is a flag of the commands, too.
+# NAME=VALUE of a setting that is also a flag of the commands.
 _NAMES = (
     "crop|image_size|in_channels|intensity|mask_type|mask_values|normalize_masks|num_classes|vae|window(?:_[a-z]+)?"
 )
@@ -46,11 +46,11 @@ _SETTING = re.compile(rf"\b(?P<name>{_NAMES})=(?P<value>\([^)]*\)|-?[\w.]*\w)")
 class InputError(ValueError):
     """The user's input cannot be used.
 
-    The message is the one line that the user sees: what was wrong (value), where (file or field), how to mend it.
+    The message is the one line that the user sees: what is wrong (value), where (file or field), and how to fix it.
 
     Args:
         message: the line. Libraries name their fields in it, such as ``crop 'x' is unknown``.
-        fields: the names in the message that a command shows as flags, such as ``--crop 'x' is unknown``.
+        fields: names in the message that a command shows as flags, such as ``--crop 'x' is unknown``.
     """
 
     def __init__(self, message: str, *fields: str) -> None:
@@ -59,20 +59,22 @@ class InputError(ValueError):
 
 
 class LostProcess(RuntimeError):
-    """Another process of this launch is gone, silent or too slow. The message is one line that names it."""
+    """Another process of this launch has ended, does not answer or is too slow. The message names it in one line."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except where there is none to show."""
+    """Adds the default to each help text, unless there is none or the text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or "%(default)" in (action.help or ""):
+        if action.default is None or action.default is False or action.default == [] or "(default" in str(action.help):
             return action.help
+        if isinstance(action.default, (list, tuple)) and all(isinstance(one, (int, float)) for one in action.default):
+            return f"{action.help} (default: {' '.join(f'{one:g}' for one in action.default)})"
         return super()._get_help_string(action)
 
 
 class _Given(argparse.Action):
-    """Notes the name of every flag that stands on the command line in ``args.given``."""
+    """Records the name of every flag on the command line in ``args.given``."""
 
     def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, *rest: Any) -> None:
         super().__call__(parser, args, *rest)
@@ -88,9 +90,9 @@ class _StoreTrue(_Given, argparse._StoreTrueAction):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser of all commands: no abbreviated flags, defaults in the help, and one line for a wrong flag.
+    """Argument parser of all commands: no abbreviated flags, defaults in the help, one line for a wrong flag.
 
-    The parsed arguments have one more: ``given``, the names of the flags that stood on the command line.
+    The parsed arguments also hold ``given``: the names of the flags on the command line.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -101,13 +103,13 @@ class CommandParser(argparse.ArgumentParser):
             self.register("action", name, action)
 
     def error(self, message: str) -> NoReturn:
-        """End with one line on stderr (of the first process under torchrun) and exit code 2."""
+        """End with one line on stderr and exit code 2. Under torchrun, only the first process prints."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: error: {message}{self._meant(message)}; see --help", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
     def _meant(self, message: str) -> str:
-        """What a misspelt flag probably was."""
+        """Suggest the flag that a misspelt one resembles."""
         words = message.partition("unrecognized arguments: ")[2].split()
         meant = [difflib.get_close_matches(w, self._option_string_actions, 1) for w in words if w.startswith("--")]
         names = [name for match in meant for name in match]
@@ -122,7 +124,7 @@ def list_some(items: Sequence[object], most: int = 3) -> str:
 
 
 def settings_as_flags(text: str) -> str:
-    """Settings in a library's message as the flags of a command: ``mask_type=binary`` is ``--mask-type binary``."""
+    """Replace settings in a library's message by flags: ``mask_type=binary`` becomes ``--mask-type binary``."""
 
     def flag(match: re.Match[str]) -> str:
         value = match["value"].strip("()").replace(",", "")
@@ -132,7 +134,7 @@ def settings_as_flags(text: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An error as one line; of the operating system's: file, what was wrong, how to mend it."""
+    """An error as one line. For errors of the operating system: file, what is wrong, how to fix it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         mend = f". {MENDS[error.errno]}." if error.errno in MENDS else "."
         return f"{error.filename2 or error.filename}: {error.strerror}{mend}"
@@ -140,7 +142,7 @@ def one_line(error: Exception) -> str:
 
 
 def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) -> str:
-    """The message with every field that this command has a flag for shown as its flag."""
+    """The message with every field replaced by its flag, if this command has the flag."""
     for field in fields:
         name = FLAGS.get(field, field)
         if name in vars(args):
@@ -150,15 +152,15 @@ def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) ->
 
 
 def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Parse the command line, run ``main`` and end with one line and exit code 2 where the user's input is at fault.
+    """Parse the command line and run ``main``. If the user's input is wrong, print one line and end with exit code 2.
 
-    Operating system errors (a full disk, a folder without write permission) are the user's to mend, too, and so are
-    samples that are not finite. Under torchrun most errors meet every rank: the first of each machine says it, and
-    torchrun ends the others while they wait for that; a rank that is alone with its error says it after the wait. A
-    process that ends for the sake of another one waits longest.
+    The user can also fix errors of the operating system (full disk, no write permission) and samples that are not
+    finite, so they end in the same way. Under torchrun, most errors occur in every process. The first process of each
+    machine prints its message at once. The others wait, and torchrun ends them meanwhile. If only one process has an
+    error, it prints its message after the wait. A process that ends because another one is lost waits longest.
 
-    Faults of the machine, such as memory that runs out, end in one line and exit code 2, too. All else is a bug of
-    ours: a traceback, and a file to report it with.
+    Faults of the machine, such as too little memory, also end in one line and exit code 2. Every other error is a bug
+    of ours: it ends with a traceback and a file for a bug report.
     """
     args = parse_args()
     program = Path(sys.argv[0]).name
@@ -166,9 +168,9 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
     try:
         main(args)
     except LostProcess as error:
-        _let_others_speak(2 * FIRST_RANK_SPEAKS_SECONDS)  # above all the one whose error it is
+        _let_others_speak(2 * FIRST_RANK_SPEAKS_SECONDS)  # the process with the error should print first
         print(f"{program}: process {rank} on {socket.gethostname()} ends: {error}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST_PROCESS)  # an exchange that never ends, on a GPU, would keep an orderly end waiting
+        os._exit(EXIT_LOST_PROCESS)  # an unfinished exchange on a GPU would block a normal exit
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - whatever it is, the user learns whose fault it is
@@ -193,13 +195,13 @@ def _end_on_bug(program: str, error: Exception) -> NoReturn:
 
 
 def _let_others_speak(seconds: float) -> None:
-    """Wait before a line is printed. torchrun ends this process meanwhile if another one has failed beside it."""
+    """Wait before printing. If another process has failed, torchrun ends this one meanwhile."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(seconds)
 
 
 def _where(rank: str) -> str:
-    """Which process speaks, if there are several, and on which machine, if those are several."""
+    """Text that names the process, if there are several, and the machine, if there are several."""
     if rank == "0":
         return ""
     several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")

@@ -1,16 +1,18 @@
-"""Does the generator repeat its training images: nearest training image of every sample, beside held-out real images.
+"""Memorisation: does the generator repeat its training images?
 
-Images are compared as gray pictures of at most ``SIDE`` pixels a side, in all eight symmetries (training turns and
-flips its images) and, if training cuts random squares, at every offset: see ``evaluation/nearest.py``. The distance is
-sqrt(2 (1 - r)) with r the correlation of the two pictures: 0 for a copy whatever its brightness and contrast, about 1.4
-for unrelated pictures.
+Finds the nearest training image of every synthetic image, and of held-out real images for reference. Images are
+reduced to gray pictures of at most ``SIDE`` pixels a side. They are compared in all eight symmetries, because training
+turns and flips its images, and at every offset if training uses random crops (``evaluation/nearest.py``). The distance
+is sqrt(2 (1 - r)), with r the correlation of two pictures. It is 0 for a copy, whatever its brightness and contrast,
+and about 1.4 for unrelated pictures.
 
-How near is too near depends on the images: dim windows with one nucleus resemble each other, real ones too. So samples
-count that are nearer to a training image than any reference image is, beside how many of them chance would put there.
+No fixed distance separates copies from new images: dim crops with one nucleus resemble each other, and real ones do,
+too. Therefore the measure counts synthetic images that are nearer to a training image than every reference image. It
+also states how many to expect by chance.
 
-A sample made from a training image's own mask has its cells where that image has them and is nearer to it than held-out
-images with cells elsewhere can be. So samples are counted apart by whether their mask is one of training, where the
-masks are known. How a sample looks beside its nearest training image, in the picture, decides.
+An image made from the mask of a training image has its cells in the same places. So it is nearer to this image than
+held-out images can be. If the training masks are known, such images are therefore counted separately. To decide, look
+at the picture of the closest pairs.
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ class MemorisationReport:
     """Result of ``score_memorisation``.
 
     Attributes:
-        samples: distance of every synthetic image, None for one of a single gray value.
-        reference: distances of the real images that are no training images (or, without such, of each training image
-            to the nearest other one).
-        reference_is: in words.
-        reference_left_out: how many real images show (nearly) what another training image shows and are no yardstick.
-        closer_than_any: samples nearer to a training image than any reference image is.
-        closer_by_chance: how many that would be on average if samples were like the reference images.
-        made_from_training_masks: samples whose source mask is one of training; None where that is not known.
-        closer_of_other_masks: of the samples counted in ``closer_than_any`` those made from other masks.
+        samples: distance of every synthetic image. None for an image with a single gray value.
+        reference: distances of held-out real images. Without such images, distance of each training image to the
+            nearest other training image.
+        reference_is: text that names the reference.
+        reference_left_out: number of reference images left out because they (nearly) equal a training image.
+        closer_than_any: number of synthetic images nearer to a training image than every reference image.
+        closer_by_chance: expected value of ``closer_than_any`` if synthetic images were like the reference images.
+        made_from_training_masks: number of synthetic images made from training masks. None if the masks are unknown.
+        closer_of_other_masks: number of images in ``closer_than_any`` that were made from other masks.
         closest: the nearest pairs.
     """
 
@@ -81,30 +83,32 @@ def _table(content: dict) -> Table:
     for title, values in (("synthetic images", content["samples"]), (content["reference_is"], content["reference"])):
         known = [value for value in values if value is not None]
         rows.append([title, *(np.percentile(known, [0, 5, 50]).tolist() if known else [None] * 3), len(known)])
-    return Table(["distance to the nearest training image", "least", "5 %", "median", "images"], rows)
+    return Table(["distance to the nearest training image", "smallest", "5th percentile", "median", "images"], rows)
 
 
 def _notes(content: dict) -> list[str]:
     notes = [
         f"{content['closer_than_any']} of {len(content['samples'])} synthetic images are nearer to a training image "
-        f"than any of the {len(content['reference'])} reference images; {content['closer_by_chance']:.1f} would be by "
-        "chance"
+        f"than all {len(content['reference'])} reference images; by chance, expect {content['closer_by_chance']:.1f}"
     ]
     if content["reference_left_out"]:
-        notes.append(f"{content['reference_left_out']} real images show what another training image shows: left out")
+        notes.append(
+            f"{content['reference_left_out']} reference images were left out because they show what a training image "
+            "shows"
+        )
     if content["made_from_training_masks"] is not None:
         notes.append(
-            f"{content['made_from_training_masks']} synthetic images were made from masks of training and have their "
-            f"cells in the same places; of the others {content['closer_of_other_masks']} are nearer than any reference"
+            f"{content['made_from_training_masks']} synthetic images were made from training masks, so their cells are "
+            f"in the same places; {content['closer_of_other_masks']} of the others are nearer than all reference images"
         )
     return notes
 
 
 SECTION = Section(
     "memorisation",
-    "Does it repeat its training images",
-    "0 is a copy in any turn, flip, brightness or contrast; 1.4 are unrelated images. The picture shows the closest "
-    "pairs, synthetic left, training image right: grain and background tell a copy.",
+    "Memorisation: does it repeat its training images?",
+    "Distance 0 means a copy, in any turn, flip, brightness or contrast. 1.4 means unrelated images. The picture shows "
+    "the closest pairs: synthetic image left, training image right. In a copy, grain and background agree as well.",
     _table,
     _notes,
     ("memorisation.png",),
@@ -118,31 +122,31 @@ def score_memorisation(
     train_mask_dir: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[MemorisationReport, list[tuple[int, Match]], list[Path]]:
-    """Nearest training image of every sample, beside held-out real images.
+    """Find the nearest training image of every synthetic image, and of every reference image.
 
     Args:
         samples: the synthetic set.
-        train_dir: images that the generator was trained on.
-        held_out_dir: real images that it was not trained on.
-        train_mask_dir: masks of training, to know which samples were made from them.
+        train_dir: training images of the generator.
+        held_out_dir: real images that were not used in training.
+        train_mask_dir: training masks. If given, images made from them are counted separately.
         progress: show a progress bar.
 
     Returns:
-        The report, the closest pairs (number of the sample, match) and the training files.
+        The report, the closest pairs (index of the synthetic image, match) and the training files.
 
     Raises:
-        InputError: fewer than two training images and no held-out ones, or unreadable files.
+        InputError: files are unreadable, or there are no held-out images and fewer than two training images.
     """
     config = samples.require_config()
     factor = max(1.0, config.image_size / SIDE)
     side = max(1, round(config.image_size / factor))
     paths = list(find_files(train_dir, "image").values())
     if held_out_dir is None and len(paths) < 2:
-        raise InputError(f"{train_dir} holds one image: give held-out real images, too")
+        raise InputError(f"{train_dir} holds one image: give held-out real images as well")
     bar = partial(tqdm, unit="image", disable=None if progress else True)
     training = [small_gray(_training_picture(path, config), factor) for path in bar(paths, desc="reading training")]
     squares = (samples.squares(samples.synthetic(one)) for one in bar(samples.samples, desc="reading set"))
-    drawn = [[small_gray(square, factor) for square in one] for one in squares]  # several of a large field
+    drawn = [[small_gray(square, factor) for square in one] for one in squares]  # a large field has several squares
     nearest = NearestTraining(training, side)
     found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
     matches = [_closest(itertools.islice(found, len(pictures))) for pictures in drawn]
@@ -153,8 +157,8 @@ def score_memorisation(
     kept = [index for index, path in enumerate(others) if path not in shown_twice]
     if not kept:
         raise InputError(
-            f"{held_out_dir or train_dir}: every image shows what an image of training shows, so none says how near a "
-            "new one comes: give other held-out images"
+            f"{held_out_dir or train_dir}: every image shows what a training image shows, so none can be a reference: "
+            "give other held-out images"
         )
     skip = kept if alone else None
     yardstick = bar([others[index] for index in kept], desc="reading reference")
@@ -187,13 +191,13 @@ def score_memorisation(
 
 
 def _closest(matches: Iterable[Match | None]) -> Match | None:
-    """The nearest of the matches of an image's squares; None where all of them are flat."""
+    """The nearest match of the squares of one image. None if all squares are flat."""
     return min((match for match in matches if match is not None), key=lambda match: match.distance, default=None)
 
 
 def _shown_in_training(training: Sequence[Path], others: Sequence[Path]) -> set[Path]:
-    """The other images that show (nearly) what a training image shows; where they are the training images themselves,
-    what another one shows."""
+    """The other images that (nearly) equal a training image. If ``others`` are the training images, those that equal
+    another training image."""
     known, facts = set(map(str, training)), {path: image_facts(path) for path in {*training, *others}}
     pairs = near_duplicates([replace(one, name=str(path)) for path, one in facts.items()])
     found = {Path(name) for first, second, _ in pairs if {first, second} & known for name in (first, second)}
@@ -201,7 +205,7 @@ def _shown_in_training(training: Sequence[Path], others: Sequence[Path]) -> set[
 
 
 def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bool] | None:
-    """Which samples were made from masks of a folder, by the hash in the manifest."""
+    """Whether each synthetic image was made from a mask of the folder, by the hash in the manifest. None if unknown."""
     if train_mask_dir is None or "source_mask_sha256" not in samples.columns:
         return None
     known = {file_sha256(path) for path in find_files(train_mask_dir, "mask").values()}
@@ -209,7 +213,7 @@ def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bo
 
 
 def _training_picture(path: Path, config: DataConfig) -> np.ndarray:
-    """A training image as far as training can show it, uint8 (H, W, C): the middle square, or the whole image."""
+    """The part of a training image that training can use, uint8 (H, W, C): the middle square, or the whole image."""
     image = fit_channels(read_image(path), config.channels, path)
     if config.crop == "center":
         image = center_view(image.shape[0], image.shape[1], config.image_size).apply_image(image)
@@ -222,7 +226,7 @@ def _training_picture(path: Path, config: DataConfig) -> np.ndarray:
 def write_memorisation_report(
     samples: SampleSet, report: MemorisationReport, closest: list[tuple[int, Match]], paths: list[Path]
 ) -> Path:
-    """Write ``memorisation.json``, ``memorisation.csv`` and the closest pairs, ``memorisation.png``; the folder."""
+    """Write ``memorisation.json``, ``memorisation.csv`` and ``memorisation.png`` (closest pairs). Return the folder."""
     folder = results_folder(samples)
     write_json(folder / "memorisation.json", report.to_dict())
     rows = [
@@ -235,7 +239,7 @@ def write_memorisation_report(
 
 
 def draw_closest(samples: SampleSet, closest: list[tuple[int, Match]], paths: list[Path], path: Path) -> None:
-    """The closest pairs side by side, the training image turned and cut as it lies on the sample."""
+    """Draw the closest pairs side by side. The training image is turned and cropped to match the synthetic image."""
     if not closest:
         return
     config = samples.require_config()
@@ -254,7 +258,7 @@ def draw_closest(samples: SampleSet, closest: list[tuple[int, Match]], paths: li
 
 
 def _matching_window(path: Path, match: Match, config: DataConfig, factor: float) -> np.ndarray:
-    """The part of a training image that a match means, uint8 (S, S, C)."""
+    """The crop of a training image that belongs to a match, uint8 (S, S, C)."""
     picture = _training_picture(path, config)
     size = config.image_size
     top, left = (min(round(start * factor), max(0, length - size)) for start, length in

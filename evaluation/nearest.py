@@ -1,7 +1,7 @@
-"""Nearest training image of a picture, in any turn or flip and at any offset: normalised cross-correlation.
+"""Nearest training image of a picture, in any turn or flip and at any offset, by normalised cross-correlation.
 
-The distance is sqrt(2 (1 - r)), r the correlation of the two pictures: 0 for a copy, whatever its brightness and
-contrast, about 1.4 for unrelated pictures, 2 for a negative.
+The distance is sqrt(2 (1 - r)), with r the correlation of the two pictures. It is 0 for a copy, whatever its brightness
+and contrast, about 1.4 for unrelated pictures, and 2 for a negative.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from common.pictures import from_uint8
 from dataset.views import SYMMETRIES, turn
 
-CANDIDATES = 24  # training pictures of each query that are compared at full resolution
-PRODUCTS = 2**22  # correlations computed at once: what fits into the memory
-FLAT = 1e-3  # standard deviation of gray in [-1, 1] below which a picture shows nothing that could be repeated
+CANDIDATES = 24  # training pictures per query that are compared at full resolution
+PRODUCTS = 2**22  # most correlations computed at once; limits the memory
+FLAT = 1e-3  # a picture with a smaller standard deviation (gray in [-1, 1]) is flat and is not compared
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Match:
 
     Attributes:
         distance: sqrt(2 (1 - r)), in [0, 2].
-        index: of the training image.
-        symmetry: ``turn`` that brings the training picture onto the other.
-        top: row of the training picture, in small pixels, where the matching window begins.
-        left: likewise for columns.
+        index: index of the training image.
+        symmetry: number of the ``turn`` that maps the training picture to the query.
+        top: first row of the matching crop, in pixels of the reduced training picture.
+        left: first column of the matching crop.
     """
 
     distance: float
@@ -44,7 +44,7 @@ class Match:
 
 
 def small_gray(image: np.ndarray, factor: float) -> np.ndarray:
-    """Gray picture reduced by area.
+    """Gray picture, reduced by averaging areas.
 
     Args:
         image: (H, W, C) uint8.
@@ -60,9 +60,11 @@ def small_gray(image: np.ndarray, factor: float) -> np.ndarray:
 class NearestTraining:
     """Finds the nearest of the training pictures.
 
-    1. Search: every query in its eight turns against every window of every training picture. If windows can be
-       shifted, this is done at half the resolution, and the :data:`CANDIDATES` best training pictures stay.
-    2. All windows of these within two pixels of their best place, in their best turn, at full resolution.
+    1. Search: compare every query, in its eight symmetries, with every crop of every training picture. If training
+       pictures are larger than the queries, search at half the resolution and keep the :data:`CANDIDATES` best
+       training pictures.
+    2. Refine: for these pictures, compare all crops within two pixels of the best place at full resolution, in the best
+       symmetry.
 
     Args:
         pictures: training pictures, (h, w) float64 each, at least (side, side).
@@ -77,11 +79,11 @@ class NearestTraining:
     def find(
         self, queries: Sequence[np.ndarray], skip: Sequence[int] | None = None, progress: bool = False
     ) -> list[Match | None]:
-        """Nearest training picture of every query, None for a flat one.
+        """Nearest training picture of every query, None for a flat query.
 
         Args:
             queries: (side, side) float64 each.
-            skip: for every query the index of a training picture that does not count (the picture itself).
+            skip: for every query the index of a training picture to skip (the query itself).
             progress: show a progress bar.
         """
         found: list[Match | None] = [None] * len(queries)
@@ -96,7 +98,7 @@ class NearestTraining:
         return found
 
     def _search(self, queries: list[np.ndarray], progress: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(q, n) best correlation in each training picture; (q, n, 3) its symmetry, top and left."""
+        """(q, n) best correlation of each query with each training picture; (q, n, 3) symmetry, top and left of it."""
         best = np.full((len(queries), len(self.pictures)), -np.inf, np.float32)
         place = np.zeros((*best.shape, 3), int)
         if not queries:
@@ -119,11 +121,11 @@ class NearestTraining:
         return best, place
 
     def _reduced(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """(n, h, w) float64 at the resolution of the search."""
+        """Pictures (n, h, w) float64 at the resolution of the search."""
         return F.avg_pool2d(torch.from_numpy(np.stack(pictures))[:, None], self._step)[:, 0]
 
     def _exact(self, query: np.ndarray, index: int, symmetry: int, top: int, left: int) -> Match:
-        """The best window at most two pixels from a place, in float64."""
+        """The best crop at most two pixels from a place, computed in float64."""
         first = [max(0, start - 2) for start in (top, left)]
         part = self.pictures[index][first[0] : top + self.side + 2, first[1] : left + self.side + 2]
         windows = torch.from_numpy(part).unfold(0, self.side, 1).unfold(1, self.side, 1)
@@ -135,7 +137,7 @@ class NearestTraining:
 
 
 def units(pictures: Tensor) -> Tensor:
-    """Pictures (..., h, w) of mean 0 and length 1, so that a sum of products is a correlation; 0 for a flat one."""
+    """Pictures (..., h, w) scaled to mean 0 and length 1, so that a sum of products is a correlation. 0 if flat."""
     pictures = pictures - pictures.mean(dim=(-2, -1), keepdim=True)
     length = pictures.square().sum(dim=(-2, -1), keepdim=True).sqrt()
     clear = length > FLAT * math.sqrt(pictures.shape[-2] * pictures.shape[-1])
@@ -143,5 +145,5 @@ def units(pictures: Tensor) -> Tensor:
 
 
 def inverse(symmetry: int) -> int:
-    """The symmetry that undoes another: a flip undoes itself, n quarter turns are undone by 4 - n."""
+    """The symmetry that undoes another. A flip undoes itself; 4 - n quarter turns undo n quarter turns."""
     return symmetry if symmetry >= 4 else -symmetry % 4

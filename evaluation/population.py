@@ -1,8 +1,8 @@
-"""Are the cells of the synthetic set those of the real one: how many, how large, how round, how bright, how textured.
+"""Population: do synthetic and real cells agree in number, size, shape, brightness and texture?
 
-Numbers and shapes are those of the labels, brightness and texture those of the images inside of the labels. A set made
-from the real masks themselves has the real shapes by construction; then brightness, contrast and texture say something.
-Each distance stands beside that of one random half of the real images from the other.
+Numbers and shapes come from the labels, brightness and texture from the images inside the labels. If the set was made
+from the real masks, shapes agree by construction. Then only brightness, contrast and texture are informative. For
+comparison, each distance is also computed between two random halves of the real images.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from evaluation.output import Section, Table, new_figure, results_folder, save_f
 from synthetic.reader import SampleSet
 
 SPLITS = 20
-TEXTURE_SIGMA = 2.0  # pixels: structure below this size is texture
-# What is measured -> (title with unit, of every cell or of every image).
+TEXTURE_SIGMA = 2.0  # pixels; structure below this size counts as texture
+# Quantity -> (title with unit, "cell" or "image": what has one value).
 QUANTITIES = {
     "count": ("cells per image", "image"),
     "area": ("area of a cell, pixels", "cell"),
@@ -43,11 +43,13 @@ PROPERTIES = ("label", "area", "eccentricity", "intensity_mean", "intensity_std"
 def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
     """All quantities of one image.
 
-    - ``count``: cells. ``area``, ``eccentricity``: of cells that do not touch the image's edge; eccentricity
-      sqrt(1 - minor^2 / major^2) of the ellipse with the cell's second moments, 0 for a disk, towards 1 for a line.
-    - ``intensity``: mean gray inside, 0..1. ``contrast``: that minus the mean gray outside of all cells.
-    - ``texture``: standard deviation inside of what a Gaussian mean of :data:`TEXTURE_SIGMA` pixels over pixels of
-      cells only leaves over: neither the step at the cell's edge nor its brightness counts.
+    - ``count``: number of cells.
+    - ``area`` and ``eccentricity``: only of cells that do not touch the image's edge. Eccentricity is
+      sqrt(1 - minor^2 / major^2) of the ellipse with the cell's second moments: 0 for a disk, near 1 for a line.
+    - ``intensity``: mean gray value inside, 0..1.
+    - ``contrast``: intensity minus the mean gray value outside of all cells.
+    - ``texture``: standard deviation of the fine structure inside. Fine structure is the gray value minus a Gaussian
+      mean (:data:`TEXTURE_SIGMA`) over pixels of cells, so the edge and the brightness of the cell do not count.
 
     Args:
         item: image uint8 (S, S, C) with its instance map.
@@ -72,7 +74,7 @@ def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
 
 
 def _smooth_within(gray: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Gaussian mean over the pixels of any cell; elsewhere meaningless."""
+    """Gaussian mean over the pixels of all cells. Not defined outside of cells."""
     inside = (cells > 0).astype(np.float64)
     weight = scipy.ndimage.gaussian_filter(inside, TEXTURE_SIGMA)
     return scipy.ndimage.gaussian_filter(gray * inside, TEXTURE_SIGMA) / np.maximum(weight, 1e-12)
@@ -93,17 +95,17 @@ def values_of(population: Population, quantity: str) -> np.ndarray:
 
 @dataclass
 class QuantityScore:
-    """One quantity: synthetic beside real. ``None`` where one side has no value.
+    """Synthetic and real values of one quantity. ``None`` if one side has no value.
 
     Attributes:
-        title: in words, with the unit.
-        synthetic_values: how many.
-        real_values: how many.
-        synthetic_mean, real_mean, synthetic_std, real_std: of the values.
-        distance: Wasserstein distance of the two, in the quantity's unit.
-        relative: distance over the standard deviation of the real values.
+        title: name with the unit.
+        synthetic_values: number of synthetic values.
+        real_values: number of real values.
+        synthetic_mean, real_mean, synthetic_std, real_std: mean and standard deviation of the values.
+        distance: Wasserstein distance of synthetic and real values, in the quantity's unit.
+        relative: distance divided by the standard deviation of the real values.
         real_distance: mean distance between random halves of the real images.
-        real_distance_max: the largest of those.
+        real_distance_max: largest distance between random halves of the real images.
     """
 
     title: str
@@ -143,16 +145,17 @@ def _table(content: dict) -> Table:
 
 def _notes(content: dict) -> list[str]:
     return [
-        f"{content['synthetic_images']} synthetic images; real: {content['real_images']} images, "
-        f"{content['real_images_are']}; cells are {content['cells_are']}"
+        f"{content['synthetic_images']} synthetic images; {content['real_images']} real images, "
+        f"{content['real_images_are']}; cells are counted as {content['cells_are']}"
     ]
 
 
 SECTION = Section(
     "population",
-    "Are the cells alike",
-    "Means, and Wasserstein distances beside those of random halves of the real images. Numbers and shapes are those "
-    "of the masks, brightness, contrast and texture those of the images.",
+    "Population: are synthetic and real cells alike?",
+    "Means, and Wasserstein distances between synthetic and real cells. 'real - real' is the distance between random "
+    "halves of the real images. Numbers and shapes come from the masks; brightness, contrast and texture come from the "
+    "images.",
     _table,
     _notes,
     ("population.png",),
@@ -160,7 +163,7 @@ SECTION = Section(
 
 
 def compare_populations(synthetic: Population, real: Population, seed: int = 0) -> dict[str, QuantityScore]:
-    """Wasserstein distance of every quantity, beside that of random halves of the real images."""
+    """Wasserstein distance of every quantity: synthetic to real, and between random halves of the real images."""
     rng = np.random.default_rng(seed)
     halves = [np.array_split(rng.permutation(len(real)), 2) for _ in range(SPLITS)] if len(real) > 1 else []
     scores = {}
@@ -194,16 +197,16 @@ def score_population(
 
     Args:
         samples: the synthetic set.
-        image_dir: real images; without them those that the manifest names.
+        image_dir: real images. None: those that the manifest names.
         mask_dir: their masks.
-        mask_type: what the masks hold.
-        seed: of the windows and halves.
+        mask_type: one of ``MASK_TYPES``.
+        seed: seed of the crops and of the random halves.
 
     Returns:
         The report, and the populations of the synthetic and the real images.
 
     Raises:
-        InputError: no real images known.
+        InputError: no real images are known.
     """
     ids = samples.samples[0].mask_type == "instances"
     if image_dir is not None and mask_dir is not None:
@@ -220,7 +223,7 @@ def score_population(
             "those of the same masks",
         )
     else:
-        raise InputError(f"{samples.folder} names no real images: give the real images and their masks")
+        raise InputError(f"the manifest of {samples.folder} names no real images: give real images and their masks")
     synthetic = measure_population(_cells_alike(set_images(samples, real=False), ids))
     report = PopulationReport(
         quantities=compare_populations(synthetic, real, seed),
@@ -234,7 +237,7 @@ def score_population(
 
 
 def _cells_alike(images: Iterable[LabelledImage], ids: bool) -> Iterable[LabelledImage]:
-    """Instances only where both sides have them; else touching cells are one on both sides."""
+    """Use instances if both sides have them. If not, use connected components: touching cells then count as one."""
     for item in images:
         yield item if ids else item._replace(cells=connected_cells(item.classes > 0))
 
@@ -245,7 +248,7 @@ def _cells_alike(images: Iterable[LabelledImage], ids: bool) -> Iterable[Labelle
 def write_population_report(
     samples: SampleSet, report: PopulationReport, synthetic: Population, real: Population
 ) -> Path:
-    """Write ``population.json``, ``population.csv`` (a row per cell) and ``population.png``; the folder."""
+    """Write ``population.json``, ``population.csv`` (one row per value) and ``population.png``. Returns the folder."""
     folder = results_folder(samples)
     write_json(folder / "population.json", report.to_dict())
     rows = []
@@ -258,7 +261,7 @@ def write_population_report(
 
 
 def draw_histograms(report: PopulationReport, synthetic: Population, real: Population, path: Path) -> None:
-    """One histogram per quantity, densities of real and synthetic values over the same bins."""
+    """Draw one histogram per quantity. Real and synthetic values share the bins."""
     figure = new_figure(10.5, 5.6)
     axes = figure.subplots(2, 3).ravel()
     for axis, (quantity, score) in zip(axes, report.quantities.items(), strict=True):
@@ -275,5 +278,5 @@ def draw_histograms(report: PopulationReport, synthetic: Population, real: Popul
                 axis.hist(values, bins, weights=weights, histtype="stepfilled", alpha=0.45, label=name, color=color)
         axis.tick_params(labelsize=7)
     axes[0].legend(fontsize=8)
-    axes[0].set_ylabel("share", fontsize=8)
+    axes[0].set_ylabel("fraction", fontsize=8)
     save_figure(figure, path)

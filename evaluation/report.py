@@ -1,4 +1,4 @@
-"""One HTML file of everything that was measured on a set: tables, plots, worst and best images. Nothing beside it."""
+"""Report: one self-contained HTML file with all measures of a set: tables, plots, worst and best images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from synthetic.reader import Sample, SampleSet
 
 MEASURES = (fidelity, threshold, grid, realism, population, memorisation, filter, utility, sweep)
 SECTIONS = tuple(measure.SECTION for measure in MEASURES)
-ELSEWHERE = ("utility", "sweep")  # about more than one set: in folders of their own
+ELSEWHERE = ("utility", "sweep")  # these compare several sets, so their results are in other folders
 TEMPLATE = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 ).get_template("report.html.jinja")
@@ -37,14 +37,14 @@ def write_report(
 
     Args:
         samples: a set on which at least one measure has run.
-        images: worst and best images by fidelity, each.
-        others: "utility" and "sweep" -> the folders with their results.
+        images: number of worst images, and number of best images, by fidelity.
+        others: "utility" and "sweep" -> folders with their results.
 
     Returns:
-        The page, the measures in it and those that have not run.
+        The path of the page, the measures in it, and the measures that have not run.
 
     Raises:
-        InputError: nothing was measured yet, or a result is damaged.
+        InputError: no measure has run, or a result is damaged.
     """
     folder = samples.folder / "evaluation"
     folders = dict.fromkeys((section.name for section in SECTIONS), folder) | dict(others or {})
@@ -56,7 +56,7 @@ def write_report(
         )
     found = [name for name, content in contents.items() if content is not None]
     if not found:
-        raise InputError(f"{folder} holds no results: run evaluate.py fidelity or another measure on the set first")
+        raise InputError(f"{folder} holds no results: first run evaluate.py fidelity or another measure on the set")
     parts = [_part(one, contents[one.name], folders[one.name]) for one in SECTIONS if one.name in found]
     for part in parts:
         if part["section"] is fidelity.SECTION and FIDELITY_COLUMN in samples.columns:
@@ -77,12 +77,12 @@ def write_report(
 
 
 def write_page(title: str, sections: Sequence[tuple[Section, dict, Path]], path: Path) -> Path:
-    """Write results that belong to no single set as one HTML file.
+    """Write one HTML file with results that compare several sets.
 
     Args:
         title: heading.
-        sections: each with its content and the folder of its pictures.
-        path: of the page.
+        sections: (section, content, folder of its pictures) each.
+        path: HTML file to write.
 
     Returns:
         ``path``.
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _part(section: Section, content: dict, folder: Path) -> dict:
-    """What the template shows of one measure."""
+    """Variables of the template for one measure."""
     try:
         table, notes = section.table(content), section.notes(content)
     except (KeyError, TypeError) as error:
@@ -120,7 +120,7 @@ def _base64(png: bytes) -> str:
 
 
 def _extremes(samples: SampleSet, images: int) -> list[tuple[str, str]]:
-    """The worst and the best images by fidelity, with the outlines of their masks; a best one shows a cell."""
+    """Pictures of the worst and the best images by fidelity. If possible, only images with a cell count as best."""
     values = read_fidelity(samples)
     order = sorted(range(len(values)), key=lambda index: (values[index], index))
     with_cells = (index for index in reversed(order) if samples.foreground(samples.samples[index]).any())
@@ -128,12 +128,12 @@ def _extremes(samples: SampleSet, images: int) -> list[tuple[str, str]]:
     pictures = []
     for title, chosen in (("worst", order[:images]), ("best", best)):
         png = draw_grid(samples, [(samples.samples[index], values[index]) for index in chosen])
-        pictures.append((f"{title} images by {FIDELITY_COLUMN}; outlined: the mask", _base64(png)))
+        pictures.append((f"{title} images by {FIDELITY_COLUMN}, with the outline of the mask", _base64(png)))
     return pictures
 
 
 def draw_grid(samples: SampleSet, chosen: list[tuple[Sample, float]]) -> bytes:
-    """Synthetic images with their mask's outline, the real ones of the same masks below where there are any; PNG."""
+    """PNG of synthetic images with the outlines of their masks, above the real images of the masks if there are any."""
     columns = min(4, len(chosen))
     per_image = 2 if samples.has_real else 1
     rows = -(-len(chosen) // columns) * per_image
@@ -149,6 +149,6 @@ def draw_grid(samples: SampleSet, chosen: list[tuple[Sample, float]]) -> bytes:
             show_image(axes[row + 1, column], samples.real(sample), "real image of the mask", cells)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    compact = io.BytesIO()  # a palette is a third of the size and no eye sees it
+    compact = io.BytesIO()  # a palette takes a third of the bytes, without a visible difference
     Image.open(buffer).convert("RGB").quantize(256).save(compact, format="PNG", optimize=True)
     return compact.getvalue()

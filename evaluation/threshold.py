@@ -1,9 +1,9 @@
-"""Does the image follow its mask, without any trained judge: threshold the image and compare it with the mask.
+"""Threshold: does the image follow its mask? Thresholds the image and compares the result with the mask.
 
-Every synthetic image is split into bright and dark by Otsu's threshold and compared with the mask that it was made
-from; the same is done with the real images of the same masks. The real number is the ceiling: where cells and
-background differ by more than brightness, even real images score low, and only the ratio means something. Guidance can
-raise the Dice by raising the contrast, so the gray values' mean and standard deviation stand beside it.
+Needs no trained network. Otsu's threshold splits every synthetic image into bright and dark, and the result is compared
+with the mask. The same is done with the real images of the same masks. Their Dice is the ceiling. If cells and
+background differ by more than brightness, even real images score low; then look at the ratio. Guidance can raise the
+Dice by raising the contrast. Therefore mean and standard deviation of the gray values are reported as well.
 
 Source of the threshold: Otsu 1979, IEEE Trans. Systems, Man and Cybernetics 9(1).
 """
@@ -32,7 +32,7 @@ PICTURE_ROWS = ("worst", "median", "best")
 def otsu_threshold(gray: np.ndarray) -> float | None:
     """Threshold that splits gray values into two classes with the largest variance between them.
 
-    Between two separated groups every threshold in the gap is equally good; the middle of the gap is taken.
+    If a gap separates the two groups, every threshold in the gap is equally good. This takes the middle of the gap.
 
     Source: Otsu 1979.
 
@@ -40,7 +40,7 @@ def otsu_threshold(gray: np.ndarray) -> float | None:
         gray: values in [0, 1], any shape.
 
     Returns:
-        The threshold; ``gray > threshold`` is the bright class. None where all values are in one bin.
+        The threshold: ``gray > threshold`` is the bright class. None if all values are in one bin.
     """
     counts, edges = np.histogram(gray, bins=NUM_BINS, range=(0.0, 1.0))
     occupied = np.flatnonzero(counts)
@@ -52,11 +52,11 @@ def otsu_threshold(gray: np.ndarray) -> float | None:
 
 
 def thresholded(gray: np.ndarray, brighter: bool) -> np.ndarray:
-    """Cells by Otsu's threshold, (H, W) bool; none in an image of one gray value.
+    """Cells by Otsu's threshold, (H, W) bool. An image with a single gray value has no cells.
 
     Args:
         gray: (H, W) in [0, 1].
-        brighter: cells are the bright class.
+        brighter: whether cells are the bright class.
     """
     threshold = otsu_threshold(gray)
     if threshold is None:
@@ -71,14 +71,14 @@ def to_gray(image: np.ndarray) -> np.ndarray:
 
 @dataclass
 class PixelStatistics:
-    """Mean and standard deviation of gray values in [0, 1] over all pixels of all images seen so far."""
+    """Mean and standard deviation of gray values in [0, 1] over all pixels of all images added so far."""
 
     count: int = 0
     total: float = 0.0
     total_of_squares: float = 0.0
 
     def add(self, gray: np.ndarray) -> None:
-        """Count the pixels of one image."""
+        """Add the pixels of one image."""
         self.count += gray.size
         self.total += float(gray.sum())
         self.total_of_squares += float(np.square(gray).sum())
@@ -94,9 +94,9 @@ class PixelStatistics:
 
 @dataclass
 class ImageScore:
-    """Dice of one thresholded image against its mask, and of the real image of the same mask.
+    """Dice of one thresholded image with its mask, and Dice of the real image of the same mask.
 
-    ``skipped`` says why there is none: ``no cell`` or ``only cell`` in the mask's crop.
+    ``skipped`` gives the reason if there is no Dice: the crop of the mask has ``no cell`` or ``only cell``.
     """
 
     image: str
@@ -107,7 +107,7 @@ class ImageScore:
 
 @dataclass
 class ThresholdScore:
-    """Result of ``score_by_threshold``; gray values in [0, 1], differences relative to the real value."""
+    """Result of ``score_by_threshold``. Gray values are in [0, 1], differences are relative to the real value."""
 
     images: int
     compared: int
@@ -128,7 +128,7 @@ class ThresholdScore:
     per_image: list[ImageScore] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """Plain types for JSON, without the rows of the single images."""
+        """Plain types for JSON, without the rows of each image."""
         content = asdict(self)
         del content["per_image"]
         content["polarity"] = "brighter" if content.pop("brighter") else "darker"
@@ -151,16 +151,16 @@ def _table(content: dict) -> Table:
 def _notes(content: dict) -> list[str]:
     return [
         f"{content['compared']} of {content['images']} images compared; left out of the Dice: {content['no_cell']} "
-        f"without a cell, {content['only_cell']} with nothing but cell",
-        f"cells are {content['polarity']} than the background, decided on the {content['polarity_from']} images",
+        f"without a cell, {content['only_cell']} without background",
+        f"cells are {content['polarity']} than the background, according to the {content['polarity_from']} images",
     ]
 
 
 SECTION = Section(
     "threshold",
-    "Does it follow the mask: bright against dark",
-    "Otsu's threshold of each image against its mask. High contrast raises the Dice, so mean and standard deviation of "
-    "the gray values stand beside it.",
+    "Threshold: does the image follow its mask? (bright against dark)",
+    "Otsu's threshold splits each image, and the result is compared with its mask. High contrast raises the Dice, so "
+    "check that mean and standard deviation of the gray values agree with the real images.",
     _table,
     _notes,
     ("threshold.png",),
@@ -168,16 +168,16 @@ SECTION = Section(
 
 
 def score_by_threshold(samples: SampleSet) -> ThresholdScore:
-    """Dice of the thresholded images against their masks, synthetic and real.
+    """Dice of the thresholded images with their masks, for synthetic and real images.
 
     Args:
         samples: the set.
 
     Returns:
-        Means over the images whose mask holds both cell and background, and one row per image.
+        Means over the images whose mask has both cell and background, and one row per image.
 
     Raises:
-        InputError: an unreadable file, or sizes that do not agree.
+        InputError: a file is unreadable, or sizes differ.
     """
     brighter, polarity_from = decide_polarity(samples)
     scores: list[ImageScore] = []
@@ -200,12 +200,12 @@ def score_by_threshold(samples: SampleSet) -> ThresholdScore:
 
 
 def decide_polarity(samples: SampleSet) -> tuple[bool, str]:
-    """Whether cells are brighter than the background, once for the set, from the real images where there are any.
+    """Decide for the whole set whether cells are brighter than the background. Uses the real images if there are any.
 
-    Each image votes with its mean inside the mask minus its mean outside, so that clear images count more.
+    Sums up the mean inside the mask minus the mean outside, over all images. So images with high contrast count more.
 
     Returns:
-        (True for brighter, ``"real"`` or ``"synthetic"``: the images that were asked).
+        (True if cells are brighter, ``"real"`` or ``"synthetic"``: the images that were used).
     """
     source = "real" if samples.has_real else "synthetic"
     difference = 0.0
@@ -220,14 +220,14 @@ def decide_polarity(samples: SampleSet) -> tuple[bool, str]:
 
 
 def why_skipped(cells: np.ndarray) -> str:
-    """Why a mask can give no Dice: ``no cell``, ``only cell``, or an empty string where it can."""
+    """Reason why a mask gives no Dice: ``no cell`` or ``only cell``. An empty string if it gives one."""
     if not cells.any():
         return "no cell"
     return "only cell" if cells.all() else ""
 
 
 def check_sizes(sample: Sample, gray: np.ndarray, cells: np.ndarray) -> None:
-    """Refuse an image whose size is not its label's."""
+    """Raise InputError if an image and its label differ in size."""
     if gray.shape != cells.shape:
         raise InputError(
             f"{sample.image_path} or its real image is {gray.shape[0]} x {gray.shape[1]}, its label "
@@ -298,7 +298,7 @@ def write_threshold_report(samples: SampleSet, score: ThresholdScore) -> Path:
 
 
 def pick_extremes(values: Sequence[float | None]) -> list[int]:
-    """Indices of the worst, the median and the best value; fewer where there are fewer values, None left out."""
+    """Indices of the worst, median and best value, without repeats. Skips None."""
     order = sorted((index for index, value in enumerate(values) if value is not None), key=lambda i: (values[i], i))
     if not order:
         return []
@@ -306,9 +306,9 @@ def pick_extremes(values: Sequence[float | None]) -> list[int]:
 
 
 def draw_extremes(samples: SampleSet, score: ThresholdScore, path: Path) -> None:
-    """Picture of the worst, median and best image: mask, synthetic with the mask's outline, real with the outline.
+    """Draw the worst, median and best image: mask, synthetic and real image, each with the outline of the mask.
 
-    Nothing is drawn where no image could be compared.
+    Draws nothing if no image could be compared.
     """
     picked = pick_extremes([row.dice_synthetic for row in score.per_image])
     if not picked:

@@ -175,7 +175,7 @@ def test_images_that_training_holds_twice_are_no_yardstick(tmp_path, training, h
     Image.fromarray(blobs(5)).save(held_out / "leaked.png")
     report, _, _ = score_memorisation(copies, training, held_out)
     assert (report.closer_than_any, report.reference_left_out, len(report.reference)) == (2, 1, 8)
-    with pytest.raises(InputError, match="every image shows what an image of training shows"):
+    with pytest.raises(InputError, match="every image shows what a training image shows"):
         score_memorisation(copies, training, training)
 
 

@@ -133,7 +133,7 @@ def test_without_real_images_the_synthetic_ones_decide_and_the_report_says_so(tm
     score = score_by_threshold(SampleSet(write_set(tmp_path / "set", rows)))
     assert (score.brighter, score.polarity_from) == (False, "synthetic")
     assert score.dice_synthetic == 1 and score.dice_real is None and score.mean_difference is None
-    assert "decided on the synthetic images" in "\n".join(SECTION.lines(score.to_dict()))
+    assert "according to the synthetic images" in "\n".join(SECTION.lines(score.to_dict()))
 
 
 def test_crops_without_cell_or_background_are_counted_apart(tmp_path):
@@ -144,7 +144,7 @@ def test_crops_without_cell_or_background_are_counted_apart(tmp_path):
     score = score_by_threshold(SampleSet(write_set(tmp_path / "set", rows)))
     assert (score.images, score.compared, score.no_cell, score.only_cell) == (4, 1, 2, 1)
     assert score.dice_synthetic == 1
-    assert "2 without a cell, 1 with nothing but cell" in "\n".join(SECTION.lines(score.to_dict()))
+    assert "2 without a cell, 1 without background" in "\n".join(SECTION.lines(score.to_dict()))
 
 
 def test_set_with_nothing_to_compare_gives_a_table_without_a_number(tmp_path):

@@ -285,7 +285,7 @@ def test_a_preview_of_a_field_shows_mask_and_images_whole(checkpoint, masks, tmp
         (["--tile-overlap", "0.3"], "--tile-overlap has no effect without --tile"),
         (["--tile-scale", "2"], "--tile-scale has no effect without --tile"),
         (["--tile", "--npz"], "--npz holds images of one size"),
-        (["--tile", "--tile-overlap", "16"], "a window has 16 pixels"),
+        (["--tile", "--tile-overlap", "16"], "a tile has 16 pixels"),
     ],
 )
 def test_a_flag_of_large_fields_that_cannot_work_is_refused(checkpoint, masks, tmp_path, words, message):

@@ -58,7 +58,7 @@ def test_defaults_may_be_given_by_hand_on_resume_and_other_values_not(pairs, tmp
 def test_guidance_of_the_previews_is_refused_by_a_run_that_always_saw_its_masks(pairs, tmp_path):
     start(pairs, tmp_path, "run", 1, "--mask-dropout", 0)
     code, said = start(pairs, tmp_path, "run", 2, "--cfg-scale", 2)
-    assert code == 2 and "--cfg-scale has no effect on the previews of --mask-dropout 0" in said
+    assert code == 2 and "--cfg-scale has no effect on the previews with --mask-dropout 0" in said
     assert start(pairs, tmp_path, "run", 2, "--cfg-scale", 1)[0] == 0
 
 

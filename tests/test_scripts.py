@@ -285,7 +285,7 @@ def test_a_set_of_probability_stacks_is_read_as_its_most_probable_classes(pairs,
 
 def test_guidance_needs_a_model_that_was_trained_without_masks_too(monkeypatch, capsys, pairs, tmp_path):
     words = [*train_arguments(*pairs, tmp_path, "run", 1)[1:], "--mask-dropout", 0, "--sample-every", 1]
-    assert "--cfg-scale has no effect on the previews of --mask-dropout 0" in error_line(
+    assert "--cfg-scale has no effect on the previews with --mask-dropout 0" in error_line(
         monkeypatch, capsys, train, *words, "--cfg-scale", 2
     )
     call(train, *words)  # previews come without guidance
@@ -436,9 +436,12 @@ def test_bad_training_flag_ends_with_one_line(monkeypatch, capsys, pairs, tmp_pa
         (["--image-size", "32"], "contradicts --image-size 32 (the checkpoint has 16)"),
         (["--mask-path", "nowhere"], "nowhere"),
         (["--sampling-method", "dopri6"], "--sampling-method"),
-        (["--sampling-method", "heun", "--atol", "1e-3"], "--atol has no effect on heun"),
-        (["--sampling-method", "dopri5", "--num-sampling-steps", "9"], "--num-sampling-steps has no effect on dopri5"),
-        (["--guidance-interval", "0.2", "0.8"], "--guidance-interval has no effect at --cfg-scale 1"),
+        (["--sampling-method", "heun", "--atol", "1e-3"], "--atol has no effect with heun"),
+        (
+            ["--sampling-method", "dopri5", "--num-sampling-steps", "9"],
+            "--num-sampling-steps has no effect with dopri5",
+        ),
+        (["--guidance-interval", "0.2", "0.8"], "--guidance-interval has no effect with --cfg-scale 1"),
         (["--cfg-scale", "2", "--guidance-interval", "0.8", "0.2"], "the first time must be below the second"),
         (["--vae", "nowhere"], "--vae nowhere"),
         (["--seed", str(2**63)], f"is not a whole number from 0 to {2**63 - 1}"),
@@ -463,7 +466,7 @@ def test_a_last_step_that_takes_all_the_time_is_refused(monkeypatch, capsys, pai
     ("change", "words"),
     [
         (["--likelihood"], "give --data-path"),
-        (["--data-path", "images"], "--data-path has no effect here"),
+        (["--data-path", "images"], "--data-path has no effect without --likelihood"),
         (["--reverse", "--data-path", "images", "--num-samples", "2"], "--num-samples has no effect"),
         (
             ["--likelihood", "--data-path", "images", "--output", "x.png"],
