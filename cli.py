@@ -23,6 +23,8 @@ from common.arguments import (
 from common.errors import InputError
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
 from dataset.gray import default_window_channels
+from dataset.look_choice import LOOK_SOURCES, LookChoice, choose_looks
+from dataset.looks import NO_LOOK, REFERENCE, look_count
 from dataset.masks import MASK_TYPES
 from engine.autoencoder import PIXEL_SPACE, check_space
 from engine.config import (
@@ -77,6 +79,7 @@ def _is_adaptive(method: str) -> bool:
 
 
 JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
+LOOK_FLAGS = ("look", "look_path", "look_index")
 NEEDS = (
     Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
     Need(
@@ -90,7 +93,9 @@ NEEDS = (
     Need(("atol", "rtol"), "sampling_method", _is_adaptive, "with {value}, a fixed-step solver: leave it out"),
     Need(("last_step_size",), "last_step", lambda name: name != "None", "with --last-step None: leave it out"),
     Need(("num_samples", "tile"), "on_real", lambda on: not on, "with --likelihood or --reverse: leave it out"),
-    Need(("data_path",), "on_real", bool, "without --likelihood or --reverse: leave it out"),
+    Need(("data_path",), "reads_images", bool, "without --likelihood, --reverse or --look same: leave it out"),
+    Need(LOOK_FLAGS, "on_real", lambda on: not on, "with --likelihood or --reverse: each image has its own look"),
+    Need(("look",), "look_path", lambda path: path is None, "with --look-path, which says whose looks: leave it out"),
     Need(
         ("time_mean", "time_std"), "time_sampling", lambda name: name != "uniform",
         "with uniform times: give --time-sampling logit-normal",
@@ -99,6 +104,11 @@ NEEDS = (
     Need(
         ("cfg_scale",), "mask_dropout", lambda share: share > 0,
         "on the previews with --mask-dropout 0: leave it out, or give --mask-dropout above 0", idle=(1.0,),
+    ),
+    Need(("look_dropout",), "look", lambda name: name != NO_LOOK, "with --look none: leave it out"),
+    Need(
+        ("unlabelled_share", "unlabelled_mask_path"), "unlabelled_path", bool,
+        "without --unlabelled-path: give it, too",
     ),
     Need(("latent_cache",), "vae", lambda vae: vae != PIXEL_SPACE, "with --vae none: there are no latents"),
     Need(
@@ -284,6 +294,21 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         help="least overlap of neighbouring tiles: a fraction of the image size if below 1, else pixels; 0 leaves "
         "visible seams (default: 0.25)",
     )  # fmt: skip
+    group = parser.add_argument_group("looks (of a checkpoint trained with --look reference)")
+    group.add_argument(
+        "--look", choices=LOOK_SOURCES,
+        help="take the look of a training image drawn by the seed, of the mask's own image (same, with --data-path), or "
+        "no look (default: training)",
+    )  # fmt: skip
+    group.add_argument(
+        "--look-path", type=Path, metavar="IMAGES", help="take looks from this folder (or file) of images"
+    )
+    group.add_argument(
+        "--look-index", type=non_negative_int, metavar="N", help="take one look for all images: number N, from 0"
+    )
+    group.add_argument(
+        "--look-scale", type=non_negative_float, default=1.0, help="scale of guidance on the look alone; 1 means none"
+    )
     group = parser.add_argument_group("guidance and randomness")
     group.add_argument(
         "--cfg-scale", type=non_negative_float, default=cfg_scale,
@@ -352,6 +377,8 @@ def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | No
             mask_detail=not args.no_mask_detail,
             time_scale=args.time_scale or (1000.0 if in_pixels else 1.0),
             patch_overlap=not args.no_patch_overlap,
+            look_numbers=look_count(args.in_channels) if args.look == REFERENCE else 0,
+            look_dropout=args.look_dropout,
         ),
         transport=transport,
         data=DataConfig(
@@ -407,7 +434,8 @@ def _continue_from(args: argparse.Namespace, saved: RunConfig) -> None:
 
 def _shown(value: Any) -> str:
     """A value in the form of the command line."""
-    return " ".join(f"{one:g}" for one in value) if isinstance(value, (list, tuple)) else str(value)
+    values = value if isinstance(value, (list, tuple)) else [str(value)]
+    return " ".join(one if isinstance(one, str) else f"{one:g}" for one in values)
 
 
 def _check_batch(args: argparse.Namespace, world_size: int) -> None:
@@ -444,6 +472,7 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
         mode=args.mode,
         method=args.sampling_method,
         cfg_scale=args.cfg_scale,
+        look_scale=args.look_scale,
         guidance_interval=(low, high),
         tile_overlap=overlap if args.tile else None,
         **{name: value for name, value in solver.items() if value is not None},
@@ -467,6 +496,22 @@ def load_checkpoint(args: argparse.Namespace, machine: Machine) -> TrainedModel:
     )
     args.image_size = trained.data.image_size  # for the message if memory runs out
     return trained
+
+
+def look_choice(args: argparse.Namespace, trained: TrainedModel) -> LookChoice | None:
+    """Which look every image takes; None if the checkpoint knows no looks.
+
+    Raises:
+        InputError: a flag that has no effect, or images that cannot be used.
+    """
+    given = [name for name in (*LOOK_FLAGS, "look_scale") if name in args.given]
+    if trained.looks is None and given:
+        raise InputError(f"{as_flag(given[0])} has no effect: {args.ckpt} was trained without --look reference.")
+    if args.look == "same" and args.data_path is None:
+        raise InputError("--look same takes the look of each mask's own image: give --data-path IMAGES, too.")
+    if trained.looks is None:
+        return None
+    return choose_looks(trained.looks, trained.data, args.look, args.look_path, args.look_index)
 
 
 def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:

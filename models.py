@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,10 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from layers.look import LookEmbedder
 from layers.mask import MaskDetail, MaskEmbedder, wide
 from layers.overlap import Overlap
-from layers.rows import ROW_MULTIPLE, MaskRows, distinct_rows, spread_rows
+from layers.rows import ROW_MULTIPLE, MaskRows, distinct_rows, distinct_rows_of_images, spread_rows
 
 MOST_TOKENS_UNFUSED = 512
 MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill the memory
@@ -37,20 +38,22 @@ MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill th
 
 @dataclass(frozen=True)
 class MaskCondition:
-    """What the model needs to know of a batch of masks, computed once per image and passed in place of the masks.
+    """What the model needs to know of a batch of masks and looks, computed once per image and passed in their place.
 
     Attributes:
         embedding: (B, T, D) mask embedding of every token, or (R, D) distinct rows of it when ``row_of_token`` is set.
         detail: (B, T, D) what the input tokens receive, or None for a model without mask detail.
         row_of_token: (B, T) long, which row of ``embedding`` a token has; None when every token has its own.
-        image_of_row: (R,) long, the image whose time t a row is at; None when rows are shared by all images, which must
-            then be at the same t (as in one solver step).
+        image_of_row: (R,) long, the image whose time t and look a row has; None when rows are shared by all images,
+            which must then have one look and be at the same t (as in one solver step).
+        look: (B, D) embedding of every image's look; None for no look.
     """
 
     embedding: Tensor
     detail: Tensor | None
     row_of_token: Tensor | None = None
     image_of_row: Tensor | None = None
+    look: Tensor | None = None
 
 
 class TimestepEmbedder(nn.Module):
@@ -138,6 +141,8 @@ class SiT(nn.Module):
         mask_pixels: mask pixels per token side that ``mask_detail`` sees (patch size x autoencoder factor); 0 = none.
         time_scale: factor on t before its sinusoids; 1 for published weights.
         patch_overlap: neighbouring patches of the output overlap and fade into each other, so that no grid shows.
+        look_numbers: numbers N that describe the look of an image; 0 = the model knows no looks.
+        look_dropout_prob: probability in [0, 1] with which training drops a sample's look.
     """
 
     def __init__(
@@ -155,6 +160,8 @@ class SiT(nn.Module):
         mask_pixels: int = 0,
         time_scale: float = 1.0,
         patch_overlap: bool = False,
+        look_numbers: int = 0,
+        look_dropout_prob: float = 0.0,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -168,6 +175,7 @@ class SiT(nn.Module):
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
+        self.look_dropout_prob = look_dropout_prob
         self.learn_sigma = learn_sigma
         self.recompute = False  # training keeps the input of each block only and runs the block again going backward
         self.compiled = False
@@ -182,6 +190,7 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
         self.overlap = Overlap(hidden_size, patch_size, out_channels, self.grid) if patch_overlap else None
+        self.look_embedder = LookEmbedder(look_numbers, hidden_size) if look_numbers else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -203,6 +212,8 @@ class SiT(nn.Module):
         for layer in zero_layers:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
+        if self.look_embedder is not None:
+            self.look_embedder.start_at_zero()
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p p C) with rows of a patch first, channels last -> (B, C, H, W)."""
@@ -211,9 +222,15 @@ class SiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, gh * p, gw * p)
 
     def embed_mask(
-        self, y: Tensor, drop: Tensor | None = None, share_rows: bool = False, rows: MaskRows | None = None
+        self,
+        y: Tensor,
+        drop: Tensor | None = None,
+        share_rows: bool = False,
+        rows: MaskRows | None = None,
+        look: Tensor | None = None,
+        drop_look: Tensor | None = None,
     ) -> MaskCondition:
-        """Everything that depends on the masks and not on x or t, once per image.
+        """Everything that depends on the masks and looks and not on x or t, once per image.
 
         Args:
             y: (B, K, H, W) probability map at any resolution.
@@ -222,13 +239,18 @@ class SiT(nn.Module):
             share_rows: keep the distinct rows of the mask embedding only, exactly. For sampling, where all images are
                 at the same t: a hard binary mask gives at most p p + 1 rows, so a block's modulation of a whole batch
                 costs about as much as of one image. Ignored where rows exceed half the tokens, and for masks that
-                need gradients.
+                need gradients. Images of different looks share no rows with each other.
+            look: (B, N) standardised numbers of every image's look; None for no look.
+            drop_look: (B,) bool, samples that lose their look; None keeps all.
 
         Raises:
-            ValueError: y does not have K channels.
+            ValueError: y does not have K channels, or the model knows no looks.
         """
         if y.ndim != 4 or y.shape[1] != self.num_classes:
             raise ValueError(f"masks have shape {tuple(y.shape)}; expected (B, {self.num_classes}, H, W)")
+        if look is not None and self.look_embedder is None:
+            raise ValueError("the model knows no looks (look_numbers 0)")
+        look_embedding = None if look is None else self.look_embedder(look, drop_look)  # (B, D)
         detail = self.mask_detail(y) if self.mask_detail is not None else None  # (B, T, D)
         if drop is not None and detail is not None:
             detail = detail * ~drop[:, None, None]
@@ -236,28 +258,39 @@ class SiT(nn.Module):
             embedding = self.y_embedder.embed(rows.shares)  # (R, D)
             if drop is not None:
                 embedding = torch.where(drop[rows.image_of_row][:, None], self.y_embedder.null(), embedding)
-            return MaskCondition(embedding, detail, rows.row_of_token, rows.image_of_row)
+            return MaskCondition(embedding, detail, rows.row_of_token, rows.image_of_row, look_embedding)
         shares = self.y_embedder.pool(y)  # (B, T, K)
         if share_rows and drop is None and not y.requires_grad:
-            distinct, row_of_token = distinct_rows(shares)
+            image_of_row = None
+            if look is None or bool((look == look[:1]).all()):
+                distinct, row_of_token = distinct_rows(shares)
+            else:
+                distinct, row_of_token, image_of_row = distinct_rows_of_images(shares)
             if 2 * len(distinct) <= shares.shape[0] * shares.shape[1]:
-                return MaskCondition(self.y_embedder.embed(distinct), detail, row_of_token)
+                embedding = self.y_embedder.embed(distinct)  # (R, D)
+                return MaskCondition(embedding, detail, row_of_token, image_of_row, look_embedding)
         embedding = self.y_embedder.embed(shares)  # (B, T, D)
         if drop is not None:
             embedding = torch.where(drop[:, None, None], self.y_embedder.null(), embedding)
-        return MaskCondition(embedding, detail)
+        return MaskCondition(embedding, detail, look=look_embedding)
 
     def with_null_condition(self, condition: MaskCondition) -> MaskCondition:
-        """Condition of B images -> of 2 B: the same ones with their masks, then without."""
+        """Condition of B images -> of 2 B: the same ones with their masks, then without. Looks stay."""
         null, embedding, index = self.y_embedder.null(), condition.embedding, condition.row_of_token
+        image_of_row = condition.image_of_row
         if index is None:
             embedding = torch.cat([embedding, null.expand_as(embedding)])
-        else:
-            index = torch.cat([index, torch.full_like(index, len(embedding))])
-            embedding = torch.cat([embedding, null.expand(ROW_MULTIPLE, -1)])  # whole multiples, as in distinct_rows
-        detail = condition.detail
+        else:  # one null row for all images, or one for each; whole multiples, as in distinct_rows
+            count = 1 if image_of_row is None else len(index)
+            images = torch.arange(count + -count % ROW_MULTIPLE, device=index.device).clamp(max=count - 1)
+            nulls = torch.arange(len(index), device=index.device).clamp(max=count - 1) + len(embedding)
+            index = torch.cat([index, nulls[:, None].expand_as(index)])
+            embedding = torch.cat([embedding, null.expand(len(images), -1)])
+            image_of_row = None if image_of_row is None else torch.cat([image_of_row, len(nulls) + images])
+        detail, look = condition.detail, condition.look
         detail = None if detail is None else torch.cat([detail, torch.zeros_like(detail)])
-        return MaskCondition(embedding, detail, index)
+        look = None if look is None else torch.cat([look, look])
+        return MaskCondition(embedding, detail, index, image_of_row, look)
 
     def forward(
         self,
@@ -266,6 +299,8 @@ class SiT(nn.Module):
         y: Tensor | MaskCondition,
         drop: Tensor | None = None,
         rows: MaskRows | None = None,
+        look: Tensor | None = None,
+        drop_look: Tensor | None = None,
     ) -> Tensor:
         """Prediction for noisy inputs.
 
@@ -275,23 +310,29 @@ class SiT(nn.Module):
             y: (B, K, H', W') probability maps at any resolution, or what ``embed_mask`` made of them.
             drop: (B,) bool, samples that lose their whole mask; None lets training draw them.
             rows: see ``embed_mask``.
+            look: (B, N) standardised numbers of every image's look; None for no look, or where y holds it.
+            drop_look: (B,) bool, samples that lose their look; None lets training draw them.
 
         Returns:
             (B, C, H, W).
         """
         if isinstance(y, Tensor):
             drop = self.draw_dropped(len(y), y.device) if drop is None else drop
-            y = self.embed_mask(y, drop=drop, rows=rows)
+            if look is not None and drop_look is None:
+                drop_look = self.draw_look_dropped(len(y), y.device)
+            y = self.embed_mask(y, drop=drop, rows=rows, look=look, drop_look=drop_look)
         noisy, x = x, self.x_embedder(x) + self.pos_embed  # (B, T, D)
         if y.detail is not None:
             x = x + y.detail
         t_emb = self.t_embedder(t)  # (B, D)
+        if self.look_embedder is not None:
+            t_emb = t_emb + (self.look_embedder.null if y.look is None else y.look)
         if y.row_of_token is None:
             c = t_emb[:, None] + y.embedding  # (B, T, D), per token
         elif y.image_of_row is None:
-            c = t_emb[:1] + y.embedding  # (R, D), rows that all images share, at the time that all images share
+            c = t_emb[:1] + y.embedding  # (R, D), rows of all images, at the time and with the look of all
         else:
-            c = t_emb[y.image_of_row] + y.embedding  # (R, D), every row at the time of its image
+            c = t_emb[y.image_of_row] + y.embedding  # (R, D), every row at the time and with the look of its image
         if self.compiled and y.row_of_token is not None:
             torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         for block in self.blocks:
@@ -339,25 +380,38 @@ class SiT(nn.Module):
                 module.to(dtype)
         return self
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor | MaskCondition, cfg_scale: float) -> Tensor:
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor | MaskCondition, cfg_scale: float, look_scale: float = 1.0
+    ) -> Tensor:
         """Classifier-free guidance on all channels: null + cfg_scale (masked - null), both halves in one call.
 
         The state has size B; it is doubled here only. Scale 1 is the plain conditional model and costs no more.
+        ``look_scale`` adds guidance on the look alone: (look_scale - 1) (masked - masked without look).
 
         Returns:
             (B, C, H, W).
         """
-        if cfg_scale == 1.0:
+        if cfg_scale == look_scale == 1.0:
             return self(x, t, y)
-        both = self.with_null_condition(self.embed_mask(y) if isinstance(y, Tensor) else y)
-        masked, null = self(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return null + cfg_scale * (masked - null)
+        y = self.embed_mask(y) if isinstance(y, Tensor) else y
+        if cfg_scale == 1.0:
+            guided = masked = self(x, t, y)
+        else:
+            masked, null = self(torch.cat([x, x]), torch.cat([t, t]), self.with_null_condition(y)).chunk(2)
+            guided = null + cfg_scale * (masked - null)
+        if look_scale == 1.0 or y.look is None:
+            return guided
+        return guided + (look_scale - 1) * (masked - self(x, t, replace(y, look=None)))
 
     def draw_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
         """(B,) bool: which samples lose their mask in this training step; None outside of training."""
         if not self.training or self.class_dropout_prob == 0:
             return None
         return torch.rand(batch_size, device=device) < self.class_dropout_prob
+
+    def draw_look_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
+        """(B,) bool: which samples lose their look in this training step; None outside of training."""
+        return torch.rand(batch_size, device=device) < self.look_dropout_prob if self.training else None
 
 
 def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:

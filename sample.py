@@ -34,6 +34,7 @@ from cli import (
     check_fields,
     field_scale,
     load_checkpoint,
+    look_choice,
     sampling_settings,
 )
 from common.arguments import positive_int
@@ -41,6 +42,7 @@ from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from common.pictures import grid_image, mask_picture
+from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
 from engine.autoencoder import PixelSpace
 from engine.machine import check_compiler, start_machine
@@ -60,6 +62,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--num-samples", "--num-fid-samples", type=positive_int, help="images to sample from the mask (default: 4)"
         )
         group.add_argument("--output", type=Path, help="picture to write (default: samples.png)")
+        group.add_argument(
+            "--data-path", type=Path, metavar="IMAGES",
+            help="real images, paired with the masks by name: for --likelihood, --reverse and --look same",
+        )  # fmt: skip
         add_sampling_arguments(mode, cfg_scale=1.0)
         add_machine_arguments(mode, can_compile=True)
     group = modes["ODE"].add_argument_group("real images instead of samples; --mask-path is then a folder")
@@ -70,13 +76,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--reverse", action="store_true", help="turn images into noise and back (PNG, and .npz with the noise)"
     )
-    group.add_argument(
-        "--data-path", type=Path, metavar="IMAGES", help="the real images, paired with the masks by name"
-    )
     args = parser.parse_args(argv)
     args.likelihood, args.reverse = getattr(args, "likelihood", False), getattr(args, "reverse", False)
     args.on_real = args.likelihood or args.reverse
-    args.data_path = getattr(args, "data_path", None)
+    args.reads_images = args.on_real or args.look == "same"
     args.output = args.output or Path("likelihood.csv" if args.likelihood else "samples.png")
     return args
 
@@ -107,6 +110,7 @@ def main(args: argparse.Namespace) -> None:
         check_compiler()
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
+    looks = look_choice(args, trained)
     masks = MaskFolder(
         args.mask_path, trained.data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
         normalize=args.normalize_masks,
@@ -117,25 +121,31 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     if args.likelihood:
-        write_likelihoods(args, sampler, masks)
+        write_likelihoods(args, sampler, masks, looks)
     elif args.reverse:
-        write_round_trip(args, sampler, masks)
+        write_round_trip(args, sampler, masks, looks)
     else:
-        write_samples(args, sampler, masks)
+        write_samples(args, sampler, masks, looks)
 
 
-def write_samples(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder) -> None:
+def write_samples(
+    args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
+) -> None:
     """The mask and images drawn from it, in one picture."""
-    prob_map = torch.as_tensor(masks.load(masks.names[0]).prob_map)
+    item = masks.load(masks.names[0])
+    prob_map = torch.as_tensor(item.prob_map)
     images = []
     count = args.num_samples or 4
     size = min(count, args.per_proc_batch_size)
     for indices in batches(range(count), size):
         seeds = [image_seed(args.seed, index) for index in indices]
+        looks = choice and choice.batch(args.seed, indices, [item] * len(indices))
         if args.tile:
-            images += [sampler.draw_field(prob_map, seed, args.per_proc_batch_size).cpu() for seed in seeds]
+            each = [None] * len(seeds) if looks is None else looks
+            drawn = zip(seeds, each, strict=True)
+            images += [sampler.draw_field(prob_map, seed, args.per_proc_batch_size, look).cpu() for seed, look in drawn]
         else:
-            images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size).cpu()
+            images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size, looks=looks).cpu()
     write_grid(args.output, [mask_picture(prob_map), *images])
     settings = sampler.settings
     logger.info(
@@ -144,13 +154,16 @@ def write_samples(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFo
     )  # fmt: skip
 
 
-def write_likelihoods(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder) -> None:
+def write_likelihoods(
+    args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
+) -> None:
     """A row per image: log-likelihood in nats and bits per number; for pixels, per 8-bit gray value."""
     per_gray_value = math.log2(255 / 2) if isinstance(sampler.space, PixelSpace) else 0.0
     rows = []
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
         names, images, prob_maps = load_real(masks, numbers)
-        result = sampler.likelihood(images, prob_maps, [image_seed(args.seed, number) for number in numbers])
+        looks = choice and choice.of_images(images)
+        result = sampler.likelihood(images, prob_maps, [image_seed(args.seed, number) for number in numbers], looks)
         for name, logp, bits in zip(names, result.logp.tolist(), result.bits_per_dim.tolist(), strict=True):
             rows.append((name, logp, bits + per_gray_value))
             logger.info("%s: log-likelihood %.1f nats, %.3f bits per dimension", *rows[-1])
@@ -161,13 +174,16 @@ def write_likelihoods(args: argparse.Namespace, sampler: ImageSampler, masks: Ma
     logger.info("%s: %d images, mean %.3f bits per %s", args.output, len(rows), mean, unit)
 
 
-def write_round_trip(args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder) -> None:
+def write_round_trip(
+    args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
+) -> None:
     """Rows of mask | real | real to noise to image, and the noise of every image beside the picture."""
     tiles, noises, errors = [], {}, []
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
         names, images, prob_maps = load_real(masks, numbers)
-        noise = sampler.encode(images, prob_maps)
-        again = sampler.decode(noise, prob_maps).cpu()
+        looks = choice and choice.of_images(images)
+        noise = sampler.encode(images, prob_maps, looks)
+        again = sampler.decode(noise, prob_maps, looks).cpu()
         noises |= {name: one.cpu().numpy() for name, one in zip(names, noise, strict=True)}
         errors += (again - images).square().mean((1, 2, 3)).sqrt().tolist()
         for mask, real, back in zip(prob_maps, images, again, strict=True):

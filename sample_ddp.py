@@ -40,12 +40,14 @@ from cli import (
     check_fields,
     field_scale,
     load_checkpoint,
+    look_choice,
     sampling_settings,
 )
 from common.arguments import positive_fraction, positive_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
+from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
 from dataset.masks import MASK_TYPES
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
@@ -146,6 +148,7 @@ def set_settings(
     trained: TrainedModel,
     masks: MaskFolder,
     judged: dict[str, Any] | None,
+    looks: LookChoice | None,
 ) -> dict[str, Any]:
     """What decides the content of a set; a folder holds one set only. ``judged`` is the note of its judge, if any."""
     return {
@@ -167,6 +170,7 @@ def set_settings(
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
         "redraw": judged,
+        "look": None if looks is None else looks.origin,
         "precision": args.precision,
         "compile": args.compile,
         "per_proc_batch_size": args.per_proc_batch_size,
@@ -193,6 +197,7 @@ def main(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machine) -> None:
     start_logging(machine.is_main)
     trained = load_checkpoint(args, machine)
+    looks = look_choice(args, trained)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     with machine.main_first("check the masks"):  # the files that it decoded need no second decode
         masks = MaskFolder(
@@ -206,8 +211,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
     redraw, judged = load_redraw(args, trained, machine)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
-    made_with = set_settings(args, settings, trained, masks, judged)
-    writer = SetWriter(args.sample_dir, masks, form, jobs, made_with)
+    made_with = set_settings(args, settings, trained, masks, judged, looks)
+    writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
     on_main(machine, writer.open, "open the folder of the set")
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)

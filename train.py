@@ -42,8 +42,11 @@ from common.arguments import (
 from common.disk import write_csv, write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
+from dataset.checks import for_all
 from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
+from dataset.looks import LOOKS, NO_LOOK, Looks, spread_evenly
+from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
 from download import PUBLISHED_URLS
 from engine.agreement import agree_on_checkpoint, agree_on_data
 from engine.autoencoder import Space, load_space, space_config
@@ -66,6 +69,8 @@ from models import SiT_models
 
 logger = logging.getLogger("train")
 MOST_WORKERS = 1024
+LOOK = NO_LOOK  # what a run does that does not say it
+MOST_UNLABELLED = 0.9
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="factor on t before its sinusoids (default: 1000 for pixels; 1 for latents, which SiT's weights need)",
     )  # fmt: skip
     add_data_arguments(parser)
+    add_look_arguments(parser)
     add_transport_arguments(parser)
 
     group = parser.add_argument_group("optimisation")
@@ -223,6 +229,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_look_arguments(parser: argparse.ArgumentParser) -> None:
+    """The look of images, and images without masks."""
+    group = parser.add_argument_group("looks and unlabelled images")
+    group.add_argument(
+        "--look", choices=LOOKS, default=LOOK,
+        help="reference: the look of an image (colour, contrast, grain), measured from it, is an input of the model",
+    )  # fmt: skip
+    group.add_argument(
+        "--look-dropout", type=fraction, default=0.15,
+        help="share of examples trained without their look, which --look-scale and sampling without a look need",
+    )  # fmt: skip
+    group.add_argument(
+        "--unlabelled-path", nargs="+", metavar="IMAGES", help="folders of images without masks, which teach looks"
+    )
+    group.add_argument(
+        "--unlabelled-mask-path", nargs="+", metavar="MASKS",
+        help="their soft pseudo-masks (probabilities of cell, or stacks of one plane per class), a folder for each",
+    )  # fmt: skip
+    group.add_argument(
+        "--unlabelled-share", type=number(float, 0.001, MOST_UNLABELLED), help="share of unlabelled images in a batch"
+    )
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags; ``given`` of the result names those that stood on the command line or in the preset."""
     parser = build_parser()
@@ -276,16 +305,22 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         config.train.data_path, config.train.mask_path, config.data, config.train.mask_type,
         seed=config.optimiser.seed, progress=machine.is_main, normalize=config.train.normalize_masks,
     )  # fmt: skip
-    agree_on_data(machine, dataset)
+    unlabelled = read_unlabelled(
+        config.train.unlabelled_path, config.train.unlabelled_mask_path, dataset, progress=machine.is_main
+    )
+    agree_on_data(machine, dataset, unlabelled)
+    if unlabelled:
+        on_main(machine, lambda: refuse_shared_images(unlabelled, dataset), "compare images")
     training = Training(replace(config, data=dataset.config), machine, space)
     logger.info("%s: %.1f million parameters", config.model.name, count_parameters(training.model) / 1e6)
     if machine.is_main:
         write_json(run.path / "config.json", training.record)
     set_weights(training, state)
+    set_looks(training, dataset, unlabelled)
     if machine.is_main:
-        note_data(training, dataset, run)
+        note_data(training, dataset, unlabelled, run)
     training.prepare_model()
-    run_loop(training, dataset, run)
+    run_loop(training, dataset, run, unlabelled)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -382,6 +417,23 @@ def set_weights(training: Training, state: dict[str, Any] | None) -> None:
             logger.info("%s", line)
 
 
+def set_looks(training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
+    """Measure the looks of all images, for a model that knows looks. A continued run keeps those it began with."""
+    if not training.config.model.look_numbers:
+        if unlabelled:
+            logger.warning("unlabelled images without --look reference: masks will not take their look")
+        return
+    if training.looks is not None:
+        return
+    images = [
+        (source, index, name) for source in (dataset, *unlabelled) for index, name in enumerate(image_names(source))
+    ]
+    chosen = [images[number] for number in spread_evenly(len(images))]
+    windows = for_all(lambda one: one[0].look_windows(one[1]), chosen, "measuring looks", training.machine.is_main)
+    training.looks = Looks.of([name for *_, name in chosen], list(windows))
+    logger.info("looks of %d images: %d numbers each", len(chosen), training.config.model.look_numbers)
+
+
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Another number of processes sees the same batches in the same order; only the noise is drawn anew."""
     for name, value in before.items():
@@ -391,9 +443,14 @@ def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def note_data(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
+def note_data(
+    training: Training,
+    dataset: PairedFolder,
+    unlabelled: Sequence[UnlabelledFolder | PairedFolder],
+    run: RunFolder,
+) -> None:
     """Keep what is known of the training images, in the run and beside it; drop metrics after the step at hand."""
-    note_images(training, dataset)
+    note_images(training, [one for source in (dataset, *unlabelled) for one in source.image_hashes])
     training.intensity = SourceIntensity.of(
         dataset.windows, dataset.dtypes, dataset.stored_channels, dataset.colours
     ).to_dict()
@@ -401,14 +458,14 @@ def note_data(training: Training, dataset: PairedFolder, run: RunFolder) -> None
     run.cut_metrics(training.step)
 
 
-def note_images(training: Training, dataset: PairedFolder) -> None:
+def note_images(training: Training, hashes: Sequence[str]) -> None:
     """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from.
 
     Published weights have seen ImageNet and none of a lab's images.
     """
     before, source = training.trained_on, training.config.train.init_from
     if (source is None or Path(source).name in PUBLISHED_URLS) and (training.step == 0 or before is not None):
-        images = set(dataset.image_hashes)
+        images = set(hashes)
         if before is not None and images != set(before):
             logger.warning("changed on resume: the images are others than before (%d now)", len(images))
         training.trained_on = sorted(images.union(before or ()))

@@ -25,7 +25,8 @@ class StepBatches(BatchSampler):
     The data set is an endless stream: epoch e is a permutation drawn from (seed, e), and step n takes the next
     ``global_batch_size`` positions, which the ranks share out. What a step sees depends on the seed and on the images
     seen before it, and neither on the number of ranks or workers nor on where a run was interrupted; a set smaller than
-    a batch is seen several times.
+    a batch is seen several times. With unlabelled images, an even share of the positions takes those, which are a
+    stream of their own.
 
     Args:
         num_items: images in the data set.
@@ -35,6 +36,8 @@ class StepBatches(BatchSampler):
         rank: this process.
         world_size: number of processes.
         images_seen: before the first of the steps; as many as steps of this batch size see, where not given.
+        num_unlabelled: unlabelled images; their indices follow those of the others.
+        unlabelled_share: of the positions, below 1; counted in thousandths.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class StepBatches(BatchSampler):
         rank: int,
         world_size: int,
         images_seen: int | None = None,
+        num_unlabelled: int = 0,
+        unlabelled_share: float = 0.0,
     ) -> None:
         self.num_items = num_items
         self.global_batch_size = global_batch_size
@@ -54,22 +59,40 @@ class StepBatches(BatchSampler):
         self.rank = rank
         self.world_size = world_size
         self.images_seen = steps.start * global_batch_size if images_seen is None else images_seen
+        self.num_unlabelled = num_unlabelled
+        self.unlabelled_thousandths = round(1000 * unlabelled_share) if num_unlabelled else 0
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        labelled, unlabelled = _Stream(self.num_items, (self.seed,)), _Stream(self.num_unlabelled, (self.seed, 1))
         for number in range(len(self.steps)):
-            keys = []
             first = self.images_seen + number * self.global_batch_size
-            for position in range(first, first + self.global_batch_size):
-                if position // self.num_items != epoch:
-                    epoch = position // self.num_items
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
-                if position % self.world_size == self.rank:
-                    keys.append((int(order[position % self.num_items]), position))
+            mine = range(first + (self.rank - first) % self.world_size, first + self.global_batch_size, self.world_size)
+            keys = []
+            for position in mine:
+                before = position * self.unlabelled_thousandths // 1000  # unlabelled ones before this position
+                if (position + 1) * self.unlabelled_thousandths // 1000 > before:
+                    index = self.num_items + unlabelled[before]
+                else:
+                    index = labelled[position - before]
+                keys.append((index, position))
             yield keys
+
+
+class _Stream:
+    """Indices without end: one permutation of all after the other, each drawn from the seed and its number."""
+
+    def __init__(self, num_items: int, seed: tuple[int, ...]) -> None:
+        self.num_items, self.seed = num_items, seed
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> int:
+        if number // self.num_items != self.epoch:
+            self.epoch = number // self.num_items
+            self.order = np.random.default_rng((*self.seed, self.epoch)).permutation(self.num_items)
+        return int(self.order[number % self.num_items])
 
 
 class CarefulDataset(Dataset):

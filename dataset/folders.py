@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.disk import file_sha256
 from common.errors import InputError, list_some
+from common.randomness import derived_seed
 from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
@@ -32,6 +33,7 @@ from dataset.gray import (
     percentile_windows,
     to_tensor,
 )
+from dataset.looks import measure_draw, measure_spread
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.masks import decide_mask_rule, mask_warnings, refuse_one_class
 from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file
@@ -112,6 +114,7 @@ class PairedFolder(torch.utils.data.Dataset):
         self.pairs = _keep_names(pair_files(image_dir, mask_dir), names, image_dir)
         self.config, self.augment, self.seed = config, augment, seed
         self.in_memory = True
+        self._latest: tuple[int, np.ndarray, np.ndarray] | None = None  # read last: index, image, mask
         self._images: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._samples: list[np.ndarray] = []  # (n, C) some gray values of each image, for a window over all images
@@ -230,9 +233,13 @@ class PairedFolder(torch.utils.data.Dataset):
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self.in_memory:
             return self._images[index], self._masks[index]
-        pair = self.pairs[index]
-        image, mask, *_ = read_pair(pair.image_path, pair.mask_path, self.config.channels)
-        return self._prepare_image(image, view_of(image.shape, self.config)), self._prepare_mask(mask)
+        latest = self._latest
+        if latest is None or latest[0] != index:  # the look of an example comes from the same image
+            pair = self.pairs[index]
+            image, mask, *_ = read_pair(pair.image_path, pair.mask_path, self.config.channels)
+            image = self._prepare_image(image, view_of(image.shape, self.config))
+            self._latest = latest = (index, image, self._prepare_mask(mask))
+        return latest[1:]
 
     @cached_property
     def image_hashes(self) -> list[str]:
@@ -284,6 +291,15 @@ class PairedFolder(torch.utils.data.Dataset):
             "image": to_tensor(image, self.windows[index], self.config.channels),
             "mask": torch.from_numpy(np.array(mask)),  # a copy: callers may write
         }
+
+    def look_draw(self, index: int, draw: int) -> np.ndarray:
+        """Numbers (N,) of the look of a random window of the image, another one than :meth:`__getitem__` draws."""
+        rng = np.random.default_rng(derived_seed(self.seed, draw, 1))
+        return measure_draw(self._load(index)[0], self.windows[index], self.config, rng)
+
+    def look_windows(self, index: int) -> np.ndarray:
+        """Numbers (n, N) of the looks of windows spread over the image."""
+        return measure_spread(self._load(index)[0], self.windows[index], self.config)
 
 
 def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Path) -> list[Pair]:

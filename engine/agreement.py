@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.disk import file_sha256
 from common.weights import archive_checksum
 from dataset.folders import PairedFolder
+from dataset.unlabelled import UnlabelledFolder, image_names
 from engine.machine import Machine
 from engine.run_folder import RunFolder
 
@@ -47,7 +49,9 @@ def _seen(path: Path) -> str:
     return f"{path.name} with checksum {archive_checksum(path)[:12]}" if path.is_file() else f"no {path}"
 
 
-def agree_on_data(machine: Machine, dataset: PairedFolder) -> None:
+def agree_on_data(
+    machine: Machine, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]
+) -> None:
     """Refuse to train on different files.
 
     Names are compared by all processes. If there are several machines, one process of each also compares the content.
@@ -62,10 +66,13 @@ def agree_on_data(machine: Machine, dataset: PairedFolder) -> None:
         "number of pairs": len(names),
         "names of the pairs": _checksum(names),
         "content of the files": None,
+        "names of the unlabelled images": _checksum([name for source in unlabelled for name in image_names(source)]),
     }
     if machine.peers.several_hosts and os.environ.get("LOCAL_RANK", "0") == "0":
         masks = [file_sha256(pair.mask_path) for pair in dataset.pairs]
         found["content of the files"] = _checksum([*dataset.image_hashes, *masks])
+        hashes = [one for source in unlabelled for one in source.image_hashes]
+        found["content of the unlabelled images"] = _checksum(hashes)
     machine.check_same(
         found, "data_path and mask_path must hold the same files on every machine.", "data_path", "mask_path"
     )

@@ -22,7 +22,7 @@ from common.weights import WouldRunCode, read_tensor_file
 NAMES = ("ckpt", "init_from")  # in the errors below: see InputError
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
-NOTES = ("step", "trained_on", "intensity")  # what an export keeps beside weights and configuration
+NOTES = ("step", "trained_on", "intensity", "looks")  # what an export keeps beside weights and configuration
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
         state: a checkpoint, or ``Training.trained_state()``.
     """
     config = {part: state["config"][part] for part in CONFIG_PARTS}
-    notes = {"config": config, **{name: state[name] for name in NOTES}}
+    notes = {"config": config, **{name: state.get(name) for name in NOTES}}
     metadata = {"format": "pt", **{name: json.dumps(note) for name, note in notes.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}
     write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.looks import NO_LOOK, REFERENCE
 from engine.autoencoder import SpaceShape
 from models import MOST_TOKENS, model_width, patch_size
 from transport import create_transport
@@ -54,6 +55,8 @@ class ModelConfig:
         mask_pixels: side of a patch in mask pixels, for the mask detail; 0 without it.
         time_scale: factor on t before its sinusoids.
         patch_overlap: neighbouring patches of the output overlap.
+        look_numbers: numbers that describe the look of an image; 0 without looks.
+        look_dropout_prob: share of training examples that lose their look.
     """
 
     name: str = _set_by("model")
@@ -64,6 +67,8 @@ class ModelConfig:
     mask_pixels: int = _set_by(None)
     time_scale: float = 1.0
     patch_overlap: bool = _set_by(None, default=False)
+    look_numbers: int = _set_by(None, default=0)
+    look_dropout_prob: float = _set_by("look_dropout", FREE, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ class TrainConfig:
         init_from: the weights that a new run started from.
         cfg_scale: guidance of the previews.
         latent_cache: folder of kept latents; None chooses.
+        unlabelled_path: folders of images without masks.
+        unlabelled_mask_path: folders of their pseudo-masks.
+        unlabelled_share: of every batch.
     """
 
     data_path: Path = _local()
@@ -114,6 +122,9 @@ class TrainConfig:
     init_from: str | None = None
     mask_type: str = _free("auto")
     normalize_masks: bool = _free(False)
+    unlabelled_path: tuple[str, ...] = _free(())
+    unlabelled_mask_path: tuple[str, ...] = _free(())
+    unlabelled_share: float = _free(0.25)
     vae: str = _free("ema")
     latent_cache: str | None = _free(None)
     num_workers: int | None = _free(None)
@@ -181,6 +192,8 @@ def choose_model(
     mask_detail: bool,
     time_scale: float,
     patch_overlap: bool,
+    look_numbers: int = 0,
+    look_dropout: float = 0.0,
 ) -> ModelConfig:
     """The model for images of this size in a space of this shape.
 
@@ -210,6 +223,8 @@ def choose_model(
         mask_pixels=unit if mask_detail else 0,
         time_scale=time_scale,
         patch_overlap=patch_overlap,
+        look_numbers=look_numbers,
+        look_dropout_prob=look_dropout if look_numbers else 0.0,
     )
 
 
@@ -254,6 +269,7 @@ class RunConfig:
         found = {
             "no_mask_detail": Saved(self.model.mask_pixels == 0, FIXED),
             "no_patch_overlap": Saved(not self.model.patch_overlap, FIXED),
+            "look": Saved(REFERENCE if self.model.look_numbers else NO_LOOK, FIXED),
         }
         for section in (self.model, self.transport, self.data, self.optimiser, self.train):
             for one in dataclasses.fields(section):

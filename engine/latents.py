@@ -31,6 +31,7 @@ from common.disk import write_atomically
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
+from dataset.unlabelled import UnlabelledFolder
 from dataset.views import SYMMETRIES, turn
 from engine.autoencoder import LatentSpace
 from engine.machine import Machine
@@ -53,7 +54,7 @@ class LatentPairs(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        pairs: PairedFolder,
+        pairs: PairedFolder | UnlabelledFolder,
         space: LatentSpace,
         folder: Path,
         image_hashes: Sequence[str],
@@ -174,6 +175,10 @@ class LatentPairs(torch.utils.data.Dataset):
         symmetry = self.pairs.symmetry(draw)
         moments = self._read(index, symmetry) if self._moments is None else self._moments[index, symmetry]
         return {"moments": moments, "mask": self.pairs.mask(index, symmetry)}
+
+    def look_draw(self, index: int, draw: int) -> np.ndarray:
+        """As of the pairs, whose image is read."""
+        return self.pairs.look_draw(index, draw)
 
 
 def latent_key(space: LatentSpace, config: DataConfig, image_hash: str) -> str:

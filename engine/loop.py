@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +18,7 @@ from common.disk import write_atomically
 from common.errors import EXIT_INTERRUPTED
 from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from dataset.folders import PairedFolder
+from dataset.unlabelled import Mixture, UnlabelledFolder
 from dataset.views import SYMMETRIES
 from engine.autoencoder import LatentSpace
 from engine.checkpoint import export_safetensors
@@ -57,11 +58,17 @@ class StopRequest:
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_STOPPED_BY_SIGNAL
 
 
-def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
+def run_loop(
+    training: Training,
+    dataset: PairedFolder,
+    run: RunFolder,
+    unlabelled: Sequence[UnlabelledFolder | PairedFolder] = (),
+) -> None:
     """Take all steps that are left, and write metrics, previews and checkpoints on the way."""
     machine, batch_size = training.machine, training.config.optimiser.global_batch_size
     training.total_steps = total = training.steps_in_all(len(dataset))
-    epochs = (training.images_seen + (total - training.step) * batch_size) / len(dataset)
+    labelled_share = 1 - training.config.train.unlabelled_share if unlabelled else 1.0
+    epochs = labelled_share * (training.images_seen + (total - training.step) * batch_size) / len(dataset)
     logger.info("%d steps of %d images (%.1f epochs)", total, batch_size, epochs)
     previews = Previews(dataset, training) if machine.is_main else None
     cut_short = training.step > 0 and preview_is_due(training) and not run.preview_path(training.step).exists()
@@ -71,7 +78,7 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
         logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
         export_weights(training, run)
         return
-    source = encode_once(dataset, training) or dataset
+    source = mix(training, dataset, unlabelled)
     if training.config.train.wandb:
         wandb_utils.start_run(run.path, run.path.name, training.record)
     take_steps(training, source, run, previews)
@@ -82,7 +89,7 @@ def run_loop(training: Training, dataset: PairedFolder, run: RunFolder) -> None:
 
 
 def take_steps(
-    training: Training, source: PairedFolder | LatentPairs, run: RunFolder, previews: Previews | None
+    training: Training, source: PairedFolder | LatentPairs | Mixture, run: RunFolder, previews: Previews | None
 ) -> None:
     """The steps themselves. A signal saves a checkpoint and ends the process with its exit code."""
     machine, settings, total = training.machine, training.config.train, training.total_steps
@@ -114,7 +121,20 @@ def take_steps(
             sys.exit(stop.exit_code)
 
 
-def encode_once(pairs: PairedFolder, training: Training) -> LatentPairs | None:
+def mix(
+    training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]
+) -> PairedFolder | LatentPairs | Mixture:
+    """What the steps draw from: the pairs alone, or with unlabelled images and looks beside them."""
+    labelled, *others = [encode_once(source, training) or source for source in (dataset, *unlabelled)]
+    if training.looks is None and not others:
+        return labelled
+    config = training.config
+    pseudo_masks = bool(config.train.unlabelled_mask_path)
+    soft = pseudo_masks or not dataset.rule.is_hard
+    return Mixture(labelled, others, training.looks, config.data.num_classes, config.optimiser.seed, pseudo_masks, soft)
+
+
+def encode_once(pairs: PairedFolder | UnlabelledFolder, training: Training) -> LatentPairs | None:
     """The data set as kept latents, encoded where missing; None if images are encoded at each step."""
     machine, space, settings = training.machine, training.space, training.config.train
     if not isinstance(space, LatentSpace) or settings.latent_cache == NO_CACHE:
@@ -133,7 +153,7 @@ def encode_once(pairs: PairedFolder, training: Training) -> LatentPairs | None:
     return latents
 
 
-def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iterator[Batch]:
+def step_batches(source: PairedFolder | LatentPairs | Mixture, training: Training) -> Iterator[Batch]:
     """Batches of the steps still to take, fetched in the background.
 
     Loader processes start if one thread could not keep up: for data that is read again each time, and for images in
@@ -144,10 +164,13 @@ def step_batches(source: PairedFolder | LatentPairs, training: Training) -> Iter
     keys = StepBatches(
         len(source), optimiser.global_batch_size, steps, optimiser.seed,
         machine.rank, machine.world_size, training.images_seen,
+        num_unlabelled=source.num_unlabelled if isinstance(source, Mixture) else 0,
+        unlabelled_share=training.config.train.unlabelled_share,
     )  # fmt: skip
     workers = training.config.train.num_workers
     if workers is None:
-        light = isinstance(source, LatentPairs) or machine.device.type == "cpu"
+        first = source.sources[0] if isinstance(source, Mixture) else source
+        light = isinstance(first, LatentPairs) or machine.device.type == "cpu"
         workers = 0 if source.in_memory and light else LOADER_PROCESSES
     loader = make_loader(source, keys, workers, pin_memory=machine.device.type == "cuda")
     return prefetch(loader, training.prepare_batch)

@@ -21,6 +21,7 @@ from common.errors import InputError
 from common.randomness import derived_seed
 from dataset.config import DataConfig
 from dataset.gray import SourceIntensity
+from dataset.looks import Looks
 from engine.autoencoder import Space, load_space
 from engine.checkpoint import read_checkpoint
 from engine.machine import Machine
@@ -37,6 +38,7 @@ class SamplingSettings:
     method: str = "heun"
     num_steps: int = 25
     cfg_scale: float = 1.0
+    look_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     atol: float = 1e-6
     rtol: float = 1e-3
@@ -49,6 +51,7 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, the fields that the mode uses."""
         unused = SDE_ONLY if self.mode == "ODE" else ODE_ONLY
+        unused += ("look_scale",) if self.look_scale == 1 else ()  # which sets without looks do not have
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
@@ -70,6 +73,7 @@ class TrainedModel:
     sha256: str
     trained_on: list[str] | None  # SHA-256 of every training image, where it is known
     intensity: SourceIntensity | None  # gray values of the training images, where they are known
+    looks: Looks | None = None  # of the training images, if the model knows looks
 
 
 def load_trained(
@@ -129,6 +133,7 @@ def load_trained(
         sha256=file_sha256(path),
         trained_on=state.get("trained_on"),
         intensity=SourceIntensity.from_dict(state["intensity"]) if state.get("intensity") else None,
+        looks=Looks.from_dict(state["looks"]) if state.get("looks") else None,
     )
 
 
@@ -182,13 +187,16 @@ class ImageSampler:
         """Network calls of the last batch."""
         return self.solver.nfe
 
-    def __call__(self, prob_maps: Tensor, seeds: Sequence[int], batch_size: int | None = None) -> Tensor:
+    def __call__(
+        self, prob_maps: Tensor, seeds: Sequence[int], batch_size: int | None = None, looks: Tensor | None = None
+    ) -> Tensor:
         """One image per mask.
 
         Args:
             prob_maps: (n, K, H, W) class probabilities.
             seeds: n seeds, one per image; see ``image_seed``.
             batch_size: pad to this many by repeating the last image, so that all batches are of one shape.
+            looks: (n, N) standardised numbers of the images' looks; None for no look.
 
         Returns:
             (n, C, S, S) float32 in [-1, 1] on the device. Differentiable in ``prob_maps`` in pixel space.
@@ -196,9 +204,10 @@ class ImageSampler:
         count = len(seeds)
         prob_maps = fill_batch(prob_maps, batch_size or count)
         seeds = [*seeds, *[seeds[-1]] * (len(prob_maps) - count)]
-        return self._decode(self._solve(seeds, self.latent_shape, self._predict, self._condition(prob_maps)))[:count]
+        condition = self._condition(prob_maps, None if looks is None else fill_batch(looks, len(prob_maps)))
+        return self._decode(self._solve(seeds, self.latent_shape, self._predict, condition))[:count]
 
-    def draw_field(self, prob_map: Tensor, seed: int, batch_size: int) -> Tensor:
+    def draw_field(self, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None = None) -> Tensor:
         """An image of any height and width, from overlapping windows of the size that the model was trained on.
 
         At every step of the solver the prediction is the windows' weighted mean (see ``tiling.py``). The mean of what
@@ -208,6 +217,7 @@ class ImageSampler:
             prob_map: (K, H, W) class probabilities at the image's own scale.
             seed: of its noise; see ``image_seed``.
             batch_size: windows that pass through the model at once: memory follows from it and the window.
+            look: (N,) standardised numbers of the look, which all windows have; None for no look.
 
         Returns:
             (C, H, W) float32 in [-1, 1] on the device. Differentiable in ``prob_map`` in pixel space.
@@ -218,10 +228,10 @@ class ImageSampler:
         prob_map = mirror_to(prob_map.to(self.machine.device), factor * field[0], factor * field[1])
         windows = Windows(field, side, tuple(self._overlap(length) for length in side))
         size = batch_size if self.compiled else 0  # compiled, the last windows fill a batch: one shape, one graph
-        conditions = {
-            first: self._condition(fill_batch(windows.cut(prob_map, first, batch_size, factor), size))
-            for first in range(0, len(windows), batch_size)
-        }
+        conditions = {}
+        for first in range(0, len(windows), batch_size):
+            parts = fill_batch(windows.cut(prob_map, first, batch_size, factor), size)
+            conditions[first] = self._condition(parts, None if look is None else look.expand(len(parts), -1))
 
         def predict(x: Tensor, t: Tensor, y: dict[int, MaskCondition]) -> Tensor:
             def predict_windows(first: int, parts: Tensor) -> Tensor:
@@ -239,34 +249,38 @@ class ImageSampler:
         overlap = TILE_OVERLAP if self.settings.tile_overlap is None else self.settings.tile_overlap
         return min(side - 1, math.ceil(side * overlap if overlap < 1 else overlap / self.space.factor))
 
-    def encode(self, images: Tensor, prob_maps: Tensor) -> Tensor:
+    def encode(self, images: Tensor, prob_maps: Tensor, looks: Tensor | None = None) -> Tensor:
         """Real images to their noise: the probability flow ODE backwards.
 
         Args:
             images: (n, C, S, S) in [-1, 1].
             prob_maps: (n, K, H, W) class probabilities.
+            looks: (n, N) standardised numbers of their looks; None for no look.
 
         Returns:
             (n, C, h, w) float32 noise; ``decode`` leads back to the images.
         """
-        x1, condition = self._prepare(images, prob_maps)
+        x1, condition = self._prepare(images, prob_maps, looks)
         return create_solver(self.transport, self.settings, reverse=True)(x1, self._predict, y=condition)[-1]
 
-    def decode(self, noise: Tensor, prob_maps: Tensor) -> Tensor:
-        """Noise (n, C, h, w) and masks (n, K, H, W) to images (n, C, S, S) in [-1, 1]."""
-        _, condition = self._prepare(None, prob_maps)
+    def decode(self, noise: Tensor, prob_maps: Tensor, looks: Tensor | None = None) -> Tensor:
+        """Noise (n, C, h, w), masks (n, K, H, W) and looks (n, N) to images (n, C, S, S) in [-1, 1]."""
+        _, condition = self._prepare(None, prob_maps, looks)
         return self._decode(self.solver(noise, self._predict, y=condition)[-1])
 
-    def likelihood(self, images: Tensor, prob_maps: Tensor, seeds: Sequence[int]) -> LikelihoodResult:
+    def likelihood(
+        self, images: Tensor, prob_maps: Tensor, seeds: Sequence[int], looks: Tensor | None = None
+    ) -> LikelihoodResult:
         """Log-density of real images (or of their latents' mean) under the model, one probe per image and run.
 
         Args:
             images: (n, C, S, S) in [-1, 1].
             prob_maps: (n, K, H, W) class probabilities.
             seeds: n seeds of the probes.
+            looks: (n, N) standardised numbers of the images' looks; None for no look.
         """
         settings = self.settings
-        x1, condition = self._prepare(images, prob_maps)
+        x1, condition = self._prepare(images, prob_maps, looks)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         solver = Sampler(self.transport).sample_ode_likelihood(
             settings.method, settings.num_steps, settings.atol, settings.rtol
@@ -280,16 +294,19 @@ class ImageSampler:
         extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
         return self.solver(noise, predict, y=y, **extra)[-1]
 
-    def _prepare(self, images: Tensor | None, prob_maps: Tensor) -> tuple[Tensor | None, MaskCondition]:
-        """Images as the model sees them, without a draw from a posterior, and the masks' condition."""
+    def _prepare(
+        self, images: Tensor | None, prob_maps: Tensor, looks: Tensor | None
+    ) -> tuple[Tensor | None, MaskCondition]:
+        """Images as the model sees them, without a draw from a posterior, and the condition."""
         with self.machine.autocast():
             x1 = None if images is None else self.space.encode(images.to(self.machine.device), sample=False).float()
-        return x1, self._condition(prob_maps)
+        return x1, self._condition(prob_maps, looks)
 
-    def _condition(self, prob_maps: Tensor) -> MaskCondition:
-        """All that the network needs of the masks, once per image."""
+    def _condition(self, prob_maps: Tensor, looks: Tensor | None = None) -> MaskCondition:
+        """All that the network needs of the masks and looks, once per image."""
+        extra = {} if looks is None else {"look": looks.to(self.machine.device)}
         with self.machine.autocast():
-            return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True)
+            return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True, **extra)
 
     def _decode(self, x: Tensor) -> Tensor:
         """States (B, C, h, w) to images, in the machine's precision: the decoder costs more than a small network."""
@@ -303,10 +320,11 @@ class ImageSampler:
     def _predict(self, x: Tensor, t: Tensor, y: Any) -> Tensor:
         """The model under guidance; outside of the guidance interval nothing is doubled."""
         scale, (low, high) = self.settings.cfg_scale, self.settings.guidance_interval
+        extra = {} if self.settings.look_scale == 1 else {"look_scale": self.settings.look_scale}
         if (low, high) != (0.0, 1.0) and not low <= float(t[0]) <= high:
-            scale = 1.0
+            scale, extra = 1.0, {}
         with self.machine.autocast():
-            return self.model.forward_with_cfg(x, t, y, scale).float()
+            return self.model.forward_with_cfg(x, t, y, scale, **extra).float()
 
 
 def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> Callable[..., Tensor]:

@@ -21,6 +21,7 @@ from common.pictures import grid_image, mask_picture
 from common.randomness import seed_step
 from dataset.batches import Batch
 from dataset.folders import PairedFolder
+from dataset.looks import Looks, measure_tensor
 from dataset.masks import to_prob_map
 from download import find_weights
 from engine.autoencoder import Space, space_config
@@ -56,6 +57,7 @@ class Training:
         self.total_steps = 0
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
+        self.looks: Looks | None = None  # of the training images, if the model knows looks
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
         self.share_rows = not self._on_cpu_in_bf16  # there, gathering rows costs what sharing them saves
@@ -78,6 +80,7 @@ class Training:
             "config": self.record,
             "trained_on": self.trained_on,
             "intensity": self.intensity,
+            "looks": None if self.looks is None else self.looks.to_dict(),
         }
 
     def state(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Training:
         self.step = state["step"]
         self.images_seen = state["images_seen"]
         self.trained_on = state.get("trained_on")
+        self.looks = Looks.from_dict(state["looks"]) if state.get("looks") else None
         same_ranks = len(state["sums"]) == self.machine.world_size
         self.sums.copy_(state["sums"][self.machine.rank] if same_ranks else state["sums"].mean(0))
         self.since_log = state["since_log"]
@@ -183,19 +187,32 @@ class Training:
         x1 = self._to_latents(batch)  # (B, C, H, W)
         masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.config.model.num_classes)  # (B, K, S, S)
         t, x0 = self.transport.sample_times(len(x1), device), torch.randn_like(x1)
-        drop = self.model.draw_dropped(len(x1), device)  # (B,)
-        drops = [None] * parts if drop is None else drop.chunk(parts)
-        rows = [found.to(device) for found in batch["rows"]] if "rows" in batch else [None] * parts
-        tensors = (tensor.chunk(parts) for tensor in (x1, masks, t, x0))
+        kwargs = {"y": masks, **self._draw_conditions(batch)}
+        chunks = {name: tensor.chunk(parts) for name, tensor in kwargs.items()}
+        if "rows" in batch:
+            chunks["rows"] = [found.to(device) for found in batch["rows"]]
         total = torch.zeros((), device=device)
-        for number, (x1, y, t, x0, drop, found) in enumerate(zip(*tensors, drops, rows, strict=True), start=1):
+        tensors = (tensor.chunk(parts) for tensor in (x1, t, x0))
+        for number, (x1, t, x0) in enumerate(zip(*tensors, strict=True), start=1):
             with self.wrapped.no_sync() if number < parts and self.machine.world_size > 1 else nullcontext():
-                kwargs = {"y": y, "drop": drop, "rows": found}
+                kwargs = {name: chunk[number - 1] for name, chunk in chunks.items()}
                 losses = self.transport.training_losses(self._predict, x1, kwargs, t=t, x0=x0)
                 loss = losses["loss"].sum() / len(batch["mask"])
                 loss.backward()
             total += loss.detach()
         return total
+
+    def _draw_conditions(self, batch: Batch) -> dict[str, Tensor]:
+        """Which masks and looks of a batch are dropped, (B,) bool each, and the looks (B, N); what there is of them."""
+        device = self.machine.device
+        found = {"drop": self.model.draw_dropped(len(batch["mask"]), device)}
+        if "has_mask" in batch:
+            without = ~batch["has_mask"].to(device, non_blocking=True)
+            found["drop"] = without if found["drop"] is None else without | found["drop"]
+        if "look" in batch:
+            found["look"] = batch["look"].to(device, non_blocking=True)
+            found["drop_look"] = self.model.draw_look_dropped(len(batch["mask"]), device)
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _to_latents(self, batch: Batch) -> Tensor:
         """Images of a batch, or the moments that they were encoded to before, -> (B, C, H, W) float32."""
@@ -205,9 +222,9 @@ class Training:
         with self.machine.autocast():
             return self.space.encode(batch["image"].to(device, non_blocking=True)).float()
 
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, rows: MaskRows | None) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor, **conditions: Tensor | MaskRows) -> Tensor:
         with self.machine.autocast():
-            return self.wrapped(x, t, y, drop=drop, rows=rows).float()
+            return self.wrapped(x, t, y, **conditions).float()
 
     def read_metrics(self) -> dict[str, float]:
         """Means since the last call; the only place of the loop that waits for the device."""
@@ -222,7 +239,12 @@ class Training:
         return {"train/loss": loss / taken, "train/grad_norm": norm / taken, "train/skipped_steps": skipped}
 
     def steps_in_all(self, num_images: int) -> int:
-        """The step at which the run ends: ``max_steps``, else what the images take that ``epochs`` leave to see."""
+        """The step at which the run ends: ``max_steps``, else what the images take that ``epochs`` leave to see.
+
+        An epoch is one pass over the labelled images; unlabelled ones come on top.
+        """
+        if self.config.train.unlabelled_path:
+            num_images = math.ceil(num_images / (1 - self.config.train.unlabelled_share))
         optimiser = self.config.optimiser
         left = optimiser.epochs * num_images - self.images_seen
         return optimiser.max_steps or self.step + max(0, math.ceil(left / optimiser.global_batch_size))
@@ -263,6 +285,10 @@ class Previews:
         self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
         masks = torch.stack([example["mask"] for example in examples])
         self.prob_maps = to_prob_map(masks, training.config.model.num_classes)  # (n, K, S, S)
+        self.looks: Tensor | None = None
+        if training.looks is not None:  # each preview has the look of the real image beside it
+            found = [measure_tensor(image.numpy(), dataset.config) for image in self.images]
+            self.looks = torch.from_numpy(training.looks.standardise(np.stack(found)))
         guided = training.model.class_dropout_prob > 0  # else nothing was learned that guidance could subtract
         settings = SamplingSettings(cfg_scale=training.config.train.cfg_scale if guided else 1.0)
         self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
@@ -281,7 +307,7 @@ class Previews:
     def draw(self) -> tuple[np.ndarray, float | None]:
         """Picture (H, W, 3) uint8, and how far the patches show in the generated images (1 is not at all)."""
         seeds = [image_seed(0, index) for index in range(len(self.images))]
-        generated = self.sampler(self.prob_maps, seeds)
+        generated = self.sampler(self.prob_maps, seeds, looks=self.looks)
         triples = zip(self.prob_maps, self.images, generated, strict=True)
         picture = grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
         pixels = generated.float().movedim(1, -1).cpu().numpy()  # (n, S, S, C)

@@ -37,6 +37,18 @@ def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
     return rows, row_of_token.view(shares.shape[:2])
 
 
+def distinct_rows_of_images(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`distinct_rows` within each image, for images that differ in more than their masks.
+
+    Returns:
+        rows (R, K), (B, T) long indices, and (R,) long: the image of each row.
+    """
+    image = torch.arange(len(shares), dtype=shares.dtype, device=shares.device)
+    keyed = torch.cat([image[:, None, None].expand(*shares.shape[:2], 1), shares], dim=2)  # (B, T, 1 + K)
+    rows, row_of_token = distinct_rows(keyed)
+    return rows[:, 1:], row_of_token, rows[:, 0].long()
+
+
 def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
     """Distinct class shares within each image, found on the CPU, so that no device has to say how many there are.
 

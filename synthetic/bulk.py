@@ -74,7 +74,8 @@ def _draw_round(
         batch = todo[first : first + size]
         items = [writer.load(job) for job, _ in batch]
         seeds = [image_seed(writer.seed, job.index, number) for job, number in batch]
-        images = _draw(sampler, items, seeds, batch_size, is_field=writer.masks.whole_scale is not None)
+        looks = writer.looks and writer.looks.batch(writer.seed, [job.index for job, _ in batch], items)
+        images = _draw(sampler, items, seeds, batch_size, looks, is_field=writer.masks.whole_scale is not None)
         for (job, number), item, image in zip(batch, items, images, strict=True):
             attempt = None
             if judge is not None:
@@ -99,13 +100,19 @@ def _draw_round(
 
 
 def _draw(
-    sampler: ImageSampler, items: Sequence[MaskItem], seeds: Sequence[int], batch_size: int, is_field: bool
+    sampler: ImageSampler,
+    items: Sequence[MaskItem],
+    seeds: Sequence[int],
+    batch_size: int,
+    looks: torch.Tensor | None,
+    is_field: bool,
 ) -> np.ndarray:
     """(n, C, H, W) in [-1, 1]; n is 1 for a field."""
     prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, H, W)
     if is_field:
-        return sampler.draw_field(prob_maps[0], seeds[0], batch_size)[None].cpu().numpy()
-    return sampler(prob_maps, seeds, batch_size=batch_size).cpu().numpy()
+        look = None if looks is None else looks[0]
+        return sampler.draw_field(prob_maps[0], seeds[0], batch_size, look)[None].cpu().numpy()
+    return sampler(prob_maps, seeds, batch_size=batch_size, looks=looks).cpu().numpy()
 
 
 def _wait(pending: list[Future[None]], most_left: int) -> list[Future[None]]:

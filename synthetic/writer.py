@@ -24,6 +24,7 @@ from common.pictures import from_uint8, grid_image, mask_picture, repeat_gray
 from common.randomness import derived_seed
 from dataset.files import FileError, read_image
 from dataset.gray import ImageFormat, to_display, window_columns
+from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder, MaskItem
 from synthetic.manifest import (
     ATTEMPT_COLUMNS,
@@ -128,12 +129,20 @@ class SetWriter:
         form: type and gray values of its images.
         jobs: all its images.
         settings: what decides its content, as settings.json holds it; a folder holds one set only.
+        looks: which look each image takes; None if the model knows no looks.
     """
 
     def __init__(
-        self, folder: Path, masks: MaskFolder, form: ImageFormat, jobs: Sequence[Job], settings: dict[str, Any]
+        self,
+        folder: Path,
+        masks: MaskFolder,
+        form: ImageFormat,
+        jobs: Sequence[Job],
+        settings: dict[str, Any],
+        looks: LookChoice | None = None,
     ) -> None:
         self.folder, self.masks, self.form, self.jobs, self.settings = folder, masks, form, jobs, settings
+        self.looks = looks
         self.seed: int = settings["seed"]
         self._judged = settings["redraw"] is not None
         self._lock: IO[bytes] | None = None
@@ -286,6 +295,7 @@ class SetWriter:
             "intensity": settings["intensity"],
             **window_columns(self.form.window(self.seed, job.index) or self.masks.config.window_values),
             "cfg_scale": sampling["cfg_scale"],
+            **self._look_columns(job),
             "guidance_interval": "{:g} {:g}".format(*sampling["guidance_interval"]),
             "sampler": sampling["mode"],
             "method": sampling["method"],
@@ -294,6 +304,12 @@ class SetWriter:
             "ckpt_sha256": settings["ckpt_sha256"],
             **({} if attempt is None else attempt.columns()),
         }
+
+    def _look_columns(self, job: Job) -> dict[str, Any]:
+        if self.looks is None:
+            return {}
+        columns = self.looks.columns(self.seed, job.index, job.mask_name)
+        return columns | {"look_scale": self.settings["sampling"].get("look_scale", 1.0)}
 
     # ----------------------------------------------------------------------------------------------- looks at the set
 

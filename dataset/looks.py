@@ -1,0 +1,216 @@
+"""The look of an image (colour, contrast, grain) as a few fixed numbers, measured from the image itself.
+
+The numbers of a window, all the same for its eight flips and quarter turns:
+
+    of each channel   mean, standard deviation, quantiles, gradient energy at three scales
+    of each two       covariance
+
+No number says where anything lies. Training measures the look in another window of the image than the one it draws, so
+that it holds what the windows of an image share. The look of a whole image is the mean over windows spread over it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError
+from common.randomness import derived_seed
+from dataset.config import DataConfig, Window
+from dataset.gray import image_window, to_tensor
+from dataset.views import center_view, native_view
+
+LOOKS = (NO_LOOK, REFERENCE) = ("none", "reference")  # what a model knows of looks
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SCALES = (1, 2, 4)  # side of the blocks whose means' gradients are measured, pixels
+WINDOW_SHARE = 0.75  # side of a measured window over the training size
+WINDOWS_PER_SIDE = 4  # of a whole image, at most
+LEAST_ENERGY = 1e-6  # keeps the logarithm of a flat window finite
+LEAST_SPREAD = 1e-3  # of a number that is the same in all images
+FARTHEST = 5.0  # spreads from the mean; what lies farther out is cut
+MOST_LOOKS = 4096  # kept in a checkpoint; they stand for those of any larger set
+RECIPE = 1  # raise it when the numbers change
+_DRAW = 3  # keeps the draw of a look apart from the noise's, the crop's and the gray window's of the same image
+
+
+@functools.cache
+def look_names(channels: int) -> tuple[str, ...]:
+    """What each number is, in their order."""
+    each = ("mean", "spread", *(f"quantile {q:g}" for q in QUANTILES), *(f"gradients {s} px" for s in SCALES))
+    names = [f"{name}, channel {channel}" if channels > 1 else name for name in each for channel in range(channels)]
+    pairs = zip(*np.triu_indices(channels, 1), strict=True)
+    return (*names, *(f"covariance, channels {left} and {right}" for left, right in pairs))
+
+
+def look_count(channels: int) -> int:
+    """How many numbers describe the look of an image of so many channels."""
+    return len(look_names(channels))
+
+
+def measure_window(image: np.ndarray) -> np.ndarray:
+    """Numbers of one window, see the module's docstring.
+
+    Args:
+        image: (C, h, w) in [-1, 1].
+
+    Returns:
+        (N,) float32, in the order of :func:`look_names`. Sums run in float64, so that a turned window has the same.
+    """
+    pixels = np.sort(image.reshape(len(image), -1), axis=1)  # (C, P)
+    ranks = np.rint(np.array(QUANTILES) * (pixels.shape[1] - 1)).astype(int)
+    quantiles = pixels[:, ranks].T  # (Q, C)
+    wide = image.astype(np.float64)
+    flat = wide.reshape(len(image), -1)
+    mean = flat.mean(axis=1)
+    covariance = flat @ flat.T / flat.shape[1] - np.outer(mean, mean)
+    spread = np.sqrt(np.maximum(covariance.diagonal(), 0))
+    energies = [_gradient_energy(wide)]
+    for factor in np.divide(SCALES[1:], SCALES[:-1]).astype(int):
+        wide = _block_means(wide, factor)
+        energies.append(_gradient_energy(wide))
+    parts = (mean, spread, quantiles.ravel(), *energies, covariance[np.triu_indices(len(image), 1)])
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _block_means(image: np.ndarray, side: int) -> np.ndarray:
+    """(C, h, w) -> (C, h / side, w / side), means of blocks. A middle part is taken if side does not divide it."""
+    height, width = (length // side * side for length in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    part = image[:, top : top + height, left : left + width]
+    parts = [part[:, row::side, column::side] for row in range(side) for column in range(side)]
+    return sum(parts) / side**2
+
+
+def _gradient_energy(image: np.ndarray) -> np.ndarray:
+    """(C, h, w) -> (C,): logarithm of the mean squared difference of neighbours, along both axes alike."""
+    energy, count = np.zeros(len(image)), 0
+    for steps in (image[:, 1:] - image[:, :-1], image[:, :, 1:] - image[:, :, :-1]):
+        energy += np.einsum("chw,chw->c", steps, steps)
+        count += steps[0].size
+    return np.log(energy / max(1, count) + LEAST_ENERGY)
+
+
+def measure_draw(image: np.ndarray, window: Window, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """Numbers (N,) of a random window of an image.
+
+    Args:
+        image: (H, W, C) as training keeps it: as stored, or the square of a center crop.
+        window: gray values that become -1 and 1.
+        config: of the training.
+        rng: decides the window.
+    """
+    view = native_view(*image.shape[:2], _fitting_side(image, config), rng)
+    return measure_window(to_tensor(view.cut(image), window, config.channels).numpy())
+
+
+def measure_image(image: np.ndarray, window: Window, config: DataConfig) -> np.ndarray:
+    """Numbers (N,) of a whole image: the mean over windows spread over it. Arguments as of :func:`measure_draw`."""
+    return measure_spread(image, window, config).mean(axis=0)
+
+
+def measure_spread(image: np.ndarray, window: Window, config: DataConfig) -> np.ndarray:
+    """Numbers (n, N) of windows spread over an image. Arguments as of :func:`measure_draw`."""
+    side = _fitting_side(image, config)
+    tops, lefts = (_starts(length, side) for length in image.shape[:2])
+    parts = (image[top : top + side, left : left + side] for top in tops for left in lefts)
+    return np.stack([measure_window(to_tensor(part, window, config.channels).numpy()) for part in parts])
+
+
+def measure_file(image: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Numbers (N,) of an image (H, W, C) as stored, read as training reads its images."""
+    window = image_window(image, config)
+    if config.crop == "center":
+        image = center_view(*image.shape[:2], config.image_size).apply_image(image)
+    return measure_image(image, window, config)
+
+
+def measure_tensor(image: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Numbers (N,) of an image (C, H, W) that is in [-1, 1] already."""
+    return measure_image(image.transpose(1, 2, 0), ((-1.0, 1.0),), config)
+
+
+def _fitting_side(image: np.ndarray, config: DataConfig) -> int:
+    """Side of a measured window: a multiple of the largest scale, so that blocks fill it however it is turned."""
+    side, unit = min(int(WINDOW_SHARE * config.image_size), *image.shape[:2]), max(SCALES)
+    return max(side // unit * unit, min(unit, *image.shape[:2]))
+
+
+def _starts(length: int, side: int) -> np.ndarray:
+    """Where windows begin: evenly spread, at most ``WINDOWS_PER_SIDE``."""
+    count = min(WINDOWS_PER_SIDE, -(-length // side))
+    return np.linspace(0, length - side, count).round().astype(int)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Looks of images, and how to bring new ones to the same scale; a checkpoint keeps it as plain numbers.
+
+    Attributes:
+        names: of the images.
+        numbers: (M, N) float32 as measured.
+        mean: (N,) over all windows that were measured.
+        spread: (N,) standard deviation of the same.
+    """
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+    mean: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str], windows: Sequence[np.ndarray]) -> Looks:
+        """Of training images.
+
+        Args:
+            names: of the images.
+            windows: for each image (n, N), as :func:`measure_spread` finds them.
+        """
+        together = np.concatenate(windows).astype(np.float64)
+        numbers = np.stack([one.mean(axis=0) for one in windows])
+        mean, spread = together.mean(axis=0), np.maximum(together.std(axis=0), LEAST_SPREAD)
+        return cls(tuple(names), numbers, mean.astype(np.float32), spread.astype(np.float32))
+
+    def standardise(self, numbers: np.ndarray) -> np.ndarray:
+        """(..., N) as measured -> what the model takes, float32."""
+        scaled = (numbers.astype(np.float32) - self.mean) / self.spread
+        return np.clip(scaled, -FARTHEST, FARTHEST)
+
+    def with_images(self, names: Sequence[str], numbers: np.ndarray) -> Looks:
+        """Other images on the same scale; ``numbers`` is (M, N) as measured."""
+        return Looks(tuple(names), numbers, self.mean, self.spread)
+
+    def draw(self, seed: int, index: int) -> int:
+        """Number of the look that image ``index`` of a set drawn with ``seed`` takes."""
+        return derived_seed(seed, index, _DRAW) % len(self.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for checkpoints."""
+        numbers = [[float(f"{value:.6g}") for value in row] for row in self.numbers]
+        return {
+            "recipe": RECIPE,
+            "names": list(self.names),
+            "numbers": numbers,
+            "mean": self.mean.tolist(),
+            "spread": self.spread.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Looks:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: the numbers mean something else than those measured here.
+        """
+        if values["recipe"] != RECIPE:
+            raise InputError(f"the checkpoint measures looks by recipe {values['recipe']}, this version by {RECIPE}")
+        arrays = (np.array(values[name], np.float32) for name in ("numbers", "mean", "spread"))
+        return cls(tuple(values["names"]), *arrays)
+
+
+def spread_evenly(count: int) -> np.ndarray:
+    """Numbers of the images whose looks are kept: all, or ``MOST_LOOKS`` spread over them."""
+    return np.unique(np.linspace(0, count - 1, MOST_LOOKS).round().astype(int))

@@ -1,0 +1,272 @@
+"""Images without masks, and the mixture of labelled and unlabelled examples that a training step sees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.disk import file_sha256
+from common.errors import InputError, list_some
+from common.randomness import derived_seed
+from dataset.checks import for_all, or_error, refuse_bad
+from dataset.config import DataConfig, Window
+from dataset.files import FileError, find_files, read_image
+from dataset.folders import PairedFolder
+from dataset.gray import fit_channels, image_window, to_tensor
+from dataset.looks import Looks, measure_draw, measure_spread
+from dataset.masks import to_prob_map
+from dataset.views import SYMMETRIES, native_view, turn, view_of_file
+
+logger = logging.getLogger(__name__)
+MEMORY_GB = 4.0  # most memory for decoded images; above it they are read again at each access
+PSEUDO_MASK_SHARE = 0.5  # of the draws of an unlabelled image that keep its pseudo-mask
+
+
+class UnlabelledFolder(torch.utils.data.Dataset):
+    """Images without masks, read, windowed and cut as those of a :class:`PairedFolder`; all checked at the start.
+
+    Attributes:
+        names: of the images, sorted.
+        config: as given.
+        windows: gray values of each image's window.
+        in_memory: whether all images fit.
+    """
+
+    def __init__(
+        self,
+        image_dir: str | Path,
+        config: DataConfig,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        """Read and check all images.
+
+        Args:
+            image_dir: folder of images.
+            config: of the labelled images; with ``window_values`` where the scope is "dataset".
+            seed: with the draw of :meth:`__getitem__` it fixes every random choice.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: any file that cannot be used, all of them in one message.
+        """
+        self.paths = find_files(image_dir, "image")
+        self.names = list(self.paths)
+        self.config, self.seed = config, seed
+        self.windows: list[Window] = []
+        self._images: list[np.ndarray] = []
+        self._latest: tuple[int, np.ndarray] | None = None  # read last
+        self.in_memory = True
+        errors, used = [], 0.0
+        for result in for_all(or_error(self._read), self.names, "reading unlabelled images", progress):
+            if isinstance(result, FileError):
+                errors.append(result)
+                continue
+            image, window = result
+            self.windows.append(window)
+            used += image.nbytes
+            if used > MEMORY_GB * 2**30:
+                self.in_memory = False
+                self._images = []
+            if self.in_memory:
+                self._images.append(image)
+        refuse_bad(errors, len(self.names), f"unlabelled images of {image_dir}")
+        where = "in memory" if self.in_memory else "read again at each access"
+        logger.info("%d unlabelled images from %s, %s", len(self.names), image_dir, where)
+
+    def _read(self, name: str) -> tuple[np.ndarray, Window]:
+        """An image as kept in memory (of a center crop the square), and its window."""
+        path = self.paths[name]
+        image = fit_channels(read_image(path), self.config.channels, path)
+        view = view_of_file(path, image.shape, self.config)
+        window = image_window(image, self.config)
+        return np.ascontiguousarray(view.apply_image(image)) if self.config.crop == "center" else image, window
+
+    def _load(self, index: int) -> np.ndarray:
+        if self.in_memory:
+            return self._images[index]
+        latest = self._latest
+        if latest is None or latest[0] != index:  # the look of an example comes from the same image
+            self._latest = latest = (index, self._read(self.names[index])[0])
+        return latest[1]
+
+    @cached_property
+    def image_hashes(self) -> list[str]:
+        """SHA-256 of every image file."""
+        return list(for_all(file_sha256, list(self.paths.values()), "hashing images", progress=False))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """One example, as of ``PairedFolder``; all of its mask is background."""
+        index, draw = key
+        rng = self._rng(draw)
+        symmetry = int(rng.integers(SYMMETRIES))
+        return {"image": self._image(index, rng, symmetry), "mask": self.mask(index, symmetry)}
+
+    def _rng(self, draw: int) -> np.random.Generator:
+        return np.random.default_rng(derived_seed(self.seed, draw, 2))
+
+    def symmetry(self, draw: int) -> int:
+        """Which flip and turn :meth:`__getitem__` makes in this draw."""
+        return int(self._rng(draw).integers(SYMMETRIES))
+
+    def mask(self, index: int, symmetry: int) -> Tensor:
+        """(S, S) uint8 class map of background: what an image without a mask has in its place."""
+        return torch.zeros(self.config.image_size, self.config.image_size, dtype=torch.uint8)
+
+    def example(self, index: int) -> dict[str, Tensor]:
+        """As :meth:`__getitem__` without flips and turns; a random crop takes the middle."""
+        return {"image": self._image(index, None, 0), "mask": self.mask(index, 0)}
+
+    def _image(self, index: int, rng: np.random.Generator | None, symmetry: int) -> Tensor:
+        image = self._load(index)
+        if self.config.crop == "random":
+            image = native_view(image.shape[0], image.shape[1], self.config.image_size, rng).cut(image)
+        return to_tensor(turn(image, (0, 1), symmetry), self.windows[index], self.config.channels)
+
+    def look_draw(self, index: int, draw: int) -> np.ndarray:
+        """Numbers (N,) of the look of a random window of the image, another one than :meth:`__getitem__` draws."""
+        rng = np.random.default_rng(derived_seed(self.seed, draw, 1))
+        return measure_draw(self._load(index), self.windows[index], self.config, rng)
+
+    def look_windows(self, index: int) -> np.ndarray:
+        """Numbers (n, N) of the looks of windows spread over the image."""
+        return measure_spread(self._load(index), self.windows[index], self.config)
+
+
+def read_unlabelled(
+    image_dirs: Sequence[str | Path],
+    mask_dirs: Sequence[str | Path],
+    labelled: PairedFolder,
+    progress: bool,
+) -> list[UnlabelledFolder | PairedFolder]:
+    """The folders of unlabelled images, and with ``mask_dirs`` the soft pseudo-masks of each.
+
+    Raises:
+        InputError: a folder is empty or cannot be read, has images of the labelled folder, or lacks a pseudo-mask.
+    """
+    if mask_dirs and len(mask_dirs) != len(image_dirs):
+        raise InputError(
+            f"unlabelled_mask_path names {len(mask_dirs)} folders for the {len(image_dirs)} of unlabelled_path: give "
+            "one for each, in the same order",
+            "unlabelled_mask_path",
+            "unlabelled_path",
+        )
+    for folder in image_dirs:
+        refuse_shared_names(find_files(folder, "image"), folder, labelled)
+    if mask_dirs:
+        return [
+            PairedFolder(folder, masks, labelled.config, "probability", seed=labelled.seed, progress=progress)
+            for folder, masks in zip(image_dirs, mask_dirs, strict=True)
+        ]
+    return [UnlabelledFolder(folder, labelled.config, labelled.seed, progress) for folder in image_dirs]
+
+
+def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: PairedFolder) -> None:
+    """Raises InputError if images of an unlabelled folder have the names of labelled ones."""
+    shared = sorted({pair.name for pair in labelled.pairs} & set(paths))
+    if shared:
+        raise InputError(
+            f"unlabelled_path {folder}: {len(shared)} images have the names of labelled ones: {list_some(shared)}. "
+            "Leave out images that have masks; rename the others.",
+            "unlabelled_path",
+        )
+
+
+def refuse_shared_images(unlabelled: Sequence[UnlabelledFolder | PairedFolder], labelled: PairedFolder) -> None:
+    """Raises InputError if the file of an unlabelled image is also a labelled one."""
+    known = set(labelled.image_hashes)
+    for source in unlabelled:
+        shared = [name for name, one in zip(image_names(source), source.image_hashes, strict=True) if one in known]
+        if shared:
+            raise InputError(
+                f"unlabelled_path: {len(shared)} images are labelled ones under other names: {list_some(shared)}. "
+                "Leave them out.",
+                "unlabelled_path",
+            )
+
+
+def image_names(source: UnlabelledFolder | PairedFolder) -> list[str]:
+    """Names of a folder's images, in the order of their numbers."""
+    return source.names if isinstance(source, UnlabelledFolder) else [pair.name for pair in source.pairs]
+
+
+class Source(Protocol):
+    """A folder of examples, as tensors or as latents."""
+
+    in_memory: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]: ...
+
+    def look_draw(self, index: int, draw: int) -> np.ndarray: ...
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Labelled examples, then unlabelled ones, each with its look.
+
+    Args:
+        labelled: the pairs.
+        unlabelled: folders of images without masks, or with pseudo-masks.
+        looks: the scale of looks; None for a model without looks.
+        num_classes: K.
+        seed: decides which draws of an image keep its pseudo-mask.
+        pseudo_masks: the unlabelled folders have pseudo-masks.
+        soft: masks are given as probabilities, since some are.
+    """
+
+    def __init__(
+        self,
+        labelled: Source,
+        unlabelled: Sequence[Source],
+        looks: Looks | None,
+        num_classes: int,
+        seed: int,
+        pseudo_masks: bool,
+        soft: bool,
+    ) -> None:
+        self.sources = [labelled, *unlabelled]
+        self.starts = np.cumsum([0, *map(len, self.sources)])
+        self.looks, self.num_classes, self.seed = looks, num_classes, seed
+        self.pseudo_masks, self.soft = pseudo_masks, soft
+        self.in_memory = all(source.in_memory for source in self.sources)
+
+    def __len__(self) -> int:
+        """Number of labelled examples."""
+        return len(self.sources[0])
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Number of unlabelled examples; their indices follow those of the labelled ones."""
+        return int(self.starts[-1]) - len(self)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """One example; every random choice follows from (seed, draw).
+
+        Returns:
+            what its folder gives, and "has_mask": () bool; "look": (N,) float32, if the model knows looks.
+        """
+        index, draw = key
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        source, index = self.sources[number], index - int(self.starts[number])
+        item = source[index, draw]
+        if self.soft and item["mask"].dtype == torch.uint8:
+            item["mask"] = to_prob_map(item["mask"][None], self.num_classes)[0]
+        item["has_mask"] = torch.tensor(number == 0 or (self.pseudo_masks and self._keeps_pseudo_mask(draw)))
+        if self.looks is not None:
+            item["look"] = torch.from_numpy(self.looks.standardise(source.look_draw(index, draw)))
+        return item
+
+    def _keeps_pseudo_mask(self, draw: int) -> bool:
+        return np.random.default_rng(derived_seed(self.seed, draw, 3)).random() < PSEUDO_MASK_SHARE

@@ -1,0 +1,164 @@
+"""Looks and unlabelled images from end to end: train, resume, sample, export, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from script_helpers import FEW_STEPS, run_here, train_arguments, write_pairs
+
+import sample
+import sample_ddp
+import train
+from engine.checkpoint import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    """images/, masks/, others/ (without masks) and pseudo/ (their soft masks); two trained runs."""
+    folder = tmp_path_factory.mktemp("lab")
+    write_pairs(folder, 5)
+    images, masks = write_pairs(folder / "more", 3, seed=4)
+    (folder / "others").mkdir()
+    (folder / "pseudo").mkdir()
+    for path in images.iterdir():
+        path.rename(folder / "others" / f"new_{path.name}")
+    for path in masks.iterdir():
+        soft = np.asarray(Image.open(path)).astype(np.float32) * 0.8 + 20
+        Image.fromarray(soft.astype(np.uint8)).save(folder / "pseudo" / f"new_{path.name}")
+    start(folder, "looks", 4, "--look", "reference", "--unlabelled-path", folder / "others", "--export-safetensors")
+    start(folder, "plain", 1)
+    return folder
+
+
+def start(folder: Path, name: str, steps: int, *more: object, code: int = 0) -> str:
+    words = train_arguments(folder / "images", folder / "masks", folder / "results", name, steps)[1:]
+    found, lines = run_here(train, *words, "--in-channels", 1, "--ckpt-every", 2, *more)
+    assert found == code, lines
+    return "\n".join(lines)
+
+
+def newest(lab: Path, name: str) -> Path:
+    return max((lab / "results" / name / "checkpoints").glob("*.pt"))
+
+
+def make_set(lab: Path, folder: Path, *more: object, run: str = "looks", code: int = 0) -> str:
+    words = ["ODE", "--ckpt", newest(lab, run), "--mask-path", lab / "masks", "--sample-dir", folder, *FEW_STEPS, *more]
+    found, lines = run_here(sample_ddp, *words)
+    assert found == code, lines
+    return "\n".join(lines)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "manifest.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(folder / row["image"])) for row in rows(folder)])
+
+
+@pytest.mark.parametrize("more", [[], ["--unlabelled-mask-path"]], ids=["null mask", "pseudo-masks"])
+def test_a_run_with_looks_and_unlabelled_images_resumes_bit_for_bit(lab, more):
+    flags = ["--look", "reference", "--unlabelled-path", lab / "others", *more, *([lab / "pseudo"] if more else [])]
+    start(lab, f"whole{len(more)}", 4, *flags)
+    start(lab, f"parts{len(more)}", 2, *flags)
+    said = start(lab, f"parts{len(more)}", 4)  # without the flags: the checkpoint has them
+    assert "continuing after step 2" in said
+    whole, parts = (read_checkpoint(newest(lab, f"{name}{len(more)}")) for name in ("whole", "parts"))
+    assert whole["looks"] == parts["looks"] and whole["trained_on"] == parts["trained_on"]
+    for kind in ("model", "ema"):
+        assert all(torch.equal(whole[kind][name], parts[kind][name]) for name in whole[kind])
+    assert whole["model"]["look_embedder.mlp.2.weight"].abs().max() > 0
+
+
+def test_a_checkpoint_keeps_looks_as_plain_numbers_and_so_does_its_export(lab, tmp_path):
+    state = read_checkpoint(newest(lab, "looks"))
+    assert state["looks"]["names"] == [f"cell_{n}" for n in range(5)] + [f"new_cell_{n}" for n in range(3)]
+    assert np.shape(state["looks"]["numbers"]) == (8, 10) and len(state["trained_on"]) == 8
+    json.dumps(state["looks"])
+    exported = read_checkpoint(lab / "results" / "looks" / "model.safetensors")
+    assert exported["looks"] == state["looks"]
+    assert set(exported["ema"]) == set(state["ema"])
+    assert read_checkpoint(newest(lab, "plain"))["looks"] is None
+
+
+def test_a_set_shows_looks_of_training_images_drawn_by_the_seed(lab, tmp_path):
+    make_set(lab, tmp_path / "one", "--samples-per-mask", 4)
+    found = rows(tmp_path / "one")
+    assert {row["look_source"] for row in found} == {"training"} and len({row["look_image"] for row in found}) > 4
+    make_set(lab, tmp_path / "two", "--samples-per-mask", 4, "--per-proc-batch-size", 8)
+    assert [row["look_image"] for row in rows(tmp_path / "two")] == [row["look_image"] for row in found]
+    make_set(lab, tmp_path / "other", "--samples-per-mask", 4, "--seed", 1)
+    assert [row["look_image"] for row in rows(tmp_path / "other")] != [row["look_image"] for row in found]
+
+
+def test_looks_come_from_given_images_the_own_image_one_image_or_nobody(lab, tmp_path):
+    make_set(lab, tmp_path / "path", "--look-path", lab / "others")
+    assert {row["look_image"] for row in rows(tmp_path / "path")} <= {f"new_cell_{n}" for n in range(3)}
+    make_set(lab, tmp_path / "same", "--look", "same", "--data-path", lab / "images")
+    assert [row["look_image"] for row in rows(tmp_path / "same")] == [f"cell_{n}" for n in range(5)]
+    make_set(lab, tmp_path / "one", "--look-index", 6, "--look-scale", 2)
+    assert {(row["look_image"], row["look_scale"]) for row in rows(tmp_path / "one")} == {("new_cell_1", "2.0")}
+    make_set(lab, tmp_path / "nobody", "--look", "none")
+    assert {(row["look_source"], row["look_image"]) for row in rows(tmp_path / "nobody")} == {("none", "")}
+    sets = [pixels(tmp_path / name) for name in ("path", "same", "one", "nobody")]
+    assert all((left != right).any() for number, left in enumerate(sets) for right in sets[:number])
+
+
+def test_a_set_is_finished_with_the_looks_it_was_begun_with(lab, tmp_path):
+    make_set(lab, tmp_path / "set", "--look-path", lab / "others")
+    whole = pixels(tmp_path / "set")
+    (tmp_path / "set" / "images" / "cell_3.png").unlink()
+    make_set(lab, tmp_path / "set", "--look-path", lab / "others")
+    assert np.array_equal(pixels(tmp_path / "set"), whole)
+    assert "look" in make_set(lab, tmp_path / "set", "--look-index", 0, code=2)
+
+
+def test_a_checkpoint_without_looks_samples_as_before_and_refuses_the_flags(lab, tmp_path):
+    make_set(lab, tmp_path / "plain", run="plain")
+    assert "look_source" not in rows(tmp_path / "plain")[0]
+    for flags in (["--look", "training"], ["--look-path", lab / "others"], ["--look-scale", 2], ["--look-index", 0]):
+        said = make_set(lab, tmp_path / "refused", *flags, run="plain", code=2)
+        assert f"{flags[0]} has no effect" in said and "trained without --look reference" in said
+
+
+def test_all_windows_of_a_large_field_have_one_look(lab, tmp_path):
+    make_set(lab, tmp_path / "fields", "--tile", "--tile-scale", 2)
+    assert {row["look_source"] for row in rows(tmp_path / "fields")} == {"training"}
+    assert pixels(tmp_path / "fields").shape == (5, 48, 40)
+
+
+@pytest.mark.parametrize("mode", ["ODE", "SDE"])
+def test_a_preview_takes_looks_too(lab, tmp_path, mode):
+    words = [mode, "--ckpt", newest(lab, "looks"), "--mask-path", lab / "masks" / "cell_0.png", *FEW_STEPS]
+    for number, flags in enumerate([[], ["--look", "same", "--data-path", lab / "images"], ["--look-index", 1]]):
+        path = tmp_path / f"{number}.png"
+        assert run_here(sample, *words, "--output", path, *flags)[0] == 0
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+def test_real_images_go_to_noise_and_back_with_their_own_looks(lab, tmp_path):
+    words = ["--ckpt", newest(lab, "looks"), "--mask-path", lab / "masks", "--data-path", lab / "images", *FEW_STEPS]
+    assert run_here(sample, "ODE", "--reverse", *words, "--output", tmp_path / "back.png")[0] == 0
+    code, lines = run_here(sample, "ODE", "--reverse", *words, "--output", tmp_path / "x.png", "--look-index", 1)
+    assert code == 2 and "--look-index has no effect with --likelihood or --reverse" in lines[-1]
+
+
+def test_what_has_no_effect_or_cannot_be_used_is_refused_in_one_line(lab, tmp_path):
+    assert "--look-dropout has no effect with --look none" in start(lab, "x", 1, "--look-dropout", 0.2, code=2)
+    assert "--unlabelled-share has no effect without" in start(lab, "x", 1, "--unlabelled-share", 0.2, code=2)
+    said = start(lab, "x", 1, "--unlabelled-path", lab / "images", code=2)
+    assert "--unlabelled-path" in said and "have the names of labelled ones" in said
+    said = start(lab, "looks", 5, "--look", "none", code=2)
+    assert "contradicts --look none (the checkpoint has reference)" in said
+    assert "--look-index 8: there are 8 looks" in make_set(lab, tmp_path / "s", "--look-index", 8, code=2)
+    assert "--look same takes the look" in make_set(lab, tmp_path / "s", "--look", "same", code=2)
+    assert "no such file or folder" in make_set(lab, tmp_path / "s", "--look-path", lab / "nowhere", code=2)
+    said = make_set(lab, tmp_path / "s", "--look", "training", "--look-path", lab / "others", code=2)
+    assert "--look has no effect with --look-path" in said
