@@ -1,11 +1,10 @@
-"""Command line: flags that several commands share, rules between flags, and the step from flags to settings."""
+"""Command line: flags that several commands share, and the step from flags to settings."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from common.errors import InputError
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
 from dataset.gray import default_window_channels
 from dataset.look_choice import LOOK_SOURCES, LookChoice, choose_looks
-from dataset.looks import NO_LOOK, REFERENCE, look_count
+from dataset.looks import REFERENCE, look_count
 from dataset.masks import MASK_TYPES
 from engine.autoencoder import PIXEL_SPACE, check_space
 from engine.config import (
@@ -39,6 +38,7 @@ from engine.config import (
 )
 from engine.machine import DEVICES, PRECISIONS, Machine
 from engine.sampling import TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
+from flag_rules import LOOK_FLAGS, as_flag, check_needs
 from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
@@ -51,95 +51,6 @@ from transport import (
 )
 
 logger = logging.getLogger(__name__)
-
-# ------------------------------------------------------------------------------------------------- rules between flags
-
-
-@dataclass(frozen=True)
-class Need:
-    """Flags that have an effect only together with certain values of another flag.
-
-    Attributes:
-        flags: names of the flags.
-        other: name of the flag that they need.
-        works: whether the flags have an effect with this value of the other flag.
-        reason: completes "--flag has no effect ...".
-        idle: values that request nothing, so that they are never refused.
-    """
-
-    flags: tuple[str, ...]
-    other: str
-    works: Callable[[Any], bool]
-    reason: str
-    idle: tuple[Any, ...] = ()
-
-
-def _is_adaptive(method: str) -> bool:
-    return method in ODE_METHODS and ODE_METHODS[method].adaptive
-
-
-JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
-LOOK_FLAGS = ("look", "look_path", "look_index")
-NEEDS = (
-    Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
-    Need(
-        ("guidance_interval",), "cfg_scale", lambda scale: scale != 1,
-        "with --cfg-scale 1: give a scale other than 1", idle=((0.0, 1.0), [0.0, 1.0]),
-    ),
-    Need(
-        ("num_sampling_steps",), "sampling_method", lambda method: not _is_adaptive(method),
-        "with {value}, an adaptive solver: leave it out",
-    ),
-    Need(("atol", "rtol"), "sampling_method", _is_adaptive, "with {value}, a fixed-step solver: leave it out"),
-    Need(("last_step_size",), "last_step", lambda name: name != "None", "with --last-step None: leave it out"),
-    Need(("num_samples", "tile"), "on_real", lambda on: not on, "with --likelihood or --reverse: leave it out"),
-    Need(("data_path",), "reads_images", bool, "without --likelihood, --reverse or --look same: leave it out"),
-    Need(LOOK_FLAGS, "on_real", lambda on: not on, "with --likelihood or --reverse: each image has its own look"),
-    Need(("look",), "look_path", lambda path: path is None, "with --look-path, which says whose looks: leave it out"),
-    Need(
-        ("time_mean", "time_std"), "time_sampling", lambda name: name != "uniform",
-        "with uniform times: give --time-sampling logit-normal",
-    ),
-    Need(("window_channels",), "in_channels", lambda channels: channels != 1, "with --in-channels 1: leave it out"),
-    Need(
-        ("cfg_scale",), "mask_dropout", lambda share: share > 0,
-        "on the previews with --mask-dropout 0: leave it out, or give --mask-dropout above 0", idle=(1.0,),
-    ),
-    Need(("look_dropout",), "look", lambda name: name != NO_LOOK, "with --look none: leave it out"),
-    Need(
-        ("unlabelled_share", "unlabelled_mask_path"), "unlabelled_path", bool,
-        "without --unlabelled-path: give it, too",
-    ),
-    Need(("latent_cache",), "vae", lambda vae: vae != PIXEL_SPACE, "with --vae none: there are no latents"),
-    Need(
-        ("latent_cache",), "crop", lambda crop: crop == "center",
-        "with --crop random, because every step uses new crops: give --crop center",
-    ),
-    Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
-    Need(("source_window",), "intensity", lambda name: name == "source", "with --intensity display: leave it out"),
-)  # fmt: skip
-
-
-def check_needs(args: argparse.Namespace, needs: Sequence[Need] = NEEDS) -> None:
-    """Refuse flags of the command line that have no effect.
-
-    Raises:
-        InputError: names the flag and what it needs.
-    """
-    values = vars(args)
-    for need in needs:
-        if need.other not in values or need.works(values[need.other]):
-            continue
-        for flag in need.flags:
-            if flag in args.given and values[flag] not in need.idle:
-                reason = need.reason.format(value=values[need.other])
-                raise InputError(f"{as_flag(flag)} has no effect {reason}.")
-
-
-def as_flag(name: str) -> str:
-    """``tile_scale`` -> ``--tile-scale``."""
-    return f"--{name.replace('_', '-')}"
-
 
 # ------------------------------------------------------------------------------------------------------- flag groups
 
@@ -297,8 +208,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
     group = parser.add_argument_group("looks (of a checkpoint trained with --look reference)")
     group.add_argument(
         "--look", choices=LOOK_SOURCES,
-        help="take the look of a training image drawn by the seed, of the mask's own image (same, with --data-path), or "
-        "no look (default: training)",
+        help="take the look of a training image drawn by the seed, of the mask's own image (same, with --data-path), "
+        "or no look (default: training)",
     )  # fmt: skip
     group.add_argument(
         "--look-path", type=Path, metavar="IMAGES", help="take looks from this folder (or file) of images"

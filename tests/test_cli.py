@@ -11,9 +11,9 @@ from script_helpers import run_here
 import sample
 import sample_ddp
 import train
-from cli import NEEDS
 from common.arguments import number
 from common.errors import CommandParser, InputError, with_flags
+from flag_rules import NEEDS
 
 TYPES = {
     "count": (number(int, 1, 100), ("1", "100"), ("0", "101", str(2**70), str(10**12))),
