@@ -18,7 +18,7 @@ for tool in $tools; do
         "$environment/bin/pip" install -q -r "$here/requirements-$tool.txt"
         touch "$environment/ready"
     fi
-    TF_USE_LEGACY_KERAS=1 "$environment/bin/python" "$here/train_$tool.py" "$train" "$test" "$output/$tool" \
+    "$environment/bin/python" "$here/train_$tool.py" "$train" "$test" "$output/$tool" \
         --steps "${STEPS:-2000}" --seed "${SEED:-0}"
     "$python" "$here/score.py" "$test" "$output/$tool"
 done

@@ -15,6 +15,7 @@ np.random.seed(args.seed)
 torch.manual_seed(args.seed)
 names, images, labels = read_folder(args.train)
 with_cells = [index for index, one in enumerate(labels) if one.max() > 0]
+args.output.mkdir(parents=True, exist_ok=True)
 model = models.CellposeModel(gpu=torch.cuda.is_available(), pretrained_model=False)
 train.train_seg(
     model.net,
