@@ -206,7 +206,13 @@ def _generator(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
         if isinstance(found, str):
             return [found]
         trained_on = found
-    return _seen_by("its generator was trained on", _where(split, share, trained_on, split.images))
+    counts = _where(split, share, trained_on, split.images)
+    labelled = samples.settings.get("labelled_on")
+    if split.unit != "labels" or labelled is None:
+        return _seen_by("its generator was trained on", counts)
+    counts.pop("outside", None)  # they count as unlabelled, if their masks were not seen
+    learned = _where(split, share, labelled, split.images)
+    return _seen_by("its generator was trained on", counts) + _seen_by("its generator learned the masks of", learned)
 
 
 def trained_on_by_checkpoint(samples: SampleSet, checkpoint: Path) -> list[str] | str:

@@ -133,6 +133,8 @@ def _entry(
     entry["class_dice"] = [_mean([one[k] for one in classes]) for k in range(len(classes[0]))]
     gain = difference(by_selection(rows, labels, arm), real) if arm != REAL else None
     entry["gain"] = None if gain is None else asdict(gain) | {"verdict": gain.verdict}
+    scores = by_selection(rows, labels, arm)
+    entry["gains"] = {str(key): scores[key] - real[key] for key in sorted(set(scores) & set(real))}
     entry["worth"] = None
     if arm not in WITHOUT_SYNTHETIC and len(real_curve) > 1 and entry["ap50"] is not None:
         entry["worth"] = labels_worth(real_curve, entry["ap50"])[1]

@@ -21,6 +21,7 @@ from dataset.config import DataConfig
 from evaluation.arms import ARMS, Arm, arm_of
 from evaluation.instance_score import InstanceScore
 from evaluation.label_split import SelectionSettings, choose, make_selections, read_groups, read_selections
+from evaluation.leaks import find_leaks
 from evaluation.split import SplitPlan
 from evaluation.trial import TrialRow, TrialSettings, run_trial
 from evaluation.trial_report import difference, labels_worth, summarize_trial, trial_notes, trial_table
@@ -215,6 +216,8 @@ def test_report_recommends_what_helps_and_warns_of_what_harms():
     assert "5 labels: 80 % synthetic is harmful" in text
     assert "Do not use synthetic images here: real is as good or better." in text
     assert "by group, 5 labels, real: a 0.5000, b 0.2500" in text
+    gains = next(one["gains"] for one in content["summary"] if one["arm"] == "80 % synthetic")
+    assert gains == {"0": pytest.approx(-0.1), "1": pytest.approx(-0.09), "2": pytest.approx(-0.1)}
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -235,6 +238,23 @@ def test_planted_leaks_are_refused_before_any_training(split, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="no selection of 3 labels; it has 2, 4"):
         run_trial(plans, None, TrialSettings((ARMS["real"],), (3,), config=CONFIG), tmp_path / "out", CPU)
+
+
+def test_unlabelled_images_are_no_leak_if_the_generator_has_not_learned_their_masks(split, tmp_path):
+    plan = read_selections(split)[0]
+    own, more = seen(plan, 2), seen(plan, 4)
+    test = file_sha256(next((plan.part(None) / "images").iterdir()))
+    samples = make_set(tmp_path / "set", plan, 2, count=2)
+
+    def leaks(trained_on: list[str], **note: list[str]) -> str:
+        settings = samples.settings | {"trained_on": trained_on} | note
+        (samples.folder / "settings.json").write_text(json.dumps(settings))
+        return "; ".join(find_leaks(plan, 2, SampleSet(samples.folder)))
+
+    assert leaks(more, labelled_on=own) == ""
+    assert "learned the masks of 2 images outside" in leaks(more, labelled_on=more)
+    assert "trained on 2 images outside" in leaks(more)
+    assert "trained on 1 images of the test set" in leaks([*own, test], labelled_on=own)
 
 
 def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, capsys):

@@ -265,7 +265,7 @@ def test_simulated_masks_pass_and_unknown_ones_do_not(split, tmp_path):
     samples = set_of(tmp_path / "b", [tmp_path / "mine" / "m.png"], trained_on=seen(split, 25))
     assert "origin is unknown" in find_leaks(split, 25, samples)[0]
     Image.fromarray(label_of(cells_at(78))).save(masks[0])
-    assert "changed since" in find_leaks(split, 25, SampleSet(tmp_path / "a"))[0]
+    assert "missing or have changed" in find_leaks(split, 25, SampleSet(tmp_path / "a"))[0]
 
 
 def test_recombined_masks_pass_for_the_share_that_their_cells_are_of(split, tmp_path):
@@ -295,7 +295,7 @@ def test_filter_by_a_judge_that_has_seen_more_is_found(split, tmp_path):
     unknown = set_of(tmp_path / "c", masks, trained_on=images, filter={"rule": "x"})
     assert find_leaks(split, 25, good) == []
     assert find_leaks(split, 25, bad) == ["the judge that selected its images was trained on 4 images of the test set"]
-    assert "not known" in find_leaks(split, 25, unknown)[0]
+    assert "unknown training images" in find_leaks(split, 25, unknown)[0]
 
 
 def test_leaks_are_refused_in_one_message_before_any_training(split, tmp_path):
