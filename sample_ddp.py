@@ -14,9 +14,10 @@ The same command runs without torchrun. It writes
     SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco: as these segmenters read it
     SAMPLE_DIR/attempts/NAME.json    with --min-fidelity, which draws again what does not follow its mask
 
-Started again it makes what is missing or torn, and refuses a folder made with other settings. With --data-path only
-masks that have an image there are used, and that real image stands beside the synthetic one. With --tile the images
-have their masks' own height and width instead of the training size.
+Run the same command to continue: it makes images that are missing or torn, and refuses a folder made with other
+settings. With --data-path, only masks with an image there are used, and the contact sheet shows that image. With
+--tile, images have the height and width of their masks instead of the training size. With --shard I/N, each task of a
+job array makes a part of the set.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ from cli import (
     look_choice,
     sampling_settings,
 )
-from common.arguments import positive_fraction, positive_int
+from common.arguments import part, positive_fraction, positive_int
+from common.disk import SETTINGS
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
 from dataset.masks import MASK_TYPES
+from engine.agreement import agree_on_file
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
@@ -80,6 +83,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="only use masks that have an image in this folder, and name the image in the manifest",
         )
         group.add_argument("--sample-dir", type=Path, default=Path("samples"), help="folder to write the data set to")
+        group.add_argument(
+            "--shard", type=part, metavar="I/N",
+            help="make only part I of N of the set, as task I of a job array does; the part that ends last finishes "
+            "the set",
+        )  # fmt: skip
         group.add_argument("--samples-per-mask", type=positive_int, help="images per mask (default: 1)")
         group.add_argument(
             "--num-samples",
@@ -213,11 +221,17 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged, looks)
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
-    on_main(machine, writer.open, "open the folder of the set")
+    on_main(machine, lambda: writer.open(shared=args.shard is not None), "open the folder of the set")
+    agree_on_file(
+        machine, args.sample_dir / SETTINGS, "settings of the set",
+        "All processes must see sample_dir: put it on a disk that all machines share, or start each machine by itself "
+        "with its own shard and copy the folders into one.", "sample_dir", "shard",
+    )  # fmt: skip
     log_provenance(machine, args.seed)
     logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
-    mine = jobs[machine.rank :: machine.world_size]
+    number, count = args.shard or (1, 1)
+    mine = jobs[number - 1 :: count][machine.rank :: machine.world_size]
     todo = writer.missing(mine)
     logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
     again = machine.to_main([writer.image_name(job) for job, _ in todo], "look at what is there")
@@ -225,7 +239,10 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     draw_missing(writer, sampler, todo, args.per_proc_batch_size, redraw, machine.is_main and sys.stderr.isatty())
     machine.barrier("draw their images")
     if machine.is_main:
-        finish(args, writer, exports)
+        if args.shard is None or writer.take_over():
+            finish(args, writer, exports)
+        else:
+            logger.info("part %d of %d is done; the part that ends last finishes the set", number, count)
     machine.barrier("write manifest and exports")
     writer.close()
 

@@ -72,6 +72,17 @@ def interval(text: str) -> tuple[float, float]:
     return values
 
 
+def part(text: str) -> tuple[int, int]:
+    """I/N with 1 <= I <= N as (I, N), for argparse."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isascii() and number.isdecimal() and count.isascii() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 2/8")
+    values = positive_int(number), positive_int(count)
+    if values[0] > values[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: parts count from 1 to {values[1]}")
+    return values
+
+
 def percent(text: str) -> int:
     """A whole number in 1..100, for argparse."""
     value = int(text)

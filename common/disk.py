@@ -156,8 +156,10 @@ def check_folder(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder")
     path = folder / SETTINGS
+    # Looked at first: a process that fills the folder at this moment writes its settings before anything else.
+    is_used = folder.is_dir() and any(not _is_passing(entry.name) for entry in folder.iterdir())
     if settings is None or not path.is_file():
-        if folder.is_dir() and any(not _is_passing(entry.name) for entry in folder.iterdir()):
+        if is_used:
             what = (
                 "is not empty"
                 if settings is None
@@ -191,8 +193,10 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def lock_folder(folder: Path, mend: str, parts: Sequence[str] = ()) -> IO[bytes]:
+def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool = False) -> IO[bytes]:
     """Hold a folder for this process alone, and remove the temporary files that killed processes left in it.
+
+    With ``shared``, hold it together with other processes that share it. Temporary files stay: they may be theirs.
 
     The lock belongs to the process, not to the open file. Loader processes live on for seconds after this one is
     killed, and they must not hold it.
@@ -205,6 +209,7 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = ()) -> IO[bytes]
         mend: what else the user can do, for the message.
         parts: sub-folders that belong to the folder's owner. Temporary files are removed from the folder and from
             these only: in any other sub-folder another process may be at work.
+        shared: let other processes share the folder. None can then hold it alone.
 
     Returns:
         The lock. It ends when the file is closed or when the process ends, however it ends.
@@ -212,9 +217,9 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = ()) -> IO[bytes]
     Raises:
         InputError: another process holds the folder.
     """
-    lock = (folder / LOCK_FILE).open("ab")
+    lock = (folder / LOCK_FILE).open("a+b")  # a shared lock needs a file that can be read
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:  # what the system says if another process has the lock
         lock.close()
         raise InputError(f"{folder}: another process works in this folder. Wait for it, or {mend}.") from error
@@ -223,6 +228,8 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = ()) -> IO[bytes]
             lock.close()
             raise OSError(error.errno, error.strerror, str(folder / LOCK_FILE)) from error
         _warn_of_no_locks(folder)
+        return lock
+    if shared:
         return lock
     for place in (folder, *(folder / part for part in parts)):
         if place.is_dir() and not place.is_symlink():

@@ -46,7 +46,27 @@ def _seen(path: Path) -> str:
     deadline = time.monotonic() + SEEN_AFTER_SECONDS
     while not path.is_file() and time.monotonic() < deadline:
         time.sleep(0.5)
-    return f"{path.name} with checksum {archive_checksum(path)[:12]}" if path.is_file() else f"no {path}"
+    if not path.is_file():
+        return f"no {path}"
+    checksum = archive_checksum(path) if path.suffix == ".pt" else file_sha256(path)
+    return f"{path.name} with checksum {checksum[:12]}"
+
+
+def agree_on_file(machine: Machine, path: Path, what: str, mend: str, *fields: str) -> None:
+    """Refuse to go on if a process does not see the file that rank 0 sees.
+
+    Args:
+        machine: this process.
+        path: the file; rank 0 has it.
+        what: the file in words.
+        mend: what to do if a process does not see it.
+        fields: names in ``mend``.
+
+    Raises:
+        InputError: on every rank.
+    """
+    if machine.world_size > 1:
+        machine.check_same({what: _seen(path)}, mend, *fields)
 
 
 def agree_on_data(

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 CONTACT_SHEET_ROWS = 8
 CONTACT_SHEET_SIDE = 512  # pixels; larger images are shown smaller
+PARTS = (IMAGES, LABELS, ATTEMPTS)  # folders of a set that are locked with it
 MOST_IMAGES = 10_000_000
 MOST_NAME_BYTES = 230  # file systems end at 255; a number and a suffix come behind
 # Settings that a set may be finished with other values of: they follow from the checkpoint or the masks, or change the
@@ -146,21 +147,45 @@ class SetWriter:
         self.seed: int = settings["seed"]
         self._judged = settings["redraw"] is not None
         self._lock: IO[bytes] | None = None
+        self._shared = False
 
-    def open(self) -> None:
+    def open(self, shared: bool = False) -> None:
         """Check, make and lock the folder, and write down what the set is made with.
+
+        Args:
+            shared: other launches make other parts of the set at the same time.
 
         Raises:
             InputError: it holds something else, or another process works in it.
         """
         check_folder(self.folder, self.settings, FREE_SETTINGS, upgrade_settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = (IMAGES, LABELS, ATTEMPTS)
-        self._lock = lock_folder(self.folder, "give another folder", parts)
+        self._shared = shared
+        self._hold()
         check_folder(self.folder, self.settings, FREE_SETTINGS, upgrade_settings)  # another process may have been first
-        write_json(self.folder / SETTINGS, self.settings)
-        for part in parts if self._judged else parts[:2]:
+        if not shared or not (self.folder / SETTINGS).is_file():
+            write_json(self.folder / SETTINGS, self.settings)
+        for part in PARTS if self._judged else PARTS[:2]:
             (self.folder / part).mkdir(exist_ok=True)
+
+    def _hold(self) -> None:
+        self._lock = lock_folder(self.folder, "give another folder", PARTS, self._shared)
+
+    def take_over(self) -> bool:
+        """Hold a shared folder alone, to finish the set. Only the launch that ends last succeeds.
+
+        Each launch lets go of the folder first. So the last one finds nobody in it, and sees all images.
+
+        Returns:
+            Whether this process holds the folder and all images of the set are there.
+        """
+        self.close()
+        self._shared = False
+        try:
+            self._hold()
+        except InputError:  # the other launch finishes the set when it ends
+            return False
+        return all(self.image_path(job).is_file() for job in self.jobs) and not self.missing(self.jobs)
 
     def close(self) -> None:
         """Give the folder back."""
@@ -239,6 +264,10 @@ class SetWriter:
 
     def forget(self, images: Sequence[str]) -> None:
         """Take images that are drawn again out of the manifest, and with them what evaluate.py found in them."""
+        if self._shared:  # other launches may correct the manifest at the same time: it is written anew at the end
+            if images:
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+            return
         rows, again = self._earlier_rows(), set(images)
         left = [row for image, row in rows.items() if image not in again]
         if not left:

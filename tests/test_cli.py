@@ -11,7 +11,7 @@ from script_helpers import run_here
 import sample
 import sample_ddp
 import train
-from common.arguments import number
+from common.arguments import number, part
 from common.errors import CommandParser, InputError, with_flags
 from flag_rules import NEEDS
 
@@ -40,6 +40,13 @@ def test_a_number_keeps_to_its_ends(name):
 def test_a_number_beyond_all_reason_ends_in_one_line(flag, value):
     code, lines = run_here(train, "--data-path", "images", "--mask-path", "masks", flag, value)
     assert code == 2 and f"{flag}: {value} is not a whole number" in lines[-1]
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "-1/4", "1/0", "1/2/3", "a/b", "1/1000000000000", "\u00b2/4"])
+def test_a_part_that_is_none_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        part(text)
+    assert part("2/8") == (2, 8)
 
 
 def test_a_word_for_a_number_is_said():

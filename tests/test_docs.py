@@ -33,6 +33,10 @@ FOREIGN_FLAGS = {
     "--shm-size": "docker",
     "--ipc": "docker",
     "--max-restarts": "torchrun",
+    "--signals-to-handle": "torchrun",
+    "--signal": "sbatch",
+    "--array": "sbatch",
+    "--ntasks-per-node": "srun",
 }
 MOST_WORDS = 900
 

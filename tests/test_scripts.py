@@ -227,6 +227,33 @@ def test_two_ranks_make_the_same_bytes_as_one(whole_set, checkpoint, pairs, tmp_
     assert sample_set(checkpoint, pairs[1], tmp_path / "two", *more, ranks=2) == files
 
 
+def test_parts_of_a_job_array_make_the_same_bytes_and_the_last_one_finishes_the_set(
+    whole_set, checkpoint, pairs, tmp_path
+):
+    folder = tmp_path / "parts"
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder, *FEW_STEPS]
+    words += ["--data-path", pairs[0], "--cfg-scale", 2, "--samples-per-mask", 2]
+    for number in (3, 1, 2):
+        assert not (folder / "manifest.csv").exists()
+        call(sample_ddp, *words, "--shard", f"{number}/3")
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))} == whole_set[1]
+
+
+def test_parts_on_machines_of_their_own_are_joined_by_copying_and_the_plain_command(
+    whole_set, checkpoint, pairs, tmp_path
+):
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], *FEW_STEPS]
+    words += ["--data-path", pairs[0], "--cfg-scale", 2, "--samples-per-mask", 2]
+    for number in (1, 2):
+        call(sample_ddp, *words, "--sample-dir", tmp_path / f"node_{number}", "--shard", f"{number}/2")
+        shutil.copytree(tmp_path / f"node_{number}", tmp_path / "all", dirs_exist_ok=True)
+    kept = (tmp_path / "all" / "images" / "cell_1_0002.png").stat().st_mtime_ns
+    call(sample_ddp, *words, "--sample-dir", tmp_path / "all")
+    assert (tmp_path / "all" / "images" / "cell_1_0002.png").stat().st_mtime_ns == kept
+    found = {str(path.relative_to(tmp_path / "all")): path.read_bytes() for path in (tmp_path / "all").rglob("*.*")}
+    assert found == whole_set[1]
+
+
 def test_restart_makes_what_is_missing_or_torn_and_nothing_else(whole_set, checkpoint, pairs):
     folder, files = whole_set
     torn, missing, kept = (folder / "images" / f"cell_{n}.png" for n in ("0_0001", "4_0002", "2_0001"))

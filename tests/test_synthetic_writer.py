@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from script_helpers import write_pairs
+from script_helpers import ROOT, write_pairs
 
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -52,7 +54,9 @@ def masks(tmp_path_factory) -> MaskFolder:
     return MaskFolder(masks, DataConfig(image_size=16), image_dir=images)
 
 
-def writer_of(folder: Path, masks: MaskFolder, redraw: Redraw | None, **changes: object) -> SetWriter:
+def writer_of(
+    folder: Path, masks: MaskFolder, redraw: Redraw | None, shared: bool = False, **changes: object
+) -> SetWriter:
     note = None if redraw is None else {"min_fidelity": redraw.min_fidelity, "max_attempts": redraw.max_attempts}
     settings = {
         "seed": 3,
@@ -65,7 +69,7 @@ def writer_of(folder: Path, masks: MaskFolder, redraw: Redraw | None, **changes:
         "redraw": note,
     }
     writer = SetWriter(folder, masks, ImageFormat(3), plan_jobs(masks.names, 2, None), settings | changes)
-    writer.open()
+    writer.open(shared)
     return writer
 
 
@@ -93,6 +97,43 @@ def test_a_set_is_complete_and_read_back(masks, tmp_path):
     paths = [sample.columns[name] for sample in samples.samples for name in ("source_mask", "real_image")]
     assert not any(Path(path).is_absolute() for path in paths)
     assert samples.samples[2].source_mask.samefile(masks.paths["cell_1"])
+
+
+HOLD_SHARED = """if True:
+    import sys
+    from pathlib import Path
+    from common.disk import lock_folder
+    lock = lock_folder(Path(sys.argv[1]), "wait", shared=True)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_set_is_finished_by_the_launch_that_ends_last(masks, tmp_path):
+    make(tmp_path / "set", masks)
+    writer = writer_of(tmp_path / "set", masks, None, shared=True)
+    other = [sys.executable, "-c", HOLD_SHARED, tmp_path / "set"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(other, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        assert not writer.take_over()
+        with pytest.raises(InputError, match="another process works in this folder"):
+            writer_of(tmp_path / "set", masks, None)
+        process.stdin.close()
+    assert writer.take_over()
+    (tmp_path / "set" / "images" / "cell_0_0002.png").unlink()
+    assert not writer.take_over()
+    writer.close()
+
+
+def test_a_part_that_makes_images_anew_leaves_no_manifest_with_their_scores(masks, tmp_path):
+    make(tmp_path / "set", masks)
+    writer = writer_of(tmp_path / "set", masks, None, shared=True)
+    writer.forget([])
+    assert (tmp_path / "set" / "manifest.csv").exists()
+    writer.forget(["images/cell_0_0002.png"])
+    assert not (tmp_path / "set" / "manifest.csv").exists()
+    writer.close()
 
 
 def test_a_score_goes_with_the_image_that_it_was_of(masks, tmp_path):

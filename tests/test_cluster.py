@@ -1,0 +1,95 @@
+"""The batch scripts of cluster/, run with stand-ins for Slurm's commands (make test-slow)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from script_helpers import FEW_STEPS, ROOT, run, train_arguments, write_pairs
+
+from engine.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> tuple[Path, Path]:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """Environment of a job of one node and two processes. ``srun`` runs its command; ``scontrol`` notes a requeue."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    notes = tmp_path / "requeued"
+    scripts = {
+        "srun": 'exec "$@"',
+        "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {notes}; else echo localhost; fi',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "python": f'exec {sys.executable} "$@"',
+    }
+    for name, line in scripts.items():
+        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    job |= {"SLURM_GPUS_ON_NODE": "2", "REQUEUE_AFTER_SECONDS": "0", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+def processes_of(parent: int) -> list[int]:
+    """Process ids of all descendants, as Slurm signals every process of a step."""
+    found = subprocess.run(["pgrep", "--parent", str(parent)], capture_output=True, text=True, check=False).stdout
+    children = [int(line) for line in found.split()]
+    return [*children, *(below for child in children for below in processes_of(child))]
+
+
+def test_a_job_at_its_time_limit_saves_is_requeued_and_continues(pairs, slurm, tmp_path):
+    words = [str(word) for word in train_arguments(*pairs, tmp_path / "jobs", "cells", 60)[1:]]
+    script = ["bash", "cluster/train.sbatch", *words, "--ckpt-every", "1000"]
+    job = subprocess.Popen(script, cwd=ROOT, env=slurm, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "jobs" / "cells" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in processes_of(job.pid):
+        os.kill(process, signal.SIGUSR1)
+    _, said = job.communicate(timeout=100)
+    assert job.returncode != 0 and "leaving at step" in said
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+    (saved,) = (tmp_path / "jobs" / "cells" / "checkpoints").glob("*.pt")
+    assert 0 < int(saved.stem) < 60
+
+    again = subprocess.run(script, cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing after step {int(saved.stem)}" in again.stderr
+    run(*train_arguments(*pairs, tmp_path / "whole", "cells", 60), ranks=2)
+    one, other = (read_checkpoint(tmp_path / name / "cells/checkpoints/0000060.pt") for name in ("whole", "jobs"))
+    assert all(torch.equal(one[part][key], other[part][key]) for part in ("model", "ema") for key in one[part])
+
+
+def test_a_job_that_fails_at_once_is_not_requeued(pairs, slurm, tmp_path):
+    words = [str(word) for word in train_arguments(*pairs, tmp_path / "jobs", "cells", 60)[1:]]
+    script = ["bash", "cluster/train.sbatch", *words, "--data-path", str(tmp_path / "absent")]
+    job = {**slurm, "REQUEUE_AFTER_SECONDS": "600"}
+    failed = subprocess.run(script, cwd=ROOT, env=job, capture_output=True, text=True, timeout=200, check=False)
+    assert failed.returncode != 0 and "absent" in failed.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_the_tasks_of_an_array_make_a_whole_set(pairs, slurm, tmp_path):
+    run(*train_arguments(*pairs, tmp_path, "model", 2))
+    words = ["ODE", "--ckpt", tmp_path / "model" / "checkpoints" / "0000002.pt", "--mask-path", pairs[1], *FEW_STEPS]
+    for number in (8, 7, 9):
+        array = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "3"}
+        script = ["bash", "cluster/sample.sbatch", *map(str, words), "--sample-dir", str(tmp_path / "set")]
+        assert not (tmp_path / "set" / "manifest.csv").exists()
+        subprocess.run(script, cwd=ROOT, env=slurm | array, check=True, timeout=200)
+    assert len((tmp_path / "set" / "manifest.csv").read_text().splitlines()) == 7
