@@ -1,10 +1,11 @@
-"""New masks to generate images from: nuclei drawn from numbers, or a lab's own cells in new layouts.
+"""Masks: nuclei drawn from numbers, a lab's own cells in new layouts, or annotations of other programs.
 
     python make_masks.py simulate --output masks/ --count 500 --image-size 256 --cell-size 20 --density 0.15 --seed 0
     python make_masks.py simulate --output pairs/ --count 240 --image-size 128 --render       # with images to train on
     python make_masks.py recombine --instances LAB/instances --output masks/ --count 1000 --image-size 256
+    python make_masks.py convert ROIS --images IMAGES --output masks/          # annotations of other programs
 
-Written for every image NAME:
+simulate and recombine write for every image NAME:
     OUTPUT/instances/NAME.png   16-bit, 0 background, 1..n cells
     OUTPUT/masks/NAME.png       8-bit, 0 background, 255 cell
     OUTPUT/images/NAME.png      8-bit gray, with ``simulate --render``
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from common.arguments import fraction, non_negative_float, non_negative_int, pos
 from common.disk import SETTINGS, check_folder, lock_folder, write_atomically, write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
+from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
 from dataset.files import find_files, read_mask
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
@@ -197,6 +200,23 @@ def run_recombine(args: argparse.Namespace) -> None:
     print(f"{len(measurements)} images in {args.output}")
 
 
+def run_convert(args: argparse.Namespace) -> None:
+    """The sub-command ``convert``."""
+    images = args.images
+    in_array = images.is_file() and images.suffix.lower() == ".npy"
+    if in_array != (args.images_output is not None):
+        raise InputError("--images-output says where the images of an array (--images FILE.npy) go: give both, or none")
+    if args.class_colours and args.class_colours != ["cells"]:
+        wrong = [word for word in args.class_colours if not re.fullmatch("[0-9a-fA-F]{6}", word)]
+        if wrong:
+            raise InputError(f"--class-colours {wrong[0]}: a colour is RRGGBB, such as ff0000")
+    if in_array:
+        images = unpack_images(images, args.images_output)
+    settings = ConvertSettings(args.format, args.kind, args.classes or (), args.class_colours or ())
+    result = convert(args.input, images, args.output, settings)
+    print("\n".join([*result.lines(), f"written: {args.output}"]))
+
+
 def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:
     """What settings.json says of a set."""
     return {"command": command, "generator": GENERATORS[command], **asdict(settings)}
@@ -337,11 +357,45 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="annotations of other programs to label images",
+        description="Turn annotations of other programs into label images that train.py takes. Ids are kept. Where "
+        "cells overlap, the smaller one keeps the pixels.",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="file or folder of annotations")
+    parser.add_argument("--images", type=Path, required=True, metavar="IMAGES", help="their images, of the same names")
+    parser.add_argument("--output", type=Path, required=True, metavar="MASKS", help="new folder for label TIFFs")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="cellpose: _seg.npy; imagej: .roi and .zip; qupath: GeoJSON; coco, labelme: JSON; colours: pictures whose "
+        "colours are classes; pages: one cell per page; planes: .npy of (images, height, width, classes), as PanNuke "
+        "(default: by each file's suffix and content)",
+    )
+    parser.add_argument("--kind", choices=MAPS, default="instances", help="draw ids of cells, or numbers of classes")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="draw cells of these classes only; their order gives the numbers"
+    )
+    parser.add_argument(
+        "--class-colours",
+        nargs="+",
+        metavar="RRGGBB",
+        help="colour of each class, background first; or the word cells, if every colour but black is a cell",
+    )
+    parser.add_argument(
+        "--images-output", type=Path, metavar="FOLDER", help="with --images FILE.npy: new folder for its images"
+    )
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="simulate|recombine")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="simulate|recombine|convert")
     _add_simulate(commands)
     _add_recombine(commands)
+    _add_convert(commands)
     args = parser.parse_args(argv)
     if args.command == "recombine" and args.gap is None:
         args.gap = 0 if args.max_overlap else 1
@@ -350,6 +404,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
+    if args.command == "convert":
+        run_convert(args)
+        return
     check_args(args)
     if args.image_size is not None and len(args.image_size) == 1:
         args.image_size = args.image_size * 2

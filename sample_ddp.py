@@ -11,7 +11,7 @@ The same command runs without torchrun. It writes
     SAMPLE_DIR/manifest.csv          one row per image: mask, seed, index, view, solver, checkpoint
     SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
     SAMPLE_DIR/settings.json         what the set was made with
-    SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco: as these segmenters read it
+    SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco | roi | geojson: as these programs read it
     SAMPLE_DIR/attempts/NAME.json    with --min-fidelity, which draws again what does not follow its mask
 
 Run the same command to continue: it makes images that are missing or torn, and refuses a folder made with other
@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         group.add_argument(
             "--export", nargs="+", choices=["plain", *EXPORTS], default=["plain"],
-            help="also write the set in the formats of these segmenters; plain: the set only",
+            help="also write the set in the formats of these programs (roi: Fiji, geojson: QuPath); plain: no more",
         )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID programs, as SiT does")
         group.add_argument(

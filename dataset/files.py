@@ -34,6 +34,7 @@ IMAGE_ENDING = "_img"
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 _BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"
+_ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,11 @@ def _what_instead(
     """What a folder without the files that are looked for holds, and what to give."""
     segs = sum(name.endswith("_seg.npy") for name in by_products)
     if segs and not what.startswith("image"):
-        return (
-            f" but {segs} _seg.npy of Cellpose, which run code when they are read: save the masks as PNG or TIFF from "
-            "Cellpose's File menu, and give those"
-        )
+        return f" but {segs} _seg.npy of Cellpose: make_masks.py convert turns them into label images"
+    annotations = [name for name in others if name.lower().endswith(_ANNOTATIONS)]
+    if annotations and not what.startswith("image"):
+        first = list_some(annotations, 1)
+        return f" but annotations of another program ({first}): make_masks.py convert turns them into label images"
     inner = [name for name in others if (folder / name).is_dir()]
     wanted = next((name for name in inner if name.startswith(what)), None)
     if wanted is None:
@@ -186,7 +188,7 @@ def find_images_and_masks(image_dir: str | Path, mask_dir: str | Path) -> tuple[
 
 def _seg_hint(folder: Path) -> str:
     segs = sum(path.name.endswith("_seg.npy") for path in folder.iterdir())
-    return f"; {segs} _seg.npy of Cellpose are no masks yet: save PNG or TIFF from its File menu" if segs else ""
+    return f"; {segs} _seg.npy of Cellpose are no masks yet: make_masks.py convert makes label images" if segs else ""
 
 
 def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:

@@ -1,10 +1,14 @@
-"""A synthetic set in the layout that a segmenter reads: Cellpose, StarDist, COCO.
+"""A synthetic set in the layout that segmenters and annotation programs read: Cellpose, StarDist, COCO, Fiji, QuPath.
 
 Written beside the set that sample_ddp.py made, from its images and labels:
 
     SAMPLE_DIR/cellpose/NAME_img.tif, NAME_masks.tif       uint16 ids, 0 background
     SAMPLE_DIR/stardist/images/NAME.tif, masks/NAME.tif    the same
     SAMPLE_DIR/coco/annotations.json, images/NAME.png      one run-length-encoded annotation per cell
+    SAMPLE_DIR/roi/images/NAME.png, rois/NAME.zip          ROIs of ImageJ and Fiji, named by the ids
+    SAMPLE_DIR/geojson/images/NAME.png, annotations/NAME.geojson    objects of QuPath, named by the ids
+
+The outlines of ROIs and objects run along the edges of the pixels: they enclose the same pixels as the label.
 
 An image of several channels that is no RGB becomes a TIFF: of one plane per channel (axes CYX), but for StarDist, which
 expects channels last.
@@ -16,8 +20,10 @@ instances: every connected region of a class is one cell.
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +34,7 @@ from scipy import ndimage
 from common.cells import without_gaps
 from common.disk import write_atomically, write_json
 from common.errors import InputError
+from dataset.annotations.outlines import outlines
 from dataset.files import encode_tiff, read_image_and_kind, read_mask
 from dataset.masks import MaskRule
 from synthetic.manifest import label_path
@@ -163,14 +170,75 @@ def _coco(folder: Path, pairs: Iterator[ExportedPair]) -> None:
                     "iscrowd": 0,
                 }
             )
-    named = [
-        {"id": number, "name": "cell" if number == 1 else f"class {number}"} for number in sorted(categories | {1})
-    ]
+    named = [{"id": number, "name": class_name(number)} for number in sorted(categories | {1})]
     write_json(folder / "annotations.json", {"images": images, "annotations": annotations, "categories": named})
+
+
+def class_name(number: int) -> str:
+    """Name of a class, from 1."""
+    return "cell" if number == 1 else f"class {number}"
+
+
+def _cells(pair: ExportedPair) -> Iterator[tuple[int, str, list[list[np.ndarray]]]]:
+    """Id, name of the class and outlines of every cell, in corners of the whole image."""
+    cells = without_gaps(pair.instance_map)
+    numbers = np.unique(pair.instance_map[pair.instance_map > 0]).tolist()
+    for index, (number, place) in enumerate(zip(numbers, ndimage.find_objects(cells), strict=True), start=1):
+        region = cells[place] == index
+        name = class_name(int(np.bincount(pair.class_map[place][region]).argmax()))
+        offset = (place[1].start, place[0].start)
+        yield number, name, [[ring + offset for ring in polygon] for polygon in outlines(region)]
+
+
+def _copy_image(folder: Path, pair: ExportedPair, beside: str) -> Path:
+    """Copy the image; the folder for what belongs to it."""
+    for name in ("images", beside):
+        (folder / name).mkdir(exist_ok=True)
+    shutil.copyfile(pair.image_path, folder / "images" / pair.image_path.name)
+    return folder / beside
+
+
+def _roi(folder: Path, pairs: Iterator[ExportedPair]) -> None:
+    from dataset.annotations.imagej import roi_of
+
+    for pair in pairs:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+            for number, _, polygons in _cells(pair):
+                entry = zipfile.ZipInfo(f"{number}.roi")  # of a fixed time: the same set gives the same bytes
+                archive.writestr(entry, roi_of([ring for rings in polygons for ring in rings], str(number)).tobytes())
+        path = _copy_image(folder, pair, "rois") / f"{pair.name}.zip"
+        write_atomically(path, lambda file, content=content: file.write(content.getvalue()))
+
+
+def _geojson(folder: Path, pairs: Iterator[ExportedPair]) -> None:
+    for pair in pairs:
+        features = []
+        for number, name, polygons in _cells(pair):
+            closed = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in polygons]
+            single = len(closed) == 1
+            features.append(
+                {
+                    "type": "Feature",
+                    "geometry": {
+                        "type": "Polygon" if single else "MultiPolygon",
+                        "coordinates": closed[0] if single else closed,
+                    },
+                    "properties": {
+                        "objectType": "annotation",
+                        "name": str(number),
+                        "classification": {"name": name},
+                    },
+                }
+            )
+        path = _copy_image(folder, pair, "annotations") / f"{pair.name}.geojson"
+        write_json(path, {"type": "FeatureCollection", "features": features})
 
 
 EXPORTS: dict[str, Callable[[Path, Iterator[ExportedPair]], None]] = {
     "cellpose": _cellpose,
     "stardist": _stardist,
     "coco": _coco,
+    "roi": _roi,
+    "geojson": _geojson,
 }

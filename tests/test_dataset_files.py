@@ -576,7 +576,7 @@ def test_nuclei_that_overlap_a_little_are_still_one_image(tmp_path):
 def test_a_folder_of_seg_npy_is_explained(tmp_path):
     for number in range(6):
         np.save(tmp_path / f"f{number}_seg.npy", np.zeros(3))
-    with pytest.raises(InputError, match="holds no mask files but 6 _seg.npy of Cellpose.*File menu"):
+    with pytest.raises(InputError, match="holds no mask files but 6 _seg.npy of Cellpose.*make_masks.py convert"):
         find_files(tmp_path, "mask")
     save(tmp_path / "f0.png", noise(5, 6))
     with pytest.raises(InputError, match="_masks.*6 _seg.npy of Cellpose"):
@@ -598,3 +598,10 @@ def test_name_mask_pairs_like_name_masks_and_names_that_look_alike_are_explained
     mask.rename(tmp_path / "masks" / "A.png")
     with pytest.raises(InputError, match="capital letters or spaces only: a"):
         pair_files(tmp_path / "images", tmp_path / "masks")
+
+
+@pytest.mark.parametrize("name", ["RoiSet.zip", "a.roi", "a.geojson", "coco.json"])
+def test_a_folder_of_annotations_is_sent_to_convert(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"annotations of another program .{name}.: make_masks.py convert"):
+        find_files(tmp_path, "mask")

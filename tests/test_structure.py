@@ -180,7 +180,6 @@ STILL_IDLE = {
     "extract_all(batch_size)",
     "find_weights(folder)",
     "grid_image(pad)",
-    "list_some(most)",
     "near_duplicates(block)",
     "near_duplicates(least)",
     "real_components(most)",
@@ -283,6 +282,23 @@ def loads_code(name: str, call: ast.Call) -> bool:
 def test_loading_a_file_never_runs_code_from_it():
     assert places(SOURCES + SCRIPTS, loads_code) == []
     assert places(SOURCES, lambda name, call: name == "torch.load"), "the guard above has nothing to guard"
+
+
+UNPICKLES = Path("dataset/annotations/cellpose.py")  # with a list of what it takes
+
+
+def test_one_reader_unpickles_and_takes_plain_data_only():
+    named = {ast.unparse(node) for path in SOURCES + SCRIPTS for node in ast.walk(tree(path))
+             if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pickle.")}  # fmt: skip
+    assert named == {"pickle.Unpickler", "pickle.UnpicklingError"}
+    for path in SOURCES + SCRIPTS:
+        knows = {"pickle", "_pickle", "dill", "joblib", "cloudpickle"} & set(imports(tree(path), owner(path)))
+        assert not knows or path.relative_to(ROOT) == UNPICKLES, path
+    reader = next(node for node in tree(ROOT / UNPICKLES).body if isinstance(node, ast.ClassDef))
+    assert [ast.unparse(base) for base in reader.bases] == ["pickle.Unpickler"]
+    assert [node.name for node in reader.body if isinstance(node, ast.FunctionDef)] == ["find_class"]
+    (refusal,) = [node for node in ast.walk(reader) if isinstance(node, ast.If)]
+    assert ast.unparse(refusal.test).endswith("not in PLAIN") and isinstance(refusal.body[0], ast.Raise)
 
 
 def test_torch_load_goes_by_its_full_name():

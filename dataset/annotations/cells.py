@@ -1,0 +1,169 @@
+"""Cells of one image as other programs give them, and the label image that they make together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+from skimage.draw import polygon2mask
+
+LARGEST_ID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        top, left: place of the mask's first pixel in the image; they may lie outside of it.
+        mask: (h, w) bool, the pixels of the cell.
+        number: its id in the file; None if it has none.
+        name: of its class; empty if it has none.
+        unusable: why it is no cell, such as "a line"; empty if it is one.
+    """
+
+    top: int
+    left: int
+    mask: np.ndarray
+    number: int | None = None
+    name: str = ""
+    unusable: str = ""
+
+    @classmethod
+    def none(cls, unusable: str) -> Cell:
+        """An entry of the file that encloses no pixels."""
+        return cls(0, 0, np.zeros((0, 0), bool), unusable=unusable)
+
+
+@dataclass
+class CellCounts:
+    """What became of the cells of one image.
+
+    Attributes:
+        read: entries of the file.
+        written: cells of the label image.
+        overlapping: cells that share a pixel with another one.
+        outside: cells that reach beyond the image.
+        dropped: reason -> number of entries that are not in the label image.
+    """
+
+    read: int = 0
+    written: int = 0
+    overlapping: int = 0
+    outside: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def rings_to_cell(rings: Sequence[np.ndarray], number: int | None = None, name: str = "") -> Cell:
+    """The pixels whose centre lies inside of an outline. A ring inside of another one is a hole.
+
+    Args:
+        rings: (n, 2) each, x and y of the corners. The centre of the first pixel is at (0.5, 0.5), as in ImageJ and
+            QuPath.
+        number: id of the cell.
+        name: of its class.
+    """
+    rings = [np.asarray(ring, np.float64) for ring in rings if len(ring) >= 3]
+    points = np.concatenate(rings) if rings else np.zeros((0, 2))
+    if not len(points):
+        return Cell.none("no outline")
+    if not np.isfinite(points).all() or np.abs(points).max() > 2**24:
+        return Cell.none("coordinates that no image has")
+    left, top = (math.floor(value) for value in points.min(axis=0))
+    right, bottom = (math.ceil(value) for value in points.max(axis=0))
+    mask = np.zeros((max(bottom - top, 1), max(right - left, 1)), bool)
+    for ring in rings:
+        mask ^= polygon2mask(mask.shape, ring[:, ::-1] - (top + 0.5, left + 0.5))
+    return Cell(top, left, mask, number, name)
+
+
+def labels_to_cells(labels: np.ndarray, names: Mapping[int, str] | None = None) -> list[Cell]:
+    """Cells of a label image (H, W), 0 background, with their ids."""
+    labels = labels.astype(np.int64, copy=False)
+    numbers, compact = np.unique(labels, return_inverse=True)
+    compact = compact.reshape(labels.shape)
+    if len(numbers) and numbers[0] != 0:  # no background
+        compact, numbers = compact + 1, np.concatenate([[0], numbers])
+    return [
+        Cell(place[0].start, place[1].start, compact[place] == index, int(number), (names or {}).get(int(number), ""))
+        for index, (number, place) in enumerate(zip(numbers[1:], ndimage.find_objects(compact), strict=True), start=1)
+    ]
+
+
+def numbered(cells: Sequence[Cell]) -> list[int]:
+    """Ids of cells: those of the file if every cell has one of its own, else 1..n in their order.
+
+    Raises:
+        ValueError: two cells have one id, or an id does not fit a label image.
+    """
+    numbers = [cell.number for cell in cells]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
+        return list(range(1, len(cells) + 1))
+    twice = [number for number, count in Counter(known).items() if count > 1]
+    if twice:
+        raise ValueError(f"has two cells of the id {twice[0]}")
+    if known and not 0 < min(known) <= max(known) <= LARGEST_ID:
+        raise ValueError(f"holds ids from {min(known)} to {max(known)}: 1 to {LARGEST_ID} are possible")
+    return known
+
+
+def draw_cells(
+    cells: Iterable[Cell], shape: tuple[int, int], names: Sequence[str] | None = None, as_classes: bool = False
+) -> tuple[np.ndarray, CellCounts]:
+    """One label image of all cells. Where cells overlap, the smaller one keeps the pixels, so that none vanishes.
+
+    Args:
+        cells: in the order of the file.
+        shape: height and width of the image.
+        names: of the classes that are drawn; cells of others are dropped. None draws all.
+        as_classes: draw the place of a cell's class in ``names``, from 1, and not its id.
+
+    Returns:
+        (H, W) uint16, int32 if an id needs it; what became of the cells.
+
+    Raises:
+        ValueError: the ids of the cells are not different, or do not fit.
+    """
+    everything = list(cells)
+    counts = CellCounts(read=len(everything))
+    dropped: Counter[str] = Counter(cell.unusable for cell in everything if cell.unusable)
+    usable = [cell for cell in everything if not cell.unusable]
+    if names is not None:
+        dropped["another class"] = sum(cell.name not in names for cell in usable)
+        usable = [cell for cell in usable if cell.name in names]
+    ids = numbered(usable)
+    drawn = np.zeros(shape, np.int32)  # place of the cell in ``placed``, from 1
+    claims = np.zeros(shape, np.uint16)
+    placed = []
+    for number, cell in sorted(zip(ids, usable, strict=True), key=lambda one: -np.count_nonzero(one[1].mask)):
+        part, inside = _inside(cell, shape)
+        counts.outside += np.count_nonzero(inside) < np.count_nonzero(cell.mask)
+        if not inside.any():
+            dropped["outside of the image" if cell.mask.any() else "no pixel"] += 1
+            continue
+        placed.append((number, cell, part, inside))
+        claims[part] += inside
+        drawn[part][inside] = len(placed)
+    counts.overlapping = sum(bool((claims[part][inside] > 1).any()) for _, _, part, inside in placed)
+    left = np.bincount(drawn.ravel(), minlength=len(placed) + 1)[1:]
+    dropped["covered by smaller cells"] = int(np.count_nonzero(left == 0))
+    counts.written = int(np.count_nonzero(left))
+    counts.dropped = {reason: count for reason, count in sorted(dropped.items()) if count}
+    values = {name: place for place, name in enumerate(names or (), start=1)}
+    table = [0] + [values[cell.name] if as_classes else number for number, cell, _, _ in placed]
+    dtype = np.uint16 if max(table) < 2**16 else np.int32
+    return np.array(table, dtype)[drawn], counts
+
+
+def _inside(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
+    """The part of the image that a cell's mask lies on, and the mask there."""
+    height, width = cell.mask.shape
+    top, left = max(cell.top, 0), max(cell.left, 0)
+    bottom, right = max(min(cell.top + height, shape[0]), top), max(min(cell.left + width, shape[1]), left)
+    inside = cell.mask[top - cell.top : bottom - cell.top, left - cell.left : right - cell.left]
+    return (slice(top, bottom), slice(left, right)), inside

@@ -1,0 +1,73 @@
+"""Label images in colours: a colour is a class, or every colour is a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError, list_some
+from dataset.annotations.cells import Cell, labels_to_cells
+from dataset.files import FileError, read_image, read_mask_and_table
+
+MANY_COLOURS = 16
+EACH_A_CELL = "cells"
+
+
+def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[Cell]:
+    """The regions of a label image in colours, numbered by their class, or by cell.
+
+    Args:
+        path: an image file.
+        size: of its image.
+        colours: of the classes as RRGGBB, background first; ("cells",): every colour but black is a cell; none: the
+            numbers of the file's own colour table are the classes.
+
+    Raises:
+        FileError: colours that are not given.
+        InputError: none are given, and the file has no colour table.
+    """
+    table = read_mask_table(path) if not colours else None
+    if table is not None:
+        return labels_to_cells(table, {number: f"class {number}" for number in np.unique(table).tolist()})
+    image = read_image(path)
+    if image.shape[:2] != size:
+        raise FileError(path, f"has {image.shape[1]} x {image.shape[0]} pixels, but its image {size[1]} x {size[0]}")
+    if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
+        raise FileError(path, "is no label image in colours: 8-bit RGB is needed, without transparency")
+    packed = np.repeat(image, 3 // image.shape[2], axis=2).astype(np.int64) @ np.array([65536, 256, 1])
+    values, counts = np.unique(packed, return_counts=True)
+    if not colours:
+        raise InputError(_which_colours(path, values, counts), "class_colours")
+    if list(colours) == [EACH_A_CELL]:
+        return labels_to_cells(np.where(packed > 0, np.searchsorted(values, packed) + (values[0] > 0), 0))
+    known = [int(colour, 16) for colour in colours]
+    others = [f"{value:06x}" for value in values.tolist() if value not in known]
+    if others:
+        hint = "; JPEG changes colours at edges: save PNG" if len(others) > MANY_COLOURS else ""
+        raise FileError(path, f"holds {len(others)} colours that are not given: {list_some(others)}{hint}")
+    classes = np.zeros(size, np.int64)
+    for number, value in enumerate(known):
+        classes[packed == value] = number
+    return labels_to_cells(classes, {number: f"class {number}" for number in range(len(known))})
+
+
+def read_mask_table(path: Path) -> np.ndarray | None:
+    """The numbers of a file with a colour table of colours; None for other files."""
+    try:
+        mask, table = read_mask_and_table(path)
+    except FileError:
+        return None  # colours without a table
+    return mask if table == "coloured" else None
+
+
+def _which_colours(path: Path, values: np.ndarray, counts: np.ndarray) -> str:
+    """What to give: the colours of this file, the most frequent first."""
+    if len(values) > MANY_COLOURS:
+        return f"{path} holds {len(values)} colours: if each is a cell, give class_colours={EACH_A_CELL}"
+    ordered = " ".join(f"{value:06x}" for value in values[np.argsort(-counts)].tolist())
+    return (
+        f"{path} holds the colours {ordered}: give the colour of each class, background first, or say that each is a "
+        f"cell (class_colours={EACH_A_CELL})"
+    )

@@ -1,0 +1,303 @@
+"""Annotations of a folder to label images: which reader a file needs, which image it belongs to, and the report."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.disk import write_atomically, write_csv
+from common.errors import InputError, list_some
+from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
+from dataset.annotations.cells import Cell, CellCounts, draw_cells
+from dataset.files import IMAGE_ENDING, IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
+
+Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
+FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
+MAPS = ("instances", "classes")
+REPORT = "report.csv"
+# What programs put behind the name of the image. Longer ones come first.
+ENDINGS = ("_annotations", "_cp_masks", "_RoiSet", "_labels", "_masks", "_rois", "_mask", "_seg")
+_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".roi", ".zip", ".json", ".geojson")
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What is asked for.
+
+    Attributes:
+        format_name: one of ``FORMATS``; "auto" decides for every file by its suffix and content.
+        kind: one of ``MAPS``; "instances" draws ids of cells, "classes" numbers of classes.
+        classes: names of the classes in the order of their numbers, from 1; only cells of these are drawn. Empty: all.
+        class_colours: see ``colours.cells_of``.
+    """
+
+    format_name: str = "auto"
+    kind: str = "instances"
+    classes: Sequence[str] = ()
+    class_colours: Sequence[str] = ()
+
+
+@dataclass
+class Conversion:
+    """What became of a folder of annotations.
+
+    Attributes:
+        counts: image -> what became of its cells.
+        without: images that have no annotations.
+        lonely: annotations that have no image.
+    """
+
+    counts: dict[str, CellCounts] = field(default_factory=dict)
+    without: list[str] = field(default_factory=list)
+    lonely: list[str] = field(default_factory=list)
+
+    def lines(self, most: int = 20) -> list[str]:
+        """The report: totals, and the images where something did not go through as it is."""
+        total = CellCounts()
+        reasons: Counter[str] = Counter()
+        for one in self.counts.values():
+            total.read, total.written = total.read + one.read, total.written + one.written
+            total.overlapping, total.outside = total.overlapping + one.overlapping, total.outside + one.outside
+            reasons.update(one.dropped)
+        lines = [f"{len(self.counts)} label images; {_in_words(total, reasons)}"]
+        odd = [
+            f"{name}: {_in_words(one, one.dropped)}"
+            for name, one in self.counts.items()
+            if one.dropped or one.overlapping or one.outside
+        ]
+        lines += odd[:most] + ([f"and {len(odd) - most} more images, see {REPORT}"] if len(odd) > most else [])
+        if self.without:
+            lines.append(f"{len(self.without)} images have no annotations: {list_some(self.without)}")
+        if self.lonely:
+            lines.append(f"{len(self.lonely)} annotations have no image: {list_some(self.lonely)}")
+        return lines
+
+
+def _in_words(counts: CellCounts, dropped: Mapping[str, int]) -> str:
+    words = [f"{counts.read} cells read, {counts.written} written"]
+    words += [f"{count} dropped ({reason})" for reason, count in sorted(dropped.items())]
+    if counts.overlapping:
+        words.append(f"{counts.overlapping} overlap (the smaller cell keeps the pixels)")
+    if counts.outside:
+        words.append(f"{counts.outside} reach beyond the image")
+    return ", ".join(words)
+
+
+def convert(source: Path, images: Path, output: Path, settings: ConvertSettings) -> Conversion:
+    """Write a label TIFF for every image that has annotations, and ``report.csv``.
+
+    All files are read before the first one is written.
+
+    Args:
+        source: file or folder of annotations.
+        images: file or folder of their images.
+        output: new folder.
+        settings: what is asked for.
+
+    Raises:
+        InputError: files that cannot be read, nothing that pairs, or a folder that holds something.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty: give a new folder")
+    if settings.kind == "classes" and not settings.classes:
+        raise InputError(_which_classes(source, images, settings), "classes")
+    result, labels, errors = Conversion(), {}, []
+    paths = {"image": images} if images.is_file() else find_files(images, "image")
+    pairs, result.without, result.lonely = _pair(source, images, paths, settings)
+    for name, load in tqdm(pairs.items(), desc="converting", unit="image", disable=None):
+        try:
+            size = read_image(paths[name]).shape[:2]
+            label, result.counts[name] = draw_cells(
+                load(size), size, settings.classes or None, as_classes=settings.kind == "classes"
+            )
+            labels[name] = encode_tiff(label)
+        except FileError as error:
+            errors.append(str(error))
+        except InputError:
+            raise
+        except ValueError as error:
+            errors.append(f"annotations of {name}: {error}")
+    if errors:
+        raise InputError(f"{len(errors)} of {len(pairs)} annotations cannot be used: {list_some(errors)}")
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in labels.items():
+        write_atomically(output / f"{paths[name].name.rpartition('.')[0]}.tif", partial(_write, content))
+    _write_report(result, output / REPORT)
+    return result
+
+
+def _write(content: bytes, file) -> None:
+    file.write(content)
+
+
+def _write_report(result: Conversion, path: Path) -> None:
+    rows = [
+        (
+            name,
+            one.read,
+            one.written,
+            one.overlapping,
+            one.outside,
+            "; ".join(f"{n} {r}" for r, n in one.dropped.items()),
+        )
+        for name, one in result.counts.items()
+    ]
+    write_csv(path, ("image", "read", "written", "overlapping", "outside", "dropped"), rows)
+
+
+# --- which file belongs to which image -------------------------------------------------------------------------------
+
+
+def _pair(
+    source: Path, images: Path, paths: Mapping[str, Path], settings: ConvertSettings
+) -> tuple[dict[str, Load], list[str], list[str]]:
+    """Annotations by the name of their image, images without annotations, annotations without an image."""
+    files = _files(source)
+    loads: dict[str, Load] = {}
+    for file in files:
+        for name, load in _loads(file, paths, settings).items():
+            if name in loads:
+                raise InputError(f"{source} holds two annotations of {name}: keep one of them")
+            loads[name] = load
+    if not loads:
+        raise InputError(f"{source} holds no annotations: {' '.join(_SUFFIXES)} are read")
+    if images.is_file() and len(loads) == 1:  # one of each: whatever their names
+        return {"image": next(iter(loads.values()))}, [], []
+    by_name = {stem: stem for stem in paths} | {stem.removesuffix(IMAGE_ENDING): stem for stem in paths}
+    if images.is_file():
+        by_name = {_stem(images): "image"}
+    pairs = {by_name[name]: load for name, load in loads.items() if name in by_name}
+    if not pairs:
+        raise InputError(
+            f"no annotation of {source} has the name of an image in {images}: annotations are named "
+            f"{list_some(list(loads))}, images {list_some(list(paths))}"
+        )
+    lonely = sorted(name for name in loads if name not in by_name)
+    return dict(sorted(pairs.items())), sorted(set(paths) - set(pairs)), lonely
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputError(f"{source}: no such file or folder")
+    return sorted(
+        path
+        for path in source.iterdir()
+        if path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _stem(path: Path) -> str:
+    """The name of the image that a file of annotations belongs to."""
+    stem = path.name.removesuffix(path.suffix)
+    for suffix in IMAGE_SUFFIXES:  # NAME.tif.geojson
+        stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
+    stem = stem.removesuffix(".ome")
+    ending = next((one for one in ENDINGS if stem.endswith(one) and stem != one), "")
+    return unicodedata.normalize("NFC", stem.removesuffix(ending))
+
+
+def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> dict[str, Load]:
+    """What reads a file, by the name of the image; several names for files of many images."""
+    name = _format_of(path) if settings.format_name == "auto" else settings.format_name
+    if name == "coco":
+        return coco.sources(path)
+    if name == "planes":
+        return _planes(path, list(paths))
+    if name == "colours":
+        return {_stem(path): partial(colours.cells_of, path, colours=settings.class_colours)}
+    readers = {
+        "cellpose": cellpose.cells_of,
+        "imagej": imagej.cells_of,
+        "qupath": geojson.cells_of,
+        "labelme": labelme.cells_of,
+        "pages": stacks.cells_of,
+    }
+    return {_stem(path): partial(readers[name], path)}
+
+
+def _format_of(path: Path) -> str:
+    """The format of a file by its suffix, and by its content if several have that suffix."""
+    suffix = path.suffix.lower()
+    if path.name.endswith("_seg.npy"):
+        return "cellpose"
+    if suffix in (".roi", ".zip"):
+        return "imagej"
+    if suffix == ".geojson":
+        return "qupath"
+    if suffix == ".json":
+        content = geojson.read_json(path)
+        keys = set(content) if isinstance(content, dict) else set()
+        return "labelme" if "shapes" in keys else "coco" if {"images", "annotations"} <= keys else "qupath"
+    if suffix == ".npy":
+        return "planes" if stacks.is_image_stack(path) else "pages"
+    return "pages" if suffix in (".tif", ".tiff") and stacks.has_pages(path) else "colours"
+
+
+def _planes(path: Path, names: Sequence[str]) -> dict[str, Load]:
+    """An array of N images: they belong to the N images in the order of their names."""
+    array = stacks.read_array(path)
+    if array.ndim != 4 or len(array) != len(names):
+        shape = " x ".join(map(str, array.shape))
+        raise FileError(path, f"has the shape {shape}: ({len(names)}, height, width, classes) is needed, one per image")
+
+    def load(index: int, size: tuple[int, int]) -> list[Cell]:
+        if array.shape[1:3] != size:
+            raise FileError(path, f"has {array.shape[2]} x {array.shape[1]} pixels, but an image {size[1]} x {size[0]}")
+        return stacks.cells_of_planes(path, np.asarray(array[index]))
+
+    return {name: partial(load, index) for index, name in enumerate(sorted(names))}
+
+
+def _which_classes(source: Path, images: Path, settings: ConvertSettings) -> str:
+    """What to give: the names of all classes, the most frequent first."""
+    paths = {"image": images} if images.is_file() else find_files(images, "image")
+    pairs, *_ = _pair(source, images, paths, settings)
+    names = Counter(cell.name for cell in _all_cells(pairs, paths) if not cell.unusable)
+    found = " ".join(f"{name!r}" if " " in name else name for name, _ in names.most_common() if name)
+    without = f" {names['']} cells have none." if names[""] else ""
+    return (
+        f"classes: give their names in the order of their numbers, from 1; {source} holds: {found or 'none'}.{without}"
+    )
+
+
+def _all_cells(pairs: Mapping[str, Load], paths: Mapping[str, Path]) -> Iterator[Cell]:
+    for name, load in pairs.items():
+        yield from load(read_image(paths[name]).shape[:2])
+
+
+# --- images in one array ---------------------------------------------------------------------------------------------
+
+
+def unpack_images(array_path: Path, folder: Path) -> Path:
+    """Write the images of a (N, H, W) or (N, H, W, 3) array as files of their own, as PanNuke's need it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the folder holds something, or the array no images.
+    """
+    array = stacks.read_array(array_path)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: give a new folder")
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
+        shape = " x ".join(map(str, array.shape))
+        raise FileError(array_path, f"has the shape {shape}: (images, height, width) or (images, height, width, 3)")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(len(array)):
+        image = np.asarray(array[index])
+        if image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 255 and (image == np.round(image)).all():
+            image = image.astype(np.uint8)  # PanNuke keeps 8-bit colours as float64
+        image = image.reshape(*image.shape[:2], -1)
+        suffix = ".png" if image.dtype in (np.uint8, np.uint16) else ".tif"
+        write_atomically(folder / f"{array_path.stem}_{index:06d}{suffix}", partial(_write, encode_image(image)))
+    return folder

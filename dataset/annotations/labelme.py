@@ -1,0 +1,63 @@
+"""LabelMe JSON: one file per image; polygons, rectangles, circles and painted masks."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dataset.annotations.cells import Cell, rings_to_cell
+from dataset.annotations.geojson import read_json, union
+from dataset.decode import FileError
+
+CIRCLE_CORNERS = 90
+
+
+def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
+    """The cells of a file, numbered 1..n. Shapes of one label and one group are one cell.
+
+    Raises:
+        FileError: it is no LabelMe file, or of an image of another size.
+    """
+    content = read_json(path)
+    try:
+        stated = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
+        if stated != size:
+            raise FileError(path, f"is of {stated[1]} x {stated[0]} pixels, but its image has {size[1]} x {size[0]}")
+        groups: dict[Any, list[Cell]] = {}
+        for place, shape in enumerate(content["shapes"]):
+            group = shape.get("group_id")
+            key = (place,) if group is None else (group, shape["label"])
+            groups.setdefault(key, []).append(_shape(shape))
+    except FileError:
+        raise
+    except Exception as error:  # noqa: BLE001 - odd values raise nearly any type
+        raise FileError(path, "is no LabelMe file", f"{type(error).__name__}: {error}"[:120]) from None
+    cells = []
+    for parts in groups.values():
+        usable = [one for one in parts if not one.unusable]
+        cells.append(union(usable, len(cells) + 1, usable[0].name) if usable else parts[0])
+    return cells
+
+
+def _shape(shape: dict[str, Any]) -> Cell:
+    kind, points, name = shape.get("shape_type", "polygon"), np.array(shape["points"], float), str(shape["label"])
+    if kind == "polygon":
+        return rings_to_cell([points], name=name)
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+        return rings_to_cell([np.array([[left, top], [right, top], [right, bottom], [left, bottom]])], name=name)
+    if kind == "circle":
+        angles = np.arange(CIRCLE_CORNERS) * (2 * np.pi / CIRCLE_CORNERS)
+        radius = np.hypot(*(points[1] - points[0]))
+        return rings_to_cell([points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)], name=name)
+    if kind == "mask":
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"])), formats=["PNG"]) as picture:
+            mask = np.array(picture) > 0
+        left, top = np.floor(points.min(axis=0)).astype(int)
+        return Cell(int(top), int(left), mask, name=name)
+    return Cell.none(f"a {kind}")

@@ -1,0 +1,443 @@
+"""Annotations of other programs become label images with known pixels; what is odd is counted, named or refused."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import roifile
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from script_helpers import run_here
+
+import make_masks
+from common.errors import InputError
+from dataset.annotations import cellpose
+from dataset.annotations.cells import Cell, draw_cells, rings_to_cell
+from dataset.annotations.convert import ConvertSettings, convert, unpack_images
+from dataset.annotations.outlines import outlines
+from dataset.files import FileError, read_mask
+from dataset.masks import MaskRule
+from synthetic.export import EXPORTS, export_set
+
+SIZE = (40, 52)
+
+
+def drawn() -> np.ndarray:
+    """(40, 52) uint16, ids with gaps: a square, a ring, a cell of two pieces, two that touch at a corner."""
+    labels = np.zeros(SIZE, np.uint16)
+    labels[2:9, 3:11] = 4
+    labels[12:24, 5:17] = 9
+    labels[15:20, 8:13] = 0
+    labels[3:8, 20:26] = labels[3:8, 30:34] = 300
+    labels[26:30, 20:24], labels[30:35, 24:30] = 17, 18
+    labels[38:40, 48:52] = 21
+    return labels
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder with one image, a.png."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, SIZE, dtype=np.uint8)).save(folder / "a.png")
+    return folder
+
+
+def converted(tmp_path: Path, images: Path, source: Path, **given) -> tuple[np.ndarray, object]:
+    """The label image of a, and the report."""
+    result = convert(source, images, tmp_path / "out", ConvertSettings(**given))
+    return read_mask(tmp_path / "out" / "a.tif"), result
+
+
+def folder_of(tmp_path: Path) -> Path:
+    (tmp_path / "source").mkdir()
+    return tmp_path / "source"
+
+
+# ------------------------------------------------------------------------------------------------------ outlines, cells
+
+
+@given(st.integers(0, 2**30 - 1))
+@settings(max_examples=60, deadline=None)
+def test_outlines_enclose_exactly_the_pixels_of_any_region(bits):
+    mask = np.array([bits >> place & 1 for place in range(30)], bool).reshape(5, 6)
+    polygons = outlines(mask)
+    found = np.zeros(mask.shape, bool)
+    for rings in polygons:
+        cell = rings_to_cell(rings)
+        found[cell.top : cell.top + cell.mask.shape[0], cell.left : cell.left + cell.mask.shape[1]] |= cell.mask
+        assert all(len({tuple(corner) for corner in ring.tolist()}) == len(ring) for ring in rings)
+    assert np.array_equal(found, mask)
+
+
+def test_the_smaller_of_two_overlapping_cells_keeps_the_pixels_and_everything_is_counted():
+    def square(top: int, left: int, side: int, number: int) -> Cell:
+        return Cell(top, left, np.ones((side, side), bool), number)
+
+    cells = [square(2, 2, 10, 7), square(4, 4, 3, 3), square(-2, 15, 4, 5), square(50, 50, 2, 6)]
+    label, counts = draw_cells([*cells, Cell.none("a line")], (20, 30))
+    assert (label[4:7, 4:7] == 3).all() and label[2, 2] == 7 and (label[:2, 15:19] == 5).all()
+    assert (counts.read, counts.written, counts.overlapping, counts.outside) == (5, 3, 2, 2)
+    assert counts.dropped == {"a line": 1, "outside of the image": 1}
+
+
+def test_a_covered_cell_is_counted_and_equal_ids_are_refused():
+    cells = [Cell(0, 0, np.ones((3, 3), bool), 1), Cell(0, 0, np.ones((3, 3), bool), 2)]
+    _, counts = draw_cells(cells, (5, 5))
+    assert counts.dropped == {"covered by smaller cells": 1} and counts.written == 1
+    with pytest.raises(ValueError, match="two cells of the id 1"):
+        draw_cells([cells[0], cells[0]], (5, 5))
+
+
+# -------------------------------------------------------------------------------------- formats, from drawn annotations
+
+
+def write_set(tmp_path: Path, labels: np.ndarray, name: str = "a") -> Path:
+    """A synthetic set of one pair."""
+    for folder in ("images", "masks"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    Image.fromarray(np.zeros(labels.shape, np.uint8)).save(tmp_path / "set" / "images" / f"{name}.png")
+    Image.fromarray(labels).save(tmp_path / "set" / "masks" / f"{name}.png")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"), [("roi", "rois"), ("geojson", "annotations"), ("coco", "annotations.json")]
+)
+def test_what_we_export_comes_back_with_every_pixel_and_id(tmp_path, layout, part):
+    set_dir = write_set(tmp_path, drawn())
+    folder = export_set(set_dir, [set_dir / "images" / "a.png"], MaskRule("instances", 2, 1, ""), layout)
+    label, result = converted(tmp_path, folder / "images", folder / part)
+    assert label.dtype == np.uint16 and np.array_equal(label, drawn())
+    assert result.counts["a"].read == result.counts["a"].written == 6 and not result.counts["a"].overlapping
+
+
+def test_rois_of_an_export_are_read_by_roifile_with_the_same_outlines(tmp_path):
+    set_dir = write_set(tmp_path, drawn())
+    folder = export_set(set_dir, [set_dir / "images" / "a.png"], MaskRule("instances", 2, 1, ""), "roi")
+    rois = {roi.name: roi for roi in roifile.roiread(folder / "rois" / "a.zip")}
+    assert set(rois) == {"4", "9", "17", "18", "21", "300"}
+    assert rois["4"].roitype.name == "TRACED"
+    assert {tuple(corner) for corner in rois["4"].coordinates().tolist()} == {(3, 2), (11, 2), (11, 9), (3, 9)}
+    assert rois["9"].composite and len(rois["9"].coordinates(multi=True)) == 2  # with its hole
+    assert (rois["300"].left, rois["300"].top, rois["300"].right, rois["300"].bottom) == (20, 3, 34, 8)
+
+
+def test_geojson_of_an_export_is_plain_geojson_with_holes_and_pieces(tmp_path):
+    from matplotlib.path import Path as Outline
+
+    set_dir = write_set(tmp_path, drawn())
+    folder = export_set(set_dir, [set_dir / "images" / "a.png"], MaskRule("instances", 2, 1, ""), "geojson")
+    content = json.loads((folder / "annotations" / "a.geojson").read_text())
+    assert content["type"] == "FeatureCollection"
+    rows, columns = np.indices(SIZE) + 0.5
+    centres = np.stack([columns.ravel(), rows.ravel()], axis=1)
+    seen = np.zeros(SIZE, np.uint16)
+    for feature in content["features"]:
+        geometry, properties = feature["geometry"], feature["properties"]
+        assert properties["classification"]["name"] == "cell" and properties["objectType"] == "annotation"
+        polygons = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+        for outer, *holes in polygons:
+            assert outer[0] == outer[-1]
+            inside = Outline(outer).contains_points(centres)
+            for hole in holes:
+                inside &= ~Outline(hole).contains_points(centres)
+            seen[inside.reshape(SIZE)] = int(properties["name"])
+    assert np.array_equal(seen, drawn())
+
+
+def test_every_export_has_bytes_that_do_not_change(tmp_path):
+    set_dir = write_set(tmp_path, drawn())
+    for layout in ("roi", "geojson"):
+        made = []
+        for _ in range(2):
+            folder = export_set(set_dir, [set_dir / "images" / "a.png"], MaskRule("instances", 2, 1, ""), layout)
+            made.append([path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()])
+        assert made[0] == made[1]
+    assert {"cellpose", "stardist", "coco", "roi", "geojson"} == set(EXPORTS)
+
+
+def test_rois_of_every_kind_of_area_and_none_of_lines_and_points(tmp_path, images):
+    source = folder_of(tmp_path)
+    kinds = roifile.ROI_TYPE
+    box = {"left": 10, "top": 5, "right": 20, "bottom": 15}
+    rois = [
+        roifile.ImagejRoi(roitype=kinds.RECT, name="box", left=1, top=2, right=6, bottom=5),
+        roifile.ImagejRoi(roitype=kinds.OVAL, name="round", **box),
+        roifile.ImagejRoi.frompoints(np.array([[25, 5], [35, 5], [35, 15], [25, 15]]), name="free"),
+        roifile.ImagejRoi(roitype=kinds.LINE, name="line", x1=0, y1=0, x2=5, y2=5),
+        roifile.ImagejRoi.frompoints(np.array([[45.2, 30.2], [60.0, 30.2], [60.0, 35.8], [45.2, 35.8]]), name="out"),
+    ]
+    rois[2].roitype = kinds.POLYGON
+    roifile.roiwrite(source / "a_RoiSet.zip", rois)
+    label, result = converted(tmp_path, images, source)
+    assert (label[2:5, 1:6] == 1).all() and np.count_nonzero(label == 1) == 15
+    assert abs(np.count_nonzero(label == 2) - np.pi * 25) < 5 and label[10, 15] == 2 and label[5, 10] == 0
+    assert np.count_nonzero(label == 3) == 100
+    assert set(np.unique(label)) == {0, 1, 2, 3, 5} and np.count_nonzero(label == 5) == 7 * 6
+    counts = result.counts["a"]
+    assert counts.dropped == {"a line": 1} and counts.outside == 1 and counts.read == 5
+
+
+def test_rois_of_several_slices_are_refused(tmp_path, images):
+    source = folder_of(tmp_path)
+    square = np.array([[1, 1], [9, 1], [9, 9], [1, 9]])
+    roifile.roiwrite(source / "a.zip", [roifile.ImagejRoi.frompoints(square, name=str(k), position=k) for k in (1, 2)])
+    with pytest.raises(InputError, match="ROIs of 2 slices"):
+        converted(tmp_path, images, source)
+
+
+def test_cellpose_seg_keeps_its_ids(tmp_path, images):
+    source = folder_of(tmp_path)
+    content = {"masks": drawn(), "outlines": drawn() * 0, "filename": "a.png", "est_diam": np.float64(3), "list": [1]}
+    np.save(source / "a_seg.npy", content)
+    label, _ = converted(tmp_path, images, source)
+    assert np.array_equal(label, drawn())
+
+
+class Poison:
+    def __init__(self, *call) -> None:
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "poison",
+    [
+        Poison(os.system, ("touch {}",)),
+        Poison(eval, ("open('{}', 'w')",)),
+        Poison(getattr, ("{}", "upper")),
+        Poison(np.load, ("{}",)),
+        Poison(exec, ("import pathlib; pathlib.Path('{}').touch()",)),
+    ],
+)
+def test_a_poisoned_seg_runs_nothing(tmp_path, protocol, poison):
+    target = tmp_path / "ran"
+    function, words = poison.call
+    poison = Poison(function, tuple(w.format(target) if isinstance(w, str) else w for w in words))
+    path = tmp_path / "a_seg.npy"
+    array = np.array({"masks": drawn(), "more": poison}, dtype=object)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        pickle.dump(array, file, protocol=protocol)
+    with pytest.raises(FileError, match="not read|damaged"):
+        cellpose.read_seg(path)
+    assert not target.exists()
+
+
+def test_nothing_but_plain_data_can_be_asked_for_by_name():
+    assert {name.partition(".")[0] for name in cellpose.PLAIN} == {"numpy"}
+    for module, name in (("builtins", "eval"), ("os", "system"), ("numpy", "load"), ("numpy.testing", "runstring")):
+        with pytest.raises(pickle.UnpicklingError):
+            cellpose.PlainUnpickler(io.BytesIO()).find_class(module, name)
+
+
+def test_qupath_holes_pieces_classes_and_what_is_no_area(tmp_path, images):
+    source = folder_of(tmp_path)
+
+    def feature(kind: str, coordinates: list, name: str | None) -> dict:
+        properties = {"objectType": "annotation"} | ({"classification": {"name": name}} if name else {})
+        return {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}, "properties": properties}
+
+    def square(top: int, left: int, side: int) -> list:
+        return [[left, top], [left + side, top], [left + side, top + side], [left, top + side], [left, top]]
+
+    features = [
+        feature("Polygon", [square(2, 2, 10), square(4, 4, 3)], "Tumor"),
+        feature("MultiPolygon", [[square(20, 2, 4)], [square(20, 10, 4)]], "Immune cells"),
+        feature("LineString", [[0, 0], [5, 5]], "Tumor"),
+        feature("Polygon", [square(30, 30, 5)], None),
+    ]
+    (source / "a.png.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    with pytest.raises(InputError, match="holds: Tumor 'Immune cells'. 1 cells have none") as refused:
+        converted(tmp_path, images, source, kind="classes")
+    assert refused.value.fields == ("classes",)
+    label, result = converted(tmp_path, images, source, kind="classes", classes=["Immune cells", "Tumor"])
+    assert (label == 2).sum() == 100 - 9 and label[5, 5] == 0 and (label == 1).sum() == 32
+    assert result.counts["a"].dropped == {"a LineString": 1, "another class": 1}
+
+
+def test_coco_polygons_run_lengths_crowds_and_boxes(tmp_path, images):
+    from pycocotools import mask as rle
+
+    code = rle.encode(np.asfortranarray((drawn() == 9).astype(np.uint8)))
+    plain = {"size": list(SIZE), "counts": [5, 7, SIZE[0] * SIZE[1] - 12]}
+    outline = [[20, 10, 30, 10, 30, 20, 20, 20], [35, 10, 40, 10, 40, 15, 35, 15]]
+    shared = {"image_id": 1, "category_id": 1}
+    annotations = [
+        {"id": 11, "segmentation": outline, **shared},
+        {"id": 12, "segmentation": {"size": list(SIZE), "counts": code["counts"].decode()}, **shared},
+        {"id": 70_000, "segmentation": plain, **shared},
+        {"id": 14, "segmentation": plain, "iscrowd": 1, **shared},
+        {"id": 15, "segmentation": [], "bbox": [0, 0, 4, 4], **shared},
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "train/a.png", "height": 40, "width": 52}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    source = tmp_path / "instances.json"
+    source.write_text(json.dumps(content))
+    label, result = converted(tmp_path, images, source)
+    assert np.array_equal(label == 12, drawn() == 9) and (label == 11).sum() == 125
+    assert np.count_nonzero(label == 70_000) == 7 and label.dtype == np.int32
+    assert result.counts["a"].dropped == {"a box without an outline": 1, "a crowd": 1}
+
+
+def test_labelme_shapes_groups_and_masks(tmp_path, images):
+    picture = io.BytesIO()
+    Image.fromarray(np.full((3, 4), 255, np.uint8)).save(picture, format="PNG")
+    painted = base64.b64encode(picture.getvalue()).decode()
+    shapes = [
+        {"label": "cell", "points": [[2, 2], [10, 2], [10, 8], [2, 8]], "shape_type": "polygon", "group_id": None},
+        {"label": "cell", "points": [[20, 2], [26, 8]], "shape_type": "rectangle", "group_id": 1},
+        {"label": "cell", "points": [[30, 2], [34, 8]], "shape_type": "rectangle", "group_id": 1},
+        {"label": "cell", "points": [[20, 25], [25, 25]], "shape_type": "circle"},
+        {"label": "cell", "points": [[40, 30], [43, 32]], "shape_type": "mask", "mask": painted},
+        {"label": "cell", "points": [[1, 1]], "shape_type": "point"},
+    ]
+    source = folder_of(tmp_path)
+    content = {"shapes": shapes, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 52}
+    (source / "a.json").write_text(json.dumps(content))
+    label, result = converted(tmp_path, images, source)
+    assert [np.count_nonzero(label == k) for k in (1, 2, 4)] == [48, 60, 12]
+    assert abs(np.count_nonzero(label == 3) - np.pi * 25) < 6
+    assert result.counts["a"].dropped == {"a point": 1}
+    (source / "a.json").write_text(json.dumps(content | {"imageHeight": 41}))
+    with pytest.raises(InputError, match="52 x 41 pixels, but its image has 52 x 40"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+def test_colours_are_classes_if_given_and_the_message_gives_the_flag_to_copy(tmp_path, images):
+    source = folder_of(tmp_path)
+    colours = np.zeros((*SIZE, 3), np.uint8)
+    colours[2:9, 3:11], colours[12:20, 5:17] = (255, 0, 0), (0, 128, 255)
+    Image.fromarray(colours).save(source / "a_labels.png")
+    words = ["convert", source, "--images", images, "--output", tmp_path / "out"]
+    code, lines = run_here(make_masks, *words)
+    assert code == 2 and "holds the colours 000000 0080ff ff0000" in lines[-1] and "--class-colours=cells" in lines[-1]
+    code, _ = run_here(make_masks, *words, "--class-colours", "000000", "0080ff", "ff0000")
+    assert code == 0
+    label = read_mask(tmp_path / "out" / "a.tif")
+    assert (label[12:20, 5:17] == 1).all() and (label[2:9, 3:11] == 2).all() and set(np.unique(label)) == {0, 1, 2}
+    code, lines = run_here(make_masks, *words[:-1], tmp_path / "less", "--class-colours", "000000", "ff0000")
+    assert code == 2 and "1 colours that are not given: 0080ff" in lines[-1]
+
+
+def test_every_colour_a_cell_and_a_palette_gives_its_numbers(tmp_path, images):
+    source = folder_of(tmp_path)
+    table = np.arange(301) * 50021 % 16777213 + 1
+    packed = np.where(drawn() > 0, table[drawn()], 0)
+    Image.fromarray(np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 2).astype(np.uint8)).save(
+        source / "a.png"
+    )
+    label, _ = converted(tmp_path, images, source, class_colours=["cells"])
+    assert len(np.unique(label)) == 7
+    for number in np.unique(drawn()):
+        assert len(np.unique(label[drawn() == number])) == 1
+    picture = Image.fromarray((drawn() % 7).astype(np.uint8), "P")
+    picture.putpalette([255, 255, 255, 255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9, 8, 8, 8, 1, 2, 3])
+    picture.save(source / "a.png")
+    convert(source, images, tmp_path / "palette", ConvertSettings())
+    assert np.array_equal(read_mask(tmp_path / "palette" / "a.tif"), drawn() % 7)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+def test_pages_of_one_cell_each_may_overlap(tmp_path, images, suffix):
+    source = folder_of(tmp_path)
+    pages = np.zeros((4, *SIZE), np.uint8)
+    pages[0, 2:12, 2:12], pages[1, 4:7, 4:7], pages[3, 20:25, 20:25] = 255, 255, 1
+    path = source / f"a{suffix}"
+    np.save(path, pages) if suffix == ".npy" else tifffile.imwrite(path, pages, photometric="minisblack")
+    label, result = converted(tmp_path, images, source)
+    assert (label[4:7, 4:7] == 2).all() and np.count_nonzero(label == 1) == 91 and np.count_nonzero(label == 4) == 25
+    assert result.counts["a"].dropped == {"an empty page": 1} and result.counts["a"].overlapping == 2
+
+
+def test_pannuke_arrays_give_images_ids_and_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (3, 32, 36, 3)).astype(np.float64)
+    planes = np.zeros((3, 32, 36, 4), np.float64)
+    planes[:, 2:9, 3:9, 0], planes[:, 12:20, 5:14, 1], planes[2, 22:30, 20:30, 2] = 5, 8, 11
+    planes[..., 3] = planes[..., :3].sum(axis=3) == 0
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "masks.npy", planes)
+    words = ["convert", tmp_path / "masks.npy", "--images", tmp_path / "images.npy", "--output", tmp_path / "out"]
+    assert run_here(make_masks, *words)[0] == 2
+    assert run_here(make_masks, *words, "--images-output", tmp_path / "png")[0] == 0
+    assert np.array_equal(np.array(Image.open(tmp_path / "png" / "images_000001.png")), images[1])
+    assert set(np.unique(read_mask(tmp_path / "out" / "images_000001.tif"))) == {0, 5, 8}
+    assert set(np.unique(read_mask(tmp_path / "out" / "images_000002.tif"))) == {0, 5, 8, 11}
+    given = ConvertSettings(kind="classes", classes=["plane 1", "plane 2", "plane 3"])
+    convert(tmp_path / "masks.npy", tmp_path / "png", tmp_path / "classes", given)
+    assert (read_mask(tmp_path / "classes" / "images_000002.tif")[22:30, 20:30] == 3).all()
+    with pytest.raises(InputError, match="is not empty"):
+        unpack_images(tmp_path / "images.npy", tmp_path / "png")
+
+
+# ------------------------------------------------------------------------------------------------------ folders, report
+
+
+def test_the_report_says_what_has_no_partner_and_what_became_of_the_cells(tmp_path, images, capsys):
+    source = folder_of(tmp_path)
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "b.png")
+    np.save(source / "a_seg.npy", {"masks": drawn()})
+    np.save(source / "c_seg.npy", {"masks": drawn()})
+    (source / "._a_seg.npy").write_bytes(b"a Mac's")
+    assert run_here(make_masks, "convert", source, "--images", images, "--output", tmp_path / "out")[0] == 0
+    text = capsys.readouterr().out
+    assert "1 label images; 6 cells read, 6 written" in text
+    assert "1 images have no annotations: b" in text and "1 annotations have no image: c" in text
+    (row,) = csv.DictReader((tmp_path / "out" / "report.csv").open())
+    assert row == {"image": "a", "read": "6", "written": "6", "overlapping": "0", "outside": "0", "dropped": ""}
+    code, lines = run_here(make_masks, "convert", source, "--images", images, "--output", tmp_path / "out")
+    assert code == 2 and "is not empty" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", b"{", "is no JSON"),
+        ("a.json", b"[" * 100_000, "is no JSON"),
+        ("a.json", b'{"some": 1}', "is no GeoJSON"),
+        ("a.geojson", b'{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": 3}}', "is no GeoJSON"),
+        ("a.zip", b"PK", "holds no ROIs"),
+        ("a.roi", b"Iout", "holds no ROIs"),
+        ("a_seg.npy", b"\x93NUMPY", "damaged or no _seg.npy"),
+        ("a.npy", b"junk", "damaged or no array"),
+        ("a.txt", b"", "holds no annotations"),
+        ("other.geojson", b'{"type": "FeatureCollection", "features": []}', "has the name of an image"),
+    ],
+)
+def test_unusable_files_end_with_one_line_and_nothing_is_written(tmp_path, images, name, content, words):
+    source = folder_of(tmp_path)
+    (source / name).write_bytes(content)
+    code, lines = run_here(make_masks, "convert", source, "--images", images, "--output", tmp_path / "out")
+    assert code == 2 and words in lines[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path, images):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(InputError, match="holds no ROIs"):
+        convert(tmp_path / "a.zip", images / "a.png", tmp_path / "out", ConvertSettings())
+
+
+def test_one_file_of_each_pairs_whatever_the_names(tmp_path, images):
+    np.save(tmp_path / "something_seg.npy", {"masks": drawn()})
+    convert(tmp_path / "something_seg.npy", images / "a.png", tmp_path / "out", ConvertSettings())
+    assert np.array_equal(read_mask(tmp_path / "out" / "a.tif"), drawn())
