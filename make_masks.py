@@ -4,6 +4,7 @@
     python make_masks.py simulate --output pairs/ --count 240 --image-size 128 --render       # with images to train on
     python make_masks.py recombine --instances LAB/instances --output masks/ --count 1000 --image-size 256
     python make_masks.py convert ROIS --images IMAGES --output masks/          # annotations of other programs
+    python make_masks.py images STACKS --z max --output images/                # stacks of microscopes, one plane each
 
 simulate and recombine write for every image NAME:
     OUTPUT/instances/NAME.png   16-bit, 0 background, 1..n cells
@@ -37,6 +38,7 @@ from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
 from dataset.files import find_files, read_mask
+from dataset.microscopes import PROJECTIONS, Choice, flatten_folder
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
     LARGEST_CLUSTER,
@@ -217,6 +219,13 @@ def run_convert(args: argparse.Namespace) -> None:
     print("\n".join([*result.lines(), f"written: {args.output}"]))
 
 
+def run_images(args: argparse.Namespace) -> None:
+    """The sub-command ``images``."""
+    choice = Choice(args.z, args.time, args.scene, args.channels or (), args.axes or "")
+    written = flatten_folder(args.input, args.output, choice)
+    print(f"{len(written)} images in {args.output}")
+
+
 def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:
     """What settings.json says of a set."""
     return {"command": command, "generator": GENERATORS[command], **asdict(settings)}
@@ -390,12 +399,30 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_images(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "images",
+        help="stacks of microscopes to flat TIFFs",
+        description="Turn stacks of microscopes (OME-TIFF, ImageJ hyperstacks, nd2, czi, lif) into flat TIFFs that "
+        "train.py takes. Depth, time and scene are chosen by you and never guessed.",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="file or folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for flat TIFFs")
+    projections = " or ".join(PROJECTIONS)
+    parser.add_argument("--z", metavar="PLANE", help=f"plane in depth, from 1, or {projections} for a projection")
+    parser.add_argument("--time", metavar="MOMENT", help=f"moment, from 1, or {projections} over time")
+    parser.add_argument("--scene", type=positive_int, help="image of a file that holds several, from 1")
+    parser.add_argument("--channels", type=positive_int, nargs="+", help="channels to keep, from 1 (default: all)")
+    parser.add_argument("--axes", metavar="LETTERS", help="axes of files that do not name them, such as ZYX or CYX")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="simulate|recombine|convert")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="simulate|recombine|convert|images")
     _add_simulate(commands)
     _add_recombine(commands)
     _add_convert(commands)
+    _add_images(commands)
     args = parser.parse_args(argv)
     if args.command == "recombine" and args.gap is None:
         args.gap = 0 if args.max_overlap else 1
@@ -406,6 +433,9 @@ def main(args: argparse.Namespace) -> None:
     start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
     if args.command == "convert":
         run_convert(args)
+        return
+    if args.command == "images":
+        run_images(args)
         return
     check_args(args)
     if args.image_size is not None and len(args.image_size) == 1:

@@ -26,7 +26,7 @@ PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
 _PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
 _CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
-NOT_FLAT = "one 2-D image per file is needed, save the planes as files of their own"
+NOT_FLAT = "one 2-D image per file is needed; make_masks.py images takes a plane or a projection of a stack"
 
 
 # tifffile logs every damaged tag; the FileError says it once.

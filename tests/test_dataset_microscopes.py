@@ -1,0 +1,155 @@
+"""Stacks of microscopes: the plane or projection that was asked for, and a line if nothing was asked."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from script_helpers import run_here
+
+import make_masks
+from common.errors import InputError
+from dataset.files import read_image_and_kind
+from dataset.microscopes import Choice, flatten_folder
+
+STACK = np.random.default_rng(0).integers(0, 60_000, (3, 4, 2, 20, 24), dtype=np.uint16)  # T, Z, C, Y, X
+
+
+@pytest.fixture(params=["a.tif", "a.ome.tif"])
+def folder(tmp_path, request) -> Path:
+    """One hyperstack of ImageJ, or one OME-TIFF."""
+    (tmp_path / "in").mkdir()
+    options = {"imagej": True} if request.param == "a.tif" else {"ome": True}
+    tifffile.imwrite(tmp_path / "in" / request.param, STACK, metadata={"axes": "TZCYX"}, **options)
+    return tmp_path / "in"
+
+
+def flat(folder: Path, **choice) -> np.ndarray:
+    """The image (H, W, C) that is written."""
+    (path,) = flatten_folder(folder, folder.parent / "out", Choice(**choice))
+    assert path.name == "a.tif"
+    image, has_channels = read_image_and_kind(path)
+    assert has_channels == (image.shape[2] > 1)
+    return image
+
+
+def channels_last(planes: np.ndarray) -> np.ndarray:
+    return planes.transpose(1, 2, 0)
+
+
+def test_a_plane_counts_from_one(folder):
+    assert np.array_equal(flat(folder, z="3", time="1"), channels_last(STACK[0, 2]))
+
+
+def test_projections_go_along_their_axis_and_keep_the_type(folder):
+    expected = np.rint(STACK[1].mean(axis=0)).astype(np.uint16)
+    assert np.array_equal(flat(folder, z="mean", time="2"), channels_last(expected))
+
+
+def test_channels_are_kept_in_the_given_order(folder):
+    image = flat(folder, z="max", time="max", channels=(2,))
+    assert np.array_equal(image[..., 0], STACK.max(axis=(0, 1))[1])
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"time": "1"}, "z: .* has 4 planes along Z: say which, by a number from 1 to 4, or max or mean"),
+        ({"z": "1"}, "time: .* has 3 planes along T"),
+        ({"z": "5", "time": "1"}, "z 5: .* has planes 1 to 4"),
+        ({"z": "middle", "time": "1"}, "z middle"),
+        ({"z": "1", "time": "1", "channels": (3,)}, "channels 3: .* has 2"),
+    ],
+)
+def test_nothing_is_guessed(folder, choice, words):
+    with pytest.raises(InputError, match=words):
+        flat(folder, **choice)
+    assert not (folder.parent / "out").exists()
+
+
+def test_the_command_names_its_flags_and_writes_what_training_reads(tmp_path):
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", STACK[0], imagej=True, metadata={"axes": "ZCYX"})
+    words = ["images", tmp_path / "in", "--output", tmp_path / "out"]
+    code, lines = run_here(make_masks, *words)
+    assert code == 2 and "--z:" in lines[-1]
+    assert run_here(make_masks, *words, "--z", "2")[0] == 0
+    assert np.array_equal(read_image_and_kind(tmp_path / "out" / "a.tif")[0], channels_last(STACK[0, 1]))
+
+
+def test_axes_without_a_name_must_be_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", STACK[0, :, 0], photometric="minisblack")
+    with pytest.raises(InputError, match="does not name its dimensions .4 x 20 x 24, read as QYX"):
+        flat(tmp_path / "in", z="1")
+    assert np.array_equal(flat(tmp_path / "in", z="2", axes="ZYX")[..., 0], STACK[0, 1, 0])
+
+
+def test_files_of_several_images_need_a_scene(tmp_path):
+    (tmp_path / "in").mkdir()
+    with tifffile.TiffWriter(tmp_path / "in" / "a.ome.tif", ome=True) as file:
+        file.write(STACK[0, 0, 0])
+        file.write(STACK[0, 0, 1, :10])
+    with pytest.raises(InputError, match="scene: .* holds 2 images"):
+        flat(tmp_path / "in")
+    assert np.array_equal(flat(tmp_path / "in", scene=2)[..., 0], STACK[0, 0, 1, :10])
+
+
+def test_rgb_stays_rgb(tmp_path):
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(1).integers(0, 255, (5, 20, 24, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "in" / "a.tif", picture, imagej=True, metadata={"axes": "ZYXS"})
+    (path,) = flatten_folder(tmp_path / "in", tmp_path / "out", Choice(z="4"))
+    image, has_channels = read_image_and_kind(path)
+    assert not has_channels and np.array_equal(image, picture[3])
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".nd2", "nd2"), (".czi", "czifile"), (".lif", "liffile")])
+def test_a_missing_reader_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, suffix, package):
+    (tmp_path / f"a{suffix}").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"{suffix} files need the package {package}: pip install {package}, or"):
+        flatten_folder(tmp_path / f"a{suffix}", tmp_path / "out", Choice())
+
+
+@pytest.mark.parametrize("suffix", [".nd2", ".czi", ".lif"])
+def test_damaged_files_end_in_one_line_with_the_installed_reader(tmp_path, suffix):
+    pytest.importorskip({".nd2": "nd2", ".czi": "czifile", ".lif": "liffile"}[suffix])
+    (tmp_path / f"a{suffix}").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="damaged or of another kind"):
+        flatten_folder(tmp_path / f"a{suffix}", tmp_path / "out", Choice())
+
+
+class Opened:
+    """What a reader's file object offers, for a drawn stack."""
+
+    def __init__(self, _: Path) -> None:
+        self.shape, self.dtype, self.nbytes, self.name = STACK.shape, STACK.dtype, STACK.nbytes, "field"
+        self.sizes = dict(zip("TZCYX", STACK.shape, strict=True))
+        self.dims, self.images = tuple("TZCYX"), [self]
+        self.axes = "TZCYX"
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def asarray(self, **_: object) -> np.ndarray:
+        return STACK
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package", "name"),
+    [(".nd2", "nd2", "ND2File"), (".czi", "czifile", "CziFile"), (".lif", "liffile", "LifFile")],
+)
+def test_what_a_reader_gives_is_taken_by_its_axes(tmp_path, monkeypatch, suffix, package, name):
+    """The readers' own objects cannot be drawn here: no file of these kinds can be written."""
+    (tmp_path / f"a{suffix}").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(**{name: Opened}))
+    (path,) = flatten_folder(tmp_path / f"a{suffix}", tmp_path / "out", Choice(z="max", time="3"))
+    assert np.array_equal(read_image_and_kind(path)[0], channels_last(STACK[2].max(axis=0)))
