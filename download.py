@@ -1,9 +1,8 @@
-"""Find, fetch and verify a weights file of SiT.
+"""Find, download and verify a weights file of SiT.
 
-``find_model("SiT-XL-2-256x256.pt")`` fetches the ImageNet weights that the SiT authors publish (about 2.7 GB, once,
-into ``pretrained_models/``), ``find_model("path/to/file.pt")`` reads a file from disk. Nothing here runs code from a
-file: tensors come through ``torch.load(weights_only=True)`` or safetensors, and a stranger among the pickled classes
-ends the read.
+``find_model("SiT-XL-2-256x256.pt")`` downloads the ImageNet weights published by the SiT authors (about 2.7 GB, once,
+into ``pretrained_models/``). ``find_model("path/to/file.pt")`` reads a file from disk. Neither runs code from a file:
+tensors are read by ``torch.load(weights_only=True)`` or safetensors, and an unknown pickled class is an error.
 
 Source of the file and of its name: Ma et al. 2024, arXiv 2401.08740, https://github.com/willisma/SiT.
 """
@@ -35,8 +34,8 @@ from models import SIZES
 
 logger = logging.getLogger(__name__)
 DOWNLOAD_FOLDER = Path("pretrained_models")
-# The address is the one in SiT's own download.py; what the file must hold is the published model: SiT-XL/2 with
-# learn_sigma, 1000 ImageNet classes and the null class, 256 px images as (4, 32, 32) latents.
+# The address is the one in SiT's own download.py. The file must hold the published model: SiT-XL/2 with learn_sigma,
+# 1000 ImageNet classes and the null class, for 256 px images as (4, 32, 32) latents.
 PUBLISHED_URLS = {
     "SiT-XL-2-256x256.pt": (
         "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
@@ -44,7 +43,7 @@ PUBLISHED_URLS = {
     ),
 }
 TIMEOUT_SECONDS = 30.0
-LONGEST_WAIT_SECONDS = 3600.0  # for another process that fetches the same file
+LONGEST_WAIT_SECONDS = 3600.0  # for another process that downloads the same file
 SIZE_NAMES = {(depth, width): f"SiT-{name}" for name, (depth, width, _) in SIZES.items()}
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 FINAL_LINEAR = ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -53,7 +52,7 @@ PATCH_WEIGHT = "x_embedder.proj.weight"
 
 @dataclass(frozen=True)
 class SiTShape:
-    """What the tensors of a SiT state dict say about the network (the number of heads leaves no trace in them)."""
+    """Shape of the network that a SiT state dict belongs to. (The tensors do not tell the number of heads.)"""
 
     depth: int
     hidden_size: int
@@ -76,10 +75,10 @@ class Weights:
     """A weights file, read and checked.
 
     Attributes:
-        state_dict: SiT keys to CPU tensors; the EMA weights where the file has them.
+        state_dict: SiT keys to CPU tensors. The EMA weights, if the file has them.
         config: the ``config`` entry of a checkpoint of this project, else None.
         path: the file that was read.
-        entry: which part of the file the weights are: ``ema``, ``model`` or ``""`` for a bare state dict.
+        entry: entry of the file that holds the weights: ``ema``, ``model``, or ``""`` for a bare state dict.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -89,22 +88,23 @@ class Weights:
 
 
 def find_model(name_or_path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """State dict of a local file or of a published model by name; see ``find_weights`` for the config beside it."""
+    """State dict of a local file, or of a published model by its name. ``find_weights`` also gives the config."""
     return find_weights(name_or_path).state_dict
 
 
 def find_weights(name_or_path: str | os.PathLike, folder: str | os.PathLike = DOWNLOAD_FOLDER) -> Weights:
-    """Read weights from a local file, or fetch a published file by its name and read that.
+    """Read weights from a local file, or download a published file by its name and read it.
 
     Args:
-        name_or_path: a file (.pt, .pth, .ckpt, .safetensors), or a key of ``PUBLISHED_URLS``. A file wins over a name.
-        folder: where published files are kept.
+        name_or_path: a file (.pt, .pth, .ckpt, .safetensors), or a key of ``PUBLISHED_URLS``. A local file of the same
+            name takes precedence.
+        folder: folder for published files.
 
     Returns:
         The checked weights on the CPU.
 
     Raises:
-        InputError: no such file or name, no network, or the file does not hold SiT weights.
+        InputError: there is no such file or name, no network, or the file does not hold SiT weights.
     """
     path = Path(name_or_path)
     name = str(name_or_path)
@@ -127,19 +127,19 @@ def find_weights(name_or_path: str | os.PathLike, folder: str | os.PathLike = DO
 
 
 def read_weights(path: str | os.PathLike) -> Weights:
-    """Read one weights file without running anything in it, and check that it holds SiT weights.
+    """Read one weights file without running code from it, and check that it holds SiT weights.
 
-    Takes a bare state dict, a SiT training checkpoint (``ema``, ``model``, ``opt``, ``args``) and a checkpoint of this
-    project (``config`` beside them), and prefers ``ema``.
+    Accepts a bare state dict, a SiT training checkpoint (``ema``, ``model``, ``opt``, ``args``) and a checkpoint of
+    this project (which also has ``config``). Uses ``ema`` if there is one.
 
     Args:
-        path: .safetensors, else anything ``torch.save`` writes.
+        path: .safetensors, or a file written by ``torch.save``.
 
     Returns:
-        The weights with plain keys (prefixes of DDP and ``torch.compile`` are taken off).
+        The weights with plain keys (without the prefixes of DDP and ``torch.compile``).
 
     Raises:
-        InputError: the file is absent, torn, no weights file, would run code, or holds other weights than SiT's.
+        InputError: the file is missing, damaged, not a weights file, would run code, or holds weights of another model.
     """
     path = Path(path)
     _check_file(path)
@@ -153,44 +153,44 @@ def read_weights(path: str | os.PathLike) -> Weights:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what cannot be weights by its first bytes, with a reason that says what it is instead."""
+    """Refuse files that cannot be weights, by their first bytes, and say what they are instead."""
     if not path.is_file():
         raise InputError(f"no weights file {path}")
     with path.open("rb") as stream:
         head = stream.read(512)
     if not head:
-        raise InputError(f"{path} is empty (0 bytes); fetch or copy it again")
+        raise InputError(f"{path} is empty (0 bytes); download or copy it again")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):  # HTML or XML
-        raise InputError(f"{path} is a web page, not weights; the download went wrong, delete it and fetch it again")
+        raise InputError(f"{path} is a web page, not weights; the download failed, delete it and download it again")
 
 
 def _read_content(path: Path) -> tuple[object, object]:
-    """Content of a weights file and its ``config``; of foreign classes only the Namespace that SiT pickles."""
+    """Content of a weights file and its ``config``. The only other class allowed is the Namespace that SiT pickles."""
     try:
         content, metadata = read_tensor_file(path, allowed=[argparse.Namespace])
         if path.suffix == ".safetensors":
             return content, json.loads(metadata.get("config", "null"))
     except WouldRunCode as error:
         raise InputError(
-            f"{path} refers to {error}, which is no tensor and could run code; nothing was run. "
+            f"{path} refers to {error}, which is not a tensor and could run code; nothing was run. "
             "Save the state dict alone with torch.save, or as .safetensors"
         ) from error
     except (DamagedFile, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged or no weights file ({error}); fetch or copy it again") from error
+        raise InputError(f"{path} is damaged or not a weights file ({error}); download or copy it again") from error
     return content, content.get("config") if isinstance(content, Mapping) else None
 
 
 def plain_keys(state_dict: Mapping) -> dict:
-    """The state dict without the prefixes that DDP (``module.``) and ``torch.compile`` (``_orig_mod.``) put on."""
+    """The state dict without the key prefixes of DDP (``module.``) and ``torch.compile`` (``_orig_mod.``)."""
     return {re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", str(key)): value for key, value in state_dict.items()}
 
 
 def sit_shape(state_dict: Mapping[str, torch.Tensor]) -> SiTShape:
-    """Depth, width, patch and channels that the tensors imply.
+    """Depth, width, patch size and channels of the network, from its tensors.
 
     Raises:
-        KeyError: a tensor that every SiT has is absent.
-        ValueError: such a tensor has an impossible number of dimensions.
+        KeyError: a tensor that every SiT has is missing.
+        ValueError: such a tensor has a wrong number of dimensions.
     """
     hidden_size, in_channels, patch_size, _ = state_dict[PATCH_WEIGHT].shape
     class_rows, _ = state_dict[CLASS_TABLE].shape
@@ -202,8 +202,8 @@ def sit_shape(state_dict: Mapping[str, torch.Tensor]) -> SiTShape:
 def expected_shapes(state_dict: Mapping[str, torch.Tensor], shape: SiTShape) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that a SiT of this shape must have.
 
-    The widths of the feed-forward layer and of the sinusoidal time features are read from the first tensor of their
-    kind, since both are free arguments of the network.
+    The widths of the feed-forward layer and of the sinusoidal time features are free arguments of the network. So they
+    are read from the first tensor of their kind.
     """
     d, p = shape.hidden_size, shape.patch_size
     time_features = state_dict["t_embedder.mlp.0.weight"].shape[-1]
@@ -235,35 +235,37 @@ def expected_shapes(state_dict: Mapping[str, torch.Tensor], shape: SiTShape) -> 
 
 
 def check_state_dict(state_dict: Mapping[str, object], where: str | os.PathLike) -> SiTShape:
-    """Check that a state dict is a whole SiT: keys, shapes that agree with each other, finite numbers.
+    """Check that a state dict is a complete SiT: all keys, consistent shapes, finite numbers.
 
     Raises:
-        InputError: with the first faults and how many more there are.
+        InputError: lists the first faults and the number of others.
     """
     strangers = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if strangers or not state_dict:
-        found = f"entries that are no tensors: {list_some(strangers)}" if strangers else "no tensors"
-        raise InputError(f"{where} is no SiT state dict: it holds {found}")
+        found = f"entries that are not tensors: {list_some(strangers)}" if strangers else "no tensors"
+        raise InputError(f"{where} is not a SiT state dict: it holds {found}")
     try:
         shape = sit_shape(state_dict)
         expected = expected_shapes(state_dict, shape)
     except KeyError as error:
-        raise InputError(f"{where} is no SiT state dict: it has no {error.args[0]}; give SiT weights") from error
+        raise InputError(f"{where} is not a SiT state dict: it has no {error.args[0]}; give SiT weights") from error
     except (ValueError, IndexError) as error:
-        raise InputError(f"{where} is no SiT state dict: its tensors have other dimensions than SiT's") from error
+        raise InputError(f"{where} is not a SiT state dict: its tensors have other dimensions than SiT's") from error
     missing = [key for key in expected if key not in state_dict]
     if missing:
-        raise InputError(f"{where} is no whole SiT state dict: {len(missing)} tensors missing: {list_some(missing)}")
+        raise InputError(
+            f"{where} is not a complete SiT state dict: {len(missing)} tensors missing: {list_some(missing)}"
+        )
     misshapen = [
         f"{key} {tuple(state_dict[key].shape)} instead of {size}"
         for key, size in expected.items()
         if tuple(state_dict[key].shape) != size
     ]
     if misshapen:
-        raise InputError(f"{where}: {len(misshapen)} tensors do not fit the others: {list_some(misshapen)}")
+        raise InputError(f"{where}: {len(misshapen)} tensors have wrong shapes: {list_some(misshapen)}")
     broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise InputError(f"{where} holds NaN or infinite weights: {list_some(broken)}; take an earlier checkpoint")
+        raise InputError(f"{where} holds NaN or infinite weights: {list_some(broken)}; use an earlier checkpoint")
     return shape
 
 
@@ -271,25 +273,25 @@ def check_published_shape(state_dict: Mapping[str, torch.Tensor], name: str, pat
     """Check that a file under a published name holds the published network."""
     shape, published = sit_shape(state_dict), PUBLISHED_SHAPES.get(name)
     if published is not None and shape != published:
-        raise InputError(f"{path} holds {shape}, but {name} is {published}; delete it and fetch it again")
+        raise InputError(f"{path} holds {shape}, but {name} is {published}; delete it and download it again")
 
 
-# --- fetching --------------------------------------------------------------------------------------------------------
+# --- downloading -----------------------------------------------------------------------------------------------------
 
 
 def fetch_published(name: str, folder: Path = DOWNLOAD_FOLDER) -> Path:
-    """Path of a published file, fetched when it is not there yet and compared with its recorded hash when it is.
+    """Path of a published file. Downloads the file if it is missing, else compares it with its recorded hash.
 
-    No hash of the published file is known in advance: the one measured at the first download is written beside it
-    (``NAME.sha256``, the format of ``sha256sum``), and every later use must agree with it.
+    The hash of the published file is not known in advance. The first download writes its hash beside the file
+    (``NAME.sha256``, in the format of ``sha256sum``). Every later use compares the file with this record.
 
     Raises:
-        InputError: unknown name, no network, a torn or wrong download, or a file that changed since.
+        InputError: the name is unknown, there is no network, the download is damaged or wrong, or the file has changed.
     """
     if name not in PUBLISHED_URLS:
         raise InputError(f"unknown published model {name!r}; choose one of {', '.join(PUBLISHED_URLS)}")
     path = folder / name
-    with _locked(path):  # the ranks of one machine come here together; the first fetches, the others find the file
+    with _locked(path):  # of the processes of one machine, the first downloads, and the others find the file
         if path.is_file():
             compare_recorded_hash(path, record_new=True)
         else:
@@ -299,13 +301,13 @@ def fetch_published(name: str, folder: Path = DOWNLOAD_FOLDER) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock beside ``path``. The system drops it when the process dies, so no stale lock can stop anyone.
+    """Hold a lock beside ``path``. The system releases it if the process dies, so no stale lock can block others.
 
     Raises:
-        InputError: another process held it for too long.
+        InputError: another process held the lock for too long.
     """
     if path.is_file() and hash_file_of(path).is_file():
-        yield  # nothing will be written: a read-only folder must do
+        yield  # nothing will be written, so the folder may be read-only
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.with_name(path.name + ".lock"))
@@ -313,17 +315,17 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info("waiting for another process that fetches %s (it holds %s)", path.name, lock.lock_file)
+            logger.info("waiting for another process that downloads %s (it holds %s)", path.name, lock.lock_file)
             lock.acquire(timeout=LONGEST_WAIT_SECONDS)
     except filelock.Timeout as error:
         raise InputError(
-            f"waited {LONGEST_WAIT_SECONDS / 60:.0f} minutes for another process that fetches {path.name}: end it "
-            f"(it holds {lock.lock_file}), and start again"
+            f"waited {LONGEST_WAIT_SECONDS / 60:.0f} minutes for another process that downloads {path.name}: end that "
+            f"process (it holds {lock.lock_file}), and start again"
         ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        logger.warning("%s: no locks here, so another process may fetch %s as well", path.parent, path.name)
+        logger.warning("%s: no file locks here, so another process may also download %s", path.parent, path.name)
     try:
         yield
     finally:
@@ -331,18 +333,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetch ``url`` to ``path``: temporary name, every check, hash record, then the final name, in this order."""
-    logger.info("fetching %s from %s", path.name, url)
-    for leftover in path.parent.glob(f".{path.name}.*"):  # of killed downloads; the lock keeps others out
+    """Download ``url`` to ``path``. In this order: temporary file, all checks, hash record, final name."""
+    logger.info("downloading %s from %s", path.name, url)
+    for leftover in path.parent.glob(f".{path.name}.*"):  # left by killed downloads; the lock excludes running ones
         leftover.unlink(missing_ok=True)
-    # the suffix says the format
+    # keep the suffix, because it tells the format
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
         with _socket_timeout(TIMEOUT_SECONDS):
             torch.hub.download_url_to_file(url, str(partial), progress=sys.stderr.isatty())
         _check_fetched(url, partial, path)
-        # The record comes before the file: were it the other way round, a kill between the two would leave a file
-        # that nothing vouches for.
+        # Write the record before the file. In the other order, a kill in between would leave a file without a record.
         _record_hash(path, file_sha256(partial))
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -351,7 +352,7 @@ def _download(url: str, path: Path) -> None:
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(
-            f"cannot fetch {path.name} ({reason}): download {url} on a machine with network and put the file at "
+            f"cannot download {path.name} ({reason}): download {url} on a machine with network and copy the file to "
             f"{path}, or give the path of a weights file on disk"
         ) from error
     finally:
@@ -359,20 +360,20 @@ def _download(url: str, path: Path) -> None:
 
 
 def _check_fetched(url: str, partial: Path, path: Path) -> None:
-    """Refuse a web page, a short body and another network, in words that name the address."""
+    """Refuse a web page, an incomplete file and another network. The message names the address."""
     if partial.stat().st_size == 0:
-        raise InputError(f"{url} gave 0 of 0 bytes; the connection broke, start again")
+        raise InputError(f"{url} gave 0 bytes; the connection broke, start again")
     try:
         weights = read_weights(partial)
     except InputError as error:
         reason = str(error).replace(str(partial), "the file")
-        raise InputError(f"cannot fetch {path.name}: {reason}. It came from {url}") from error
+        raise InputError(f"cannot download {path.name}: {reason}. It came from {url}") from error
     check_published_shape(weights.state_dict, path.name, path)
 
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """The longest silence on a connection that is opened meanwhile."""
+    """Set the timeout of new connections within this context."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -382,31 +383,31 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def hash_file_of(path: Path) -> Path:
-    """Where the hash of a weights file is recorded."""
+    """Path of the recorded hash of a weights file."""
     return path.with_name(path.name + ".sha256")
 
 
 def compare_recorded_hash(path: Path, record_new: bool = False) -> None:
-    """Compare a file with the hash recorded beside it; without a record do nothing, or make one.
+    """Compare a file with the hash recorded beside it. Without a record, do nothing or write one.
 
     Args:
         path: the weights file.
-        record_new: write the record where there is none (a published file that the user put there).
+        record_new: write a record if there is none (for a published file that the user copied there).
 
     Raises:
-        InputError: the file is not the one that was recorded.
+        InputError: the file has another hash.
     """
     record = hash_file_of(path)
     if not record.is_file():
         if record_new:
-            read_weights(path)  # a torn file must not become the reference
+            read_weights(path)  # a damaged file must not become the reference
             _record_hash(path, file_sha256(path))
         return
     recorded = _recorded_hash(record)
     if recorded != (found := file_sha256(path)):
         raise InputError(
             f"{path} changed since it was recorded (sha256 {found[:16]}, in {record.name} {recorded[:16]}): "
-            f"delete both and fetch again, or delete {record.name} alone if you replaced the weights yourself"
+            f"delete both and download again, or only delete {record.name} if you replaced the weights yourself"
         )
 
 
@@ -416,11 +417,11 @@ def _recorded_hash(record: Path) -> str:
 
 
 def _record_hash(path: Path, digest: str) -> None:
-    """Write ``path``'s hash record atomically; a record that is there already must agree."""
+    """Write the hash record of ``path`` atomically. An existing record must agree."""
     record = hash_file_of(path)
     if record.is_file() and (recorded := _recorded_hash(record)) != digest:
         raise InputError(
-            f"{path.name} as fetched has sha256 {digest[:16]}, but {record} says {recorded[:16]}: the published file "
-            f"changed or the download is wrong; delete {record.name} to accept the new one"
+            f"the downloaded {path.name} has sha256 {digest[:16]}, but {record} says {recorded[:16]}: the published "
+            f"file has changed or the download is wrong; delete {record.name} to accept the new one"
         )
     write_atomically(record, lambda file: file.write(f"{digest}  {path.name}\n".encode()))

@@ -1,4 +1,4 @@
-"""Masks: nuclei drawn from numbers, a lab's own cells in new layouts, or annotations of other programs.
+"""Make masks: simulated nuclei, your own cells in new layouts, or annotations of other programs as masks.
 
     python make_masks.py simulate --output masks/ --count 500 --image-size 256 --cell-size 20 --density 0.15 --seed 0
     python make_masks.py simulate --output pairs/ --count 240 --image-size 128 --render       # with images to train on
@@ -6,14 +6,14 @@
     python make_masks.py convert ROIS --images IMAGES --output masks/          # annotations of other programs
     python make_masks.py images STACKS --z max --output images/                # stacks of microscopes, one plane each
 
-simulate and recombine write for every image NAME:
+Files that simulate and recombine write for every image NAME:
     OUTPUT/instances/NAME.png   16-bit, 0 background, 1..n cells
     OUTPUT/masks/NAME.png       8-bit, 0 background, 255 cell
     OUTPUT/images/NAME.png      8-bit gray, with ``simulate --render``
-and for the set: statistics.csv (one row per image), summary.csv (the set beside what it was made from), settings.json.
+Files of the set: statistics.csv (one row per image), summary.csv (compares the set with its source), settings.json.
 
-Image n is a function of the seed, n and the settings alone: a set may be made in parts, made longer, or finished after
-an interruption by the same command, and every file is the same, byte for byte. Files that stand are never rewritten.
+Image n depends only on the seed, n and the settings. Run the same command to continue after an interruption, or with a
+larger --count to make the set longer. Every file comes out the same, byte for byte. Existing files are not rewritten.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from layouts.recombine import (
 )
 from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
 
-# Goes into settings.json. Raise a number when the same settings would give other files.
+# Stored in settings.json. Raise a number if a change of the code gives other files for the same settings.
 GENERATORS = {"simulate": 1, "recombine": 2}
 LARGEST_LABEL = 65535
 KINDS = ("images", "masks", "instances")
@@ -62,18 +62,18 @@ KINDS = ("images", "masks", "instances")
 
 
 def open_set(output: Path, settings: dict[str, object]) -> IO[bytes]:
-    """Make the folder of a set, or find the same set there, and lock it.
+    """Create the folder of a set, or open the same set to continue it. Lock the folder.
 
     Returns:
-        The lock. It ends with the process, or when it is closed.
+        The lock. It ends when it is closed or when the process ends.
 
     Raises:
-        InputError: the folder holds something else, or another process works in it.
+        InputError: the folder holds other files, or another process works in it.
     """
     check_folder(output, settings)
     output.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(output, "name another --output", KINDS)
-    if not check_folder(output, settings):  # again: another process may have been first
+    if not check_folder(output, settings):  # check again: another process may have created the set meanwhile
         write_json(output / SETTINGS, settings)
     return lock
 
@@ -89,17 +89,17 @@ def save_png(array: np.ndarray, path: Path) -> None:
 def make_set(
     output: Path, prefix: str, count: int, kinds: list[str], make_image: Callable[[int], dict[str, np.ndarray]]
 ) -> dict[str, Measurement]:
-    """Make what is not there yet and measure the set, images of an earlier, longer run included.
+    """Make the missing images, and measure the whole set. This includes images of an earlier, longer run.
 
     Args:
         output: folder of the set.
-        prefix: of every name.
-        count: images 0..count-1 are made.
-        kinds: sub-folders that hold a file of every image, "instances" the last.
+        prefix: first part of every name.
+        count: number of images to make.
+        kinds: subfolders with one file per image. "instances" is the last.
         make_image: index -> array by kind.
 
     Raises:
-        InputError: the cells are too small to be seen.
+        InputError: the cells are too small.
     """
     measurements = {}
     for index in tqdm(range(count), desc="masks", unit="image", disable=None):
@@ -124,11 +124,9 @@ def make_set(
 
 
 def label_files(instance_map: np.ndarray) -> dict[str, np.ndarray]:
-    """The instance map as it goes to disk, and the binary mask of the same pixels."""
+    """Instance map and binary mask in the types of their files."""
     if instance_map.max() > LARGEST_LABEL:
-        raise InputError(
-            f"{instance_map.max()} cells in one image are more than 16 bits can number; lower --image-size"
-        )
+        raise InputError(f"{instance_map.max()} cells in one image are too many for 16-bit ids; lower --image-size")
     return {"masks": np.where(instance_map > 0, 255, 0).astype(np.uint8), "instances": instance_map.astype(np.uint16)}
 
 
@@ -136,7 +134,7 @@ def label_files(instance_map: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def run_simulate(args: argparse.Namespace) -> None:
-    """The sub-command ``simulate``."""
+    """Run the subcommand ``simulate``."""
     height, width = args.image_size
     given = {field.name: getattr(args, field.name) for field in fields(NucleiSettings) if hasattr(args, field.name)}
     settings = NucleiSettings(height=height, width=width, **given)
@@ -145,7 +143,7 @@ def run_simulate(args: argparse.Namespace) -> None:
         instance_map, level = simulate_field(settings, index)
         files = label_files(instance_map)
         if settings.render:
-            rng = np.random.default_rng((settings.seed, index, 1))  # its own: masks are the same with and without it
+            rng = np.random.default_rng((settings.seed, index, 1))  # separate, so that --render does not change masks
             files["images"] = render_image(instance_map, level, settings.cell_size, rng)
         return files
 
@@ -166,13 +164,13 @@ def run_simulate(args: argparse.Namespace) -> None:
 
 
 def run_recombine(args: argparse.Namespace) -> None:
-    """The sub-command ``recombine``."""
+    """Run the subcommand ``recombine``."""
     try:
         maps = read_sources(args.instances, args.components)
     except OneValueForAll as error:
         raise InputError(
-            f"--instances: {error}, and recombining needs a number for every cell: give instance labels, or "
-            "--components to take every connected part as one cell"
+            f"--instances: {error}, but recombine needs one number per cell: give instance labels, or use "
+            "--components to count every connected part as one cell"
         ) from error
     height, width = args.image_size or Counter(item.shape for item in maps.values()).most_common(1)[0][0]
     given = {field.name: getattr(args, field.name) for field in fields(LayoutSettings) if hasattr(args, field.name)}
@@ -186,7 +184,7 @@ def run_recombine(args: argparse.Namespace) -> None:
     )
     sources = [cut_pieces(item, settings.clusters) for item in maps.values()]
     if not any(source.pieces for source in sources):
-        raise InputError(f"{args.instances} (--instances): no cell lies whole in its image, so there is none to place")
+        raise InputError(f"{args.instances} (--instances): the image border cuts every cell, so there is none to place")
 
     with open_set(args.output, record_of("recombine", settings)):
         layouts = Layouts(sources, settings)
@@ -203,7 +201,7 @@ def run_recombine(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """The sub-command ``convert``."""
+    """Run the subcommand ``convert``."""
     images = args.images
     in_array = images.is_file() and images.suffix.lower() == ".npy"
     if in_array != (args.images_output is not None):
@@ -227,12 +225,12 @@ def run_images(args: argparse.Namespace) -> None:
 
 
 def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:
-    """What settings.json says of a set."""
+    """Content of settings.json."""
     return {"command": command, "generator": GENERATORS[command], **asdict(settings)}
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Every number that cannot be meant, in one InputError, before any work."""
+    """Raise one InputError with all values that are out of range, before any work."""
     faults = []
 
     def require(holds: bool, flag: str, value: object, rule: str) -> None:
@@ -369,12 +367,14 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
-        help="annotations of other programs to label images",
-        description="Turn annotations of other programs into label images that train.py takes. Ids are kept. Where "
-        "cells overlap, the smaller one keeps the pixels.",
+        help="turn annotations of other programs into label images",
+        description="Turn annotations of other programs into label images for train.py. Ids are kept. If cells "
+        "overlap, the smaller one keeps the pixels.",
     )
     parser.add_argument("input", type=Path, metavar="INPUT", help="file or folder of annotations")
-    parser.add_argument("--images", type=Path, required=True, metavar="IMAGES", help="their images, of the same names")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="IMAGES", help="images of these annotations, with the same names"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="MASKS", help="new folder for label TIFFs")
     parser.add_argument(
         "--format",
@@ -384,15 +384,15 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "colours are classes; pages: one cell per page; planes: .npy of (images, height, width, classes), as PanNuke "
         "(default: by each file's suffix and content)",
     )
-    parser.add_argument("--kind", choices=MAPS, default="instances", help="draw ids of cells, or numbers of classes")
+    parser.add_argument("--kind", choices=MAPS, default="instances", help="write ids of cells, or numbers of classes")
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="draw cells of these classes only; their order gives the numbers"
+        "--classes", nargs="+", metavar="NAME", help="only write cells of these classes, numbered in this order"
     )
     parser.add_argument(
         "--class-colours",
         nargs="+",
         metavar="RRGGBB",
-        help="colour of each class, background first; or the word cells, if every colour but black is a cell",
+        help="colour of each class, background first; or the word cells: every colour except black means cell",
     )
     parser.add_argument(
         "--images-output", type=Path, metavar="FOLDER", help="with --images FILE.npy: new folder for its images"

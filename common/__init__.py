@@ -1,4 +1,4 @@
-"""What every other part needs: errors, files, pictures, log, seeds."""
+"""Helpers for all other packages: errors, files, pictures, log, seeds."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Argument types: numbers in a range, refused in words. Light, so that a command that needs no torch starts at once."""
+"""Argument types: numbers in a range, with clear error messages. Does not import torch, so that commands start fast."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 def number(
     kind: type[int] | type[float], least: float, most: float, *, open_least: bool = False, open_most: bool = False
 ) -> Callable[[str], int | float]:
-    """An argument type: a number from ``least`` to ``most``, without an end that is open.
+    """Make an argument type: a number from ``least`` to ``most``. An open end is not included.
 
-    Infinity as an end means no bound; the number itself is always finite.
+    An infinite end means no limit. The number itself must be finite.
     """
 
     def parse(text: str) -> int | float:
@@ -41,7 +41,7 @@ def _in_words(kind: type, least: float, most: float, open_least: bool, open_most
     return f"between {least} and {most}"
 
 
-MOST = 10**9  # of what is counted: more steps, images or pixels are a slip of the finger
+MOST = 10**9  # limit of all counts; more steps, images or pixels must be a typing error
 positive_int = number(int, 1, MOST)
 non_negative_int = number(int, 0, MOST)
 seed_number = number(int, 0, 2**63 - 1)
@@ -56,7 +56,7 @@ part_of_time = number(float, 0, 1, open_least=True, open_most=True)
 def overlap(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text} is neither a share between 0 and 1 nor a number of pixels")
+        raise argparse.ArgumentTypeError(f"{text} is neither a fraction between 0 and 1 nor a number of pixels")
     return value
 
 
@@ -87,7 +87,7 @@ def percent(text: str) -> int:
     """A whole number in 1..100, for argparse."""
     value = int(text)
     if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is no percentage from 1 to 100")
+        raise argparse.ArgumentTypeError(f"{text} is not a percentage from 1 to 100")
     return value
 
 

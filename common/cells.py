@@ -11,7 +11,7 @@ def connected_cells(mask: np.ndarray) -> np.ndarray:
     """Instance map of a mask by connected components. Pixels that share a corner belong together.
 
     Args:
-        mask: (H, W) bool, or numbers of which all but 0 are cell.
+        mask: (H, W) bool, or numbers: 0 is background, all others are cell.
 
     Returns:
         (H, W) int32, 0 background, cells 1..n in the order of their first pixel.
@@ -32,7 +32,7 @@ def without_gaps(labels: np.ndarray) -> np.ndarray:
 
 
 def touches_border(labels: np.ndarray) -> np.ndarray:
-    """Sorted ids of the cells that have a pixel in the first or last row or column.
+    """Sorted ids of the cells with a pixel in the first or last row or column.
 
     Args:
         labels: (H, W) integers, 0 background.

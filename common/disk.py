@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, hashed, and folders held by one process."""
+"""Files on disk: atomic writing, hashes, tables, and locked folders."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from common.errors import InputError, list_some
 
 logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
-SETTINGS = "settings.json"  # of a folder: what its files were made with
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without a lock service answers
-# Names of half-written files. The second form is that of earlier versions.
+SETTINGS = "settings.json"  # file in a folder: the settings that made its files
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
+# Names of unfinished files. The second form comes from earlier versions.
 TEMPORARY_NAME = re.compile(r"\.sit-[0-9a-f]{8}\.tmp|\.[0-9a-f]{16}\.tmp")
-# A spreadsheet runs a cell that begins with one of these. Apostrophes may stand before it: see write_csv.
+# A spreadsheet runs a cell that begins with one of these as a formula. Apostrophes may come first: see write_csv.
 FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name, flush it to the disk, and only then give it its name.
+    """Write a file under a temporary name, flush it to the disk, and rename it.
 
-    A process that dies in between leaves what was there before.
+    If the process dies meanwhile, the old file stays.
 
     Raises:
-        OSError: disk full, no permission; it names the file, and the temporary one is removed.
+        OSError: the disk is full, or permission is missing. The error names the file; the temporary file is removed.
     """
-    # short and without path's own name, which may be as long as names go
+    # The temporary name is short, because the name of the file may already have the maximum length.
     temporary = path.with_name(f".sit-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -47,22 +47,22 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides a write that failed
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides a failed write
         if isinstance(cause, OSError) and cause.errno:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table, whole or not at all. `read_csv` gives the same texts back.
+    """Write a table atomically. `read_csv` returns the same texts.
 
-    File names come from users and from downloaded data, and a spreadsheet runs a cell that begins with = + - or @ as a
-    formula. Quotes do not stop it. An apostrophe in front does, so such a text gets one, and `read_csv` removes it.
-    Refusing the names would shut out files such as ``-3.png``. Numbers stay as they are, written as text or not.
+    File names come from users and from downloaded data. A spreadsheet runs a cell that begins with = + - or @ as a
+    formula, even in quotes. An apostrophe in front prevents this. So such texts get an apostrophe, and `read_csv`
+    removes it. Refusing such names would exclude files such as ``-3.png``. Numbers stay unchanged, also as text.
     """
     text = io.StringIO()
     plain = csv.writer(text, lineterminator="\n")
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)  # the plain one leaves a lone \r unquoted
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)  # `plain` would not quote a single \r
     plain.writerow(columns)
     for row in rows:
         cells = [_guarded(cell) for cell in row]
@@ -72,12 +72,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a table that `write_csv` wrote.
+    """Header and rows of a table written by `write_csv`.
 
-    A row with too few cells has None for the others; one with too many has the rest under the key None.
+    If a row has too few cells, the others are None. If it has too many, the rest is under the key None.
 
     Raises:
-        InputError: it is no CSV.
+        InputError: the file is not valid CSV.
     """
     try:
         with path.open(newline="", encoding="utf-8") as stream:
@@ -85,7 +85,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             rows = [{name: _unguarded(cell) for name, cell in row.items()} for row in reader]
             return list(reader.fieldnames or []), rows
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable CSV file ({error}); make it again, or restore it") from error
+        raise InputError(f"{path} is not a readable CSV file ({error}); make it again, or restore it") from error
 
 
 def _guarded(cell: object) -> object:
@@ -104,7 +104,7 @@ def _unguarded(cell: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON, indented, written atomically."""
+    """Write indented JSON atomically."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -113,14 +113,14 @@ def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file, or of a folder's files in the order of their names (one mask per nucleus).
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     path = Path(path)
     if path.is_dir():
         parts = [file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise InputError(f"{path} is no regular file")
+    if path.exists() and not path.is_file():  # opening a pipe would block forever
+        raise InputError(f"{path} is not a regular file")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -129,7 +129,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _is_passing(name: str) -> bool:
-    """Whether a file is a lock or a temporary file of ours, such as another process writes at this moment."""
+    """Whether a file is one of our locks or temporary files, which another process may be writing now."""
     return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
 
 
@@ -139,19 +139,19 @@ def check_folder(
     free: Collection[str] = (),
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> bool:
-    """Refuse a folder that holds other work. Nothing in it is touched, and it need not exist.
+    """Refuse a folder that holds other work. Changes nothing in it. The folder need not exist.
 
     Args:
-        folder: where a command is about to write.
-        settings: what the work is made with, as SETTINGS holds it. None: the folder must be new or empty.
+        folder: folder that a command is about to write to.
+        settings: settings of the work, as stored in SETTINGS. None: the folder must be new or empty.
         free: names of settings that may differ.
-        upgrade: turns the settings of an earlier version into those of this one.
+        upgrade: converts the settings of an earlier version.
 
     Returns:
-        Whether the folder holds work of the same settings, which can be continued.
+        Whether the folder holds work with the same settings, which can be continued.
 
     Raises:
-        InputError: the folder is a file, holds other files, or holds work made with other settings.
+        InputError: the folder is a file, holds other files, or holds work with other settings.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder")
@@ -163,7 +163,7 @@ def check_folder(
             what = (
                 "is not empty"
                 if settings is None
-                else f"is not empty and has no {SETTINGS}: it is no set of this command"
+                else f"is not empty and has no {SETTINGS}, so this command did not make it"
             )
             raise InputError(f"{folder} {what}; name a new or an empty folder")
         return False
@@ -185,7 +185,7 @@ def check_folder(
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the files' contents are."""
+    """Flush the names in a folder to the disk."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -194,33 +194,34 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool = False) -> IO[bytes]:
-    """Hold a folder for this process alone, and remove the temporary files that killed processes left in it.
+    """Lock a folder for this process, and remove temporary files that killed processes left in it.
 
-    With ``shared``, hold it together with other processes that share it. Temporary files stay: they may be theirs.
+    With ``shared``, other processes can share the lock. Temporary files then stay, because they may belong to another
+    process.
 
-    The lock belongs to the process, not to the open file. Loader processes live on for seconds after this one is
-    killed, and they must not hold it.
+    The lock belongs to the process, not to the open file. If this process is killed, its loader processes live on for
+    seconds, and they must not keep the lock.
 
-    Some network file systems have no locks. There, a warning says so and the work goes on. Temporary files stay,
+    Some network file systems have no locks. Then a warning is logged and the work continues. Temporary files stay,
     because another process may be writing them.
 
     Args:
-        folder: the folder; its lock is the file LOCK_FILE.
+        folder: the folder. Its lock is the file LOCK_FILE.
         mend: what else the user can do, for the message.
-        parts: sub-folders that belong to the folder's owner. Temporary files are removed from the folder and from
-            these only: in any other sub-folder another process may be at work.
-        shared: let other processes share the folder. None can then hold it alone.
+        parts: subfolders that belong to the same work. Temporary files are only removed from the folder and from these,
+            because another process may work in other subfolders.
+        shared: let other processes share the folder. Then none can lock it alone.
 
     Returns:
-        The lock. It ends when the file is closed or when the process ends, however it ends.
+        The lock. It ends when the file is closed or when the process ends.
 
     Raises:
-        InputError: another process holds the folder.
+        InputError: another process holds the lock.
     """
     lock = (folder / LOCK_FILE).open("a+b")  # a shared lock needs a file that can be read
     try:
         fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # what the system says if another process has the lock
+    except (BlockingIOError, PermissionError) as error:  # another process has the lock
         lock.close()
         raise InputError(f"{folder}: another process works in this folder. Wait for it, or {mend}.") from error
     except OSError as error:
@@ -241,7 +242,7 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool
 
 @cache
 def _warn_of_no_locks(folder: Path) -> None:
-    """Say it once for each folder."""
+    """Warn once per folder."""
     logger.warning(
         "%s: this file system has no locks, so a second process in this folder is not noticed. "
         "Start only one process at a time for this folder.",

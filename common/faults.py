@@ -1,4 +1,4 @@
-"""Faults of the machine, such as memory that runs out, in one line; and a file about what must be a bug of ours."""
+"""Faults of the machine, such as too little memory, explained in one line. Bug reports for all other errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can(?:'|no)t allocate memory|_STATUS
 _TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
 _NO_SHARED_MEMORY = re.compile(r"unable to \w+ shared memory|out of shared memory|Bus error", re.IGNORECASE)
 _WORKER_DIED = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: \w+)")
-# Flags that say how much is computed at once; a command has some of them.
+# Flags that decide how much is computed at once. Each command has some of them.
 _SIZES = ("model", "image_size", "global_batch_size", "accumulate", "per_proc_batch_size", "batch_size")
 _MENDS = {
     "accumulate": "a larger --accumulate (the same update in more parts)",
@@ -35,11 +35,11 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | None:
-    """What to say about a fault of the machine, in one line; None if the error is none.
+    """One line about a fault of the machine. None if the error is of another kind.
 
     Args:
-        error: what ended the command.
-        values: of the command's flags, for the sizes that it ran with and the flags that it has.
+        error: the error that ended the command.
+        values: values of the command's flags. The line names the sizes that the command used and flags to change.
     """
     text = f"{type(error).__name__} {error}"
     no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -86,10 +86,11 @@ def _readable(number: str, unit: str) -> str:
 
 
 def write_bug_report(error: BaseException) -> Path | None:
-    """Write what is needed to find a bug of ours: command, versions, traceback. No key of the environment is in it.
+    """Write a bug report with command, versions and traceback. Secrets of the environment are removed.
 
     Returns:
-        The file, in this folder or, if that cannot be written, in that for temporary files; None if neither can.
+        The file, in the current folder or, if this is not writable, in the folder for temporary files. None if both
+        fail.
     """
     lines = [
         f"command: {' '.join(sys.argv)}",
@@ -121,7 +122,7 @@ def _versions() -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """The text with the values of environment variables that look like secrets, and keys in addresses, as ``***``."""
+    """Replace values of environment variables that look like secrets, and keys in addresses, by ``***``."""
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= 6:
             text = text.replace(value, "***")

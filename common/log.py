@@ -1,4 +1,4 @@
-"""Where log lines go: stderr, and a file in the run folder."""
+"""Logging to stderr and to a file in the run folder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 
 class LogFile(logging.FileHandler):
-    """A log file on a full disk ends the command like any other file there, instead of a traceback per line."""
+    """Log file that raises an error if the disk is full, instead of printing a traceback for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             if self.stream is not None:
                 with contextlib.suppress(OSError):
-                    self.stream.close()  # it tries once more to write what it holds
+                    self.stream.close()  # closing tries to write once more
             self.stream = None
             raise OSError(error.errno, error.strerror, self.baseFilename) from error
         super().handleError(record)
 
 
 def start_logging(is_main: bool, log_file: Path | None = None) -> None:
-    """Rank 0 logs to stderr and, where given, to a file; the other ranks log warnings only."""
+    """Set up logging. The main process logs to stderr and, if given, to a file. Others only log warnings."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if is_main and log_file is not None:
         handlers.append(LogFile(log_file, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Steps of gray values across the borders of a network's patches, and inside of the patches."""
+"""Differences of neighbouring gray values across the borders of a network's patches, and inside the patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Steps(NamedTuple):
-    """Sums and numbers of the absolute differences of neighbouring pixels, over all channels."""
+    """Sums and counts of the absolute differences ("steps") of neighbouring pixels, over all channels."""
 
     border_sum: float = 0.0
     border_count: int = 0
@@ -26,24 +26,24 @@ class Steps(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """Mean step across borders over the mean step inside; None if there is no border or no step inside."""
+        """Mean step across borders / mean step inside patches. None if there is no border or no step inside."""
         if self.border_count == 0 or self.inside_sum == 0:
             return None
         return (self.border_sum / self.border_count) / (self.inside_sum / self.inside_count)
 
 
 def image_steps(image: np.ndarray, patch: int) -> Steps:
-    """Steps of one image whose patches begin at its upper left corner.
+    """Steps of one image. Its patches begin at the upper left corner.
 
     Args:
         image: (H, W) or (H, W, C), any number type.
         patch: side of a patch in pixels, at least 2.
 
     Raises:
-        ValueError: a patch of one pixel has no inside.
+        ValueError: the patch is smaller than 2 pixels, so it has no inside.
     """
     if patch < 2:
-        raise ValueError(f"patches of {patch} pixel have no inside; a grid can be measured from 2 pixels on")
+        raise ValueError(f"patches of {patch} pixel have no inside; a grid needs patches of at least 2 pixels")
     image = image.astype(np.float64)
     total = Steps()
     for axis in (0, 1):
@@ -55,7 +55,7 @@ def image_steps(image: np.ndarray, patch: int) -> Steps:
 
 
 def grid_ratio(images: Sequence[np.ndarray], patch: int) -> float | None:
-    """Grid ratio of several images, their steps taken together; see :func:`image_steps`."""
+    """Grid ratio over the steps of several images; see :func:`image_steps`."""
     total = Steps()
     for image in images:
         total = total.plus(image_steps(image, patch))

@@ -1,4 +1,4 @@
-"""Arrays to pictures that a person looks at: grids, colours of channels and of mask classes."""
+"""Pictures for display: grids of images, colours for channels and for mask classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
-    """Rows of images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3), white between them and beside small ones."""
+    """Rows of images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3). White separates and pads the images."""
     from torchvision.utils import make_grid
 
     tiles = [as_rgb(to_uint8(tile)) for row in rows for tile in row]
@@ -47,12 +47,12 @@ def mask_picture(prob_map: Tensor) -> Tensor:
     return torch.einsum("khw,kc->chw", prob_map.float().cpu(), colors / 127.5 - 1)
 
 
-# Colours of the channels of an image that is neither gray nor RGB, as Fiji's composite view has them.
+# Colours for the channels of an image that is neither gray nor RGB, the same as in Fiji's composite view.
 _CHANNEL_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """A picture to look at: gray is repeated, RGB stays, other channels lie over each other in colours of their own.
+    """RGB picture for display. Gray is repeated, RGB stays, other channels are overlaid, each in its own colour.
 
     Args:
         image: (H, W, C) uint8.
@@ -68,5 +68,5 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def repeat_gray(image: np.ndarray) -> np.ndarray:
-    """(H, W, 1) as three equal channels, for what knows only colour; other images as they are."""
+    """Repeat a gray image (H, W, 1) to three channels, for code that only takes RGB. Other images stay unchanged."""
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image

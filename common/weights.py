@@ -1,4 +1,4 @@
-"""Files of weights (.pt and .safetensors), read without running anything in them and without unpacking bombs."""
+"""Read weights files (.pt and .safetensors) safely: no code is run, and no file unpacks to more than its size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class DamagedFile(ValueError):
-    """The file is torn, or it is no file of weights."""
+    """The file is damaged or not a weights file."""
 
 
 class WouldRunCode(ValueError):
@@ -24,21 +24,21 @@ class WouldRunCode(ValueError):
 
 
 def read_tensor_file(path: Path, allowed: Sequence[type] = ()) -> tuple[Any, dict[str, str]]:
-    """Content of a .safetensors file or of what `torch.save` wrote, on the CPU.
+    """Content of a .safetensors file, or of a file written by `torch.save`, on the CPU.
 
-    Checksums are compared, which `torch.load` does not do. No tensor may hold more bytes than the file: a stored tensor
+    Compares checksums, which `torch.load` does not do. No tensor may be larger than the file, because a stored tensor
     with strides of 0 can claim any size.
 
     Args:
-        path: the file; its suffix says the format.
-        allowed: classes beside tensors and plain types that a .pt file may hold.
+        path: the file. Its suffix tells the format.
+        allowed: other classes that a .pt file may hold, beyond tensors and plain types.
 
     Returns:
-        The content, and the metadata of a .safetensors file (else nothing).
+        The content, and the metadata of a .safetensors file (empty for others).
 
     Raises:
-        DamagedFile: it cannot be read, or it would unpack to more than its size.
-        WouldRunCode: it holds more than tensors, plain types and the allowed classes.
+        DamagedFile: the file cannot be read, or would unpack to more than its size.
+        WouldRunCode: the file holds other things than tensors, plain types and the allowed classes.
     """
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path, allowed), {})
     largest = path.stat().st_size
@@ -51,9 +51,9 @@ def read_tensor_file(path: Path, allowed: Sequence[type] = ()) -> tuple[Any, dic
 
 
 def archive_checksum(path: Path) -> str:
-    """Hexadecimal digest of a file that `torch.save` wrote, from the checksums that it holds; the content is not read.
+    """Hexadecimal digest of a file written by `torch.save`, from the checksums stored in it. Does not read the content.
 
-    `read_tensor_file` compares the content with them.
+    `read_tensor_file` compares the content with these checksums.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -68,13 +68,13 @@ def _read_torch(path: Path, allowed: Sequence[type]) -> Any:
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on odd pickle protocols; the error below says enough
+            warnings.simplefilter("ignore", UserWarning)  # about odd pickle protocols; the error below is enough
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (DamagedFile, OSError):  # a disk that cannot be read says nothing about the file
+    except (DamagedFile, OSError):  # a disk error does not mean that the file is damaged
         raise
     except zipfile.BadZipFile as error:
-        raise DamagedFile("it is no archive as torch.save writes it since version 1.6") from error
-    except Exception as error:  # a damaged pickle can raise any exception at all; none of them is a fault of ours
+        raise DamagedFile("it is not an archive of torch.save (version 1.6 or later)") from error
+    except Exception as error:  # a damaged pickle can raise any exception
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise WouldRunCode(refused.group(1)) from error
@@ -82,9 +82,9 @@ def _read_torch(path: Path, allowed: Sequence[type]) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare every block with its checksum, and refuse what would take far more memory than the file.
+    """Compare every block with its checksum, and refuse files that would unpack to more than their size.
 
-    `torch.save` compresses nothing, so the blocks of its files are together smaller than the file.
+    `torch.save` does not compress, so all blocks together are smaller than the file.
     """
     with zipfile.ZipFile(path) as archive:
         blocks = archive.infolist()
@@ -93,7 +93,7 @@ def _check_archive(path: Path) -> None:
         damaged = archive.testzip()
         if damaged is not None:
             raise DamagedFile(f"the checksum of {damaged} does not match")
-        # torch allows bytearray, which makes as many bytes as a number in the pickle says.
+        # torch allows bytearray, which creates as many bytes as a number in the pickle says.
         if any(b"bytearray" in archive.read(block) for block in blocks if block.filename.endswith("data.pkl")):
             raise DamagedFile("it holds a bytearray")
 
@@ -103,7 +103,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:  # the header is free bytes, so the exception can be any
+    except Exception as error:  # a damaged header can raise any exception
         raise DamagedFile(_first_line(error)) from error
 
 
@@ -114,7 +114,7 @@ def _tensors(content: Any) -> Iterable[Tensor]:
         item = left.pop()
         if isinstance(item, Tensor):
             yield item
-        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:  # a pickle may hold itself
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:  # a pickle may contain itself
             seen.add(id(item))
             left.extend(item.values() if isinstance(item, dict) else item)
 

@@ -60,7 +60,7 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     table = ""
     try:
         if not path.is_file():  # also keeps pipes and devices from being opened
-            raise FileError(path, "is no regular file" if path.exists() else "no such file, or a broken link")
+            raise FileError(path, "is not a regular file" if path.exists() else "no such file, or a broken link")
         with path.open("rb") as file:
             start = file.read(8)
             file.seek(0)

@@ -1,8 +1,9 @@
-"""Gray values of synthetic images: 8 bits to look at, or the range and type of the training images.
+"""Gray values: from files to [-1, 1] and back.
 
-A model works on [-1, 1]. The windows, the gray values that these ends were in the training files, lie in the
-checkpoint, so that an image can leave as it would have come from the microscope: with the one window of a data set by
-the exact inverse of reading it; where each training image had a window of its own, a synthetic one takes one of those.
+A window (gray range) is the pair of gray values that become -1 and 1. The checkpoint stores the windows of the training
+images. So synthetic images can be written with 8 bits for display, or with the range and type of the training images.
+If the data set has one window, the mapping is inverted exactly. If each training image has its own window, a synthetic
+image gets the window of one of them.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from dataset.files import FileError, encode_image, image_suffix
 ROBUST_PERCENTILES = (0.1, 99.9)
 
 
-NARROW_SHARE = 0.1  # of the gray range that all channels of an image share
+NARROW_SHARE = 0.1  # a channel that uses less than this fraction of the common gray range is narrow
 _SAMPLED_PIXELS = 2**14
 
 
 def default_window_channels(channels: int, has_channels: bool | None = None) -> str | None:
-    """Gray and RGB have one window; other channels are stains, each of a brightness of its own.
+    """Gray and RGB images have one window. Other channels are stains with different brightness, one window each.
 
     Args:
-        channels: of the images.
-        has_channels: whether their files say that the channels are no colours; None if no file was read yet.
+        channels: number of channels of the images.
+        has_channels: whether the files say that their channels are not colours. None if no file was read yet.
 
     Returns:
-        One of ``WINDOW_CHANNELS``; None for three channels that may be RGB or stains.
+        One of ``WINDOW_CHANNELS``. None for three channels that may be RGB or stains.
     """
     if channels == 3 and has_channels is None:
         return None
@@ -45,7 +46,7 @@ def default_window_channels(channels: int, has_channels: bool | None = None) -> 
 
 
 def channel_shares(image: np.ndarray) -> tuple[float, ...]:
-    """How much of the gray range of all channels each channel uses, between robust percentiles; empty for gray.
+    """Fraction of the common gray range that each channel uses, between robust percentiles. Empty for gray images.
 
     Args:
         image: (H, W, C).
@@ -61,15 +62,15 @@ def channel_shares(image: np.ndarray) -> tuple[float, ...]:
 
 
 def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfig, dtype: str) -> str | None:
-    """What to say if images share one window that a channel hardly uses; None if all is well.
+    """Warning text if all channels have one window and a channel hardly uses it. None if there is no such channel.
 
     Args:
         shares: :func:`channel_shares` of every image.
         config: how the images are read.
-        dtype: of their files.
+        dtype: type of the gray values in the files.
     """
     counts = [len(one) for one in shares if one]
-    fixed = dtype == "uint8" and config.window is None  # then channels keep their range, whatever the config says
+    fixed = dtype == "uint8" and config.window is None  # such images keep their range, whatever the config says
     if not counts or (config.window_channels == "separate" and not fixed):
         return None
     median = np.median([one for one in shares if len(one) == max(counts)], axis=0)
@@ -78,13 +79,13 @@ def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfi
         return None
     window = f" window=({ROBUST_PERCENTILES[0]:g}, {ROBUST_PERCENTILES[1]:g})" if fixed else ""
     return (
-        f"{', '.join(narrow)} of the gray range that the {max(counts)} channels share (median of {len(shares)} "
-        f"images): a model hardly sees it; window_channels=separate{window} gives every channel a range of its own"
+        f"{', '.join(narrow)} of the common gray range of the {max(counts)} channels (median of {len(shares)} "
+        f"images), so a model hardly sees it; window_channels=separate{window} gives every channel its own range"
     )
 
 
 def image_window(image: np.ndarray, config: DataConfig) -> Window:
-    """Gray values of one image (H, W, C) that become -1 and 1."""
+    """The window of one image (H, W, C): the gray values that become -1 and 1."""
     if config.window_values is not None:
         return config.window_values
     if config.window is None and image.dtype == np.uint8:
@@ -100,7 +101,7 @@ def percentile_windows(values: np.ndarray, config: DataConfig) -> Window:
 
 
 def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Two percentiles; smallest and largest value where the percentiles meet, and never an empty window."""
+    """Window between two percentiles. If these are equal, between smallest and largest value. Never empty."""
     if values.dtype in (np.uint8, np.uint16):
         cumulative = np.cumsum(np.bincount(values.ravel()))  # exact, and faster than sorting
         ranks = [share / 100 * (values.size - 1) for share in percentiles]
@@ -113,11 +114,11 @@ def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> 
 
 
 def window_image(image: np.ndarray, window: Window, channels_first: bool = False) -> np.ndarray:
-    """Map the window to [-1, 1] and clip at its ends. (..., C) or (C, ...) of any dtype -> float32."""
+    """Map a window to [-1, 1], and clip values outside. (..., C) or (C, ...) of any dtype -> float32."""
     low, high = np.array(window, np.float64).T  # (1,) or (C,) each
     if channels_first:
         low, high = (ends.reshape(-1, *[1] * (image.ndim - 1)) for ends in (low, high))
-    scaled = image.astype(np.float32)  # a copy, changed in place: this is the loader's largest cost
+    scaled = image.astype(np.float32)  # one copy, changed in place, because this is the loader's largest cost
     scaled -= low.astype(np.float32)
     scaled *= (2 / (high - low)).astype(np.float32)
     scaled -= np.float32(1)
@@ -125,49 +126,51 @@ def window_image(image: np.ndarray, window: Window, channels_first: bool = False
 
 
 def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndarray:
-    """Check that (H, W, C) can give ``channels``: C is that, or 1 for RGB, or RGB of equal channels for 1.
+    """Check that an image (H, W, C) fits a model with ``channels`` channels.
+
+    C must equal ``channels``. Two exceptions: a gray image fits 3 channels, and RGB with equal channels fits 1.
 
     Returns:
-        (H, W, channels), or (H, W, 1), which :func:`to_tensor` repeats: memory holds each gray value once.
+        (H, W, channels), or (H, W, 1), which :func:`to_tensor` repeats later to save memory.
 
     Raises:
-        FileError: another number of channels, or colours where gray is asked for.
+        FileError: the number of channels does not fit, or the image has colours and the model is gray.
     """
     found = image.shape[2]
     if channels == 1 and found == 3:
         if (image != image[:, :, :1]).any():
-            raise FileError(where, "holds colours, the model takes 1 gray channel: save it as gray, or train with 3")
+            raise FileError(where, "has colours, but the model takes 1 gray channel: save it as gray, or train with 3")
         return np.ascontiguousarray(image[:, :, :1])
     if found == channels or (found, channels) == (1, 3):
         return image
-    hint = {2: " (or a transparent alpha channel: save it without)", 4: " (or a transparent RGB image: flatten it)"}
-    mend = "vae=none in_channels=N trains on N"
+    hint = {2: " (one may be transparency: save it without)", 4: " (one may be transparency: save it as RGB)"}
+    mend = "vae=none in_channels=N trains on N channels"
     count = f"{found} channel{'s' * (found > 1)}{hint.get(found, '')}"
-    raise FileError(where, f"has {count}, the model takes {channels}; {mend}")
+    raise FileError(where, f"has {count}, but the model takes {channels}; {mend}")
 
 
 def to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:
     """(S, S, C or 1) as stored -> (channels, S, S) float32 in [-1, 1]."""
-    planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # while values are small
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # before the conversion to float: less memory to move
     tensor = torch.from_numpy(window_image(planes, window, channels_first=True))
     return tensor if len(planes) == channels else tensor.repeat(channels, 1, 1)
 
 
 INTENSITIES = ("display", "source")
 SOURCE_WINDOWS = ("draw", "median")
-MOST_WINDOWS = 256  # kept in a checkpoint; they stand for those of any larger set
-_DRAW = 2  # keeps the draw of a window apart from the noise's and the crop's of the same image
+MOST_WINDOWS = 256  # most windows in a checkpoint; they represent those of a larger set
+_DRAW = 2  # makes the random choice of a window independent of noise and crop of the same image
 
 
 @dataclass(frozen=True)
 class SourceIntensity:
-    """The gray values of a training set; a checkpoint keeps them as a plain dict.
+    """The gray values of a training set. A checkpoint stores them as a plain dict.
 
     Attributes:
-        dtypes: kinds of gray values in the files, sorted; one of them where images can be written back.
-        channels: most channels of a file; 1 where all are gray, also for a model of three.
-        windows: windows of the training images, all alike counted once; at most ``MOST_WINDOWS``, spread evenly.
-        colours: whether three channels are RGB; stains are not.
+        dtypes: types of gray values in the files, sorted. Images can only be written back if there is one type.
+        channels: largest number of channels of a file. 1 if all files are gray, even if the model has three.
+        windows: windows of the training images, at most ``MOST_WINDOWS``, evenly spread. One if all are equal.
+        colours: whether three channels are RGB (not stains).
     """
 
     dtypes: tuple[str, ...]
@@ -179,15 +182,15 @@ class SourceIntensity:
     def of(
         cls, windows: Sequence[Window], dtypes: Sequence[np.dtype], channels: int, colours: bool = True
     ) -> SourceIntensity:
-        """Of all training images.
+        """Collect the gray values of all training images.
 
         Args:
-            windows: of every image; their order does not matter.
-            dtypes: of every image's file.
-            channels: most channels of a file.
+            windows: window of every image, in any order.
+            dtypes: type of gray values of every file.
+            channels: largest number of channels of a file.
             colours: whether three channels are RGB.
         """
-        most = max(map(len, windows))  # gray beside RGB
+        most = max(map(len, windows))  # gray and RGB images can be mixed
         windows = [window * most if len(window) == 1 else window for window in windows]
         ordered = sorted(windows, key=lambda window: (window[0][1] - window[0][0], window))
         if len(set(ordered)) == 1:
@@ -212,20 +215,20 @@ class SourceIntensity:
         return cls(tuple(values["dtypes"]), values["channels"], windows, values.get("colours", True))
 
     def median_window(self) -> Window:
-        """The medians of all lower and of all upper ends."""
+        """Median of the lower ends and median of the upper ends."""
         middle = np.median(np.array(self.windows), axis=0)
         return tuple((float(low), float(high)) for low, high in middle)
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What the files of a synthetic set hold.
+    """Format of the image files of a synthetic set.
 
     Attributes:
-        channels: of an image in its file; a gray one is the mean of what the model drew.
-        dtype: of its gray values.
-        windows: those to choose from; none for 8 bits over the whole range.
-        colours: whether three channels are RGB; stains go out as planes of a TIFF.
+        channels: number of channels in the file. A gray file holds the mean of the model's channels.
+        dtype: type of the gray values.
+        windows: windows to choose from. Empty for 8 bits over the whole range.
+        colours: whether three channels are RGB. Stains are written as planes of a TIFF.
     """
 
     channels: int
@@ -235,11 +238,11 @@ class ImageFormat:
 
     @property
     def suffix(self) -> str:
-        """Of the image files."""
+        """Suffix of the image files."""
         return image_suffix(self.channels, self.dtype, self.colours)
 
     def window(self, seed: int, index: int) -> Window | None:
-        """Gray values that -1 and 1 of image ``index`` become; None for 8 bits over the whole range."""
+        """Gray values for -1 and 1 of image ``index``. None for 8 bits over the whole range."""
         return self.windows[derived_seed(seed, index, _DRAW) % len(self.windows)] if self.windows else None
 
     def encode(self, image: np.ndarray, window: Window | None) -> bytes:
@@ -251,42 +254,42 @@ class ImageFormat:
 def choose_format(
     intensity: str, source_window: str | None, data: DataConfig, source: SourceIntensity | None
 ) -> ImageFormat:
-    """The format that the flags ask for.
+    """Choose the format of the image files.
 
     Args:
         intensity: one of ``INTENSITIES``.
-        source_window: one of ``SOURCE_WINDOWS``; None is "draw".
-        data: of the checkpoint.
-        source: of the checkpoint; None in one that does not know.
+        source_window: one of ``SOURCE_WINDOWS``. None means "draw".
+        data: data settings of the checkpoint.
+        source: gray values of the training images, from the checkpoint. None if the checkpoint lacks them.
 
     Raises:
-        InputError: a flag without effect, or training images that had no one range to go back to.
+        InputError: a setting has no effect, or the gray values of the training images are unknown or of several types.
     """
     if intensity == "display":
         if source_window is not None:
-            raise InputError("source_window has no effect on intensity=display: leave it out.")
+            raise InputError("source_window has no effect with intensity=display: leave it out.")
         return ImageFormat(data.channels, colours=source is None or source.colours)
     if source is None:
         raise InputError("intensity=source: the checkpoint does not know the gray values of its training images.")
     if len(source.dtypes) != 1:
         raise InputError(
-            f"intensity=source: the training images were {' and '.join(source.dtypes)}, there is no one kind of gray "
-            "values to go back to. Leave it out."
+            f"intensity=source: the training images had several types of gray values ({' and '.join(source.dtypes)}), "
+            "so the type to write is not clear. Leave it out."
         )
     if source_window is not None and len(source.windows) == 1:
         raise InputError("source_window has no effect: all training images had one window. Leave it out.")
     windows = (source.median_window(),) if source_window == "median" else source.windows
-    channels = min(source.channels, data.channels)  # gray files trained a model of three channels, too
+    channels = min(source.channels, data.channels)  # a model of three channels may have been trained on gray files
     return ImageFormat(channels, np.dtype(source.dtypes[0]), windows, source.colours)
 
 
 def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) -> np.ndarray:
-    """The inverse of ``data.window_image``, whole numbers rounded.
+    """The inverse of :func:`window_image`. Integers are rounded.
 
     Args:
         image: (C, H, W) in [-1, 1].
-        window: gray values of -1 and 1; None is 0 and 255.
-        dtype: of the result.
+        window: gray values for -1 and 1. None means 0 and 255.
+        dtype: type of the result.
 
     Returns:
         (H, W, C).
@@ -301,20 +304,20 @@ def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) ->
 
 
 def to_display(image: np.ndarray, window: Window | None) -> np.ndarray:
-    """An image of a set as 8 bits over the whole range. (H, W, C) -> the same shape, uint8."""
+    """Convert an image of a set to 8 bits over the whole range. (H, W, C) -> the same shape, uint8."""
     if window is None:
         return image
     return to_uint8(torch.from_numpy(window_image(image, window)).permute(2, 0, 1))
 
 
 def window_columns(window: Window | None) -> dict[str, str]:
-    """Columns of a manifest: lower and upper ends, one number or one per channel; empty without a window."""
+    """Columns of a manifest: lower and upper end, one number or one per channel. Empty without a window."""
     ends = ([], []) if window is None else zip(*window, strict=True)
     low, high = (" ".join(f"{value:.9g}" for value in values) for values in ends)
     return {"window_low": low, "window_high": high}
 
 
 def window_from_columns(row: dict[str, str]) -> Window | None:
-    """The inverse of :func:`window_columns`; None where the columns are empty or absent."""
+    """The inverse of :func:`window_columns`. None if the columns are empty or missing."""
     ends = [[float(word) for word in (row.get(name) or "").split()] for name in ("window_low", "window_high")]
     return tuple(zip(*ends, strict=True)) or None

@@ -1,4 +1,4 @@
-"""Facts about the values of one mask, from which the meaning of a whole folder is decided."""
+"""Facts about the values of one mask. ``dataset/masks.py`` decides from them how to read a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEW_VALUES = 16
 
 @dataclass(frozen=True)
 class MaskStats:
-    """What the decision needs to know of one mask. Pairs are 4-neighbours that are both above 0."""
+    """Facts about one mask. "Pairs" are pixels beside or below each other that are both above 0."""
 
     name: str
     dtype: np.dtype
@@ -23,21 +23,21 @@ class MaskStats:
     minimum: float
     maximum: float
     distinct: int
-    values: frozenset[float]  # the distinct values where they are few, else empty
-    near_ends: float = 1.0  # share of pixels close to 0 or to the largest value
+    values: frozenset[float]  # the distinct values if they are few, else empty
+    near_ends: float = 1.0  # fraction of pixels close to 0 or to the largest value
     sum_error: float = 0.0  # stacks: largest |sum over K - 1|
     pairs: int = 0
     unequal_pairs: int = 0
-    step_pairs: int = 0  # unequal pairs of two values that follow each other in the sorted values
+    step_pairs: int = 0  # unequal pairs of two values that are adjacent in the sorted list of values
     ids: int = 0
     area: int = 0  # pixels above 0
     main_area: int = 0  # pixels in the largest connected piece of each id
     table: str = ""  # kind of the file's colour table, see read_mask_and_table
-    frame: float = 0.0  # share of the border's pixels that hold the border's most frequent value, if that is not 0
-    frame_area: float = 0.0  # share of all pixels that hold it
+    frame: float = 0.0  # fraction of the border's pixels with the border's most frequent value, if this is not 0
+    frame_area: float = 0.0  # fraction of all pixels with this value
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON can hold it; what has its default is left out."""
+        """Plain types for JSON. Leaves out fields with their default value."""
         kept = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
         return kept | {"dtype": str(self.dtype), "values": sorted(self.values)}
 
@@ -52,8 +52,8 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
 
     Args:
         name: for messages.
-        mask: (H, W) or (K, H, W) as ``read_mask`` gives it.
-        from_folder: put together from one file per nucleus.
+        mask: (H, W) or (K, H, W) from ``read_mask``.
+        from_folder: whether the mask was put together from one file per nucleus.
         table: kind of the file's colour table.
     """
     if mask.dtype in (np.uint8, np.uint16):
@@ -84,7 +84,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
 
 
 def _frame(mask: np.ndarray) -> dict[str, float]:
-    """The border's most frequent value, if it is not 0: the background of masks that are stored the wrong way round."""
+    """Facts on the border's most frequent value, if it is not 0. They reveal swapped background and cells."""
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
@@ -94,7 +94,7 @@ def _frame(mask: np.ndarray) -> dict[str, float]:
 
 
 def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:
-    """How much a mask looks like numbered cells: see the thresholds at the top of this file."""
+    """Facts that tell whether a mask holds numbered cells. ``dataset/masks.py`` has the thresholds."""
     pairs = unequal_pairs = step_pairs = 0
     parted = mask.copy()  # 0 between touching regions, so that connected components are regions of one value
     for first, second, cut in (
@@ -125,10 +125,10 @@ def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:
 
 
 def full_scale(largest: float) -> float:
-    """Value of certainty: what the storage offers and not what one folder reaches, so that folders agree."""
+    """Value of certainty: the largest value of the storage type, not of one folder, so that folders agree."""
     return next((full for full in (1.0, 255.0, 65535.0) if largest <= full), largest)
 
 
 def certainty(dtype: np.dtype, largest: float) -> float:
-    """Value of probability 1: floats are probabilities as they are."""
+    """Stored value of probability 1. Floats are probabilities already."""
     return 1.0 if dtype.kind == "f" else full_scale(largest)

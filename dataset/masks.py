@@ -1,8 +1,8 @@
-"""What the gray values of masks mean: decided once per folder, then turned into classes or class probabilities.
+"""Meaning of mask values: decided once per folder, then applied to turn masks into classes or class probabilities.
 
-``mask_facts`` collects facts about each mask, :func:`decide_mask_rule` draws one :class:`MaskRule` from all of
-them, :meth:`MaskRule.class_map` and :meth:`MaskRule.prob_map` apply it. Automatic takes clear
-cases only and refuses the rest with the likely types named: a wrong guess would train for hours on nonsense.
+``mask_facts`` collects facts about each mask. :func:`decide_mask_rule` makes one :class:`MaskRule` from all of them.
+:meth:`MaskRule.class_map` and :meth:`MaskRule.prob_map` apply it. The automatic mode only accepts clear cases. It
+refuses all others and names the likely types, because a wrong guess would waste hours of training.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from dataset.views import View
 MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
 HARD_TYPES = ("binary", "classes", "instances")
 SUM_TOLERANCE = 0.01
-# A mask of numbered cells is piecewise constant, an id is one piece apart from crumbs, and there are too many ids for
-# classes. Measured: see test_thresholds_of_automatic_have_room_on_real_labels.
+# Thresholds for masks of numbered cells: pieces have constant values, each id is one piece except for small crumbs, and
+# there are too many ids for classes. Checked by test_thresholds_of_automatic_have_room_on_real_labels.
 MIN_IDS = 8
 MAX_UNEQUAL_SHARE = 0.2
 MAX_SCATTERED_SHARE = 0.2
 MAX_STEP_SHARE = 0.9
-MUCH_FRAME = 0.9  # of the border's pixels
+MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What the masks of one folder hold, decided once for the folder.
+    """How to read the masks of one folder. Decided once per folder.
 
     Attributes:
         mask_type: one of :data:`MASK_TYPES`, never "auto".
         num_classes: K.
-        maximum: gray value that means "cell for sure" (binary and probability; 1 otherwise).
+        maximum: gray value that means "certainly cell" (binary and probability; 1 otherwise).
         reason: one sentence for the log.
-        normalize: divide soft maps by their sum instead of refusing those that do not sum to one.
+        normalize: divide soft maps by their sum. If False, refuse those that do not sum to one.
         values: stored value of each class in the order of the classes, if these are not 0..K-1.
     """
 
@@ -53,39 +53,39 @@ class MaskRule:
 
     @property
     def is_hard(self) -> bool:
-        """Each pixel belongs to one class."""
+        """Whether each pixel belongs to exactly one class."""
         return self.mask_type in HARD_TYPES
 
     @property
     def has_boundary(self) -> bool:
-        """Class 2 is the boundary between touching cells, made from the ids of instances."""
+        """Whether class 2 is the boundary between touching cells, computed from instance ids."""
         return self.mask_type == "instances" and self.num_classes == 3
 
     def class_map(self, mask: np.ndarray, view: View | None = None) -> np.ndarray:
-        """Class ids of a mask; the most probable class of a soft one. Hard masks stay hard when resized.
+        """Class ids of a mask. For soft masks, the most probable class. Hard masks stay hard if resized.
 
         Args:
             mask: (H, W) or (K, H, W) as stored.
-            view: the part to take; None is all of it.
+            view: part of the mask to use. None: the whole mask.
 
         Returns:
-            (H, W) uint8 in 0..K-1. Instances with K = 3: 0 background, 1 interior, 2 pixels of a cell of which one of
-            the eight neighbours belongs to another cell.
+            (H, W) uint8 in 0..K-1. Instances with K = 3: 0 background, 1 interior, 2 boundary. A pixel of a cell is
+            boundary if one of its eight neighbours belongs to another cell.
         """
         if not self.is_hard:
             return self.prob_map(mask, view).argmax(axis=0).astype(np.uint8)
         if view is None:
             return self._classes(mask)
         if view.is_native(*mask.shape):
-            return view.cut(self._classes(mask))  # touching cells are seen across the square's border
-        return self._classes(view.apply_labels(mask))  # a boundary drawn after resizing keeps its width
+            return view.cut(self._classes(mask))  # crop last, so that neighbours beyond the crop's edge count
+        return self._classes(view.apply_labels(mask))  # resize first, so that the boundary keeps its width
 
     def prob_map(self, mask: np.ndarray, view: View | None = None) -> np.ndarray:
         """Class probabilities of a mask.
 
         Args:
             mask: (H, W) or (K, H, W) as stored, of any type.
-            view: the part to take; None is all of it.
+            view: part of the mask to use. None: the whole mask.
 
         Returns:
             (K, H, W) float32 in [0, 1], sums to 1 over K.
@@ -96,7 +96,7 @@ class MaskRule:
         if view is None:
             return self._probabilities(mask)
         height, width = mask.shape[-2:]
-        if view.is_native(height, width):  # cut first: the stored values take less time than probabilities
+        if view.is_native(height, width):  # crop first: stored values are faster to crop than probabilities
             return self._probabilities(view.apply_probabilities(mask.reshape(-1, height, width)))
         return view.apply_probabilities(self._probabilities(mask))
 
@@ -117,7 +117,7 @@ class MaskRule:
         shares = np.clip(mask.astype(np.float32) / np.float32(self.maximum), 0, 1)
         if shares.ndim == 3 and len(shares) > 1:
             total = shares.sum(axis=0)
-            shares[0][total == 0] = 1  # a pixel that no class claims is background
+            shares[0][total == 0] = 1  # a pixel without any class is background
             return shares / np.where(total == 0, 1, total)
         shares = shares.reshape(shares.shape[-2:])
         return np.stack([1 - shares, shares])
@@ -131,28 +131,28 @@ def decide_mask_rule(
     normalize: bool = False,
     values: Sequence[int] | None = None,
 ) -> MaskRule:
-    """Say what the masks of a folder hold, from all of them together.
+    """Decide how to read the masks of a folder, from the facts of all of them.
 
-    Automatic takes the clear cases only:
+    The type "auto" only accepts clear cases:
 
     - (K, H, W) stacks and fractions in 0..1 are probabilities;
     - one file per nucleus is instances;
-    - nothing but 0 and 255 (or 65535 in 16 bits), or 0 and 1, is binary when K = 2;
-    - whole numbers below K are class ids when K > 2;
-    - whole numbers with at least :data:`MIN_IDS` ids in one file, each of them one piece of constant value but for
-      crumbs, are instances when K is 2 or 3.
+    - only 0 and 255 (or 65535 in 16 bits), or only 0 and 1, is binary if K = 2;
+    - whole numbers below K are class ids if K > 2;
+    - whole numbers are instances if K is 2 or 3, one file has at least :data:`MIN_IDS` ids, and each id is one piece of
+      constant value except for small crumbs.
 
     Args:
-        stats: of every mask, from :func:`mask_stats`.
+        stats: facts of every mask, from :func:`mask_stats`.
         num_classes: K.
         mask_type: one of :data:`MASK_TYPES`.
         where: folder or file, for messages.
-        normalize: accept soft maps that do not sum to one and divide them by their sum.
-        values: stored value of each class, in the order of the classes. Masks that hold no other values are classes;
-            masks of ids 0..K-1 are still taken.
+        normalize: accept soft maps that do not sum to one, and divide them by their sum.
+        values: stored value of each class, in the order of the classes. Masks with only these values are classes. Masks
+            of ids 0..K-1 are also accepted.
 
     Raises:
-        InputError: the values do not fit the type or K, or automatic finds no clear case.
+        InputError: the values do not fit the type or K, or "auto" finds no clear case.
     """
     if mask_type not in MASK_TYPES:
         raise InputError(f"mask_type={mask_type} is unknown; choose one of {', '.join(MASK_TYPES)}")
@@ -160,7 +160,7 @@ def decide_mask_rule(
         raise InputError(f"{where} holds no masks")
     negative = [one.name for one in stats if one.minimum < 0]
     if negative:
-        raise InputError(f"{len(negative)} masks in {where} hold negative values: {list_some(negative)}")
+        raise InputError(f"{len(negative)} masks in {where} have negative values: {list_some(negative)}")
     planes = sorted({one.planes for one in stats})
     if len(planes) > 1:
         kinds = ", ".join(f"stacks of {count}" if count else "flat" for count in planes)
@@ -168,9 +168,9 @@ def decide_mask_rule(
     tables = {one.table: one.name for one in stats if one.table}
     if len(tables) > 1:
         raise InputError(
-            f"masks in {where} have colour tables of two kinds: gray ones stand for their gray values (as in "
-            f"{tables['gray']}), coloured ones for the numbers in the file (as in {tables['coloured']}). Save "
-            "all alike, best without a colour table"
+            f"masks in {where} have colour tables of two kinds: with a gray table the gray values count (as in "
+            f"{tables['gray']}), with a coloured table the numbers in the file (as in {tables['coloured']}). Save "
+            "all masks in the same way, best without a colour table"
         )
     if values is not None:
         rule = _rule_of_values(stats, num_classes, mask_type, where, values)
@@ -181,7 +181,7 @@ def decide_mask_rule(
         mask_type, why = _guess_type(stats, num_classes, where)
     maximum = _check_type(stats, num_classes, mask_type, where, normalize)
     meaning = {
-        "binary": f"{maximum / 2:g} and above is cell",
+        "binary": f"{maximum / 2:g} and above means cell",
         "classes": f"ids 0..{num_classes - 1}",
         "probability": "one plane per class" if planes[0] > 1 else f"value / {maximum:g} is the probability of cell",
         "instances": "0 is background, every id is a cell" + (", class 2 where cells touch" * (num_classes == 3)),
@@ -192,12 +192,12 @@ def decide_mask_rule(
 def _rule_of_values(
     stats: Sequence[MaskStats], num_classes: int, mask_type: str, where: str | Path, values: Sequence[int]
 ) -> MaskRule | None:
-    """Classes by their stored values; None if the masks hold class ids anyway."""
+    """Rule for classes with given stored values. None if the masks hold class ids 0..K-1 instead."""
     given = f"mask_values={_listed(values)}"
     if len(values) != num_classes or len(set(values)) != num_classes or mask_type not in ("auto", "classes"):
         raise InputError(
-            f"{given} does not fit num_classes={num_classes} and mask_type={mask_type}: it needs one different value "
-            "for each class, and masks of classes"
+            f"{given} does not fit num_classes={num_classes} and mask_type={mask_type}: give a different value for "
+            "each class, and only for masks of classes"
         )
     others = {one.name: sorted(one.values - set(values)) for one in stats if not one.values <= set(values)}
     many = [one.name for one in stats if not one.values]
@@ -223,36 +223,36 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def refuse_one_class(stats: Sequence[MaskStats], rule: MaskRule, where: str | Path) -> None:
-    """Refuse to train on masks that all hold one class: no cell in any of them, or nothing but cell.
+    """Refuse to train if all masks together have only one class: no cell anywhere, or no background.
 
     Raises:
-        InputError: nothing can be learned from such masks.
+        InputError: the masks have only one class.
     """
     found = _classes_found(stats, rule)
     if found is not None and len(found) < 2:
-        one = "no mask holds a cell" if found == {0} else f"every pixel is class {min(found)}, no mask holds background"
+        one = "no mask has a cell" if found == {0} else f"every pixel has class {min(found)}, no mask has background"
         raise InputError(f"{len(stats)} masks in {where} (as {stats[0].name}): {one}. Was the export complete?")
 
 
 def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
-    """What training takes, but a person should decide: absent classes, masks that look like black cells on white."""
+    """Warnings that do not stop training: missing classes, and masks that look like black cells on white."""
     warnings = []
     found = _classes_found(stats, rule)
     absent = [] if found is None or len(found) < 2 else sorted(set(range(rule.num_classes)) - found)
     if absent:
         names = ", ".join(map(str, absent))
-        warnings.append(f"no mask holds a pixel of class {names}: nothing can be learned about it")
+        warnings.append(f"no mask has a pixel of class {names}, so the model cannot learn it")
     framed = [one for one in stats if one.frame > MUCH_FRAME and one.frame_area > 0.5]
     if rule.mask_type in ("binary", "instances") and 2 * len(framed) > len(stats):
         warnings.append(
-            f"in {len(framed)} of {len(stats)} masks one piece covers the border and more than half of the pixels "
-            f"(as in {framed[0].name}): are these masks black on white? Background must be 0"
+            f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
+            f"(as in {framed[0].name}): are the cells black on white? Background must be 0"
         )
     return warnings
 
 
 def _classes_found(stats: Sequence[MaskStats], rule: MaskRule) -> set[int] | None:
-    """Classes that some mask holds; None if the facts do not tell."""
+    """Classes that occur in the masks. None if the facts do not tell."""
     if rule.mask_type in ("binary", "instances"):
         cell = rule.maximum / 2 if rule.mask_type == "binary" else 0.5
         full = all(one.minimum >= cell for one in stats)
@@ -282,7 +282,7 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
         if largest <= 1:
             return "probability", f"fractions up to {largest:g}"
         raise InputError(
-            f"masks in {where} hold fractions up to {largest:g}: probabilities lie in 0..1, ids are whole numbers"
+            f"masks in {where} have fractions up to {largest:g}: probabilities are in 0..1, and ids are whole numbers"
         )
     values = _few_values(stats)
     if num_classes == 2 and values is not None:
@@ -298,14 +298,14 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
 
 
 def _few_values(stats: Sequence[MaskStats]) -> frozenset[float] | None:
-    """The distinct values of all masks, None where one mask has many."""
+    """The distinct values of all masks. None if a mask has many values."""
     return frozenset().union(*(one.values for one in stats)) if all(one.values for one in stats) else None
 
 
 def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
     pairs = sum(one.pairs for one in stats)
     unequal = sum(one.unequal_pairs for one in stats)
-    # Nested rings of a coarse probability map are piecewise constant, too, but there only neighbouring levels touch.
+    # A coarse probability map also has pieces of constant value (nested rings). But there, only adjacent levels touch.
     steps = sum(one.step_pairs for one in stats)
     graded = unequal > 0.02 * pairs and steps > MAX_STEP_SHARE * unequal
     return (
@@ -317,7 +317,7 @@ def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
 
 
 def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path) -> str:
-    """The refusal of automatic: what was found, the likely types, the flag that settles it."""
+    """Message for unclear masks: what was found, the likely types, and the setting that decides."""
     largest = max(one.maximum for one in stats)
     values = _few_values(stats)
     shown = f"values up to {largest:g}, {max(one.distinct for one in stats)} different ones in one mask"
@@ -346,13 +346,13 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     classes = sorted(values | {0}) if values is not None else []
     if len(classes) > 2 and largest >= max(num_classes, 2 * len(classes)):
         count = f" num_classes={len(classes)}" * (len(classes) != num_classes)
-        likely.insert(0, f"{len(classes)} classes saved to be looked at (mask_values={_listed(classes)}{count})")
+        likely.insert(0, f"{len(classes)} classes with gray values for display (mask_values={_listed(classes)}{count})")
     if not likely:
-        likely.append("none of the known kinds (class ids 0..K-1, numbered cells, 0 and 255): look at the masks")
+        likely.append("none of the known types (class ids 0..K-1, numbered cells, 0 and 255): look at the masks")
     first = next(one.name for one in stats if one.maximum == largest)
     return (
-        f"masks in {where} hold {shown} (as in {first}), which is unclear for num_classes={num_classes}. "
-        f"Likely: {', or '.join(likely)}. Say which with mask_type"
+        f"masks in {where} have {shown} (as in {first}), which is unclear for num_classes={num_classes}. "
+        f"Likely: {', or '.join(likely)}. Choose with mask_type"
     )
 
 
@@ -362,7 +362,7 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
 def _check_type(
     stats: Sequence[MaskStats], num_classes: int, mask_type: str, where: str | Path, normalize: bool
 ) -> float:
-    """The gray value that means "cell for sure", or an InputError where the values do not fit the type."""
+    """The gray value that means "certainly cell". Raises InputError if the values do not fit the type."""
     if mask_type == "probability":
         return _check_probability(stats, num_classes, where, normalize)
     if stats[0].planes:
@@ -371,15 +371,15 @@ def _check_type(
         return _check_binary(stats, num_classes, where)
     fractions = [one.name for one in stats if not one.is_whole]
     if fractions:
-        raise InputError(f"{len(fractions)} masks in {where} hold fractions, no ids: {list_some(fractions)}")
+        raise InputError(f"{len(fractions)} masks in {where} have fractions instead of ids: {list_some(fractions)}")
     if mask_type == "classes":
         above = [f"{one.name} ({one.maximum:g})" for one in stats if one.maximum >= num_classes]
         if above:
             hint = ", or mask_type=binary for 0 and 255" if max(one.maximum for one in stats) == 255 else ""
             raise InputError(
                 f"{len(above)} of {len(stats)} masks in {where} have a class id of {num_classes} or more: "
-                f"{list_some(above)}. With num_classes={num_classes} ids are 0..{num_classes - 1}: give more "
-                f"classes, or mend the masks{hint}"
+                f"{list_some(above)}. With num_classes={num_classes}, ids are 0..{num_classes - 1}: give more "
+                f"classes, or correct the masks{hint}"
             )
     elif num_classes not in (2, 3):
         raise InputError(
@@ -396,19 +396,19 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
     if largest == 0:
         return 255.0
     values = _few_values(stats)
-    if values is not None and len(values - {0}) == 1:  # one value for cells, whatever it is
+    if values is not None and len(values - {0}) == 1:  # any single value means cell
         return largest
     full = full_scale(largest)
     other_scale = [one.name for one in stats if 0 < len(one.values) <= 2 and 0 < one.maximum < full / 2]
     if other_scale and largest >= full / 2:
         raise InputError(
-            f"{len(other_scale)} of {len(stats)} masks in {where} have one value below half of {full:g} for cells, "
-            f"others {largest:g}: {list_some(other_scale)}. Save all with the same two values"
+            f"{len(other_scale)} of {len(stats)} masks in {where} mark cells with a value below half of {full:g}, "
+            f"others with {largest:g}: {list_some(other_scale)}. Save all with the same two values"
         )
     if largest < full / 2:
         raise InputError(
-            f"masks in {where} reach {largest:g}, not half of {full:g}, with several values between: no binary masks. "
-            "Likely numbered cells (mask_type=instances) or class ids (mask_type=classes)"
+            f"masks in {where} have several values up to {largest:g}, below half of {full:g}: they are not binary. "
+            "Likely: numbered cells (mask_type=instances) or class ids (mask_type=classes)"
         )
     return full
 
@@ -419,21 +419,21 @@ def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str 
         raise InputError(f"masks in {where} are stacks of {planes} planes, but num_classes={num_classes}")
     if planes <= 1 and num_classes != 2:
         raise InputError(
-            f"masks in {where} hold one probability per pixel, that is 2 classes, but num_classes={num_classes}: "
+            f"masks in {where} have one probability per pixel, that is 2 classes, but num_classes={num_classes}: "
             f"give stacks of shape ({num_classes}, H, W) as .npy, .npz or float TIFF"
         )
     dtypes = sorted({"float" if one.dtype.kind == "f" else str(one.dtype) for one in stats})
     if len(dtypes) > 1:
-        raise InputError(f"masks in {where} store probabilities as {', '.join(dtypes)}: save them all alike")
+        raise InputError(f"masks in {where} store probabilities as {', '.join(dtypes)}: save all with the same type")
     maximum = certainty(stats[0].dtype, max(one.maximum for one in stats))
     above = [f"{one.name} ({one.maximum:g})" for one in stats if one.maximum > maximum * (1 + SUM_TOLERANCE)]
     if above:
-        raise InputError(f"{len(above)} masks in {where} hold probabilities above 1: {list_some(above)}")
+        raise InputError(f"{len(above)} masks in {where} have probabilities above 1: {list_some(above)}")
     uneven = [f"{one.name} (off by {one.sum_error:.2g})" for one in stats if one.sum_error > SUM_TOLERANCE]
     if planes > 1 and uneven and not normalize:
         raise InputError(
             f"{len(uneven)} of {len(stats)} soft masks in {where} do not sum to 1 over the classes: "
-            f"{list_some(uneven)}. Mend them, or have each pixel divided by its sum with normalize_masks=True"
+            f"{list_some(uneven)}. Correct them, or divide each pixel by its sum with normalize_masks=True"
         )
     return maximum
 
@@ -458,7 +458,7 @@ def _touches_other_cell(instance_map: np.ndarray) -> np.ndarray:
 
 
 def to_prob_map(mask_batch: Tensor, num_classes: int) -> Tensor:
-    """(B, H, W) class ids -> (B, K, H, W) float32, on the device of the masks; a float (B, K, H, W) passes through."""
+    """(B, H, W) class ids -> (B, K, H, W) float32, on the same device. A float (B, K, H, W) is returned unchanged."""
     if mask_batch.is_floating_point():
         return mask_batch
     classes = torch.arange(num_classes, device=mask_batch.device, dtype=mask_batch.dtype)

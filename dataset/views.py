@@ -1,4 +1,4 @@
-"""Which part of an image is used, and the eight symmetries of the square."""
+"""Views: which part of an image is used and at what scale. Also the eight symmetries of the square."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import FileError
 
-SYMMETRIES = 8  # of the square
+SYMMETRIES = 8  # turns and flips of a square
 
 
 @dataclass(frozen=True)
 class View:
     """The part of a source image that is used: resize(source, scaled)[top : top + height, left : left + width].
 
-    One view serves image, mask and label, so that they stay on the same pixels. At native scale it only cuts. It is the
-    square that the model sees, or, where a whole field is generated, all of the source.
+    Image, mask and label use the same view, so that their pixels stay aligned. At native scale a view only crops. It is
+    the square that the model sees. For a large field, it is the whole source.
     """
 
     scaled_height: int
@@ -32,19 +32,19 @@ class View:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what comes out."""
+        """Height and width of the result."""
         return self.height, self.width
 
     def is_native(self, height: int, width: int) -> bool:
-        """Whether a source of this size is only cut, without resizing."""
+        """Whether a source of this size is only cropped, not resized."""
         return (height, width) == (self.scaled_height, self.scaled_width)
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """The view of an array (H, W, ...) that already has the scaled size; no copy."""
+        """Crop an array (H, W, ...) that already has the scaled size. Does not copy."""
         return array[self.top : self.top + self.height, self.left : self.left + self.width]
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Antialiased bicubic. (H, W, C) -> (height, width, C) of the same dtype, whole numbers rounded."""
+        """Resize with antialiased bicubic and crop. (H, W, C) -> (height, width, C), same dtype, integers rounded."""
         if self.is_native(*image.shape[:2]):
             return self.cut(image)
         import torch  # here, so that making masks starts without it
@@ -60,7 +60,7 @@ class View:
         return np.ascontiguousarray(part, dtype=image.dtype)
 
     def apply_labels(self, labels: np.ndarray) -> np.ndarray:
-        """Nearest neighbour at pixel centres. (..., H, W) -> (..., height, width) of the same dtype, no new values."""
+        """Resize with nearest neighbour and crop. (..., H, W) -> (..., height, width), same dtype, no new values."""
         height, width = labels.shape[-2:]
         if self.is_native(height, width):
             return labels[..., self.top : self.top + self.height, self.left : self.left + self.width]
@@ -69,7 +69,10 @@ class View:
         return labels[..., np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)]
 
     def apply_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
-        """Exact mean over each new pixel's area. (K, H, W) -> (K, height, width) float32; sums over K are kept."""
+        """Resize by the exact mean over each new pixel, and crop. (K, H, W) -> (K, height, width) float32.
+
+        Sums over K are preserved.
+        """
         _, height, width = probabilities.shape
         if self.is_native(height, width):
             return self.apply_labels(probabilities)
@@ -79,7 +82,7 @@ class View:
 
 
 def _area_weights(source: int, scaled: int, start: int, size: int) -> np.ndarray:
-    """(size, source) float32: the share of each source pixel in each new pixel; rows sum to 1."""
+    """(size, source) float32: weight of each source pixel in each new pixel. Rows sum to 1."""
     edges = (start + np.arange(size + 1)) * (source / scaled)
     pixels = np.arange(source)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -88,14 +91,14 @@ def _area_weights(source: int, scaled: int, start: int, size: int) -> np.ndarray
 
 
 def center_view(height: int, width: int, size: int) -> View:
-    """Short side resized to ``size``, middle square (as SiT and ADM do)."""
+    """Resize the short side to ``size`` and take the middle square, as SiT and ADM do."""
     scale = size / min(height, width)
     scaled_height, scaled_width = max(size, round(height * scale)), max(size, round(width * scale))
     return View(scaled_height, scaled_width, (scaled_height - size) // 2, (scaled_width - size) // 2, size, size)
 
 
 def native_view(height: int, width: int, size: int, rng: np.random.Generator | None = None) -> View:
-    """A square at native scale: the middle, or anywhere with equal chance when ``rng`` is given.
+    """A square at native scale: the middle one, or a uniformly random one if ``rng`` is given.
 
     Raises:
         InputError: the image is smaller than the square.
@@ -112,7 +115,7 @@ def native_view(height: int, width: int, size: int, rng: np.random.Generator | N
 
 
 def whole_view(height: int, width: int, scale: float = 1.0) -> View:
-    """All of a source, with ``scale`` pixels for each of its own."""
+    """The whole source, resized by the factor ``scale``."""
     scaled_height, scaled_width = (max(1, round(scale * length)) for length in (height, width))
     return View(scaled_height, scaled_width, 0, 0, scaled_height, scaled_width)
 
@@ -131,6 +134,6 @@ def view_of_file(path: Path, shape: Sequence[int], config: DataConfig, rng: np.r
 
 
 def turn(array: np.ndarray, axes: tuple[int, int], symmetry: int) -> np.ndarray:
-    """One of the eight symmetries of the square: ``symmetry % 4`` quarter turns, then a flip from 4 on."""
+    """One of the eight symmetries of the square: ``symmetry % 4`` quarter turns, then a flip if ``symmetry >= 4``."""
     turned = np.rot90(array, symmetry % 4, axes)
     return np.flip(turned, axes[1]) if symmetry >= 4 else turned

@@ -1,4 +1,4 @@
-"""Start a mask model from SiT weights: keep what fits, convert the output rows, start the rest fresh."""
+"""Start a mask model from SiT weights: keep tensors that fit, convert the output layer, initialise the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from download import FINAL_LINEAR, SiTShape, check_state_dict, plain_keys, sit_s
 
 @dataclass
 class InitReport:
-    """What ``adapt_sit_weights`` took, one list of state-dict keys each."""
+    """What ``adapt_sit_weights`` did with each state-dict key."""
 
     kept: list[str] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
@@ -23,11 +23,11 @@ class InitReport:
 
     def lines(self) -> list[str]:
         """The report as lines for the log."""
-        lines = [f"kept: {len(self.kept)} tensors as they are"]
+        lines = [f"kept: {len(self.kept)} tensors unchanged"]
         for title, names in (
             ("converted (mean half of learn_sigma)", self.converted),
-            ("new, from the model's own start", self.new),
-            ("dropped from the file", self.dropped),
+            ("newly initialised", self.new),
+            ("not used from the file", self.dropped),
         ):
             lines.append(f"{title}: {', '.join(names) if names else 'none'}")
         return lines
@@ -36,21 +36,21 @@ class InitReport:
 def adapt_sit_weights(
     state_dict: Mapping[str, torch.Tensor], model: nn.Module
 ) -> tuple[dict[str, torch.Tensor], InitReport]:
-    """Fit SiT weights to a mask model: keep what fits, convert the output rows, start the rest fresh.
+    """Fit SiT weights to a mask model: keep tensors that fit, convert the output layer, keep the model's own rest.
 
-    A class table with another number of rows is replaced by the model's own: a row of an ImageNet class means nothing
-    for a mask class. Position embeddings of another grid are the model's own, too, and so are patch and output layers
-    of another patch size or channel count.
+    The model keeps its own tensors in three cases: a class table with another number of rows (an ImageNet class means
+    nothing for masks), position embeddings of another grid, and patch and output layers of another patch size or number
+    of channels.
 
     Args:
         state_dict: SiT keys to tensors, from ``find_model``.
-        model: the freshly built model that will train.
+        model: the newly built model to train.
 
     Returns:
-        A complete state dict for ``model.load_state_dict(..., strict=True)``, and what happened to which key.
+        A complete state dict for ``model.load_state_dict(..., strict=True)``, and a report on each key.
 
     Raises:
-        InputError: depth, width or feed-forward width differ, so that nothing of the network would be kept.
+        InputError: depth, width or feed-forward width differ, so the blocks do not fit.
     """
     own = model.state_dict()
     source = plain_keys(state_dict)
@@ -61,7 +61,7 @@ def adapt_sit_weights(
     for key, fresh in own.items():
         value, list_of_key = source.get(key), report.kept
         if key in FINAL_LINEAR and value is not None:
-            # Equal row counts can hide another patch and channel number, where each row means another pixel.
+            # With equal numbers of rows, patch size and channels can still differ. Then each row means another pixel.
             if not same_patches:
                 value = None
             elif theirs.out_channels == 2 * theirs.in_channels and ours.out_channels == ours.in_channels:
@@ -78,13 +78,13 @@ def adapt_sit_weights(
 
 
 def mean_rows(value: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
-    """Rows of the output layer that give the mean, out of a layer that gives mean and sigma.
+    """Select the rows of the output layer that give the mean, from a layer that gives mean and sigma.
 
-    A row stands for (patch row, patch column, output channel), in this order, with the channels of the mean before
-    those of sigma within each pixel: the first half of all rows would be the upper half of each patch.
+    Rows are ordered by (patch row, patch column, output channel). Within each pixel, the channels of the mean come
+    before those of sigma. (The first half of all rows would be the upper half of each patch.)
 
     Args:
-        value: (p * p * 2C, ...) weight or bias, ... free.
+        value: (p * p * 2C, ...) weight or bias, ... arbitrary.
         patch_size: p.
         channels: C.
 
@@ -97,11 +97,11 @@ def mean_rows(value: torch.Tensor, patch_size: int, channels: int) -> torch.Tens
 
 
 def _check_trunk(source: Mapping, own: Mapping, theirs: SiTShape, ours: SiTShape) -> None:
-    """Refuse weights whose blocks or time embedding do not fit: what would remain is no start at all."""
+    """Refuse weights whose blocks or time embedding do not fit: hardly anything would remain."""
     if (theirs.depth, theirs.hidden_size) != (ours.depth, ours.hidden_size):
         raise InputError(
-            f"the weights to start from are {theirs}, the model is {ours}; choose the model that has the depth and "
-            "width of the weights"
+            f"the weights to start from are {theirs}, the model is {ours}; choose a model with the depth and width of "
+            "the weights"
         )
     trunk = [key for key in own if key.startswith(("blocks.", "t_embedder."))]
     clashing = [

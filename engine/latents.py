@@ -1,12 +1,11 @@
-"""Latents of a training set, encoded once: mean and standard deviation for all eight flips and quarter turns.
+"""Latent cache: encode a training set once, as mean and standard deviation for all eight flips and quarter turns.
 
-Encoding at each step costs more than training a small model (84 % of the arithmetic of SiT-S/2 at 256 px). What is kept
-is the posterior of every view that training can see, so that the flip and the draw from the posterior stay new at each
-step, as they are when encoding online.
+Encoding at each step can cost more than training a small model (benchmarks/speed_cpu.md). The cache keeps the posterior
+of every turned or flipped image. So the flip and the random latent are still new at each step, as without a cache.
 
-One file per image, ``FOLDER/KEY.safetensors``. The key is made of the autoencoder, the image's bytes and all that turns
-them into tensors: a changed image, autoencoder or window is encoded anew, runs share what they have in common, and an
-interrupted encoding goes on where it was.
+There is one file per image, ``FOLDER/KEY.safetensors``. The key depends on the autoencoder, the image file, and all
+settings that turn it into a tensor. So a changed image, autoencoder or gray range is encoded again. Runs share equal
+latents. An interrupted encoding continues where it stopped.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from engine.autoencoder import LatentSpace
 from engine.machine import Machine
 
 logger = logging.getLogger(__name__)
-READER = 1  # raise it when files are read, resized or windowed in another way: older latents are then made anew
+READER = 1  # raise this if files are read, resized or scaled differently: older latents are then encoded again
 NOT_ABOUT_IMAGES = ("num_classes", "mask_values")
 
 
 class LatentPairs(torch.utils.data.Dataset):
-    """The pairs of a ``PairedFolder`` with centred crops, images replaced by the moments of their latents.
+    """The pairs of a ``PairedFolder`` with centred crops. Images are replaced by the moments of their latents.
 
     Args:
-        pairs: the data set; its draws choose the same flips and turns here.
+        pairs: the data set. It chooses the same flips and turns as without a cache.
         space: the autoencoder, on the device that encodes.
-        folder: where the files lie; made where it does not exist, and shared by runs.
+        folder: folder of the files. Created if it is missing; runs can share it.
         image_hashes: SHA-256 of every image file.
-        memory_gb: most memory for latents; above it they are read from their files at each access.
+        memory_gb: most memory for latents. If they need more, each access reads the file.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class LatentPairs(torch.utils.data.Dataset):
         memory_gb: float = 4.0,
     ) -> None:
         if pairs.config.crop != "center":
-            raise ValueError("latents are kept for crop center only, where an image has one view")
+            raise ValueError("the latent cache needs crop center, because random crops are new at each step")
         self.pairs = pairs
         self.space = space
         self.folder = folder
@@ -77,17 +76,17 @@ class LatentPairs(torch.utils.data.Dataset):
         return self._moments is not None and self.pairs.in_memory
 
     def prepare(self, machine: Machine) -> None:
-        """Encode what is missing or damaged, shared out over the processes, and read all of it where it fits memory.
+        """Encode missing or damaged latents, distributed over the processes. Load all latents if they fit in memory.
 
         Raises:
-            InputError: the disk is full, or the folder cannot be written.
+            InputError: the disk is full, or the folder is not writable.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_disk(machine)
             made = self._encode_share(machine.rank, machine.world_size, machine)
             machine.barrier("encode images")
-            # Machines without a common disk: what the others made is made here, too.
+            # If machines share no disk, encode the images of the other machines here as well.
             local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self._encode_share(*local, machine, check=False)
             machine.barrier("encode images")
@@ -107,17 +106,21 @@ class LatentPairs(torch.utils.data.Dataset):
 
     def _check_disk(self, machine: Machine) -> None:
         missing = sum(not path.is_file() for path in self.paths) * self.num_bytes / len(self)
-        machine.barrier("look at the disk")  # no process writes before all have looked
+        machine.barrier("look at the disk")  # no process may write before all have checked
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             raise InputError(
-                f"latent_cache {self.folder}: {missing / 1e9:.1f} GB of latents are to be written and "
-                f"{free / 1e9:.1f} GB are free. Give a folder on another disk, or none to encode anew at each step.",
+                f"latent_cache {self.folder}: the latents need {missing / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+                "are free. Give a folder on another disk, or none to encode at each step.",
                 "latent_cache",
             )
 
     def _encode_share(self, rank: int, ranks: int, machine: Machine, check: bool = True) -> int:
-        """Make what is missing of every ``ranks``-th image; ``check`` reads the others. Returns how many were made."""
+        """Encode every ``ranks``-th image that is missing. With ``check``, also those with a damaged file.
+
+        Returns:
+            The number of encoded images.
+        """
         made = 0
         share = range(rank, len(self), ranks)
         for index in tqdm(share, desc="encoding images", unit="image", disable=None if machine.is_main else True):
@@ -132,8 +135,11 @@ class LatentPairs(torch.utils.data.Dataset):
         return made
 
     def encode(self, index: int) -> Tensor:
-        """(8, 2, C, h, w) float32: mean and standard deviation of every view. The views of one image are one batch, so
-        that the result depends on nothing else; in float32, since it is done once."""
+        """(8, 2, C, h, w) float32: mean and standard deviation for all eight symmetries of an image.
+
+        One image makes one batch, so that the result does not depend on other images. Uses float32, because the cost
+        occurs only once.
+        """
         image = self.pairs.example(index)["image"].numpy()  # (3, S, S)
         views = torch.from_numpy(np.stack([turn(image, (1, 2), symmetry) for symmetry in range(SYMMETRIES)]))
         device = next(self.space.parameters()).device
@@ -149,27 +155,27 @@ class LatentPairs(torch.utils.data.Dataset):
                 return False
         except safetensors.SafetensorError:
             pass
-        logger.warning("%s is damaged: its image is encoded anew", path)
+        logger.warning("%s is damaged: encoding its image again", path)
         return True
 
     def _read(self, index: int, symmetry: int | None = None) -> Tensor:
-        """All views (8, 2, C, h, w) of an image, or one of them; from the file only what is asked for is read."""
+        """Moments of an image for all symmetries (8, 2, C, h, w), or for one. Reads only this part of the file."""
         try:
             with safetensors.safe_open(self.paths[index], framework="pt") as file:
                 moments = file.get_slice("moments")
                 return moments[:] if symmetry is None else moments[symmetry]
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{self.paths[index]}: {error}. The same command makes it anew and goes on.") from error
+            raise InputError(f"{self.paths[index]}: {error}. Run the same command to encode it again.") from error
 
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """One example: the view and mask that ``pairs[key]`` has.
+        """One example, with the same symmetry and mask as ``pairs[key]``.
 
         Returns:
-            "moments": (2, C, h, w) float32, mean and standard deviation; "mask": as in ``PairedFolder``.
+            "moments": (2, C, h, w) float32, mean and standard deviation. "mask": as in ``PairedFolder``.
         """
         index, draw = key
         symmetry = self.pairs.symmetry(draw)
@@ -182,7 +188,7 @@ class LatentPairs(torch.utils.data.Dataset):
 
 
 def latent_key(space: LatentSpace, config: DataConfig, image_hash: str) -> str:
-    """32 hex digits that change with the autoencoder, the image file, and how it becomes a tensor."""
+    """32 hex digits that depend on the autoencoder, the image file, and the settings that turn it into a tensor."""
     view = {name: value for name, value in config.to_dict().items() if name not in NOT_ABOUT_IMAGES}
     parts = {"reader": READER, "autoencoder": space.fingerprint, "image": image_hash, "view": view}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,1 +1,1 @@
-"""New masks: simulated nuclei, or the cells of given masks arranged anew."""
+"""New masks: simulated nuclei, or the cells of given masks in new layouts."""

@@ -1,4 +1,4 @@
-"""Put pieces (cells or clusters of cells) onto an empty field."""
+"""Place pieces (cells or clusters of cells) on an empty field."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from scipy import ndimage
 
 from common.cells import connected_cells
 
-LEAST_CELL_AREA = 6  # px; smaller scraps at the border of an image or of a neighbour are no cells
-POSITIONS_TRIED = 60  # per cell, before it is given up
+LEAST_CELL_AREA = 6  # pixels; smaller remains at the border of an image or of a neighbour do not count as cells
+POSITIONS_TRIED = 60  # positions to try per cell before giving up
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One cell, or a few that touch, cut out.
+    """One cell, or a few touching cells, in a small array.
 
     Attributes:
         labels: (h, w) int32, 0 outside, 1..n the cells.
-        level: (h, w) float32. Where two cells want one pixel, the lower level has it. Simulated nuclei: 0 at the
-            centre, 1 at the rim, so that the border runs midway. Recombined cells: 0, so that who comes first stays.
+        level: (h, w) float32. If two cells overlap at a pixel, the lower level gets it. Simulated nuclei have 0 at the
+            centre and 1 at the rim, so that the border is midway. Recombined cells have 0, so that the first one stays.
     """
 
     labels: np.ndarray
@@ -34,12 +34,12 @@ class Piece:
 
 
 class Field:
-    """A field of view that is being filled. Pieces may stick out over its border, as cells do in a microscope.
+    """A field of view to fill with pieces. Pieces may cross its border, as cells do under a microscope.
 
     Args:
-        height, width: pixels.
-        gap: least number of background pixels between two pieces; 0 lets them touch.
-        max_overlap: largest share of a cell's visible area that it may lose to others; counts where gap is 0.
+        height, width: size in pixels.
+        gap: least number of background pixels between two pieces. 0 lets them touch.
+        max_overlap: largest fraction of its visible area that a cell may lose to others. Only used if gap is 0.
     """
 
     def __init__(self, height: int, width: int, gap: int, max_overlap: float):
@@ -50,11 +50,11 @@ class Field:
         self._gap = gap
         self._max_overlap = max_overlap
         self._blocked = np.zeros((height, width), dtype=bool)
-        self._area = np.zeros(1)  # per id: visible pixels when it was placed, and how many of them it has lost since
-        self._lost = np.zeros(1)
+        self._area = np.zeros(1)  # per id: visible pixels at the time of placing
+        self._lost = np.zeros(1)  # per id: pixels lost to others since then
 
     def _window(self, piece: Piece, top: int, left: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """Where the piece lies on the field, and which part of the piece that is."""
+        """Slices of the field that the piece covers, and slices of the piece that are inside the field."""
         height, width = self.instance_map.shape
         piece_height, piece_width = piece.labels.shape
         first_row, first_column = min(max(top, 0), height), min(max(left, 0), width)
@@ -68,7 +68,11 @@ class Field:
         return bool(np.any((piece.labels[part] > 0) & (self.instance_map[where] > 0)))
 
     def place(self, piece: Piece, top: int, left: int) -> bool:
-        """Lay the piece with its upper left corner at (top, left); False, and no change, where the rules forbid it."""
+        """Place the piece with its upper left corner at (top, left). If the rules forbid it, change nothing.
+
+        Returns:
+            Whether the piece was placed.
+        """
         where, part = self._window(piece, top, left)
         labels, level = piece.labels[part], piece.level[part]
         inside = labels > 0
@@ -96,7 +100,7 @@ class Field:
         return True
 
     def _block(self, piece: Piece, top: int, left: int) -> None:
-        """Keep the piece and `gap` pixels around it free of others."""
+        """Block the piece and `gap` pixels around it for other pieces."""
         halo = np.pad(piece.labels > 0, self._gap)
         halo = ndimage.binary_dilation(halo, np.ones((3, 3), dtype=bool), iterations=self._gap)
         around = Piece(halo.astype(np.int32), piece.level)
@@ -105,13 +109,13 @@ class Field:
 
 
 def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: bool = False) -> bool:
-    """Try uniform positions, those that stick out over the border included: no pixel of the field is favoured.
+    """Try uniformly random positions. Positions across the border count, too, so that no pixel is preferred.
 
     Args:
         field: the field to place on.
-        piece: what to place.
-        rng: source of the positions.
-        alone: take only a position where the piece covers no other one, even where the field's rules allow that.
+        piece: the piece to place.
+        rng: random generator of the positions.
+        alone: only accept positions where the piece covers no other piece, even if the field's rules allow overlap.
     """
     height, width = field.instance_map.shape
     piece_height, piece_width = piece.labels.shape
@@ -124,7 +128,7 @@ def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: 
 
 
 def place_beside_another(field: Field, piece: Piece, rng: np.random.Generator) -> bool:
-    """Move the piece from a random direction towards a cell until they meet, then press it on a little."""
+    """Move the piece from a random direction towards another one until they meet, then a little further."""
     height, width = piece.labels.shape
     radius = math.sqrt(piece.area / math.pi)
     for _ in range(POSITIONS_TRIED // 6):
@@ -151,10 +155,10 @@ def fill(
     draw_piece: Callable[[], Piece],
     place: Callable[[Field, Piece, np.random.Generator], bool],
 ) -> None:
-    """Put pieces on the field until they cover the share `foreground` of it, or until no more will fit.
+    """Place pieces until they cover the fraction `foreground` of the field, or until no more piece fits.
 
-    Pieces are drawn first and placed from large to small: placing them as they come would favour the small ones, which
-    fit into what is left. What the border cut off and what found no place is drawn anew.
+    Pieces are chosen in batches and placed from large to small. Any other order would favour small pieces, which fit
+    into the remaining gaps. New batches replace the area that the border cut off and the pieces that found no place.
     """
     failed_rounds = 0
     while failed_rounds < 3:
@@ -166,7 +170,7 @@ def fill(
 
 
 def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece]) -> list[Piece]:
-    """Pieces whose area is `missing` on average: the last one is taken with the probability that makes it so."""
+    """Random pieces with a total area of `missing` on average. The last piece is kept at random to reach this mean."""
     batch = []
     while missing > 0:
         piece = draw_piece()
@@ -178,7 +182,7 @@ def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[
 
 
 def tidy(instance_map: np.ndarray) -> np.ndarray:
-    """The largest connected part of every cell, scraps dropped, numbered 1..n without gaps in the order of ids.
+    """Keep the largest connected part of every cell, drop tiny ones, and number the cells 1..n in the order of ids.
 
     Args:
         instance_map: (H, W) int, 0 background.

@@ -1,4 +1,4 @@
-"""New arrangements of the cells of existing label images."""
+"""New layouts of the cells of existing label images."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from dataset.files import find_files, read_mask
 from dataset.views import turn
 from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
 
-LARGEST_CLUSTER = 6  # cells; larger clumps of a lab's data are taken apart, so that they fit into a new layout
-LEAST_SMOOTHED_AREA = 60  # px
-MOST_SCRAPS = 1000  # pieces drawn in a row, before all cells count as too small
-LEAST_POOL = 100  # pieces that a recombined layout can draw from, where the data has so many
-ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # of the settings of a folder of masks
+LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a new layout
+LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
+MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
+LEAST_POOL = 100  # least number of pieces to choose from for a layout, if the data has that many
+ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # keys in settings.json of a folder of masks
 ROTATIONS = ("free", "quarter", "none")
 
 
 @dataclass(frozen=True)
 class LayoutSettings:
-    """How the cells of a lab are laid out anew.
+    """Settings of new layouts.
 
     Attributes:
-        height, width: of the new fields, pixels.
-        density: share of the field that cells cover; None: each layout takes that of a random source image.
-        density_scale: times that share.
-        scale_low, scale_high: every piece is resized by a factor between them.
+        height, width: size of the new fields in pixels.
+        density: fraction of the field that cells cover. None: use that of a random source image for each layout.
+        density_scale: factor on the density of the source image.
+        scale_low, scale_high: range of the random factor that resizes each piece.
         rotate: one of ROTATIONS.
-        clusters: whether cells that touch in the source stay together.
+        clusters: whether touching cells of the source stay together.
         gap, max_overlap: see `Field`.
-        components: whether the connected parts of the source files are the cells.
-        seed: of the set.
-        source_sha256: of the source's label files.
+        components: whether each connected part of the source files is a cell.
+        seed: seed of the set.
+        source_sha256: digest of the source's label files.
     """
 
     height: int
@@ -62,25 +62,25 @@ class LayoutSettings:
 
 
 class CellsTooSmall(InputError):
-    """Piece after piece has fewer than LEAST_CELL_AREA pixels, so no cell would be left."""
+    """All pieces have fewer than LEAST_CELL_AREA pixels, so no cell would remain."""
 
 
 class OneValueForAll(InputError):
-    """The label files number no cells: most of them hold one value for all."""
+    """The label files do not number their cells: most files hold a single value for all cells."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of one source image: its pieces and how often each is to be drawn."""
+    """One source image: its covered fraction, its pieces, and the weight of each piece in random choices."""
 
     foreground: float
-    median_area: float  # nan where no cell lies whole in the image
+    median_area: float  # nan if the image border cuts every cell
     pieces: list[Piece]
     weights: np.ndarray
 
 
 def touching_pairs(instance_map: np.ndarray) -> np.ndarray:
-    """(N, 2) pairs of ids that meet at a side or a corner of a pixel, each pair once, the smaller id first."""
+    """(N, 2) pairs of ids that touch at a side or a corner of a pixel. Each pair is listed once, smaller id first."""
     height, width = instance_map.shape
     pairs = []
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
@@ -92,7 +92,7 @@ def touching_pairs(instance_map: np.ndarray) -> np.ndarray:
 
 
 def group_cells(ids: Iterable[int], pairs: np.ndarray, largest: int) -> list[list[int]]:
-    """Part `ids` into groups of at most `largest` cells, each connected by touching `pairs`."""
+    """Divide `ids` into groups of at most `largest` cells. The cells of a group are connected by touching `pairs`."""
     left = dict.fromkeys(sorted(ids))
     neighbours: dict[int, list[int]] = {cell_id: [] for cell_id in left}
     for first, second in pairs.tolist():
@@ -103,7 +103,7 @@ def group_cells(ids: Iterable[int], pairs: np.ndarray, largest: int) -> list[lis
     while left:
         group = [next(iter(left))]
         del left[group[0]]
-        for member in group:  # grows while it is walked: breadth first
+        for member in group:  # the list grows during the loop: breadth-first search
             for neighbour in neighbours[member]:
                 if neighbour in left and len(group) < largest:
                     group.append(neighbour)
@@ -113,16 +113,16 @@ def group_cells(ids: Iterable[int], pairs: np.ndarray, largest: int) -> list[lis
 
 
 def boxes_of(instance_map: np.ndarray) -> np.ndarray:
-    """(n, 4) first row, end row, first column, end column of the cells 1..n."""
+    """(n, 4) bounding boxes of the cells 1..n: first row, end row, first column, end column."""
     boxes = ndimage.find_objects(instance_map)
     return np.array([(box[0].start, box[0].stop, box[1].start, box[1].stop) for box in boxes], int).reshape(-1, 4)
 
 
 def share_seen_whole(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Share of positions at which a cell of this bounding box that meets the image lies whole in it, at least 0.1.
+    """Probability that a cell with this bounding box is seen whole, given that it meets the image; at least 0.1.
 
-    The border cuts large cells more often than small ones. Where only whole cells can be used, each is weighted by one
-    over this share, and the sizes come out unbiased (Miles 1974, Lantuejoul 1978).
+    The border cuts large cells more often than small ones. Only whole cells are used here. Weighting each by one over
+    this probability makes the distribution of sizes unbiased (Miles 1974, Lantuejoul 1978).
     """
     height, width = shape
     rows, columns = (boxes[:, 1] - boxes[:, 0]) / height, (boxes[:, 3] - boxes[:, 2]) / width
@@ -130,7 +130,7 @@ def share_seen_whole(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
-    """Cut the whole cells out of a source image; those that its border cuts are left."""
+    """Cut the whole cells out of a source image. Skips cells that touch its border."""
     boxes = boxes_of(instance_map)
     ids = np.setdiff1d(np.arange(1, len(boxes) + 1), touches_border(instance_map))
     cell_weights = 1 / share_seen_whole(boxes, instance_map.shape)
@@ -152,7 +152,7 @@ def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
 
 
 def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSettings) -> Piece:
-    """Mirror, turn and resize a piece. Mirrored and quarter-turned pieces keep every pixel."""
+    """Mirror, turn and resize a piece at random. Mirroring and quarter turns keep every pixel."""
     factor = math.exp(rng.uniform(math.log(settings.scale_low), math.log(settings.scale_high)))
     mirror, quarters = rng.random() < 0.5, 4 * rng.random()
     labels, angle = piece.labels, 0.0
@@ -166,7 +166,7 @@ def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSetti
 
 
 def _resample(labels: np.ndarray, angle: float, factor: float) -> np.ndarray:
-    """Turn by 0 to 90 degrees and resize in one step, by nearest neighbour, so that no id is ever mixed.
+    """Turn by 0 to 90 degrees and resize in one step. Nearest neighbour keeps ids from mixing.
 
     Args:
         labels: (h, w) int32.
@@ -174,23 +174,24 @@ def _resample(labels: np.ndarray, angle: float, factor: float) -> np.ndarray:
         factor: new length over old length.
 
     Returns:
-        (h', w') int32, just large enough for all of the turned piece.
+        (h', w') int32, just large enough for the turned piece.
     """
     (height, width), cosine, sine = labels.shape, math.cos(angle), math.sin(angle)
     lengths = height * cosine + width * sine, height * sine + width * cosine
     shape = tuple(max(1, math.ceil(factor * length - 1e-9)) for length in lengths)
     back = np.array([[cosine, sine], [-sine, cosine]]) / factor  # from a new pixel to the old one, about the centres
     centre, new_centre = (np.array(labels.shape) - 1) / 2, (np.array(shape) - 1) / 2
-    # grid-constant: the pixels of the source end half a pixel beyond their centres
+    # grid-constant: pixels extend half a pixel beyond their centres
     return ndimage.affine_transform(
         labels, back, offset=centre - back @ new_centre, output_shape=shape, order=0, mode="grid-constant"
     )
 
 
 def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
-    """Majority of every pixel's 3 x 3 neighbourhood: nearest neighbour leaves one-pixel teeth on slanting outlines.
+    """Smooth outlines: each pixel gets the majority of its 3 x 3 neighbourhood.
 
-    Small cells stay as they are: they would lose their corners, which are a good part of them.
+    Nearest-neighbour turning leaves one-pixel steps on slanted outlines. Small cells stay unchanged, because they would
+    lose a large part of their area.
     """
     votes = [ndimage.uniform_filter((labels == number).astype(np.float32), 3) for number in range(labels.max() + 1)]
     smooth = np.argmax(votes, axis=0).astype(np.int32)
@@ -199,10 +200,10 @@ def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
 
 
 class Layouts:
-    """New layouts from source images; `field(n)` is layout number n.
+    """New layouts from source images. `field(n)` is layout number n.
 
-    Every layout takes one source image as its model: its share of covered area, and cells of its own scale. Where the
-    image has few, cells come from those whose median cell area is nearest, until there are LEAST_POOL pieces.
+    Every layout imitates one random source image: its covered fraction and the scale of its cells. If the image has few
+    cells, the layout also uses cells of the images with the most similar median cell area, up to LEAST_POOL pieces.
     """
 
     def __init__(self, sources: list[Source], settings: LayoutSettings):
@@ -214,7 +215,7 @@ class Layouts:
         def distance(source: Source) -> float:
             return abs(math.log(source.median_area / model.median_area))
 
-        # an image without a whole cell says nothing about scale: then all are equally near
+        # the scale of an image without a whole cell is unknown: use all images
         known = not math.isnan(model.median_area)
         ordered = sorted(self._with_pieces, key=distance) if known else self._with_pieces
         pieces: list[Piece] = []
@@ -252,10 +253,10 @@ class Layouts:
 
 
 def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
-    """Identifies the cells that are recombined: sha256 over names, shapes and ids of all instance maps.
+    """Digest that identifies the source cells: sha256 over names, shapes and ids of all instance maps.
 
     ``make_masks.py recombine`` writes it into its settings. ``evaluate.py utility`` compares it with the cells of a
-    share.
+    share of the labels.
     """
     digest = hashlib.sha256()
     for name, instance_map in sorted(instance_maps.items()):
@@ -264,13 +265,13 @@ def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:
-    """How a folder of masks was made: the command, and what tells a leak.
+    """How a folder of masks was made: the command, and the facts that leak checks need.
 
-    That is the source's digest of recombined masks, the images that taught the segmenter of pseudo-masks, and the
+    These are the source digest of recombined masks, the training images of the segmenter of pseudo-masks, and the
     origins of the parts of merged folders.
 
     Returns:
-        None if it is not known.
+        None if the origin is unknown.
     """
     try:
         settings = json.loads((folder.parent / SETTINGS).read_text(encoding="utf-8"))
@@ -281,18 +282,18 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
 
 
 def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
-    """Every instance map of a folder by its name.
+    """Read all instance maps of a folder.
 
     Args:
         folder: label files, 0 background.
-        components: take every connected part as one cell, whatever its value.
+        components: count every connected part as one cell, whatever its value.
 
     Returns:
         name -> (H, W) int32, ids without gaps.
 
     Raises:
-        InputError: with all files that cannot be used.
-        OneValueForAll: most files hold one value for all cells, and ``components`` is off.
+        InputError: lists all unusable files.
+        OneValueForAll: most files hold a single value for all cells, and ``components`` is off.
     """
     files = find_files(folder, "instance labels")
     maps, unusable, one_value = {}, [], []
@@ -303,15 +304,17 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
             unusable.append(str(error))
             continue
         if labels.ndim != 2 or np.any(labels < 0) or np.any(labels != np.floor(labels)):
-            unusable.append(f"{path}: not one layer of whole numbers from 0, shape {labels.shape}, {labels.dtype}")
+            unusable.append(
+                f"{path}: not a single layer of whole numbers from 0 (shape {labels.shape}, {labels.dtype})"
+            )
             continue
         maps[name] = connected_cells(labels) if components else without_gaps(labels.astype(np.int64))
         if maps[name].max() == 1 and connected_cells(labels).max() > 1:
             one_value.append(name)
     if unusable:
         raise InputError(
-            f"{len(unusable)} of {len(files)} files in {folder} are no instance labels: {list_some(unusable)}"
+            f"{len(unusable)} of {len(files)} files in {folder} are not instance labels: {list_some(unusable)}"
         )
     if len(one_value) > len(maps) / 2:
-        raise OneValueForAll(f"{folder} holds one value for all cells ({list_some(one_value)})")
+        raise OneValueForAll(f"{folder} holds a single value for all cells ({list_some(one_value)})")
     return maps

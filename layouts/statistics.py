@@ -1,4 +1,4 @@
-"""Tables about a folder of label images: cells, sizes, shares."""
+"""Statistics of label images: numbers of cells, sizes, covered fractions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from layouts.recombine import boxes_of, share_seen_whole, touching_pairs
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one instance map holds. Areas, elongations and weights are those of the cells that no border cuts.
+    """Measurements of one instance map. Areas, elongations and weights only cover cells that no image border cuts.
 
-    A cell's weight is one over the image's pixels and over the share of positions at which it would be seen whole, so
-    that sets of different image sizes can be compared: every image counts alike, whatever its size.
+    The weight of a cell is 1 / (pixels of the image * probability of being seen whole). It makes sets of different
+    image sizes comparable: every image counts the same.
     """
 
     pixels: int
@@ -34,8 +34,8 @@ class Measurement:
 def measure(instance_map: np.ndarray) -> Measurement:
     """Count and measure the cells of an (H, W) instance map whose ids have no gaps.
 
-    Elongation is the ratio of the axes of the ellipse with the cell's second moments. A pixel counts as a square, which
-    has the variance 1/12. The axes of scikit-image leave that out, so a cell one pixel wide would be infinitely long.
+    Elongation is the ratio of the axes of the ellipse with the cell's second moments. A pixel counts as a square with
+    variance 1/12. scikit-image leaves this out, so that a cell one pixel wide would be infinitely elongated.
     """
     boxes = boxes_of(instance_map)
     inner = np.setdiff1d(np.arange(1, len(boxes) + 1), touches_border(instance_map))
@@ -57,7 +57,7 @@ def measure(instance_map: np.ndarray) -> Measurement:
 
 
 def summarize(measurements: Iterable[Measurement]) -> dict[str, float]:
-    """The figures of a set that a reader compares, in the order in which they are shown."""
+    """Summary of a set, in the order of display."""
     measurements = list(measurements)
     crowding = np.array([1e4 * item.cells / item.pixels for item in measurements])
     foreground = np.array([item.foreground for item in measurements])
@@ -93,7 +93,7 @@ STATISTICS = ("name", "cells", "whole_cells", "foreground", "touching_cells", "m
 
 
 def write_statistics(path: Path, measurements: dict[str, Measurement]) -> None:
-    """One row per image; area and elongation stay empty if no cell lies whole in the image."""
+    """Write one row per image. Area and elongation stay empty if the border cuts every cell."""
     rows = []
     for name, item in measurements.items():
         shape = ["", "", ""]
@@ -104,7 +104,7 @@ def write_statistics(path: Path, measurements: dict[str, Measurement]) -> None:
 
 
 def write_summary(path: Path, columns: dict[str, dict[str, float]]) -> str:
-    """The summaries side by side, as a file and as the text that is returned."""
+    """Write the summaries side by side. Returns them as text."""
     names = list(columns)
     table = [
         [measure, *(f"{columns[name][measure]:.4g}" if measure in columns[name] else "" for name in names)]

@@ -134,7 +134,7 @@ def test_coloured_images_are_refused_for_one_channel(tmp_path):
     for path in images.glob("*.png"):
         gray = np.array(Image.open(path))
         Image.fromarray(np.stack([gray, gray, gray // 2], axis=2)).save(path)
-    with pytest.raises(InputError, match="3 of 3 pairs.*cell_0.png, cell_1.png, cell_2.png: holds colours"):
+    with pytest.raises(InputError, match="3 of 3 pairs.*cell_0.png, cell_1.png, cell_2.png: has colours"):
         trained(tmp_path, images, masks, 1)
 
 

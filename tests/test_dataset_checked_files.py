@@ -160,7 +160,7 @@ def test_a_pipe_among_many_files_does_not_hang_the_look_at_headers(pairs, monkey
     monkeypatch.setattr(checks, "PAIRS_WORTH_A_LOOK", 5)
     (pairs[1] / "cell_2.png").unlink()
     os.mkfifo(pairs[1] / "cell_2.png")
-    with pytest.raises(InputError, match=r"cell_2\.png.*no regular file"):
+    with pytest.raises(InputError, match=r"cell_2\.png.*not a regular file"):
         PairedFolder(*pairs, CONFIG)
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         file_sha256(pairs[1] / "cell_2.png")

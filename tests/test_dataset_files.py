@@ -276,7 +276,7 @@ def test_folders_links_and_pipes_in_place_of_files_are_refused(tmp_path):
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "empty").mkdir()
-    for name, words in (("a.png", "no such file|link"), ("pipe.png", "no regular file"), ("empty", "no nucleus")):
+    for name, words in (("a.png", "no such file|link"), ("pipe.png", "not a regular file"), ("empty", "no nucleus")):
         with pytest.raises(InputError, match=words):
             read_mask(tmp_path / name)
 

@@ -198,7 +198,7 @@ def test_channels_are_repeated_kept_or_refused():
     assert fit_channels(gray, 3, "a") is gray
     assert fit_channels(colour, 3, "a") is colour
     assert np.array_equal(fit_channels(np.repeat(gray, 3, 2), 1, "a"), gray)
-    with pytest.raises(InputError, match="a: holds colours, the model takes 1 gray channel"):
+    with pytest.raises(InputError, match="a: has colours, but the model takes 1 gray channel"):
         fit_channels(colour, 1, "a")
     wrong = ((gray, 2), (np.ones((4, 5, 4)), 3), (np.ones((4, 5, 2)), 3), (colour, 5))
     for image, channels in wrong:

@@ -187,7 +187,7 @@ def test_labels_are_never_taken_for_probabilities(dtype, radius):
         (disks() % 4, 3, "classes", r"class id of 3 or more: m0.png \(3\)"),
         (np.where(disks(), 255, 0).astype(np.uint8), 2, "classes", "mask_type=binary for 0 and 255"),
         (disks(), 4, "instances", "not 4"),
-        (disks(), 2, "binary", "no binary masks"),
+        (disks(), 2, "binary", "not binary"),
         (np.where(disks(), 255, 0).astype(np.uint8), 3, "binary", "2 classes"),
         (blobs(), 3, "probability", r"\(3, H, W\)"),
         (one_hot(disks() % 3, 3), 4, "probability", "stacks of 3 planes"),
@@ -344,7 +344,7 @@ def facts_of(*masks: np.ndarray, num_classes: int = 2, mask_type: str = "auto") 
     return stats, decide_mask_rule(stats, num_classes, mask_type, "masks")
 
 
-@pytest.mark.parametrize(("value", "words"), [(0, "no mask holds a cell"), (255, "no mask holds background")])
+@pytest.mark.parametrize(("value", "words"), [(0, "no mask has a cell"), (255, "no mask has background")])
 def test_masks_of_one_class_are_no_training_set(value, words):
     stats, rule = facts_of(*[np.full((9, 8), value, np.uint8)] * 3)
     with pytest.raises(InputError, match=words):

@@ -134,7 +134,7 @@ def test_unlabelled_folders_that_cannot_be_used_are_refused(lab, others, spoil, 
         message = "1 images are labelled ones under other names: copy"
     elif spoil == "channels":
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(others / "rgb.png")
-        message = "rgb.png.*holds colours, the model takes 1 gray channel"
+        message = "rgb.png.*has colours, but the model takes 1 gray channel"
     else:
         masks, message = [others, others], "names 2 folders for the 1 of unlabelled_path"
     with pytest.raises(InputError, match=message):

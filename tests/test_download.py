@@ -120,7 +120,7 @@ def test_poison_inside_a_namespace_runs_nothing(tmp_path, weights):
         (pickle.dumps([1, 2]), "not a state dict|damaged"),
     ],
 )
-def test_file_that_is_no_weights_is_named(tmp_path, content, words):
+def test_a_file_that_is_not_weights_is_named(tmp_path, content, words):
     file = tmp_path / "bad.pt"
     file.write_bytes(content)
     with pytest.raises(InputError, match=words) as caught:
@@ -160,11 +160,11 @@ def broken(weights, change):
         (lambda w: w.update({"blocks.1.attn.qkv.weight": torch.zeros(5, 5)}), r"blocks\.1\.attn\.qkv\.weight \(5, 5\)"),
         (lambda w: w.update({"x_embedder.proj.weight": torch.zeros(3)}), "dimensions"),
         (lambda w: w.update({"final_layer.linear.bias": torch.full((12,), torch.nan)}), "NaN"),
-        (lambda w: w.update({"note": "hello"}), "no tensors: note"),
+        (lambda w: w.update({"note": "hello"}), "not tensors: note"),
         (lambda w: w.clear(), "no tensors"),
     ],
 )
-def test_state_dict_that_is_no_sit_says_why(tmp_path, weights, change, words):
+def test_a_state_dict_of_another_model_is_refused_with_the_reason(tmp_path, weights, change, words):
     torch.save(broken(weights, change), tmp_path / NAME)
     with pytest.raises(InputError, match=words):
         find_model(tmp_path / NAME)
@@ -257,9 +257,9 @@ def faults(site: Site) -> dict:
     whole = site.body
     return {
         "html": ({"body": b"<html>sign in</html>", "kind": "text/html"}, "web page"),
-        "cut by the connection": ({"body": whole[:-500], "length": len(whole)}, "bytes|cannot fetch"),
-        "empty": ({"body": b""}, "0 of 0 bytes"),
-        "gone": ({"status": 404}, "cannot fetch"),
+        "cut by the connection": ({"body": whole[:-500], "length": len(whole)}, "bytes|cannot download"),
+        "empty": ({"body": b""}, "gave 0 bytes"),
+        "gone": ({"status": 404}, "cannot download"),
         "not weights": ({"body": b"\x00" * 4000}, "damaged"),
         "torn on the server": ({"body": whole[: len(whole) // 2]}, "damaged"),
     }
@@ -329,7 +329,7 @@ def test_a_server_that_falls_silent_is_given_up(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/nothing"
         monkeypatch.setattr(download, "PUBLISHED_URLS", {NAME: url})
-        with pytest.raises(InputError, match="cannot fetch tiny.pt .*timed out"):
+        with pytest.raises(InputError, match="cannot download tiny.pt .*timed out"):
             find_weights(NAME, tmp_path)
     assert leftovers(tmp_path) == set()
     assert socket.getdefaulttimeout() is None
@@ -353,13 +353,13 @@ def hold_lock(path: Path) -> subprocess.Popen:
     return holder
 
 
-def test_waiting_for_another_process_is_said_and_has_an_end(tmp_path, site, monkeypatch, caplog):
+def test_waiting_for_another_process_is_logged_and_ends(tmp_path, site, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 0.2)
     with hold_lock(tmp_path / f"{NAME}.lock") as holder:
-        with pytest.raises(InputError, match=r"another process that fetches tiny\.pt"):
+        with pytest.raises(InputError, match=r"another process that downloads tiny\.pt"):
             find_weights(NAME, tmp_path)
-        assert "waiting for another process that fetches tiny.pt" in caplog.text
+        assert "waiting for another process that downloads tiny.pt" in caplog.text
         monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 60)
         threading.Timer(0.3, holder.stdin.close).start()
         find_weights(NAME, tmp_path)
@@ -367,10 +367,10 @@ def test_waiting_for_another_process_is_said_and_has_an_end(tmp_path, site, monk
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_fetched_to_all_the_same(tmp_path, site, monkeypatch, caplog, code):
+def test_a_download_works_on_a_file_system_without_locks(tmp_path, site, monkeypatch, caplog, code):
     def refuse(*arguments: object) -> None:
         raise OSError(code, "no locks")
 
     monkeypatch.setattr("fcntl.flock", refuse)
     find_weights(NAME, tmp_path)
-    assert (tmp_path / NAME).is_file() and "no locks here" in caplog.text
+    assert (tmp_path / NAME).is_file() and "no file locks here" in caplog.text

@@ -370,9 +370,9 @@ def test_a_source_image_without_cells_gives_an_empty_layout_at_times(tmp_path):
 def test_binary_masks_are_refused_and_taken_apart_on_request(tmp_path):
     binary = {name: 255 * (disks((60, 60), [(15, 15, 6), (40, 40, 8)]) > 0) for name in "ab"}
     folder = write_instances(tmp_path / "binary", binary)
-    with pytest.raises(InputError, match="one value for all cells"):
+    with pytest.raises(InputError, match="a single value for all cells"):
         recombine.read_sources(folder, components=False)
-    with pytest.raises(InputError, match="one value for all cells.*--components"):
+    with pytest.raises(InputError, match="a single value for all cells.*--components"):
         run("recombine", "--instances", folder, "--output", tmp_path / "out")
     assert all(item.max() == 2 for item in recombine.read_sources(folder, components=True).values())
 
@@ -415,7 +415,7 @@ def test_a_set_made_with_other_settings_is_never_mixed_or_overwritten(tmp_path):
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("notes")
-    with pytest.raises(InputError, match="no set of this command"):
+    with pytest.raises(InputError, match="this command did not make it"):
         simulate(tmp_path)
     with pytest.raises(InputError, match="is a file"):
         simulate(tmp_path / "mine.txt")
@@ -456,7 +456,7 @@ def test_settings_are_kept_with_the_set(tmp_path):
         (["recombine", "--instances", "x", "--density", "0.2", "--density-scale", "2"], "--density-scale 2.0"),
     ],
 )
-def test_numbers_that_cannot_be_meant_are_refused_before_any_work(tmp_path, arguments, words):
+def test_values_out_of_range_are_refused_before_any_work(tmp_path, arguments, words):
     with pytest.raises(InputError, match=words):
         run(*arguments, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -473,7 +473,7 @@ def test_numbers_that_cannot_be_meant_are_refused_before_any_work(tmp_path, argu
         (["recombine", "--instances", "x", "--gap", "-1"], "--gap: -1 is not a whole number"),
     ],
 )
-def test_a_value_that_no_number_type_takes_ends_with_one_line(tmp_path, arguments, words, capsys):
+def test_a_value_that_is_not_a_number_in_range_ends_with_one_line(tmp_path, arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*arguments, "--output", tmp_path / "out")
     assert stop.value.code == 2

@@ -145,7 +145,7 @@ def test_a_folder_of_other_work_is_refused_and_one_of_the_same_is_continued(tmp_
         with pytest.raises(InputError, match=r"settings\.json (cannot be read|was not written)"):
             check_folder(tmp_path, settings)
     (tmp_path / "settings.json").rename(tmp_path / "notes.txt")
-    with pytest.raises(InputError, match="no set of this command"):
+    with pytest.raises(InputError, match="this command did not make it"):
         check_folder(tmp_path, settings)
 
 
