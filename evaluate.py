@@ -40,6 +40,7 @@ from cli import (
 from common.arguments import interval, non_negative_float, positive_fraction, positive_int, seed_number
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
+from common.outputs import check_output_folder
 from dataset.config import CROPS
 from engine.machine import resolve_device, start_machine
 from experiments import add_practise, add_split, add_utility, run_practise, run_split, run_utility
@@ -215,6 +216,7 @@ def run_data(args: argparse.Namespace) -> None:
     """
     from evaluation.data_report import survey, write_data_report
 
+    check_output_folder(args.output, "data.json", ("problems", "remarks"), (args.data_path, args.mask_path))
     report, pairs, rule = survey(
         args.data_path, args.mask_path, args.num_classes, args.mask_type, args.image_size, args.crop,
         normalize=args.normalize_masks, mask_values=args.mask_values, progress=True,
@@ -381,6 +383,8 @@ def run_sweep(args: argparse.Namespace) -> None:
         write_sweep_report,
     )
 
+    inputs = (args.ckpt, args.data_path, args.mask_path)
+    check_output_folder(args.output, "sweep.json", ("rows", "recommended"), inputs)
     unknown = [name for name in args.solvers if name not in SOLVERS]
     if unknown:
         raise InputError(f"--solvers {unknown[0]}: unknown; choose from {', '.join(SOLVERS)}")

@@ -41,6 +41,7 @@ from common.arguments import positive_int
 from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
+from common.outputs import check_output_picture, check_output_table, maker_note
 from common.pictures import grid_image, mask_picture
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
@@ -49,6 +50,7 @@ from engine.machine import check_compiler, start_machine
 from engine.sampling import ImageSampler, image_seed
 
 logger = logging.getLogger("sample")
+LIKELIHOOD_COLUMNS = ("name", "log_likelihood_nats", "bits_per_dim")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,6 +101,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: the result is written as {suffix}.")
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: its folder does not exist.")
+    inputs = (args.mask_path, args.data_path, args.ckpt, args.look_path)
+    if args.likelihood:
+        check_output_table(args.output, LIKELIHOOD_COLUMNS, inputs)
+    else:
+        check_output_picture(args.output, inputs)
+    noise = args.output.with_suffix(".npz")
+    if args.reverse and noise.exists() and not args.output.exists():
+        raise InputError(f"--output {args.output}: {noise} exists and would be written over. Name another file.")
 
 
 @torch.no_grad()
@@ -168,7 +178,7 @@ def write_likelihoods(
             rows.append((name, logp, bits + per_gray_value))
             logger.info("%s: log-likelihood %.1f nats, %.3f bits per dimension", *rows[-1])
     table = [(name, f"{logp:.3f}", f"{bits:.5f}") for name, logp, bits in rows]
-    write_csv(args.output, ("name", "log_likelihood_nats", "bits_per_dim"), table)
+    write_csv(args.output, LIKELIHOOD_COLUMNS, table)
     unit = "8-bit gray value" if per_gray_value else "latent number"
     mean = sum(bits for *_, bits in rows) / len(rows)
     logger.info("%s: %d images, mean %.3f bits per %s", args.output, len(rows), mean, unit)
@@ -189,7 +199,7 @@ def write_round_trip(
         for mask, real, back in zip(prob_maps, images, again, strict=True):
             tiles.append([mask_picture(mask), real, back])
     picture = Image.fromarray(grid_image(tiles))
-    write_atomically(args.output, lambda file: picture.save(file, format="PNG"))
+    write_atomically(args.output, lambda file: picture.save(file, format="PNG", pnginfo=maker_note()))
     write_atomically(args.output.with_suffix(".npz"), lambda file: write_arrays(file, noises))
     rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
     logger.info(
@@ -224,7 +234,7 @@ def write_grid(path: Path, tiles: list[torch.Tensor]) -> None:
     tiles = tiles + [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
     rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
     picture = Image.fromarray(grid_image(rows))
-    write_atomically(path, lambda file: picture.save(file, format="PNG"))
+    write_atomically(path, lambda file: picture.save(file, format="PNG", pnginfo=maker_note()))
 
 
 def run() -> None:

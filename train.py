@@ -63,7 +63,7 @@ from engine.machine import (
     start_machine,
     stop_machine,
 )
-from engine.run_folder import RunFolder, choose_run_folder
+from engine.run_folder import CONFIG, LOG, RunFolder, choose_run_folder
 from engine.training import Training
 from models import SiT_models
 
@@ -282,12 +282,25 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     if not continues(args):
         resolve(args, machine.world_size)  # refuse what is wrong before there is a folder
     run = open_run(args, machine)
-    start_logging(machine.is_main, run.path / "log.txt")
+    start_logging(machine.is_main, run.path / LOG)
     log_provenance(machine, args.seed)
     logger.info("run folder: %s", run.path)
     if args.preset:
         preset = PRESETS[args.preset]
         logger.info("preset %s: %s (%s: Dice ratio %s)", args.preset, preset.flags, preset.record, preset.ratio)
+    with run.removed_if_refused():
+        training, dataset, unlabelled = prepare(args, machine, run)
+    run_loop(training, dataset, run, unlabelled)
+
+
+def prepare(
+    args: argparse.Namespace, machine: Machine, run: RunFolder
+) -> tuple[Training, PairedFolder, list[UnlabelledFolder | PairedFolder]]:
+    """Everything that can refuse the user's input: checkpoint, configuration, autoencoder and files.
+
+    Returns:
+        The training at its first or next step, the pairs, and the folders of unlabelled images.
+    """
     state = find_state(args, run, machine)
     config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
@@ -314,13 +327,13 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     training = Training(replace(config, data=dataset.config), machine, space)
     logger.info("%s: %.1f million parameters", config.model.name, count_parameters(training.model) / 1e6)
     if machine.is_main:
-        write_json(run.path / "config.json", training.record)
+        write_json(run.path / CONFIG, training.record)
     set_weights(training, state)
     set_looks(training, dataset, unlabelled)
     if machine.is_main:
         note_data(training, dataset, unlabelled, run)
     training.prepare_model()
-    run_loop(training, dataset, run, unlabelled)
+    return training, dataset, unlabelled
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -128,7 +128,7 @@ def file_sha256(path: str | Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _is_passing(name: str) -> bool:
+def is_passing(name: str) -> bool:
     """Whether a file is one of our locks or temporary files, which another process may be writing now."""
     return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
 
@@ -157,7 +157,7 @@ def check_folder(
         raise InputError(f"{folder} is a file; name a folder")
     path = folder / SETTINGS
     # Looked at first: a process that fills the folder at this moment writes its settings before anything else.
-    is_used = folder.is_dir() and any(not _is_passing(entry.name) for entry in folder.iterdir())
+    is_used = folder.is_dir() and any(not is_passing(entry.name) for entry in folder.iterdir())
     if settings is None or not path.is_file():
         if is_used:
             what = (

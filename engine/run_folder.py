@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from common.disk import lock_folder, sync_folder, write_atomically
+from common.disk import LOCK_FILE, is_passing, lock_folder, sync_folder, write_atomically
 from common.errors import InputError
 from engine.checkpoint import read_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 PREVIEW_GRID = "preview/grid"  # metric of a preview: how far the patches show in it
+CONFIG, LOG = "config.json", "log.txt"
 LAST_NUMBER = ".last_run"  # in the results folder: the highest number that a run has had
 
 
@@ -33,12 +37,54 @@ class RunFolder:
         self.previews = path / "previews"
         self.metrics = path / "metrics.jsonl"
         self._lock: IO[bytes] | None = None
+        self._is_new = False
         self._whole: set[Path] = set()  # checkpoints that were written or read by this process
 
     def create(self) -> None:
+        """Make the folder, or take one that holds a run.
+
+        Raises:
+            InputError: it holds other files.
+        """
+        self._is_new = not self.path.exists()
+        if not self._is_new:
+            self._check_is_a_run()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.previews.mkdir(exist_ok=True)
         note_number(self.path)
+
+    def _check_is_a_run(self) -> None:
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is a file. Choose another name for this run.", "run_name")
+        if all(is_passing(entry.name) for entry in self.path.iterdir()):
+            return
+        barely_begun = {entry.name for entry in self.path.iterdir()} <= self._first_names()
+        if not (self.steps() or barely_begun or self._has_config()):
+            raise InputError(
+                f"{self.path} holds other files and is no run of train.py. Choose another name for this run.",
+                "run_name",
+            )
+
+    def _has_config(self) -> bool:
+        try:
+            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(config, dict) and {"model", "transport"} <= set(config)
+
+    def _first_names(self) -> set[str]:
+        """What a run that was stopped at its start may have left."""
+        return {self.checkpoints.name, self.previews.name, LOG, LOCK_FILE}
+
+    @contextlib.contextmanager
+    def removed_if_refused(self) -> Iterator[None]:
+        """Take a new run folder away again if the block refuses the user's input."""
+        try:
+            yield
+        except InputError:
+            if self._is_new and not self.steps() and not self.metrics.exists():
+                shutil.rmtree(self.path, ignore_errors=True)  # all in it was written by this process
+            raise
 
     def lock(self) -> None:
         """Keep a second process out for as long as this one lives, and clear away what a killed one left half-written.

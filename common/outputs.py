@@ -1,0 +1,110 @@
+"""No command writes over what it reads, over a file that it did not make, or into a folder of other work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from common.disk import is_passing
+from common.errors import InputError
+
+MAKER = "SiT for cell segmentation"  # in the text chunk Software of our pictures
+
+
+def maker_note() -> PngImagePlugin.PngInfo:
+    """What marks a picture as ours, for ``Image.save(pnginfo=...)``."""
+    note = PngImagePlugin.PngInfo()
+    note.add_text("Software", MAKER)
+    return note
+
+
+def check_apart(output: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse an output that is an input, or lies in a folder of inputs.
+
+    Args:
+        output: file or folder to write.
+        inputs: files and folders that are read; None is left out.
+
+    Raises:
+        InputError: it does.
+    """
+    target = output.resolve()
+    for given in inputs:
+        if given is None:
+            continue
+        source = Path(given).resolve()
+        same = target == source or (output.exists() and source.exists() and output.samefile(source))
+        if same or (source.is_dir() and source in target.parents):
+            raise InputError(f"output {output}: {given} is read by this command. Name another place.", "output")
+
+
+def check_output_picture(path: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse a PNG that is an input, or exists and is none of ours.
+
+    Raises:
+        InputError: it is.
+    """
+    check_apart(path, inputs)
+    if path.exists() and not _is_our_picture(path):
+        _refuse(path)
+
+
+def _is_our_picture(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == MAKER
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def check_output_table(path: Path, header: Iterable[str], inputs: Iterable[str | Path | None]) -> None:
+    """Refuse a CSV file that is an input, or exists and has another header.
+
+    Raises:
+        InputError: it is.
+    """
+    check_apart(path, inputs)
+    first = ",".join(header).encode()
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.readline(len(first) + 2).strip() == first:
+                return
+    if path.exists():
+        _refuse(path)
+
+
+def _refuse(path: Path) -> None:
+    raise InputError(
+        f"output {path} exists, and this command did not make it. Name another file, or remove it.", "output"
+    )
+
+
+def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs: Iterable[str | Path | None]) -> None:
+    """Refuse a folder of inputs, and a folder that holds anything but earlier results of the same command.
+
+    Args:
+        folder: where results go; it need not exist.
+        results: name of the JSON file that marks the command's own folder.
+        keys: some keys of that file.
+        inputs: files and folders that are read; None is left out.
+
+    Raises:
+        InputError: it is such a folder, or a file.
+    """
+    check_apart(folder, inputs)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {folder} is a file. Name a folder.", "output")
+    if not folder.is_dir() or all(is_passing(entry.name) for entry in folder.iterdir()):
+        return
+    try:
+        found = json.loads((folder / results).read_text(encoding="utf-8"))
+        is_own = isinstance(found, dict) and set(keys) <= set(found)
+    except (OSError, ValueError, RecursionError):
+        is_own = False
+    if not is_own:
+        raise InputError(
+            f"output {folder} holds other files and no {results} of this command. Name a new folder.", "output"
+        )
