@@ -296,11 +296,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
 def prepare(
     args: argparse.Namespace, machine: Machine, run: RunFolder
 ) -> tuple[Training, PairedFolder, list[UnlabelledFolder | PairedFolder]]:
-    """Everything that can refuse the user's input: checkpoint, configuration, autoencoder and files.
-
-    Returns:
-        The training at its first or next step, the pairs, and the folders of unlabelled images.
-    """
+    """All that can refuse the user's input. Returns the training at its next step, the pairs, and unlabelled images."""
     state = find_state(args, run, machine)
     config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
