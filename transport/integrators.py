@@ -1,4 +1,4 @@
-"""One step of each solver. They know functions of (x, t), not models: ``sampler`` runs them."""
+"""One step of each solver, for functions of (x, t). ``sampler`` connects them with models."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_b
         velocity: dx/dt as a function of (x, t).
         x: (B, ...) state at t.
         t: time.
-        h: step size; negative runs backwards.
-        v: velocity(x, t), which every solver needs and the caller has computed.
-        v_before: velocity one step of the same size earlier; None at the first step.
+        h: step size. A negative step goes backwards.
+        v: velocity(x, t), computed by the caller because every solver needs it.
+        v_before: velocity one step of the same size earlier. None at the first step.
 
     Returns:
         (B, ...) state at t + h.
@@ -43,7 +43,7 @@ def heun_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_be
 
 
 def ab2_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
-    """Adams-Bashforth with two stages: order 2, 1 call per step, 2 at the first one, which is Heun's."""
+    """Two-step Adams-Bashforth: order 2, 1 call per step. The first step is Heun's, with 2 calls."""
     if v_before is None:
         return heun_step(velocity, x, t, h, v, None)
     return x + h * (1.5 * v - 0.5 * v_before)
@@ -54,10 +54,10 @@ class OdeMethod:
     """A row of ``ODE_METHODS``.
 
     Attributes:
-        order: of convergence.
-        step: one fixed step; None where torchdiffeq adapts the step size.
-        calls: network calls per fixed step; 0 where the number adapts.
-        starter_calls: further calls in the first step.
+        order: order of convergence.
+        step: one fixed step. None if torchdiffeq adapts the step size.
+        calls: network calls per fixed step. 0 if the number adapts.
+        starter_calls: additional calls in the first step.
     """
 
     order: int
@@ -70,7 +70,7 @@ class OdeMethod:
         return self.step is None
 
 
-# torchdiffeq's fehlberg2 is left out: at the default tolerances it ends 3 to 10 % off a Gaussian's standard deviation.
+# torchdiffeq's fehlberg2 is left out, because it is inaccurate at the default tolerances: docs/transport.md.
 ODE_METHODS = {
     "euler": OdeMethod(1, euler_step, 1),
     "midpoint": OdeMethod(2, midpoint_step, 2),
@@ -92,19 +92,19 @@ def solve_adaptive(
     rtol: float,
     norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """States (S, B, ...) at ``times`` (S of them, monotonic) by torchdiffeq's adaptive ``method``.
+    """States (S, B, ...) at S monotonic ``times``, by torchdiffeq's adaptive ``method``.
 
-    One error norm spans the batch, so an image depends, within the tolerance, on its batch neighbours.
+    One error norm covers the whole batch. So an image depends on the others in its batch, within the tolerance.
     """
     low, high = min(times), max(times)
 
     def bounded(t: Tensor, state: Tensor) -> Tensor:
-        # The search for the first step size may look beyond the end.
+        # The search for the first step size may go beyond the end.
         return velocity(state, min(max(float(t), low), high))
 
     grid = torch.tensor(times, dtype=torch.float64, device=x.device)
-    # Steps must end at the quarters of the interval: at its end, because torchdiffeq else oversteps it and interpolates
-    # back; before, because a flow that starts nearly straight lures it into one giant step (3 % off on a Gaussian).
+    # Steps must end at the quarters of the interval. At the end, because torchdiffeq would step past it and interpolate
+    # back. Before, because a flow that starts nearly straight would lead to one giant step (docs/transport.md).
     quarters = [times[0] + (times[-1] - times[0]) * i / 4 for i in (1, 2, 3, 4)]
     options: dict[str, object] = {"step_t": torch.tensor(quarters, dtype=torch.float64, device=x.device)}
     if norm is not None:
@@ -149,7 +149,7 @@ def sde_heun_step(
 ) -> Tensor:
     """Stochastic Heun: weak order 2, 2 calls per step.
 
-    The noise is additive, so that Ito and Stratonovich are one; its variance is the trapezoid rule's.
+    The noise is additive, so Ito and Stratonovich agree. The trapezoid rule gives its variance.
     """
     kick = math.sqrt(h * (diffusion(t) + diffusion(t + h))) * noise
     slope = drift(x, t)

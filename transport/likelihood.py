@@ -16,11 +16,11 @@ from .transport import Model, ModelField, Transport
 
 @dataclass(frozen=True)
 class LikelihoodResult:
-    """What ``LikelihoodSolver`` returns.
+    """Result of ``LikelihoodSolver``.
 
     Attributes:
-        logp: (B,) log-density of x1 in nats, with respect to the units x1 is given in.
-        z: (B, ...) the noise that x1 is mapped to.
+        logp: (B,) log-density of x1 in nats, in the units of x1.
+        z: (B, ...) noise that x1 is mapped to.
         bits_per_dim: (B,) -logp / (numbers per image x ln 2), for x1's own units. An 8-bit gray value is a step of
             2 / 255 on [-1, 1]: add log2(255 / 2) for bits per gray value.
         nfe: network calls (each for the whole batch).
@@ -35,9 +35,9 @@ class LikelihoodResult:
 class LikelihoodSolver:
     """log p(x1) = log N(z; 0, 1) - integral over t of div velocity, along the ODE from x1 to its noise z.
 
-    Source: Chen et al. 2018, arXiv 1806.07366; Hutchinson's estimator of the divergence: Grathwohl et al. 2019,
-    arXiv 1810.01367. The probes are drawn once per run: a probe that changed between calls would make the adaptive
-    solver integrate noise. Made by ``Sampler.sample_ode_likelihood``.
+    Sources: Chen et al. 2018, arXiv 1806.07366. Hutchinson's estimator of the divergence: Grathwohl et al. 2019,
+    arXiv 1810.01367. The probes are chosen once per run, because an adaptive solver cannot handle probes that change
+    between calls. ``Sampler.sample_ode_likelihood`` makes this object.
 
     Attributes:
         nfe: network calls of the last run (each for the whole batch, with its backward passes).
@@ -54,13 +54,13 @@ class LikelihoodSolver:
     def __call__(
         self, x1: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None, **model_kwargs: object
     ) -> LikelihoodResult:
-        """Log-densities of a batch; no gradient flows out of it.
+        """Log-densities of a batch, without gradients.
 
         Args:
-            x1: (B, ...) data; float64 stays, anything else becomes float32.
+            x1: (B, ...) data. float64 stays float64; other types become float32.
             model: called as ``model(x, t, **model_kwargs)``.
-            noise_fn: ``noise_fn(x)`` gives standard normal noise like x, whose signs are a probe; default
-                torch.randn_like.
+            noise_fn: ``noise_fn(x)`` returns standard normal noise with the shape of x. Its signs are a probe. The
+                default is torch.randn_like.
             **model_kwargs: further arguments of the model.
 
         Raises:
@@ -76,22 +76,22 @@ class LikelihoodSolver:
             velocity, divergence = _velocity_and_divergence(field, state[:, :-1].reshape(x1.shape), t, probes)
             return torch.cat([velocity.flatten(1), divergence[:, None]], dim=1)
 
-        # Where t = 1 is singular the run starts at t_max. Up to there x = alpha x1 (as in ``leave_data``), which
-        # stretches the density by alpha per dimension.
+        # If t = 1 is singular, the run starts at t_max, with x = alpha x1 (as in ``leave_data``). This scales the
+        # density by alpha per dimension.
         alpha = self.transport.path.coefficients(torch.tensor(self.t_max, dtype=torch.float64)).alpha.item()
         start = torch.cat([alpha * x1.flatten(1), x1.new_zeros(len(x1), 1)], dim=1)
         end = self._integrate(augmented, start)
         self.nfe = field.nfe
         z = end[:, :-1]
         log_normal = -0.5 * (z.double().square().sum(1) + dims * math.log(2 * math.pi))
-        # The run goes from t_max down, so that its integral has the sign of + integral of div dt.
+        # The run goes down from t_max, so its integral already has the right sign.
         logp = log_normal + end[:, -1].double() + dims * math.log(alpha)
         if not torch.isfinite(logp).all():
             raise FloatingPointError("the log-likelihood is not finite; check the model's output")
         return LikelihoodResult(logp, z.reshape(x1.shape), -logp / (dims * math.log(2)), self.nfe)
 
     def _probes(self, x: Tensor, noise_fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Directions (B, ...) along which the divergence is the SUM of the directional derivatives."""
+        """Directions (B, ...). The divergence is the sum of the directional derivatives along them."""
         ones = torch.ones_like(x) / math.sqrt(self.probes)
         return [torch.where(noise_fn(x) < 0, -ones, ones) for _ in range(self.probes)]
 
@@ -110,7 +110,7 @@ class LikelihoodSolver:
 
 
 def _largest_error(error: Tensor) -> Tensor:
-    """Error norm over x and over the log-densities apart: among many numbers of x, one of them would not count."""
+    """Larger of two error norms, of x and of the log-densities. In one norm, the log-density would hardly count."""
     return torch.maximum(error[:, :-1].square().mean().sqrt(), error[:, -1].square().mean().sqrt())
 
 

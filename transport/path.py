@@ -1,4 +1,4 @@
-"""Paths x_t = alpha_t x1 + sigma_t x0 between noise x0 (t = 0) and data x1 (t = 1), and what can be predicted on them.
+"""Paths x_t = alpha_t x1 + sigma_t x0 between noise x0 (t = 0) and data x1 (t = 1), and the predictions on them.
 
 Source: Ma et al. 2024 (SiT), arXiv 2401.08740. The paper's time runs the other way: paper time = 1 - t, and its
 velocity has the opposite sign.
@@ -23,10 +23,10 @@ PREDICTIONS = {
 
 
 def choose(name: str | None, table: Iterable[str], what: str) -> str:
-    """The key of ``table`` that ``name`` means, whatever its case; ``None`` means the key "None".
+    """The key of ``table`` that equals ``name``, ignoring case. ``None`` means the key "None".
 
     Raises:
-        ValueError: no such key; the message lists the keys.
+        ValueError: there is no such key. The message lists the keys.
     """
     for key in table:
         if key.lower() == str(name).lower():
@@ -35,12 +35,12 @@ def choose(name: str | None, table: Iterable[str], what: str) -> str:
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) times as (B, 1, ..., 1), so that they broadcast over x (B, ...)."""
+    """Reshape (B,) times to (B, 1, ..., 1), so that they broadcast over x (B, ...)."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
 class Coefficients(NamedTuple):
-    """Factors of the path and their time derivatives, each shaped like t."""
+    """Factors of the path and their time derivatives. Each has the shape of t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -56,8 +56,8 @@ class Coefficients(NamedTuple):
 class Path(ABC):
     """x_t = alpha_t x1 + sigma_t x0."""
 
-    pure_noise_start: bool  # alpha_0 = 0: nothing that divides by alpha can be evaluated at t = 0
-    finite_velocity_end: bool  # d_sigma is finite at t = 1; if not, no velocity exists there
+    pure_noise_start: bool  # alpha_0 = 0, so formulas that divide by alpha fail at t = 0
+    finite_velocity_end: bool  # d_sigma is finite at t = 1; if not, there is no velocity at t = 1
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -69,14 +69,14 @@ class Path(ABC):
         return c.alpha * x1 + c.sigma * x0, c.d_alpha * x1 + c.d_sigma * x0
 
     def ends(self, value: Tensor, source: str, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The expected data and noise, E[x1 given x_t] and E[x0 given x_t], that a prediction stands for.
+        """The expected data and noise, E[x1 given x_t] and E[x0 given x_t], that follow from a prediction.
 
-        Every prediction is linear in these two, and x = alpha data + sigma noise always holds. Singular where the
-        prediction says nothing about an end: "score" and "noise" at alpha = 0, "data" at sigma = 0.
+        Every prediction is linear in these two, and x = alpha data + sigma noise always holds. Singular: "score" and
+        "noise" at alpha = 0, "data" at sigma = 0.
 
         Args:
             value: (B, ...) the prediction.
-            source: its kind, a key of ``PREDICTIONS``.
+            source: kind of the prediction, a key of ``PREDICTIONS``.
             x: (B, ...) point on the path.
             t: (B,) times in [0, 1].
 
@@ -93,7 +93,7 @@ class Path(ABC):
         return (x - c.sigma * value) / c.alpha, value
 
     def convert(self, value: Tensor, source: str, target: str, x: Tensor, t: Tensor) -> Tensor:
-        """One prediction from another at the same x and t; arguments as in ``ends``. "score" divides by sigma."""
+        """Convert a prediction to another kind at the same x and t; see ``ends``. "score" divides by sigma."""
         if source == target:
             return value
         data, noise = self.ends(value, source, x, t)
@@ -134,7 +134,7 @@ class VPPath(Path):
     """Variance preserving diffusion with linear beta from 0.1 (data) to 20 (noise); alpha_0 = 0.0066, not 0.
 
     log alpha = -(1 - t)^2 (20 - 0.1) / 4 - (1 - t) 0.1 / 2, sigma^2 = 1 - alpha^2. Source: Song et al. 2021,
-    arXiv 2011.13456. sigma falls like a square root at t = 1, so that d_sigma is infinite there.
+    arXiv 2011.13456. sigma falls like a square root at t = 1, so d_sigma is infinite there.
     """
 
     beta_min = 0.1
@@ -159,8 +159,8 @@ def _sbdm(path: Path, t: Tensor) -> Tensor:
     return c.sigma * c.wronskian / c.alpha
 
 
-# w(t) in dX = (velocity + w score) dt + sqrt(2 w) dW. Any w >= 0 has the same marginals; SBDM is the classic
-# reverse diffusion, and infinite at alpha = 0.
+# w(t) in dX = (velocity + w score) dt + sqrt(2 w) dW. Every w >= 0 gives the same marginals. SBDM is the classic
+# reverse diffusion. It is infinite at alpha = 0.
 DIFFUSION_FORMS: dict[str, Callable[[Path, Tensor], Tensor]] = {
     "constant": lambda path, t: torch.ones_like(t),
     "SBDM": _sbdm,
