@@ -65,6 +65,7 @@ lint: $(READY)  ## ruff, codespell and mypy; changes nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m codespell_lib
+	$(PYTHON) -m mypy
 
 format: $(READY)  ## ruff writes its fixes and the layout
 	$(PYTHON) -m ruff check --fix .

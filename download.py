@@ -27,7 +27,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from common.disk import NO_LOCKS, file_sha256, sync_folder, write_atomically
+from common.disk import NO_LOCKS, file_sha256, sync_folder, write_bytes
 from common.errors import InputError, list_some
 from common.weights import DamagedFile, WouldRunCode, read_tensor_file
 from models import SIZES
@@ -92,13 +92,12 @@ def find_model(name_or_path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return find_weights(name_or_path).state_dict
 
 
-def find_weights(name_or_path: str | os.PathLike, folder: str | os.PathLike = DOWNLOAD_FOLDER) -> Weights:
+def find_weights(name_or_path: str | os.PathLike) -> Weights:
     """Read weights from a local file, or download a published file by its name and read it.
 
     Args:
         name_or_path: a file (.pt, .pth, .ckpt, .safetensors), or a key of ``PUBLISHED_URLS``. A local file of the same
             name takes precedence.
-        folder: folder for published files.
 
     Returns:
         The checked weights on the CPU.
@@ -114,7 +113,7 @@ def find_weights(name_or_path: str | os.PathLike, folder: str | os.PathLike = DO
         compare_recorded_hash(path)
         return read_weights(path)
     if name in PUBLISHED_URLS:
-        weights = read_weights(fetch_published(name, Path(folder)))
+        weights = read_weights(fetch_published(name, DOWNLOAD_FOLDER))
         check_published_shape(weights.state_dict, name, weights.path)
         return weights
     raise InputError(
@@ -244,26 +243,27 @@ def check_state_dict(state_dict: Mapping[str, object], where: str | os.PathLike)
     if strangers or not state_dict:
         found = f"entries that are not tensors: {list_some(strangers)}" if strangers else "no tensors"
         raise InputError(f"{where} is not a SiT state dict: it holds {found}")
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     try:
-        shape = sit_shape(state_dict)
-        expected = expected_shapes(state_dict, shape)
+        shape = sit_shape(tensors)
+        expected = expected_shapes(tensors, shape)
     except KeyError as error:
         raise InputError(f"{where} is not a SiT state dict: it has no {error.args[0]}; give SiT weights") from error
     except (ValueError, IndexError) as error:
         raise InputError(f"{where} is not a SiT state dict: its tensors have other dimensions than SiT's") from error
-    missing = [key for key in expected if key not in state_dict]
+    missing = [key for key in expected if key not in tensors]
     if missing:
         raise InputError(
             f"{where} is not a complete SiT state dict: {len(missing)} tensors missing: {list_some(missing)}"
         )
     misshapen = [
-        f"{key} {tuple(state_dict[key].shape)} instead of {size}"
+        f"{key} {tuple(tensors[key].shape)} instead of {size}"
         for key, size in expected.items()
-        if tuple(state_dict[key].shape) != size
+        if tuple(tensors[key].shape) != size
     ]
     if misshapen:
         raise InputError(f"{where}: {len(misshapen)} tensors have wrong shapes: {list_some(misshapen)}")
-    broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise InputError(f"{where} holds NaN or infinite weights: {list_some(broken)}; use an earlier checkpoint")
     return shape
@@ -424,4 +424,4 @@ def _record_hash(path: Path, digest: str) -> None:
             f"the downloaded {path.name} has sha256 {digest[:16]}, but {record} says {recorded[:16]}: the published "
             f"file has changed or the download is wrong; delete {record.name} to accept the new one"
         )
-    write_atomically(record, lambda file: file.write(f"{digest}  {path.name}\n".encode()))
+    write_bytes(record, f"{digest}  {path.name}\n".encode())

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli import (
     add_device_argument,
@@ -143,11 +143,18 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add_real_pairs(parser, ", preferably not used in training: some to sample, the others to train the judge")
     add_mask_values_argument(parser)
     parser.add_argument("--images", type=positive_int, default=48, help="number of masks to sample with every setting")
-    scales = {"type": non_negative_float, "nargs": "+", "default": [1.0, 1.5, 2.0, 4.0], "metavar": "SCALE"}
-    parser.add_argument("--cfg-scales", **scales, help="scales of classifier-free guidance to compare; 1 means none")
-    times = {"type": interval, "nargs": "+", "default": [(0.0, 1.0)], "metavar": "LO:HI"}
+    parser.add_argument(
+        "--cfg-scales",
+        type=non_negative_float,
+        nargs="+",
+        default=[1.0, 1.5, 2.0, 4.0],
+        metavar="SCALE",
+        help="scales of classifier-free guidance to compare; 1 means none",
+    )
     spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8 (0 is noise, 1 is data)"
-    parser.add_argument("--guidance-intervals", **times, help=spans)
+    parser.add_argument(
+        "--guidance-intervals", type=interval, nargs="+", default=[(0.0, 1.0)], metavar="LO:HI", help=spans
+    )
     parser.add_argument(
         "--solvers",
         nargs="+",
@@ -195,7 +202,7 @@ def _open_set(args: argparse.Namespace) -> SampleSet:
     return samples
 
 
-def _judge_settings(args: argparse.Namespace) -> dict[str, object]:
+def _judge_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"mask_type": args.mask_type, "steps": args.steps, "seed": args.seed, "progress": True}
 
 
@@ -301,9 +308,10 @@ def run_realism(args: argparse.Namespace) -> None:
     from evaluation.realism import SECTION, describe_weights, inception_features, score_realism, write_realism_report
 
     samples = _open_set(args)
-    if args.inception_weights is not None and samples.require_config().channels not in (1, 3):
+    channels = samples.require_config().channels if args.inception_weights is not None else 3
+    if channels not in (1, 3):
         raise InputError(
-            f"--inception-weights: Inception needs gray or RGB images, but the set has {samples.config.channels} "
+            f"--inception-weights: Inception needs gray or RGB images, but the set has {channels} "
             "channels; leave the flag out to use the judge's features"
         )
     if args.inception_weights is not None:

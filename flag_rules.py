@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +78,14 @@ NEEDS = (
 )  # fmt: skip
 
 
-def check_needs(args: argparse.Namespace, needs: Sequence[Need] = NEEDS) -> None:
+def check_needs(args: argparse.Namespace) -> None:
     """Refuse flags of the command line that have no effect.
 
     Raises:
         InputError: names the flag and what it needs.
     """
     values = vars(args)
-    for need in needs:
+    for need in NEEDS:
         if need.other not in values or need.works(values[need.other]):
             continue
         for flag in need.flags:

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
-from common.disk import SETTINGS, check_folder, lock_folder, write_atomically, write_json
+from common.disk import SETTINGS, check_folder, lock_folder, write_bytes, write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
@@ -83,7 +83,7 @@ def save_png(array: np.ndarray, path: Path) -> None:
     content = io.BytesIO()
     Image.fromarray(array).save(content, format="PNG")
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda file: file.write(content.getvalue()))
+    write_bytes(path, content.getvalue())
 
 
 def make_set(

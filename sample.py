@@ -149,9 +149,9 @@ def write_samples(
     size = min(count, args.per_proc_batch_size)
     for indices in batches(range(count), size):
         seeds = [image_seed(args.seed, index) for index in indices]
-        looks = choice and choice.batch(args.seed, indices, [item] * len(indices))
+        looks = None if choice is None else choice.batch(args.seed, indices, [item] * len(indices))
         if args.tile:
-            each = [None] * len(seeds) if looks is None else looks
+            each = [None] * len(seeds) if looks is None else list(looks)
             drawn = zip(seeds, each, strict=True)
             images += [sampler.draw_field(prob_map, seed, args.per_proc_batch_size, look).cpu() for seed, look in drawn]
         else:
@@ -172,7 +172,7 @@ def write_likelihoods(
     rows = []
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
         names, images, prob_maps = load_real(masks, numbers)
-        looks = choice and choice.of_images(images)
+        looks = None if choice is None else choice.of_images(images)
         result = sampler.likelihood(images, prob_maps, [image_seed(args.seed, number) for number in numbers], looks)
         for name, logp, bits in zip(names, result.logp.tolist(), result.bits_per_dim.tolist(), strict=True):
             rows.append((name, logp, bits + per_gray_value))
@@ -188,10 +188,11 @@ def write_round_trip(
     args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
 ) -> None:
     """Rows of mask | real | real to noise to image, and the noise of every image beside the picture."""
-    tiles, noises, errors = [], {}, []
+    tiles, errors = [], []
+    noises: dict[str, np.ndarray] = {}
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
         names, images, prob_maps = load_real(masks, numbers)
-        looks = choice and choice.of_images(images)
+        looks = None if choice is None else choice.of_images(images)
         noise = sampler.encode(images, prob_maps, looks)
         again = sampler.decode(noise, prob_maps, looks).cpu()
         noises |= {name: one.cpu().numpy() for name, one in zip(names, noise, strict=True)}

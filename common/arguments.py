@@ -77,7 +77,7 @@ def part(text: str) -> tuple[int, int]:
     number, slash, count = text.partition("/")
     if not (slash and number.isascii() and number.isdecimal() and count.isascii() and count.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 2/8")
-    values = positive_int(number), positive_int(count)
+    values = int(positive_int(number)), int(positive_int(count))
     if values[0] > values[1]:
         raise argparse.ArgumentTypeError(f"{text!r}: parts count from 1 to {values[1]}")
     return values

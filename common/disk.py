@@ -53,6 +53,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; see :func:`write_atomically`."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table atomically. `read_csv` returns the same texts.
 
@@ -68,7 +73,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         cells = [_guarded(cell) for cell in row]
         writer = quoted if any("\r" in str(cell) for cell in cells) else plain
         writer.writerow(cells)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_bytes(path, text.getvalue().encode())
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -106,7 +111,7 @@ def _unguarded(cell: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def file_sha256(path: str | Path) -> str:

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GRID_GAP = 2  # pixels between the images of a grid
 
-def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
+
+def grid_image(rows: list[list[Tensor]]) -> np.ndarray:
     """Rows of images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3). White separates and pads the images."""
     from torchvision.utils import make_grid
 
@@ -15,7 +17,7 @@ def grid_image(rows: list[list[Tensor]], pad: int = 2) -> np.ndarray:
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     margins = [((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0)) for tile in tiles]
     padded = np.stack([np.pad(tile, margin, constant_values=255) for tile, margin in zip(tiles, margins, strict=True)])
-    grid = make_grid(torch.from_numpy(padded).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=pad, pad_value=255)
+    grid = make_grid(torch.from_numpy(padded).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=GRID_GAP, pad_value=255)
     return grid.permute(1, 2, 0).numpy()
 
 

@@ -14,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from common.disk import write_atomically
+from common.disk import write_bytes
 from common.errors import CommandParser, InputError, list_some, run_command
 from dataset.files import Pair, find_images_and_masks, match_names
 
@@ -65,7 +65,7 @@ def _refuse_other_files(output: Path, parts: dict[str, list[Pair]], data: Path) 
             f"{data} holds other images than before, and what was held out may change: remove {output} to start anew"
         )
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, lambda file: file.write(names.encode()))
+    write_bytes(record, names.encode())
 
 
 def _link(pairs: list[Pair], folder: Path) -> None:

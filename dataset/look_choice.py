@@ -58,7 +58,7 @@ class LookChoice:
         numbers = self.looks.numbers[[self._number(seed, index) for index in indices]]
         return torch.from_numpy(self.looks.standardise(numbers))
 
-    def of_images(self, images: Sequence[np.ndarray]) -> Tensor:
+    def of_images(self, images: Sequence[np.ndarray] | Tensor) -> Tensor:
         """Standardised looks (n, N) of images (C, H, W) in [-1, 1]."""
         numbers = np.stack([measure_tensor(np.asarray(image), self.config) for image in images])
         return torch.from_numpy(self.looks.standardise(numbers))
@@ -82,7 +82,8 @@ def choose_looks(
     Raises:
         InputError: images that cannot be used, or no look of this number.
     """
-    looks, origin = training, {}
+    looks = training
+    origin: dict[str, Any] = {}
     if look_path is not None:
         source, (looks, origin) = PATH, _measure_files(look_path, training, config)
     source = source or TRAINING

@@ -82,7 +82,7 @@ def _block_means(image: np.ndarray, side: int) -> np.ndarray:
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     part = image[:, top : top + height, left : left + width]
     parts = [part[:, row::side, column::side] for row in range(side) for column in range(side)]
-    return sum(parts) / side**2
+    return sum(parts[1:], parts[0]) / side**2
 
 
 def _gradient_energy(image: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ def measure_draw(image: np.ndarray, window: Window, config: DataConfig, rng: np.
         config: of the training.
         rng: decides the window.
     """
-    view = native_view(*image.shape[:2], _fitting_side(image, config), rng)
+    view = native_view(image.shape[0], image.shape[1], _fitting_side(image, config), rng)
     return measure_window(to_tensor(view.cut(image), window, config.channels).numpy())
 
 
@@ -124,7 +124,7 @@ def measure_file(image: np.ndarray, config: DataConfig) -> np.ndarray:
     """Numbers (N,) of an image (H, W, C) as stored, read as training reads its images."""
     window = image_window(image, config)
     if config.crop == "center":
-        image = center_view(*image.shape[:2], config.image_size).apply_image(image)
+        image = center_view(image.shape[0], image.shape[1], config.image_size).apply_image(image)
     return measure_image(image, window, config)
 
 

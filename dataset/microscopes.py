@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from common.disk import write_atomically
+from common.disk import write_bytes
 from common.errors import InputError, list_some
 from dataset.decode import MAX_DECODED_BYTES, FileError
 from dataset.files import encode_tiff
@@ -231,7 +231,7 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     written = [output / f"{name}.tif" for name in names]
     for path, content in zip(written, contents, strict=True):
-        write_atomically(path, lambda file, content=content: file.write(content))
+        write_bytes(path, content)
     return written
 
 

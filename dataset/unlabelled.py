@@ -204,7 +204,8 @@ def image_names(source: UnlabelledFolder | PairedFolder) -> list[str]:
 class Source(Protocol):
     """A folder of examples, as tensors or as latents."""
 
-    in_memory: bool
+    @property
+    def in_memory(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

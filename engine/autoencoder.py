@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from common.errors import InputError
 from engine.tiling import Windows
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 logger = logging.getLogger(__name__)
 HUB_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-HUB_CONFIG = {"in_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512)}  # of both
+# Of both.
+HUB_CONFIG: dict[str, Any] = {"in_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512)}
 PIXEL_SPACE = "none"
 
 
@@ -54,14 +58,14 @@ class LatentSpace(nn.Module):
     Args:
         vae: the autoencoder, in evaluation mode, without gradients.
         name: what the user gave for it: a folder or a name of HUB_AUTOENCODERS.
-        chunk_size: images that pass through the autoencoder at once; bounds its memory, not the result.
     """
 
-    def __init__(self, vae: nn.Module, name: str, chunk_size: int = 8) -> None:
+    chunk_size = 8  # images that pass through the autoencoder at once; bounds its memory, not the result
+
+    def __init__(self, vae: AutoencoderKL, name: str) -> None:
         super().__init__()
         self.vae = vae
         self.name = name
-        self.chunk_size = chunk_size
         self.channels: int = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.scale: float = vae.config.scaling_factor
@@ -186,7 +190,7 @@ def space_config(space: Space) -> dict[str, Any]:
     return {"vae": space.name, "factor": space.factor, "channels": space.channels, "fingerprint": space.fingerprint}
 
 
-def fingerprint(vae: nn.Module) -> str:
+def fingerprint(vae: AutoencoderKL) -> str:
     """First 16 hex digits of the SHA-256 of scale, shift and weights: tells one autoencoder from another."""
     digest = hashlib.sha256(repr((vae.config.scaling_factor, getattr(vae.config, "shift_factor", None))).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -195,14 +199,14 @@ def fingerprint(vae: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path) -> AutoencoderKL:
     try:
         return _load(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _not_loadable(folder, error) from error
 
 
-def _from_hub(vae: str) -> nn.Module:
+def _from_hub(vae: str) -> AutoencoderKL:
     repository = HUB_AUTOENCODERS[vae]
     try:
         return _load(repository, local_files_only=True)
@@ -218,7 +222,7 @@ def _from_hub(vae: str) -> nn.Module:
         ) from error
 
 
-def _load(source: str, local_files_only: bool) -> nn.Module:
+def _load(source: str, local_files_only: bool) -> AutoencoderKL:
     """Weights from safetensors only: a pickle could run code."""
     from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
 

@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from common.disk import write_atomically
+from common.disk import write_atomically, write_bytes
 from common.errors import InputError
 from common.weights import WouldRunCode, read_tensor_file
 
@@ -46,7 +46,7 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
     notes = {"config": config, **{name: state.get(name) for name in NOTES}}
     metadata = {"format": "pt", **{name: json.dumps(note) for name, note in notes.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}
-    write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def choose_transport(given: Mapping[str, Any], model: str, channels: int, in_pix
         InputError: a combination without meaning or effect.
     """
     prediction = given["prediction"] or default_prediction(model, channels, in_pixels)
-    follows = {
+    follows: dict[str, Any] = {
         "prediction": prediction,
         "loss_weight": "velocity" if prediction == "data" else None,
         "time_sampling": "logit-normal" if in_pixels else "uniform",

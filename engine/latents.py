@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.disk import write_atomically
+from common.disk import write_bytes
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
@@ -37,6 +37,7 @@ from engine.machine import Machine
 
 logger = logging.getLogger(__name__)
 READER = 1  # raise this if files are read, resized or scaled differently: older latents are then encoded again
+MEMORY_GB = 4.0  # most memory for latents; if they need more, each access reads the file
 NOT_ABOUT_IMAGES = ("num_classes", "mask_values")
 
 
@@ -48,7 +49,6 @@ class LatentPairs(torch.utils.data.Dataset):
         space: the autoencoder, on the device that encodes.
         folder: folder of the files. Created if it is missing; runs can share it.
         image_hashes: SHA-256 of every image file.
-        memory_gb: most memory for latents. If they need more, each access reads the file.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class LatentPairs(torch.utils.data.Dataset):
         space: LatentSpace,
         folder: Path,
         image_hashes: Sequence[str],
-        memory_gb: float = 4.0,
     ) -> None:
         if pairs.config.crop != "center":
             raise ValueError("the latent cache needs crop center, because random crops are new at each step")
@@ -69,7 +68,7 @@ class LatentPairs(torch.utils.data.Dataset):
         self.shape = (SYMMETRIES, 2, space.channels, side, side)  # mean and standard deviation of every view
         self.num_bytes = 4 * int(np.prod(self.shape)) * len(pairs)
         self._moments: Tensor | None = None
-        self._fits = self.num_bytes <= memory_gb * 2**30
+        self._fits = self.num_bytes <= MEMORY_GB * 2**30
 
     @property
     def in_memory(self) -> bool:
@@ -130,7 +129,7 @@ class LatentPairs(torch.utils.data.Dataset):
                 continue
             moments = self.encode(index)
             content = safetensors.torch.save({"moments": moments}, {"crc32": checksum(moments)})
-            write_atomically(path, lambda file, content=content: file.write(content))
+            write_bytes(path, content)
             made += 1
         return made
 

@@ -18,7 +18,7 @@ from common.disk import write_atomically
 from common.errors import EXIT_INTERRUPTED
 from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from dataset.folders import PairedFolder
-from dataset.unlabelled import Mixture, UnlabelledFolder
+from dataset.unlabelled import Mixture, Source, UnlabelledFolder
 from dataset.views import SYMMETRIES
 from engine.autoencoder import LatentSpace
 from engine.checkpoint import export_safetensors
@@ -125,7 +125,8 @@ def mix(
     training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]
 ) -> PairedFolder | LatentPairs | Mixture:
     """What the steps draw from: the pairs alone, or with unlabelled images and looks beside them."""
-    labelled, *others = [encode_once(source, training) or source for source in (dataset, *unlabelled)]
+    labelled = encode_once(dataset, training) or dataset
+    others: list[Source] = [encode_once(source, training) or source for source in unlabelled]
     if training.looks is None and not others:
         return labelled
     config = training.config

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from common.disk import LOCK_FILE, is_passing, lock_folder, sync_folder, write_atomically
+from common.disk import LOCK_FILE, is_passing, lock_folder, sync_folder, write_bytes
 from common.errors import InputError
 from engine.checkpoint import read_checkpoint, save_checkpoint
 
@@ -178,7 +178,7 @@ class RunFolder:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue
-        write_atomically(self.metrics, lambda file: file.write("".join(kept).encode()))
+        write_bytes(self.metrics, "".join(kept).encode())
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Append a line; it is on the disk before a checkpoint of its step is, so that a power cut leaves no gap."""
@@ -216,7 +216,7 @@ def note_number(run_folder: Path) -> None:
     """Keep the number of a numbered run folder from being used again."""
     results_dir, number = run_folder.parent, _number_of(run_folder)
     if number > _noted_number(results_dir):
-        write_atomically(results_dir / LAST_NUMBER, lambda file: file.write(str(number).encode()))
+        write_bytes(results_dir / LAST_NUMBER, str(number).encode())
 
 
 def _noted_number(results_dir: Path) -> int:

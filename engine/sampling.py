@@ -28,6 +28,7 @@ from engine.machine import Machine
 from engine.tiling import Windows
 from models import MaskCondition, SiT, build_model
 from transport import LikelihoodResult, Sampler, Transport, create_transport
+from transport.sampler import OdeSolver, SdeSolver
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class SamplingSettings:
     method: str = "heun"
     num_steps: int = 25
     cfg_scale: float = 1.0
-    look_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     atol: float = 1e-6
     rtol: float = 1e-3
@@ -47,10 +47,11 @@ class SamplingSettings:
     last_step: str = "Tweedie"
     last_step_size: float | None = None
     tile_overlap: float | None = None  # of windows over a large field: below 1 a share of the side, from 1 on pixels
+    look_scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, the fields that the mode uses."""
-        unused = SDE_ONLY if self.mode == "ODE" else ODE_ONLY
+        unused: tuple[str, ...] = SDE_ONLY if self.mode == "ODE" else ODE_ONLY
         unused += ("look_scale",) if self.look_scale == 1 else ()  # which sets without looks do not have
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
@@ -180,7 +181,8 @@ class ImageSampler:
         self.settings = settings
         self.transport = transport
         self.solver = create_solver(transport, settings)
-        self.latent_shape = (model.in_channels, *(side * model.patch_size for side in model.grid))
+        rows, columns = model.grid
+        self.latent_shape = (model.in_channels, rows * model.patch_size, columns * model.patch_size)
 
     @property
     def nfe(self) -> int:
@@ -224,9 +226,9 @@ class ImageSampler:
         """
         (height, width), factor = prob_map.shape[-2:], self.space.factor
         side = self.latent_shape[1:]
-        field = tuple(max(s, math.ceil(n / factor)) for s, n in zip(side, (height, width), strict=True))
+        field = max(side[0], math.ceil(height / factor)), max(side[1], math.ceil(width / factor))
         prob_map = mirror_to(prob_map.to(self.machine.device), factor * field[0], factor * field[1])
-        windows = Windows(field, side, tuple(self._overlap(length) for length in side))
+        windows = Windows(field, side, (self._overlap(side[0]), self._overlap(side[1])))
         size = batch_size if self.compiled else 0  # compiled, the last windows fill a batch: one shape, one graph
         conditions = {}
         for first in range(0, len(windows), batch_size):
@@ -265,8 +267,7 @@ class ImageSampler:
 
     def decode(self, noise: Tensor, prob_maps: Tensor, looks: Tensor | None = None) -> Tensor:
         """Noise (n, C, h, w), masks (n, K, H, W) and looks (n, N) to images (n, C, S, S) in [-1, 1]."""
-        _, condition = self._prepare(None, prob_maps, looks)
-        return self._decode(self.solver(noise, self._predict, y=condition)[-1])
+        return self._decode(self.solver(noise, self._predict, y=self._condition(prob_maps, looks))[-1])
 
     def likelihood(
         self, images: Tensor, prob_maps: Tensor, seeds: Sequence[int], looks: Tensor | None = None
@@ -294,17 +295,15 @@ class ImageSampler:
         extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
         return self.solver(noise, predict, y=y, **extra)[-1]
 
-    def _prepare(
-        self, images: Tensor | None, prob_maps: Tensor, looks: Tensor | None
-    ) -> tuple[Tensor | None, MaskCondition]:
+    def _prepare(self, images: Tensor, prob_maps: Tensor, looks: Tensor | None) -> tuple[Tensor, MaskCondition]:
         """Images as the model sees them, without a draw from a posterior, and the condition."""
         with self.machine.autocast():
-            x1 = None if images is None else self.space.encode(images.to(self.machine.device), sample=False).float()
+            x1 = self.space.encode(images.to(self.machine.device), sample=False).float()
         return x1, self._condition(prob_maps, looks)
 
     def _condition(self, prob_maps: Tensor, looks: Tensor | None = None) -> MaskCondition:
         """All that the network needs of the masks and looks, once per image."""
-        extra = {} if looks is None else {"look": looks.to(self.machine.device)}
+        extra: dict[str, Any] = {} if looks is None else {"look": looks.to(self.machine.device)}
         with self.machine.autocast():
             return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True, **extra)
 
@@ -327,7 +326,7 @@ class ImageSampler:
             return self.model.forward_with_cfg(x, t, y, scale, **extra).float()
 
 
-def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> Callable[..., Tensor]:
+def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> OdeSolver | SdeSolver:
     """The transport's solver for these settings; ``reverse`` runs an ODE from data to noise.
 
     Raises:
@@ -339,7 +338,7 @@ def create_solver(transport: Transport, settings: SamplingSettings, reverse: boo
         raise InputError(f"solver: {error}") from error
 
 
-def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> Callable[..., Tensor]:
+def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> OdeSolver | SdeSolver:
     if settings.mode == "ODE":
         return sampler.sample_ode(
             sampling_method=settings.method,

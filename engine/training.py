@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +25,7 @@ from dataset.folders import PairedFolder
 from dataset.looks import Looks, measure_tensor
 from dataset.masks import to_prob_map
 from download import find_weights
-from engine.autoencoder import Space, space_config
+from engine.autoencoder import LatentSpace, Space, space_config
 from engine.config import RunConfig
 from engine.init_from import adapt_sit_weights
 from engine.machine import Machine, update_ema
@@ -35,6 +36,7 @@ from models import SiT, build_model
 from transport import Transport, create_transport
 
 MOST_SKIPPED_IN_A_ROW = 20
+PREVIEWS = 4  # examples in a preview
 
 
 class Training:
@@ -170,7 +172,7 @@ class Training:
         # A step with a non-finite gradient is skipped inside the fused optimiser, on every rank alike and without a
         # look at the number from here (the protocol that torch.amp.GradScaler uses).
         bad = (~torch.isfinite(norm)).float()
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        vars(self.optimizer).update(grad_scale=None, found_inf=bad)
         self.optimizer.step()
         update_ema(self.ema, self.model, optimiser.ema_decay, self.step)
         good = 1 - bad
@@ -188,13 +190,14 @@ class Training:
         masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.config.model.num_classes)  # (B, K, S, S)
         t, x0 = self.transport.sample_times(len(x1), device), torch.randn_like(x1)
         kwargs = {"y": masks, **self._draw_conditions(batch)}
-        chunks = {name: tensor.chunk(parts) for name, tensor in kwargs.items()}
+        chunks: dict[str, Sequence[Any]] = {name: tensor.chunk(parts) for name, tensor in kwargs.items()}
         if "rows" in batch:
             chunks["rows"] = [found.to(device) for found in batch["rows"]]
         total = torch.zeros((), device=device)
         tensors = (tensor.chunk(parts) for tensor in (x1, t, x0))
+        shared = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else None
         for number, (x1, t, x0) in enumerate(zip(*tensors, strict=True), start=1):
-            with self.wrapped.no_sync() if number < parts and self.machine.world_size > 1 else nullcontext():
+            with shared.no_sync() if shared is not None and number < parts else nullcontext():
                 kwargs = {name: chunk[number - 1] for name, chunk in chunks.items()}
                 losses = self.transport.training_losses(self._predict, x1, kwargs, t=t, x0=x0)
                 loss = losses["loss"].sum() / len(batch["mask"])
@@ -218,7 +221,7 @@ class Training:
         """Images of a batch, or the moments that they were encoded to before, -> (B, C, H, W) float32."""
         device = self.machine.device
         if "moments" in batch:
-            return self.space.draw(*batch["moments"].to(device, non_blocking=True).unbind(1))
+            return LatentSpace.draw(*batch["moments"].to(device, non_blocking=True).unbind(1))
         with self.machine.autocast():
             return self.space.encode(batch["image"].to(device, non_blocking=True)).float()
 
@@ -268,7 +271,7 @@ class Training:
         raise InputError(f"step {self.step}: {problem} at learning rate {rate:g}. {good} with a lower lr.", "lr")
 
 
-def without_broadcast() -> dict[str, bool]:
+def without_broadcast() -> dict[str, Any]:
     """The argument of DistributedDataParallel that leaves buffers alone: training changes none.
 
     torch 2.13 gave it a new name and warns about the old one.
@@ -280,8 +283,9 @@ def without_broadcast() -> dict[str, bool]:
 class Previews:
     """Fixed examples of the data, drawn again at every preview: rows of mask | real | generated."""
 
-    def __init__(self, dataset: PairedFolder, training: Training, count: int = 4) -> None:
-        examples = [self._with_cells(dataset, index) for index in np.linspace(0, len(dataset) - 1, count).astype(int)]
+    def __init__(self, dataset: PairedFolder, training: Training) -> None:
+        places = np.linspace(0, len(dataset) - 1, PREVIEWS).astype(int)
+        examples = [self._with_cells(dataset, index) for index in places]
         self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
         masks = torch.stack([example["mask"] for example in examples])
         self.prob_maps = to_prob_map(masks, training.config.model.num_classes)  # (n, K, S, S)
@@ -311,4 +315,4 @@ class Previews:
         triples = zip(self.prob_maps, self.images, generated, strict=True)
         picture = grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
         pixels = generated.float().movedim(1, -1).cpu().numpy()  # (n, S, S, C)
-        return picture, grid_ratio(pixels, self.patch_pixels)
+        return picture, grid_ratio(list(pixels), self.patch_pixels)

@@ -39,6 +39,7 @@ BATCH_PIXELS = 2**22  # most pixels segmented at once
 WINDOWS_PER_IMAGE = 4  # random crops of each held-out image, with --crop random
 EMPTY_TOLERANCE = 0.02  # an empty mask has fidelity 0 if the judge finds cells in this fraction of the image
 BOUNDARY_SHARE = 0.0075  # tolerance as a fraction of the image's diagonal, at least one pixel
+JUDGED_AT_ONCE = 16  # images
 
 
 class LabelledImage(NamedTuple):
@@ -153,7 +154,6 @@ def score_agreement(
     images: Iterator[LabelledImage],
     num_classes: int,
     separated: bool = False,
-    batch_size: int = 16,
 ) -> AgreementScore:
     """Compare a segmenter with the labels of images.
 
@@ -162,14 +162,13 @@ def score_agreement(
         images: images with their labels.
         num_classes: K.
         separated: whether class 2 is the border between touching cells (instances with K = 3).
-        batch_size: images segmented at once.
 
     Raises:
         InputError: there are no images.
     """
     counts, table = InstanceCounts(), np.zeros((num_classes, num_classes), np.int64)
     per_image, with_cells, boundaries = [], [], []
-    for batch in _batches(images, batch_size):
+    for batch in _batches(images, JUDGED_AT_ONCE):
         for predicted, item in zip(segment([item.image for item in batch]), batch, strict=True):
             found, truth = predicted > 0, item.classes > 0
             per_image.append(fidelity_of(found, truth))

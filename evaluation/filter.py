@@ -67,19 +67,19 @@ def filter_set(samples: SampleSet, min_fidelity: float | None = None, keep_share
         InputError: the manifest has no fidelity, or no image would be kept.
         ValueError: both rules or none are given.
     """
-    if (min_fidelity is None) == (keep_share is None):
-        raise ValueError("give either min_fidelity or keep_share")
     values = read_fidelity(samples)
-    if min_fidelity is not None:
+    if min_fidelity is not None and keep_share is None:
         rule = f"{FIDELITY_COLUMN} of at least {min_fidelity:g}"
         limit = f"{FIDELITY_COLUMN} below {min_fidelity:g}"
         keep = {index for index, value in enumerate(values) if value >= min_fidelity}
-    else:
+    elif keep_share is not None and min_fidelity is None:
         count = max(1, math.floor(keep_share * len(values) + 0.5))
         order = sorted(range(len(values)), key=lambda index: (-values[index], index))
         rule = f"the best {keep_share * 100:g} % by {FIDELITY_COLUMN}, down to {values[order[count - 1]]:.4f}"
         limit = f"not among the best {count} of {len(values)} by {FIDELITY_COLUMN}"
         keep = set(order[:count])
+    else:
+        raise ValueError("give either min_fidelity or keep_share")
     if not keep:
         raise InputError(
             f"min_fidelity {min_fidelity:g} keeps none of the {len(values)} images of {samples.folder}; the best has "

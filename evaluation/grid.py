@@ -46,11 +46,11 @@ class GridScore:
         """Plain types for JSON, without the rows of each image."""
         content = asdict(self)
         del content["per_image"]
-        known = [row for row in self.per_image if row.synthetic is not None]
+        known = {row.image: row.synthetic for row in self.per_image if row.synthetic is not None}
         if known:
-            worst = max(known, key=lambda row: row.synthetic)
-            content |= {"median": float(np.median([row.synthetic for row in known]))}
-            content |= {"most": worst.synthetic, "most_image": worst.image}
+            worst = max(known, key=lambda image: known[image])
+            content |= {"median": float(np.median(list(known.values())))}
+            content |= {"most": known[worst], "most_image": worst}
         return content
 
 

@@ -15,6 +15,7 @@ from dataset.files import read_image_and_kind
 from dataset.gray import channel_shares
 
 SIGNATURE_SIDE = 32
+BLOCK = 1024  # images compared with all others at once: bounds the memory
 NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
 
 
@@ -73,9 +74,7 @@ def signature(image: np.ndarray) -> np.ndarray:
     return (small / length if length > 1e-4 * scale else np.zeros_like(small)).astype(np.float32)
 
 
-def near_duplicates(
-    facts: Sequence[ImageFacts], least: float = NEAR_DUPLICATE, block: int = 1024
-) -> list[tuple[str, str, float]]:
+def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[str, str, float]]:
     """Pairs of images with the same content, whatever their size, brightness and compression.
 
     Returns:
@@ -85,9 +84,9 @@ def near_duplicates(
         return []
     signatures = np.stack([one.signature for one in facts])
     found = []
-    for start in range(0, len(facts), block):
-        table = signatures[start : start + block] @ signatures.T
-        for row, column in np.argwhere(table >= least):
+    for start in range(0, len(facts), BLOCK):
+        table = signatures[start : start + BLOCK] @ signatures.T
+        for row, column in np.argwhere(table >= NEAR_DUPLICATE):
             first, second = start + int(row), int(column)
             if first < second and facts[first].digest != facts[second].digest:
                 found.append((facts[first].name, facts[second].name, round(float(table[row, column]), 4)))

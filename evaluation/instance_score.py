@@ -85,7 +85,8 @@ def score_segmenter(
     Returns:
         The score over all images, and the score of each group.
     """
-    everything, groups = ScoreSums(num_classes), {}
+    everything = ScoreSums(num_classes)
+    groups: dict[str, ScoreSums] = {}
     for item, group in images:
         found = segment(item.image)
         everything.add(found, item)

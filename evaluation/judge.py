@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -104,12 +105,12 @@ class Judge:
 
 def deepest_layer(network: nn.Module) -> nn.Module:
     """The layer of lowest resolution of MONAI's U-Net: down, [down, [... deepest ...], up], up."""
-    layer = network.model
+    layer = network.get_submodule("model")
     while isinstance(layer, nn.Sequential):
         inner = [part for part in layer if hasattr(part, "submodule")]
         if not inner:
             break
-        layer = inner[0].submodule
+        layer = inner[0].get_submodule("submodule")
     return layer
 
 
@@ -140,7 +141,15 @@ def build_network(num_classes: int, seed: int = 0, channels: int = 3) -> nn.Modu
         )  # fmt: skip
 
 
-def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
+class Examples(Protocol):
+    """Images and masks to train on: (index, draw) -> "image" and "mask"."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> dict[str, Tensor]: ...
+
+
+def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
     """Train the U-Net on real pairs; the same data and config give the same network on the same machine.
 
     Args:

@@ -150,7 +150,7 @@ def make_selections(
     if test_dirs and test_instance_dir:
         own = instances_of({pair.name: pair for pair in tested.values()}, test_dirs[0], test_instance_dir)
         cells |= {f"test/{name}": path for name, path in own.items()}
-    plans = []
+    plans: list[SplitPlan] = []
     for number, (test, by_labels) in enumerate(chosen):
         rest = sorted(set(pairs) - set(test))
         plan = SplitPlan(

@@ -199,9 +199,9 @@ def _digest(cells: np.ndarray) -> bytes:
 def _generator(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Path | None) -> list[str]:
     """Leaks by the generator's training images, from the set's settings or from the folders named in its checkpoint."""
     trained_on = samples.settings.get("trained_on")
-    if trained_on is None and checkpoint is None:
-        return [f"the training images of its generator are not known: give ckpt {share}=FILE"]
     if trained_on is None:
+        if checkpoint is None:
+            return [f"the training images of its generator are not known: give ckpt {share}=FILE"]
         found = trained_on_by_checkpoint(samples, checkpoint)
         if isinstance(found, str):
             return [found]

@@ -151,7 +151,7 @@ def score_memorisation(
     found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
     matches = [_closest(itertools.islice(found, len(pictures))) for pictures in drawn]
     alone = held_out_dir is None
-    others = paths if alone else list(find_files(held_out_dir, "image").values())
+    others = paths if held_out_dir is None else list(find_files(held_out_dir, "image").values())
     reference_is = "training images to the nearest other one" if alone else "held-out real images"
     shown_twice = _shown_in_training(paths, others)
     kept = [index for index, path in enumerate(others) if path not in shown_twice]
@@ -167,8 +167,9 @@ def score_memorisation(
     from_training = _made_from(samples, train_mask_dir)
     least = min(reference, default=0.0)
     near = [match is not None and match.distance < least for match in matches]
-    order = sorted((i for i, match in enumerate(matches) if match is not None), key=lambda i: matches[i].distance)
-    closest = [(index, matches[index]) for index in order[:CLOSEST]]
+    known = {index: match for index, match in enumerate(matches) if match is not None}
+    order = sorted(known, key=lambda index: known[index].distance)
+    closest = [(index, known[index]) for index in order[:CLOSEST]]
     report = MemorisationReport(
         training_images=len(paths),
         samples=[None if match is None else match.distance for match in matches],

@@ -54,7 +54,8 @@ def small_gray(image: np.ndarray, factor: float) -> np.ndarray:
         (round(H / factor), round(W / factor)) float64 in [-1, 1].
     """
     gray = from_uint8(image).double().mean(dim=0, keepdim=True)
-    return F.adaptive_avg_pool2d(gray, [max(1, round(length / factor)) for length in gray.shape[1:]])[0].numpy()
+    height, width = (max(1, round(length / factor)) for length in gray.shape[1:])
+    return F.adaptive_avg_pool2d(gray, (height, width))[0].numpy()
 
 
 class NearestTraining:

@@ -26,6 +26,7 @@ from evaluation.output import Section, Table, new_figure, results_folder, save_f
 from synthetic.reader import SampleSet
 
 SPLITS = 20
+SEED = 0  # of crops and of random halves
 TEXTURE_SIGMA = 2.0  # pixels; structure below this size counts as texture
 # Quantity -> (title with unit, "cell" or "image": what has one value).
 QUANTITIES = {
@@ -162,9 +163,9 @@ SECTION = Section(
 )
 
 
-def compare_populations(synthetic: Population, real: Population, seed: int = 0) -> dict[str, QuantityScore]:
+def compare_populations(synthetic: Population, real: Population) -> dict[str, QuantityScore]:
     """Wasserstein distance of every quantity: synthetic to real, and between random halves of the real images."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     halves = [np.array_split(rng.permutation(len(real)), 2) for _ in range(SPLITS)] if len(real) > 1 else []
     scores = {}
     for quantity, (title, _) in QUANTITIES.items():
@@ -175,9 +176,9 @@ def compare_populations(synthetic: Population, real: Population, seed: int = 0) 
         if len(theirs):
             score.real_mean, score.real_std = float(theirs.mean()), float(theirs.std())
         if len(ours) and len(theirs):
-            score.distance = float(wasserstein_distance(ours, theirs))
-            spread = score.real_std > 1e-9 * max(1.0, abs(score.real_mean))  # more than rounding
-            score.relative = score.distance / score.real_std if spread else None
+            score.distance = distance = float(wasserstein_distance(ours, theirs))
+            mean, std = float(theirs.mean()), float(theirs.std())
+            score.relative = distance / std if std > 1e-9 * max(1.0, abs(mean)) else None  # more than rounding
         sides = [[values_of([real[i] for i in part], quantity) for part in half] for half in halves]
         floor = [wasserstein_distance(one, other) for one, other in sides if len(one) and len(other)]
         if floor:
@@ -191,7 +192,6 @@ def score_population(
     image_dir: str | None = None,
     mask_dir: str | None = None,
     mask_type: str = "auto",
-    seed: int = 0,
 ) -> tuple[PopulationReport, Population, Population]:
     """Measure the cells of the set and of real pairs.
 
@@ -200,7 +200,6 @@ def score_population(
         image_dir: real images. None: those that the manifest names.
         mask_dir: their masks.
         mask_type: one of ``MASK_TYPES``.
-        seed: seed of the crops and of the random halves.
 
     Returns:
         The report, and the populations of the synthetic and the real images.
@@ -215,7 +214,7 @@ def score_population(
             mask_dir, config, mask_type, image_dir, normalize=samples.normalizes, whole_scale=samples.whole_scale
         )
         ids = ids and folder.rule.mask_type == "instances"
-        real = measure_population(_cells_alike(folder_images(folder, folder.names, seed), ids))
+        real = measure_population(_cells_alike(folder_images(folder, folder.names, SEED), ids))
         real_are = f"those of {image_dir}"
     elif samples.has_real:
         real, real_are = (
@@ -226,7 +225,7 @@ def score_population(
         raise InputError(f"the manifest of {samples.folder} names no real images: give real images and their masks")
     synthetic = measure_population(_cells_alike(set_images(samples, real=False), ids))
     report = PopulationReport(
-        quantities=compare_populations(synthetic, real, seed),
+        quantities=compare_populations(synthetic, real),
         synthetic_images=len(synthetic),
         real_images=len(real),
         real_images_are=real_are,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
+from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_bytes, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files
@@ -297,7 +297,8 @@ class Practice:
         content["statistics"] = None if statistics is None else statistics.to_dict()
         content["masks"] = kinds
         results = {REAL: self.cross_validate(REAL, [])}
-        draws, drawn, hardness = dict.fromkeys(kinds, 1), dict.fromkeys(kinds, 0), {}
+        draws, drawn = dict.fromkeys(kinds, 1), dict.fromkeys(kinds, 0)
+        hardness: dict[str, float] = {}
         made: list[Made] = []
         for number in range(self.settings.most_rounds + 1):
             new = self._draw(number, draws, drawn)
@@ -346,7 +347,7 @@ class Practice:
             losses = segmenter.pixel_losses(one.item.image, one.item.classes)
             wrong = wrong_pixels(Scored(losses, one.item.classes), self.mean_losses, self.settings.ignore_factor)
             content = encode_image(np.where(wrong, 255, 0).astype(np.uint8)[..., None])
-            write_atomically(path, lambda file, content=content: file.write(content))
+            write_bytes(path, content)
 
     def _made(self, number: int, with_ignored: bool) -> list[Made]:
         place = self.folder / f"round_{number}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.disk import SETTINGS, write_atomically, write_json
+from common.disk import SETTINGS, write_bytes, write_json
 from dataset.files import encode_image, find_files
 from engine.tiling import spread_starts
 from layouts.nuclei import HEADROOM
@@ -123,7 +123,7 @@ def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float,
         if statistics.touching > statistics.labelled_touching:
             recombined["max_overlap"] = 0.1  # cells may be laid against each other beyond their source's clusters
         touching = statistics.touching > TOUCHING
-        drawn = {
+        drawn: dict[str, object] = {
             "density": round(min(density, HEADROOM[touching]), 4),
             "cell_size": round(float(np.clip(statistics.diameter, 4, side)), 2),
             "size_spread": round(statistics.size_spread, 3),
@@ -175,7 +175,7 @@ def link(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         content = source.read_bytes()
-        write_atomically(target, lambda file: file.write(content))
+        write_bytes(target, content)
 
 
 def write_pseudo_masks(
@@ -198,6 +198,6 @@ def write_pseudo_masks(
         if made == count or not square.any():
             continue
         content = encode_image(square.astype(np.uint16)[..., None])
-        write_atomically(output / "instances" / f"{name}.png", lambda file, content=content: file.write(content))
+        write_bytes(output / "instances" / f"{name}.png", content)
         made += 1
     write_json(output / SETTINGS, {"command": "pseudo", "segmenter_images_sha256": list(seen)})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.disk import write_atomically, write_csv, write_json
+from common.disk import write_bytes, write_csv, write_json
 from dataset.files import encode_image
 from evaluation.fidelity import LabelledImage
 from evaluation.labelled import set_pairs
@@ -51,9 +51,8 @@ def recommend(results: Mapping[str, Sequence[dict]]) -> dict:
     best = max(means, key=lambda name: means[name])
     gain = difference(fold_scores(results[best]), real)
     assert gain is not None  # both have scores of the same folds
-    known = gain.error is not None
-    use = known and gain.mean > gain.error
-    shown = f"{number(gain.mean, 3, '+')}" + (f" ± {number(gain.error, 2)}" if known else "")
+    use = gain.error is not None and gain.mean > gain.error
+    shown = f"{number(gain.mean, 3, '+')}" + ("" if gain.error is None else f" ± {number(gain.error, 2)}")
     reason = (
         f"Cross-validated inside the labelled images, {best} is ahead of real images alone by {shown} in AP at IoU 0.5 "
         "(mean ± standard error over the folds)."
@@ -130,7 +129,7 @@ def write_training_set(folder: Path, images: Sequence[tuple[str, LabelledImage]]
         for kind, array in arrays.items():
             (folder / kind).mkdir(parents=True, exist_ok=True)
             content = encode_image(np.ascontiguousarray(array))
-            write_atomically(folder / kind / f"{name}.png", lambda file, content=content: file.write(content))
+            write_bytes(folder / kind / f"{name}.png", content)
     for layout in ("cellpose", "stardist"):
         (folder / layout).mkdir(exist_ok=True)
         EXPORTS[layout](folder / layout, _exported(folder, images))

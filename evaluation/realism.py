@@ -33,6 +33,7 @@ SPLITS = 20
 WINDOWS_PER_IMAGE = 4  # random crops of each real image, with --crop random
 LEAST_REAL, LEAST_SYNTHETIC = 4, 2
 COMPONENTS = 16
+FEATURE_BATCH = 32  # images whose features are computed at once
 JUDGE_DISTANCE = "Frechet distance on judge features"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -136,7 +137,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     for features in (first.astype(np.float64), second.astype(np.float64)):
         means.append(features.mean(axis=0))
         root = (features - means[-1]) / np.sqrt(len(features) - 1)  # (n, D)
-        roots.append(np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root)
+        roots.append(np.asarray(np.linalg.qr(root, mode="r")) if len(root) > root.shape[1] else root)
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     return float(((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * cross)
 
@@ -210,7 +211,7 @@ def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
 
 
-def real_components(features: np.ndarray, real: np.ndarray, most: int = COMPONENTS) -> np.ndarray:
+def real_components(features: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Whitened principal components: features along the main directions of the real images, each with unit spread.
 
     Raw features of a network have arbitrary scales and are correlated, so that brightness alone decides. The record
@@ -219,18 +220,17 @@ def real_components(features: np.ndarray, real: np.ndarray, most: int = COMPONEN
     Args:
         features: (N, D).
         real: (M, D).
-        most: most directions to keep. Fewer are kept if the real images span fewer, or if there are fewer than four
-            real images per direction.
 
     Returns:
-        (N, k).
+        (N, k). k is :data:`COMPONENTS`, or less if the real images span fewer directions, or if there are fewer than
+        four real images per direction.
     """
     mean, spread = real.mean(axis=0), real.std(axis=0)
     varies = spread > 1e-6 * max(float(spread.max()), 1e-12)
     standard = (real - mean)[:, varies] / spread[varies]
     _, lengths, directions = np.linalg.svd(standard, full_matrices=False)
     known = int((lengths > 1e-6 * lengths[0]).sum()) if len(lengths) else 0
-    count = max(1, min(most, known, len(real) // 4))
+    count = max(1, min(COMPONENTS, known, len(real) // 4))
     scale = lengths[:count] / np.sqrt(len(real) - 1)
     return ((features - mean)[:, varies] / spread[varies]) @ (directions[:count].T / scale)
 
@@ -283,12 +283,12 @@ def describe_weights(weights: Path) -> str:
     return f"Inception weights with sha256 {digest[:12]}, which are not the published ones"
 
 
-def extract_all(extract: Extractor, images: Iterable[np.ndarray], batch_size: int = 32) -> np.ndarray:
+def extract_all(extract: Extractor, images: Iterable[np.ndarray]) -> np.ndarray:
     """(N, D) features of N images uint8 (S, S, C)."""
     rows, batch = [], []
     for image in images:
         batch.append(image)
-        if len(batch) == batch_size:
+        if len(batch) == FEATURE_BATCH:
             rows.append(extract(batch))
             batch = []
     if batch:

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from common.disk import write_atomically, write_json
+from common.disk import write_bytes, write_json
 from common.errors import InputError
 from evaluation import fidelity, filter, grid, memorisation, population, realism, sweep, threshold, utility
 from evaluation.filter import read_fidelity
@@ -54,10 +54,10 @@ def write_report(
         raise InputError(
             f"{folders[absent[0]]} holds no {absent[0]}.json; give the folder with the results of {absent[0]}"
         )
-    found = [name for name, content in contents.items() if content is not None]
+    found = {name: content for name, content in contents.items() if content is not None}
     if not found:
         raise InputError(f"{folder} holds no results: first run evaluate.py fidelity or another measure on the set")
-    parts = [_part(one, contents[one.name], folders[one.name]) for one in SECTIONS if one.name in found]
+    parts = [_part(one, found[one.name], folders[one.name]) for one in SECTIONS if one.name in found]
     for part in parts:
         if part["section"] is fidelity.SECTION and FIDELITY_COLUMN in samples.columns:
             part["pictures"] += _extremes(samples, images)
@@ -70,10 +70,9 @@ def write_report(
         missing=missing,
     )
     page = results_folder(samples) / "report.html"
-    write_atomically(page, lambda file: file.write(text.encode()))
-    results = {name: contents[name] for name in found}
-    write_json(page.with_suffix(".json"), {"set": samples.folder.name, "images": len(samples), "measures": results})
-    return page, found, missing
+    write_bytes(page, text.encode())
+    write_json(page.with_suffix(".json"), {"set": samples.folder.name, "images": len(samples), "measures": found})
+    return page, list(found), missing
 
 
 def write_page(title: str, sections: Sequence[tuple[Section, dict, Path]], path: Path) -> Path:
@@ -89,7 +88,7 @@ def write_page(title: str, sections: Sequence[tuple[Section, dict, Path]], path:
     """
     parts = [_part(*one) for one in sections]
     text = TEMPLATE.render(name=title, parts=parts)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
     return path
 
 

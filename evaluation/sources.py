@@ -47,7 +47,7 @@ class Labelled:
             for axis, length in enumerate((height, width))
         )
         where = np.ix_(rows, columns)
-        return item.image[where], self._targets[number][:, *where], item.cells[where]
+        return item.image[where], self._targets[number][:, where[0], where[1]], item.cells[where]
 
 
 def _indices(length: int, side: int, centre: int | None, rng: np.random.Generator) -> np.ndarray:

@@ -133,8 +133,10 @@ def make_split(
     """
     check_folder(output)
     pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
-    given = test_image_dir is not None
-    test_pairs = {pair.name: pair for pair in pair_files(test_image_dir, test_mask_dir)} if given else {}
+    test_pairs = {}
+    if test_image_dir is not None and test_mask_dir is not None:
+        test_pairs = {pair.name: pair for pair in pair_files(test_image_dir, test_mask_dir)}
+    given = bool(test_pairs)
     names, by_share = plan_shares(group_near_duplicates(list(pairs.values())), 0 if given else test_share, shares, seed)
     test_pairs = test_pairs or {name: pairs[name] for name in names}
     if not test_pairs or not by_share[max(by_share)]:

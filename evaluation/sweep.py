@@ -62,11 +62,11 @@ def settings_grid(
     empty = [interval for interval in intervals if interval[0] >= interval[1]]
     if empty:
         raise InputError(f"guidance interval {empty[0][0]:g}:{empty[0][1]:g}: the first time must be the smaller one")
-    grid = {}
+    grid: dict[SamplingSettings, None] = {}
     for solver, count, scale, interval in itertools.product(solvers, steps, scales, intervals):
         mode, method = SOLVERS[solver]
-        span = NO_INTERVAL if scale == 1 else tuple(interval)
-        grid[SamplingSettings(mode, method, count, scale, span)] = None
+        span = NO_INTERVAL if scale == 1 else (interval[0], interval[1])
+        grid[SamplingSettings(mode, method, count, scale, guidance_interval=span)] = None
     return list(grid)
 
 

@@ -22,6 +22,7 @@ from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_
 from common.errors import InputError
 from dataset.config import DataConfig
 from evaluation.arms import REAL, SELF_TRAINING, Arm, phases_of
+from evaluation.fidelity import LabelledImage
 from evaluation.instance_score import InstanceScore, score_segmenter
 from evaluation.judge import build_network, judged_channels
 from evaluation.label_split import UNLABELLED
@@ -117,13 +118,14 @@ class Case:
         sets = [] if self.made is None else self.made.sets()
         for samples in sets:
             refuse_leaks(plan, labels, samples)
-        self.config = sets[0].require_config() if sets else settings.config
-        if self.config is None:
+        config = sets[0].require_config() if sets else settings.config
+        if config is None:
             raise InputError(
                 "no synthetic set says how images are read: give image_size and the other fields of training",
                 "image_size",
             )
-        self.num_classes = segmenter_classes(sets[0] if sets else None, self.config)
+        self.config = config
+        self.num_classes = segmenter_classes(sets[0] if sets else None, config)
         self._real: list[Named] | None = None
         self._test: list[Named] | None = None
 
@@ -283,8 +285,9 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
     """One training of one arm and its scores on the test images."""
     real = [one.item for one in case.real]
     groups = [case.group(one.name) for one in case.real]
-    made, pseudo = [], []
-    if arm.is_synthetic:
+    made: list[LabelledImage] = []
+    pseudo: list[LabelledImage] = []
+    if arm.is_synthetic and case.made is not None:
         made = case.made.images(case.num_classes, arm.ignores, arm.practises)
     if arm.way == SELF_TRAINING:
         pseudo = _pseudo_labelled(case, seed, output, device)
@@ -315,7 +318,7 @@ def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Mo
     return network
 
 
-def _pseudo_labelled(case: Case, seed: int, output: Path, device: torch.device) -> list:
+def _pseudo_labelled(case: Case, seed: int, output: Path, device: torch.device) -> list[LabelledImage]:
     folder = case.plan.part(case.labels) / UNLABELLED / "images"
     if not folder.is_dir():
         raise InputError(f"{folder} is not there: without unlabelled images leave out the arm {SELF_TRAINING}", "arms")

@@ -27,7 +27,7 @@ from dataset.mask_folder import MaskFolder
 from dataset.masks import to_prob_map
 from dataset.views import SYMMETRIES, turn
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
-from evaluation.judge import Judge, JudgeConfig, judged_channels, train_judge
+from evaluation.judge import Examples, Judge, JudgeConfig, judged_channels, train_judge
 from evaluation.leaks import refuse_leaks
 from evaluation.output import Section, Table, new_figure, number, save_figure, with_spread
 from evaluation.split import SplitPlan
@@ -121,7 +121,7 @@ class UtilityReport:
             for metric in METRICS:
                 entry[metric], entry[f"{metric}_std"] = _mean_and_std([getattr(row, metric) for row in rows])
             pairs = [(row.dice, alone.get((share, row.seed))) for row in rows]
-            gains = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+            gains = [None if dice is None or real is None else dice - real for dice, real in pairs]
             entry["gain"], entry["gain_std"] = _mean_and_std(gains)
             found.append(entry | {"real_images": rows[0].real_images, "synthetic_images": rows[0].synthetic_images})
         return found
@@ -211,22 +211,25 @@ def score_utility(
     bar = tqdm(total=len(jobs) * len(seeds), desc="trainings", disable=None if progress else True)
     tested, started = 0, time.monotonic()
     for share in shares:
-        samples = sets.get(share)
+        own_set = sets.get(share)
         folder = split.part(share)
-        own = samples.config if samples is not None else config
+        own = config if own_set is None else own_set.require_config()
         for seed in seeds:
             real = PairedFolder(
                 folder / "images", folder / "masks", own, mask_type, seed=seed, normalize=any_set.normalizes
             )
-            arms = {"real": real}
-            if samples is not None:
-                arms["synthetic"] = SyntheticPairs(samples, seed)
-                arms["real + synthetic"] = MixedPairs(real, arms["synthetic"])
+            arms: dict[str, Examples] = {"real": real}
+            if own_set is not None:
+                made = SyntheticPairs(own_set, seed)
+                arms |= {"synthetic": made, "real + synthetic": MixedPairs(real, made)}
             test = _test_images(split, real, seed=0)
             tested = len(test)
             for arm, pairs in arms.items():
                 score = _train_and_test(pairs, test, own.num_classes, real, steps, seed, device)
-                counts = (0 if arm == "synthetic" else len(real), 0 if arm == "real" else len(samples))
+                counts = (
+                    0 if arm == "synthetic" else len(real),
+                    0 if arm == "real" or own_set is None else len(own_set),
+                )
                 rows.append(UtilityRow(share, arm, seed, *counts, *score))
                 left = (time.monotonic() - started) / len(rows) * (len(jobs) * len(seeds) - len(rows))
                 logger.info(
@@ -252,7 +255,7 @@ def _common_config(sets: Mapping[int, SampleSet]) -> DataConfig:
             raise InputError(
                 f"the sets of {first} % and {share} % were made at different sizes, classes, crops or windows"
             )
-    return sets[first].config
+    return sets[first].require_config()
 
 
 def _test_images(split: SplitPlan, real: PairedFolder, seed: int) -> list[LabelledImage]:
@@ -263,7 +266,7 @@ def _test_images(split: SplitPlan, real: PairedFolder, seed: int) -> list[Labell
 
 
 def _train_and_test(
-    pairs: PairedFolder | SyntheticPairs | MixedPairs,
+    pairs: Examples,
     test: list[LabelledImage],
     num_classes: int,
     real: PairedFolder,

@@ -74,7 +74,8 @@ def _draw_round(
         batch = todo[first : first + size]
         items = [writer.load(job) for job, _ in batch]
         seeds = [image_seed(writer.seed, job.index, number) for job, number in batch]
-        looks = writer.looks and writer.looks.batch(writer.seed, [job.index for job, _ in batch], items)
+        indices = [job.index for job, _ in batch]
+        looks = None if writer.looks is None else writer.looks.batch(writer.seed, indices, items)
         images = _draw(sampler, items, seeds, batch_size, looks, is_field=writer.masks.whole_scale is not None)
         for (job, number), item, image in zip(batch, items, images, strict=True):
             attempt = None
@@ -86,7 +87,7 @@ def _draw_round(
                 pending.append(threads.submit(writer.write_pair, job, item, image, attempt))
             else:
                 writer.write_attempt(job, attempt)
-            if attempt is None or judge.is_done(attempt):
+            if attempt is None or judge is None or judge.is_done(attempt):
                 bar.update()
             else:
                 again.append((job, number + 1))

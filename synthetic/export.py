@@ -32,7 +32,7 @@ import numpy as np
 from scipy import ndimage
 
 from common.cells import without_gaps
-from common.disk import write_atomically, write_json
+from common.disk import write_bytes, write_json
 from common.errors import InputError
 from dataset.annotations.outlines import outlines
 from dataset.files import encode_tiff, read_image_and_kind, read_mask
@@ -127,7 +127,7 @@ def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator
 
 def _write_tiff(path: Path, array: np.ndarray, planes: bool = True, colours: bool = True) -> None:
     content = encode_tiff(array, planes, colours)
-    write_atomically(path, lambda file: file.write(content))
+    write_bytes(path, content)
 
 
 def _cellpose(folder: Path, pairs: Iterator[ExportedPair]) -> None:
@@ -148,7 +148,9 @@ def _coco(folder: Path, pairs: Iterator[ExportedPair]) -> None:
     from pycocotools import mask as rle
 
     (folder / "images").mkdir(exist_ok=True)
-    images, annotations, categories = [], [], set()
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
+    categories: set[int] = set()
     for number, pair in enumerate(pairs, start=1):
         shutil.copyfile(pair.image_path, folder / "images" / pair.image_path.name)
         height, width = pair.instance_map.shape
@@ -208,7 +210,7 @@ def _roi(folder: Path, pairs: Iterator[ExportedPair]) -> None:
                 entry = zipfile.ZipInfo(f"{number}.roi")  # of a fixed time: the same set gives the same bytes
                 archive.writestr(entry, roi_of([ring for rings in polygons for ring in rings], str(number)).tobytes())
         path = _copy_image(folder, pair, "rois") / f"{pair.name}.zip"
-        write_atomically(path, lambda file, content=content: file.write(content.getvalue()))
+        write_bytes(path, content.getvalue())
 
 
 def _geojson(folder: Path, pairs: Iterator[ExportedPair]) -> None:

@@ -157,13 +157,16 @@ class SampleSet:
         Raises:
             InputError: the image is unreadable, or not the one that the view was made for.
         """
-        image = fit_channels(read_image(sample.real_path), self.config.channels, sample.real_path)
+        if sample.real_path is None:
+            raise ValueError(f"the manifest names no real image of {sample.name}")
+        config = self.require_config()
+        image = fit_channels(read_image(sample.real_path), config.channels, sample.real_path)
         height, width = image.shape[:2]
-        view = sample.view or center_view(height, width, self.config.image_size)
+        view = sample.view or center_view(height, width, config.image_size)
         if self.whole_scale is not None:
             fits = view == whole_view(height, width, self.whole_scale)
-        elif self.config.crop == "center":
-            fits = view == center_view(height, width, self.config.image_size)
+        elif config.crop == "center":
+            fits = view == center_view(height, width, config.image_size)
         else:
             fits = (height, width) == (view.scaled_height, view.scaled_width)
         if not fits:
@@ -171,7 +174,7 @@ class SampleSet:
                 f"{sample.real_path} has {width} x {height} pixels, which is not the size that the row of "
                 f"{sample.columns['image']} in {MANIFEST} was cut from; give the folder of the original images"
             )
-        return _windowed(image, view, self.config)
+        return _windowed(image, view, config)
 
     def squares(self, array: np.ndarray) -> list[np.ndarray]:
         """Squares of the training size that cover an image or label (H, W, ...), evenly spread; of one square itself.

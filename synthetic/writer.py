@@ -275,7 +275,7 @@ class SetWriter:
         elif len(left) < len(rows):
             write_manifest(self.folder, left)
 
-    def write_pair(self, job: Job, item: MaskItem, image: np.ndarray, attempt: Attempt | None = None) -> None:
+    def write_pair(self, job: Job, item: MaskItem, image: np.ndarray, attempt: Attempt | None) -> None:
         """Label first, image (C, H, W) in [-1, 1] last: if the image is there, so are its label and its note."""
         self.image_path(job).unlink(missing_ok=True)  # of a mask that was mended since, or of a draw before
         content, suffix = label_bytes(item.label)

@@ -30,6 +30,11 @@ from models import SIZES, SiT, SiT_models
 NAME = "tiny.pt"
 
 
+@pytest.fixture(autouse=True)
+def download_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "DOWNLOAD_FOLDER", tmp_path)
+
+
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
     return tiny().state_dict()
@@ -217,38 +222,38 @@ def leftovers(folder: Path) -> set[str]:
 
 
 def test_download_is_kept_with_its_measured_hash_and_fetched_once(tmp_path, site, weights):
-    assert same(find_weights(NAME, tmp_path).state_dict, weights)
+    assert same(find_weights(NAME).state_dict, weights)
     assert leftovers(tmp_path) == {NAME, NAME + ".sha256"}
     assert (tmp_path / f"{NAME}.sha256").read_text() == f"{hashlib.sha256(site.body).hexdigest()}  {NAME}\n"
-    find_weights(NAME, tmp_path)
+    find_weights(NAME)
     assert site.requests == 1
 
 
 def test_file_that_changed_since_the_download_is_refused(tmp_path, site, weights):
-    find_weights(NAME, tmp_path)
+    find_weights(NAME)
     torch.save({key: value + 1 for key, value in weights.items()}, tmp_path / NAME)
     for name in (NAME, tmp_path / NAME):
         with pytest.raises(InputError, match="changed since"):
-            find_weights(name, tmp_path)
+            find_weights(name)
 
 
 def test_published_file_that_changed_on_the_server_is_refused_and_not_kept(tmp_path, site, weights):
     (tmp_path / f"{NAME}.sha256").write_text(f"{'0' * 64}  {NAME}\n")
     with pytest.raises(InputError, match="to accept the new one"):
-        find_weights(NAME, tmp_path)
+        find_weights(NAME)
     assert leftovers(tmp_path) == {NAME + ".sha256"}
 
 
 def test_file_put_there_by_hand_is_recorded_at_first_use(tmp_path, site, weights):
     torch.save(weights, tmp_path / NAME)
-    find_weights(NAME, tmp_path)
+    find_weights(NAME)
     assert site.requests == 0 and leftovers(tmp_path) == {NAME, NAME + ".sha256"}
 
 
 def test_torn_file_put_there_by_hand_is_not_recorded(tmp_path, site):
     (tmp_path / NAME).write_bytes(site.body[:999])
     with pytest.raises(InputError, match="damaged"):
-        find_weights(NAME, tmp_path)
+        find_weights(NAME)
     assert leftovers(tmp_path) == {NAME}
 
 
@@ -274,17 +279,17 @@ def test_failed_download_leaves_nothing_and_the_next_one_works(tmp_path, site, f
     for key, value in behaviour.items():
         setattr(site, key, value)
     with pytest.raises(InputError, match=words):
-        find_weights(NAME, tmp_path)
+        find_weights(NAME)
     assert leftovers(tmp_path) == set()
     site.body, site.status, site.length = whole, 200, None
-    find_weights(NAME, tmp_path)
+    find_weights(NAME)
 
 
 def test_no_network_names_the_address_and_the_place(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(download, "PUBLISHED_URLS", {NAME: "http://127.0.0.1:9/nothing"})
     with pytest.raises(InputError) as caught:
-        find_weights(NAME, tmp_path)
+        find_weights(NAME)
     message = str(caught.value)
     assert "http://127.0.0.1:9/nothing" in message and str(tmp_path / NAME) in message
     assert leftovers(tmp_path) == set()
@@ -293,7 +298,7 @@ def test_no_network_names_the_address_and_the_place(tmp_path, monkeypatch):
 def test_other_network_under_a_published_name_is_refused(tmp_path, site, monkeypatch):
     monkeypatch.setattr(download, "PUBLISHED_SHAPES", {NAME: download.SiTShape(28, 1152, 2, 4, 8, 1001)})
     with pytest.raises(InputError, match="SiT-XL/2"):
-        find_weights(NAME, tmp_path)
+        find_weights(NAME)
     assert leftovers(tmp_path) == set()
 
 
@@ -330,14 +335,14 @@ def test_a_server_that_falls_silent_is_given_up(tmp_path, monkeypatch):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/nothing"
         monkeypatch.setattr(download, "PUBLISHED_URLS", {NAME: url})
         with pytest.raises(InputError, match="cannot download tiny.pt .*timed out"):
-            find_weights(NAME, tmp_path)
+            find_weights(NAME)
     assert leftovers(tmp_path) == set()
     assert socket.getdefaulttimeout() is None
 
 
 def test_what_a_killed_download_left_is_removed_by_the_next(tmp_path, site):
     (tmp_path / f".{NAME}.0123abcd.pt").write_bytes(b"half")
-    find_weights(NAME, tmp_path)
+    find_weights(NAME)
     assert leftovers(tmp_path) == {NAME, NAME + ".sha256"}
 
 
@@ -358,11 +363,11 @@ def test_waiting_for_another_process_is_logged_and_ends(tmp_path, site, monkeypa
     monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 0.2)
     with hold_lock(tmp_path / f"{NAME}.lock") as holder:
         with pytest.raises(InputError, match=r"another process that downloads tiny\.pt"):
-            find_weights(NAME, tmp_path)
+            find_weights(NAME)
         assert "waiting for another process that downloads tiny.pt" in caplog.text
         monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 60)
         threading.Timer(0.3, holder.stdin.close).start()
-        find_weights(NAME, tmp_path)
+        find_weights(NAME)
     assert site.requests == 1
 
 
@@ -372,5 +377,5 @@ def test_a_download_works_on_a_file_system_without_locks(tmp_path, site, monkeyp
         raise OSError(code, "no locks")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    find_weights(NAME, tmp_path)
+    find_weights(NAME)
     assert (tmp_path / NAME).is_file() and "no file locks here" in caplog.text

@@ -124,7 +124,8 @@ def test_every_encoding_is_a_new_draw(space, images):
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_chunks_change_nothing(space, images, chunk_size):
-    chunked = LatentSpace(space.vae, "chunked", chunk_size)
+    chunked = LatentSpace(space.vae, "chunked")
+    chunked.chunk_size = chunk_size
     results = []
     for each in (space, chunked):
         torch.manual_seed(0)
@@ -137,7 +138,8 @@ def test_no_more_images_than_the_chunk_size_pass_at_once(space, images):
     sizes = []
     space.vae.encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     space.vae.decoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    chunked = LatentSpace(space.vae, "chunked", 2)
+    chunked = LatentSpace(space.vae, "chunked")
+    chunked.chunk_size = 2
     chunked.decode(chunked.encode(images))
     assert sizes == [2, 1, 2, 1]
 

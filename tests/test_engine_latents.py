@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from script_helpers import run, train_arguments
 
+import engine.latents
 import train
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -41,8 +42,8 @@ def pairs(disk_pairs: Path) -> PairedFolder:
 def make_latents(pairs: PairedFolder, space: LatentSpace, tmp_path: Path) -> Callable[..., LatentPairs]:
     """Latents of the six pairs, prepared; ``encoded`` of the result lists the images that were encoded for it."""
 
-    def make(pairs: PairedFolder = pairs, **arguments: object) -> LatentPairs:
-        latents = LatentPairs(pairs, space, tmp_path / "latents", pairs.image_hashes, **arguments)
+    def make(pairs: PairedFolder = pairs) -> LatentPairs:
+        latents = LatentPairs(pairs, space, tmp_path / "latents", pairs.image_hashes)
         latents.encoded, encode = [], latents.encode
         latents.encode = lambda index: latents.encoded.append(index) or encode(index)
         latents.prepare(ALONE)
@@ -86,8 +87,10 @@ def test_same_noise_gives_the_latents_of_online_encoding(make_latents, pairs, sp
     torch.testing.assert_close(drawn, space.encode(pairs[key]["image"][None]), rtol=0, atol=1e-6)
 
 
-def test_second_run_encodes_nothing_and_reads_the_same(make_latents):
-    first, second, from_disk = make_latents(), make_latents(), make_latents(memory_gb=0)
+def test_second_run_encodes_nothing_and_reads_the_same(make_latents, monkeypatch):
+    first, second = make_latents(), make_latents()
+    monkeypatch.setattr(engine.latents, "MEMORY_GB", 0)
+    from_disk = make_latents()
     assert first.encoded == [0, 1, 2, 3, 4, 5] and second.encoded == from_disk.encoded == []
     assert second.in_memory and not from_disk.in_memory
     for draw in DRAWS:

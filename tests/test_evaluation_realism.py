@@ -15,6 +15,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 import evaluate
 from common.errors import InputError
 from dataset.config import DataConfig
+from evaluation import realism
 from evaluation.judge import CHANNELS, Judge, build_network, deepest_layer
 from evaluation.realism import (
     JUDGE_DISTANCE,
@@ -185,7 +186,7 @@ def test_report_is_written_with_means_and_picture(tmp_path, real):
 # --- features --------------------------------------------------------------------------------------------------------
 
 
-def test_judge_features_are_the_mean_of_its_deepest_layer():
+def test_judge_features_are_the_mean_of_its_deepest_layer(monkeypatch):
     judge = Judge(build_network(2), CPU, SIZE)
     images = [gray_image(60, 1), gray_image(120, 2), gray_image(60, 1)]
     features = judge.features(images)
@@ -195,7 +196,8 @@ def test_judge_features_are_the_mean_of_its_deepest_layer():
     deepest_layer(judge.network).register_forward_hook(lambda layer, given, out: shapes.append(out.shape))
     judge.class_maps(images)
     assert shapes == [(3, CHANNELS[-1], SIZE // 8, SIZE // 8)]
-    assert np.allclose(extract_all(judge.features, images, batch_size=2), features, atol=1e-5)
+    monkeypatch.setattr(realism, "FEATURE_BATCH", 2)
+    assert np.allclose(extract_all(judge.features, images), features, atol=1e-5)
 
 
 def test_missing_weights_are_not_fetched_and_the_message_says_where_they_are(tmp_path):

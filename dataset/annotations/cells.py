@@ -142,7 +142,7 @@ def draw_cells(
     placed = []
     for number, cell in sorted(zip(ids, usable, strict=True), key=lambda one: -np.count_nonzero(one[1].mask)):
         part, inside = _inside(cell, shape)
-        counts.outside += np.count_nonzero(inside) < np.count_nonzero(cell.mask)
+        counts.outside += int(np.count_nonzero(inside) < np.count_nonzero(cell.mask))
         if not inside.any():
             dropped["outside of the image" if cell.mask.any() else "no pixel"] += 1
             continue

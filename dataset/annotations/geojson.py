@@ -57,7 +57,7 @@ def _features(content: Any) -> Iterator[dict[str, Any]]:
 def _cell(feature: dict[str, Any], number: int) -> Cell:
     geometry, properties = feature.get("geometry"), feature.get("properties") or {}
     kind = "nothing" if geometry is None else geometry["type"]
-    if kind not in ("Polygon", "MultiPolygon"):
+    if geometry is None or kind not in ("Polygon", "MultiPolygon"):
         return Cell.none(f"a {kind}")
     named = properties.get("classification") or {}
     name = str(named.get("name") or ": ".join(named.get("names", ()))) if isinstance(named, dict) else str(named)

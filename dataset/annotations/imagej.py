@@ -56,12 +56,12 @@ def roi_of(rings: Sequence[np.ndarray], name: str) -> roifile.ImagejRoi:
 
 def _cell(roi: roifile.ImagejRoi, number: int) -> Cell:
     if roi.multi_coordinates is not None:
-        return rings_to_cell(roi.coordinates(multi=True), number)
+        return rings_to_cell(list(roi.coordinates(multi=True)), number)
     if roi.roitype.name not in AREAS:
         return Cell.none(f"a {roi.roitype.name.lower()}")
     if roi.roitype.name == "OVAL":
         return _oval(roi, number)
-    return rings_to_cell([roi.coordinates()], number)
+    return rings_to_cell([np.asarray(roi.coordinates())], number)
 
 
 def _oval(roi: roifile.ImagejRoi, number: int) -> Cell:

@@ -37,7 +37,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         raise
     except Exception as error:  # noqa: BLE001 - odd values raise nearly any type
         raise FileError(path, "is no LabelMe file", f"{type(error).__name__}: {error}"[:120]) from None
-    cells = []
+    cells: list[Cell] = []
     for parts in groups.values():
         usable = [one for one in parts if not one.unusable]
         cells.append(union(usable, len(cells) + 1, usable[0].name) if usable else parts[0])
