@@ -37,15 +37,16 @@ ROOT = Path(__file__).parent
 
 def add_split(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py split``."""
-    add_real_pairs(parser, " to divide")
-    parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied along to recombine")
+    add_real_pairs(parser, " to divide into test images and labelled images")
+    parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied for recombining")
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
     parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
-    parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="share of the pairs to test on")
-    parser.add_argument("--shares", type=percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT")
+    parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="fraction of the pairs to test on")
+    shares = "percentages of the labelled pairs to make folders of"
+    parser.add_argument("--shares", type=percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT", help=shares)
     parser.add_argument("--test-instances", metavar="FOLDER", help="instance labels of the test images")
     _add_selections(parser)
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the choice")
+    parser.add_argument("--seed", type=seed_number, default=0, help="another seed chooses other pairs")
     parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
 
 
@@ -53,7 +54,12 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py utility``."""
     parser.add_argument("split", metavar="SPLIT", help="folder that evaluate.py split has made")
     parser.add_argument(
-        "--synthetic", type=by_share, nargs="+", default=[], metavar="PERCENT=SAMPLE_DIR", help="set of every share"
+        "--synthetic",
+        type=by_share,
+        nargs="+",
+        default=[],
+        metavar="PERCENT=SAMPLE_DIR",
+        help="synthetic set for each share",
     )
     trained = "checkpoint of every set, if its settings do not say what its generator was trained on"
     parser.add_argument("--ckpt", type=by_share, nargs="+", default=[], metavar="PERCENT=FILE", help=trained)
@@ -61,7 +67,7 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
         "--shares", type=percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
     )
     add_mask_type_argument(parser)
-    parser.add_argument("--steps", type=positive_int, default=500, help="steps of every training, the same in all arms")
+    parser.add_argument("--steps", type=positive_int, default=500, help="steps of every training, equal in all arms")
     parser.add_argument("--seeds", type=positive_int, help="trainings of every arm (default: 3, 1 with --labels)")
     _add_trial(parser)
     add_device_argument(parser)
@@ -73,25 +79,44 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     add_real_pairs(parser, " with labels, two or more")
     parser.add_argument("--instances", type=Path, metavar="FOLDER", help="instance labels of the pairs")
     parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels")
-    parser.add_argument("--output", type=Path, default=Path("practice"), metavar="FOLDER", help="new, or to continue")
+    parser.add_argument(
+        "--output", type=Path, default=Path("practice"), metavar="FOLDER", help="new folder, or one to continue"
+    )
     train = "flags of train.py, in quotes: '--preset nuclei-64-cpu --max-steps 2000'"
     parser.add_argument("--train-flags", type=shlex.split, default=[], metavar="FLAGS", help=train)
     sample = "flags of sample_ddp.py, in quotes: '--sampling-method ab2 --num-sampling-steps 16'"
     parser.add_argument("--sample-flags", type=shlex.split, default=[], metavar="FLAGS", help=sample)
     group = parser.add_argument_group("masks and rounds")
-    group.add_argument("--masks", type=positive_int, default=100, help="new masks")
-    group.add_argument("--simulated-share", type=fraction, default=0.25, help="of them that are simulated")
-    group.add_argument("--pseudo-share", type=fraction, default=0.0, help="of them found in the unlabelled images")
-    group.add_argument("--most-rounds", type=non_negative_int, default=3, help="rounds after the first one")
-    group.add_argument("--most-draws", type=positive_int, default=20, help="images of the hardest mask")
-    factor = "ignore pixels above so many times the mean loss of their class on real images"
+    group.add_argument("--masks", type=positive_int, default=100, help="number of new masks")
+    group.add_argument("--simulated-share", type=fraction, default=0.25, help="fraction of the new masks to simulate")
+    group.add_argument(
+        "--pseudo-share",
+        type=fraction,
+        default=0.0,
+        help="fraction of the new masks to take from a segmentation of the unlabelled images",
+    )
+    group.add_argument(
+        "--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after the first one"
+    )
+    group.add_argument(
+        "--most-draws",
+        type=positive_int,
+        default=20,
+        help="largest number of images per mask: the hardest masks get most",
+    )
+    factor = "ignore pixels whose loss is above this factor times the mean loss of their class on real images"
     group.add_argument("--ignore-factor", type=positive_float, default=1.25, help=factor)
     group = parser.add_argument_group("segmenters")
-    group.add_argument("--folds", type=positive_int, default=3, help="of the cross-validation")
+    group.add_argument("--folds", type=positive_int, default=3, help="number of parts for cross-validation")
     group.add_argument("--steps", type=positive_int, default=500, help="training steps of every segmenter")
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
-    group.add_argument("--unlabelled-images", type=positive_int, default=60, help="that are segmented to count cells")
-    group.add_argument("--seed", type=seed_number, default=0, help="seed of every draw")
+    group.add_argument(
+        "--unlabelled-images",
+        type=positive_int,
+        default=60,
+        help="number of unlabelled images to segment for counting cells",
+    )
+    group.add_argument("--seed", type=seed_number, default=0, help="seed of all random numbers")
     add_device_argument(parser)
 
 
@@ -100,26 +125,38 @@ def _add_selections(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("selections of labelled images, in place of --shares")
     group.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labelled images")
     group.add_argument("--selections", type=positive_int, default=5, help="random selections of each number")
-    group.add_argument("--groups", type=Path, metavar="CSV", help="table with a column name and one of groups")
-    group.add_argument("--group-column", default="group", metavar="COLUMN", help="its column of looks or patients")
-    group.add_argument("--whole-groups", action="store_true", help="--labels counts groups: all images of a patient")
+    group.add_argument("--groups", type=Path, metavar="CSV", help="table with a column name and a column of groups")
+    group.add_argument(
+        "--group-column", default="group", metavar="COLUMN", help="column of the groups, such as looks or patients"
+    )
+    group.add_argument(
+        "--whole-groups", action="store_true", help="--labels counts groups, such as patients, with all their images"
+    )
     group.add_argument(
         "--test-groups",
         type=non_negative_int,
         default=0,
         metavar="N",
-        help="test each selection on N groups of its own",
+        help="test each selection on N groups that it does not use otherwise",
     )
 
 
 def _add_trial(parser: argparse.ArgumentParser) -> None:
     """The experiment on such selections, for evaluate.py utility."""
     group = parser.add_argument_group("a split by numbers of labels")
-    sets = "holds selection_00/labels_005 and so on, each a folder of practise.py or a set"
+    sets = "folder with selection_00/labels_005 and so on, each made by evaluate.py practise, or a synthetic set"
     group.add_argument("--sets", type=Path, metavar="FOLDER", help=sets)
     group.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers to run (default: all)")
-    group.add_argument("--selections", type=non_negative_int, nargs="+", metavar="N", help="to run now (default: all)")
-    group.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="such as real 'real + synthetic, ignore'")
+    group.add_argument(
+        "--selections", type=non_negative_int, nargs="+", metavar="N", help="selections to run now (default: all)"
+    )
+    group.add_argument(
+        "--arms",
+        nargs="+",
+        default=[],
+        metavar="ARM",
+        help="arms to run, such as real 'real + synthetic, ignore' (default: all, without --sets those of real images)",
+    )
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
     group.add_argument("--pseudo-images", type=positive_int, default=60, help="unlabelled images for self-training")
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="without --sets: as for train.py")

@@ -1,4 +1,4 @@
-"""Fixtures: a small network that has something to say, a small autoencoder folder, and drawn disks on disk."""
+"""Fixtures: a small network with non-zero output, a small autoencoder folder, and drawn disks on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic sets with known answers, written to disk as sample_ddp.py writes them."""
+"""Synthetic sets with known answers, in the files that sample_ddp.py writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Annotations of other programs become label images with known pixels; what is odd is counted, named or refused."""
+"""Annotations of other programs become label images with known pixels; odd input is counted, named or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two commands share on their command lines: numbers, flags in company, errors that name flags."""
+"""Shared flags of the commands: numbers, rules between flags, errors that name flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""common/disk.py: tables that a spreadsheet does not run, folders of one process, temporary files of ours alone."""
+"""common/disk.py: tables safe for spreadsheets, folder locks, removal of our own temporary files only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the machine end in one line that helps; all else says that it is a bug of ours and leaves a file."""
+"""Faults of the machine end in one line that helps; other errors are reported as a bug, with a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No command writes over what it reads, over a file that it did not make, or into a folder of other work."""
+"""No command overwrites its input or foreign files, or writes into a folder of other work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds and orders that depend on what they are given and on nothing else."""
+"""Seeds and random orders depend on their arguments only."""
 
 from __future__ import annotations
 

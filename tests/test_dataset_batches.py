@@ -1,4 +1,4 @@
-"""What a training step is fed: every image once per epoch, in an order that a resumed run repeats."""
+"""Batches of training: every image once per epoch, in an order that a resumed run repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was decoded whole once is not decoded again, unless it changed; many files are looked at by their headers."""
+"""Memory of checked files: a file is decoded again only if it changed; large folders are checked by file headers."""
 
 from __future__ import annotations
 

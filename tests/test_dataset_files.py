@@ -1,4 +1,4 @@
-"""Reading and pairing: every file is decoded as stored or refused in words, whatever its bytes are."""
+"""Reading and pairing: every file is decoded exactly or refused with a message."""
 
 from __future__ import annotations
 

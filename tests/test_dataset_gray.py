@@ -1,4 +1,4 @@
-"""Synthetic images go back to the gray values of the training images, and every one says by which window."""
+"""Synthetic images get the gray values of the training images back; the manifest records each gray range."""
 
 from __future__ import annotations
 

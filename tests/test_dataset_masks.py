@@ -1,4 +1,4 @@
-"""What masks mean: automatic takes the clear cases and refuses the rest in words; classes keep each pixel's meaning."""
+"""What masks mean: the automatic mode accepts clear cases and refuses others; classes keep each pixel's meaning."""
 
 from __future__ import annotations
 

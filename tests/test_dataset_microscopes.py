@@ -1,4 +1,4 @@
-"""Stacks of microscopes: the plane or projection that was asked for, and a line if nothing was asked."""
+"""Stacks of microscopes: the requested plane or projection, and an error line if none is requested."""
 
 from __future__ import annotations
 

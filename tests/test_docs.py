@@ -1,4 +1,4 @@
-"""The documentation says what is there: links, flags, command lines, and the length of the README."""
+"""The documentation agrees with the code: links, flags, command lines, and the length of the README."""
 
 from __future__ import annotations
 

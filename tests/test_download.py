@@ -1,4 +1,4 @@
-"""download.py: reading without running anything, fetching whole or not at all."""
+"""download.py: weights are read without running code, and downloaded completely or not at all."""
 
 from __future__ import annotations
 

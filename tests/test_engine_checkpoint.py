@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and reading them runs nothing."""
+"""Checkpoints are complete or absent, and reading them runs no code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents that are encoded once: every view's posterior, found again, made anew where something changed."""
+"""Latents that are encoded once: the posterior of every symmetry is reused, and encoded again if something changed."""
 
 from __future__ import annotations
 

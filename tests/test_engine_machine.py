@@ -1,4 +1,4 @@
-"""Device and precision follow from what the machine can do; processes share the work without a warning."""
+"""Device and precision fit the machine; processes share the work without a warning."""
 
 from __future__ import annotations
 

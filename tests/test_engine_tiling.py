@@ -1,4 +1,4 @@
-"""Windows cover a field, and their mean is a partition of unity without steps."""
+"""Tiles cover a field, and their weights sum to 1 without steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step: the same update however a batch is worked through."""
+"""One training step: the update does not depend on how a batch is split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sample_ddp.py --min-fidelity: what is drawn again, which attempt stays, and that nothing else decides it."""
+"""sample_ddp.py --min-fidelity: which images are sampled again, and which attempt stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate.py split and utility: nested shares, every planted leak refused, sets of which it is known if they help."""
+"""evaluate.py split and utility: nested shares, every planted leak refused, sets with a known answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments: nothing is lost, and they end as if nothing had happened (make test-slow)."""
+"""Runs that are killed at random moments: nothing is lost, and they end like undisturbed runs (make test-slow)."""
 
 from __future__ import annotations
 

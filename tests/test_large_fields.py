@@ -1,4 +1,4 @@
-"""--tile: images of any height and width, without a seam, from windows of the size that the model was trained on."""
+"""--tile: images of any height and width, without seams, from tiles of the training size."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_any_height_and_width_comes_out_and_the_batch_size_hardly_matters(sample
 
 
 @torch.inference_mode()
-def test_a_mask_smaller_than_a_window_is_continued_and_cut_again(sampler):
+def test_a_mask_smaller_than_a_tile_is_padded_and_cropped(sampler):
     image = sampler().draw_field(hard_mask(5, 19), 7, 4)
     assert image.shape == (4, 5, 19)
 
 
-def test_the_mirror_image_continues_again_and_again():
+def test_reflection_padding_can_exceed_the_mask():
     row = torch.tensor([[1, 2, 3]])
     assert mirror_to(row, 2, 8).tolist() == [[1, 2, 3, 3, 2, 1, 1, 2]] * 2
 
@@ -90,7 +90,7 @@ def test_no_network_call_is_larger_than_the_batch_and_masks_are_embedded_once(sa
 
 
 @torch.inference_mode()
-def test_latents_are_decoded_by_windows_too(make_model, autoencoder_folder):
+def test_latents_are_decoded_in_tiles(make_model, autoencoder_folder):
     space = load_space(str(autoencoder_folder))
     model = make_model(in_channels=5, mask_pixels=8)  # windows of 48 x 32 pixels
     settings = SamplingSettings(num_steps=2, tile_overlap=0.5)
@@ -104,7 +104,7 @@ def test_latents_are_decoded_by_windows_too(make_model, autoencoder_folder):
     assert (draw.draw_field(mask, 7, 4) - draw(mask[None], [7])[0]).abs().max() < 1e-5
 
 
-def test_a_gradient_reaches_a_soft_mask_through_all_windows(sampler):
+def test_a_gradient_reaches_a_soft_mask_through_all_tiles(sampler):
     mask = hard_mask(14, 18).requires_grad_()
     sampler(num_steps=1, method="euler", cfg_scale=2.0).draw_field(mask, 7, 4).square().sum().backward()
     assert (mask.grad.abs().sum(dim=0) > 0).float().mean() > 0.99
@@ -143,7 +143,7 @@ def draw_field(mask: torch.Tensor, disagreement: float = 0.0, overlap: float = 0
 
 @pytest.mark.parametrize("settings", [{}, {**SDE, "num_steps": 20}])
 @torch.inference_mode()
-def test_windows_that_agree_give_what_one_network_for_the_whole_field_gives(settings):
+def test_tiles_that_agree_equal_one_network_for_the_whole_field(settings):
     mask, settings = 0.8 * hard_mask(30, 22) - 0.4, SamplingSettings(**{"num_steps": 8, **settings})
     whole = ImageSampler(PixelwiseModel(), create_transport(prediction="data"), PixelSpace(1), CPU, settings)
     whole.latent_shape = (1, 30, 22)
@@ -165,7 +165,7 @@ def border_gradient(image: torch.Tensor, windows: Windows) -> float:
 
 
 @torch.inference_mode()
-def test_gradients_across_window_borders_equal_those_inside():
+def test_gradients_across_tile_borders_equal_those_inside():
     """Windows that disagree on the brightness: tiles side by side show it as steps, blended ones do not."""
     mask = hard_mask(120, 96)
     mask[0] = 0

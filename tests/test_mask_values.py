@@ -1,4 +1,4 @@
-"""Masks saved to be looked at (0, 128, 255), from the message with the flag to copy to training, sampling, measures."""
+"""Masks saved for display (0, 128, 255), from the message with the flag to copy to training, sampling, measures."""
 
 from __future__ import annotations
 

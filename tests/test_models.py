@@ -1,4 +1,4 @@
-"""The network: SiT's output on constant masks, what a mask reaches and what it does not, guidance, the registry."""
+"""The network: SiT's output on constant masks, which outputs a mask changes, guidance, the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets of train.py: each has a published number, sets its flags, and gives way to flags of the user."""
+"""Presets of train.py: each has a published number, sets its flags, and is overridden by the user's flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run takes from its checkpoint and what it refuses, and what a killed one makes up for."""
+"""Resume: values from the checkpoint, refused changes, and missing files of killed runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def newest(run: Path) -> dict:
     return read_checkpoint(max((run / "checkpoints").glob("*.pt")))
 
 
-def test_what_a_run_was_started_from_stays_on_record_without_the_flag(pairs, tmp_path):
+def test_resume_keeps_the_record_of_init_from(pairs, tmp_path):
     start(pairs, tmp_path, "one", 1)
     first = tmp_path / "one" / "checkpoints" / "0000001.pt"
     assert len(newest(tmp_path / "one")["trained_on"]) == 6
@@ -45,7 +45,7 @@ def test_what_a_run_was_started_from_stays_on_record_without_the_flag(pairs, tmp
     assert code == 2 and f"contradicts --init-from elsewhere.pt (the checkpoint has {first})" in said
 
 
-def test_defaults_may_be_given_by_hand_on_resume_and_other_values_not(pairs, tmp_path):
+def test_resume_accepts_default_values_and_refuses_other_values(pairs, tmp_path):
     start(pairs, tmp_path, "run", 1)
     chosen = {"--time-scale": "1000", "--prediction": "velocity", "--time-sampling": "logit-normal", "--time-mean": "0"}
     by_hand = [word for flag in chosen.items() for word in flag]
@@ -55,26 +55,26 @@ def test_defaults_may_be_given_by_hand_on_resume_and_other_values_not(pairs, tmp
         assert code == 2 and f"contradicts {flag} {value}" in said.replace(".0 ", " ")
 
 
-def test_guidance_of_the_previews_is_refused_by_a_run_that_always_saw_its_masks(pairs, tmp_path):
+def test_preview_guidance_is_refused_if_masks_are_never_dropped(pairs, tmp_path):
     start(pairs, tmp_path, "run", 1, "--mask-dropout", 0)
     code, said = start(pairs, tmp_path, "run", 2, "--cfg-scale", 2)
     assert code == 2 and "--cfg-scale has no effect on the previews with --mask-dropout 0" in said
     assert start(pairs, tmp_path, "run", 2, "--cfg-scale", 1)[0] == 0
 
 
-def test_how_many_checkpoints_stay_is_kept_on_resume(pairs, tmp_path):
+def test_resume_keeps_the_number_of_checkpoints_to_keep(pairs, tmp_path):
     start(pairs, tmp_path, "run", 1, "--keep", 1)
     start(pairs, tmp_path, "run", 3, "--ckpt-every", 1)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003.pt"]
 
 
-def test_what_comes_from_the_checkpoint_is_checked_like_what_was_given(pairs, tmp_path):
+def test_values_from_the_checkpoint_are_checked_like_flags(pairs, tmp_path):
     start(pairs, tmp_path, "parts", 1, "--global-batch-size", 6, "--accumulate", 3)
     code, said = start(pairs, tmp_path, "parts", 2)  # batches of 4
     assert code == 2 and "--accumulate 3 does not divide the 4 images" in said
 
 
-def test_precision_stays_that_of_the_run_and_compilation_is_asked_for_anew(pairs, tmp_path):
+def test_resume_keeps_precision_but_not_compile(pairs, tmp_path):
     path = tmp_path / "run" / "config.json"
     words = [str(word) for word in train_arguments(*pairs, tmp_path, "run", 1)[1:]]
     assert run_here(train, *words)[0] == 0
@@ -88,7 +88,7 @@ def test_precision_stays_that_of_the_run_and_compilation_is_asked_for_anew(pairs
     assert (config["machine"]["precision"], config["train"]["compile"]) == ("float32", False)
 
 
-def test_epochs_given_on_resume_replace_the_steps_of_before(pairs, tmp_path):
+def test_epochs_given_on_resume_replace_max_steps(pairs, tmp_path):
     words = train_arguments(*pairs, tmp_path, "run", 2)[1:]
     assert run_here(train, *words)[0] == 0
     at = words.index("--max-steps")
@@ -97,7 +97,7 @@ def test_epochs_given_on_resume_replace_the_steps_of_before(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../run", "a/b", "/tmp/run", "a\nb"])
-def test_a_run_name_that_is_no_plain_name_is_refused(pairs, tmp_path, name):
+def test_a_run_name_that_is_not_a_plain_name_is_refused(pairs, tmp_path, name):
     code, said = start(pairs, tmp_path / "results", name, 1)
     assert code == 2 and "--run-name" in said and "--results-dir says where it lies" in said
     assert not (tmp_path / "results").exists()
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_is_a_loop_of_links_is_refused(pairs, tmp_path):
     assert code == 2 and f"--ckpt {loop}: no such file" in said
 
 
-def test_a_run_that_blows_up_stops_in_words_and_leaves_no_checkpoint_of_it(pairs, tmp_path):
+def test_a_diverging_run_stops_with_a_message_and_saves_no_bad_checkpoint(pairs, tmp_path):
     code, said = start(pairs, tmp_path, "run", 60, "--lr", "1e30", "--ckpt-every", 3, "--log-every", 5)
     assert code == 2
     words = "train.py: error: step 3: weights have blown up at learning rate 1e+30. Start again with a lower --lr."
@@ -118,7 +118,7 @@ def test_a_run_that_blows_up_stops_in_words_and_leaves_no_checkpoint_of_it(pairs
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_run_that_blows_up_later_names_its_last_good_checkpoint(pairs, tmp_path):
+def test_a_run_that_diverges_later_names_its_last_good_checkpoint(pairs, tmp_path):
     start(pairs, tmp_path, "run", 2)
     code, said = start(pairs, tmp_path, "run", 60, "--lr", "1e30", "--ckpt-every", 3, "--log-every", 5)
     assert code == 2 and "checkpoints/0000002.pt is good: run the same command with a lower --lr." in said
@@ -127,7 +127,7 @@ def test_a_run_that_blows_up_later_names_its_last_good_checkpoint(pairs, tmp_pat
     assert all(value.isfinite().all() for value in newest(tmp_path / "run")["model"].values())
 
 
-def test_the_autoencoder_of_a_run_may_move_and_not_change(pairs, tmp_path, autoencoder_folder):
+def test_the_autoencoder_of_a_run_may_move_but_not_change(pairs, tmp_path, autoencoder_folder):
     latent = ["--model", "SiT-Ti/2", "--vae"]
     moved = tmp_path / "moved"
     shutil.copytree(autoencoder_folder, moved)
@@ -142,7 +142,7 @@ def test_the_autoencoder_of_a_run_may_move_and_not_change(pairs, tmp_path, autoe
     assert code == 2 and "not the autoencoder that this run began with" in said
 
 
-def test_another_batch_size_goes_on_in_the_epochs_where_the_run_stopped(pairs, tmp_path):
+def test_another_batch_size_continues_at_the_same_epoch(pairs, tmp_path):
     words = train_arguments(*pairs, tmp_path, "run", 0)[1:]
     where = words.index("--max-steps")
     words = [*words[:where], *words[where + 2 :]]  # 6 images
@@ -153,7 +153,7 @@ def test_another_batch_size_goes_on_in_the_epochs_where_the_run_stopped(pairs, t
     assert (state["step"], state["images_seen"]) == (5, 24)
 
 
-def test_what_a_killed_run_had_not_made_yet_is_made_when_nothing_else_is_left(pairs, tmp_path):
+def test_a_finished_run_makes_the_preview_and_export_that_a_kill_prevented(pairs, tmp_path):
     start(pairs, tmp_path, "run", 2, "--export-safetensors")
     made = [tmp_path / "run" / "previews" / "0000002.png", tmp_path / "run" / "model.safetensors"]
     before, metrics = made[0].read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -165,7 +165,7 @@ def test_what_a_killed_run_had_not_made_yet_is_made_when_nothing_else_is_left(pa
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics and metrics.count("preview/grid") == 1
 
 
-def test_other_images_than_before_are_said(pairs, tmp_path):
+def test_changed_images_are_logged_on_resume(pairs, tmp_path):
     start(pairs, tmp_path, "run", 1)
     others = write_pairs(tmp_path / "others", seed=1)
     code, said = start(others, tmp_path, "run", 2)

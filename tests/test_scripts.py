@@ -1,4 +1,4 @@
-"""The commands as processes: a run ends where an uninterrupted one does, a set is the same however it was made."""
+"""The commands as processes: interrupted runs and sets end like uninterrupted ones, for any number of processes."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_restart_makes_what_is_missing_or_torn_and_nothing_else(whole_set, check
     assert kept.stat().st_mtime_ns == before
 
 
-def test_a_mended_mask_gives_a_new_image_even_where_the_run_is_killed_between_its_two_files(
+def test_a_corrected_mask_gives_a_new_image_even_if_the_run_is_killed_between_its_two_files(
     monkeypatch, checkpoint, pairs, tmp_path
 ):
     masks, folder = shutil.copytree(pairs[1], tmp_path / "masks"), tmp_path / "set"
@@ -323,7 +323,7 @@ def test_guidance_needs_a_model_that_was_trained_without_masks_too(monkeypatch, 
     call(sample, *words)
 
 
-def test_a_folder_of_other_masks_is_another_set(monkeypatch, capsys, checkpoint, pairs, tmp_path):
+def test_other_masks_are_refused_in_an_existing_set(monkeypatch, capsys, checkpoint, pairs, tmp_path):
     masks = shutil.copytree(pairs[1], tmp_path / "masks")
     words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", tmp_path / "set", *FEW_STEPS]
     call(sample_ddp, *words)
@@ -331,9 +331,7 @@ def test_a_folder_of_other_masks_is_another_set(monkeypatch, capsys, checkpoint,
     assert "mask_names_sha256" in error_line(monkeypatch, capsys, sample_ddp, *words)
 
 
-def test_every_mask_is_read_once_to_draw_from_it_and_once_in_its_life_to_check_it(
-    monkeypatch, checkpoint, pairs, tmp_path
-):
+def test_every_mask_is_checked_once_and_read_once_per_run(monkeypatch, checkpoint, pairs, tmp_path):
     reads = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(checks, "read_mask_and_table", lambda p: reads.append(p.name) or read_mask_and_table(p))

@@ -1,4 +1,4 @@
-"""What may import what, who may load what, and how: the source itself is read, nothing is run."""
+"""Rules of the source code: imports, layers, lengths. Reads the source without running it."""
 
 from __future__ import annotations
 

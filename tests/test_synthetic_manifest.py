@@ -1,4 +1,4 @@
-"""The set on disk: its columns, its relative paths, names that may not leave it, and folders that hold other work."""
+"""The set on disk: columns and relative paths; names that point outside and folders of other work are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A set while it is made: what is missing, what a restart continues, and that no interruption changes a byte."""
+"""Writing a set: a restart makes missing images, and interruptions change no byte."""
 
 from __future__ import annotations
 

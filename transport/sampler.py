@@ -1,13 +1,14 @@
-"""From noise to data and back: runs of the ODE and SDE solvers, made by ``Sampler``.
+"""Sampling: ODE and SDE solvers from noise to data and back. ``Sampler`` makes them.
 
 ODE: dX = velocity dt. SDE (Ito, t from 0 to 1): dX = (velocity + w score) dt + sqrt(2 w) dW with
 w(t) = ``diffusion_norm`` x the diffusion form. Both have the marginals p_t for every w >= 0. In the SiT paper
-(arXiv 2401.08740) the noise term is sqrt(w_paper) dW, so that w_paper = 2 w.
+(arXiv 2401.08740) the noise term is sqrt(w_paper) dW, so w_paper = 2 w.
 
-The end at t = 1 is singular for all but the velocity of the Linear and GVP paths: there the velocity is a difference
-divided by sigma = 0. No solver calls the model there. The last ODE step goes to t = 1 in the coordinates of the
-straight path, z = x / (alpha + sigma) at tau = alpha / (alpha + sigma): in them dz/dtau = E[x1] - E[x0] stays finite,
-and at tau = 1 nothing of the noise is left, whatever the path and the step size.
+The end at t = 1 is singular, except for velocity prediction on the Linear and GVP paths. In the singular case, the
+velocity is a difference divided by sigma = 0, and no solver calls the model at t = 1. The last ODE step uses the
+coordinates of the straight path, z = x / (alpha + sigma) at tau = alpha / (alpha + sigma). There, the slope
+dz/dtau = E[x1] - E[x0] stays finite. At tau = 1 no noise is left, for any path and step size. docs/transport.md has the
+derivation.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ LAST_STEPS: dict[str, str] = {
     "Mean": "the SDE's drift without its noise",
     "Tweedie": "E[x1 given x_t], the denoised state",
     "Euler": "one Euler step of the ODE",
-    "None": "none: the state at t_max, with the noise that is left there",
+    "None": "none: the state at t_max, with its remaining noise",
 }
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raise FloatingPointError where a sample is not finite."""
+    """Raise FloatingPointError if a sample is not finite."""
     if not torch.isfinite(x).all():
         raise FloatingPointError(
             f"{what} gave values that are not finite; check the model's output, or give a larger "
@@ -66,20 +67,20 @@ class OdeSolver:
         """Integrate from noise at t = 0 to data at t = 1 (``reverse``: from data to noise).
 
         Args:
-            x0: (B, ...) start; float64 stays, anything else becomes float32.
-            model: called as ``model(x, t, **model_kwargs)`` with t (B,) of x's dtype.
-            **model_kwargs: further arguments of the model; gradients flow to them.
+            x0: (B, ...) start. float64 stays float64; other types become float32.
+            model: called as ``model(x, t, **model_kwargs)``. t is (B,) with the dtype of x.
+            **model_kwargs: further arguments of the model. Gradients flow to them.
 
         Returns:
-            (S, B, ...) states, the final one last: S = 1, or with ``trajectory`` all num_steps + 1.
+            (S, B, ...) states, the final one last. S = 1, or num_steps + 1 with ``trajectory``.
 
         Raises:
-            ValueError: the model's output is not shaped like x0.
+            ValueError: the model's output does not have the shape of x0.
             FloatingPointError: the result is not finite.
         """
         x0 = x0 if x0.dtype == torch.float64 else x0.float()
         field = ModelField(self.transport, model, model_kwargs)
-        # A reverse run takes the same times backwards.
+        # A reverse run uses the same times backwards.
         times = [self.t_min + (self.t_max - self.t_min) * i / self.num_steps for i in range(self.num_steps + 1)]
         run = self._adaptive if ODE_METHODS[self.method].adaptive else self._fixed
         try:
@@ -135,21 +136,22 @@ def reach_data(
 ) -> Tensor:
     """Last ODE step, from t to t = 1, in straight coordinates (derived in docs/transport.md).
 
-    Let D be E[x1 given x_t], and r = 1 - tau the way that is left. A second estimate D' at r' gives the end
+    Let D be E[x1 given x_t], and r = 1 - tau the distance to the data. Euler ends at D. The other methods use a second
+    estimate D' at r' and end at
 
         D + r^2 / (2 r' (r - r')) (D' - D)      midpoint rule: D' at the middle of the step
-        D + r^2 / (r^2 - r'^2) (D' - D)         ab2: D' at the state ``before``, so that no call is added
+        D + r^2 / (r^2 - r'^2) (D' - D)         ab2: D' at the state ``before``, without another call
 
-    and euler ends at D. Every end is a combination of estimates of the data, so no noise is left.
+    Every end is a combination of estimates of the data, so no noise is left.
 
     Args:
         field: the model.
         row: the method.
         x: (B, ...) state at t.
-        t: time of the last call at hand.
+        t: time of the last call.
         v: (B, ...) velocity at (x, t).
-        t_middle: time of the midpoint rule's second call.
-        before: state, time and velocity one step earlier; None at the first step.
+        t_middle: time of the second call of the midpoint rule.
+        before: state, time and velocity one step earlier. None at the first step.
 
     Returns:
         (B, ...) state at t = 1.
@@ -174,9 +176,9 @@ def reach_data(
 
 
 def leave_data(field: ModelField, order: int, x: Tensor, t: float) -> Tensor:
-    """First step of a reverse ODE run, from t = 1 to t, in straight coordinates: Heun's (1 call), or Euler's (none).
+    """First step of a reverse ODE run, from t = 1 to t, in straight coordinates. Euler (no call) or Heun (1 call).
 
-    The slope at t = 1 needs no call: there E[x1] is x itself, and E[x0] is 0 for data with a smooth density.
+    The slope at t = 1 needs no call: E[x1] is x itself, and E[x0] is 0 for data with a smooth density.
     """
     path = field.transport.path
     c = path.coefficients(field.times(x, t)[0])
@@ -213,8 +215,8 @@ class SdeSolver:
             size = (1 - t_min) / num_steps if last_step_size is None else last_step_size
             t_max, regular = min(1 - size, t_max), num_steps - 1
             if regular and t_max <= t_min:
-                raise ValueError(f"last_step_size {size:g} leaves nothing of the time for {regular} other steps")
-        # The last step is one of num_steps; the rest share what is left in equal parts.
+                raise ValueError(f"last_step_size {size:g} leaves no time for {regular} other steps")
+        # The last step is one of num_steps. The others divide the remaining time equally.
         self.times = [t_min + (t_max - t_min) * i / regular for i in range(regular + 1)] if regular else [t_min]
         self.nfe = 0
 
@@ -226,12 +228,13 @@ class SdeSolver:
     def __call__(
         self, x0: Tensor, model: Model, noise_fn: Callable[[Tensor], Tensor] | None = None, **model_kwargs: object
     ) -> Tensor:
-        """Integrate from noise to data; arguments, result and errors as for ``OdeSolver``.
+        """Integrate from noise to data. Result and errors as for ``OdeSolver``.
 
         Args:
             x0: (B, ...) noise.
             model: called as ``model(x, t, **model_kwargs)``.
-            noise_fn: ``noise_fn(x)`` gives standard normal noise like x, once per step; default torch.randn_like.
+            noise_fn: ``noise_fn(x)`` returns standard normal noise with the shape of x. Called once per step. The
+                default is torch.randn_like.
             **model_kwargs: further arguments of the model.
         """
         x = x0 if x0.dtype == torch.float64 else x0.float()
@@ -265,7 +268,7 @@ class SdeSolver:
 
 
 class Sampler:
-    """Makes solvers for a transport; the arguments are checked here, before any work."""
+    """Makes solvers for a transport, and checks their arguments before any work."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
@@ -283,12 +286,12 @@ class Sampler:
 
         Args:
             sampling_method: key of ``ODE_METHODS``, any case.
-            num_steps: steps that a fixed-step method really takes. The adaptive ones choose theirs; for them it is
-                only the number of intervals between stored states of a trajectory.
-            atol: absolute tolerance of the adaptive methods.
-            rtol: relative tolerance of the adaptive methods.
-            reverse: from data to noise.
-            trajectory: store every state instead of the final one.
+            num_steps: number of steps of a fixed-step method. Adaptive methods choose their own steps. For them, it is
+                the number of intervals between the stored states of a trajectory.
+            atol: absolute tolerance of adaptive methods.
+            rtol: relative tolerance of adaptive methods.
+            reverse: whether to go from data to noise.
+            trajectory: whether to return every state, not only the final one.
         """
         method = choose(sampling_method, ODE_METHODS, "ODE method")
         check_steps(num_steps, atol, rtol)
@@ -309,11 +312,11 @@ class Sampler:
         Args:
             sampling_method: key of ``SDE_METHODS``, any case.
             diffusion_form: key of ``DIFFUSION_FORMS``.
-            diffusion_norm: factor of the form, above 0.
-            last_step: key of ``LAST_STEPS``; None leaves the state at t_max as it is.
-            last_step_size: in t, in (0, 1); None makes it as large as the other steps.
-            num_steps: steps in all, the last one among them.
-            trajectory: store every state instead of the final one.
+            diffusion_norm: factor on the diffusion form, above 0.
+            last_step: key of ``LAST_STEPS``. None returns the state at t_max.
+            last_step_size: length of the last step in t, in (0, 1). None: same length as the other steps.
+            num_steps: total number of steps, including the last one.
+            trajectory: whether to return every state, not only the final one.
         """
         method = choose(sampling_method, SDE_METHODS, "SDE method")
         form = choose(diffusion_form, DIFFUSION_FORMS, "diffusion form")
@@ -339,10 +342,11 @@ class Sampler:
 
         Args:
             sampling_method: key of ``ODE_METHODS``, any case.
-            num_steps: steps of a fixed-step method; the adaptive ones choose theirs.
-            atol: absolute tolerance of the adaptive methods.
-            rtol: relative tolerance of the adaptive methods.
-            probes: Rademacher probes per image for the divergence, drawn once per run and averaged.
+            num_steps: number of steps of a fixed-step method. Adaptive methods choose their own steps.
+            atol: absolute tolerance of adaptive methods.
+            rtol: relative tolerance of adaptive methods.
+            probes: number of Rademacher probes per image for the divergence. They are chosen once per run; their
+                results are averaged.
         """
         method = choose(sampling_method, ODE_METHODS, "ODE method")
         check_steps(num_steps, atol, rtol)
@@ -352,7 +356,7 @@ class Sampler:
 
 
 def check_steps(num_steps: int, atol: float = 1.0, rtol: float = 1.0) -> None:
-    """Raise ValueError where a solver could not run with these numbers."""
+    """Raise ValueError if a solver cannot run with these numbers."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
     if not (atol > 0 and rtol > 0):

@@ -1,4 +1,4 @@
-"""What the model learns: time sampling, prediction target, loss weight, and where the ends of the path are singular."""
+"""Training of a transport: time sampling, prediction target, loss weight, and singular ends of the path."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .path import PATHS, PREDICTIONS, Coefficients, LinearPath, Path, choose, ex
 
 Model = Callable[..., Tensor]
 
-DEFAULT_EPS = 1e-3  # distance in t kept from an end where the prediction or the score is singular
+DEFAULT_EPS = 1e-3  # distance in t from an end where the prediction or the score is singular
 
-# Loss weights grow without bound towards an end of the path. They are capped at the value that 1 / (1 - t)^2, the
-# weight of data prediction with the loss on the velocity (Linear path), has at t = 0.95, where Li & He 2025,
-# arXiv 2511.13720, clip it.
+# Loss weights grow without limit towards an end of the path, so they are capped. The cap is the value of 1 / (1 - t)^2
+# at t = 0.95. This is the weight of data prediction with the loss on the velocity (Linear path), and Li & He 2025,
+# arXiv 2511.13720, clip it there.
 LOSS_T_CLIP = 0.05
 MAX_LOSS_WEIGHT = 1 / LOSS_T_CLIP**2
 
@@ -33,16 +33,16 @@ def _likelihood_weight(c: Coefficients, prediction: str) -> Tensor:
     return c.alpha * c.wronskian / c.sigma**3 if prediction == "data" else c.wronskian / (c.alpha * c.sigma)
 
 
-# Factors of the squared residual of the prediction (of sigma x score for "score", which makes it the noise's).
-# "velocity" makes it the squared error of the velocity; "likelihood" makes it SBDM diffusion x squared error of the
-# score, whose integral bounds the likelihood.
+# Factors on the squared residual of the prediction. (For "score", the residual is multiplied by sigma, which gives the
+# residual of the noise.) "velocity" gives the squared error of the velocity. "likelihood" gives SBDM diffusion x
+# squared error of the score. Its integral bounds the likelihood.
 LOSS_WEIGHTS: dict[str, Callable[[Coefficients, str], Tensor]] = {
     "None": lambda c, prediction: torch.ones_like(c.alpha),
     "velocity": _velocity_weight,
     "likelihood": _likelihood_weight,
 }
 
-# Draws in (0, 1), (B,) float32 on the device; the transport scales them to its interval.
+# Random times in (0, 1), (B,) float32 on the device. The transport scales them to its interval.
 TIME_SAMPLINGS: dict[str, Callable[..., Tensor]] = {
     "uniform": lambda size, device, mean, std: torch.rand(size, device=device),
     "logit-normal": lambda size, device, mean, std: torch.sigmoid(mean + std * torch.randn(size, device=device)),
@@ -51,7 +51,7 @@ TIME_SAMPLINGS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Transport:
-    """A path, what the model predicts on it, and how it is trained. Build it with ``create_transport``."""
+    """A path, the model's prediction on it, and its training. Build it with ``create_transport``."""
 
     path: Path = field(default_factory=LinearPath)
     prediction: str = "velocity"
@@ -63,26 +63,27 @@ class Transport:
     time_std: float = 1.0
 
     def singular_ends(self, needs_score: bool = False, diffusion_form: str | None = None) -> tuple[bool, bool]:
-        """Whether the model's output is useless at t = 0 and at t = 1.
+        """Whether the model's output cannot be used at t = 0 and at t = 1.
 
-        At t = 0, "score" and "noise" say nothing about the data where alpha_0 = 0, and SBDM diffusion is infinite.
-        At t = 1 all but the velocity of a path with a finite one divide by sigma = 0 (or were never trained there),
-        and so does the score that an SDE needs.
+        At t = 0: if alpha_0 = 0, "score" and "noise" do not determine the data, and SBDM diffusion is infinite. At
+        t = 1: all predictions except a finite velocity divide by sigma = 0, or were never trained there. So does the
+        score that an SDE needs.
         """
         start = self.path.pure_noise_start and (self.prediction in ("score", "noise") or diffusion_form == "SBDM")
         end = needs_score or self.prediction != "velocity" or not self.path.finite_velocity_end
         return start, end
 
     def train_interval(self) -> tuple[float, float]:
-        """Times [t_min, t_max] of training: ``train_eps`` from both ends, by default 0.001 from singular ones."""
+        """Times [t_min, t_max] of training: ``train_eps`` from both ends. Default: 0.001 from singular ends."""
         if self.train_eps is not None:
             return self.train_eps, 1 - self.train_eps
         start, end = self.singular_ends()
         return DEFAULT_EPS * start, 1 - DEFAULT_EPS * end
 
     def sample_interval(self, needs_score: bool = False, diffusion_form: str | None = None) -> tuple[float, float]:
-        """Times [t_min, t_max] at which a solver may call the model: ``sample_eps`` from both ends, default 0.001
-        from singular ones.
+        """Times [t_min, t_max] at which a solver may call the model: ``sample_eps`` from both ends.
+
+        Default: 0.001 from singular ends.
 
         Raises:
             ValueError: ``sample_eps`` is 0 and an end is singular.
@@ -112,22 +113,22 @@ class Transport:
         t: Tensor | None = None,
         x0: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Draw times and noise, call the model once and weigh its squared error.
+        """Choose random times and noise, call the model once, and weight its squared error.
 
         Args:
             model: called as ``model(xt, t, **model_kwargs)`` with xt (B, ...) float32 and t (B,) float32.
             x1: (B, ...) data.
             model_kwargs: further arguments of the model, such as the mask.
-            t: (B,) float32 times from ``sample_times``, where the caller drew them.
-            x0: (B, ...) noise, where the caller drew it.
+            t: (B,) float32 times from ``sample_times``. None: choose them here.
+            x0: (B, ...) noise. None: choose it here.
 
         Returns:
-            "loss": (B,) float32, the mean over all but the batch of weight x (prediction - target)^2, where the
-            residual of "score" is multiplied by sigma (so it is the noise's). Weights are capped at
-            ``MAX_LOSS_WEIGHT``. "pred": (B, ...) the model's output. "t": (B,) the times.
+            "loss": (B,) float32, mean of weight x (prediction - target)^2 over each example. For "score", the residual
+            is multiplied by sigma, which gives the residual of the noise. Weights are capped at ``MAX_LOSS_WEIGHT``.
+            "pred": (B, ...) the model's output. "t": (B,) the times.
 
         Raises:
-            ValueError: the model's output is not shaped like x1.
+            ValueError: the model's output does not have the shape of x1.
         """
         x1 = x1 if x1.dtype == torch.float64 else x1.float()
         t = self.sample_times(len(x1), x1.device) if t is None else t
@@ -146,7 +147,7 @@ class Transport:
 
 
 def check_output(output: Tensor, x: Tensor) -> None:
-    """Raise ValueError where a model's output is not shaped like its input."""
+    """Raise ValueError if a model's output does not have the shape of its input."""
     if output.shape != x.shape:
         raise ValueError(
             f"the model returned {tuple(output.shape)} for an input of {tuple(x.shape)}; they must be "
@@ -164,16 +165,16 @@ def create_transport(
     time_mean: float = 0.0,
     time_std: float = 1.0,
 ) -> Transport:
-    """A checked ``Transport``. Names are case-insensitive.
+    """Make a ``Transport`` and check its arguments. Names are case-insensitive.
 
     Args:
         path_type: key of ``PATHS``.
-        prediction: key of ``PREDICTIONS``, what the model returns.
-        loss_weight: key of ``LOSS_WEIGHTS``; None trains on the plain squared error of the prediction.
-        train_eps: distance of the training times from both ends, in [0, 0.5); None keeps 0.001 from singular ends.
-        sample_eps: the same for the solvers.
+        prediction: key of ``PREDICTIONS``: what the model returns.
+        loss_weight: key of ``LOSS_WEIGHTS``. None: the plain squared error of the prediction.
+        train_eps: distance of the training times from both ends, in [0, 0.5). None: 0.001 from singular ends.
+        sample_eps: the same for solvers.
         time_sampling: key of ``TIME_SAMPLINGS``.
-        time_mean: mean of logit(t) of "logit-normal"; below 0 trains more on noise.
+        time_mean: mean of logit(t) of "logit-normal". Values below 0 train more on noisy states.
         time_std: standard deviation of logit(t) of "logit-normal", above 0.
 
     Raises:
@@ -206,7 +207,7 @@ def create_transport(
 
 
 class ModelField:
-    """A model as functions of (x, t: float): counted, checked and converted. One per run of a solver.
+    """A model as functions of (x, t: float). Counts calls, checks outputs and converts predictions. One per solver run.
 
     Attributes:
         nfe: network calls so far.
@@ -217,7 +218,7 @@ class ModelField:
         self.nfe = 0
 
     def times(self, x: Tensor, t: float) -> Tensor:
-        """t as (B,), in x's dtype (float32, or float64 where x has it) and on its device."""
+        """t as (B,), with the dtype of x (float32 or float64) and on its device."""
         return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
 
     def output(self, x: Tensor, t: float) -> Tensor:
@@ -249,6 +250,6 @@ class ModelField:
         return velocity, score
 
     def one_minus_tau(self, x: Tensor, t: float) -> Tensor:
-        """sigma / (alpha + sigma) = 1 - tau: what is left until the data, in the time tau of the straight path."""
+        """sigma / (alpha + sigma) = 1 - tau: distance to the data, in the time tau of the straight path."""
         c = self.transport.path.coefficients(self.times(x, t)[0])
         return c.sigma / (c.alpha + c.sigma)
