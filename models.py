@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +29,7 @@ from layers.look import LookEmbedder
 from layers.mask import MaskDetail, MaskEmbedder, wide
 from layers.overlap import Overlap
 from layers.rows import ROW_MULTIPLE, MaskRows, distinct_rows, distinct_rows_of_images, spread_rows
+from layers.transformer import Attention, Mlp, PatchEmbed
 
 MOST_TOKENS_UNFUSED = 512
 MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill the memory
@@ -95,9 +95,9 @@ class SiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> Tensor:
@@ -186,7 +186,7 @@ class SiT(nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         out_channels = 2 * in_channels if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, time_scale=time_scale)
         self.y_embedder = MaskEmbedder(num_classes, hidden_size, self.grid)
         self.mask_detail = MaskDetail(num_classes, hidden_size, self.grid, mask_pixels) if mask_pixels else None
@@ -376,7 +376,7 @@ class SiT(nn.Module):
         fused = not on or self.pos_embed.shape[1] > MOST_TOKENS_UNFUSED
         for layer in self.modules():
             if isinstance(layer, Attention):
-                vars(layer).update(fused_attn=fused)
+                layer.fused_attn = fused
 
     def keep_weights_in(self, dtype: torch.dtype) -> SiT:
         """Round the weights of the matrix products once, as autocast to this dtype does again at every call.

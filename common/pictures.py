@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,14 +13,14 @@ GRID_GAP = 2  # pixels between the images of a grid
 
 def grid_image(rows: list[list[Tensor]]) -> np.ndarray:
     """Rows of images (C, H, W) in [-1, 1] -> one uint8 image (H', W', 3). White separates and pads the images."""
-    from torchvision.utils import make_grid
-
     tiles = [as_rgb(to_uint8(tile)) for row in rows for tile in row]
-    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
-    margins = [((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0)) for tile in tiles]
-    padded = np.stack([np.pad(tile, margin, constant_values=255) for tile, margin in zip(tiles, margins, strict=True)])
-    grid = make_grid(torch.from_numpy(padded).permute(0, 3, 1, 2), nrow=len(rows[0]), padding=GRID_GAP, pad_value=255)
-    return grid.permute(1, 2, 0).numpy()
+    columns = len(rows[0])
+    height, width = (max(tile.shape[axis] for tile in tiles) + GRID_GAP for axis in (0, 1))
+    grid = np.full((math.ceil(len(tiles) / columns) * height + GRID_GAP, columns * width + GRID_GAP, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles):
+        top, left = GRID_GAP + number // columns * height, GRID_GAP + number % columns * width
+        grid[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return grid
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Parts of the network that SiT does not have; ``models.py`` puts them into SiT."""
+"""Layers of the network; ``models.py`` puts them together."""

@@ -32,7 +32,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The numerics stand on these alone, besides the standard library.
 FOREIGN = {
     "layers": {"torch", "numpy"},
-    "models": {"torch", "timm", "numpy", "layers"},
+    "models": {"torch", "numpy", "layers"},
     "transport": {"torch", "torchdiffeq"},
 }
 NO_USER_INTERFACE = {"argparse", "sys", "os", "pathlib"}  # of the standard library, not for the numerics
@@ -227,6 +227,14 @@ def test_making_masks_starts_without_torch():
     program = "import sys, make_masks; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(loaded.stdout.split()).isdisjoint({"torch", "timm", "models", "cli"})
+
+
+def test_commands_start_without_the_slow_libraries():
+    """They are imported where they are used: they would more than double the time until `--help` answers."""
+    program = "import sys, train, sample, sample_ddp, evaluate; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    slow = {"diffusers", "matplotlib", "monai", "timm", "torch._dynamo", "torchdiffeq", "torchvision", "wandb"}
+    assert set(loaded.stdout.split()).isdisjoint(slow)
 
 
 def test_wandb_is_imported_by_wandb_utils_alone_and_only_when_used():

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -109,6 +108,8 @@ def solve_adaptive(
     options: dict[str, object] = {"step_t": torch.tensor(quarters, dtype=torch.float64, device=x.device)}
     if norm is not None:
         options["norm"] = norm
+    import torchdiffeq  # loads scipy's integrators, and most runs use fixed steps
+
     return torchdiffeq.odeint(bounded, x, grid, method=method, atol=atol, rtol=rtol, options=options)
 
 
