@@ -106,5 +106,7 @@ def read_pair(image_path: Path, mask_path: Path, channels: int) -> ReadPair:
     image, has_channels = read_image_and_kind(image_path)
     image = fit_channels(image, channels, image_path)
     mask, table = read_mask_and_table(mask_path)
+    if mask.ndim == 3 and mask.shape[:2] == image.shape[:2] != mask.shape[1:]:
+        raise FileError(mask_path, "has its classes in the last axis (H, W, K): store them in the first (K, H, W)")
     check_same_size(image.shape[:2], mask.shape[-2:], image_path, mask_path)
     return ReadPair(image, mask, table, has_channels)

@@ -23,6 +23,11 @@ CHANNELS = "channels"  # several planes that the file does not call colours, suc
 TABLES = ("gray", "coloured")  # a gray table is read as its gray values, a coloured one as the numbers in the file
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# What lies in place of a file whose download went wrong, by its first bytes.
+NOT_THE_FILE = {
+    b"version ": "is a pointer of Git LFS and not the file itself: run git lfs pull",
+    **dict.fromkeys((b"<!doctyp", b"<html"), "is a web page and no image: the download went wrong"),
+}
 # Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
 _PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
 _CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
@@ -66,6 +71,9 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
             file.seek(0)
             if not start:
                 raise FileError(path, "is empty (0 bytes)")
+            for beginning, what in NOT_THE_FILE.items():
+                if start.lower().startswith(beginning):
+                    raise FileError(path, what)
             if as_mask and path.suffix.lower() in (".npy", ".npz"):
                 array = _decode_numpy(file, path)
             elif start.startswith(TIFF_STARTS):

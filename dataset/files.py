@@ -11,6 +11,7 @@ import io
 import os
 import re
 import unicodedata
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ IMAGE_ENDING = "_img"
 _BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"
 _ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
+_MICROSCOPES = (".nd2", ".czi", ".lif")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ def _what_instead(
     segs = sum(name.endswith("_seg.npy") for name in by_products)
     if segs and not what.startswith("image"):
         return f" but {segs} _seg.npy of Cellpose: make_masks.py convert turns them into label images"
+    archives = [name for name in others if name.lower().endswith(".zip") and not _holds_rois(folder / name)]
+    if archives:
+        return f" but archives ({list_some(archives, 1)}): unpack them"
+    stacks = [name for name in others if name.lower().endswith(_MICROSCOPES)]
+    if stacks and what.startswith("image"):
+        return f" but files of a microscope ({list_some(stacks, 1)}): make_masks.py images turns them into flat TIFFs"
     annotations = [name for name in others if name.lower().endswith(_ANNOTATIONS)]
     if annotations and not what.startswith("image"):
         first = list_some(annotations, 1)
@@ -116,6 +124,15 @@ def _what_instead(
         below = len(_files_in(folder / wanted, suffixes))
         return f"; did you mean {folder / wanted}?{f' It holds {below}' if below else ''}"
     return ", it must hold " + " ".join(suffixes)
+
+
+def _holds_rois(path: Path) -> bool:
+    """Whether a zip archive holds ROIs of ImageJ."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.lower().endswith(".roi") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: bool) -> dict[str, Path]:
@@ -213,12 +230,25 @@ def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
     alike = sorted(image_names & mask_names)
     if alike:
         faults.append(f"names differ in capital letters or spaces only: {list_some(alike)}")
+    else:
+        faults += _numbers_agree(lonely_images, lonely_masks)
     if faults:
         raise InputError(
             f"{'; '.join(faults)}. A mask has its image's name (NAME, NAME_masks, NAME_mask or NAME_cp_masks) and "
             "any suffix of " + " ".join(MASK_SUFFIXES)
         )
     return pairs
+
+
+def _numbers_agree(images: Sequence[str], masks: Sequence[str]) -> list[str]:
+    """A hint if the names of images and masks without a partner hold the same numbers."""
+    image_numbers, mask_numbers = (
+        [tuple(map(int, re.findall(r"\d+", stem))) for stem in one] for one in (images, masks)
+    )
+    if not images or sorted(image_numbers) != sorted(mask_numbers) or len(set(image_numbers)) < len(images):
+        return []
+    other = masks[mask_numbers.index(image_numbers[0])]
+    return [f"the numbers in the names agree ({images[0]} and {other}): rename one kind after the other"]
 
 
 # ------------------------------------------------------------------------------------------------------- read files

@@ -48,6 +48,7 @@ class _Checked(NamedTuple):
     window: Window
     channels: int
     brightest: float
+    darkest: float
     dtype: str
     nbytes: int  # of the pixels as decoded
     has_channels: bool  # the file says that its planes are no colours
@@ -137,6 +138,7 @@ class PairedFolder(torch.utils.data.Dataset):
             self._samples = []
             self.windows = [window] * len(self.pairs)
         _hint_at_window(checked, self.config)
+        _warn_of_odd_images(checked, self.pairs, image_dir)
         narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
         if narrow:
             logger.warning("images in %s: %s", image_dir, narrow)
@@ -205,7 +207,10 @@ class PairedFolder(torch.utils.data.Dataset):
         window = ((0.0, 1.0),) if self._seeks_common_window else image_window(image, config)
         brightest, nbytes = float(image.max()), image.nbytes + mask.nbytes
         shares = channel_shares(image)
-        facts = _Checked(stats, window, image.shape[2], brightest, str(image.dtype), nbytes, has_channels, shares)
+        darkest = float(image.min())
+        facts = _Checked(
+            stats, window, image.shape[2], brightest, darkest, str(image.dtype), nbytes, has_channels, shares
+        )
         return self._prepare_image(image, view), mask, facts, self._sample(image)
 
     def _sample(self, image: np.ndarray) -> np.ndarray | None:
@@ -353,3 +358,14 @@ def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
     if config.window is None and config.window_values is None and checked[0].dtype == "uint8" and brightest < 128:
         hint = "half of the images stay below gray %g of 255; window=(%g, %g) would stretch each to the full range"
         logger.warning(hint, brightest, *ROBUST_PERCENTILES)
+
+
+def _warn_of_odd_images(checked: Sequence[_Checked], pairs: Sequence[Pair], where: str | Path) -> None:
+    """Images that show nothing, and kinds of files that get different gray ranges."""
+    named = zip(checked, pairs, strict=True)
+    blank = [pair.image_path.name for one, pair in named if one.brightest == one.darkest]
+    if blank:
+        logger.warning("images in %s: %d hold a single gray value: %s", where, len(blank), list_some(blank))
+    kinds = sorted({one.dtype for one in checked})
+    if len(kinds) > 1:
+        logger.warning("images in %s are stored as %s: each kind gets its own gray range", where, ", ".join(kinds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,6 +36,8 @@ class MaskStats:
     table: str = ""  # kind of the file's colour table, see read_mask_and_table
     frame: float = 0.0  # fraction of the border's pixels with the border's most frequent value, if this is not 0
     frame_area: float = 0.0  # fraction of all pixels with this value
+    checksum: int = 0  # of the pixels
+    filled: float = 1.0  # masks of two values: area with holes filled, as a multiple of the area
 
     def to_plain(self) -> dict[str, Any]:
         """Plain types for JSON. Leaves out fields with their default value."""
@@ -78,8 +81,12 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         near = facts["maximum"] / 16
         facts["near_ends"] = float(counts[(values <= near) | (values >= 15 * near)].sum() / mask.size)
         facts.update(_label_evidence(mask, values))
+    facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask))
     if mask.ndim == 2:
         facts.update(_frame(mask))
+        if len(values) == 2 and values[0] == 0:
+            filled = np.count_nonzero(scipy.ndimage.binary_fill_holes(mask > 0))
+            facts["filled"] = float(filled / np.count_nonzero(mask))
     return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
 
 

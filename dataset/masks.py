@@ -28,6 +28,7 @@ MIN_IDS = 8
 MAX_UNEQUAL_SHARE = 0.2
 MAX_SCATTERED_SHARE = 0.2
 MAX_STEP_SHARE = 0.9
+HOLLOW = 1.5  # area with holes filled, as a multiple of the area
 MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
 
 
@@ -179,6 +180,12 @@ def decide_mask_rule(
     why = "given as mask_type"
     if mask_type == "auto":
         mask_type, why = _guess_type(stats, num_classes, where)
+    blurred = [one.name for one in stats if one.name.lower().endswith((".jpg", ".jpeg"))]
+    if mask_type in ("classes", "instances") and blurred:
+        raise InputError(
+            f"{len(blurred)} of {len(stats)} masks in {where} are JPEG ({list_some(blurred)}), which changes the "
+            "numbers of classes and cells at every edge: export them anew as PNG or TIFF"
+        )
     maximum = _check_type(stats, num_classes, mask_type, where, normalize)
     meaning = {
         "binary": f"{maximum / 2:g} and above means cell",
@@ -247,6 +254,14 @@ def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
         warnings.append(
             f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
             f"(as in {framed[0].name}): are the cells black on white? Background must be 0"
+        )
+    if len(stats) > 2 and len({one.checksum for one in stats}) == 1 and stats[0].distinct > 1:
+        warnings.append(f"all {len(stats)} masks are equal, pixel by pixel: was one file copied under every name?")
+    hollow = [one for one in stats if one.filled > HOLLOW]
+    if rule.mask_type == "binary" and 2 * len(hollow) > len(stats):
+        warnings.append(
+            f"in {len(hollow)} of {len(stats)} masks the cells are hollow (as in {hollow[0].name}): are these "
+            "outlines? Masks must be filled"
         )
     return warnings
 
@@ -340,13 +355,18 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     if patchy and not soft_edges and largest not in (255, 65535):
         count = "" if num_classes <= 3 else " with num_classes=2 or num_classes=3"
         likely.append(f"numbered cells (mask_type=instances{count})")
+    if all(one.name.lower().endswith((".jpg", ".jpeg")) for one in stats) and not (one_value or soft_edges):
+        likely.append("numbers of classes or cells that JPEG has blurred: export them anew as PNG or TIFF")
     if not patchy:
         likely.append(f"gray probabilities (mask_type=probability{binary})")
         likely.append("images instead of masks")
     classes = sorted(values | {0}) if values is not None else []
     if len(classes) > 2 and largest >= max(num_classes, 2 * len(classes)):
         count = f" num_classes={len(classes)}" * (len(classes) != num_classes)
-        likely.insert(0, f"{len(classes)} classes with gray values for display (mask_values={_listed(classes)}{count})")
+        likely.insert(
+            len(likely) if scales else 0,
+            f"{len(classes)} classes with gray values for display (mask_values={_listed(classes)}{count})",
+        )
     if not likely:
         likely.append("none of the known types (class ids 0..K-1, numbered cells, 0 and 255): look at the masks")
     first = next(one.name for one in stats if one.maximum == largest)

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from common.errors import InputError
 from dataset import decode, files
+from dataset.decode import FileError
 from dataset.files import find_files, pair_files, read_image, read_mask, read_mask_and_table
 
 READERS = Path(__file__).parents[2] / "shared" / "data" / "readers"
@@ -225,7 +227,7 @@ def test_nan_and_infinity_are_refused(tmp_path, value):
     ("name", "write", "words"),
     [
         ("empty.png", lambda p: p.write_bytes(b""), "0 bytes"),
-        ("text.png", lambda p: p.write_text("<html>not found</html>"), "damaged or no image file"),
+        ("text.png", lambda p: p.write_text("no image, but words"), "damaged or no image file"),
         ("absent.png", lambda p: None, "no such file"),
         ("white.tif", lambda p: Image.new("L", (9, 7)).save(p, tiffinfo={262: 0}), "white is zero"),
         ("complex.tif", lambda p: tifffile.imwrite(p, np.ones((9, 7), np.complex64)), "complex64"),
@@ -600,8 +602,43 @@ def test_name_mask_pairs_like_name_masks_and_names_that_look_alike_are_explained
         pair_files(tmp_path / "images", tmp_path / "masks")
 
 
-@pytest.mark.parametrize("name", ["RoiSet.zip", "a.roi", "a.geojson", "coco.json"])
+@pytest.mark.parametrize("name", ["a.roi", "a.geojson", "coco.json"])
 def test_a_folder_of_annotations_is_sent_to_convert(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(InputError, match=f"annotations of another program .{name}.: make_masks.py convert"):
         find_files(tmp_path, "mask")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "run git lfs pull"),
+        (b"<!DOCTYPE html><html>please log in", "a web page and no image"),
+        (b"<html>", "a web page and no image"),
+    ],
+)
+def test_what_lies_in_place_of_a_file_is_named(tmp_path, content, words):
+    (tmp_path / "a.png").write_bytes(content)
+    for read in (read_image, read_mask):
+        with pytest.raises(FileError, match=words):
+            read(tmp_path / "a.png")
+
+
+def test_archives_and_files_of_microscopes_are_told_what_to_do(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.png", b"x")
+    for what in ("image", "mask"):
+        with pytest.raises(InputError, match="but archives .images.zip.: unpack them"):
+            find_files(tmp_path, what)
+    (tmp_path / "images.zip").rename(tmp_path / "a.czi")
+    with pytest.raises(InputError, match="files of a microscope .a.czi.: make_masks.py images"):
+        find_files(tmp_path, "image")
+
+
+@pytest.mark.parametrize(("image", "mask"), [("image_{}", "mask_{}"), ("c{}", "c{}_label"), ("c_{}", "c_{:03d}")])
+def test_names_whose_numbers_agree_give_a_hint(tmp_path, image, mask):
+    for number in range(3):
+        touch(tmp_path / "images", f"{image.format(number)}.png")
+        touch(tmp_path / "masks", f"{mask.format(number)}.png")
+    with pytest.raises(InputError, match=f"numbers in the names agree .{image.format(0)} and {mask.format(0)}."):
+        pair_files(tmp_path / "images", tmp_path / "masks")

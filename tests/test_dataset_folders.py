@@ -441,3 +441,67 @@ def test_real_16_bit_and_label_folders_pair():
         example = dataset.example(index)
         assert example["image"].std() > 0.1
         assert set(example["mask"].unique().tolist()) <= {0, 1, 2}
+
+
+# ------------------------------------------------------------------------------------------------ what labs bring along
+
+
+def paired(folder: Path, **config) -> PairedFolder:
+    return PairedFolder(folder / "images", folder / "masks", DataConfig(image_size=32, **config))
+
+
+def write_masks(folder: Path, make: object, suffix: str = ".png") -> Path:
+    """Five images, and for each the mask that ``make(cells, index)`` gives."""
+    for index in range(5):
+        labels = cells(40, 44, 12, index)
+        save(folder / "images" / f"c{index}.png", np.where(labels, 200, 40).astype(np.uint8))
+        save(folder / "masks" / f"c{index}{suffix}", make(labels, index))
+    return folder
+
+
+def test_equal_masks_and_hollow_cells_are_warned_about(tmp_path, caplog):
+    one = np.where(cells(40, 44, 12), 255, 0).astype(np.uint8)
+    paired(write_masks(tmp_path / "equal", lambda *_: one))
+    assert "all 5 masks are equal" in caplog.text
+    caplog.clear()
+
+    def outline(labels: np.ndarray, _: int) -> np.ndarray:
+        rows, columns = np.mgrid[:40, :44]
+        distance = np.hypot(rows - 20, columns - 20 - labels.max() % 3)
+        return np.where((distance > 9) & (distance < 11), 255, 0).astype(np.uint8)
+
+    paired(write_masks(tmp_path / "hollow", outline))
+    assert "in 5 of 5 masks the cells are hollow" in caplog.text
+    caplog.clear()
+    paired(write_masks(tmp_path / "fine", lambda labels, _: np.where(labels, 255, 0).astype(np.uint8)))
+    assert "hollow" not in caplog.text and "equal" not in caplog.text
+
+
+def test_blank_images_and_types_side_by_side_are_warned_about(tmp_path, caplog):
+    folder = write_masks(tmp_path, lambda labels, _: np.where(labels, 255, 0).astype(np.uint8))
+    save(folder / "images" / "c1.png", np.full((40, 44), 7, np.uint8))
+    (folder / "images" / "c2.png").unlink()
+    save(folder / "images" / "c2.tif", np.arange(40 * 44).reshape(40, 44).astype(np.uint16))
+    paired(folder)
+    assert "1 hold a single gray value: c1.png" in caplog.text and "stored as uint16, uint8" in caplog.text
+
+
+def test_ids_and_classes_in_jpeg_are_refused_and_binary_jpeg_is_not(tmp_path):
+    folder = write_masks(tmp_path, lambda labels, _: (labels * 9).astype(np.uint8), ".jpg")
+    for mask_type in ("auto", "instances", "classes"):
+        with pytest.raises(InputError, match="JPEG.*export them anew as PNG or TIFF"):
+            PairedFolder(folder / "images", folder / "masks", DataConfig(image_size=32), mask_type)
+    binary = write_masks(tmp_path / "b", lambda labels, _: np.where(labels, 255, 0).astype(np.uint8), ".jpg")
+    assert len(PairedFolder(binary / "images", binary / "masks", DataConfig(image_size=32), "binary")) == 5
+
+
+def test_classes_in_the_last_axis_are_told_where_they_belong(tmp_path):
+    folder = write_masks(tmp_path, lambda labels, _: np.stack([labels == 0, labels > 0], 2).astype(np.float32), ".npy")
+    with pytest.raises(InputError, match=r"last axis \(H, W, K\): store them in the first \(K, H, W\)"):
+        paired(folder)
+
+
+def test_two_scales_of_one_class_are_not_taken_for_classes_first(tmp_path):
+    folder = write_masks(tmp_path, lambda labels, n: ((labels > 0) * (255 if n % 2 else 1)).astype(np.uint8))
+    with pytest.raises(InputError, match="Likely: one class of cells, saved with different values"):
+        paired(folder)
