@@ -1,18 +1,18 @@
-"""How fast training and sampling are, against the way SiT does it, in one run of the same code.
+"""Measure the speed of training and sampling, and compare it with the way SiT works, in one run of the same code.
 
     make bench                                  # CPU: a few minutes on two idle cores
     make bench PRESET=gpu                       # one GPU: within ten minutes; diffusers is not needed
     python benchmarks/bench.py --preset cpu --parts sampling --ckpt CKPT.pt --minutes 3
 
-writes OUTPUT.json, OUTPUT.md (a table) and OUTPUT.png after every part. ``as-sit`` is float32 (or TF32), an online
-autoencoder, a modulation per token, a Python EMA loop, AdamW that is not fused, dopri5, guidance that doubles
-everywhere and PNGs on the main thread; ``without X`` is ours with one optimisation turned off, ``with X`` with one
-turned on that is off by default. ``--as-sit`` times only ours and that baseline.
+Writes OUTPUT.json, OUTPUT.md (a table) and OUTPUT.png after every part. ``as-sit`` is the baseline: float32 (or TF32),
+an online autoencoder, a modulation per token, a Python EMA loop, AdamW that is not fused, dopri5, guidance that doubles
+everywhere, and PNGs on the main thread. ``without X`` is this project with one optimisation turned off. ``with X`` has
+one turned on that is off by default. ``--as-sit`` only times this project and the baseline.
 
-All modes of a table run in turn, round after round, on the same weights: a ratio is the median over the rounds of the
-ratio within a round, with the lowest and the highest. Absolute numbers hold for a quiet machine only. Utilisation is
-the arithmetic really done (fewer rows of modulation: less arithmetic) over the rate of a large matrix product in the
-same precision, measured in the same rounds.
+All modes of a table run in turn, round after round, on the same weights. A ratio is the median over the rounds of the
+ratio within a round, given with the lowest and the highest. Absolute numbers only hold for a quiet machine. Utilisation
+is the arithmetic that was really computed, divided by the rate of a large matrix product in the same precision and the
+same rounds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from models import MaskCondition, SiT, build_model  # noqa: E402
 
 @dataclass(frozen=True)
 class Preset:
-    """What is timed, and for how long at most."""
+    """What to time, and for how long at most."""
 
     training: tuple[Setup, ...]
     sampling: tuple[Setup, ...]
@@ -137,14 +137,22 @@ PRESETS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="cpu", help="what is timed (default: cpu)")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="(default: all)")
-    parser.add_argument("--as-sit", action="store_true", help="time only ours and the baseline, no single switches")
-    parser.add_argument("--rounds", type=positive_int, help="interleaved repeats (default: the preset's)")
-    parser.add_argument("--minutes", type=positive_float, help="at most about this long (default: the preset's)")
-    parser.add_argument("--ckpt", type=Path, metavar="FILE", help="sample from this network, not from random weights")
-    parser.add_argument("--output", type=Path, default=Path("bench/result"), help="without suffix (bench/result)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    parser.add_argument("--preset", choices=list(PRESETS), default="cpu", help="what to time (default: cpu)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run (default: all)"
+    )
+    parser.add_argument(
+        "--as-sit", action="store_true", help="only time this project and the baseline, not each optimisation"
+    )
+    parser.add_argument("--rounds", type=positive_int, help="number of interleaved repeats (default: from the preset)")
+    parser.add_argument("--minutes", type=positive_float, help="longest time, approximately (default: from the preset)")
+    parser.add_argument("--ckpt", type=Path, metavar="FILE", help="sample with this network instead of random weights")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench/result"), help="output files, without suffix (default: bench/result)"
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one rank of the part "ranks"
     return parser.parse_args(argv)
 
@@ -157,7 +165,7 @@ def interleave(
 ) -> dict[str, list[Any]]:
     """Results of every run, all of them in turn in every round, the rounds ending with the deadline.
 
-    The runs named by ``always`` come once whatever the time; what else the first round has no time for is left out, and
+    The runs named by ``always`` run once in any case; what else the first round has no time for is left out, and
     so is what does not fit the memory.
     """
     results: dict[str, list[Any]] = {name: [] for name in runs}
@@ -181,7 +189,7 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    """How many times as long the others take, round by round."""
+    """Ratio of times to others, round by round."""
     return spread([other / one for one, other in zip(times, others, strict=False)])
 
 
@@ -214,7 +222,7 @@ def mode_rows(results: dict[str, list[Timing]], setup: Setup, rates: dict[str, l
 
 
 class Bench:
-    """Settings of one run of the benchmark and what it found."""
+    """Settings and results of one run of the benchmark."""
 
     def __init__(self, args: argparse.Namespace, machine: Machine) -> None:
         self.args, self.machine = args, machine
@@ -446,13 +454,13 @@ def time_calls(model: SiT, condition: MaskCondition, machine: Machine, batch: in
 
 
 def share(end: float, number: int, count: int) -> float:
-    """When number ``number`` of ``count`` things has to end, so that all of them end in time."""
+    """Deadline of task ``number`` of ``count``, so that all tasks end in time."""
     now = time.monotonic()
     return now + max(0.0, end - now) / (count - number)
 
 
 def free(machine: Machine) -> None:
-    """Forget what the setup before left in memory, compiled code included."""
+    """Free the memory of the previous setup, including compiled code."""
     torch.compiler.reset()
     gc.collect()
     if machine.device.type == "cuda":

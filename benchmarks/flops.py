@@ -1,4 +1,4 @@
-"""Arithmetic of the network, counted from its sizes, and the rate at which the machine multiplies matrices.
+"""Arithmetic of the network (from its sizes), and the rate of matrix products on this machine.
 
 FLOP here: two per multiplication and addition of a matrix product or convolution, as ``torch.utils.flop_counter``
 counts them (the tests compare the two); all else is left out. Of the attention's backward pass the four products of
@@ -17,7 +17,7 @@ from models import SiT
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one call of the network."""
+    """FLOP of one call of the network."""
 
     forward: int = 0
     backward: int = 0
@@ -83,6 +83,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int, seconds: fl
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,11 +1,11 @@
-"""How long a large data set takes to check, and what it costs in memory.
+"""Measure time and memory to check a large data set.
 
     python benchmarks/many_files.py --count 100000
 
-writes so many drawn pairs of 32 x 32 pixels into a temporary folder (and removes them), and prints the seconds for
-names and pairs, for the headers, and for the first and second start of training and sampling with data that do not fit
-the memory. The second start decodes nothing. About ten minutes on two idle cores at 100,000 pairs, most of it the first
-decode; seconds of CPU are printed beside, which a busy machine changes less.
+Writes this many simulated pairs of 32 x 32 pixels into a temporary folder, and removes them at the end. Prints the
+seconds for names and pairs, for the headers, and for the first and second start of training and sampling with data that
+do not fit into memory. The second start decodes nothing. Takes about ten minutes on two idle cores at 100,000 pairs,
+most of it for the first decoding. Seconds of CPU time are printed as well, because a busy machine changes them less.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_pairs(folder: Path, count: int) -> tuple[Path, Path]:
-    """So many pairs of small PNG files; the folders of images and masks."""
+    """Write ``count`` pairs of small PNG files. Returns the folders of images and masks."""
     images, masks = folder / "images", folder / "masks"
     images.mkdir()
     masks.mkdir()
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=positive_int, default=100_000, help="pairs (default: 100000)")
+    parser.add_argument("--count", type=positive_int, default=100_000, help="number of pairs (default: 100000)")
     return parser.parse_args(argv)
 
 

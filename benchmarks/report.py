@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves: provenance, a table and a plot."""
+"""Output of the benchmark: provenance, tables and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def provenance(args: argparse.Namespace, machine: Machine) -> Row:
-    """Command, versions, machine: what a record needs."""
+    """Command, versions and machine, for the record."""
     on_gpu = machine.device.type == "cuda"
     return {
         "command": " ".join(["python", *sys.argv]),

@@ -1,4 +1,4 @@
-"""How far an image moves with what should not matter: batch size, precision, compilation.
+"""How much an image changes with batch size, precision and compilation, which should not matter.
 
     python benchmarks/same_images.py --ckpt CKPT.pt --mask-path MASKS
 
@@ -85,14 +85,20 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="the trained network")
-    parser.add_argument("--raw-weights", action="store_true", help="its last weights and not their average")
-    parser.add_argument("--vae", help="where its autoencoder lies now, if not where training found it")
+    parser.add_argument(
+        "--raw-weights", action="store_true", help="use the last weights instead of their average (EMA)"
+    )
+    parser.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
     parser.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks")
-    parser.add_argument("--num-images", type=positive_int, default=32, help="one per mask (default: 32)")
-    parser.add_argument("--num-sampling-steps", type=positive_int, default=25, help="of Heun (default: 25)")
-    parser.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="guidance (default: 1, none)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    parser.add_argument(
+        "--num-images", type=positive_int, default=32, help="number of images, one per mask (default: 32)"
+    )
+    parser.add_argument("--num-sampling-steps", type=positive_int, default=25, help="steps of Heun (default: 25)")
+    parser.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="guidance scale (default: 1, none)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)"
+    )
     return parser.parse_args(argv)
 
 

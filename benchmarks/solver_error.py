@@ -1,4 +1,4 @@
-"""Error of the ODE solvers with few network calls: on data whose flow is known exactly, or on a trained network.
+"""Error of the ODE solvers at few network calls: on data with an exactly known flow, or on a trained network.
 
     python benchmarks/solver_error.py
     python benchmarks/solver_error.py --ckpt CKPT.pt --mask-path MASKS --output bench/solver_error
@@ -85,7 +85,7 @@ def measure(path_type: str, prediction: str, method: str, num_steps: int = 1, rt
 
 
 def steps_within(method: str, calls: int) -> int:
-    """Steps of a fixed-step method that take at most so many network calls."""
+    """Number of steps of a fixed-step method for at most this many network calls."""
     row = ODE_METHODS[method]
     return (calls - row.starter_calls) // row.calls
 
@@ -140,7 +140,7 @@ def curve(args: argparse.Namespace, trained: TrainedModel, machine: Machine) -> 
 
 
 def plot_curve(found: dict[str, list[dict[str, float]]], reference_calls: int, path: Path) -> None:
-    """Error against network calls, both logarithmic; the reference itself, of error 0, is left out."""
+    """Plot error against network calls, both logarithmic. Leaves out the reference, whose error is 0."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,15 +183,23 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", metavar="FILE", help="measure on this network instead of the exact one")
-    parser.add_argument("--raw-weights", action="store_true", help="its last weights and not their average")
-    parser.add_argument("--vae", help="where its autoencoder lies now, if not where training found it")
+    parser.add_argument(
+        "--raw-weights", action="store_true", help="use the last weights instead of their average (EMA)"
+    )
+    parser.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
     parser.add_argument("--mask-path", type=Path, metavar="MASKS", help="folder of masks (or one file)")
-    parser.add_argument("--num-images", type=positive_int, default=8, help="one per mask (default: 8)")
-    parser.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="guidance (default: 1, none)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--reference-calls", type=positive_int, default=100, help="of Heun (default: 100)")
-    parser.add_argument("--output", type=Path, default=Path("bench/solver_error"), help="without suffix")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where there is one")
+    parser.add_argument(
+        "--num-images", type=positive_int, default=8, help="number of images, one per mask (default: 8)"
+    )
+    parser.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="guidance scale (default: 1, none)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument(
+        "--reference-calls", type=positive_int, default=100, help="network calls of the reference, Heun (default: 100)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("bench/solver_error"), help="output files, without suffix")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)"
+    )
     return parser.parse_args(argv)
 
 

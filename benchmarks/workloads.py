@@ -1,4 +1,4 @@
-"""What the benchmark times: a training step and a batch of samples, with every optimisation switchable alone."""
+"""Work that the benchmark times: a training step and a batch of samples. Each optimisation has its own switch."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class CachedLatents(Dataset):
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one block of steps (or of one batch of samples)."""
+    """Time of one block of steps, or of one batch of samples."""
 
     seconds: float  # per step, or per batch
     waiting: float = 0.0  # share of the time
@@ -312,7 +312,7 @@ class TrainingBench:
 
 @lru_cache
 def encoder_flops(space: Space, size: int) -> int:
-    """Of encoding one image, counted on tensors without content."""
+    """FLOP to encode one image, counted on tensors without content."""
     empty = copy.deepcopy(space.vae).to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         empty.encode(torch.empty(1, 3, size, size, device="meta"))
@@ -323,7 +323,7 @@ def encoder_flops(space: Space, size: int) -> int:
 
 
 class SwitchedSampler(ImageSampler):
-    """The sampler with the optimisations of a mode only."""
+    """The sampler with only the optimisations of a mode."""
 
     def __init__(self, model: SiT, transport: object, space: Space, machine: Machine, guidance: float, mode: Mode,
                  steps: int) -> None:  # fmt: skip
@@ -427,7 +427,7 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start anew; on a CPU the peak of the process is reset where Linux allows it."""
+    """Reset the peak memory. On a CPU, this resets the peak of the process if Linux allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():
@@ -438,7 +438,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Since ``reset_peak_memory``: of the GPU, or of the process."""
+    """Peak memory since ``reset_peak_memory``, of the GPU or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
