@@ -24,6 +24,7 @@ from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
 from dataset.gray import default_window_channels
 from dataset.look_choice import LOOK_SOURCES, LookChoice, choose_looks
 from dataset.looks import REFERENCE, look_count
+from dataset.mask_folder import MaskFolder
 from dataset.masks import MASK_TYPES
 from engine.autoencoder import PIXEL_SPACE, check_space
 from engine.config import (
@@ -438,6 +439,21 @@ def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:
             "pixels), or 1 if they were not resized."
         )
     return (args.tile_scale or 1.0) if args.tile else None
+
+
+def open_masks(args: argparse.Namespace, data: DataConfig, progress: bool = False) -> MaskFolder:
+    """The masks to generate from, all checked, cut as the flags say.
+
+    Raises:
+        InputError: masks that cannot be used, or --tile without effect.
+    """
+    masks = MaskFolder(
+        args.mask_path, data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
+        progress=progress, normalize=args.normalize_masks, whole_scale=field_scale(args, data),
+    )  # fmt: skip
+    if args.tile:
+        check_fields(args, masks.view_sizes(), data.image_size)
+    return masks
 
 
 def check_fields(args: argparse.Namespace, sizes: set[tuple[int, int]], side: int) -> None:

@@ -31,10 +31,9 @@ from cli import (
     add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
-    check_fields,
-    field_scale,
     load_checkpoint,
     look_choice,
+    open_masks,
     sampling_settings,
 )
 from common.arguments import positive_int
@@ -121,13 +120,7 @@ def main(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     looks = look_choice(args, trained)
-    masks = MaskFolder(
-        args.mask_path, trained.data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
-        normalize=args.normalize_masks,
-        whole_scale=field_scale(args, trained.data),
-    )  # fmt: skip
-    if args.tile:
-        check_fields(args, masks.view_sizes(), trained.data.image_size)
+    masks = open_masks(args, trained.data)
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     if args.likelihood:

@@ -38,10 +38,9 @@ from cli import (
     add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
-    check_fields,
-    field_scale,
     load_checkpoint,
     look_choice,
+    open_masks,
     sampling_settings,
 )
 from common.arguments import part, positive_fraction, positive_int
@@ -208,12 +207,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     looks = look_choice(args, trained)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     with machine.main_first("check the masks"):  # the files that it decoded need no second decode
-        masks = MaskFolder(
-            args.mask_path, trained.data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
-            progress=machine.is_main, normalize=args.normalize_masks, whole_scale=field_scale(args, trained.data),
-        )  # fmt: skip
-    if args.tile:
-        check_fields(args, masks.view_sizes(), trained.data.image_size)
+        masks = open_masks(args, trained.data, progress=machine.is_main)
     exports = [name for name in args.export if name != "plain"]
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
