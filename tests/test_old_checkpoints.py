@@ -48,7 +48,8 @@ def test_it_resumes_with_its_own_settings_and_takes_the_steps_that_the_old_code_
     assert [line["train/loss"] for line in found] == pytest.approx(LOSSES, rel=1e-4)
     assert [line["train/grad_norm"] for line in found] == pytest.approx(NORMS, rel=1e-3)
     old, new = (read_checkpoint(path) for path in (OLD, tmp_path / "new" / "checkpoints" / "0000006.pt"))
-    assert new["config"]["model"] == old["config"]["model"] | {"patch_overlap": False}  # the argument is younger
+    younger = {"patch_overlap": False, "look_numbers": 0, "look_dropout_prob": 0.0}
+    assert new["config"]["model"] == old["config"]["model"] | younger
     assert new["config"]["data"] == old["config"]["data"] | {"mask_values": None}  # the argument is younger
     for part in ("transport", "space"):
         assert new["config"][part] == old["config"][part]
