@@ -81,7 +81,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         near = facts["maximum"] / 16
         facts["near_ends"] = float(counts[(values <= near) | (values >= 15 * near)].sum() / mask.size)
         facts.update(_label_evidence(mask, values))
-    facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask))
+    facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask).data)
     if mask.ndim == 2:
         facts.update(_frame(mask))
         if len(values) == 2 and values[0] == 0:
