@@ -280,6 +280,7 @@ class RunConfig:
 
 
 def _build(kind: type[Section], values: dict[str, Any]) -> Section:
-    """A section from a plain dict, which may hold more and lack what came later."""
+    """A section from a plain dict, which may hold more and lack what came later. JSON has lists instead of tuples."""
     names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in names})
+    known = {name: value for name, value in values.items() if name in names}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

@@ -49,7 +49,7 @@ def test_any_text_comes_back(tmp_path_factory, text):
 @pytest.mark.parametrize("content", [b'a,b\n"torn', b"\xff\xfe\x00"])
 def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.csv is no readable CSV file"):
+    with pytest.raises(InputError, match=r"a\.csv is not a readable CSV file"):
         read_csv(tmp_path / "a.csv")
 
 

@@ -32,7 +32,7 @@ def test_what_a_continued_run_may_not_change(config):
     assert fixed == {
         "model", "image_size", "in_channels", "num_classes", "mask_values", "no_mask_detail", "no_patch_overlap",
         "time_scale", "init_from", "crop", "window", "window_scope", "window_channels", "path_type", "prediction",
-        "loss_weight", "train_eps", "sample_eps", "time_sampling", "time_mean", "time_std",
+        "loss_weight", "train_eps", "sample_eps", "time_sampling", "time_mean", "time_std", "look",
     }  # fmt: skip
     local = {name for name, saved in config.flags().items() if saved.resume == LOCAL}
     assert local == {

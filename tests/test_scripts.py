@@ -21,7 +21,7 @@ import sample_ddp
 import train
 from benchmarks import same_images, solver_error
 from common.errors import run_command
-from dataset import checks
+from dataset import mask_folder
 from dataset.files import read_mask, read_mask_and_table
 from dataset.gray import ImageFormat
 from dataset.views import center_view
@@ -334,7 +334,7 @@ def test_other_masks_are_refused_in_an_existing_set(monkeypatch, capsys, checkpo
 def test_every_mask_is_checked_once_and_read_once_per_run(monkeypatch, checkpoint, pairs, tmp_path):
     reads = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checks, "read_mask_and_table", lambda p: reads.append(p.name) or read_mask_and_table(p))
+    monkeypatch.setattr(mask_folder, "read_mask_and_table", lambda p: reads.append(p.name) or read_mask_and_table(p))
     monkeypatch.setattr(SetWriter, "write_contact_sheet", lambda *_: None)
     arguments = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--num-sampling-steps", 1]
     arguments += ["--device", "cpu", "--precision", "float32", "--sample-dir"]

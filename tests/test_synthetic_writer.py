@@ -31,7 +31,7 @@ class NoisyDrawings:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def __call__(self, prob_maps: torch.Tensor, seeds: list[int], batch_size: int) -> torch.Tensor:
+    def __call__(self, prob_maps: torch.Tensor, seeds: list[int], batch_size: int, looks: None) -> torch.Tensor:
         images = []
         for prob_map, seed in zip(prob_maps.numpy(), seeds, strict=True):
             rng = np.random.default_rng(seed)
