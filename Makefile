@@ -109,7 +109,7 @@ quickstart: quickstart-data  ## data, training, samples, one number and one pict
 	$(PYTHON) sample_ddp.py ODE --ckpt $(RUN)/checkpoints/$$(printf %07d $(STEPS)).pt \
 	  --data-path $(QUICKSTART)/heldout/images --mask-path $(QUICKSTART)/heldout/masks --sample-dir $(SAMPLES)
 	$(PYTHON) evaluate.py threshold $(SAMPLES)
-	@echo "Look at $(SAMPLES)/contact_sheet.png: mask | synthetic | real."
+	@echo "Look at $(SAMPLES)/contact_sheet.png: masks, synthetic images, real images."
 
 clean-quickstart:  ## forget the quickstart's data, run and samples
 	rm -rf quickstart

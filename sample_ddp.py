@@ -5,11 +5,11 @@
 
 The same command runs without torchrun. It writes
 
-    SAMPLE_DIR/images/NAME.png       synthetic images (NAME_0001.png ... with --samples-per-mask above 1; TIFF where
-                                     the model has other than one or three channels, and for float gray values)
-    SAMPLE_DIR/masks/NAME.png        the label each was made from: the same pixels, the file's own values
+    SAMPLE_DIR/images/NAME.png       synthetic images (NAME_0001.png ... if --samples-per-mask is above 1); TIFF if the
+                                     model has neither one nor three channels, or for float gray values
+    SAMPLE_DIR/masks/NAME.png        the label of each image: the same pixels, the file's own values
     SAMPLE_DIR/manifest.csv          one row per image: mask, seed, index, view, solver, checkpoint
-    SAMPLE_DIR/contact_sheet.png     mask | synthetic | real (with --data-path) of the first few
+    SAMPLE_DIR/contact_sheet.png     a few masks, synthetic images and (with --data-path) real images
     SAMPLE_DIR/settings.json         what the set was made with
     SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco | roi | geojson: as these programs read it
     SAMPLE_DIR/attempts/NAME.json    with --min-fidelity, which draws again what does not follow its mask

@@ -15,17 +15,17 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
 from common.errors import InputError, list_some
-from common.pictures import from_uint8, grid_image, mask_picture, repeat_gray
+from common.pictures import from_uint8, mask_picture, repeat_gray
 from common.randomness import derived_seed
 from dataset.files import FileError, read_image
 from dataset.gray import ImageFormat, to_display, window_columns
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder, MaskItem
+from synthetic.contact_sheet import choose_pairs, draw_sheet
 from synthetic.manifest import (
     ATTEMPT_COLUMNS,
     ATTEMPTS,
@@ -41,8 +41,6 @@ from synthetic.manifest import (
 
 logger = logging.getLogger(__name__)
 
-CONTACT_SHEET_ROWS = 8
-CONTACT_SHEET_SIDE = 512  # pixels; larger images are shown smaller
 PARTS = (IMAGES, LABELS, ATTEMPTS)  # folders of a set that are locked with it
 MOST_IMAGES = 10_000_000
 MOST_NAME_BYTES = 230  # file systems end at 255; a number and a suffix come behind
@@ -347,15 +345,16 @@ class SetWriter:
         return to_display(read_image(self.image_path(job)), self.form.window(self.seed, job.index))
 
     def write_contact_sheet(self) -> None:
-        """A look at the set: mask, synthetic and (if there is one) real image of a few pairs spread over it."""
-        rows = []
-        for number in np.unique(np.linspace(0, len(self.jobs) - 1, CONTACT_SHEET_ROWS).astype(int)):
-            item = self.load(self.jobs[number])
-            row = [mask_picture(torch.as_tensor(item.prob_map)), from_uint8(self.displayed(self.jobs[number]))]
-            row += [torch.as_tensor(item.image)] if item.image is not None else []
-            rows.append([shrink(picture, CONTACT_SHEET_SIDE) for picture in row])
-        sheet = Image.fromarray(grid_image(rows))
+        """``contact_sheet.png``: masks, synthetic and (if there are any) real images of a few pairs."""
+        chosen = choose_pairs(len(self.jobs), lambda number: bool(self.load(self.jobs[number]).prob_map[1:].any()))
+        sheet = draw_sheet([self._pictures(self.jobs[number]) for number in chosen])
         write_atomically(self.folder / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
+
+    def _pictures(self, job: Job) -> list[torch.Tensor]:
+        """Mask, synthetic and (if there is one) real image of a job, (C, H, W) in [-1, 1]."""
+        item = self.load(job)
+        real = [] if item.image is None else [torch.as_tensor(item.image)]
+        return [mask_picture(torch.as_tensor(item.prob_map)), from_uint8(self.displayed(job)), *real]
 
     def write_npz(self) -> None:
         """SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8, one image in memory at a time. Gray is repeated to 3."""
@@ -397,12 +396,3 @@ def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
         return read_image(path).shape == shape
     except FileError:
         return False
-
-
-def shrink(picture: torch.Tensor, side: int) -> torch.Tensor:
-    """(C, H, W) with its longer side brought down to ``side`` by area where it is longer."""
-    scale = side / max(picture.shape[1:])
-    if scale >= 1:
-        return picture
-    size = [max(1, round(scale * length)) for length in picture.shape[1:]]
-    return F.interpolate(picture[None], size, mode="area")[0]
