@@ -273,8 +273,11 @@ class CommandTools:
         masks, mask_type = folders.masks, folders.mask_type
         if folders.instances is not None:
             masks, mask_type = folders.instances, "instances"
-        where = ["--data-path", folders.images, "--mask-path", masks, "--mask-type", mask_type]
-        _run("train.py", *where, "--results-dir", run.parent, "--run-name", run.name, *self._train_flags)
+        words = ["--data-path", folders.images, "--mask-path", masks, "--mask-type", mask_type]
+        if unlabelled is not None:
+            words += ["--unlabelled-path", unlabelled]
+            words += [] if "--look" in self._train_flags else ["--look", "reference"]
+        _run("train.py", *words, "--results-dir", run.parent, "--run-name", run.name, *self._train_flags)
         return max((run / "checkpoints").glob("*.pt"))
 
     def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
@@ -300,10 +303,8 @@ class CommandTools:
                 words += [f"--{flag}", *(value if isinstance(value, tuple) else [value])]
         _run("make_masks.py", *words)
 
-    def sample(
-        self, checkpoint: Path, masks: Path, mask_type: str, seed: int, looks: Path | None, output: Path
-    ) -> None:
-        """Draw one image of every mask."""
+    def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
+        """Draw one image of every mask, in the looks of all training images."""
         words = ["--ckpt", checkpoint, "--mask-path", masks, "--mask-type", mask_type, "--seed", seed]
         _run("sample_ddp.py", "ODE", *words, "--sample-dir", output, *self._sample_flags)
 

@@ -176,6 +176,7 @@ def set_settings(
         "patch_pixels": trained.model.patch_size * trained.space.factor,
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
+        "labelled_on": trained.labelled_on,
         "redraw": judged,
         "look": None if looks is None else looks.origin,
         "precision": args.precision,

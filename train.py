@@ -47,7 +47,6 @@ from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
 from dataset.looks import LOOKS, NO_LOOK, Looks, spread_evenly
 from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
-from download import PUBLISHED_URLS
 from engine.agreement import agree_on_checkpoint, agree_on_data
 from engine.autoencoder import Space, load_space, space_config
 from engine.checkpoint import read_checkpoint
@@ -459,25 +458,12 @@ def note_data(
     run: RunFolder,
 ) -> None:
     """Keep what is known of the training images, in the run and beside it; drop metrics after the step at hand."""
-    note_images(training, [one for source in (dataset, *unlabelled) for one in source.image_hashes])
+    training.note_images(dataset, unlabelled)
     training.intensity = SourceIntensity.of(
         dataset.windows, dataset.dtypes, dataset.stored_channels, dataset.colours
     ).to_dict()
     write_windows(run.path / "windows.csv", dataset)
     run.cut_metrics(training.step)
-
-
-def note_images(training: Training, hashes: Sequence[str]) -> None:
-    """Remember what the model has seen, so that evaluate.py can tell a leak. Unknown after --init-from.
-
-    Published weights have seen ImageNet and none of a lab's images.
-    """
-    before, source = training.trained_on, training.config.train.init_from
-    if (source is None or Path(source).name in PUBLISHED_URLS) and (training.step == 0 or before is not None):
-        images = set(hashes)
-        if before is not None and images != set(before):
-            logger.warning("changed on resume: the images are others than before (%d now)", len(images))
-        training.trained_on = sorted(images.union(before or ()))
 
 
 def write_windows(path: Path, dataset: PairedFolder) -> None:

@@ -22,7 +22,7 @@ from common.weights import WouldRunCode, read_tensor_file
 NAMES = ("ckpt", "init_from")  # in the errors below: see InputError
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
-NOTES = ("step", "trained_on", "intensity", "looks")  # what an export keeps beside weights and configuration
+NOTES = ("step", "trained_on", "labelled_on", "intensity", "looks")  # an export keeps them beside the weights
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

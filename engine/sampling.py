@@ -75,6 +75,7 @@ class TrainedModel:
     trained_on: list[str] | None  # SHA-256 of every training image, where it is known
     intensity: SourceIntensity | None  # gray values of the training images, where they are known
     looks: Looks | None = None  # of the training images, if the model knows looks
+    labelled_on: list[str] | None = None  # SHA-256 of the images whose labels it may know, where that is known
 
 
 def load_trained(
@@ -135,6 +136,7 @@ def load_trained(
         trained_on=state.get("trained_on"),
         intensity=SourceIntensity.from_dict(state["intensity"]) if state.get("intensity") else None,
         looks=Looks.from_dict(state["looks"]) if state.get("looks") else None,
+        labelled_on=state.get("labelled_on"),
     )
 
 

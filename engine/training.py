@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,8 @@ from dataset.batches import Batch
 from dataset.folders import PairedFolder
 from dataset.looks import Looks, measure_tensor
 from dataset.masks import to_prob_map
-from download import find_weights
+from dataset.unlabelled import UnlabelledFolder
+from download import PUBLISHED_URLS, find_weights
 from engine.autoencoder import LatentSpace, Space, space_config
 from engine.config import RunConfig
 from engine.init_from import adapt_sit_weights
@@ -32,9 +35,11 @@ from engine.machine import Machine, update_ema
 from engine.run_folder import RunFolder
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
 from layers.rows import MaskRows, mask_rows
+from layouts.recombine import read_origin
 from models import SiT, build_model
 from transport import Transport, create_transport
 
+logger = logging.getLogger(__name__)
 MOST_SKIPPED_IN_A_ROW = 20
 PREVIEWS = 4  # examples in a preview
 
@@ -58,6 +63,7 @@ class Training:
         self.images_seen = 0  # over all processes
         self.total_steps = 0
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
+        self.labelled_on: list[str] | None = None  # of those whose labels it may know, directly or by a segmenter
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
         self.looks: Looks | None = None  # of the training images, if the model knows looks
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
@@ -81,6 +87,7 @@ class Training:
             "step": self.step,
             "config": self.record,
             "trained_on": self.trained_on,
+            "labelled_on": self.labelled_on,
             "intensity": self.intensity,
             "looks": None if self.looks is None else self.looks.to_dict(),
         }
@@ -104,7 +111,7 @@ class Training:
             group["weight_decay"] = self.config.optimiser.weight_decay
         self.step = state["step"]
         self.images_seen = state["images_seen"]
-        self.trained_on = state.get("trained_on")
+        self.trained_on, self.labelled_on = state.get("trained_on"), state.get("labelled_on")
         self.looks = Looks.from_dict(state["looks"]) if state.get("looks") else None
         same_ranks = len(state["sums"]) == self.machine.world_size
         self.sums.copy_(state["sums"][self.machine.rank] if same_ranks else state["sums"].mean(0))
@@ -125,6 +132,22 @@ class Training:
         if found.config is None and self.config.model.time_scale != 1:
             lines.append("warning: SiT's weights were trained with a time scale of 1, and this run is not")
         return lines
+
+    def note_images(self, labelled: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
+        """Remember which images the model has seen, so that evaluate.py can find leaks. Unknown after --init-from.
+
+        Published weights have seen ImageNet and none of a lab's images.
+        """
+        before, source = self.trained_on, self.config.train.init_from
+        if (source is not None and Path(source).name not in PUBLISHED_URLS) or (self.step > 0 and before is None):
+            return
+        images = {one for folder in (labelled, *unlabelled) for one in folder.image_hashes}
+        if before is not None and images != set(before):
+            logger.warning("changed on resume: the images are others than before (%d now)", len(images))
+        self.trained_on = sorted(images.union(before or ()))
+        if self.step == 0 or self.labelled_on is not None:
+            labels = {one for folder in (labelled, *unlabelled) for one in _labels_behind(folder, labelled)}
+            self.labelled_on = sorted(labels.union(self.labelled_on or ()))
 
     @property
     def _on_cpu_in_bf16(self) -> bool:
@@ -269,6 +292,17 @@ class Training:
         good = f"{run.checkpoint_path(steps[-1])} is good: run the same command" if steps else "Start again"
         rate = self.config.optimiser.lr
         raise InputError(f"step {self.step}: {problem} at learning rate {rate:g}. {good} with a lower lr.", "lr")
+
+
+def _labels_behind(folder: UnlabelledFolder | PairedFolder, labelled: PairedFolder) -> list[str]:
+    """SHA-256 of the images whose labels a folder's masks show.
+
+    Pseudo-masks show the labels that taught their segmenter, if their settings say so. Else they may be true masks.
+    """
+    if isinstance(folder, UnlabelledFolder):
+        return []
+    origin = None if folder is labelled else read_origin(folder.pairs[0].mask_path.parent)
+    return list((origin or {}).get("segmenter_images_sha256") or folder.image_hashes)
 
 
 def without_broadcast() -> dict[str, Any]:

@@ -92,10 +92,8 @@ class Tools(Protocol):
     def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
         """Make a part of the masks."""
 
-    def sample(
-        self, checkpoint: Path, masks: Path, mask_type: str, seed: int, looks: Path | None, output: Path
-    ) -> None:
-        """Draw one image of every mask."""
+    def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
+        """Draw one image of every mask, in the looks of all training images."""
 
 
 class Practice:
@@ -332,7 +330,7 @@ class Practice:
         link(self.folder / "masks" / SETTINGS, place / SETTINGS)
         mask_type = "instances" if self.cells_only else "classes"
         seed = self.settings.seed + number
-        self.tools.sample(self.checkpoint, masks, mask_type, seed, self.unlabelled, place / "samples")
+        self.tools.sample(self.checkpoint, masks, mask_type, seed, place / "samples")
         self._mark_wrong(number)
         return self._made(number, with_ignored=True)
 

@@ -16,6 +16,7 @@ from script_helpers import call
 import evaluate
 import experiments
 import make_masks
+import train
 from common.cells import connected_cells
 from common.disk import file_sha256
 from common.errors import InputError
@@ -241,9 +242,7 @@ class Drawing:
             patch.setattr(experiments, "_run", lambda script, *words: call(make_masks, *words))
             COMMANDS([], []).make_masks(part, instances, components, side, seed, output)
 
-    def sample(
-        self, checkpoint: Path, masks: Path, mask_type: str, seed: int, looks: Path | None, output: Path
-    ) -> None:
+    def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
         self.calls.append("sample")
         if not output.exists():
             drawn_set(output, masks, CONFIG, self.seen, self.shift)
@@ -316,6 +315,19 @@ def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
         assert words[0] == "make_masks.py"
         make_masks.check_args(make_masks.parse_args(words[1:]))
     assert "--components" in called[0] and "--no-touching" in called[1]
+
+
+def test_generator_sees_the_unlabelled_images_and_their_looks(monkeypatch, data, tmp_path):
+    called = []
+    monkeypatch.setattr(experiments, "_run", lambda script, *words: called.append([*map(str, words)]))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "0000001.pt").touch()
+    folders = LabelledFolders(data / "images", data / "masks")
+    for flags, unlabelled in (([], data / "unlabelled"), (["--look", "none"], data / "unlabelled"), ([], None)):
+        experiments.CommandTools(flags, []).train(folders, unlabelled, tmp_path / "run")
+    parsed = [train.parse_args(words) for words in called]
+    assert [args.look for args in parsed] == ["reference", "none", "none"]
+    assert [args.unlabelled_path for args in parsed] == [[str(data / "unlabelled")]] * 2 + [None]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from script_helpers import FEW_STEPS, run_here, train_arguments, write_pairs
 import sample
 import sample_ddp
 import train
+from common.disk import SETTINGS, file_sha256
 from engine.checkpoint import read_checkpoint
 
 
@@ -81,11 +83,26 @@ def test_a_checkpoint_keeps_looks_as_plain_numbers_and_so_does_its_export(lab, t
     state = read_checkpoint(newest(lab, "looks"))
     assert state["looks"]["names"] == [f"cell_{n}" for n in range(5)] + [f"new_cell_{n}" for n in range(3)]
     assert np.shape(state["looks"]["numbers"]) == (8, 10) and len(state["trained_on"]) == 8
+    assert state["labelled_on"] == sorted(map(file_sha256, (lab / "images").iterdir()))
     json.dumps(state["looks"])
     exported = read_checkpoint(lab / "results" / "looks" / "model.safetensors")
-    assert exported["looks"] == state["looks"]
+    assert exported["looks"] == state["looks"] and exported["labelled_on"] == state["labelled_on"]
     assert set(exported["ema"]) == set(state["ema"])
     assert read_checkpoint(newest(lab, "plain"))["looks"] is None
+
+
+def test_images_behind_pseudo_masks_count_as_labelled_unless_their_segmenter_is_known(lab, tmp_path):
+    shutil.copytree(lab / "pseudo", tmp_path / "known" / "pseudo")
+    note = {"command": "pseudo", "segmenter_images_sha256": ["taught"]}
+    (tmp_path / "known" / SETTINGS).write_text(json.dumps(note))
+    own, others = ([file_sha256(path) for path in (lab / kind).iterdir()] for kind in ("images", "others"))
+    for name, masks, behind in (("p", lab / "pseudo", others), ("k", tmp_path / "known" / "pseudo", ["taught"])):
+        start(lab, name, 1, "--unlabelled-path", lab / "others", "--unlabelled-mask-path", masks)
+        state = read_checkpoint(newest(lab, name))
+        assert state["trained_on"] == sorted(own + others) and state["labelled_on"] == sorted(own + behind)
+    make_set(lab, tmp_path / "set", run="k")
+    settings = json.loads((tmp_path / "set" / SETTINGS).read_text())
+    assert settings["labelled_on"] == sorted([*own, "taught"]) and settings["trained_on"] == sorted(own + others)
 
 
 def test_a_set_shows_looks_of_training_images_drawn_by_the_seed(lab, tmp_path):
