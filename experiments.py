@@ -28,6 +28,7 @@ from engine.machine import resolve_device
 
 if TYPE_CHECKING:
     from evaluation.labelled import LabelledFolders
+    from evaluation.practice import Unlabelled
     from evaluation.practice_masks import MaskPart
 
 ROOT = Path(__file__).parent
@@ -94,6 +95,12 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
         type=fraction,
         default=0.0,
         help="fraction of the new masks to take from a segmentation of the unlabelled images",
+    )
+    group.add_argument(
+        "--no-pseudo-masks",
+        dest="pseudo_masks",
+        action="store_false",
+        help="train the generator on unlabelled images without the masks that segmenters find in them",
     )
     group.add_argument(
         "--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after the first one"
@@ -268,16 +275,19 @@ class CommandTools:
     def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str]) -> None:
         self._train_flags, self._sample_flags = list(train_flags), list(sample_flags)
 
-    def train(self, folders: LabelledFolders, unlabelled: Path | None, run: Path) -> Path:
-        """Train a generator on the labelled images; its last checkpoint."""
+    def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
+        """Train a generator, for ``steps`` if given; its last checkpoint."""
         masks, mask_type = folders.masks, folders.mask_type
         if folders.instances is not None:
             masks, mask_type = folders.instances, "instances"
-        words = ["--data-path", folders.images, "--mask-path", masks, "--mask-type", mask_type]
-        if unlabelled is not None:
-            words += ["--unlabelled-path", unlabelled]
+        words: list[object] = ["--data-path", folders.images, "--mask-path", masks, "--mask-type", mask_type]
+        if unlabelled.images is not None:
+            words += ["--unlabelled-path", unlabelled.images]
             words += [] if "--look" in self._train_flags else ["--look", "reference"]
-        _run("train.py", *words, "--results-dir", run.parent, "--run-name", run.name, *self._train_flags)
+        if unlabelled.masks is not None:
+            words += ["--unlabelled-mask-path", unlabelled.masks]
+        words += [*self._train_flags, *([] if steps is None else ["--max-steps", steps])]
+        _run("train.py", *words, "--results-dir", run.parent, "--run-name", run.name)
         return max((run / "checkpoints").glob("*.pt"))
 
     def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -165,8 +166,9 @@ def read_unlabelled(
     for folder in image_dirs:
         refuse_shared_names(find_files(folder, "image"), folder, labelled)
     if mask_dirs:
+        config = dataclasses.replace(labelled.config, mask_values=None)  # probabilities store no class ids
         return [
-            PairedFolder(folder, masks, labelled.config, "probability", seed=labelled.seed, progress=progress)
+            PairedFolder(folder, masks, config, "probability", seed=labelled.seed, progress=progress)
             for folder, masks in zip(image_dirs, mask_dirs, strict=True)
         ]
     return [UnlabelledFolder(folder, labelled.config, labelled.seed, progress) for folder in image_dirs]

@@ -1,8 +1,8 @@
 """The practice loop for one selection of labels: a generator, new masks, rounds of synthetic images, a recommendation.
 
-1. The generator learns the labelled images.
-2. Segmenters of the folds learn the labelled images alone. They segment the unlabelled images, and new masks follow
-   what they count there. They tell which synthetic pixels were drawn wrongly.
+1. Segmenters of the folds learn the labelled images alone. They give the unlabelled images soft pseudo-masks, and new
+   masks follow what they count there. They tell which synthetic pixels were drawn wrongly.
+2. The generator learns the labelled images, and the unlabelled ones with their pseudo-masks.
 3. Round 0 draws every mask once. Each next round draws the masks again that the segmenters of the round found hard.
 4. Rounds go on until the cross-validated score stops rising. What does not beat real images is not recommended.
 
@@ -16,9 +16,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_bytes, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import encode_image, find_files
+from dataset.files import encode_image, find_files, read_image
 from engine.checkpoint import read_checkpoint
 from evaluation.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.judge import build_network, judged_channels
@@ -40,12 +40,15 @@ from evaluation.practice_masks import (
     link,
     link_labelled,
     merge_masks,
+    note_pseudo_masks,
+    on_whole_image,
     plan_parts,
+    soft_mask,
     write_pseudo_masks,
 )
 from evaluation.practice_rules import IGNORE_FACTOR, MOST_DRAWS, Scored, class_mean_losses, plan_draws, wrong_pixels
 from evaluation.segmenter import Segmenter, SegmenterConfig
-from synthetic.reader import SampleSet
+from synthetic.reader import SampleSet, read_whole
 
 logger = logging.getLogger(__name__)
 PRACTICE_VERSION = 1
@@ -60,6 +63,7 @@ class PracticeSettings:
         masks: new masks.
         simulated_share: of them that are simulated and not recombined.
         pseudo_share: of them that are found in the unlabelled images.
+        pseudo_masks: train the generator on soft pseudo-masks of the unlabelled images.
         most_rounds: rounds after the first one.
         most_draws: images of the hardest mask.
         ignore_factor: times a class's mean loss on real images, from which a pixel is ignored.
@@ -73,6 +77,7 @@ class PracticeSettings:
     masks: int = 100
     simulated_share: float = 0.25
     pseudo_share: float = 0.0
+    pseudo_masks: bool = True
     most_rounds: int = 3
     most_draws: int = MOST_DRAWS
     ignore_factor: float = IGNORE_FACTOR
@@ -83,11 +88,18 @@ class PracticeSettings:
     seed: int = 0
 
 
+class Unlabelled(NamedTuple):
+    """Images without labels, or None, and a folder of their soft pseudo-masks, or None."""
+
+    images: Path | None
+    masks: Path | None = None
+
+
 class Tools(Protocol):
     """The other commands, as the loop calls them. Each call continues what it began before."""
 
-    def train(self, folders: LabelledFolders, unlabelled: Path | None, run: Path) -> Path:
-        """Train a generator; its checkpoint."""
+    def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
+        """Train a generator, for ``steps`` if given; its checkpoint."""
 
     def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
         """Make a part of the masks."""
@@ -134,8 +146,16 @@ class Practice:
             if not (self.folder / SETTINGS).is_file():
                 write_json(self.folder / SETTINGS, made_with)
             self.seen = made_with["images_sha256"]
-            self.checkpoint = self.tools.train(self.folders, self.unlabelled, self.folder / "generator")
+            self.checkpoint = self._train_generator()
             return self._rounds()
+
+    def _train_generator(self) -> Path:
+        """The generator. With pseudo-masks, a run of one step comes first: its checkpoint says how to read images."""
+        unlabelled = Unlabelled(self.unlabelled)
+        if self.unlabelled is not None and self.settings.pseudo_masks:
+            self.checkpoint = self.tools.train(self.folders, unlabelled, self.folder / "reading", steps=1)
+            unlabelled = Unlabelled(self.unlabelled, self._soft_masks(self.unlabelled))
+        return self.tools.train(self.folders, unlabelled, self.folder / "generator")
 
     # --- what is read once --------------------------------------------------------------------------------------------
 
@@ -272,6 +292,26 @@ class Practice:
             self.tools.make_masks(part, source, components, side, settings.seed + number, output)
             parts.append(output)
         return parts
+
+    def _soft_masks(self, images: Path) -> Path:
+        """Soft pseudo-masks of all unlabelled images, by the segmenters of the labelled ones; their folder."""
+        place = self.folder / "pseudo_masks"
+        (place / "masks").mkdir(parents=True, exist_ok=True)
+        if (place / SETTINGS).is_file():
+            return place / "masks"
+        segmenter = Segmenter(self.committee, self.device)
+        files = find_files(images, "image")
+        for number, (name, path) in enumerate(files.items(), start=1):
+            target = place / "masks" / f"{name}.npz"
+            if not target.is_file():
+                probabilities, interior = segmenter.probabilities(read_whole(path, self.config))
+                soft = soft_mask(probabilities, interior, self.config.num_classes)
+                whole = on_whole_image(soft, read_image(path).shape[:2], self.config)
+                write_atomically(target, partial(np.savez_compressed, mask=whole))
+            if number % 50 == 0 or number == len(files):
+                logger.info("%d of %d unlabelled images have pseudo-masks", number, len(files))
+        note_pseudo_masks(place, self.seen)
+        return place / "masks"
 
     def _segmented(self) -> list[tuple[str, np.ndarray]]:
         """(name, instance map or, with several classes, class map) of the unlabelled images."""

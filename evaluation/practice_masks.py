@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from common.disk import SETTINGS, write_bytes, write_json
+from dataset.config import DataConfig
 from dataset.files import encode_image, find_files
+from dataset.masks import MaskRule
+from dataset.views import center_view, whole_view
 from engine.tiling import spread_starts
+from evaluation.segmenter import split_cells
 from layouts.nuclei import HEADROOM
 from layouts.recombine import read_origin
 from layouts.statistics import measure, summarize
@@ -200,4 +204,53 @@ def write_pseudo_masks(
         content = encode_image(square.astype(np.uint16)[..., None])
         write_bytes(output / "instances" / f"{name}.png", content)
         made += 1
-    write_json(output / SETTINGS, {"command": "pseudo", "segmenter_images_sha256": list(seen)})
+    note_pseudo_masks(output, seen)
+
+
+def note_pseudo_masks(folder: Path, seen: Sequence[str]) -> None:
+    """Note in ``settings.json`` whose labels are behind pseudo-masks, for the check of leaks.
+
+    Args:
+        folder: holds the folder of masks.
+        seen: sha256 of the images that taught the segmenter.
+    """
+    write_json(folder / SETTINGS, {"command": "pseudo", "segmenter_images_sha256": list(seen)})
+
+
+def soft_mask(probabilities: np.ndarray, interior: np.ndarray, num_classes: int) -> np.ndarray:
+    """The mask that a generator trains on, from what a segmenter says of an image.
+
+    Args:
+        probabilities: (2, H, W) of background and cell, or (K, H, W) of the generator's own classes.
+        interior: (H, W) probability of a cell's interior.
+        num_classes: K of the generator. If it has one class more than the segmenter, that is the boundary between
+            touching cells: there, the cell's probability is the boundary's.
+
+    Returns:
+        (K, H, W) uint8, the sum over K is 255.
+    """
+    if num_classes > len(probabilities):
+        cells = split_cells(probabilities.argmax(0) > 0, interior)
+        touching = MaskRule("instances", 3, 1.0, "").class_map(cells) == 2
+        probabilities = np.stack([probabilities[0], *(probabilities[1] * part for part in (~touching, touching))])
+    soft = (255 * probabilities).astype(np.uint8)
+    soft[0] = 255 - soft[1:].sum(axis=0, dtype=np.uint8)
+    return soft
+
+
+def on_whole_image(mask: np.ndarray, size: tuple[int, int], config: DataConfig) -> np.ndarray:
+    """Bring a mask from the part of an image that segmenters see to the size of its file.
+
+    Args:
+        mask: (K, h, w) uint8 of :func:`soft_mask`.
+        size: height and width of the file.
+        config: how images are read.
+
+    Returns:
+        (K, H, W) uint8. Pixels outside of that part are background.
+    """
+    view = center_view(*size, config.image_size) if config.crop == "center" else whole_view(*size)
+    scaled = np.zeros((len(mask), view.scaled_height, view.scaled_width), np.uint8)
+    scaled[0] = 255
+    scaled[:, view.top : view.top + view.height, view.left : view.left + view.width] = mask
+    return whole_view(*size).apply_labels(scaled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,11 @@ def test_unlabelled_folders_that_cannot_be_used_are_refused(lab, others, spoil, 
         masks, message = [others, others], "names 2 folders for the 1 of unlabelled_path"
     with pytest.raises(InputError, match=message):
         refuse_shared_images(read_unlabelled([others], masks, lab, progress=False), lab)
+
+
+def test_pseudo_masks_are_probabilities_even_if_the_labels_store_other_values(tmp_path, others):
+    config = dataclasses.replace(CONFIG, mask_values=(0, 255))
+    lab = PairedFolder(*write_pairs(tmp_path / "lab"), config, "classes")
+    (folder,) = read_unlabelled([others], [others.parent / "masks"], lab, progress=False)
+    assert lab.rule.mask_type == "classes" and folder.rule.mask_type == "probability"
+    assert folder[0, 0]["mask"].shape == (2, 16, 16)

@@ -21,6 +21,8 @@ from common.cells import connected_cells
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.mask_folder import MaskFolder
+from dataset.views import center_view
 from engine.checkpoint import save_checkpoint
 from evaluation.cross_validation import fold_of_mask, make_folds
 from evaluation.fidelity import LabelledImage
@@ -28,11 +30,21 @@ from evaluation.instance_score import InstanceScore
 from evaluation.label_split import SelectionSettings, make_selections
 from evaluation.labelled import LabelledFolders, Named
 from evaluation.leaks import find_leaks
+from evaluation.practice import Unlabelled
 from evaluation.practice_folder import PracticeFolder
-from evaluation.practice_masks import MaskPart, layout_statistics, merge_masks, plan_parts, write_pseudo_masks
+from evaluation.practice_masks import (
+    MaskPart,
+    layout_statistics,
+    merge_masks,
+    on_whole_image,
+    plan_parts,
+    soft_mask,
+    write_pseudo_masks,
+)
 from evaluation.practice_report import recommend
 from evaluation.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
 from evaluation.segmenter import IGNORE, Segmenter
+from layouts.recombine import read_origin
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
@@ -159,6 +171,26 @@ def test_layouts_follow_the_density_sizes_and_touching_of_what_was_counted(tmp_p
     assert layout_statistics([np.zeros((9, 9), int)], small, SIZE) is None
 
 
+def test_soft_masks_sum_to_one_have_boundaries_and_fit_their_image():
+    rng = np.random.default_rng(0)
+    odds = rng.random((3, 20, 30))
+    soft = soft_mask(odds / odds.sum(0), np.zeros((20, 30)), 3)
+    assert soft.dtype == np.uint8 and (soft.sum(0, dtype=int) == 255).all()
+    np.testing.assert_allclose(soft / 255, odds / odds.sum(0), atol=0.009)
+    cell, interior = np.zeros((20, 30)), np.zeros((20, 30))
+    cell[5:15, 5:25], interior[7:13, 7:13], interior[7:13, 17:23] = 0.8, 1, 1  # two cells that touch
+    soft = soft_mask(np.stack([1 - cell, cell]), interior, 3)
+    touching = np.argwhere(soft[2] > 0)
+    assert (soft.sum(0, dtype=int) == 255).all() and (soft[0] == np.where(cell > 0, 51, 255)).all()
+    assert set(touching[:, 1]) == {14, 15} and set(touching[:, 0]) == set(range(5, 15))
+    config = DataConfig(image_size=16, crop="center", num_classes=3)
+    square = np.stack([255 - cell[2:18, 4:20] * 255, cell[2:18, 4:20] * 255, 0 * cell[2:18, 4:20]]).astype(np.uint8)
+    whole = on_whole_image(square, (32, 48), config)
+    assert whole.shape == (3, 32, 48) and (whole[0][:, :8] == 255).all() and (whole[0][:, 40:] == 255).all()
+    np.testing.assert_array_equal(center_view(32, 48, 16).apply_probabilities(whole), square)
+    np.testing.assert_array_equal(on_whole_image(soft, (20, 30), CONFIG), soft)
+
+
 def write_pair(folder: Path, name: str, seed: int) -> None:
     cells = cells_at(seed)
     arrays = {"images": noisy(cells, seed), "masks": np.where(cells, 255, 0).astype(np.uint8), "instances": cells}
@@ -202,8 +234,6 @@ def test_merged_masks_are_no_leak_if_every_part_knows_the_selection_only(data, t
 
 def drawn_set(folder: Path, masks: Path, config: DataConfig, trained_on: list[str], shift: int = 0) -> SampleSet:
     """A set of images that follow their masks, or with ``shift`` the masks of other images."""
-    from layouts.recombine import read_origin
-
     paths = sorted(masks.iterdir())
     labels = [np.array(Image.open(path)) for path in paths]
     images = [noisy(label, 500 + number) for number, label in enumerate(labels)]
@@ -227,8 +257,9 @@ class Drawing:
     def __init__(self, shift: int = 0) -> None:
         self.shift, self.calls = shift, []
 
-    def train(self, folders: LabelledFolders, unlabelled: Path | None, run: Path) -> Path:
-        self.calls.append("train")
+    def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
+        self.calls.append("train" if steps is None else f"train {steps}")
+        self.unlabelled = unlabelled
         self.seen = [file_sha256(path) for path in sorted(folders.images.iterdir())]
         config = {"model": {}, "transport": {}, "space": {}, "data": CONFIG.to_dict()}
         path = run / "checkpoints" / "0000001.pt"
@@ -286,6 +317,11 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
     before = {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
     assert practise(monkeypatch, data, output, drawing, *SHORT) == content
     assert before == {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
+    masks = MaskFolder(drawing.unlabelled.masks, CONFIG, "probability", data / "unlabelled", whole_scale=1.0)
+    assert len(masks.names) == 4 and masks.load(masks.names[0]).prob_map.shape == (2, SIZE, SIZE)
+    own = sorted(file_sha256(path) for path in (data / "images").iterdir())
+    assert sorted(read_origin(drawing.unlabelled.masks)["segmenter_images_sha256"]) == own
+    assert drawing.calls[:2] == ["train 1", "train"]
     assert drawing.calls.count("recombine") == 4 and drawing.calls.count("simulate") == 2
     with pytest.raises(InputError, match="other settings"):
         practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)
@@ -295,7 +331,7 @@ def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, 
     tools = experiments.CommandTools(["--no-such-flag"], [])
     monkeypatch.setattr(experiments.sys, "executable", "/bin/false")
     with pytest.raises(InputError, match=r"train\.py ended with exit code 1"):
-        tools.train(LabelledFolders(data / "images", data / "masks"), None, tmp_path / "run")
+        tools.train(LabelledFolders(data / "images", data / "masks"), Unlabelled(None), tmp_path / "run")
     write_pair(tmp_path / "one", "a", 1)
     words = ["--data-path", tmp_path / "one" / "images", "--mask-path", tmp_path / "one" / "masks"]
     with pytest.raises(InputError, match="needs two or more"):
@@ -322,12 +358,15 @@ def test_generator_sees_the_unlabelled_images_and_their_looks(monkeypatch, data,
     monkeypatch.setattr(experiments, "_run", lambda script, *words: called.append([*map(str, words)]))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "0000001.pt").touch()
-    folders = LabelledFolders(data / "images", data / "masks")
-    for flags, unlabelled in (([], data / "unlabelled"), (["--look", "none"], data / "unlabelled"), ([], None)):
-        experiments.CommandTools(flags, []).train(folders, unlabelled, tmp_path / "run")
-    parsed = [train.parse_args(words) for words in called]
+    folders, new = LabelledFolders(data / "images", data / "masks"), data / "unlabelled"
+    asked = [([], Unlabelled(new), 1), (["--look", "none"], Unlabelled(new, tmp_path), None), ([], Unlabelled(None), 9)]
+    for flags, unlabelled, steps in asked:
+        COMMANDS(["--max-steps", "7", *flags], []).train(folders, unlabelled, tmp_path / "run", steps)
+    parsed = [train.parse_args(words[1:]) for words in called]
     assert [args.look for args in parsed] == ["reference", "none", "none"]
-    assert [args.unlabelled_path for args in parsed] == [[str(data / "unlabelled")]] * 2 + [None]
+    assert [args.unlabelled_path for args in parsed] == [[str(new)], [str(new)], None]
+    assert [args.unlabelled_mask_path for args in parsed][1] == [str(tmp_path)]
+    assert [args.max_steps for args in parsed] == [1, 7, 9]
 
 
 @pytest.mark.slow
