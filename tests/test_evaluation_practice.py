@@ -362,9 +362,9 @@ def test_generator_sees_the_unlabelled_images_and_their_looks(monkeypatch, data,
     asked = [([], Unlabelled(new), 1), (["--look", "none"], Unlabelled(new, tmp_path), None), ([], Unlabelled(None), 9)]
     for flags, unlabelled, steps in asked:
         COMMANDS(["--max-steps", "7", *flags], []).train(folders, unlabelled, tmp_path / "run", steps)
-    parsed = [train.parse_args(words[1:]) for words in called]
+    parsed = [train.parse_args(words) for words in called]
     assert [args.look for args in parsed] == ["reference", "none", "none"]
-    assert [args.unlabelled_path for args in parsed] == [[str(new)], [str(new)], None]
+    assert [args.unlabelled_path for args in parsed] == [[str(new)], [str(new)], ()]
     assert [args.unlabelled_mask_path for args in parsed][1] == [str(tmp_path)]
     assert [args.max_steps for args in parsed] == [1, 7, 9]
 
