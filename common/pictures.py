@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GRID_GAP = 2  # pixels between the images of a grid
+SMALL, LARGE = 128, 512  # pixels of a picture's longer side: smaller ones are magnified, larger ones are shown smaller
+_MARGIN, _FONT_SIZE = 76, 14  # of the captions
 
 
 def grid_image(rows: list[list[Tensor]]) -> np.ndarray:
@@ -21,6 +26,36 @@ def grid_image(rows: list[list[Tensor]]) -> np.ndarray:
         top, left = GRID_GAP + number // columns * height, GRID_GAP + number % columns * width
         grid[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return grid
+
+
+def captioned_sheet(captions: Sequence[str], columns: Sequence[Sequence[Tensor]]) -> np.ndarray:
+    """A picture with a caption at the left of each row, at a size that eyes can read.
+
+    Args:
+        captions: of the rows. If there are fewer rows, the last captions are left out.
+        columns: for each the pictures of all rows, (C, H, W) in [-1, 1].
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    rows = [[_at_good_size(picture) for picture in row] for row in zip(*columns, strict=True)]
+    grid = grid_image(rows)
+    sheet = Image.new("RGB", (grid.shape[1] + _MARGIN, grid.shape[0]), "white")
+    sheet.paste(Image.fromarray(grid), (_MARGIN, 0))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    for number, caption in enumerate(captions[: len(rows)]):
+        middle = (number + 0.5) * grid.shape[0] / len(rows)
+        draw.text((_MARGIN - 4, middle), caption, fill="black", font=font, anchor="rm")
+    return np.array(sheet)
+
+
+def _at_good_size(picture: Tensor) -> Tensor:
+    """A small picture magnified by a whole number, pixel by pixel; a large one made smaller by area."""
+    longer = max(picture.shape[1:])
+    if longer <= LARGE:
+        return F.interpolate(picture[None], scale_factor=max(1, SMALL // longer), mode="nearest")[0]
+    size = [max(1, round(LARGE / longer * length)) for length in picture.shape[1:]]
+    return F.interpolate(picture[None], size, mode="area")[0]
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError
 from common.patch_grid import grid_ratio
-from common.pictures import grid_image, mask_picture
+from common.pictures import captioned_sheet, mask_picture
 from common.randomness import seed_step
 from dataset.batches import Batch
 from dataset.folders import PairedFolder
@@ -347,6 +347,7 @@ class Previews:
         seeds = [image_seed(0, index) for index in range(len(self.images))]
         generated = self.sampler(self.prob_maps, seeds, looks=self.looks)
         triples = zip(self.prob_maps, self.images, generated, strict=True)
-        picture = grid_image([[mask_picture(mask), real, fake] for mask, real, fake in triples])
+        columns = [[mask_picture(mask), real, fake] for mask, real, fake in triples]
+        picture = captioned_sheet(("mask", "real", "synthetic"), columns)
         pixels = generated.float().movedim(1, -1).cpu().numpy()  # (n, S, S, C)
         return picture, grid_ratio(list(pixels), self.patch_pixels)

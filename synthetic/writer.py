@@ -19,13 +19,13 @@ from PIL import Image
 
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
 from common.errors import InputError, list_some
-from common.pictures import from_uint8, mask_picture, repeat_gray
+from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gray
 from common.randomness import derived_seed
 from dataset.files import FileError, read_image
 from dataset.gray import ImageFormat, to_display, window_columns
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder, MaskItem
-from synthetic.contact_sheet import choose_pairs, draw_sheet
+from synthetic.contact_sheet import CAPTIONS, choose_pairs
 from synthetic.manifest import (
     ATTEMPT_COLUMNS,
     ATTEMPTS,
@@ -347,7 +347,7 @@ class SetWriter:
     def write_contact_sheet(self) -> None:
         """``contact_sheet.png``: masks, synthetic and (if there are any) real images of a few pairs."""
         chosen = choose_pairs(len(self.jobs), lambda number: bool(self.load(self.jobs[number]).prob_map[1:].any()))
-        sheet = draw_sheet([self._pictures(self.jobs[number]) for number in chosen])
+        sheet = Image.fromarray(captioned_sheet(CAPTIONS, [self._pictures(self.jobs[number]) for number in chosen]))
         write_atomically(self.folder / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
 
     def _pictures(self, job: Job) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.pictures import from_uint8, grid_image, mask_picture, to_uint8
+from common.pictures import captioned_sheet, from_uint8, grid_image, mask_picture, to_uint8
 
 
 @pytest.mark.parametrize(("value", "byte"), [(-1.0, 0), (1.0, 255), (0.0, 128), (-3.0, 0), (7.0, 255)])
@@ -34,3 +34,18 @@ def test_from_uint8_undoes_to_uint8_for_every_byte_and_any_strides():
     scaled = from_uint8(every[:2])
     assert scaled.shape == (3, 2, 16) and scaled.dtype == torch.float32 and scaled.min() == -1
     assert from_uint8(every).max() == 1
+
+
+@pytest.mark.parametrize(("side", "shown"), [(16, 128), (64, 128), (100, 100), (512, 512), (1024, 512)])
+def test_small_pictures_are_magnified_and_large_ones_made_smaller(side, shown):
+    white, black = torch.ones(1, side, side), -torch.ones(1, side, side)
+    sheet = captioned_sheet(("a", "b"), [[white, black]] * 2)[..., 0]
+    dark = sheet[-shown // 2] < 10
+    assert dark[76:].sum() == 2 * shown  # left of it stands the caption
+
+
+def test_every_row_has_its_caption():
+    picture = torch.ones(3, 64, 64)
+    sheet = captioned_sheet(("mask", "real", "synthetic"), [[picture] * 3])[..., 0]
+    rows = np.flatnonzero((sheet < 128).any(axis=1))
+    assert len(np.split(rows, np.flatnonzero(np.diff(rows) > 60) + 1)) == 3

@@ -77,7 +77,7 @@ def test_run_folder_holds_config_log_metrics_checkpoints_and_previews(trained):
     assert [line["step"] for line in metrics(trained, of="preview/grid")] == previews == [4, 6]
     assert sorted(path.name for path in trained.rglob("*.pt")) == ["0000003.pt", "0000006.pt"]
     with Image.open(trained / "previews" / "0000004.png") as preview:
-        assert preview.size == (3 * 18 + 2, 4 * 18 + 2)  # mask, real, generated of four examples, 2 px between
+        assert preview.size == (76 + 4 * 130 + 2, 3 * 130 + 2)  # 16 px shown eight times as large, 2 px between
 
 
 def test_training_changes_the_model_and_its_ema(checkpoint):

@@ -1,12 +1,10 @@
-"""The picture of a set: pairs with cells first, spread over the set, at a size that eyes can read."""
+"""The picture of a set: pairs with cells first, spread over the set."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import torch
 
-from synthetic.contact_sheet import MOST_PAIRS, choose_pairs, draw_sheet
+from synthetic.contact_sheet import MOST_PAIRS, choose_pairs
 
 
 @pytest.mark.parametrize(
@@ -27,18 +25,3 @@ def test_few_pairs_of_a_large_set_are_read():
     read = []
     choose_pairs(100_000, lambda number: read.append(number) or True)
     assert len(read) == 64
-
-
-@pytest.mark.parametrize(("side", "shown"), [(16, 128), (64, 128), (100, 100), (512, 512), (1024, 512)])
-def test_small_pictures_are_magnified_and_large_ones_made_smaller(side, shown):
-    white, black = torch.ones(1, side, side), -torch.ones(1, side, side)
-    sheet = np.asarray(draw_sheet([[white, black], [white, black]]).convert("L"))
-    dark = sheet[-shown // 2] < 10
-    assert dark[76:].sum() == 2 * shown  # left of it stands the caption
-
-
-def test_every_row_has_its_caption():
-    picture = torch.ones(3, 64, 64)
-    sheet = np.asarray(draw_sheet([[picture] * 3]).convert("L"))
-    rows = np.flatnonzero((sheet < 128).any(axis=1))
-    assert len(np.split(rows, np.flatnonzero(np.diff(rows) > 60) + 1)) == 3
