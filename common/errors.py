@@ -66,7 +66,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to each help text, unless there is none or the text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == [] or "(default" in str(action.help):
+        none = action.default is None or action.default is False or action.default in ([], ())
+        if none or "(default" in str(action.help):
             return action.help
         if isinstance(action.default, (list, tuple)) and all(isinstance(one, (int, float)) for one in action.default):
             return f"{action.help} (default: {' '.join(f'{one:g}' for one in action.default)})"

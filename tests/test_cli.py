@@ -54,6 +54,13 @@ def test_a_word_for_a_number_is_said():
     assert code == 2 and "--keep: invalid whole number value: 'many'" in lines[-1]
 
 
+@pytest.mark.parametrize("command", [train, sample, sample_ddp])
+def test_help_shows_no_empty_default(command, capsys):
+    code, _ = run_here(command, *([] if command is train else ["ODE"]), "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert code == 0 and "(default: 0)" in text and "(default: )" not in text and "(default: None)" not in text
+
+
 def test_flags_on_the_command_line_are_told_from_defaults():
     parser = CommandParser()
     parser.add_argument("--steps", type=int, default=3)
