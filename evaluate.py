@@ -7,6 +7,7 @@
     python evaluate.py filter SAMPLE_DIR --keep-share 0.8 --output BEST             keep the best images
     python evaluate.py realism SAMPLE_DIR --data-path IMAGES --mask-path MASKS      looks real? (or FID, see --help)
     python evaluate.py population SAMPLE_DIR                                        number, size, brightness of cells
+    python evaluate.py looks SAMPLE_DIR                                             colour, contrast and grain
     python evaluate.py memorisation SAMPLE_DIR --data-path TRAINING --held-out OTHERS
     python evaluate.py report SAMPLE_DIR                                            all results in one HTML file
     python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    compare guidance and solvers
@@ -114,6 +115,12 @@ def _add_population(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-path", metavar="MASKS", help="masks of these real images")
     add_mask_type_argument(parser)
     add_mask_values_argument(parser)
+
+
+def _add_looks(parser: argparse.ArgumentParser) -> None:
+    _add_set(parser)
+    named = "real images to compare with (default: those that the manifest of the set names)"
+    parser.add_argument("--data-path", type=Path, metavar="IMAGES", help=named)
 
 
 def _add_memorisation(parser: argparse.ArgumentParser) -> None:
@@ -346,6 +353,20 @@ def run_population(args: argparse.Namespace) -> None:
     _show(SECTION, report.to_dict(), f"{folder}/population.json, population.csv, population.png", samples)
 
 
+def run_looks(args: argparse.Namespace) -> None:
+    """Compare the looks of synthetic and real images: colour, contrast and grain, as a few numbers each.
+
+    Gives Wasserstein distances. Two random halves of the real images are compared for reference. Draws a row of images
+    for each look of the set.
+    """
+    from evaluation.looks import SECTION, score_looks, write_looks_report
+
+    samples = _open_set(args)
+    report = score_looks(samples, args.data_path)
+    folder = write_looks_report(samples, report)
+    _show(SECTION, report.to_dict(), f"{folder}/looks.json{', looks.png' if report.looks else ''}", samples)
+
+
 def run_memorisation(args: argparse.Namespace) -> None:
     """Find the nearest training image of every synthetic image, in any turn or flip.
 
@@ -428,6 +449,7 @@ MEASURES = {
     "filter": Measure("keep the images that follow their masks best", _add_filter, run_filter),
     "realism": Measure("distance to real images: FID and KID, or on the judge's features", _add_realism, run_realism),
     "population": Measure("number, size, shape, brightness and texture of cells", _add_population, run_population),
+    "looks": Measure("colour, contrast and grain of the images", _add_looks, run_looks),
     "memorisation": Measure("does the generator copy its training images?", _add_memorisation, run_memorisation),
     "report": Measure("collect all results of a set in one HTML file", _add_report, run_report),
     "sweep": Measure("which guidance and solver to use for sampling", _add_sweep, run_sweep),

@@ -4,8 +4,8 @@
     python benchmarks/looks.py leukocytes --data DATA --output OUT --steps 4000 --seeds 0 1 2 --pseudo-masks
 
 DATA holds the folders histology and leukocytes, as the record benchmarks/looks.md describes them. Run the same command
-until it says that nothing is left: every stage continues what it began. --minutes ends a call early. Other settings need
-another --output.
+until it says that nothing is left: every stage continues what it began. --minutes ends a call early. Other settings
+need another --output.
 
 Stages, for each fold: files -> generator -> sets -> segmenters of all arms and seeds -> table. With --pseudo-masks the
 generator also sees the probabilities that a segmenter with colour transfer gives to the unlabelled images.

@@ -14,13 +14,13 @@ from PIL import Image
 
 from common.disk import write_bytes, write_json
 from common.errors import InputError
-from evaluation import fidelity, filter, grid, memorisation, population, realism, sweep, threshold, utility
+from evaluation import fidelity, filter, grid, looks, memorisation, population, realism, sweep, threshold, utility
 from evaluation.filter import read_fidelity
 from evaluation.output import Section, Table, new_figure, results_folder, show_image
 from synthetic.manifest import FIDELITY_COLUMN
 from synthetic.reader import Sample, SampleSet
 
-MEASURES = (fidelity, threshold, grid, realism, population, memorisation, filter, utility, sweep)
+MEASURES = (fidelity, threshold, grid, realism, population, looks, memorisation, filter, utility, sweep)
 SECTIONS = tuple(measure.SECTION for measure in MEASURES)
 ELSEWHERE = ("utility", "sweep")  # these compare several sets, so their results are in other folders
 TEMPLATE = Environment(

@@ -24,6 +24,7 @@ from common.pictures import repeat_gray, to_uint8
 from common.randomness import shuffled_by_hash
 from dataset.files import pair_files
 from dataset.folders import PairedFolder
+from dataset.look_choice import choose_looks
 from dataset.mask_folder import MaskFolder, MaskItem
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
@@ -292,6 +293,10 @@ def sampler_draw(
     """A function that samples all masks with one setting. Image i gets the same noise for every setting."""
     prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, S, S)
     seeds = [image_seed(seed, index) for index in range(len(items))]
+    looks = None
+    if trained.looks is not None:  # of training images, drawn by the seed as sample_ddp.py does
+        choice = choose_looks(trained.looks, trained.data, "training", None, None)
+        looks = choice.batch(seed, range(len(items)), items)
 
     @torch.inference_mode()
     def draw(settings: SamplingSettings) -> tuple[list[np.ndarray], int]:
@@ -299,7 +304,8 @@ def sampler_draw(
         images: list[np.ndarray] = []
         for first in range(0, len(items), batch_size):
             part = slice(first, first + batch_size)
-            images += [repeat_gray(to_uint8(image)) for image in sampler(prob_maps[part], seeds[part])]
+            drawn = sampler(prob_maps[part], seeds[part], looks=None if looks is None else looks[part])
+            images += [repeat_gray(to_uint8(image)) for image in drawn]
         return images, sampler.nfe
 
     return draw

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from script_helpers import FEW_STEPS, run_here, train_arguments, write_pairs
 
+import evaluate
 import sample
 import sample_ddp
 import train
@@ -179,3 +180,26 @@ def test_what_has_no_effect_or_cannot_be_used_is_refused_in_one_line(lab, tmp_pa
     assert "no such file or folder" in make_set(lab, tmp_path / "s", "--look-path", lab / "nowhere", code=2)
     said = make_set(lab, tmp_path / "s", "--look", "training", "--look-path", lab / "others", code=2)
     assert "--look has no effect with --look-path" in said
+
+
+def test_the_measure_of_looks_tells_the_own_look_from_another(lab, tmp_path):
+    make_set(lab, tmp_path / "set", "--look", "same", "--data-path", lab / "images")
+    names = [(row["image"], f"{row['look_image']}.png") for row in rows(tmp_path / "set")]
+    pairs = [(tmp_path / "set" / image, lab / "images" / look) for image, look in names]
+    for synthetic, real in pairs:  # a perfect set: the training views of the real images themselves
+        Image.open(real).resize((16, 19), Image.Resampling.BICUBIC).crop((0, 1, 16, 17)).save(synthetic)
+    assert run_here(evaluate, "looks", tmp_path / "set")[0] == 0
+    near = json.loads((tmp_path / "set" / "evaluation" / "looks.json").read_text())
+    for synthetic, _ in pairs:
+        Image.fromarray(255 - np.asarray(Image.open(synthetic))).save(synthetic)
+    assert run_here(evaluate, "looks", tmp_path / "set", "--data-path", lab / "images")[0] == 0
+    far = json.loads((tmp_path / "set" / "evaluation" / "looks.json").read_text())
+    assert (near["looks"], near["synthetic_images"], near["real_images"], len(near["numbers"])) == (5, 5, 5, 10)
+    assert near["numbers"]["mean"]["distance"] < 0.3 and far["numbers"]["mean"]["distance"] > 3
+    assert near["numbers"]["mean"]["real_distance"] > 0
+    assert (tmp_path / "set" / "evaluation" / "looks.png").stat().st_size > 1000
+    assert run_here(evaluate, "report", tmp_path / "set")[0] == 0
+    assert "Looks: colour, contrast and grain" in (tmp_path / "set" / "evaluation" / "report.html").read_text()
+    make_set(lab, tmp_path / "alone")
+    code, lines = run_here(evaluate, "looks", tmp_path / "alone")
+    assert code == 2 and "names no real images" in lines[-1]
