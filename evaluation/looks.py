@@ -109,11 +109,11 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None, seed: int = 0
     rng = np.random.default_rng(seed)
     splits = [np.array_split(rng.permutation(len(theirs)), 2) for _ in range(SPLITS if len(theirs) > 1 else 0)]
     halves = [[np.concatenate([theirs[index] for index in half]) for half in split] for split in splits]
-    every_one = (np.concatenate(ours), np.concatenate(theirs))
+    all_ours, all_theirs = np.concatenate(ours), np.concatenate(theirs)
     numbers = {}
     for column, name in enumerate(look_names(config.channels)):
         sides = [[half[:, column] for half in split] for split in halves]
-        numbers[name] = _compare(*(side[:, column] for side in every_one), sides)
+        numbers[name] = _compare(all_ours[:, column], all_theirs[:, column], sides)
     return LooksReport(
         numbers=numbers,
         synthetic_images=len(samples),
