@@ -86,13 +86,12 @@ SECTION = Section(
 )
 
 
-def score_looks(samples: SampleSet, image_dir: Path | None = None, seed: int = 0) -> LooksReport:
+def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksReport:
     """Measure the looks of the set and of real images.
 
     Args:
         samples: the synthetic set.
         image_dir: real images. None: those that the manifest names.
-        seed: of the random halves.
 
     Raises:
         InputError: no real images are known.
@@ -106,7 +105,7 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None, seed: int = 0
         raise InputError(f"the manifest of {samples.folder} names no real images: give a folder of real images")
     theirs = _measure(samples, real)
     ours = _measure(samples, (samples.synthetic(one) for one in samples.samples))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     splits = [np.array_split(rng.permutation(len(theirs)), 2) for _ in range(SPLITS if len(theirs) > 1 else 0)]
     halves = [[np.concatenate([theirs[index] for index in half]) for half in split] for split in splits]
     all_ours, all_theirs = np.concatenate(ours), np.concatenate(theirs)
