@@ -4,12 +4,12 @@
     python benchmarks/looks.py leukocytes --data DATA --output OUT --steps 4000 --seeds 0 1 2 --pseudo-masks
 
 DATA holds the folders histology and leukocytes, as the record benchmarks/looks.md describes them. Run the same command
-until it says that nothing is left: every stage continues what it began. --minutes ends a call early. Other settings
-need another --output.
+until it says that nothing is left: every stage continues what it began. --minutes ends a call early, and so does
+SIGTERM. Other settings need another --output.
 
 Stages, for each fold: files -> generator -> sets -> segmenters of all arms and seeds -> table. With --pseudo-masks the
 generator also sees the probabilities that a segmenter with colour transfer gives to the unlabelled images.
-Results: OUT/NAME/FOLD/scores/*.json, and OUT/NAME/results.md.
+Results: OUT/NAME/FOLD/scores/*.json, and OUT/NAME/results.md, which also holds what an unfinished call has found.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +43,18 @@ from dataset.config import DataConfig  # noqa: E402
 from evaluation.instance_score import score_segmenter  # noqa: E402
 from evaluation.labelled import LabelledFolders, Named, real_pairs, set_pairs  # noqa: E402
 from evaluation.segmenter import Phase, Segmenter, SegmenterConfig, Source, Square, train_segmenter  # noqa: E402
-from evaluation.sources import Labelled  # noqa: E402
+from evaluation.sources import Labelled, pseudo_label  # noqa: E402
 from synthetic.reader import SampleSet  # noqa: E402
 
 logger = logging.getLogger("benchmarks.looks")
 SIDE = 64
-GENERATOR = f"--vae none --model SiT-Ti/8 --image-size {SIDE} --global-batch-size 32 --lr 1e-3 --in-channels 3"
+GENERATOR = f"--vae none --model SiT-Ti/8 --image-size {SIDE} --lr 1e-3 --in-channels 3"
 SAMPLER = "--sampling-method ab2 --num-sampling-steps 16"
+SURE = 0.9  # probability from which on a pixel of a pseudo-label counts
 SAVING_SECONDS = 60  # for train.py to save after SIGTERM
+TEACHER = "real + colour transfer"  # its segmenter makes the pseudo-labels
 ARMS = (
-    "real", "real + photometric", "real + colour transfer", "real + synthetic in training looks",
+    "real", "real + photometric", TEACHER, "real + pseudo-labels", "real + synthetic in training looks",
     "real + synthetic in the new look", "real + synthetic in the new look + colour transfer", "ceiling",
 )  # fmt: skip
 
@@ -88,19 +91,20 @@ class OutOfTime(Exception):
 # ------------------------------------------------------------------------------------------------------ cheap rivals
 
 
-def transfer_colours(image: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """An image with the mean and standard deviation of the target's CIELAB channels.
+def colour_moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (3,) of the CIELAB channels of a uint8 image (H, W, 3)."""
+    lab = rgb2lab(image)
+    return lab.mean((0, 1)), lab.std((0, 1))
+
+
+def transfer_colours(image: np.ndarray, target: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """An image with the moments of another one, see :func:`colour_moments`. uint8 (H, W, 3) -> the same.
 
     Source: Reinhard et al. 2001, "Color transfer between images", doi:10.1109/38.946629.
-
-    Args:
-        image: uint8 (H, W, 3).
-        target: uint8 (h, w, 3).
     """
-    own, other = rgb2lab(image), rgb2lab(target)
-    spread = other.std((0, 1)) / np.maximum(own.std((0, 1)), 1e-3)
-    moved = (own - own.mean((0, 1))) * spread + other.mean((0, 1))
-    return np.rint(255 * np.clip(lab2rgb(moved), 0, 1)).astype(np.uint8)
+    lab, (mean, spread) = rgb2lab(image), target
+    scaled = (lab - lab.mean((0, 1))) * (spread / np.maximum(lab.std((0, 1)), 1e-3))
+    return np.rint(255 * np.clip(lab2rgb(scaled + mean), 0, 1)).astype(np.uint8)
 
 
 def change_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -120,7 +124,7 @@ class Recoloured:
     """
 
     def __init__(self, source: Source, targets: Sequence[np.ndarray]) -> None:
-        self.source, self.targets = source, targets
+        self.source, self.targets = source, [colour_moments(image) for image in targets]
 
     def draw(self, rng: np.random.Generator, side: int) -> Square:
         """One square of this side."""
@@ -161,6 +165,7 @@ class Fold:
             labelled = [row for row in rows if row not in new]
         self.members = {"labelled": labelled, "new": adapt, "test": test}
         self.data = data / name
+        self._teacher: Segmenter | None = None
 
     def link(self) -> None:
         """Folders labelled/, new/ and test/ with images/, masks/ and instances/, as links."""
@@ -199,6 +204,7 @@ class Fold:
             flags += ["--mask-type", self.benchmark.mask_type, "--look", "reference", "--unlabelled-path", *new]
             flags += ["--unlabelled-share", self.args.unlabelled_share, "--look-dropout", self.args.look_dropout]
             flags += ["--max-steps", self.args.steps, "--cooldown-steps", self.args.steps // 5]
+            flags += ["--global-batch-size", self.args.batch_size, "--ckpt-every", max(1, self.args.steps // 4)]
             flags += ["--data-path", self.folder / "labelled" / "images"]
             flags += ["--mask-path", self.folder / "labelled" / "masks"]
             flags += ["--results-dir", self.folder / "results", "--run-name", self.run_name]
@@ -212,8 +218,7 @@ class Fold:
             return
         for kind in ("images", "masks"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
-        images = self.pairs("new")  # their labels are not used
-        segmenter = self.train_arm("real + colour transfer", seed=0)
+        images, segmenter = self.pairs("new"), self.teacher()  # their labels are not used
         for name, item in images:
             Image.fromarray(item.image).save(folder / "images" / f"{name}.png")
             classes, _ = segmenter.probabilities(item.image)
@@ -223,6 +228,12 @@ class Fold:
                 np.save(folder / "masks" / f"{name}.npy", classes / classes.sum(0))
         (folder / "done").touch()
 
+    def teacher(self) -> Segmenter:
+        """The segmenter that learned the labelled images with colour transfer to the unlabelled ones."""
+        if self._teacher is None:
+            self._teacher = self.train_arm(TEACHER, seed=0)
+        return self._teacher
+
     def make_set(self, look: str) -> SampleSet:
         """The set in the "new" look or in "training" looks; what is there is kept."""
         folder = self.folder / f"set_{self.run_name}_{look}"
@@ -230,12 +241,8 @@ class Fold:
         if not done.is_file():
             flags = ["ODE", "--ckpt", self.train_generator(), "--mask-path", self.folder / "labelled" / "masks"]
             flags += ["--mask-type", self.benchmark.mask_type, "--sample-dir", folder, *SAMPLER.split()]
-            flags += [
-                "--samples-per-mask",
-                self.args.per_mask or self.benchmark.per_mask,
-                "--look-scale",
-                self.args.look_scale,
-            ]
+            flags += ["--samples-per-mask", self.args.per_mask or self.benchmark.per_mask]
+            flags += ["--look-scale", self.args.look_scale]
             # All training images include the new look's; those of the labelled folder are the training looks.
             part = "new" if look == "new" else "labelled"
             self.run("sample_ddp.py", *flags, "--look-path", self.folder / part / "images")
@@ -248,7 +255,7 @@ class Fold:
         process = subprocess.Popen(command)
         try:
             code = process.wait(max(1.0, self.args.deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, OutOfTime):
             process.send_signal(signal.SIGTERM)
             process.wait(SAVING_SECONDS)
             raise OutOfTime from None
@@ -266,10 +273,14 @@ class Fold:
             own = Recoloured(own, [])
         if arm.endswith("colour transfer"):
             own = Recoloured(own, [one.item.image for one in self.pairs("new")])
-        if "synthetic" not in arm:
+        if arm == "real + pseudo-labels":
+            other = [pseudo_label(one.item.image, self.teacher(), SURE) for one in self.pairs("new")]
+        elif "synthetic" in arm:
+            made = self.make_set("training" if "training" in arm else "new")
+            other = [one.item for one in set_pairs(made, self.config.num_classes)]
+        else:
             return [Phase(1, [(own, 1)])]
-        made = self.make_set("training" if "training" in arm else "new")
-        return [Phase(1, [(own, 0.5), (Labelled([one.item for one in set_pairs(made, self.config.num_classes)]), 0.5)])]
+        return [Phase(1, [(own, 0.5), (Labelled(other), 0.5)])]
 
     def train_arm(self, arm: str, seed: int) -> Segmenter:
         """A segmenter trained as the arm says."""
@@ -281,10 +292,12 @@ class Fold:
 
     def score(self, arm: str, seed: int) -> dict:
         """Scores of one training, read if they are there."""
-        path = self.folder / "scores" / f"{self.run_name} {arm} {seed}.json"
+        generator = f"{self.run_name} " if "synthetic" in arm else ""
+        path = self.folder / "scores" / f"{generator}{arm} {seed}.json"
         if not path.is_file():
             test = [(one.item, "test") for one in self.pairs("test")]
-            score, _ = score_segmenter(self.train_arm(arm, seed), test, self.config.num_classes)
+            segmenter = self.teacher() if (arm, seed) == (TEACHER, 0) else self.train_arm(arm, seed)
+            score, _ = score_segmenter(segmenter, test, self.config.num_classes)
             path.parent.mkdir(exist_ok=True)
             write_json(path, score.to_dict())
             logger.info("%s, %s, seed %d: AP50 %s, Dice %s", self.folder.name, arm, seed, score.ap50, score.dice)
@@ -322,6 +335,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--folds", nargs="+", metavar="LOOK", help="looks held out, one fold each (default: patients 03 and 04; purple)"
     )
     parser.add_argument("--steps", type=positive_int, default=4000, help="steps of the generator")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images of a step of the generator")
     parser.add_argument("--segmenter-steps", type=positive_int, default=500, help="steps of a segmenter")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="of the segmenters")
     parser.add_argument(
@@ -339,24 +353,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, end_early)
+    warnings.filterwarnings("ignore", "Conversion from CIE-LAB")  # colours outside of RGB are cut
     args.deadline = time.monotonic() + 60 * args.minutes
     folds = args.folds or (["purple"] if args.benchmark == "leukocytes" else ["03", "04"])
     scores: dict[str, list[dict]] = {arm: [] for arm in args.arms}
+    done = False
     try:
         for held_out in folds:
             fold = Fold(args.benchmark, args.data, held_out, args.output / args.benchmark / held_out, args)
             fold.link()
             for arm in args.arms:
-                scores[arm] += [fold.score(arm, seed) for seed in args.seeds]
+                for seed in args.seeds:
+                    scores[arm].append(fold.score(arm, seed))
+        done = True
     except OutOfTime:
-        logger.info("time is up: the same command continues")
-        return
+        pass
     words = " ".join(sys.argv[1:])
     lines = [f"`python benchmarks/looks.py {words}`", "", *table_of(scores, BENCHMARKS[args.benchmark].num_classes)]
-    name = "results_pseudo.md" if args.pseudo_masks else "results.md"
-    (args.output / args.benchmark / name).write_text("\n".join(lines) + "\n")
+    path = args.output / args.benchmark / ("results_pseudo.md" if args.pseudo_masks else "results.md")
+    path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    logger.info("nothing is left: see %s", args.output / args.benchmark / name)
+    logger.info("nothing is left: see %s" if done else "time is up, the same command continues: see %s", path)
+
+
+def end_early(signal_number: int, frame: object) -> None:
+    """What SIGTERM does."""
+    raise OutOfTime
 
 
 if __name__ == "__main__":
