@@ -11,7 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import add_device_argument, add_mask_type_argument, add_output_argument, add_real_pairs
+from cli import (
+    add_device_argument,
+    add_mask_type_argument,
+    add_mask_values_argument,
+    add_output_argument,
+    add_real_pairs,
+)
 from common.arguments import (
     by_share,
     fraction,
@@ -68,6 +74,7 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
         "--shares", type=percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
     )
     add_mask_type_argument(parser)
+    add_mask_values_argument(parser)
     parser.add_argument("--steps", type=positive_int, default=500, help="steps of every training, equal in all arms")
     parser.add_argument("--seeds", type=positive_int, help="trainings of every arm (default: 3, 1 with --labels)")
     _add_trial(parser)
@@ -78,6 +85,7 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
 def add_practise(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py practise``."""
     add_real_pairs(parser, " with labels, two or more")
+    add_mask_values_argument(parser)
     parser.add_argument("--instances", type=Path, metavar="FOLDER", help="instance labels of the pairs")
     parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels")
     parser.add_argument(
@@ -177,7 +185,7 @@ def _trial_config(args: argparse.Namespace) -> DataConfig | None:
     """How images are read if no set says it."""
     if args.image_size is None:
         return None
-    names = ("image_size", "num_classes", "crop", "window")
+    names = ("image_size", "num_classes", "crop", "window", "mask_values")
     return DataConfig(**{name: getattr(args, name) for name in names}, channels=args.in_channels)
 
 
@@ -234,6 +242,8 @@ def run_utility(args: argparse.Namespace) -> None:
         return
     args.seeds = args.seeds or 3
     sets = {share: SampleSet(path) for share, path in args.synthetic}
+    for samples in sets.values():
+        samples.config = samples.require_config().with_mask_values(args.mask_values)
     report = score_utility(
         read_split(args.split), sets, dict(args.ckpt), args.shares, args.mask_type, args.steps, range(args.seeds),
         resolve_device(args.device), progress=True,
@@ -256,8 +266,9 @@ def _run_trial(args: argparse.Namespace) -> None:
     arms = tuple(map(arm_of, args.arms)) or tuple(arm for arm in ARMS.values() if args.sets or not arm.is_synthetic)
     labels = tuple(args.labels or plans[0].shares)
     settings = TrialSettings(
-        arms, labels, args.seeds or 1, args.steps, args.square, args.pseudo_images, args.mask_type, _trial_config(args)
-    )
+        arms, labels, args.seeds or 1, args.steps, args.square, args.pseudo_images, args.mask_type,
+        args.mask_values, _trial_config(args),
+    )  # fmt: skip
     rows = run_trial(plans, args.sets, settings, args.output, resolve_device(args.device), args.selections)
     content, written = write_trial(rows, args.steps, args.output)
     page = write_page("Does it help?", [(SECTION, content, args.output)], args.output / "utility.html")
@@ -343,6 +354,10 @@ def run_practise(args: argparse.Namespace) -> None:
     from evaluation.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
     from evaluation.report import write_page
 
+    if args.mask_values and (args.instances or len(args.mask_values) == 2):
+        raise InputError("--mask-values is for masks of three or more classes without --instances: leave it out.")
+    if args.mask_values:
+        args.train_flags = [*args.train_flags, "--mask-values", *map(str, args.mask_values)]
     given = vars(args) | {"crop": args.square}
     settings = PracticeSettings(**{one.name: given[one.name] for one in fields(PracticeSettings)})
     folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)

@@ -4,7 +4,8 @@
    masks follow what they count there. They tell which synthetic pixels were drawn wrongly.
 2. The generator learns the labelled images, and the unlabelled ones with their pseudo-masks.
 3. Round 0 draws every mask once. Each next round draws the masks again that the segmenters of the round found hard.
-4. Rounds go on until the cross-validated score stops rising. What does not beat real images is not recommended.
+4. Rounds go on while the cross-validated score rises: round 0 must beat real images alone, each next round the one
+   before. What is not clearly ahead of real images alone is not recommended.
 
 Every stage keeps its files. The same call continues.
 """
@@ -32,6 +33,7 @@ from engine.checkpoint import read_checkpoint
 from evaluation.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.judge import build_network, judged_channels
 from evaluation.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
+from evaluation.output import number as show_number
 from evaluation.practice_folder import PRACTICE_FILE, ignored
 from evaluation.practice_masks import (
     LayoutStatistics,
@@ -230,7 +232,8 @@ class Practice:
             if not path.is_file():
                 _, result = run_fold(fold, len(self.folds), made, self.segmenter_config, self.device)
                 self._keep(variant, fold, result)
-                logger.info("%s, fold %d of %d: AP %s", variant, fold.number + 1, len(self.folds), result.score.ap50)
+                shown = show_number(result.score.ap50)
+                logger.info("%s, fold %d of %d: AP %s", variant, fold.number + 1, len(self.folds), shown)
             results.append(FoldResult.from_dict(json.loads(path.read_text(encoding="utf-8"))))
         return results
 
@@ -338,6 +341,7 @@ class Practice:
         draws, drawn = dict.fromkeys(kinds, 1), dict.fromkeys(kinds, 0)
         hardness: dict[str, float] = {}
         made: list[Made] = []
+        stopped = f"{self.settings.most_rounds + 1} rounds were asked for"
         for number in range(self.settings.most_rounds + 1):
             new = self._draw(number, draws, drawn)
             made += new
@@ -346,7 +350,9 @@ class Practice:
             if number == 0:
                 results[PLAIN] = self.cross_validate(PLAIN, self._made(0, with_ignored=False))
             results[f"round {number}"] = self.cross_validate(f"round {number}", made)
-            if number and _mean_ap(results[f"round {number}"]) <= _mean_ap(results[f"round {number - 1}"]):
+            before = f"round {number - 1}" if number else REAL
+            if _mean_ap(results[f"round {number}"]) <= _mean_ap(results[before]):
+                stopped = f"round {number} is not better than {before if number else 'real images alone'}"
                 break
             for mask, count in draws.items():
                 drawn[mask] += count
@@ -354,7 +360,9 @@ class Practice:
             planned = plan_draws(hardness, self.settings.most_draws) if hardness else {}
             draws = {mask: count - drawn[mask] for mask, count in planned.items() if count > drawn[mask]}
             if not draws:
+                stopped = "all masks were drawn as often as planned"
                 break
+        content["stopped"] = f"Rounds ended: {stopped}."
         content["results"] = {name: [one.to_dict() for one in found] for name, found in results.items()}
         return content
 

@@ -15,7 +15,7 @@ from evaluation.output import Section, Table, new_figure, number, save_figure, s
 from evaluation.practice import PLAIN, REAL, Practice
 from evaluation.practice_folder import PRACTICE_FILE, ignored
 from evaluation.segmenter import IGNORE
-from evaluation.trial_report import difference
+from evaluation.trial_report import AHEAD, HARMS, HELPS, UNCLEAR, UNKNOWN, difference
 from synthetic.export import EXPORTS, ExportedPair
 from synthetic.reader import SampleSet
 
@@ -38,7 +38,7 @@ def recommend(results: Mapping[str, Sequence[dict]]) -> dict:
 
     Returns:
         "use": whether synthetic images are recommended; "variant": the best of them; "gain" and "error": over real
-        images, fold by fold; "reason": in words.
+        images, fold by fold; "verdict": as of ``trial_report.Difference``; "reason": in words.
     """
     real = fold_scores(results[REAL])
     means = {
@@ -47,20 +47,26 @@ def recommend(results: Mapping[str, Sequence[dict]]) -> dict:
         if name != REAL and fold_scores(found)
     }
     if not real or not means:
-        return {"use": False, "variant": None, "gain": None, "error": None, "reason": "no fold has cells to score."}
+        nothing = dict.fromkeys(("variant", "gain", "error"))
+        return {"use": False, **nothing, "verdict": UNKNOWN, "reason": "No fold has cells to score."}
     best = max(means, key=lambda name: means[name])
     gain = difference(fold_scores(results[best]), real)
     assert gain is not None  # both have scores of the same folds
-    use = gain.error is not None and gain.mean > gain.error
-    shown = f"{number(gain.mean, 3, '+')}" + ("" if gain.error is None else f" ± {number(gain.error, 2)}")
+    words = {
+        HELPS: "That is a clear gain.",
+        UNCLEAR: f"A clear gain is above {AHEAD:g} standard errors. Synthetic images do not help here.",
+        HARMS: "Synthetic images harm here.",
+        UNKNOWN: "One fold does not tell whether that is a gain.",
+    }
     reason = (
-        f"Cross-validated inside the labelled images, {best} is ahead of real images alone by {shown} in AP at IoU 0.5 "
-        "(mean ± standard error over the folds)."
-        if use
-        else f"The best synthetic set ({best}) differs from real images alone by {shown} in cross-validated AP at IoU "
-        "0.5, and that is no gain above its standard error. Synthetic images do not help here."
+        f"Cross-validated inside the labelled images, the best synthetic set ({best}) differs from real images alone "
+        f"by {with_spread(gain.mean, gain.error, '+')} in AP at IoU 0.5 (mean ± standard error over the folds). "
+        f"{words[gain.verdict]}"
     )
-    return {"use": use, "variant": best, "gain": gain.mean, "error": gain.error, "reason": reason}
+    return {
+        "use": gain.verdict == HELPS, "variant": best, "gain": gain.mean, "error": gain.error,
+        "verdict": gain.verdict, "reason": reason,
+    }  # fmt: skip
 
 
 def chosen_images(content: dict) -> tuple[int, bool]:
@@ -194,13 +200,10 @@ def _with_spread(values: Sequence[float]) -> str:
 def _notes(content: dict) -> list[str]:
     advice = content["recommended"]
     use = TOGETHER if advice["use"] else ALONE
+    decision = "use the synthetic images" if advice["use"] else "do not use synthetic images"
     lines = [
-        (
-            "Recommendation: use the synthetic images. "
-            if advice["use"]
-            else "Recommendation: do not use synthetic images. "
-        )
-        + advice["reason"],
+        f"Recommendation: {decision}. {advice['reason']}",
+        *([content["stopped"]] if "stopped" in content else []),
         f"Train with {TRAINING_SETS}/{use}. {WHY} says for every image why it is there.",
     ]
     lines += content.get("commands", {}).get(use, [])

@@ -53,6 +53,7 @@ class TrialSettings:
         crop: side of the training squares, pixels.
         pseudo_images: most unlabelled images for self-training.
         mask_type: what the real masks hold.
+        mask_values: stored value of each class in the real masks; None is what the set's generator was trained with.
         config: how images are read, if no synthetic set says it.
     """
 
@@ -63,6 +64,7 @@ class TrialSettings:
     crop: int = 64
     pseudo_images: int = 60
     mask_type: str = "auto"
+    mask_values: Sequence[int] | None = None
     config: DataConfig | None = None
 
     def fixed(self) -> dict:
@@ -124,7 +126,7 @@ class Case:
                 "no synthetic set says how images are read: give image_size and the other fields of training",
                 "image_size",
             )
-        self.config = config
+        self.config = config.with_mask_values(settings.mask_values)
         self.num_classes = segmenter_classes(sets[0] if sets else None, config)
         self._real: list[Named] | None = None
         self._test: list[Named] | None = None

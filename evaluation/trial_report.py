@@ -17,7 +17,7 @@ from evaluation.output import Table, new_figure, number, save_figure, with_sprea
 from evaluation.trial import TRIAL_VERSION, TrialRow
 
 CONFIDENCE = 0.95  # of the intervals
-CLEAR = 2.0  # standard errors that make a difference clear
+AHEAD, BEHIND = 2.0, 1.0  # standard errors: a gain beyond the first helps, a loss beyond the second harms
 SCORES = ("ap50", "ap75", "ap90", "ap50_touching", "pq", "dice")
 TITLES = {
     "ap50": "AP 0.5", "ap75": "AP 0.75", "ap90": "AP 0.9", "ap50_touching": "AP 0.5, touching", "pq": "PQ",
@@ -45,12 +45,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the difference says, with ``CLEAR`` standard errors as the limit."""
+        """What the difference says. A warning comes earlier than a recommendation: see ``AHEAD`` and ``BEHIND``."""
         if self.error is None:
             return UNKNOWN
-        if abs(self.mean) <= CLEAR * self.error or self.mean == 0:
-            return UNCLEAR
-        return HELPS if self.mean > 0 else HARMS
+        if self.mean > AHEAD * self.error:
+            return HELPS
+        return HARMS if self.mean < -BEHIND * self.error else UNCLEAR
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
@@ -67,11 +67,14 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
     return Difference(mean, error, mean - reach, mean + reach, len(gains))
 
 
-def by_selection(rows: Sequence[TrialRow], labels: int, arm: str, score: str = "ap50") -> dict[int, float]:
-    """Selection -> score of an arm, mean over its seeds."""
+def by_selection(
+    rows: Sequence[TrialRow], labels: int, arm: str, score: str = "ap50", group: str | None = None
+) -> dict[int, float]:
+    """Selection -> score of an arm, mean over its seeds; of one group of test images, or of all."""
     values: dict[int, list[float]] = {}
     for row in rows:
-        value = getattr(row.score, score)
+        scores = row.score if group is None else row.groups.get(group)
+        value = None if scores is None else getattr(scores, score)
         if (row.labels, row.arm) == (labels, arm) and value is not None:
             values.setdefault(row.selection, []).append(value)
     return {selection: float(np.mean(found)) for selection, found in sorted(values.items())}
@@ -158,16 +161,26 @@ def _duel(rows: Sequence[TrialRow], labels: int, entries: Sequence[dict]) -> dic
     found = difference(by_selection(rows, labels, best), by_selection(rows, labels, other))
     if found is None:
         return None
-    return {"labels": labels, "synthetic": best, "other": other} | asdict(found) | {"verdict": found.verdict}
+    groups = {}
+    for name in _group_names(rows):
+        own_gain = difference(*(by_selection(rows, labels, arm, group=name) for arm in (best, other)))
+        if own_gain is not None:
+            groups[name] = asdict(own_gain) | {"verdict": own_gain.verdict}
+    named = {"labels": labels, "synthetic": best, "other": other, "groups": groups}
+    return named | asdict(found) | {"verdict": found.verdict}
+
+
+def _group_names(rows: Sequence[TrialRow]) -> list[str]:
+    """Groups of the test images; none if there is only one."""
+    names = sorted({name for row in rows for name in row.groups})
+    return names if len(names) > 1 else []
 
 
 def _group_table(rows: Sequence[TrialRow]) -> list[dict]:
     """Mean AP at 0.5 of every group of test images, by labels and arm."""
-    names = sorted({name for row in rows for name in row.groups})
-    if len(names) < 2:
-        return []
+    names = _group_names(rows)
     found = []
-    for labels, arm in dict.fromkeys((row.labels, row.arm) for row in rows):
+    for labels, arm in dict.fromkeys((row.labels, row.arm) for row in rows if names):
         own = [row for row in rows if (row.labels, row.arm) == (labels, arm)]
         scores = {name: _mean([row.groups[name].ap50 for row in own if name in row.groups]) for name in names}
         found.append({"labels": labels, "arm": arm, "ap50": scores})
@@ -198,12 +211,15 @@ def trial_notes(content: dict) -> list[str]:
     """Sentences: what wins, per group, and what to do."""
     lines = [f"{content['steps']} steps in every arm, the same augmentation."]
     for duel in content["duels"]:
-        error = "" if duel["error"] is None else f" ± {number(duel['error'], 2)} (standard error)"
+        gain = with_spread(duel["mean"], duel["error"], "+")
+        error = "" if duel["error"] is None else " (standard error)"
         lines.append(
             f"{duel['labels']} labels: the best arm with synthetic images ({duel['synthetic']}) minus the best without "
-            f"({duel['other']}): {number(duel['mean'], 3, '+')}{error} in AP 0.5 over {duel['count']} selections: "
-            f"{duel['verdict']}. {advice(duel)}"
+            f"({duel['other']}): {gain}{error} in AP 0.5 over {duel['count']} selections: {duel['verdict']}. "
+            f"{advice(duel)}"
         )
+        gains = [f"{name} {with_spread(one['mean'], one['error'], '+')}" for name, one in duel["groups"].items()]
+        lines += [f"{duel['labels']} labels, the same difference by group: {', '.join(gains)}"] if gains else []
     for one in content["summary"]:
         if one["gain"] is not None and one["gain"]["verdict"] == HARMS:
             lines.append(f"{one['labels']} labels: {one['arm']} is harmful: it is behind real images alone.")
@@ -221,14 +237,17 @@ def advice(duel: dict) -> str:
     """What a lab should do after a duel: synthetic images only if they are clearly ahead of the best other arm."""
     if duel["verdict"] == HELPS:
         return f"Use synthetic images: {duel['synthetic']}."
-    return f"Do not use synthetic images here: {duel['other']} is as good or better."
+    if duel["verdict"] == HARMS:
+        return f"Do not use synthetic images here: {duel['other']} is better."
+    return f"Do not use synthetic images here: they are not clearly better than {duel['other']}."
 
 
 NOTE = (
     "Mean ± standard deviation over the random selections of labels. The gain is AP at IoU 0.5 over that of real "
-    f"images alone, selection by selection, with its {CONFIDENCE:.0%} interval. It helps or harms if it exceeds "
-    f"{CLEAR:g} standard errors. Worth in labels: how many labels real images alone need for the same AP, read off "
-    "their curve. The best of several arms looks a little better than it is."
+    f"images alone, selection by selection, with its {CONFIDENCE:.0%} interval. It helps if it exceeds {AHEAD:g} "
+    f"standard errors. It harms if it is below -{BEHIND:g} standard error. Worth in labels: how many labels real "
+    "images alone need for the same AP, read off their curve. The best of several arms looks a little better than it "
+    "is."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ from evaluation.practice_masks import (
 from evaluation.practice_report import recommend
 from evaluation.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
 from evaluation.segmenter import IGNORE, Segmenter
+from evaluation.trial_report import UNKNOWN
 from layouts.recombine import read_origin
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
@@ -138,19 +140,21 @@ def test_every_image_is_held_out_once_and_a_mask_stays_in_its_fold():
         make_folds(pairs[:1], 3, 0)
 
 
-def results(values: list[float]) -> list[dict]:
+def results(values: list[float | None]) -> list[dict]:
     scores = [InstanceScore(value, value, value, None, value, value, [value]) for value in values]
     return [{"fold": number, "score": one.to_dict(), "hardness": {}} for number, one in enumerate(scores)]
 
 
-def test_synthetic_images_are_recommended_only_if_they_gain_more_than_the_error():
+def test_synthetic_images_are_recommended_only_if_they_gain_more_than_two_errors():
     real = results([0.4, 0.5, 0.6])
     good = recommend({"real": real, "round 0": results([0.45, 0.56, 0.66]), "round 1": results([0.5, 0.62, 0.7])})
     assert good["use"] and good["variant"] == "round 1" and good["gain"] == pytest.approx(0.32 / 3)
-    unsure = recommend({"real": real, "round 0": results([0.6, 0.4, 0.55])})
+    unsure = recommend({"real": real, "round 0": results([0.44, 0.5, 0.65])})  # 0.030 ± 0.0153: 1.96 errors
     assert not unsure["use"] and "do not help here" in unsure["reason"]
     worse = recommend({"real": real, "round 0, nothing ignored": results([0.1, 0.2, 0.1])})
-    assert not worse["use"] and worse["gain"] < 0
+    assert not worse["use"] and worse["gain"] < 0 and "harm here" in worse["reason"]
+    unknown = recommend({"real": results([None]), "round 0": results([None])})
+    assert not unknown["use"] and unknown["verdict"] == UNKNOWN
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -292,12 +296,14 @@ SHORT = ["--steps", 2, "--folds", 2, "--masks", 8, "--most-rounds", 1, "--most-d
 
 
 def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkeypatch, data, tmp_path, capsys):
-    monkeypatch.setattr("evaluation.practice._mean_ap", lambda results: 0.0)  # two steps teach nothing: round 1 ends it
+    # two steps teach nothing: synthetic images shall be better than none, and round 1 no better than round 0
+    monkeypatch.setattr("evaluation.practice._mean_ap", lambda results: float(bool(results[0].hardness)))
     output, drawing = tmp_path / "out", Drawing()
     content = practise(monkeypatch, data, output, drawing, *SHORT)
     printed = capsys.readouterr().out
     assert "Recommendation: do not use synthetic images" in printed and "--pretrained_model" in printed
     assert set(content["results"]) == {"real", "round 0, nothing ignored", "round 0", "round 1"}
+    assert "Rounds ended: round 1 is not better than round 0." in printed
     first, second = content["rounds"]
     assert first["images"] == 8 and set(first["draws"].values()) == {1}
     assert sorted(second["hardness"]) == sorted(first["draws"]) and second["images"] == sum(second["draws"].values())
@@ -325,6 +331,28 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
     assert drawing.calls.count("recombine") == 4 and drawing.calls.count("simulate") == 2
     with pytest.raises(InputError, match="other settings"):
         practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)
+
+
+def test_rounds_end_and_the_page_says_so_if_synthetic_images_do_not_help(monkeypatch, data, tmp_path, capsys):
+    monkeypatch.setattr("evaluation.practice._mean_ap", lambda results: 0.5)
+    content = practise(monkeypatch, data, tmp_path / "out", Drawing(), *SHORT[:4], "--masks", 2, "--square", 16)
+    assert [one["round"] for one in content["rounds"]] == [0] and not content["recommended"]["use"]
+    printed, page = capsys.readouterr().out, (tmp_path / "out" / "practice.html").read_text()
+    for text in (printed, page):
+        assert "Recommendation: do not use synthetic images" in text
+        assert "Rounds ended: round 0 is not better than real images alone." in text
+
+
+def test_stored_values_of_classes_reach_the_generator_and_are_refused_for_cells(monkeypatch, data, tmp_path):
+    words = ["practise", "--data-path", data / "images", "--mask-path", data / "masks", "--output", tmp_path / "out"]
+    given = []
+    monkeypatch.setattr(experiments, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        call(evaluate, *words, "--mask-values", 0, 128, 255, "--train-flags", "--seed 3")
+    assert given[0][0] == ["--seed", "3", "--mask-values", "0", "128", "255"]
+    for more in (["--mask-values", 0, 255], ["--mask-values", 0, 1, 2, "--instances", data / "instances"]):
+        with pytest.raises(InputError, match="three or more classes without --instances"):
+            call(evaluate, *words, *more)
 
 
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):

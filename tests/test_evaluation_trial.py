@@ -23,8 +23,8 @@ from evaluation.instance_score import InstanceScore
 from evaluation.label_split import SelectionSettings, choose, make_selections, read_groups, read_selections
 from evaluation.leaks import find_leaks
 from evaluation.split import SplitPlan
-from evaluation.trial import TrialRow, TrialSettings, run_trial
-from evaluation.trial_report import difference, labels_worth, summarize_trial, trial_notes, trial_table
+from evaluation.trial import Case, TrialRow, TrialSettings, run_trial
+from evaluation.trial_report import Difference, difference, labels_worth, summarize_trial, trial_notes, trial_table
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
@@ -188,6 +188,9 @@ def test_gain_is_paired_over_selections_and_has_an_interval():
     assert found.mean == pytest.approx(0.2) and found.count == 3
     assert found.error == pytest.approx(0.1 / np.sqrt(3))
     assert found.high - found.mean == pytest.approx(4.302653 * 0.1 / np.sqrt(3))  # Student's t, two degrees of freedom
+    assert [Difference(mean, 0.1, 0, 0, 3).verdict for mean in (0.21, 0.19, -0.09, -0.11)] == [
+        "helps", "no clear difference", "no clear difference", "harms"
+    ]  # fmt: skip
     assert found.verdict == "helps" and difference({0: 0.1}, {0: 0.2}).verdict == "one selection: not known"
     assert difference({0: 0.1}, {1: 0.2}) is None
 
@@ -214,7 +217,8 @@ def test_report_recommends_what_helps_and_warns_of_what_harms():
     assert "5 labels: the best arm with synthetic images (real + synthetic) minus the best without (copy-paste)" in text
     assert "Use synthetic images: real + synthetic." in text
     assert "5 labels: 80 % synthetic is harmful" in text
-    assert "Do not use synthetic images here: real is as good or better." in text
+    assert "Do not use synthetic images here: they are not clearly better than real." in text
+    assert "5 labels, the same difference by group: a +0.0867 ± 0.0067, b +0.0433 ± 0.0033" in text
     assert "by group, 5 labels, real: a 0.5000, b 0.2500" in text
     gains = next(one["gains"] for one in content["summary"] if one["arm"] == "80 % synthetic")
     assert gains == {"0": pytest.approx(-0.1), "1": pytest.approx(-0.09), "2": pytest.approx(-0.1)}
@@ -255,6 +259,13 @@ def test_unlabelled_images_are_no_leak_if_the_generator_has_not_learned_their_ma
     assert "learned the masks of 2 images outside" in leaks(more, labelled_on=more)
     assert "trained on 2 images outside" in leaks(more)
     assert "trained on 1 images of the test set" in leaks([*own, test], labelled_on=own)
+
+
+def test_real_masks_may_store_classes_as_other_values(split):
+    settings = TrialSettings((ARMS["real"],), (2,), mask_values=(0, 255), config=CONFIG)
+    case = Case(read_selections(split)[0], 0, 2, None, settings)
+    assert case.config.mask_values == (0, 255) and {*np.unique(case.real[0].item.classes)} == {0, 1}
+    assert evaluate.parse_args(["utility", str(split), "--mask-values", "0", "255"]).mask_values == [0, 255]
 
 
 def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, capsys):
