@@ -41,7 +41,7 @@ from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from common.outputs import check_output_picture, check_output_table, maker_note
-from common.pictures import grid_image, mask_picture
+from common.pictures import grid_image, mask_picture, sheet_png
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
 from engine.autoencoder import PixelSpace
@@ -149,7 +149,8 @@ def write_samples(
             images += [sampler.draw_field(prob_map, seed, args.per_proc_batch_size, look).cpu() for seed, look in drawn]
         else:
             images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size, looks=looks).cpu()
-    write_grid(args.output, [mask_picture(prob_map), *images])
+    picture = sheet_png([mask_picture(prob_map), *images])
+    write_atomically(args.output, lambda file: file.write(picture))
     settings = sampler.settings
     logger.info(
         "%s: the mask and %d images at guidance %g, %s %s, %d network calls each",
@@ -220,15 +221,6 @@ def load_real(masks: MaskFolder, numbers: Sequence[int]) -> tuple[list[str], tor
 def batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for first in range(0, len(numbers), size):
         yield numbers[first : first + size]
-
-
-def write_grid(path: Path, tiles: list[torch.Tensor]) -> None:
-    """Tiles (3, H, W) in [-1, 1] as one picture, about twice as wide as high, white where a row is not full."""
-    columns = min(len(tiles), max(5, math.ceil(math.sqrt(2 * len(tiles)))))
-    tiles = tiles + [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
-    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
-    picture = Image.fromarray(grid_image(rows))
-    write_atomically(path, lambda file: picture.save(file, format="PNG", pnginfo=maker_note()))
 
 
 def run() -> None:

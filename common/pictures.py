@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from common.outputs import maker_note
 
 GRID_GAP = 2  # pixels between the images of a grid
 SMALL, LARGE = 128, 512  # pixels of a picture's longer side: smaller ones are magnified, larger ones are shown smaller
@@ -56,6 +59,16 @@ def _at_good_size(picture: Tensor) -> Tensor:
         return F.interpolate(picture[None], scale_factor=max(1, SMALL // longer), mode="nearest")[0]
     size = [max(1, round(LARGE / longer * length)) for length in picture.shape[1:]]
     return F.interpolate(picture[None], size, mode="area")[0]
+
+
+def sheet_png(tiles: list[Tensor]) -> bytes:
+    """Images (C, H, W) in [-1, 1] side by side as a PNG, about twice as wide as high, white where a row is not full."""
+    columns = min(len(tiles), max(5, math.ceil(math.sqrt(2 * len(tiles)))))
+    tiles = tiles + [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
+    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
+    buffer = io.BytesIO()
+    Image.fromarray(grid_image(rows)).save(buffer, format="PNG", pnginfo=maker_note())
+    return buffer.getvalue()
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -56,6 +56,7 @@ class SamplingSettings:
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
+Solver = OdeSolver | SdeSolver  # noise, model and its arguments -> states (S, B, ...)
 TILE_OVERLAP = 0.25
 ODE_ONLY = ("atol", "rtol")
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
@@ -163,6 +164,7 @@ class ImageSampler:
         machine: device and precision of the model's calls and the decoder's; the solver's state stays float32.
         settings: solver and guidance.
         compiled: compile the network's blocks (the model given is changed): nothing recompiles for other masks.
+        before_call: called before every network call; an exception that it raises ends the drawing.
     """
 
     def __init__(
@@ -173,8 +175,10 @@ class ImageSampler:
         machine: Machine,
         settings: SamplingSettings,
         compiled: bool = False,
+        before_call: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
+        self.before_call = before_call
         self.compiled = compiled
         if compiled:
             model.compile_blocks()
@@ -209,7 +213,7 @@ class ImageSampler:
         prob_maps = fill_batch(prob_maps, batch_size or count)
         seeds = [*seeds, *[seeds[-1]] * (len(prob_maps) - count)]
         condition = self._condition(prob_maps, None if looks is None else fill_batch(looks, len(prob_maps)))
-        return self._decode(self._solve(seeds, self.latent_shape, self._predict, condition))[:count]
+        return self._decode(self._solve(self.solver, seeds, self.latent_shape, self._predict, condition)[-1])[:count]
 
     def draw_field(self, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None = None) -> Tensor:
         """An image of any height and width, from overlapping windows of the size that the model was trained on.
@@ -226,6 +230,36 @@ class ImageSampler:
         Returns:
             (C, H, W) float32 in [-1, 1] on the device. Differentiable in ``prob_map`` in pixel space.
         """
+        states, decode = self._solve_field(self.solver, prob_map, seed, batch_size, look)
+        return decode(states[-1])
+
+    def trajectory(
+        self, prob_map: Tensor, seed: int, batch_size: int, most: int, look: Tensor | None = None
+    ) -> Tensor:
+        """How an image comes out of the noise: the solver's states as images.
+
+        Args:
+            prob_map: (K, H, W) class probabilities; with ``tile_overlap`` in the settings, of a field of any size.
+            seed: of its noise; see ``image_seed``.
+            batch_size: windows of a field that pass through the model at once.
+            most: images to give. If there are more states, they are evenly spread, the first and the last among them.
+            look: (N,) standardised numbers of the look; None for no look.
+
+        Returns:
+            (S, C, H, W) float32 in [-1, 1] on the device, the noise first and the image last.
+        """
+        solver = create_solver(self.transport, self.settings, trajectory=True)
+        if self.settings.tile_overlap is not None:
+            states, decode = self._solve_field(solver, prob_map, seed, batch_size, look)
+            return torch.stack([decode(states[number]) for number in _evenly(len(states), most)])
+        condition = self._condition(prob_map[None], None if look is None else look[None])
+        states = self._solve(solver, [seed], self.latent_shape, self._predict, condition)
+        return torch.cat([self._decode(states[number]) for number in _evenly(len(states), most)])
+
+    def _solve_field(
+        self, solver: Solver, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """States (S, 1, C, h, w) of a field, and what makes an image (C, H, W) of one of them."""
         (height, width), factor = prob_map.shape[-2:], self.space.factor
         side = self.latent_shape[1:]
         field = max(side[0], math.ceil(height / factor)), max(side[1], math.ceil(width / factor))
@@ -244,9 +278,11 @@ class ImageSampler:
 
             return windows.mean(x[0], predict_windows, batch_size)[None]
 
-        latents = self._solve([seed], (self.latent_shape[0], *field), predict, conditions)
-        with self.machine.autocast():
-            return self.space.decode_field(latents[0], windows)[:, :height, :width]
+        def decode(latents: Tensor) -> Tensor:
+            with self.machine.autocast():
+                return self.space.decode_field(latents[0], windows)[:, :height, :width]
+
+        return self._solve(solver, [seed], (self.latent_shape[0], *field), predict, conditions), decode
 
     def _overlap(self, side: int) -> int:
         """Latent pixels that neighbouring windows of this side share at least."""
@@ -290,12 +326,14 @@ class ImageSampler:
         )
         return solver(x1, self._predict, noise_fn=lambda x: self._noise(generators, x.shape[1:]), y=condition)
 
-    def _solve(self, seeds: Sequence[int], shape: Sequence[int], predict: Callable[..., Tensor], y: Any) -> Tensor:
-        """Noise (B, *shape) of the seeds -> the solver's end state, the same shape."""
+    def _solve(
+        self, solver: Solver, seeds: Sequence[int], shape: Sequence[int], predict: Callable[..., Tensor], y: Any
+    ) -> Tensor:
+        """Noise (B, *shape) of the seeds -> the states that the solver keeps (S, B, *shape), the end state last."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = self._noise(generators, shape)
         extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
-        return self.solver(noise, predict, y=y, **extra)[-1]
+        return solver(noise, predict, y=y, **extra)
 
     def _prepare(self, images: Tensor, prob_maps: Tensor, looks: Tensor | None) -> tuple[Tensor, MaskCondition]:
         """Images as the model sees them, without a draw from a posterior, and the condition."""
@@ -320,6 +358,8 @@ class ImageSampler:
 
     def _predict(self, x: Tensor, t: Tensor, y: Any) -> Tensor:
         """The model under guidance; outside of the guidance interval nothing is doubled."""
+        if self.before_call is not None:
+            self.before_call()
         scale, (low, high) = self.settings.cfg_scale, self.settings.guidance_interval
         extra = {} if self.settings.look_scale == 1 else {"look_scale": self.settings.look_scale}
         if (low, high) != (0.0, 1.0) and not low <= float(t[0]) <= high:
@@ -328,19 +368,27 @@ class ImageSampler:
             return self.model.forward_with_cfg(x, t, y, scale, **extra).float()
 
 
-def create_solver(transport: Transport, settings: SamplingSettings, reverse: bool = False) -> OdeSolver | SdeSolver:
-    """The transport's solver for these settings; ``reverse`` runs an ODE from data to noise.
+def create_solver(
+    transport: Transport, settings: SamplingSettings, reverse: bool = False, trajectory: bool = False
+) -> Solver:
+    """The transport's solver for these settings.
+
+    Args:
+        transport: of the checkpoint.
+        settings: which solver.
+        reverse: run an ODE from data to noise.
+        trajectory: keep every state, not the end state alone.
 
     Raises:
         InputError: settings that this transport cannot be solved with.
     """
     try:
-        return _solver(Sampler(transport), settings, reverse)
+        return _solver(Sampler(transport), settings, reverse, trajectory)
     except ValueError as error:
         raise InputError(f"solver: {error}") from error
 
 
-def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> OdeSolver | SdeSolver:
+def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool, trajectory: bool) -> Solver:
     if settings.mode == "ODE":
         return sampler.sample_ode(
             sampling_method=settings.method,
@@ -348,6 +396,7 @@ def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> OdeS
             atol=settings.atol,
             rtol=settings.rtol,
             reverse=reverse,
+            trajectory=trajectory,
         )
     return sampler.sample_sde(
         sampling_method=settings.method,
@@ -356,6 +405,7 @@ def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool) -> OdeS
         diffusion_norm=settings.diffusion_norm,
         last_step=settings.last_step,
         last_step_size=settings.last_step_size,
+        trajectory=trajectory,
     )
 
 
@@ -372,6 +422,11 @@ def mirror_to(array: Tensor, height: int, width: int) -> Tensor:
         for old, new in zip(array.shape[-2:], (height, width), strict=True)
     )
     return array[..., torch.from_numpy(rows)[:, None], torch.from_numpy(columns)]
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0..count-1, evenly spread, the first and the last among them."""
+    return sorted({round(number) for number in np.linspace(0, count - 1, most).tolist()})
 
 
 def image_seed(seed: int, index: int, attempt: int = 1) -> int:

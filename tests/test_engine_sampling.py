@@ -197,3 +197,41 @@ def test_likelihood_is_finite_and_the_same_for_the_same_seeds(model):
     assert torch.isfinite(first.logp).all()
     assert torch.equal(first.logp, again.logp)
     assert torch.allclose(first.bits_per_dim, -first.logp / (4 * 12 * 8 * torch.log(torch.tensor(2.0))).double())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [{}, {"mode": "SDE", "method": "Euler"}], ids=["ODE", "SDE"])
+def test_a_trajectory_leads_from_the_noise_to_the_image(sampler, settings):
+    draw, y = sampler(num_steps=6, **settings), masks(1)
+    frames = draw.trajectory(y[0], SEEDS[0], batch_size=1, most=4)
+    noise = torch.randn(draw.latent_shape, generator=torch.Generator().manual_seed(SEEDS[0]))
+    assert len(frames) == 4
+    assert torch.equal(frames[0], draw.space.decode(noise[None])[0])
+    assert torch.equal(frames[-1], draw(y, SEEDS[:1])[0])
+
+
+@torch.inference_mode()
+def test_a_trajectory_of_a_field_ends_at_the_field(sampler):
+    draw = sampler(tile_overlap=0.25)
+    field = torch.nn.functional.one_hot(torch.arange(17 * 15).reshape(17, 15) % 3, 3).permute(2, 0, 1).float()
+    frames = draw.trajectory(field, SEEDS[0], batch_size=3, most=100)
+    assert frames.shape == (4, 4, 17, 15)
+    assert torch.equal(frames[-1], draw.draw_field(field, SEEDS[0], batch_size=3))
+
+
+@torch.inference_mode()
+def test_a_drawing_ends_where_the_caller_wants(model, sampler):
+    """What is called before a network call may raise, and no further call is made."""
+    calls = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("enough")
+
+    draw = ImageSampler(
+        model, create_transport(prediction="data"), PixelSpace(4), CPU, sampler().settings, before_call=stop
+    )
+    with pytest.raises(KeyError, match="enough"):
+        draw(masks(1), SEEDS[:1])
+    assert len(calls) == 3
