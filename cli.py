@@ -181,14 +181,19 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
     return {"ODE": ode, "SDE": sde}
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) -> None:
-    """Flags of sample.py and sample_ddp.py: checkpoint, large fields, guidance and seed."""
-    group = parser.add_argument_group("model")
+def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
+    """The checkpoint, and how to read it: for every command that samples."""
     group.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
     group.add_argument(
         "--raw-weights", action="store_true", help="sample with the last weights instead of their average (EMA)"
     )
     group.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) -> None:
+    """Flags of sample.py and sample_ddp.py: checkpoint, large fields, guidance and seed."""
+    group = parser.add_argument_group("model")
+    add_checkpoint_arguments(group)
     checked = "optional: the checkpoint knows it; stops if yours differs"
     group.add_argument("--num-classes", type=positive_int, help=checked)
     group.add_argument("--image-size", type=positive_int, help=checked)
@@ -238,6 +243,23 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         "--per-proc-batch-size", type=positive_int, default=32,
         help="images that each process samples at once; lower it if memory runs out",
     )  # fmt: skip
+
+
+def add_judge_arguments(group: argparse._ActionsContainer) -> None:
+    """A small segmenter that finds cells in images. Its defaults are filled in later, to detect unused flags."""
+    group.add_argument("--judge-images", type=Path, metavar="IMAGES", help="real images to train the segmenter")
+    group.add_argument("--judge-masks", type=Path, metavar="MASKS", help="masks of these real images")
+    group.add_argument("--judge-mask-type", choices=MASK_TYPES, help="meaning of their mask values (default: auto)")
+    group.add_argument(
+        "--judge-steps", type=positive_int, help=f"training steps of the segmenter (default: {JUDGE_STEPS})"
+    )
+    group.add_argument(
+        "--judge-cache", type=Path, metavar="FOLDER",
+        help=f"folder that keeps trained segmenters, for reuse (default: {JUDGE_CACHE})",
+    )  # fmt: skip
+
+
+JUDGE_STEPS, JUDGE_CACHE = 400, Path("judges")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = False) -> None:

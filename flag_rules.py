@@ -74,6 +74,7 @@ NEEDS = (
         "with --crop random, because every step uses new crops: give --crop center",
     ),
     Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
+    Need(JUDGE_FLAGS[2:], "judge_images", bool, "without --judge-images: give it, too"),
     Need(("source_window",), "intensity", lambda name: name == "source", "with --intensity display: leave it out"),
 )  # fmt: skip
 

@@ -137,18 +137,10 @@ def write_samples(
     """The mask and images drawn from it, in one picture."""
     item = masks.load(masks.names[0])
     prob_map = torch.as_tensor(item.prob_map)
-    images = []
-    count = args.num_samples or 4
-    size = min(count, args.per_proc_batch_size)
-    for indices in batches(range(count), size):
-        seeds = [image_seed(args.seed, index) for index in indices]
-        looks = None if choice is None else choice.batch(args.seed, indices, [item] * len(indices))
-        if args.tile:
-            each = [None] * len(seeds) if looks is None else list(looks)
-            drawn = zip(seeds, each, strict=True)
-            images += [sampler.draw_field(prob_map, seed, args.per_proc_batch_size, look).cpu() for seed, look in drawn]
-        else:
-            images += sampler(prob_map.expand(len(seeds), -1, -1, -1), seeds, batch_size=size, looks=looks).cpu()
+    indices = range(args.num_samples or 4)
+    looks = None if choice is None else choice.batch(args.seed, indices, [item] * len(indices))
+    seeds = [image_seed(args.seed, index) for index in indices]
+    images = sampler.samples(prob_map, seeds, args.per_proc_batch_size, looks)
     picture = sheet_png([mask_picture(prob_map), *images])
     write_atomically(args.output, lambda file: file.write(picture))
     settings = sampler.settings

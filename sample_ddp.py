@@ -34,6 +34,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cli import (
+    JUDGE_CACHE,
+    JUDGE_STEPS,
+    add_judge_arguments,
     add_machine_arguments,
     add_mask_arguments,
     add_sampling_arguments,
@@ -50,7 +53,6 @@ from common.log import start_logging
 from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
-from dataset.masks import MASK_TYPES
 from engine.agreement import agree_on_file
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
     from evaluation.redraw import Redraw
 
 logger = logging.getLogger("sample_ddp")
-MAX_ATTEMPTS, JUDGE_STEPS, JUDGE_CACHE = 4, 400, Path("judges")
+MAX_ATTEMPTS = 4
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -129,18 +131,7 @@ def add_redraw_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-attempts", type=positive_int, metavar="N",
         help=f"most attempts per image; if all fail, the best stays, marked in the manifest (default: {MAX_ATTEMPTS})",
     )  # fmt: skip
-    group.add_argument("--judge-images", type=Path, metavar="IMAGES", help="real images to train the segmenter")
-    group.add_argument("--judge-masks", type=Path, metavar="MASKS", help="masks of these real images")
-    group.add_argument("--judge-mask-type", choices=MASK_TYPES, help="meaning of their mask values (default: auto)")
-    group.add_argument(
-        "--judge-steps", type=positive_int, help=f"training steps of the segmenter (default: {JUDGE_STEPS})"
-    )
-    group.add_argument(
-        "--judge-cache",
-        type=Path,
-        metavar="FOLDER",
-        help=f"folder that keeps trained segmenters, for reuse (default: {JUDGE_CACHE})",
-    )
+    add_judge_arguments(group)
 
 
 def check_redraw_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

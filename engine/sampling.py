@@ -215,6 +215,32 @@ class ImageSampler:
         condition = self._condition(prob_maps, None if looks is None else fill_batch(looks, len(prob_maps)))
         return self._decode(self._solve(self.solver, seeds, self.latent_shape, self._predict, condition)[-1])[:count]
 
+    def samples(
+        self, prob_map: Tensor, seeds: Sequence[int], batch_size: int, looks: Tensor | None = None
+    ) -> list[Tensor]:
+        """Images of one mask: squares or, with ``tile_overlap`` in the settings, fields of the mask's size.
+
+        Args:
+            prob_map: (K, H, W) class probabilities.
+            seeds: n seeds, one per image; see ``image_seed``.
+            batch_size: images, or windows of a field, that pass through the model at once.
+            looks: (n, N) standardised numbers of the images' looks; None for no look.
+
+        Returns:
+            n images (C, H, W), float32 in [-1, 1], on the CPU.
+        """
+        if self.settings.tile_overlap is not None:
+            each = [None] * len(seeds) if looks is None else list(looks)
+            drawn = zip(seeds, each, strict=True)
+            return [self.draw_field(prob_map, seed, batch_size, look).cpu() for seed, look in drawn]
+        size = min(len(seeds), batch_size)
+        images: list[Tensor] = []
+        for first in range(0, len(seeds), size):
+            part = slice(first, first + size)
+            prob_maps = prob_map.expand(len(seeds[part]), -1, -1, -1)
+            images += self(prob_maps, seeds[part], size, None if looks is None else looks[part]).cpu()
+        return images
+
     def draw_field(self, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None = None) -> Tensor:
         """An image of any height and width, from overlapping windows of the size that the model was trained on.
 
@@ -233,9 +259,7 @@ class ImageSampler:
         states, decode = self._solve_field(self.solver, prob_map, seed, batch_size, look)
         return decode(states[-1])
 
-    def trajectory(
-        self, prob_map: Tensor, seed: int, batch_size: int, most: int, look: Tensor | None = None
-    ) -> Tensor:
+    def trajectory(self, prob_map: Tensor, seed: int, batch_size: int, most: int, look: Tensor | None = None) -> Tensor:
         """How an image comes out of the noise: the solver's states as images.
 
         Args:

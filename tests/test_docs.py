@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import app
 import evaluate
 import make_masks
 import sample
@@ -23,7 +24,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 RECORDS = sorted((ROOT / "benchmarks").rglob("*.md"))
 TEXTS = [README, *PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 COMMANDS: dict[str, ModuleType] = {
-    f"{module.__name__}.py": module for module in (evaluate, make_masks, sample, sample_ddp, train)
+    f"{module.__name__}.py": module for module in (app, evaluate, make_masks, sample, sample_ddp, train)
 }
 # Flags of other programs that the pages speak of, each with its program.
 FOREIGN_FLAGS = {

@@ -24,8 +24,8 @@ LAYERS = [
     {"evaluation"},
     {"flag_rules"},
     {"cli"},
-    {"experiments"},
-    {"train", "sample", "sample_ddp", "evaluate", "make_masks"},
+    {"experiments", "page"},
+    {"app", "train", "sample", "sample_ddp", "evaluate", "make_masks"},
 ]
 COMMANDS = LAYERS[-1]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -77,7 +77,7 @@ def places(paths: list[Path], wrong: object) -> list[str]:
 
 
 # The root holds these files, so that a newcomer finds a topic in one guess.
-ROOT_FILES = {"train.py", "sample.py", "sample_ddp.py", "evaluate.py", "make_masks.py"}
+ROOT_FILES = {"app.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py", "make_masks.py"}
 ROOT_FILES |= {"cli.py", "experiments.py", "flag_rules.py", "models.py", "download.py", "wandb_utils.py"}
 MOST_LINES = 500
 # A word of the left column stands in the file of the right column only.

@@ -1,0 +1,107 @@
+"""A page in the browser: draw a mask, see the image.
+
+    python app.py --ckpt CKPT.pt
+
+Open the address that it prints. The page needs no network, and no other machine can reach it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from cli import (
+    JUDGE_CACHE,
+    JUDGE_STEPS,
+    add_checkpoint_arguments,
+    add_judge_arguments,
+    add_machine_arguments,
+    load_checkpoint,
+)
+from common.arguments import non_negative_int
+from common.errors import CommandParser, InputError, run_command
+from common.log import start_logging
+from common.pictures import repeat_gray
+from engine.machine import Machine, start_machine
+from engine.sampling import TrainedModel
+from flag_rules import check_needs
+from page.drawing import Drawer, JudgeCall
+from page.service import Service
+
+logger = logging.getLogger("app")
+LARGEST_PORT = 65535
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__.split("\n\n")[0])
+    add_checkpoint_arguments(parser.add_argument_group("model"))
+    group = parser.add_argument_group("page")
+    group.add_argument("--port", type=non_negative_int, default=7860, help="port of the page; 0 takes a free one")
+    group = parser.add_argument_group("show how well each image follows its mask, by a small segmenter")
+    add_judge_arguments(group)
+    add_machine_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def start_service(args: argparse.Namespace) -> Service:
+    """The page, ready to serve.
+
+    Raises:
+        InputError: files that cannot be used, or a port that is taken.
+    """
+    check_needs(args)
+    if (args.judge_images is None) != (args.judge_masks is None):
+        raise InputError("--judge-images and --judge-masks belong together: give both.")
+    if args.port > LARGEST_PORT:
+        raise InputError(f"--port {args.port}: the largest port is {LARGEST_PORT}.")
+    machine = start_machine(args.device, args.precision)
+    trained = load_checkpoint(args, machine)
+    given = {name: getattr(args, name) for name in ("ckpt", "raw_weights", "vae") if name in args.given}
+    drawer = Drawer(trained, machine, given, train_judge(args, trained, machine))
+    try:
+        return Service(args.port, drawer)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        raise InputError(f"--port {args.port}: {error.strerror}. Give another one, or 0 for a free one.") from error
+
+
+def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machine) -> JudgeCall | None:
+    """With --judge-images: a segmenter trained on these pairs, or the same from the cache."""
+    if args.judge_images is None:
+        return None
+    from dataset.folders import PairedFolder
+    from evaluation.fidelity import fidelity_of  # seconds to import
+    from evaluation.judge import JudgeConfig, judged_channels, load_or_train_judge
+
+    data = trained.data
+    pairs = PairedFolder(args.judge_images, args.judge_masks, data, args.judge_mask_type or "auto", progress=True)
+    config = JudgeConfig(data.num_classes, judged_channels(data), args.judge_steps or JUDGE_STEPS)
+    judge, _, _ = load_or_train_judge(pairs, config, args.judge_cache or JUDGE_CACHE, machine.device, progress=True)
+
+    def find_cells(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
+        found = judge.class_maps([repeat_gray(image)])[0] > 0
+        return found, fidelity_of(found, truth)
+
+    return find_cells
+
+
+def main(args: argparse.Namespace) -> None:
+    start_logging(is_main=True)
+    with start_service(args) as service:
+        step = service.drawer.trained.step
+        logger.info("%s, step %d: open %s in a browser; Ctrl-C ends the page", args.ckpt, step, service.url)
+        service.serve_forever()
+
+
+def run() -> None:
+    """Entry point of the script and of ``sit-app``."""
+    run_command(main, parse_args)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""The page of ``app.py``: a drawn mask becomes an image."""

@@ -1,0 +1,145 @@
+"""Label maps of the page: to and from the browser, from a mask file, from a random layout."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from common.cells import connected_cells, without_gaps
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.files import MASK_SUFFIXES, read_mask_and_table
+from dataset.mask_facts import mask_stats
+from dataset.masks import MASK_TYPES, decide_mask_rule
+from dataset.views import View, view_of, whole_view
+from layouts.nuclei import HEADROOM, NucleiSettings, simulate_field
+from page.uploads import uploaded
+
+LEAST_SIDE, MOST_SIDE = 16, 1024  # pixels of a canvas
+LARGEST_LABEL = 65535
+CELLS, CLASSES = "cells", "classes"  # a label holds cell numbers, or class numbers
+
+
+def label_kinds(config: DataConfig, mask_type: str) -> tuple[str, ...]:
+    """What a person may draw for this model, the likely kind first.
+
+    Args:
+        config: of the checkpoint.
+        mask_type: that training was given.
+    """
+    if config.mask_values is not None or config.num_classes > 3:
+        return (CLASSES,)
+    if config.num_classes == 2:
+        return (CELLS,)
+    return (CLASSES, CELLS) if mask_type == "classes" else (CELLS, CLASSES)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a canvas before anything of its size is made.
+
+    Raises:
+        InputError: a side is too short or too long.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if not LEAST_SIDE <= side <= MOST_SIDE:
+            raise InputError(f"{name} {side}: a canvas has {LEAST_SIDE} to {MOST_SIDE} pixels a side.")
+
+
+def pack(label: np.ndarray) -> dict[str, Any]:
+    """(H, W) label map -> plain types: its size, and its pixels as base64 of 16-bit numbers, low byte first."""
+    content = base64.b64encode(np.ascontiguousarray(label, dtype="<u2").tobytes()).decode()
+    return {"height": label.shape[0], "width": label.shape[1], "label": content}
+
+
+def unpack(height: int, width: int, content: str) -> np.ndarray:
+    """The inverse of :func:`pack`.
+
+    Returns:
+        (H, W) uint16.
+
+    Raises:
+        InputError: a size out of bounds, or other than so many pixels.
+    """
+    check_size(height, width)
+    try:
+        pixels = base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise InputError("label: no base64.") from error
+    if len(pixels) != 2 * height * width:
+        raise InputError(f"label: {len(pixels)} bytes, but {width} x {height} pixels have {2 * height * width}.")
+    return np.frombuffer(pixels, dtype="<u2").reshape(height, width).astype(np.uint16)
+
+
+def read_label(
+    content: bytes, name: str, config: DataConfig, kind: str, mask_type: str = "auto", whole: bool = False
+) -> np.ndarray:
+    """A mask file from the browser as a label map.
+
+    Args:
+        content: of the file.
+        name: that the user's file has. Only its suffix is used; messages show it.
+        config: of the checkpoint.
+        kind: :data:`CELLS` or :data:`CLASSES`.
+        mask_type: what the file holds, one of ``MASK_TYPES``.
+        whole: take all of the mask, not the square that the model sees.
+
+    Returns:
+        (H, W) uint16. A soft mask becomes its most probable classes.
+
+    Raises:
+        InputError: the file cannot be read, is unclear, or too large for a canvas.
+    """
+    if mask_type not in MASK_TYPES:
+        raise InputError(f"mask type {mask_type!r} is unknown; choose one of {', '.join(MASK_TYPES)}.")
+    with uploaded(content, name, MASK_SUFFIXES) as path:
+        mask, table = read_mask_and_table(path)
+        rule = decide_mask_rule(
+            [mask_stats(name, mask, False, table)], config.num_classes, mask_type, name, values=config.mask_values
+        )
+        view = _view(mask, config, whole)
+        if kind == CELLS and rule.mask_type == "instances":
+            return _cells(view.apply_labels(mask))
+        classes = rule.class_map(mask, view)
+    return classes.astype(np.uint16) if kind == CLASSES else _cells(connected_cells(classes == 1))
+
+
+def _view(mask: np.ndarray, config: DataConfig, whole: bool) -> View:
+    height, width = mask.shape[-2:]
+    view = whole_view(height, width) if whole else view_of((height, width), config)
+    check_size(*view.size)
+    return view
+
+
+def _cells(instance_map: np.ndarray) -> np.ndarray:
+    cells = without_gaps(instance_map)
+    if cells.max() > LARGEST_LABEL:
+        raise InputError(f"{cells.max()} cells are more than 16 bits can number.")
+    return cells.astype(np.uint16)
+
+
+def random_label(
+    height: int, width: int, cell_size: float, density: float, seed: int, kind: str, num_classes: int
+) -> np.ndarray:
+    """Simulated nuclei of mean diameter ``cell_size`` that cover the share ``density``; each of a random class if the
+    label holds classes.
+
+    Returns:
+        (H, W) uint16.
+
+    Raises:
+        InputError: a number out of bounds.
+    """
+    check_size(height, width)
+    if not 4 <= cell_size <= min(height, width):
+        raise InputError(f"cell size {cell_size:g}: give 4 to {min(height, width)} pixels.")
+    if not 0 < density <= HEADROOM[True]:
+        raise InputError(f"density {density:g}: give a share above 0, at most {HEADROOM[True]:g}.")
+    settings = NucleiSettings(height, width, cell_size, 0.2, 1.35, 0.04, density, 0.2, True, False, seed)
+    cells, _ = simulate_field(settings, 0)
+    if kind == CELLS:
+        return cells.astype(np.uint16)
+    classes = np.random.default_rng((seed, 1)).integers(1, num_classes, int(cells.max()) + 1)
+    classes[0] = 0
+    return classes[cells].astype(np.uint16)

@@ -1,0 +1,358 @@
+"""The page over HTTP, on this machine only: a few files, and JSON for drawing, reading a mask and a random layout.
+
+No request names a path, nothing is written outside a temporary folder, and every size is bounded before it is used. A
+browser that starts another drawing closes the connection of the running one, which then ends at the next network call.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+import select
+import socket
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import InputError, one_line
+from common.faults import fault_of_machine
+from common.pictures import CLASS_COLORS, as_rgb, mask_picture, to_uint8
+from dataset.files import encode_image, encode_tiff, image_suffix
+from dataset.masks import MASK_TYPES
+from page.drawing import (
+    METHODS,
+    MOST_BLUR,
+    MOST_GUIDANCE,
+    MOST_IMAGES,
+    MOST_STEPS,
+    Cancelled,
+    Drawer,
+    DrawRequest,
+    TooManyRequests,
+    picture_file,
+)
+from page.labels import MOST_SIDE, pack, random_label, read_label, unpack
+from page.looks import LONGEST_NAME, measure_reference, read_look
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+ADDRESS = "127.0.0.1"
+NAMES = (ADDRESS, "localhost")  # of this machine, in a Host header; the port may be that of a tunnel
+MOST_BYTES = 32 * 2**20  # of a request's body
+MOST_FRAMES = 16
+SECONDS_TO_SEND = 30  # a browser that is slower loses its connection
+STATIC = Path(__file__).parent / "static"
+FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/draw.js": ("draw.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data: blob:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Refusal(Exception):
+    """A request that is not served: its HTTP status and one line."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Service(ThreadingHTTPServer):
+    """The page of one model.
+
+    Args:
+        port: to listen on; 0 takes a free one.
+        drawer: of the model.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int, drawer: Drawer) -> None:
+        self.drawer = drawer
+        self.files = {url: ((STATIC / name).read_bytes(), kind) for url, (name, kind) in FILES.items()}
+        super().__init__((ADDRESS, port), Handler)
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{ADDRESS}:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request. HTTP/1.0: every request has a connection of its own, which its end closes."""
+
+    server: Service
+    timeout = SECONDS_TO_SEND
+    server_version, sys_version = "page", ""
+
+    def do_GET(self) -> None:  # noqa: N802 - name of the base class
+        """The page's files and what the page must know of the model."""
+        self._answer({"/api/model": lambda query: describe(self.server.drawer)}, self.server.files)
+
+    def do_POST(self) -> None:  # noqa: N802 - name of the base class
+        """Draw, trajectory, looks, layout and files."""
+        self._answer(
+            {
+                "/api/draw": lambda query: self._draw(self._json()),
+                "/api/trajectory": lambda query: self._trajectory(self._json()),
+                "/api/layout": lambda query: self._layout(self._json()),
+                "/api/mask": self._mask,
+                "/api/look": self._look,
+                "/api/looks": lambda query: self._looks(self._json()),
+            },
+            {},
+        )
+
+    def _answer(self, calls: dict[str, Any], files: dict[str, tuple[bytes, str]]) -> None:
+        try:
+            self._check_origin()
+            url = urlsplit(self.path)
+            if url.path in files:
+                return self._send(HTTPStatus.OK, *files[url.path])
+            if url.path not in calls:
+                raise Refusal(HTTPStatus.NOT_FOUND, "There is no such page.")
+            query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+            return self._send_json(HTTPStatus.OK, calls[url.path](query))
+        except Cancelled:
+            logger.debug("a drawing was cancelled")
+        except Refusal as error:
+            self._send_json(error.status, {"error": str(error)})
+        except TooManyRequests as error:
+            self._send_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": str(error)})
+        except InputError as error:
+            self._send_json(HTTPStatus.BAD_REQUEST, {"error": " ".join(str(error).split())})
+        except OSError as error:
+            self._send_json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": one_line(error)})
+        except Exception as error:  # noqa: BLE001 - the page goes on, whatever one drawing met
+            fault = fault_of_machine(error, {})
+            if fault is None:
+                logger.exception("this is a bug of ours")
+            message = fault or "This is a bug of ours. The terminal shows where."
+            self._send_json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": message})
+        return None
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    def _check_origin(self) -> None:
+        """Refuse other names of this machine and pages of other places: they could use a visitor's browser."""
+        host = self.headers.get("Host", "")
+        if host.rpartition(":")[0] not in NAMES and host not in NAMES:
+            raise Refusal(HTTPStatus.FORBIDDEN, f"Open the page as {self.server.url}.")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin != f"http://{host}":
+            raise Refusal(HTTPStatus.FORBIDDEN, "Another page may not ask this one.")
+
+    def _body(self) -> bytes:
+        """All of the request's body, if it is not too large."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdecimal():
+            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "The request does not say how long it is.")
+        if len(length) > 12 or int(length) > MOST_BYTES:
+            raise Refusal(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"That is too large: the page takes {MOST_BYTES // 2**20} MiB."
+            )
+        return self.rfile.read(int(length))
+
+    def _json(self) -> dict[str, Any]:
+        try:
+            values = json.loads(self._body(), parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "The request is no JSON.") from error
+        if not isinstance(values, dict):
+            raise Refusal(HTTPStatus.BAD_REQUEST, "The request is no JSON object.")
+        return values
+
+    def _gone(self) -> bool:
+        """Whether the browser has closed the connection."""
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        except (OSError, ValueError):
+            return True
+
+    # -------------------------------------------------------------------------------------------------------- answers
+
+    def _in_turn(self, work: Callable[[], Result]) -> Result:
+        return self.server.drawer.in_turn(work, self._gone)
+
+    def _draw(self, values: dict[str, Any]) -> dict[str, Any]:
+        start, drawer = time.monotonic(), self.server.drawer
+        request = read_request(values, drawer)
+        drawing = self._in_turn(lambda: drawer.draw(request, self._gone))
+        colours = drawer.trained.data.window_channels != "separate"
+        return {
+            "images": [shown(image, colours) for image in drawing.images],
+            "verdicts": [
+                {"dice": verdict.dice, **pack(verdict.found.astype(np.uint16))} for verdict in drawing.verdicts
+            ],
+            "mask_picture": encode64(encode_image(to_uint8(mask_picture(drawing.mask.prob_map)))),
+            "mask": {"name": drawing.mask.name, "content": encode64(drawing.mask.content)},
+            "label_png": encode64(encode_image(request.label[:, :, None])),
+            "label_tif": encode64(encode_tiff(request.label)),
+            "sheet": encode64(drawing.sheet()),
+            "command": drawing.command,
+            "nfe": drawing.nfe,
+            "seconds": time.monotonic() - start,
+        }
+
+    def _trajectory(self, values: dict[str, Any]) -> dict[str, Any]:
+        drawer, index = self.server.drawer, whole(values, "index")
+        request = read_request(values, drawer)
+        frames = self._in_turn(lambda: drawer.trajectory(request, index, MOST_FRAMES, self._gone))
+        return {"frames": [encode64(picture(frame)) for frame in frames]}
+
+    def _looks(self, values: dict[str, Any]) -> dict[str, Any]:
+        drawer = self.server.drawer
+        request = read_request(values, drawer)
+        found = self._in_turn(lambda: drawer.look_pictures(request, self._gone))
+        names = drawer.trained.looks.names if drawer.trained.looks else ()
+        return {"looks": [{"index": n, "name": names[n], "picture": encode64(picture(image))} for n, image in found]}
+
+    def _look(self, query: dict[str, str]) -> dict[str, Any]:
+        content, name, trained = self._body(), file_name(query), self.server.drawer.trained
+        return self._in_turn(lambda: measure_reference(content, name, trained.looks, trained.data))
+
+    def _layout(self, values: dict[str, Any]) -> dict[str, Any]:
+        height, width, seed = (whole(values, name) for name in ("height", "width", "seed"))
+        if seed < 0:
+            raise InputError(f"seed {seed}: give 0 or more.")
+        size, density, kind = number(values, "cell_size"), number(values, "density"), text(values, "kind")
+        num_classes = self.server.drawer.trained.data.num_classes
+        return pack(self._in_turn(lambda: random_label(height, width, size, density, seed, kind, num_classes)))
+
+    def _mask(self, query: dict[str, str]) -> dict[str, Any]:
+        content, name, drawer = self._body(), file_name(query), self.server.drawer
+        kind = query.get("kind", drawer.kinds[0])
+        mask_type, is_whole = query.get("mask_type", "auto"), query.get("whole") == "1"
+        config = drawer.trained.data
+        return pack(self._in_turn(lambda: read_label(content, name, config, kind, mask_type, is_whole)))
+
+    def _send_json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
+        self._send(status, json.dumps(values).encode(), "application/json")
+
+    def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
+        try:
+            self.send_response(status)
+            for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:
+            logger.debug("a browser left before it had its answer")
+
+    def log_message(self, format: str, *values: Any) -> None:  # noqa: A002 - name of the base class
+        """Requests are no news; errors are logged where they are met."""
+        logger.debug(format, *values)
+
+
+def describe(drawer: Drawer) -> dict[str, Any]:
+    """What the page must know of the model."""
+    trained = drawer.trained
+    return {
+        "model": trained.config["model"].get("name", "SiT"),
+        "step": trained.step,
+        "image_size": trained.data.image_size,
+        "num_classes": trained.data.num_classes,
+        "channels": trained.data.channels,
+        "kinds": drawer.kinds,
+        "has_guidance": drawer.has_guidance,
+        "has_soft_masks": drawer.has_soft_masks,
+        "has_judge": drawer.judge is not None,
+        "looks": 0 if trained.looks is None else len(trained.looks.names),
+        "methods": METHODS,
+        "mask_types": MASK_TYPES,
+        "class_colors": [CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(trained.data.num_classes)],
+        "most": {
+            "side": MOST_SIDE,
+            "steps": MOST_STEPS,
+            "images": MOST_IMAGES,
+            "guidance": MOST_GUIDANCE,
+            "blur": MOST_BLUR,
+        },
+    }
+
+
+def read_request(values: dict[str, Any], drawer: Drawer) -> DrawRequest:
+    """The JSON of a drawing, every value checked."""
+    return DrawRequest(
+        label=unpack(whole(values, "height"), whole(values, "width"), text(values, "label")),
+        kind=text(values, "kind"),
+        blur=number(values, "blur"),
+        seed=whole(values, "seed"),
+        count=whole(values, "count"),
+        method=text(values, "method"),
+        num_steps=whole(values, "num_steps"),
+        cfg_scale=number(values, "cfg_scale"),
+        look=read_look(values.get("look"), drawer.trained.looks, drawer.trained.data),
+    )
+
+
+def whole(values: dict[str, Any], name: str) -> int:
+    """A whole number of a request, or an InputError."""
+    value = values.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name}: give a whole number.")
+    return value
+
+
+def number(values: dict[str, Any], name: str) -> float:
+    """A finite number of a request, or an InputError."""
+    value = values.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name}: give a number.")
+    return float(value)
+
+
+def text(values: dict[str, Any], name: str) -> str:
+    """A text of a request, or an InputError."""
+    value = values.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"{name}: give a text.")
+    return value
+
+
+def file_name(query: dict[str, str]) -> str:
+    """Name of an uploaded file, for messages and commands: printable and not long."""
+    return "".join(letter for letter in query.get("name", "") if letter.isprintable())[-LONGEST_NAME:]
+
+
+def shown(image: Tensor, colours: bool) -> dict[str, str]:
+    """An image (C, H, W) as the page shows it, and as a file to keep."""
+    return {
+        "picture": encode64(picture(image)),
+        "file": encode64(picture_file(image, colours)),
+        "suffix": image_suffix(len(image), np.uint8, colours),
+    }
+
+
+def picture(image: Tensor) -> bytes:
+    """An image (C, H, W) in [-1, 1] as a PNG for display."""
+    return encode_image(as_rgb(to_uint8(image)))
+
+
+def encode64(content: bytes) -> str:
+    """Bytes as JSON can hold them."""
+    return base64.b64encode(content).decode()
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -1,0 +1,346 @@
+"use strict";
+// A label map that a person draws: one whole number per pixel, no antialiasing.
+
+const MOST_UNDO = 40;
+const LARGEST_LABEL = 65535;
+
+class LabelCanvas {
+  /**
+   * @param {HTMLCanvasElement} canvas
+   * @param {{onStart: function(), onChange: function()}} calls onStart: a stroke begins; onChange: the label changed.
+   */
+  constructor(canvas, calls) {
+    this.canvas = canvas;
+    this.calls = calls;
+    this.tool = "brush";
+    this.brush = 6; // diameter in label pixels
+    this.kind = "cells";
+    this.currentClass = 1;
+    this.classColors = [[0, 0, 0], [255, 255, 255]];
+    this.store = document.createElement("canvas"); // one pixel per label pixel
+    this.pointer = null;
+    this.stroke = null;
+    this.setLabel(64, 64, new Uint16Array(64 * 64));
+    canvas.addEventListener("pointerdown", (event) => this.down(event));
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    canvas.addEventListener("pointerup", (event) => this.up(event));
+    canvas.addEventListener("pointercancel", () => this.cancel());
+    canvas.addEventListener("pointerleave", () => { this.pointer = null; this.paint(); });
+    canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
+    new ResizeObserver(() => this.resize()).observe(canvas);
+  }
+
+  // ------------------------------------------------------------------------------------------------ label
+
+  /** Begin anew with a label map of this size. */
+  setLabel(width, height, label) {
+    [this.width, this.height, this.label] = [width, height, label];
+    [this.store.width, this.store.height] = [width, height];
+    this.pixels = this.store.getContext("2d").createImageData(width, height);
+    [this.past, this.future] = [[], []];
+    this.fit();
+  }
+
+  /** Replace the label by one of the same size; undo brings the old one back. */
+  replace(label) {
+    this.remember();
+    this.label = label;
+    this.finish();
+  }
+
+  remember() {
+    this.past.push(this.label.slice());
+    if (this.past.length > MOST_UNDO) this.past.shift();
+    this.future = [];
+  }
+
+  undo() { this.step(this.past, this.future); }
+
+  redo() { this.step(this.future, this.past); }
+
+  step(from, to) {
+    if (!from.length || this.stroke) return;
+    to.push(this.label);
+    this.label = from.pop();
+    this.finish();
+  }
+
+  clear() {
+    if (this.label.some((value) => value)) this.replace(new Uint16Array(this.label.length));
+  }
+
+  finish() {
+    this.paint();
+    this.calls.onChange();
+  }
+
+  /** The number that the next cell gets: the smallest that no cell has. */
+  freeId() {
+    const used = new Uint8Array(LARGEST_LABEL + 2);
+    for (const value of this.label) used[value] = 1;
+    let id = 1;
+    while (used[id]) id += 1;
+    return id;
+  }
+
+  /** How many cells, or pixels of classes, there are. */
+  count() { return new Set(this.label).size - (this.label.includes(0) ? 1 : 0); }
+
+  // ---------------------------------------------------------------------------------------------- strokes
+
+  /** Where a pointer event lies, in label pixels. */
+  place(event) {
+    const box = this.canvas.getBoundingClientRect();
+    return [(event.clientX - box.left - this.left) / this.scale, (event.clientY - box.top - this.top) / this.scale];
+  }
+
+  at(x, y) {
+    const [column, row] = [Math.floor(x), Math.floor(y)];
+    return column < 0 || row < 0 || column >= this.width || row >= this.height ? -1 : row * this.width + column;
+  }
+
+  down(event) {
+    if (this.stroke) return;
+    this.canvas.setPointerCapture(event.pointerId);
+    const [x, y] = this.place(event);
+    if (event.button === 1 || event.shiftKey) {
+      this.stroke = { pan: true, left: this.left - event.clientX, top: this.top - event.clientY };
+      return;
+    }
+    if (event.button !== 0) return;
+    this.calls.onStart();
+    const before = this.label.slice();
+    const index = this.at(x, y);
+    this.stroke = { before, x, y, startX: x, startY: y, id: this.strokeId(index) };
+    if (this.tool === "brush" || this.tool === "eraser") this.stamp(x, y, x, y);
+    if (this.tool === "fill" && index >= 0) this.fill(index);
+    if (this.tool === "remove" && index >= 0) this.removeAt(index);
+    this.paint();
+  }
+
+  strokeId(index) {
+    if (this.tool === "eraser") return 0;
+    if (this.kind === "classes") return this.currentClass;
+    const under = index >= 0 ? this.label[index] : 0;
+    return this.tool === "brush" && under ? under : this.freeId();
+  }
+
+  move(event) {
+    const [x, y] = this.place(event);
+    this.pointer = [x, y];
+    const stroke = this.stroke;
+    if (stroke && stroke.pan) {
+      [this.left, this.top] = [stroke.left + event.clientX, stroke.top + event.clientY];
+    } else if (stroke) {
+      if (this.tool === "brush" || this.tool === "eraser") this.stamp(stroke.x, stroke.y, x, y);
+      if (this.tool === "ellipse") this.ellipse(stroke, x, y);
+      [stroke.x, stroke.y] = [x, y];
+    }
+    this.paint();
+  }
+
+  up(event) {
+    const stroke = this.stroke;
+    if (!stroke) return;
+    this.stroke = null;
+    if (stroke.pan) return;
+    const [x, y] = this.place(event);
+    if (this.tool === "ellipse" && Math.hypot(x - stroke.startX, y - stroke.startY) < 1) {
+      const half = this.brush; // a click makes a round cell of twice the brush
+      this.ellipse({ ...stroke, startX: x - half, startY: y - half }, x + half, y + half);
+    }
+    this.close(stroke);
+  }
+
+  cancel() {
+    const stroke = this.stroke;
+    this.stroke = null;
+    if (stroke && !stroke.pan) this.close(stroke);
+  }
+
+  close(stroke) {
+    const drawn = this.label;
+    if (stroke.before.some((value, index) => value !== drawn[index])) {
+      this.label = stroke.before;
+      this.remember();
+      this.label = drawn;
+    }
+    this.finish();
+  }
+
+  /** Whether a stroke may write a pixel: cells keep what they have, classes are painted over. */
+  set(index, id) {
+    if (id === 0 || this.kind === "classes" || this.label[index] === 0) this.label[index] = id;
+  }
+
+  /** A disk moved along a line. */
+  stamp(x0, y0, x1, y1) {
+    const radius = this.brush / 2;
+    const steps = Math.max(1, Math.ceil(2 * Math.hypot(x1 - x0, y1 - y0)));
+    for (let step = 0; step <= steps; step += 1) {
+      const [x, y] = [x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps];
+      this.disk(x, y, radius, radius, this.stroke.id);
+    }
+  }
+
+  /** All pixels whose centre lies in an ellipse, and the pixel at its centre. */
+  disk(x, y, radiusX, radiusY, id) {
+    const centre = this.at(x, y);
+    if (centre >= 0) this.set(centre, id);
+    const [first, last] = [Math.max(0, Math.floor(y - radiusY)), Math.min(this.height - 1, Math.ceil(y + radiusY))];
+    for (let row = first; row <= last; row += 1) {
+      const share = 1 - ((row + 0.5 - y) / radiusY) ** 2;
+      if (share < 0) continue;
+      const half = radiusX * Math.sqrt(share);
+      const [from, to] = [Math.max(0, Math.ceil(x - half - 0.5)), Math.min(this.width - 1, Math.floor(x + half - 0.5))];
+      for (let column = from; column <= to; column += 1) this.set(row * this.width + column, id);
+    }
+  }
+
+  ellipse(stroke, x, y) {
+    this.label.set(stroke.before);
+    const [radiusX, radiusY] = [Math.abs(x - stroke.startX) / 2, Math.abs(y - stroke.startY) / 2];
+    if (radiusX < 0.5 || radiusY < 0.5) return;
+    this.disk((x + stroke.startX) / 2, (y + stroke.startY) / 2, radiusX, radiusY, stroke.id);
+  }
+
+  /** Pixels of one value that hang together by their sides, and the values around them. */
+  region(start) {
+    const { width, height, label } = this;
+    const value = label[start];
+    const seen = new Uint8Array(label.length);
+    const found = [start];
+    const around = new Set();
+    let open = false; // reaches the canvas' border
+    seen[start] = 1;
+    for (let place = 0; place < found.length; place += 1) {
+      const index = found[place];
+      const [column, row] = [index % width, Math.floor(index / width)];
+      if (!column || !row || column === width - 1 || row === height - 1) open = true;
+      const beside = [];
+      if (column) beside.push(index - 1);
+      if (column < width - 1) beside.push(index + 1);
+      if (row) beside.push(index - width);
+      if (row < height - 1) beside.push(index + width);
+      for (const other of beside) {
+        if (label[other] !== value) around.add(label[other]);
+        else if (!seen[other]) { seen[other] = 1; found.push(other); }
+      }
+    }
+    return { found, around, open };
+  }
+
+  fill(start) {
+    if (this.kind === "cells" && this.label[start]) return;
+    const { found, around, open } = this.region(start);
+    const id = this.kind === "cells" && !open && around.size === 1 ? [...around][0] : this.stroke.id;
+    for (const index of found) this.label[index] = id;
+  }
+
+  removeAt(start) {
+    const value = this.label[start];
+    if (!value) return;
+    const found = this.kind === "cells" ? this.label.keys() : this.region(start).found;
+    for (const index of found) if (this.label[index] === value) this.label[index] = 0;
+  }
+
+  // ------------------------------------------------------------------------------------------------ showing
+
+  color(value) {
+    if (this.kind === "classes") return this.classColors[value] || [255, 0, 255];
+    if (!value) return [0, 0, 0];
+    const hue = (value * 137.508) % 360; // golden angle: neighbours in number differ in colour
+    const channel = (n) => {
+      const k = (n + hue / 30) % 12;
+      return Math.round(255 * (0.66 - 0.27 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+    };
+    return [channel(0), channel(8), channel(4)];
+  }
+
+  resize() {
+    const ratio = window.devicePixelRatio || 1;
+    const whole = this.isFit;
+    this.canvas.width = Math.max(1, Math.round(this.canvas.clientWidth * ratio));
+    this.canvas.height = Math.max(1, Math.round(this.canvas.clientHeight * ratio));
+    if (whole) this.fit(); else this.paint();
+  }
+
+  fit() {
+    const [width, height] = [this.canvas.clientWidth, this.canvas.clientHeight];
+    this.scale = Math.min(width / this.width, height / this.height) || 1;
+    this.left = (width - this.scale * this.width) / 2;
+    this.top = (height - this.scale * this.height) / 2;
+    this.isFit = true;
+    this.paint();
+  }
+
+  zoom(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
+    const least = 0.5 * Math.min(this.canvas.clientWidth / this.width, this.canvas.clientHeight / this.height);
+    const scale = Math.min(64, Math.max(least, this.scale * factor));
+    this.left = x - (x - this.left) * scale / this.scale;
+    this.top = y - (y - this.top) * scale / this.scale;
+    this.scale = scale;
+    this.isFit = false;
+    this.paint();
+  }
+
+  wheel(event) {
+    event.preventDefault();
+    const box = this.canvas.getBoundingClientRect();
+    this.zoom(Math.exp(-event.deltaY / 400), event.clientX - box.left, event.clientY - box.top);
+  }
+
+  paint() {
+    if (this.waits) return;
+    this.waits = true;
+    requestAnimationFrame(() => { this.waits = false; this.paintNow(); });
+  }
+
+  paintNow() {
+    const colors = new Map();
+    const { data } = this.pixels;
+    for (let index = 0; index < this.label.length; index += 1) {
+      const value = this.label[index];
+      if (!colors.has(value)) colors.set(value, value ? this.color(value) : [26, 32, 40]);
+      const [red, green, blue] = colors.get(value);
+      data.set([red, green, blue, 255], 4 * index);
+    }
+    this.store.getContext("2d").putImageData(this.pixels, 0, 0);
+    const context = this.canvas.getContext("2d");
+    const ratio = this.canvas.width / (this.canvas.clientWidth || 1);
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, this.canvas.clientWidth, this.canvas.clientHeight);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.store, this.left, this.top, this.scale * this.width, this.scale * this.height);
+    if (this.pointer && (this.tool === "brush" || this.tool === "eraser")) {
+      const [x, y] = [this.left + this.scale * this.pointer[0], this.top + this.scale * this.pointer[1]];
+      context.beginPath();
+      context.arc(x, y, Math.max(2, this.scale * this.brush / 2), 0, 2 * Math.PI);
+      context.strokeStyle = "#fff";
+      context.lineWidth = 1;
+      context.stroke();
+    }
+  }
+
+  /** Draw the borders of all cells on another canvas that shows the whole label. */
+  outline(canvas) {
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
+    canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
+    const scale = Math.min(canvas.width / this.width, canvas.height / this.height);
+    const [left, top] = [(canvas.width - scale * this.width) / 2, (canvas.height - scale * this.height) / 2];
+    const context = canvas.getContext("2d");
+    context.beginPath();
+    for (let row = 0; row < this.height; row += 1) {
+      for (let column = 0; column < this.width; column += 1) {
+        const index = row * this.width + column;
+        const [x, y] = [left + scale * column, top + scale * row];
+        if (column && this.label[index] !== this.label[index - 1]) { context.moveTo(x, y); context.lineTo(x, y + scale); }
+        if (row && this.label[index] !== this.label[index - this.width]) { context.moveTo(x, y); context.lineTo(x + scale, y); }
+      }
+    }
+    context.strokeStyle = "#ffd34d";
+    context.lineWidth = 1.5 * ratio;
+    context.stroke();
+  }
+}

@@ -1,0 +1,411 @@
+"use strict";
+// The page: settings, drawing requests and what comes back. Everything goes to this machine's own service.
+
+const REST_MS = 600; // the pen rests that long before the full setting is drawn
+const byId = (id) => document.getElementById(id);
+let model, editor, reply, shownIndex = 0, count = 1, frames = null;
+let running = null, restTimer = 0, changeTime = 0;
+
+// ---------------------------------------------------------------------------------------------------- service
+
+async function ask(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The page's service does not answer. Does app.py still run?");
+  }
+  const values = await response.json();
+  if (!response.ok) throw new Error(values.error);
+  return values;
+}
+
+const post = (path, values, signal) => ask(path, { method: "POST", body: JSON.stringify(values), signal });
+
+function toBase64(bytes) {
+  let text = "";
+  for (let start = 0; start < bytes.length; start += 32768) {
+    text += String.fromCharCode(...bytes.subarray(start, start + 32768));
+  }
+  return btoa(text);
+}
+
+const fromBase64 = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+
+/** 16-bit numbers, low byte first, whatever this machine's own order is. */
+function packLabel(label) {
+  const bytes = new Uint8Array(2 * label.length);
+  label.forEach((value, index) => { bytes[2 * index] = value & 255; bytes[2 * index + 1] = value >> 8; });
+  return toBase64(bytes);
+}
+
+function unpackLabel(text) {
+  const bytes = fromBase64(text);
+  return Uint16Array.from({ length: bytes.length / 2 }, (_, index) => bytes[2 * index] | (bytes[2 * index + 1] << 8));
+}
+
+// ---------------------------------------------------------------------------------------------------- drawing
+
+function request(isPreview) {
+  return {
+    width: editor.width, height: editor.height, label: packLabel(editor.label), kind: editor.kind,
+    blur: Number(byId("blur").value), seed: wholeOf("seed"), count,
+    method: isPreview ? "ab2" : byId("method").value,
+    num_steps: wholeOf(isPreview ? "preview" : "steps"),
+    cfg_scale: model.has_guidance ? Number(byId("guidance").value) : 1,
+  };
+}
+
+/** A number field as a whole number within its own bounds. */
+function wholeOf(id) {
+  const field = byId(id);
+  const value = Math.round(Number(field.value) || 0);
+  return Math.min(Number(field.max || Number.MAX_SAFE_INTEGER), Math.max(Number(field.min || 0), value));
+}
+
+function stop() {
+  clearTimeout(restTimer);
+  if (running) running.abort();
+  running = null;
+  setState("idle");
+}
+
+function setState(state) { document.body.dataset.state = state; }
+
+/** Something that decides the image has changed: a preview at once, then the full setting. */
+function changed() {
+  stop();
+  changeTime = performance.now();
+  frames = null;
+  byId("way").value = byId("way").max;
+  showCount();
+  editor.outline(byId("outline"));
+  draw(true);
+}
+
+let changeTimer = 0;
+function changedSoon() {
+  clearTimeout(changeTimer);
+  changeTimer = setTimeout(changed, 150);
+}
+
+async function draw(isPreview) {
+  const own = new AbortController();
+  running = own;
+  setState(isPreview ? "preview" : "full");
+  try {
+    const values = await post("/api/draw", request(isPreview), own.signal);
+    if (running !== own) return;
+    running = null;
+    show(values, isPreview);
+    if (isPreview) restTimer = setTimeout(() => draw(false), Math.max(0, REST_MS - (performance.now() - changeTime)));
+    setState(isPreview ? "previewed" : "done");
+  } catch (error) {
+    if (error.name === "AbortError" || running !== own) return;
+    stop();
+    showError(error.message);
+  }
+}
+
+function show(values, isPreview) {
+  reply = values;
+  shownIndex = Math.min(shownIndex, values.images.length - 1);
+  showImage();
+  const thumbs = values.images.length > 1 ? values.images.map(thumbOf) : [];
+  byId("thumbs").replaceChildren(...thumbs);
+  byId("sees").src = `data:image/png;base64,${values.mask_picture}`;
+  byId("sees").hidden = false;
+  byId("command").textContent = values.command;
+  const what = isPreview ? "Preview" : "Full setting";
+  byId("status").textContent = `${what}: ${values.nfe} network calls, ${values.seconds.toFixed(2)} s`;
+  for (const button of byId("downloads").querySelectorAll("button")) button.disabled = isPreview;
+}
+
+function showImage() {
+  byId("image").src = `data:image/png;base64,${reply.images[shownIndex].picture}`;
+  byId("image").hidden = false;
+}
+
+function thumbOf(image, index) {
+  const button = document.createElement("button");
+  const picture = document.createElement("img");
+  picture.src = `data:image/png;base64,${image.picture}`;
+  picture.alt = `Image ${index + 1}`;
+  button.append(picture);
+  button.classList.toggle("on", index === shownIndex);
+  button.addEventListener("click", () => {
+    shownIndex = index;
+    [...byId("thumbs").children].forEach((other, place) => other.classList.toggle("on", place === index));
+    showImage();
+  });
+  return button;
+}
+
+async function showWay() {
+  const way = byId("way");
+  if (!reply) return;
+  if (frames === null) {
+    stop();
+    const own = new AbortController();
+    running = own;
+    setState("way");
+    try {
+      const values = await post("/api/trajectory", { ...request(false), index: shownIndex }, own.signal);
+      if (running !== own) return;
+      running = null;
+      frames = values.frames;
+      const share = way.value / way.max;
+      way.max = frames.length - 1;
+      way.value = Math.round(share * way.max);
+      setState("done");
+    } catch (error) {
+      if (error.name === "AbortError" || running !== own) return;
+      stop();
+      showError(error.message);
+      return;
+    }
+  }
+  byId("image").src = `data:image/png;base64,${frames[way.value]}`;
+  const part = Math.round(100 * way.value / way.max);
+  byId("status").textContent = `The way from noise to image: ${part} %`;
+}
+
+// ------------------------------------------------------------------------------------------------------ masks
+
+function take(values) {
+  const label = unpackLabel(values.label);
+  if (values.width === editor.width && values.height === editor.height) {
+    editor.replace(label);
+    return;
+  }
+  editor.setLabel(values.width, values.height, label);
+  showSizes();
+  changed();
+}
+
+async function load(file) {
+  if (!file) return;
+  const query = new URLSearchParams({
+    name: file.name, kind: editor.kind, mask_type: byId("mask_type").value, whole: byId("whole").checked ? 1 : 0,
+  });
+  try {
+    take(await ask(`/api/mask?${query}`, { method: "POST", body: file }));
+  } catch (error) {
+    showError(error.message);
+  }
+}
+
+async function randomLayout() {
+  try {
+    take(await post("/api/layout", {
+      width: editor.width, height: editor.height, kind: editor.kind, cell_size: Number(byId("cell_size").value),
+      density: Number(byId("density").value), seed: Math.floor(Math.random() * 2 ** 31),
+    }));
+  } catch (error) {
+    showError(error.message);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- showing
+
+function showError(message) {
+  byId("error").textContent = message;
+  byId("error").hidden = false;
+  clearTimeout(showError.timer);
+  showError.timer = setTimeout(() => { byId("error").hidden = true; }, 12000);
+}
+
+function showCount() {
+  const found = editor.count();
+  const word = editor.kind === "cells" ? (found === 1 ? "cell" : "cells") : (found === 1 ? "class" : "classes");
+  const hint = editor.kind === "cells" ? "Each stroke is a cell. Start inside a cell to add to it." : "Paint with the class below.";
+  byId("count").textContent = `${found} ${word} · ${editor.width} × ${editor.height} px · ${hint}`;
+  byId("undo").disabled = !editor.past.length;
+  byId("redo").disabled = !editor.future.length;
+}
+
+function showSizes() {
+  const side = model.image_size;
+  const sizes = [1, 2, 3, 4, 8].map((factor) => factor * side).filter((one) => one <= model.most.side);
+  const names = sizes.map((one) => `${one} x ${one}`);
+  const own = `${editor.width} x ${editor.height}`;
+  if (!names.includes(own)) names.push(own);
+  setOptions("size", names, own);
+}
+
+function setOptions(id, names, chosen) {
+  byId(id).replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+}
+
+function choose(group, button) {
+  for (const other of group.querySelectorAll("button")) {
+    other.classList.toggle("on", other === button);
+    other.setAttribute("aria-checked", other === button);
+    other.setAttribute("role", "radio");
+  }
+}
+
+function setTool(name) {
+  editor.tool = name;
+  choose(byId("tools"), byId("tools").querySelector(`[data-tool="${name}"]`));
+  editor.paint();
+}
+
+function showClasses() {
+  const buttons = editor.kind === "cells" ? [] : model.class_colors.map((color, number) => {
+    const button = document.createElement("button");
+    const swatch = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.style.background = `rgb(${color.join(",")})`;
+    button.append(swatch, String(number));
+    button.title = number ? `Class ${number}` : "Background";
+    button.addEventListener("click", () => { editor.currentClass = number; choose(byId("classes"), button); });
+    return button;
+  });
+  byId("classes").replaceChildren(...buttons);
+  if (buttons.length) choose(byId("classes"), buttons[editor.currentClass]);
+}
+
+function showNumbers() {
+  editor.brush = Number(byId("brush").value);
+  byId("brush_shown").textContent = `${editor.brush} px`;
+  byId("guidance_shown").textContent = Number(byId("guidance").value) === 1 ? "none" : byId("guidance").value;
+  byId("blur_shown").textContent = Number(byId("blur").value) ? `${byId("blur").value} px` : "hard";
+  byId("density_shown").textContent = `${Math.round(100 * byId("density").value)} %`;
+}
+
+// --------------------------------------------------------------------------------------------------- downloads
+
+function save(content, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([fromBase64(content)]));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+function download(what) {
+  const image = reply.images[shownIndex];
+  const files = {
+    image: [image.file, `image_${wholeOf("seed")}_${shownIndex}${image.suffix}`],
+    label_png: [reply.label_png, "label.png"],
+    label_tif: [reply.label_tif, "label.tif"],
+    mask: [reply.mask.content, reply.mask.name],
+    sheet: [reply.sheet, "samples.png"],
+  };
+  save(...files[what]);
+}
+
+// ------------------------------------------------------------------------------------------------------- start
+
+function listen() {
+  byId("tools").addEventListener("click", (event) => { if (event.target.dataset.tool) setTool(event.target.dataset.tool); });
+  byId("counts").addEventListener("click", (event) => {
+    if (!event.target.dataset.count) return;
+    count = Number(event.target.dataset.count);
+    choose(byId("counts"), event.target);
+    changed();
+  });
+  byId("undo").addEventListener("click", () => editor.undo());
+  byId("redo").addEventListener("click", () => editor.redo());
+  byId("clear").addEventListener("click", () => editor.clear());
+  byId("zoom_in").addEventListener("click", () => editor.zoom(1.5));
+  byId("zoom_out").addEventListener("click", () => editor.zoom(1 / 1.5));
+  byId("zoom_fit").addEventListener("click", () => editor.fit());
+  byId("next").addEventListener("click", nextSeed);
+  byId("layout").addEventListener("click", randomLayout);
+  byId("way").addEventListener("input", () => { clearTimeout(showWay.timer); showWay.timer = setTimeout(showWay, frames ? 0 : 120); });
+  byId("keep_outline").addEventListener("change", () => byId("picture").classList.toggle("outlined", byId("keep_outline").checked));
+  for (const id of ["brush", "density"]) byId(id).addEventListener("input", () => { showNumbers(); editor.paint(); });
+  for (const id of ["guidance", "blur"]) byId(id).addEventListener("input", () => { showNumbers(); changedSoon(); });
+  for (const id of ["seed", "steps", "method", "preview"]) byId(id).addEventListener("change", changed);
+  byId("kind").addEventListener("change", () => setKind(byId("kind").value));
+  byId("size").addEventListener("change", () => {
+    const [width, height] = byId("size").value.split(" x ").map(Number);
+    editor.setLabel(width, height, new Uint16Array(width * height));
+    changed();
+  });
+  byId("file").addEventListener("change", () => { load(byId("file").files[0]); byId("file").value = ""; });
+  for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
+  byId("mask").addEventListener("drop", (event) => load(event.dataTransfer.files[0]));
+  byId("downloads").addEventListener("click", (event) => { if (event.target.dataset.file) download(event.target.dataset.file); });
+  byId("copy").addEventListener("click", () => navigator.clipboard.writeText(byId("command").textContent));
+  byId("error").addEventListener("click", () => { byId("error").hidden = true; });
+  document.addEventListener("keydown", onKey);
+  new ResizeObserver(() => editor.outline(byId("outline"))).observe(byId("picture"));
+}
+
+function nextSeed() {
+  byId("seed").value = wholeOf("seed") + 1;
+  changed();
+}
+
+function setKind(kind) {
+  editor.kind = kind;
+  if (kind === "classes") editor.label = editor.label.map((value) => Math.min(value, 1));
+  editor.setLabel(editor.width, editor.height, editor.label);
+  showClasses();
+  changed();
+}
+
+const KEYS = { b: "brush", e: "ellipse", f: "fill", x: "eraser", r: "remove" };
+
+function onKey(event) {
+  const typing = event.target.matches("input:not([type=range]):not([type=checkbox]), select");
+  if (typing || event.altKey) return;
+  const key = event.key.toLowerCase();
+  if (event.ctrlKey || event.metaKey) {
+    if (key === "z") { event.preventDefault(); if (event.shiftKey) editor.redo(); else editor.undo(); }
+    if (key === "y") { event.preventDefault(); editor.redo(); }
+    return;
+  }
+  if (KEYS[key]) setTool(KEYS[key]);
+  if (key === "n") nextSeed();
+  if (key === "l") randomLayout();
+  if (key === "+") editor.zoom(1.5);
+  if (key === "-") editor.zoom(1 / 1.5);
+  if (key === "0") editor.fit();
+  if (key === "[" || key === "]") {
+    byId("brush").value = editor.brush + (key === "[" ? -1 : 1);
+    showNumbers();
+    editor.paint();
+  }
+}
+
+async function start() {
+  try {
+    model = await ask("/api/model");
+  } catch (error) {
+    showError(error.message);
+    return;
+  }
+  const side = model.image_size;
+  const images = { 1: "gray", 3: "RGB" }[model.channels] || `${model.channels} channels`;
+  byId("model").textContent = `${model.model} · step ${model.step} · ${side} px, ${images}, ${model.num_classes} classes · on this machine only`;
+  editor = new LabelCanvas(byId("mask"), { onStart: stop, onChange: changed });
+  editor.kind = model.kinds[0];
+  editor.classColors = model.class_colors;
+  editor.setLabel(side, side, new Uint16Array(side * side));
+  byId("brush").max = Math.max(12, Math.round(side / 3));
+  byId("brush").value = Math.max(3, Math.round(side / 12));
+  byId("cell_size").value = Math.max(6, Math.min(24, Math.round(side / 5)));
+  byId("steps").max = model.most.steps;
+  byId("blur").max = Math.min(model.most.blur, Math.max(3, side / 16));
+  byId("guidance_row").hidden = !model.has_guidance;
+  byId("blur_row").hidden = !model.has_soft_masks;
+  byId("kind_row").hidden = model.kinds.length < 2;
+  setOptions("method", model.methods, "heun");
+  setOptions("kind", model.kinds, model.kinds[0]);
+  setOptions("mask_type", model.mask_types, "auto");
+  listen();
+  setTool("brush");
+  choose(byId("counts"), byId("counts").querySelector("[data-count='1']"));
+  showSizes();
+  showClasses();
+  showNumbers();
+  showCount();
+  await randomLayout(); // a page that shows at once what it does
+}
+
+start();

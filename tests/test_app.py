@@ -1,0 +1,473 @@
+"""The page of app.py: what is drawn equals what sample.py writes, and no request can do harm."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import shlex
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from script_helpers import call, run_here
+
+import app
+import sample
+from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.looks import Looks, look_count
+from engine.checkpoint import save_checkpoint
+from engine.sampling import ImageSampler
+from models import build_model
+from page.labels import label_kinds, random_label, read_label, unpack
+from page.service import MOST_BYTES, Service
+
+SIDE = 16
+FLAGS = ["--device", "cpu", "--precision", "float32"]
+
+
+def write_checkpoint(path: Path, num_classes: int, looks: int = 0, **data: object) -> Path:
+    """A small model of 16 gray pixels whose blocks are not zero. With ``looks``, it knows those of so many images."""
+    sizes = {"depth": 1, "hidden_size": 32, "num_heads": 2, "input_size": SIDE, "in_channels": 1, "mask_pixels": 8}
+    model = {"name": "SiT-Ti/8", **sizes, "num_classes": num_classes}
+    extra = {}
+    if looks:
+        model["look_numbers"] = look_count(1)
+        windows = np.random.default_rng(0).normal(size=(looks, 3, look_count(1))).astype(np.float32)
+        extra["looks"] = Looks.of([f"image_{number}" for number in range(looks)], windows).to_dict()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_model(model)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    config = {
+        "model": model,
+        "transport": {"prediction": "data"},
+        "space": {"vae": "none", "factor": 1, "channels": 1, "fingerprint": ""},
+        "data": DataConfig(SIDE, num_classes, channels=1, **data).to_dict(),
+    }
+    weights = network.state_dict()
+    save_checkpoint(path, {"model": weights, "ema": weights, "opt": {}, "step": 7, "config": config, **extra})
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path) -> Iterator[Service]:
+    """The page of a checkpoint on a free port."""
+    with app.start_service(app.parse_args(["--ckpt", str(checkpoint), "--port", "0", *FLAGS])) as service:
+        thread = threading.Thread(target=service.serve_forever)
+        thread.start()
+        yield service
+        service.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> Iterator[Service]:
+    """Cells and background, trained on squares at native scale."""
+    with serving(write_checkpoint(folder / "two.pt", 2, crop="random")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def three(folder) -> Iterator[Service]:
+    """Cells with a boundary where they touch."""
+    with serving(write_checkpoint(folder / "three.pt", 3)) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def valued(folder) -> Iterator[Service]:
+    """Classes that are stored as other gray values."""
+    with serving(write_checkpoint(folder / "valued.pt", 3, mask_values=(0, 2, 1))) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def looking(folder) -> Iterator[Service]:
+    """A model that knows the looks of five training images."""
+    with serving(write_checkpoint(folder / "looking.pt", 2, looks=5)) as service:
+        yield service
+
+
+def cells(height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    """Two cells that touch, and one alone."""
+    label = np.zeros((height, width), np.uint16)
+    label[2:9, 3:8], label[4:10, 8:13], label[11:14, 2:6] = 1, 2, 300
+    return label
+
+
+def order(cells_drawn: np.ndarray, **changes: object) -> dict[str, object]:
+    content = base64.b64encode(cells_drawn.astype("<u2").tobytes()).decode()
+    settings = {"kind": "cells", "blur": 0, "seed": 5, "count": 2, "method": "heun", "num_steps": 2, "cfg_scale": 1.5}
+    return {"height": cells_drawn.shape[0], "width": cells_drawn.shape[1], "label": content, **settings, **changes}
+
+
+def ask(service: Service, path: str, body: object = None, **headers: str) -> tuple[int, dict]:
+    """Status and JSON of a request."""
+    content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(service.url + path, content, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+# ----------------------------------------------------------------------------------------------- the same as sample.py
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "changes"),
+    [
+        ("two", cells(), {}),
+        ("two", cells(), {"blur": 1.5}),
+        ("two", cells(17, 30), {"count": 1}),
+        ("two", np.zeros((SIDE, SIDE), np.uint16), {"cfg_scale": 1}),
+        ("three", cells(), {"method": "ab2"}),
+        ("three", cells(), {"blur": 0.75}),
+        ("three", cells() % 3, {"kind": "classes"}),
+        ("valued", cells() % 3, {"kind": "classes"}),
+        ("looking", cells(), {}),
+        ("looking", cells(17, 30), {"look": 3}),
+        ("looking", cells(), {"look": "none", "count": 1}),
+    ],
+)
+def test_what_the_page_draws_equals_sample_with_the_command_shown(name, label, changes, request, tmp_path, monkeypatch):
+    status, reply = ask(request.getfixturevalue(name), "/api/draw", order(label, **changes))
+    assert status == 200, reply
+    monkeypatch.chdir(tmp_path)
+    Path(reply["mask"]["name"]).write_bytes(base64.b64decode(reply["mask"]["content"]))
+    words = shlex.split(reply["command"])
+    assert words[:2] == ["python", "sample.py"]
+    call(sample, *words[2:])
+    assert Path("samples.png").read_bytes() == base64.b64decode(reply["sheet"])
+
+
+def test_a_reference_image_gives_the_look_that_sample_takes_from_its_file(looking, tmp_path, monkeypatch):
+    reference = png(np.random.default_rng(0).integers(0, 90, (40, 30), np.uint8))
+    status, measured = ask(looking, "/api/look?name=reference.png", reference)
+    assert status == 200, measured
+    _, reply = ask(looking, "/api/draw", order(cells(), look=measured))
+    _, other = ask(looking, "/api/draw", order(cells(), look="none"))
+    assert reply["sheet"] != other["sheet"]
+    monkeypatch.chdir(tmp_path)
+    Path("reference.png").write_bytes(reference)
+    Path("mask.png").write_bytes(base64.b64decode(reply["mask"]["content"]))
+    call(sample, *shlex.split(reply["command"])[2:])
+    assert Path("samples.png").read_bytes() == base64.b64decode(reply["sheet"])
+
+
+def test_looks_to_choose_from_are_what_their_numbers_give(looking):
+    status, reply = ask(looking, "/api/looks", order(cells(), count=1))
+    assert status == 200, reply
+    assert [look["name"] for look in reply["looks"]] == [f"image_{number}" for number in range(5)]
+    _, third = ask(looking, "/api/draw", order(cells(), count=1, look=3))
+    shown, drawn = (base64.b64decode(one["picture"]) for one in (reply["looks"][3], third["images"][0]))
+    difference = np.asarray(Image.open(io.BytesIO(shown))).astype(int) - np.asarray(Image.open(io.BytesIO(drawn)))
+    assert np.abs(difference).max() <= 1  # of another batch size
+
+
+@pytest.mark.parametrize("look", [5, -1, True, "same", [], {"name": "a.png"}, {"name": "a.png", "numbers": [1]}])
+def test_an_unknown_look_is_refused(looking, look):
+    status, reply = ask(looking, "/api/draw", order(cells(), look=look))
+    assert (status, "look" in reply["error"]) == (400, True)
+
+
+def test_a_model_without_looks_takes_none(two):
+    for status, reply in (
+        ask(two, "/api/draw", order(cells(), look="training")),
+        ask(two, "/api/looks", order(cells())),
+        ask(two, "/api/look?name=a.png", png(np.zeros((20, 20), np.uint8))),
+    ):
+        assert (status, "without looks" in reply["error"]) == (400, True)
+
+
+def test_the_image_beside_the_sheet_is_the_same_image(two):
+    _, reply = ask(two, "/api/draw", order(cells()))
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["sheet"]))))
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["images"][1]["file"]))))
+    assert image.shape == (SIDE, SIDE)
+    assert np.array_equal(image, sheet[2:18, 2 + 2 * 18 : 18 + 2 * 18, 0])
+
+
+def test_a_label_comes_back_in_sixteen_bits(two):
+    _, reply = ask(two, "/api/draw", order(cells(), count=1))
+    png = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["label_png"]))))
+    tiff = tifffile.imread(io.BytesIO(base64.b64decode(reply["label_tif"])))
+    assert np.array_equal(png, cells())
+    assert np.array_equal(tiff, cells())
+    assert tiff.dtype == np.uint16
+
+
+def test_the_boundary_is_that_of_training(three):
+    _, reply = ask(three, "/api/draw", order(cells(), count=1))
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["mask_picture"]))))
+    colours = {tuple(color) for color in seen.reshape(-1, 3)}
+    assert colours == {(0, 0, 0), (255, 255, 255), (230, 80, 60)}
+    assert tuple(seen[5, 7]) == tuple(seen[5, 8]) == (230, 80, 60)
+
+
+def test_the_way_leads_from_noise_to_the_image(two):
+    values = order(cells(), num_steps=3)
+    _, reply = ask(two, "/api/draw", {**values, "count": 1})
+    status, way = ask(two, "/api/trajectory", {**values, "count": 1, "index": 0})
+    assert status == 200
+    assert len(way["frames"]) == 4
+    last = np.asarray(Image.open(io.BytesIO(base64.b64decode(way["frames"][-1]))))
+    assert np.array_equal(last, np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["images"][0]["picture"])))))
+
+
+# ---------------------------------------------------------------------------------------------------------- mask files
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def tiff(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array)
+    return buffer.getvalue()
+
+
+def test_a_label_file_keeps_its_cells(two):
+    status, reply = ask(two, "/api/mask?name=label.tif&mask_type=instances", tiff(cells()))
+    assert status == 200, reply
+    label = unpack(reply["height"], reply["width"], reply["label"])
+    expected = cells()
+    expected[expected == 300] = 3
+    assert np.array_equal(label, expected)
+
+
+def test_a_binary_mask_becomes_connected_cells(two):
+    mask = np.zeros((40, 30), np.uint8)
+    mask[2:9, 3:8] = mask[20:30, 10:20] = 255
+    _, reply = ask(two, "/api/mask?name=mask.png&whole=1", png(mask))
+    label = unpack(reply["height"], reply["width"], reply["label"])
+    assert label.shape == mask.shape
+    assert label.max() == 2
+    assert np.array_equal(label > 0, mask > 0)
+
+
+def test_a_large_mask_gives_the_square_that_sample_takes():
+    mask = np.kron(np.array([[0, 255], [255, 0]], np.uint8), np.ones((16, 16), np.uint8))
+    assert read_label(png(mask), "m.png", DataConfig(SIDE), "cells").shape == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "part"),
+    [
+        (b"no picture", "cells.png", "cells.png"),
+        (png(np.zeros((8, 8), np.uint8)), "cells.exe", "kinds .png"),
+        (png(np.arange(400, dtype=np.uint8).reshape(20, 20)), "ramp.png", "unclear"),
+        (png(np.zeros((2000, 20), np.uint8)), "long.png&whole=1", "16 to 1024 pixels"),
+        (b"PK\x03\x04 broken", "../../etc/passwd.npz", "passwd.npz"),
+        (b"", "empty.tif", "empty.tif"),
+    ],
+)
+def test_a_bad_file_ends_as_a_message(two, content, name, part):
+    status, reply = ask(two, f"/api/mask?name={name}", content)
+    assert status == 400
+    assert part in reply["error"]
+    assert "sit-page-" not in reply["error"]
+
+
+def test_files_from_the_browser_leave_nothing_behind(two, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for content in (b"broken", png(cells())):
+        ask(two, "/api/mask?name=m.png", content)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"width": 4096, "height": 4096}, "16 to 1024"),
+        ({"width": True}, "whole number"),
+        ({"label": "AAAA"}, "512"),
+        ({"label": "***"}, "base64"),
+        ({"seed": -1}, "seed"),
+        ({"count": 17}, "count"),
+        ({"num_steps": 10**9}, "num_steps"),
+        ({"cfg_scale": "x"}, "cfg_scale"),
+        ({"blur": 1e9}, "blur"),
+        ({"method": "dopri5"}, "method"),
+        ({"kind": "classes"}, "kind"),
+    ],
+)
+def test_a_wrong_value_is_named(two, changes, part):
+    status, reply = ask(two, "/api/draw", order(cells(), **changes))
+    assert status == 400
+    assert part in reply["error"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"seed": NaN}', b"\xff", b"[" * 10**5])
+def test_what_is_no_json_object_is_refused(two, body):
+    assert ask(two, "/api/draw", body)[0] == 400
+
+
+def test_unknown_classes_are_refused(valued):
+    status, reply = ask(valued, "/api/draw", order(cells(), kind="classes"))
+    assert (status, "class 300" in reply["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example:7860"},
+        {"Host": ""},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:1"},
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/api/draw"])
+def test_other_hosts_and_origins_are_refused(two, headers, path):
+    assert ask(two, path, order(cells()) if path != "/" else None, **headers)[0] == 403
+
+
+def test_the_page_is_served_to_its_own_name_and_through_a_tunnel(two):
+    for host in (two.url.removeprefix("http://"), "localhost:9000"):
+        request = urllib.request.Request(two.url, headers={"Host": host, "Origin": f"http://{host}"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            text = reply.read().decode()
+            assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_only_this_machine_can_connect(two):
+    assert two.server_address[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("path", ["/../app.py", "/static/page.js", "//etc/passwd", "/%2e%2e/app.py", "/api/none"])
+def test_no_other_file_is_served(two, path):
+    assert ask(two, path)[0] == 404
+
+
+@pytest.mark.parametrize(("length", "status"), [(str(MOST_BYTES + 1), 413), ("9" * 5000, 413), ("-1", 411), ("x", 411)])
+def test_a_large_body_is_refused_before_it_is_read(two, length, status):
+    connection = http.client.HTTPConnection(*two.server_address, timeout=60)
+    connection.putrequest("POST", "/api/draw")
+    connection.putheader("Content-Length", length)
+    connection.endheaders()
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+# ---------------------------------------------------------------------------------------------------- one after another
+
+
+def post_and_leave(service: Service, body: dict) -> http.client.HTTPConnection:
+    """Send a request without waiting for its answer."""
+    connection = http.client.HTTPConnection(*service.server_address, timeout=60)
+    connection.request("POST", "/api/draw", json.dumps(body))
+    return connection
+
+
+def test_a_drawing_ends_when_the_browser_leaves(two, monkeypatch):
+    """It would take 250 steps, each of which waits until the connection is closed."""
+    calls, first_call, closed = [], threading.Event(), threading.Event()
+    predict = ImageSampler._predict
+
+    def slow(self, *values, **named):
+        calls.append(1)
+        first_call.set()
+        assert closed.wait(30)
+        return predict(self, *values, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSampler, "_predict", slow)
+        connection = post_and_leave(two, order(cells(), num_steps=250))
+        assert first_call.wait(30)
+        connection.close()
+        closed.set()
+        two.drawer.in_turn(lambda: None, lambda: False)  # the worker is free again
+    assert len(calls) < 5
+    assert ask(two, "/api/draw", order(cells()))[0] == 200
+
+
+def test_the_line_is_bounded_and_two_visitors_get_their_own_images(two, monkeypatch):
+    monkeypatch.setattr(two.drawer, "_line", threading.BoundedSemaphore(2))
+    free = threading.Event()
+    two.drawer._worker.submit(free.wait, 30)
+    waiting = [post_and_leave(two, order(cells(), seed=seed, count=1)) for seed in (1, 2)]
+    while two.drawer._line._value:
+        pass
+    status, reply = ask(two, "/api/draw", order(cells()))
+    assert (status, "Try again" in reply["error"]) == (503, True)
+    free.set()
+    sheets = [json.load(connection.getresponse())["sheet"] for connection in waiting]
+    monkeypatch.undo()
+    assert sheets == [ask(two, "/api/draw", order(cells(), seed=seed, count=1))[1]["sheet"] for seed in (1, 2)]
+
+
+def test_who_leaves_the_line_makes_room(two):
+    free = threading.Event()
+    two.drawer._worker.submit(free.wait, 30)
+    room = two.drawer._line._value
+    connection = post_and_leave(two, order(cells()))
+    while two.drawer._line._value == room:
+        pass
+    connection.close()
+    while two.drawer._line._value < room:
+        pass
+    free.set()
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+def test_a_random_layout_has_the_asked_size_and_classes(two):
+    status, reply = ask(
+        two, "/api/layout", {"height": 24, "width": 40, "kind": "cells", "cell_size": 6, "density": 0.3, "seed": 1}
+    )
+    assert status == 200
+    label = unpack(reply["height"], reply["width"], reply["label"])
+    assert label.shape == (24, 40)
+    assert 0.15 < np.mean(label > 0) < 0.5
+    classes = random_label(64, 64, 8, 0.4, 1, "classes", 4)
+    assert set(np.unique(classes)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("size", "density"), [(3, 0.2), (500, 0.2), (8, 0), (8, 0.9)])
+def test_a_layout_that_cannot_be_is_refused(size, density):
+    with pytest.raises(InputError, match="give"):
+        random_label(64, 64, size, density, 0, "cells", 2)
+
+
+def test_the_pen_draws_what_the_model_was_trained_on():
+    assert label_kinds(DataConfig(64, 2), "auto") == ("cells",)
+    assert label_kinds(DataConfig(64, 3), "auto") == ("cells", "classes")
+    assert label_kinds(DataConfig(64, 3), "classes") == ("classes", "cells")
+    assert label_kinds(DataConfig(64, 5), "auto") == ("classes",)
+
+
+def test_a_taken_port_ends_in_one_line(two, folder):
+    code, lines = run_here(app, "--ckpt", folder / "two.pt", "--port", two.server_address[1], *FLAGS)
+    assert code == 2
+    assert "--port" in lines[-1]
+    assert "Give another one" in lines[-1]

@@ -1,0 +1,162 @@
+"""The page of app.py in a real browser, by mouse events. Skipped if no browser is installed."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from browser import CHROMIUM, DRIVER, MISSING, Browser
+from script_helpers import call
+from test_app import FLAGS, cells, serving, write_checkpoint
+
+import sample
+from page.service import Service
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)]
+STROKE = [(0.3, 0.3), (0.4, 0.35), (0.5, 0.3)]
+IS_DONE = "document.body.dataset.state === 'done' && document.body.dataset.state"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory) -> Iterator[Service]:
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("page") / "two.pt", 2, crop="random")
+    with serving(checkpoint) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def window(service, tmp_path_factory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        browser.open(service.url)
+        browser.wait(IS_DONE)
+        yield browser
+
+
+@pytest.fixture
+def page(window) -> Browser:
+    """The page with an empty canvas."""
+    window.run("document.getElementById('error').hidden = true")
+    window.click("#clear")
+    window.wait("editor.label.every((value) => value === 0)")
+    window.wait(IS_DONE)
+    return window
+
+
+def label_of(page: Browser) -> np.ndarray:
+    values = page.run("return [editor.height, editor.width, ...editor.label]")
+    return np.array(values[2:], np.uint16).reshape(values[:2])
+
+
+def files_of(page: Browser) -> tuple[bytes, bytes, str, str]:
+    """The sheet, the mask, its name and the command that the page shows."""
+    sheet, mask, name = page.run("return [reply.sheet, reply.mask.content, reply.mask.name]")
+    return base64.b64decode(sheet), base64.b64decode(mask), name, page.run("return byId('command').textContent")
+
+
+def test_a_cell_drawn_by_mouse_gives_the_image_of_the_command_shown(page, tmp_path, monkeypatch):
+    page.drag("#mask", STROKE)
+    page.wait(IS_DONE)
+    label = label_of(page)
+    assert set(np.unique(label)) == {0, 1}
+    assert label[4:6, 5:8].all()  # where the stroke went
+    assert page.run("return byId('image').naturalWidth") == 16
+    sheet, mask, name, command = files_of(page)
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(mask)
+    call(sample, *shlex.split(command)[2:])
+    assert Path("samples.png").read_bytes() == sheet
+
+
+def test_every_stroke_is_a_cell_and_undo_takes_the_last_one_back(page):
+    page.drag("#mask", STROKE)
+    page.drag("#mask", [(0.2, 0.8), (0.6, 0.8)])
+    page.wait(IS_DONE)
+    assert label_of(page).max() == 2
+    page.click("#undo")
+    page.wait(IS_DONE)
+    assert label_of(page).max() == 1
+    page.click("#redo")
+    assert label_of(page).max() == 2
+
+
+def test_a_stroke_during_a_drawing_cancels_it(page):
+    page.run("byId('steps').value = 250; changed()")
+    page.wait("document.body.dataset.state === 'full'")
+    page.drag("#mask", STROKE)
+    page.wait("document.body.dataset.state === 'full'")
+    page.run("byId('steps').value = 2; changed()")
+    page.wait(IS_DONE)
+    assert page.run("return reply.nfe") == 4  # of heun
+    page.run("byId('steps').value = 25; changed()")
+    page.wait(IS_DONE)
+
+
+def test_a_label_file_of_sixteen_bits_is_loaded(page, tmp_path):
+    path = tmp_path / "label.tif"
+    tifffile.imwrite(path, cells())
+    page.run("byId('mask_type').value = 'instances'")
+    page.give_file("#file", path)
+    page.wait("editor.label.some((value) => value === 3)")
+    page.wait(IS_DONE)
+    expected = cells()
+    expected[expected == 300] = 3
+    assert np.array_equal(label_of(page), expected)
+    page.run("byId('mask_type').value = 'auto'")
+
+
+def test_a_broken_file_is_a_message_on_the_page(page, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no picture")
+    page.give_file("#file", path)
+    page.wait("!byId('error').hidden")
+    assert "broken.png" in page.run("return byId('error').textContent")
+    page.drag("#mask", STROKE)
+    page.wait(IS_DONE)
+
+
+def test_two_visitors_at_once_get_their_own_images(page, service, tmp_path):
+    with Browser(tmp_path) as other:
+        other.open(service.url)
+        other.wait(IS_DONE)
+        page.drag("#mask", STROKE)
+        other.click("#clear")
+        for one in (page, other):
+            one.wait(IS_DONE)
+        assert label_of(page).any()
+        assert not label_of(other).any()
+        assert files_of(page)[0] != files_of(other)[0]
+
+
+def test_no_request_leaves_the_machine_and_the_page_has_no_complaints(page, service):
+    urls = page.requests()
+    assert service.url + "/api/draw" in urls
+    hosts = {urllib.parse.urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:"))}
+    assert hosts == {urllib.parse.urlsplit(service.url).netloc}
+    assert [line for line in page.complaints() if "400" not in line] == []  # 400: the broken file
+
+
+def test_downloads_are_the_image_and_its_label(page):
+    page.drag("#mask", STROKE)
+    page.wait(IS_DONE)
+    page.click("[data-file='label_tif']")
+    path = page.downloads / "label.tif"
+    for _ in range(100):
+        if path.is_file():
+            break
+        threading.Event().wait(0.1)
+    label = tifffile.imread(path)
+    assert label.dtype == np.uint16
+    assert np.array_equal(label, label_of(page))
+
+
+def test_the_command_line_of_the_page_is_that_of_its_own_flags(page):
+    words = shlex.split(files_of(page)[3])
+    assert words[words.index("--device") + 1] == FLAGS[1]
+    assert "--per-proc-batch-size" in words
