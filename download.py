@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
-import json
 import logging
 import os
 import re
@@ -29,7 +28,8 @@ import torch
 
 from common.disk import NO_LOCKS, file_sha256, sync_folder, write_bytes
 from common.errors import InputError, list_some
-from common.weights import DamagedFile, WouldRunCode, read_tensor_file
+from common.plain import parse_json
+from common.weights import WouldRunCode, read_tensor_file
 from models import SIZES
 
 logger = logging.getLogger(__name__)
@@ -168,13 +168,13 @@ def _read_content(path: Path) -> tuple[object, object]:
     try:
         content, metadata = read_tensor_file(path, allowed=[argparse.Namespace])
         if path.suffix == ".safetensors":
-            return content, json.loads(metadata.get("config", "null"))
+            return content, parse_json(metadata.get("config", "null"))
     except WouldRunCode as error:
         raise InputError(
             f"{path} refers to {error}, which is not a tensor and could run code; nothing was run. "
             "Save the state dict alone with torch.save, or as .safetensors"
         ) from error
-    except (DamagedFile, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is damaged or not a weights file ({error}); download or copy it again") from error
     return content, content.get("config") if isinstance(content, Mapping) else None
 

@@ -40,7 +40,7 @@ from cli import (
 )
 from common.arguments import interval, non_negative_float, positive_fraction, positive_int, seed_number
 from common.errors import CommandParser, InputError, run_command
-from common.log import start_logging
+from common.log import say, start_logging
 from common.outputs import check_output_folder
 from dataset.config import CROPS
 from engine.machine import resolve_device, start_machine
@@ -219,7 +219,7 @@ def _show(section: Section, content: dict, written: str | Sequence[Path], sample
     from synthetic.reader import describe_provenance
 
     made = describe_provenance(samples.provenance()) if samples is not None else []
-    print("\n".join([*section.lines(content), *made, written_line(written)]))
+    say("\n".join([*section.lines(content), *made, written_line(written)]))
 
 
 def run_data(args: argparse.Namespace) -> None:
@@ -236,8 +236,8 @@ def run_data(args: argparse.Namespace) -> None:
         normalize=args.normalize_masks, mask_values=args.mask_values, progress=True,
     )  # fmt: skip
     written = write_data_report(report, pairs, rule, args.output)
-    print("\n".join(report.lines()))
-    print(f"written: {', '.join(map(str, written))}")
+    say("\n".join(report.lines()))
+    say(f"written: {', '.join(map(str, written))}")
     if report.problems:
         count = len(report.problems)
         raise InputError(f"{count} problem{'s' * (count > 1)} to fix before training, first: {report.problems[0]}")
@@ -256,7 +256,7 @@ def run_threshold(args: argparse.Namespace) -> None:
     score = score_by_threshold(samples)
     folder = write_threshold_report(samples, score)
     picture = ", threshold.png" if score.compared else ""
-    print(grid_line(samples))
+    say(grid_line(samples))
     _show(SECTION, score.to_dict(), f"{folder}/threshold.json, threshold.csv{picture}", samples)
 
 
@@ -391,10 +391,10 @@ def run_report(args: argparse.Namespace) -> None:
     samples = _open_set(args)
     others = {name: path for name in ELSEWHERE if (path := getattr(args, name)) is not None}
     page, found, missing = write_report(samples, args.images, others)
-    print(f"measures in the report: {', '.join(found)}")
+    say(f"measures in the report: {', '.join(found)}")
     if missing:
-        print(f"not measured yet: {', '.join(missing)}")
-    print(f"written: {page}, {page.with_suffix('.json').name}")
+        say(f"not measured yet: {', '.join(missing)}")
+    say(f"written: {page}, {page.with_suffix('.json').name}")
 
 
 def run_sweep(args: argparse.Namespace) -> None:

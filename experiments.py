@@ -29,6 +29,7 @@ from common.arguments import (
     seed_number,
 )
 from common.errors import InputError
+from common.log import say
 from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device
 
@@ -214,15 +215,15 @@ def run_split(args: argparse.Namespace) -> None:
         )  # fmt: skip
         for plan in plans:
             counts = ", ".join(f"{count}: {len(names)} images" for count, names in plan.shares.items())
-            print(f"{plan.folder}: {len(plan.test)} test pairs; labels {counts}")
+            say(f"{plan.folder}: {len(plan.test)} test pairs; labels {counts}")
         return
     plan = make_split(
         args.output, args.data_path, args.mask_path, args.shares, args.test_share, args.seed,
         args.test_data_path, args.test_mask_path, args.instances,
     )  # fmt: skip
-    print(f"{len(plan.test)} test pairs: {plan.part(None)}")
+    say(f"{len(plan.test)} test pairs: {plan.part(None)}")
     for share, names in plan.shares.items():
-        print(f"{share:>3} %: {len(names)} pairs: {plan.part(share)}")
+        say(f"{share:>3} %: {len(names)} pairs: {plan.part(share)}")
 
 
 def run_utility(args: argparse.Namespace) -> None:
@@ -249,7 +250,7 @@ def run_utility(args: argparse.Namespace) -> None:
         resolve_device(args.device), progress=True,
     )  # fmt: skip
     written = write_utility_report(report, args.output)
-    print("\n".join([*SECTION.lines(report.to_dict()), written_line(written)]))
+    say("\n".join([*SECTION.lines(report.to_dict()), written_line(written)]))
 
 
 def _run_trial(args: argparse.Namespace) -> None:
@@ -272,7 +273,7 @@ def _run_trial(args: argparse.Namespace) -> None:
     rows = run_trial(plans, args.sets, settings, args.output, resolve_device(args.device), args.selections)
     content, written = write_trial(rows, args.steps, args.output)
     page = write_page("Does it help?", [(SECTION, content, args.output)], args.output / "utility.html")
-    print("\n".join([*SECTION.lines(content), written_line([*written, page])]))
+    say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 
 
 class CommandTools:
@@ -366,7 +367,7 @@ def run_practise(args: argparse.Namespace) -> None:
     content = practice.run() | {"commands": _segmenter_commands(args.output / TRAINING_SETS)}
     content, written = write_practice(practice, content)
     page = write_page("Practice", [(SECTION, content, args.output)], args.output / PAGE)
-    print("\n".join([*SECTION.lines(content), written_line([*written, page])]))
+    say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 
 
 def _segmenter_commands(folder: Path) -> dict[str, list[str]]:

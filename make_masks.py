@@ -35,7 +35,7 @@ from tqdm import tqdm
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
 from common.disk import SETTINGS, check_folder, lock_folder, write_bytes, write_json
 from common.errors import CommandParser, InputError, run_command
-from common.log import start_logging
+from common.log import say, start_logging
 from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
 from dataset.files import find_files, read_mask
 from dataset.microscopes import PROJECTIONS, Choice, flatten_folder
@@ -159,8 +159,8 @@ def run_simulate(args: argparse.Namespace) -> None:
         write_statistics(args.output / "statistics.csv", measurements)
         columns = {"made": summarize(measurements.values()), "asked for": asked}
         summary = write_summary(args.output / "summary.csv", columns)
-    print(summary)
-    print(f"{len(measurements)} images in {args.output}")
+    say(summary)
+    say(f"{len(measurements)} images in {args.output}")
 
 
 def run_recombine(args: argparse.Namespace) -> None:
@@ -196,8 +196,8 @@ def run_recombine(args: argparse.Namespace) -> None:
         write_statistics(args.output / "source_statistics.csv", source)
         columns = {"made": summarize(measurements.values()), "source": summarize(source.values())}
         summary = write_summary(args.output / "summary.csv", columns)
-    print(summary)
-    print(f"{len(measurements)} images in {args.output}")
+    say(summary)
+    say(f"{len(measurements)} images in {args.output}")
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -214,14 +214,14 @@ def run_convert(args: argparse.Namespace) -> None:
         images = unpack_images(images, args.images_output)
     settings = ConvertSettings(args.format, args.kind, args.classes or (), args.class_colours or ())
     result = convert(args.input, images, args.output, settings)
-    print("\n".join([*result.lines(), f"written: {args.output}"]))
+    say("\n".join([*result.lines(), f"written: {args.output}"]))
 
 
 def run_images(args: argparse.Namespace) -> None:
     """The sub-command ``images``."""
     choice = Choice(args.z, args.time, args.scene, args.channels or (), args.axes or "")
     written = flatten_folder(args.input, args.output, choice)
-    print(f"{len(written)} images in {args.output}")
+    say(f"{len(written)} images in {args.output}")
 
 
 def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:

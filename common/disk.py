@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import InputError, list_some
+from common.plain import read_json
 
 logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
@@ -172,13 +173,8 @@ def check_folder(
             )
             raise InputError(f"{folder} {what}; name a new or an empty folder")
         return False
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read, so the work cannot be continued; name another folder") from error
-    if not isinstance(old, dict):
-        raise InputError(f"{path} was not written by this command; name another folder")
-    old, new = upgrade(old), json.loads(json.dumps(settings))
+    old = upgrade(read_json(path, "the work cannot be continued, so name another folder"))
+    new = json.loads(json.dumps(settings))
     changed = [name for name in new if name not in free and old.get(name) != new[name]]
     if changed:
         changes = list_some([f"{name} {old.get(name)} -> {new[name]}"[:100] for name in changed])

@@ -106,7 +106,8 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr and exit code 2. Under torchrun, only the first process prints."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{self.prog}: error: {message}{self._meant(message)}; see --help", file=sys.stderr)
+            line = f"{self.prog}: error: {message}{self._meant(message)}; see --help"
+            print(printable(line), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
     def _meant(self, message: str) -> str:
@@ -115,6 +116,24 @@ class CommandParser(argparse.ArgumentParser):
         meant = [difflib.get_close_matches(w, self._option_string_actions, 1) for w in words if w.startswith("--")]
         names = [name for match in meant for name in match]
         return f" (did you mean {', '.join(names)}?)" if names else ""
+
+
+# Characters that change what a terminal shows: controls, directions of writing, and bytes that are no text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text in which control characters are escaped, so that a file name cannot change what a terminal shows.
+
+    Args:
+        text: what to show.
+        keep: control characters to keep, such as line ends.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else match[0].encode("unicode_escape", "backslashreplace").decode()
+
+    return _UNPRINTABLE.sub(escaped, str(text))
 
 
 def list_some(items: Sequence[object], most: int = 3) -> str:
@@ -170,7 +189,8 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
         main(args)
     except LostProcess as error:
         _let_others_speak(2 * FIRST_RANK_SPEAKS_SECONDS)  # the process with the error should print first
-        print(f"{program}: process {rank} on {socket.gethostname()} ends: {error}", file=sys.stderr, flush=True)
+        line = f"{program}: process {rank} on {socket.gethostname()} ends: {error}"
+        print(printable(line), file=sys.stderr, flush=True)
         os._exit(EXIT_LOST_PROCESS)  # an unfinished exchange on a GPU would block a normal exit
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
@@ -182,7 +202,7 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
             message = with_flags(one_line(error), getattr(error, "fields", ()), args)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)
-        print(f"{program}: error{_where(rank)}: {message}", file=sys.stderr)
+        print(printable(f"{program}: error{_where(rank)}: {message}"), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 

@@ -7,6 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
+from common.errors import printable
+
 
 class LogFile(logging.FileHandler):
     """Log file that raises an error if the disk is full, instead of printing a traceback for every line."""
@@ -22,15 +24,27 @@ class LogFile(logging.FileHandler):
         super().handleError(record)
 
 
+class PlainFormatter(logging.Formatter):
+    """Escapes control characters, which names of files may hold. Line ends stay."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
+def say(text: str) -> None:
+    """Print a result of a command on stdout, without control characters."""
+    print(printable(text, keep="\n\t"))
+
+
 def start_logging(is_main: bool, log_file: Path | None = None) -> None:
     """Set up logging. The main process logs to stderr and, if given, to a file. Others only log warnings."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if is_main and log_file is not None:
         handlers.append(LogFile(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(PlainFormatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
-        format="[%(asctime)s] %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
         handlers=handlers,
         force=True,
     )

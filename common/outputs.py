@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from common.disk import is_passing
 from common.errors import InputError
+from common.plain import read_json
 
 MAKER = "SiT for cell segmentation"  # in the text chunk Software of our pictures
 
@@ -100,9 +100,8 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     if not folder.is_dir() or all(is_passing(entry.name) for entry in folder.iterdir()):
         return
     try:
-        found = json.loads((folder / results).read_text(encoding="utf-8"))
-        is_own = isinstance(found, dict) and set(keys) <= set(found)
-    except (OSError, ValueError, RecursionError):
+        is_own = set(keys) <= set(read_json(folder / results, "name a new folder"))
+    except (OSError, ValueError):
         is_own = False
     if not is_own:
         raise InputError(

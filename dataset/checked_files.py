@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.disk import write_atomically
+from common.plain import parse_json
 
 logger = logging.getLogger(__name__)
 # What a check finds depends on the code of this package: if any of it changes, all files are decoded again.
@@ -63,8 +64,8 @@ class CheckedFiles:
         known = {}
         for name in files:
             try:
-                stamp, facts = json.loads(self._lines.get(_key(name), "[null, null]"))
-            except ValueError:  # a damaged line
+                stamp, facts = parse_json(self._lines.get(_key(name), "[null, null]"))
+            except (ValueError, TypeError):  # a damaged line
                 continue
             if stamp == self._stamps[name]:
                 known[name] = facts

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import InputError
+from common.plain import build
 
 MAX_CLASSES = 255  # class maps are uint8
+MAX_SIDE, MAX_CHANNELS = 2**16, 1024  # more is a mistake, or a file made to fill the memory
 CROPS = ("center", "random")
 WINDOW_SCOPES = ("image", "dataset")
 WINDOW_CHANNELS = ("joint", "separate")
@@ -59,10 +61,10 @@ class DataConfig:
         self._check()
 
     def _check(self) -> None:
-        if self.image_size < 1:
-            raise InputError(f"image_size {self.image_size} must be at least 1", "image_size")
-        if self.channels < 1:
-            raise InputError(f"channels {self.channels} must be at least 1", "channels")
+        if not 1 <= self.image_size <= MAX_SIDE:
+            raise InputError(f"image_size {self.image_size} must lie in 1..{MAX_SIDE}", "image_size")
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise InputError(f"channels {self.channels} must lie in 1..{MAX_CHANNELS}", "channels")
         if not 2 <= self.num_classes <= MAX_CLASSES:
             wrong = f"num_classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included"
             raise InputError(wrong, "num_classes")
@@ -84,5 +86,9 @@ class DataConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataConfig:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**values)
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a value has the wrong type, or is outside of its range.
+        """
+        return build(cls, values)

@@ -212,6 +212,8 @@ class SourceIntensity:
     def from_dict(cls, values: dict[str, Any]) -> SourceIntensity:
         """The inverse of :meth:`to_dict`."""
         windows = tuple(tuple((float(low), float(high)) for low, high in window) for window in values["windows"])
+        if not windows:
+            raise ValueError("it has no windows")
         return cls(tuple(values["dtypes"]), values["channels"], windows, values.get("colours", True))
 
     def median_window(self) -> Window:

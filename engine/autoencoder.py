@@ -7,8 +7,8 @@ The only owner of a latent scale: everything outside this file sees latents of a
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.plain import check_fields, read_json
 from engine.tiling import Windows
 
 if TYPE_CHECKING:
@@ -169,12 +170,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"vae {folder}: {path} does not exist. {mend}, or {PIXEL_SPACE} to work on pixels.", "vae")
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return check_fields(_Shape, read_json(path, mend))
+    except ValueError as error:
         raise _not_loadable(folder, error) from error
-    if not isinstance(config, dict):
-        raise _not_loadable(folder, ValueError(f"{path} holds no settings"))
-    return config
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Types of the settings of a diffusers autoencoder that decide its shape."""
+
+    in_channels: int
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    scaling_factor: float
+    shift_factor: float | None
 
 
 def _not_loadable(folder: Path, error: Exception) -> InputError:
@@ -183,6 +192,16 @@ def _not_loadable(folder: Path, error: Exception) -> InputError:
         "config.json and diffusion_pytorch_model.safetensors.",
         "vae",
     )
+
+
+@dataclass(frozen=True)
+class SpaceTypes:
+    """Types of what :func:`space_config` returns."""
+
+    vae: str
+    factor: int
+    channels: int
+    fingerprint: str | None
 
 
 def space_config(space: Space) -> dict[str, Any]:

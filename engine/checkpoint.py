@@ -9,6 +9,7 @@ top level. ``config`` rebuilds everything that sampling needs, so nothing is gue
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,38 @@ import safetensors.torch
 import torch
 
 from common.disk import write_atomically, write_bytes
-from common.errors import InputError
+from common.errors import InputError, list_some
+from common.plain import check_fields, parse_json
 from common.weights import WouldRunCode, read_tensor_file
+from dataset.config import DataConfig
+from engine.autoencoder import SpaceTypes
+from engine.config import ModelConfig, TransportConfig
+from models import SiT, SiT_models, build_model
 
 NAMES = ("ckpt", "init_from")  # in the errors below: see InputError
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
 NOTES = ("step", "trained_on", "labelled_on", "intensity", "looks")  # an export keeps them beside the weights
+
+MOST_STEPS = 10**12
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig, "transport": TransportConfig, "space": SpaceTypes, "data": DataConfig,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointTypes:
+    """Types of the parts of a checkpoint."""
+
+    model: dict[str, Any]
+    ema: dict[str, Any]
+    opt: dict[str, Any]
+    step: int
+    config: dict[str, Any]
+    trained_on: list[str] | None
+    labelled_on: list[str] | None
+    intensity: dict[str, Any] | None
+    looks: dict[str, Any] | None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -70,14 +96,71 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"ckpt {path}: damaged or not a checkpoint. Give another one of the run.", *NAMES) from error
     missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
-    missing = missing or [f"config.{part}" for part in CONFIG_PARTS if part not in state["config"]]
+    config = {} if missing else state["config"]
+    missing = missing or [
+        f"config.{part}" for part in CONFIG_PARTS if not isinstance(config, dict) or part not in config
+    ]
     if missing:
         raise InputError(
             f"ckpt {path}: has no {', '.join(missing)}, so it was not written by train.py of this project. "
             "To train on from the weights of SiT, give them to train.py as init_from.",
             *NAMES,
         )
+    try:
+        _check_types(state)
+    except ValueError as error:
+        raise InputError(
+            f"ckpt {path}: not as train.py writes it: {error}. Give another one of the run.", *NAMES
+        ) from error
     return state
+
+
+def _check_types(state: dict[str, Any]) -> None:
+    """Raise ValueError if a value of a checkpoint has the wrong type."""
+    check_fields(CheckpointTypes, state)
+    if not 0 <= state["step"] <= MOST_STEPS:
+        raise ValueError(f"step is {state['step']}")
+    for part, kind in SECTIONS.items():
+        check_fields(kind, state["config"][part])
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    """Shape of a tensor; () for everything else."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def build_trained(config: dict[str, Any], weights: dict[str, Any]) -> SiT:
+    """Build the model of a checkpoint and load its weights.
+
+    The sizes in the configuration are compared with the weights first, because a configuration of a few bytes could
+    ask for a model that fills the memory. The weights are never larger than their file.
+
+    Args:
+        config: section "model" of the checkpoint's configuration.
+        weights: its state dict.
+
+    Raises:
+        ValueError: the configuration does not fit the weights.
+    """
+    if config.get("name") not in SiT_models:
+        raise ValueError(f"unknown model {config.get('name')!r}; choose one of {', '.join(SiT_models)}")
+    asked = SiT_models[config["name"]].keywords | config
+    side = asked["input_size"] // asked["patch_size"]
+    size = (1, side**2, asked["hidden_size"])
+    if _shape(weights.get("pos_embed")) != size or not 1 <= asked["depth"] <= len(weights):
+        raise ValueError(
+            f"the configuration asks for {asked['depth']} blocks of width {size[2]} for {side} x {side} patches, "
+            "unlike the weights"
+        )
+    with torch.device("meta"):  # shapes without memory
+        shapes = {name: value.shape for name, value in build_model(config).state_dict().items()}
+    wrong = [name for name, shape in shapes.items() if _shape(weights.get(name)) != tuple(shape)]
+    wrong += [name for name in weights if name not in shapes]
+    if wrong:
+        raise ValueError(f"the configuration does not fit the weights: {list_some(wrong)}")
+    model = build_model(config)
+    model.load_state_dict(weights)
+    return model
 
 
 def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:
@@ -86,6 +169,6 @@ def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
     Raises:
         ValueError: something else wrote the metadata.
     """
-    config, step = json.loads(metadata.get("config", "{}")), int(metadata.get("step", "0"))
-    notes = {name: json.loads(metadata.get(name, "null")) for name in NOTES}
+    config, step = parse_json(metadata.get("config", "{}")), int(metadata.get("step", "0"))
+    notes = {name: parse_json(metadata.get(name, "null")) for name in NOTES}
     return {"model": weights, "ema": weights, "opt": {}, **notes, "step": step, "config": config}

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from common.disk import LOCK_FILE, is_passing, lock_folder, sync_folder, write_bytes
 from common.errors import InputError
+from common.plain import read_json
 from engine.checkpoint import read_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,10 @@ class RunFolder:
 
     def _has_config(self) -> bool:
         try:
-            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            config = read_json(self.path / CONFIG, "start a new run")
+        except (OSError, ValueError):
             return False
-        return isinstance(config, dict) and {"model", "transport"} <= set(config)
+        return {"model", "transport"} <= set(config)
 
     def _first_names(self) -> set[str]:
         """What a run that was stopped at its start may have left."""
@@ -176,7 +177,7 @@ class RunFolder:
                 lost = PREVIEW_GRID in content and not self.preview_path(content["step"]).exists()
                 if content["step"] <= step and not lost:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         write_bytes(self.metrics, "".join(kept).encode())
 

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from common.disk import file_sha256
 from common.errors import InputError
+from common.plain import WRONG
 from common.randomness import derived_seed
 from dataset.config import DataConfig
 from dataset.gray import SourceIntensity
 from dataset.looks import Looks
 from engine.autoencoder import Space, load_space
-from engine.checkpoint import read_checkpoint
+from engine.checkpoint import build_trained, read_checkpoint
 from engine.machine import Machine
 from engine.tiling import Windows
-from models import MaskCondition, SiT, build_model
+from models import MaskCondition, SiT
 from transport import LikelihoodResult, Sampler, Transport, create_transport
 from transport.sampler import OdeSolver, SdeSolver
 
@@ -102,12 +103,13 @@ def load_trained(
         InputError: the checkpoint cannot be used, contradicts what is expected, or the autoencoder is another one.
     """
     state = read_checkpoint(path)
-    config = state["config"]
+    config, notes = state["config"], {name: state.get(name) or None for name in ("intensity", "looks")}
     try:
-        model = build_model(config["model"])
-        model.load_state_dict(state["model" if raw_weights else "ema"])
+        model = build_trained(config["model"], state["model" if raw_weights else "ema"])
         transport, data = create_transport(**config["transport"]), DataConfig.from_dict(config["data"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        intensity = notes["intensity"] and SourceIntensity.from_dict(notes["intensity"])
+        looks = notes["looks"] and Looks.from_dict(notes["looks"])
+    except (*WRONG, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its configuration is not as train.py writes it ({reason}).") from error
     _check_expected(path, config, expected or {})
@@ -135,8 +137,8 @@ def load_trained(
         step=state["step"],
         sha256=file_sha256(path),
         trained_on=state.get("trained_on"),
-        intensity=SourceIntensity.from_dict(state["intensity"]) if state.get("intensity") else None,
-        looks=Looks.from_dict(state["looks"]) if state.get("looks") else None,
+        intensity=intensity,
+        looks=looks,
         labelled_on=state.get("labelled_on"),
     )
 

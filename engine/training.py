@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import InputError
 from common.patch_grid import grid_ratio
 from common.pictures import captioned_sheet, mask_picture
+from common.plain import WRONG
 from common.randomness import seed_step
 from dataset.batches import Batch
 from dataset.folders import PairedFolder
@@ -104,6 +105,18 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Take weights, optimiser and counters of a checkpoint.
+
+        Raises:
+            InputError: they do not fit this run.
+        """
+        try:
+            self._load(state)
+        except (*WRONG, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the checkpoint does not fit this run ({reason}). Give another one.") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["opt"])

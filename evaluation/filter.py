@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from common.disk import SETTINGS, check_folder, write_csv, write_json
 from common.errors import InputError, list_some
+from common.plain import read_json
 from evaluation.output import Section, Table
 from synthetic.manifest import FIDELITY_COLUMN, MANIFEST, judge_notes, relative_to_set, write_manifest
 from synthetic.reader import Sample, SampleSet
@@ -157,7 +157,7 @@ def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
     images of one judge are unknown, the list is empty, and ``evaluate.py utility`` refuses the set.
     """
     fidelity = samples.folder / "evaluation" / "fidelity.json"
-    judge = json.loads(fidelity.read_text(encoding="utf-8")) if fidelity.is_file() else {}
+    judge = read_json(fidelity, "run evaluate.py fidelity again") if fidelity.is_file() else {}
     seen = [note.get("judge_images_sha256") or [] for note in (judge, *judge_notes(samples.settings))]
     before = samples.settings.get("filter")
     return {

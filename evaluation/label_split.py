@@ -9,7 +9,6 @@ SPLIT/selections.json                            the numbers of labels and of se
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from common.disk import check_folder, file_sha256, read_csv, write_json
 from common.errors import InputError, list_some
+from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
 from dataset.files import Pair, pair_files
 from evaluation.split import (
@@ -226,11 +226,8 @@ def read_selections(folder: str | Path) -> list[SplitPlan]:
         InputError: it is none, or files were changed since.
     """
     path = Path(folder) / SELECTIONS_FILE
-    try:
-        count = int(json.loads(path.read_text(encoding="utf-8"))["selections"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); make the folder with evaluate.py split") from error
-    return [read_split(Path(folder) / f"selection_{number:02d}") for number in range(count)]
+    count = read_as(path, lambda content: range(content["selections"]), "make the folder with evaluate.py split")
+    return [read_split(Path(folder) / f"selection_{number:02d}") for number in count]
 
 
 def holds_selections(folder: str | Path) -> bool:

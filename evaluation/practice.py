@@ -12,14 +12,13 @@ Every stage keeps its files. The same call continues.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from torch import nn
 
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_bytes, write_json
 from common.errors import InputError
+from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, read_image
 from engine.checkpoint import read_checkpoint
@@ -234,7 +234,7 @@ class Practice:
                 self._keep(variant, fold, result)
                 shown = show_number(result.score.ap50)
                 logger.info("%s, fold %d of %d: AP %s", variant, fold.number + 1, len(self.folds), shown)
-            results.append(FoldResult.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+            results.append(read_as(path, FoldResult.from_dict, "remove it to score again"))
         return results
 
     def _result_path(self, variant: str, fold: Fold) -> Path:
@@ -252,9 +252,7 @@ class Practice:
         place = self.folder / "masks"
         note = place / "masks.json"
         if note.is_file():
-            content = json.loads(note.read_text(encoding="utf-8"))
-            known = content["statistics"]
-            return content["kinds"], None if known is None else LayoutStatistics(**known)
+            return read_as(note, _made_masks, f"remove {place} to make the masks again")
         found = self._segmented()
         statistics = None
         if self.cells_only:
@@ -406,3 +404,8 @@ def _mean_ap(results: Sequence[FoldResult]) -> float:
     """Mean AP at 0.5 over the folds; 0 if no fold has cells."""
     known = [one.score.ap50 for one in results if one.score.ap50 is not None]
     return float(np.mean(known)) if known else 0.0
+
+
+def _made_masks(content: dict[str, Any]) -> tuple[dict[str, str], LayoutStatistics | None]:
+    known = content["statistics"]
+    return content["kinds"], None if known is None else LayoutStatistics(**known)

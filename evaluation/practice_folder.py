@@ -7,12 +7,13 @@ FOLDER/round_0/ignore/NAME.png 8-bit, 255 where the image was drawn wrongly, els
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import InputError
+from common.plain import read_as
 from dataset.files import read_mask
 from evaluation.fidelity import LabelledImage
 from evaluation.labelled import Named, set_pairs
@@ -39,10 +40,12 @@ class PracticeFolder:
         if self.is_plain_set:
             self.rounds = [folder]
         elif (folder / PRACTICE_FILE).is_file():
-            content = json.loads((folder / PRACTICE_FILE).read_text(encoding="utf-8"))
-            self.rounds = [folder / f"round_{one['round']}" for one in content["rounds"]]
+            self.rounds = read_as(folder / PRACTICE_FILE, self._rounds, "run evaluate.py practise again")
         else:
             raise InputError(f"{folder} is neither a set of sample_ddp.py nor a folder of evaluate.py practise")
+
+    def _rounds(self, content: dict[str, Any]) -> list[Path]:
+        return [self.folder / f"round_{int(one['round'])}" for one in content["rounds"]]
 
     def sets(self) -> list[SampleSet]:
         """The set of every round."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from common.disk import write_bytes, write_json
 from common.errors import InputError
+from common.plain import WRONG, read_json
 from evaluation import fidelity, filter, grid, looks, memorisation, population, realism, sweep, threshold, utility
 from evaluation.filter import read_fidelity
 from evaluation.output import Section, Table, new_figure, results_folder, show_image
@@ -95,17 +95,14 @@ def write_page(title: str, sections: Sequence[tuple[Section, dict, Path]], path:
 def _read(path: Path) -> dict | None:
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}); run the measure again") from error
+    return read_json(path, "run the measure again")
 
 
 def _part(section: Section, content: dict, folder: Path) -> dict:
     """Variables of the template for one measure."""
     try:
         table, notes = section.table(content), section.notes(content)
-    except (KeyError, TypeError) as error:
+    except WRONG as error:
         raise InputError(
             f"{folder / section.name}.json was written by another version (no {error}); run evaluate.py {section.name} "
             "again"

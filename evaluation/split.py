@@ -7,7 +7,6 @@ SPLIT/split.json                  names and hashes: what ``evaluate.py utility``
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from common.disk import check_folder, file_sha256, write_json
 from common.errors import InputError, list_some
+from common.plain import read_json
 from common.randomness import shuffled_by_hash
 from dataset.files import Pair, find_files, match_names, pair_files
 from evaluation.image_facts import image_facts, near_duplicates
@@ -194,10 +194,8 @@ def read_split(folder: str | Path) -> SplitPlan:
     """
     folder = Path(folder)
     path = folder / SPLIT_FILE
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; make the folder with evaluate.py split")
+    content = read_json(path, "make the folder with evaluate.py split")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         shares = {int(share): names for share, names in content["shares"].items()}
         unlabelled = {int(share): names for share, names in content.get("unlabelled", {}).items()}
         plan = SplitPlan(

@@ -20,6 +20,7 @@ from torch import nn
 
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
 from common.errors import InputError
+from common.plain import read_as, read_json
 from dataset.config import DataConfig
 from evaluation.arms import REAL, SELF_TRAINING, Arm, phases_of
 from evaluation.fidelity import LabelledImage
@@ -270,7 +271,7 @@ def _slug(selection: int, labels: int, arm: str, seed: int) -> str:
 def _is_there(path: Path, stamp: dict[str, object]) -> bool:
     if not path.is_file():
         return False
-    if json.loads(path.read_text(encoding="utf-8")).get("stamp") == json.loads(json.dumps(stamp)):
+    if read_json(path, "remove it to train again").get("stamp") == json.loads(json.dumps(stamp)):
         return True
     logger.info("%s was made from other images; it is made again", path.name)
     return False
@@ -278,8 +279,8 @@ def _is_there(path: Path, stamp: dict[str, object]) -> bool:
 
 def read_rows(output: Path) -> list[TrialRow]:
     """All results of a folder, sorted by labels, arm, selection and seed."""
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / RESULTS).glob("*.json"))]
-    rows = [TrialRow.from_dict(content["row"]) for content in contents]
+    paths = sorted((output / RESULTS).glob("*.json"))
+    rows = [read_as(path, lambda one: TrialRow.from_dict(one["row"]), "remove it to train again") for path in paths]
     return sorted(rows, key=lambda row: (row.labels, row.arm, row.selection, row.seed))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
+from common.plain import read_json
 from dataset.files import find_files, read_mask
 from dataset.views import turn
 from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
@@ -274,9 +274,9 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
         None if the origin is unknown.
     """
     try:
-        settings = json.loads((folder.parent / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(folder.parent / SETTINGS, "make the masks again")
         origin = {name: settings[name] for name in ("command", *ORIGIN_NOTES) if settings.get(name)}
-    except (OSError, ValueError, AttributeError):
+    except ValueError:
         return None
     return origin if origin.get("command") in ("simulate", "recombine", "pseudo", "merged") else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from typing import Any
 
 from common.disk import SETTINGS, read_csv, write_csv
 from common.errors import InputError, list_some
+from common.plain import check_fields, read_json
 
 MANIFEST = "manifest.csv"
 IMAGES, LABELS, ATTEMPTS = "images", "masks", "attempts"  # folders of a set
 LABEL_SUFFIXES = (".png", ".tif")
 
+AGAIN = "sample the set again"  # what to do about damaged settings
 SAMPLING, MIN_FIDELITY, FIDELITY = "sample_ddp.py", "sample_ddp.py --min-fidelity", "evaluate.py fidelity"
 
 
@@ -26,6 +27,20 @@ class Column:
     name: str
     meaning: str
     writer: str = SAMPLING
+
+
+@dataclass(frozen=True)
+class KnownSettings:
+    """Types of those settings of a set that are read again. A set may lack any of them."""
+
+    data_config: dict[str, Any] | None
+    mask_rule: dict[str, Any] | None
+    tile_scale: float | None
+    redraw: dict[str, Any] | None
+    filter: dict[str, Any] | None
+    trained_on: list[str] | None
+    labelled_on: list[str] | None
+    mask_origin: dict[str, Any] | None
 
 
 COLUMNS = (
@@ -167,13 +182,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
         return {}
+    settings = upgrade_settings(read_json(path, AGAIN))
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable JSON ({error}); sample the set again") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no settings; sample the set again")
-    return upgrade_settings(settings)
+        check_fields(KnownSettings, settings)
+        if settings.get("tile_scale") is not None and settings["tile_scale"] <= 0:
+            raise ValueError(f"tile_scale is {settings['tile_scale']}")
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; {AGAIN}") from error
+    return settings
 
 
 def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.pictures import repeat_gray, to_uint8
+from common.plain import build
 from dataset.config import DataConfig
 from dataset.files import read_image, read_mask
 from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
@@ -26,6 +27,7 @@ from dataset.masks import MaskRule
 from dataset.views import View, center_view, native_view, whole_view
 from engine.tiling import spread_starts
 from synthetic.manifest import (
+    AGAIN,
     FIDELITY_COLUMN,
     MANIFEST,
     PROVENANCE_COLUMNS,
@@ -83,14 +85,17 @@ class SampleSet:
         self.columns, rows = read_manifest(self.folder)
         self.samples = [self._sample(row, None if real_dir is None else Path(real_dir)) for row in rows]
         self._check_files(real_dir)
-        config = self.settings.get("data_config")
-        self.config = DataConfig.from_dict(config) if config else None
+        config, rule = self.settings.get("data_config"), self.settings.get("mask_rule")
+        try:
+            self.config = DataConfig.from_dict(config) if config else None
+            self._rule: MaskRule | None = build(MaskRule, rule) if rule else None
+        except ValueError as error:
+            raise InputError(f"{self.folder / SETTINGS}: {error}; {AGAIN}") from error
         if self.has_real and self.config is None:
             raise InputError(
                 f"{self.folder / SETTINGS} has no data_config, so real images cannot be brought to the gray values of "
                 "training; sample the set again with sample_ddp.py"
             )
-        self._rule = self.settings.get("mask_rule")
         self.whole_scale: float | None = self.settings.get("tile_scale")  # of whole masks; None: squares
 
     def __len__(self) -> int:
@@ -109,7 +114,7 @@ class SampleSet:
     @property
     def normalizes(self) -> bool:
         """Whether the set's soft masks were divided by their sum."""
-        return bool((self._rule or {}).get("normalize"))
+        return self._rule is not None and self._rule.normalize
 
     def provenance(self) -> dict[str, list[str]]:
         """Distinct values of the columns that say how the images were made, at most three of each, and who chose."""
@@ -209,7 +214,7 @@ class SampleSet:
         label = self._label(sample)
         if label.ndim == 3:
             return label.argmax(axis=0).astype(np.uint8)
-        if self._rule is not None and self._rule.get("values"):
+        if self._rule is not None and self._rule.values:
             return self._rule_of(sample, label).class_map(label)
         if sample.mask_type == "classes" or (sample.mask_type == "probability" and _holds_ids(label, self.num_classes)):
             if label.max(initial=0) >= self.num_classes:
@@ -234,7 +239,7 @@ class SampleSet:
     def _rule_of(self, sample: Sample, label: np.ndarray) -> MaskRule:
         """The rule of the mask folder, from the set's settings; else the whole range of the label's type is meant."""
         if self._rule is not None:
-            return MaskRule(**self._rule)
+            return self._rule
         whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
         return MaskRule(sample.mask_type, self.num_classes, whole, "the whole range of the label's type")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import zipfile
@@ -20,6 +19,7 @@ from PIL import Image
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
 from common.errors import InputError, list_some
 from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gray
+from common.plain import build, read_json
 from common.randomness import derived_seed
 from dataset.files import FileError, read_image
 from dataset.gray import ImageFormat, to_display, window_columns
@@ -114,7 +114,7 @@ class Attempt:
     def from_plain(cls, plain: dict[str, Any]) -> Attempt:
         """The inverse of ``asdict``. Sets of earlier versions hold the columns, of images that were finished."""
         if "number" in plain:
-            return cls(**plain)
+            return build(cls, plain)
         number, fidelity, reached = (plain[name] for name in ATTEMPT_COLUMNS)
         return cls(int(number), float(fidelity), reached == "yes", MOST_IMAGES)
 
@@ -240,8 +240,8 @@ class SetWriter:
     def attempt(self, job: Job) -> Attempt | None:
         """The note on the draw that is kept so far; None if there is none, or a damaged one."""
         try:
-            return Attempt.from_plain(json.loads(self._attempt_path(job).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
+            return Attempt.from_plain(read_json(self._attempt_path(job), "it is made again"))
+        except (ValueError, KeyError):
             return None
 
     def _attempt_path(self, job: Job) -> Path:

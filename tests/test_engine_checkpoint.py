@@ -132,3 +132,80 @@ def test_hash_of_a_folder_follows_its_files(tmp_path):
     (tmp_path / "b").write_text("two")
     assert file_sha256(tmp_path) != first
     assert len(file_sha256(tmp_path / "a")) == 64
+
+
+# --- values of the wrong kind ----------------------------------------------------------------------------------------
+
+
+WRONG_STATES = {
+    "step": ["x", -5, 10**30, None, torch.tensor([1, 2]), True],
+    "ema": [None, [1]],
+    "opt": [None, [1]],
+    "config": [None, 5, "model transport space data", ["model", "transport", "space", "data"]],
+    "trained_on": [5, [1]],
+    "intensity": [[1], "x"],
+    "looks": [[1]],
+}
+WRONG_CONFIGS = [
+    {"model": None}, {"model": {"name": ["SiT-Ti/8"]}}, {"model": {"time_scale": float("nan")}},
+    {"model": {"input_size": 2**70}}, {"data": [1]}, {"data": {"image_size": "32"}}, {"data": {"window": "ab"}},
+    {"data": {"window_values": [[1]]}}, {"space": None}, {"space": {"vae": 5}}, {"transport": {"path_type": 3}},
+]  # fmt: skip
+
+
+def refused(tmp_path, changed) -> str:
+    torch.save(changed, tmp_path / "wrong.pt")
+    with pytest.raises(InputError) as error:
+        read_checkpoint(tmp_path / "wrong.pt")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, one) for name, wrong in WRONG_STATES.items() for one in wrong])
+def test_a_part_of_the_wrong_kind_is_refused_with_the_file(tmp_path, name, value):
+    text = refused(tmp_path, state(1) | {name: value})
+    assert "wrong.pt" in text and name in text
+
+
+@pytest.mark.parametrize("sections", WRONG_CONFIGS, ids=str)
+def test_a_configuration_of_the_wrong_kind_is_refused_with_the_file(tmp_path, sections):
+    assert "wrong.pt" in refused(tmp_path, state(1) | {"config": state(1)["config"] | sections})
+
+
+@pytest.mark.parametrize("config", ["[" * 200_000, "1" * 5000, "null", "[]", "5", '{"model": NaN}'])
+def test_metadata_of_an_export_that_is_no_configuration_is_refused(tmp_path, config):
+    metadata = {"config": config, "step": "2"}
+    path = tmp_path / "wrong.safetensors"
+    path.write_bytes(checkpoint.safetensors.torch.save({"w": torch.zeros(3)}, metadata))
+    with pytest.raises(InputError, match=r"wrong\.safetensors"):
+        read_checkpoint(path)
+
+
+TINY = {"name": "SiT-Ti/8", "depth": 1, "hidden_size": 32, "num_heads": 2, "input_size": 16, "in_channels": 3}
+TINY |= {"num_classes": 2, "class_dropout_prob": 0.1}
+HUGE = [
+    {"depth": 10**9}, {"hidden_size": 3 * 2**30}, {"mask_pixels": 10**6}, {"num_classes": 10**9}, {"depth": 0},
+    {"input_size": 8 * 362}, {"input_size": 8 * 2**40}, {"in_channels": 10**9}, {"look_numbers": 10**9},
+    {"mlp_ratio": 1e12}, {"patch_size": 1}, {"name": "SiT-XL/2", "depth": 28, "hidden_size": 1152}, {"name": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HUGE, ids=str)
+def test_a_configuration_that_asks_for_more_than_the_weights_is_refused_before_it_is_built(change, monkeypatch):
+    weights = checkpoint.build_model(TINY).state_dict()
+    built = []
+    build = checkpoint.build_model
+
+    def build_without_memory(config):
+        built.append(torch.get_default_device().type)
+        return build(config)
+
+    monkeypatch.setattr(checkpoint, "build_model", build_without_memory)
+    with pytest.raises((ValueError, RuntimeError)):
+        checkpoint.build_trained(TINY | change, weights)
+    assert "cpu" not in built
+
+
+def test_a_configuration_that_fits_is_built_with_its_weights():
+    weights = {name: value + 1 for name, value in checkpoint.build_model(TINY).state_dict().items()}
+    for name, value in checkpoint.build_trained(TINY, weights).state_dict().items():
+        assert torch.equal(value, weights[name])

@@ -60,7 +60,7 @@ def test_library_errors_name_fields_and_no_flags():
         ({"crop": "x"}, "crop 'x' is unknown; choose one of center, random"),
         ({"num_classes": 1}, "num_classes 1 must lie in 2.."),
         ({"window": (9, 9)}, "window 9 9: give two percentiles"),
-        ({"channels": 0}, "channels 0 must be at least 1"),
+        ({"channels": 0}, "channels 0 must lie in 1..1024"),
     ):
         with pytest.raises(InputError, match=f"^{words}") as caught:
             DataConfig(**{"image_size": 8, **wrong})

@@ -162,7 +162,7 @@ def test_set_without_results_is_refused_and_a_damaged_or_old_one_named(folder):
         write_report(samples)
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "realism.json").write_text("{")
-    with pytest.raises(InputError, match=r"realism.json is damaged"):
+    with pytest.raises(InputError, match=r"realism.json is not readable JSON .*run the measure again"):
         write_report(samples)
     (folder / "evaluation" / "realism.json").write_text("{}")
     with pytest.raises(InputError, match="run evaluate.py realism again"):

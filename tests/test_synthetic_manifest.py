@@ -142,7 +142,9 @@ def test_a_folder_of_other_work_is_refused_and_one_of_the_same_is_continued(tmp_
         check_folder(tmp_path / "settings.json", settings)
     for damaged in ("{", "[]"):
         (tmp_path / "settings.json").write_text(damaged)
-        with pytest.raises(InputError, match=r"settings\.json (cannot be read|was not written)"):
+        with pytest.raises(
+            InputError, match=r"settings\.json (is not readable JSON|holds a list) .*name another folder"
+        ):
             check_folder(tmp_path, settings)
     (tmp_path / "settings.json").rename(tmp_path / "notes.txt")
     with pytest.raises(InputError, match="this command did not make it"):
@@ -152,3 +154,18 @@ def test_a_folder_of_other_work_is_refused_and_one_of_the_same_is_continued(tmp_
 def test_an_empty_folder_and_a_locked_one_are_free(tmp_path):
     (tmp_path / ".lock").touch()
     assert not check_folder(tmp_path) and not check_folder(tmp_path, {"seed": 0})
+
+
+WRONG_SETTINGS = [
+    {"data_config": [1]}, {"data_config": {"image_size": 16, "x": 1}}, {"data_config": {"image_size": "16"}},
+    {"data_config": {"image_size": 16, "window": "ab"}}, {"mask_rule": {"x": 1}}, {"mask_rule": [1]}, {"filter": [1]},
+    {"redraw": "x"}, {"tile_scale": "x"}, {"tile_scale": -1}, {"trained_on": [1]}, {"mask_origin": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_SETTINGS, ids=str)
+def test_settings_of_the_wrong_kind_are_refused_with_the_file(tmp_path, wrong):
+    folder = small_set(tmp_path / "set")
+    (folder / "settings.json").write_text(json.dumps(wrong))
+    with pytest.raises(InputError, match=r"settings\.json.*sample the set again"):
+        SampleSet(folder)
