@@ -17,7 +17,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch import Tensor
 from common.errors import InputError, one_line
 from common.faults import fault_of_machine
 from common.pictures import CLASS_COLORS, as_rgb, mask_picture, to_uint8
+from common.plain import parse_json
 from dataset.files import encode_image, encode_tiff, image_suffix
 from dataset.masks import MASK_TYPES
 from page.drawing import (
@@ -174,8 +175,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _json(self) -> dict[str, Any]:
         try:
-            values = json.loads(self._body(), parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(self._body())
+        except ValueError as error:
             raise Refusal(HTTPStatus.BAD_REQUEST, "The request is no JSON.") from error
         if not isinstance(values, dict):
             raise Refusal(HTTPStatus.BAD_REQUEST, "The request is no JSON object.")
@@ -352,7 +353,3 @@ def picture(image: Tensor) -> bytes:
 def encode64(content: bytes) -> str:
     """Bytes as JSON can hold them."""
     return base64.b64encode(content).decode()
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
