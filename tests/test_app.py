@@ -19,7 +19,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from script_helpers import call, run_here
+from script_helpers import call, run_here, write_pairs
 
 import app
 import sample
@@ -28,6 +28,7 @@ from dataset.config import DataConfig
 from dataset.looks import Looks, look_count
 from engine.checkpoint import save_checkpoint
 from engine.sampling import ImageSampler
+from evaluation.instances import dice
 from models import build_model
 from page.labels import label_kinds, random_label, read_label, unpack
 from page.service import MOST_BYTES, Service
@@ -68,9 +69,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path) -> Iterator[Service]:
+def serving(checkpoint: Path, *flags: object) -> Iterator[Service]:
     """The page of a checkpoint on a free port."""
-    with app.start_service(app.parse_args(["--ckpt", str(checkpoint), "--port", "0", *FLAGS])) as service:
+    with app.start_service(
+        app.parse_args(["--ckpt", str(checkpoint), "--port", "0", *FLAGS, *map(str, flags)])
+    ) as service:
         thread = threading.Thread(target=service.serve_forever)
         thread.start()
         yield service
@@ -198,6 +201,33 @@ def test_a_model_without_looks_takes_none(two):
         ask(two, "/api/look?name=a.png", png(np.zeros((20, 20), np.uint8))),
     ):
         assert (status, "without looks" in reply["error"]) == (400, True)
+
+
+@pytest.fixture(scope="module")
+def judged(folder) -> Iterator[Service]:
+    """Cells and background, and a segmenter that learned a little from drawn pairs."""
+    images, masks = write_pairs(folder / "real")
+    checkpoint = write_checkpoint(folder / "judged.pt", 2)
+    flags = ["--judge-images", images, "--judge-masks", masks, "--judge-steps", 2, "--judge-cache", folder / "judges"]
+    with serving(checkpoint, *flags) as service:
+        yield service
+
+
+def test_the_judge_says_what_it_finds_in_every_image(judged):
+    _, reply = ask(judged, "/api/draw", order(cells()))
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["images"][1]["file"]))))
+    expected, fidelity = judged.drawer.judge(image[:, :, None], cells() > 0)
+    assert len(reply["verdicts"]) == 2
+    found = unpack(*(reply["verdicts"][1][name] for name in ("height", "width", "label")))
+    assert np.array_equal(found > 0, expected)
+    assert reply["verdicts"][1]["dice"] == fidelity == dice(expected, cells() > 0)
+
+
+@pytest.mark.parametrize("flags", [["--judge-images", "here"], ["--judge-masks", "here"], ["--judge-steps", "5"]])
+def test_half_a_judge_is_refused(folder, flags):
+    code, lines = run_here(app, "--ckpt", folder / "none.pt", *flags)
+    assert code == 2
+    assert "--judge-" in lines[-1]
 
 
 def test_the_image_beside_the_sheet_is_the_same_image(two):

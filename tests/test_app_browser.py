@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tifffile
 from browser import CHROMIUM, DRIVER, MISSING, Browser
+from PIL import Image
 from script_helpers import call
 from test_app import FLAGS, cells, serving, write_checkpoint
 
 import sample
+from dataset.masks import MaskRule
 from page.service import Service
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)]
@@ -84,6 +86,51 @@ def test_every_stroke_is_a_cell_and_undo_takes_the_last_one_back(page):
     assert label_of(page).max() == 1
     page.click("#redo")
     assert label_of(page).max() == 2
+
+
+def test_what_an_outline_encloses_becomes_a_cell(page):
+    page.run("setTool('outline')")
+    page.drag("#mask", [(0.25, 0.25), (0.75, 0.25), (0.75, 0.5), (0.25, 0.5)])
+    page.run("setTool('brush')")
+    page.wait(IS_DONE)
+    expected = np.zeros((16, 16), np.uint16)
+    expected[4:8, 4:12] = 1
+    assert np.array_equal(label_of(page), expected)
+
+
+def test_the_canvas_shows_the_boundary_that_the_model_sees(page):
+    page.run("editor.replace(Uint16Array.from(arguments[0]))", cells().ravel().tolist())
+    shown = page.run("editor.hasBoundary = true; return [...editor.label.keys()].map((n) => editor.isBoundary(n))")
+    page.run("editor.hasBoundary = false")
+    boundary = MaskRule("instances", 3, 1.0, "drawn").class_map(cells()) == 2
+    assert boundary.any()
+    assert np.array_equal(np.reshape(shown, (16, 16)), boundary)
+
+
+def test_a_chosen_look_and_a_reference_image_change_command_and_image(tmp_path, window):
+    checkpoint = write_checkpoint(tmp_path / "looking.pt", 2, looks=5)
+    reference = tmp_path / "reference.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 90, (40, 30), np.uint8)).save(reference)
+    with serving(checkpoint) as service, Browser(tmp_path / "browser") as page:
+        page.open(service.url)
+        page.wait("looks !== null")
+        page.wait(IS_DONE)
+        sheets, commands = [], []
+        for choose in (
+            lambda: page.click("#looks button:nth-child(5)"),  # after "by seed" and "none": number 2
+            lambda: page.give_file("#look_file", reference),
+            lambda: page.click("#looks button:nth-child(2)"),
+        ):
+            page.run("reply = null; document.body.dataset.state = 'idle'")
+            choose()
+            page.wait(f"reply && {IS_DONE}")
+            sheet, _, _, command = files_of(page)
+            sheets.append(sheet)
+            commands.append(command)
+    assert "--look training --look-index 2" in commands[0]
+    assert "--look-path reference.png" in commands[1]
+    assert "--look none" in commands[2]
+    assert len(set(sheets)) == 3
 
 
 def test_a_stroke_during_a_drawing_cancels_it(page):

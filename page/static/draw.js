@@ -17,6 +17,7 @@ class LabelCanvas {
     this.kind = "cells";
     this.currentClass = 1;
     this.classColors = [[0, 0, 0], [255, 255, 255]];
+    this.hasBoundary = false; // show pixels of cells that touch another cell as class 2
     this.store = document.createElement("canvas"); // one pixel per label pixel
     this.pointer = null;
     this.stroke = null;
@@ -111,7 +112,7 @@ class LabelCanvas {
     this.calls.onStart();
     const before = this.label.slice();
     const index = this.at(x, y);
-    this.stroke = { before, x, y, startX: x, startY: y, id: this.strokeId(index) };
+    this.stroke = { before, x, y, startX: x, startY: y, id: this.strokeId(index), points: [[x, y]] };
     if (this.tool === "brush" || this.tool === "eraser") this.stamp(x, y, x, y);
     if (this.tool === "fill" && index >= 0) this.fill(index);
     if (this.tool === "remove" && index >= 0) this.removeAt(index);
@@ -122,7 +123,8 @@ class LabelCanvas {
     if (this.tool === "eraser") return 0;
     if (this.kind === "classes") return this.currentClass;
     const under = index >= 0 ? this.label[index] : 0;
-    return this.tool === "brush" && under ? under : this.freeId();
+    const adds = this.tool === "brush" || this.tool === "outline";
+    return adds && under ? under : this.freeId();
   }
 
   move(event) {
@@ -134,6 +136,7 @@ class LabelCanvas {
     } else if (stroke) {
       if (this.tool === "brush" || this.tool === "eraser") this.stamp(stroke.x, stroke.y, x, y);
       if (this.tool === "ellipse") this.ellipse(stroke, x, y);
+      if (this.tool === "outline") this.polygon(stroke, x, y);
       [stroke.x, stroke.y] = [x, y];
     }
     this.paint();
@@ -204,6 +207,26 @@ class LabelCanvas {
     this.disk((x + stroke.startX) / 2, (y + stroke.startY) / 2, radiusX, radiusY, stroke.id);
   }
 
+  /** All pixels whose centre lies inside the closed line through the points so far and (x, y). */
+  polygon(stroke, x, y) {
+    stroke.points.push([x, y]);
+    this.label.set(stroke.before);
+    const { points } = stroke;
+    for (let row = 0; row < this.height; row += 1) {
+      const crossings = [];
+      points.forEach(([x1, y1], place) => {
+        const [x0, y0] = points[(place || points.length) - 1];
+        if ((y0 <= row + 0.5) !== (y1 <= row + 0.5)) crossings.push(x0 + (x1 - x0) * (row + 0.5 - y0) / (y1 - y0));
+      });
+      crossings.sort((left, right) => left - right);
+      for (let place = 0; place + 1 < crossings.length; place += 2) {
+        const from = Math.max(0, Math.ceil(crossings[place] - 0.5));
+        const to = Math.min(this.width - 1, Math.floor(crossings[place + 1] - 0.5));
+        for (let column = from; column <= to; column += 1) this.set(row * this.width + column, stroke.id);
+      }
+    }
+  }
+
   /** Pixels of one value that hang together by their sides, and the values around them. */
   region(start) {
     const { width, height, label } = this;
@@ -257,6 +280,20 @@ class LabelCanvas {
     return [channel(0), channel(8), channel(4)];
   }
 
+  /** Whether a pixel of a cell has another cell among its eight neighbours. */
+  isBoundary(index) {
+    const value = this.label[index];
+    if (!this.hasBoundary || this.kind !== "cells" || !value) return false;
+    const column = index % this.width;
+    for (let down = -1; down <= 1; down += 1) {
+      for (let right = -1; right <= 1; right += 1) {
+        const other = column + right < 0 || column + right >= this.width ? 0 : this.label[index + down * this.width + right];
+        if (other && other !== value) return true;
+      }
+    }
+    return false;
+  }
+
   resize() {
     const ratio = window.devicePixelRatio || 1;
     const whole = this.isFit;
@@ -302,7 +339,7 @@ class LabelCanvas {
     for (let index = 0; index < this.label.length; index += 1) {
       const value = this.label[index];
       if (!colors.has(value)) colors.set(value, value ? this.color(value) : [26, 32, 40]);
-      const [red, green, blue] = colors.get(value);
+      const [red, green, blue] = this.isBoundary(index) ? this.classColors[2] : colors.get(value);
       data.set([red, green, blue, 255], 4 * index);
     }
     this.store.getContext("2d").putImageData(this.pixels, 0, 0);
@@ -321,25 +358,29 @@ class LabelCanvas {
       context.stroke();
     }
   }
+}
 
-  /** Draw the borders of all cells on another canvas that shows the whole label. */
-  outline(canvas) {
-    const ratio = window.devicePixelRatio || 1;
-    canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
-    canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
-    const scale = Math.min(canvas.width / this.width, canvas.height / this.height);
-    const [left, top] = [(canvas.width - scale * this.width) / 2, (canvas.height - scale * this.height) / 2];
-    const context = canvas.getContext("2d");
+/**
+ * Draw the borders of label maps on a canvas that shows all of them.
+ * @param {HTMLCanvasElement} canvas
+ * @param {{width: number, height: number, label: Uint16Array, color: string}[]} maps
+ */
+function showBorders(canvas, maps) {
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
+  canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
+  const context = canvas.getContext("2d");
+  for (const { width, height, label, color } of maps) {
+    const scale = Math.min(canvas.width / width, canvas.height / height);
+    const [left, top] = [(canvas.width - scale * width) / 2, (canvas.height - scale * height) / 2];
     context.beginPath();
-    for (let row = 0; row < this.height; row += 1) {
-      for (let column = 0; column < this.width; column += 1) {
-        const index = row * this.width + column;
-        const [x, y] = [left + scale * column, top + scale * row];
-        if (column && this.label[index] !== this.label[index - 1]) { context.moveTo(x, y); context.lineTo(x, y + scale); }
-        if (row && this.label[index] !== this.label[index - this.width]) { context.moveTo(x, y); context.lineTo(x + scale, y); }
-      }
+    for (let index = 0; index < label.length; index += 1) {
+      const [column, row] = [index % width, Math.floor(index / width)];
+      const [x, y] = [left + scale * column, top + scale * row];
+      if (column && label[index] !== label[index - 1]) { context.moveTo(x, y); context.lineTo(x, y + scale); }
+      if (row && label[index] !== label[index - width]) { context.moveTo(x, y); context.lineTo(x + scale, y); }
     }
-    context.strokeStyle = "#ffd34d";
+    context.strokeStyle = color;
     context.lineWidth = 1.5 * ratio;
     context.stroke();
   }

@@ -5,6 +5,7 @@ const REST_MS = 600; // the pen rests that long before the full setting is drawn
 const byId = (id) => document.getElementById(id);
 let model, editor, reply, shownIndex = 0, count = 1, frames = null;
 let running = null, restTimer = 0, changeTime = 0;
+let look = null, looks = null, reference = null; // chosen look, training images' looks with pictures, own image's look
 
 // ---------------------------------------------------------------------------------------------------- service
 
@@ -53,7 +54,7 @@ function request(isPreview) {
     blur: Number(byId("blur").value), seed: wholeOf("seed"), count,
     method: isPreview ? "ab2" : byId("method").value,
     num_steps: wholeOf(isPreview ? "preview" : "steps"),
-    cfg_scale: model.has_guidance ? Number(byId("guidance").value) : 1,
+    cfg_scale: model.has_guidance ? Number(byId("guidance").value) : 1, look,
   };
 }
 
@@ -77,11 +78,16 @@ function setState(state) { document.body.dataset.state = state; }
 function changed() {
   stop();
   changeTime = performance.now();
+  forgetWay();
+  byId("way").disabled = true; // until the full setting is there
+  showCount();
+  showOutlines();
+  draw(true);
+}
+
+function forgetWay() {
   frames = null;
   byId("way").value = byId("way").max;
-  showCount();
-  editor.outline(byId("outline"));
-  draw(true);
 }
 
 let changeTimer = 0;
@@ -101,6 +107,7 @@ async function draw(isPreview) {
     show(values, isPreview);
     if (isPreview) restTimer = setTimeout(() => draw(false), Math.max(0, REST_MS - (performance.now() - changeTime)));
     setState(isPreview ? "previewed" : "done");
+    if (!isPreview && model.looks && looks === null) loadLooks();
   } catch (error) {
     if (error.name === "AbortError" || running !== own) return;
     stop();
@@ -119,12 +126,31 @@ function show(values, isPreview) {
   byId("command").textContent = values.command;
   const what = isPreview ? "Preview" : "Full setting";
   byId("status").textContent = `${what}: ${values.nfe} network calls, ${values.seconds.toFixed(2)} s`;
-  for (const button of byId("downloads").querySelectorAll("button")) button.disabled = isPreview;
+  for (const control of [...byId("downloads").querySelectorAll("button"), byId("way")]) control.disabled = isPreview;
 }
 
 function showImage() {
   byId("image").src = `data:image/png;base64,${reply.images[shownIndex].picture}`;
   byId("image").hidden = false;
+  showOutlines();
+  const verdict = reply.verdicts[shownIndex];
+  byId("verdict").hidden = !verdict;
+  if (!verdict) return;
+  const keys = ["drawn", "found"].map((name) => {
+    const key = document.createElement("span");
+    key.className = `key ${name}`;
+    return key;
+  });
+  const dice = ` found in the image by a segmenter · Dice ${verdict.dice.toFixed(3)}`;
+  byId("verdict").replaceChildren(keys[0], "drawn · ", keys[1], dice);
+}
+
+/** Outlines over the image: of the drawn mask and, with a judge, of what it finds. */
+function showOutlines() {
+  const maps = [{ width: editor.width, height: editor.height, label: editor.label, color: "#ffd34d" }];
+  const verdict = reply && reply.verdicts[shownIndex];
+  if (verdict) maps.push({ ...verdict, label: unpackLabel(verdict.label), color: "#4dd2ff" });
+  showBorders(byId("outline"), maps);
 }
 
 function thumbOf(image, index) {
@@ -137,6 +163,7 @@ function thumbOf(image, index) {
   button.addEventListener("click", () => {
     shownIndex = index;
     [...byId("thumbs").children].forEach((other, place) => other.classList.toggle("on", place === index));
+    forgetWay();
     showImage();
   });
   return button;
@@ -168,7 +195,67 @@ async function showWay() {
   }
   byId("image").src = `data:image/png;base64,${frames[way.value]}`;
   const part = Math.round(100 * way.value / way.max);
-  byId("status").textContent = `The way from noise to image: ${part} %`;
+  byId("status").textContent = `From noise to image: ${part} %`;
+}
+
+// ------------------------------------------------------------------------------------------------------ looks
+
+/** Pictures of the present mask in the looks of some training images. */
+async function loadLooks() {
+  const own = new AbortController();
+  running = own;
+  setState("looks");
+  try {
+    const values = await post("/api/looks", { ...request(true), look: null }, own.signal);
+    if (running !== own) return;
+    running = null;
+    looks = values.looks;
+    showLooks();
+    setState("done");
+  } catch (error) {
+    if (error.name === "AbortError" || running !== own) return;
+    stop();
+    looks = [];
+    showError(error.message);
+  }
+}
+
+function showLooks() {
+  const choices = [
+    { value: null, title: "Of a training image that the seed draws", text: "by seed" },
+    { value: "none", title: "No look", text: "none" },
+    ...(reference ? [{ value: reference, title: reference.name, text: "reference" }] : []),
+    ...(looks || []).map((one) => ({ value: one.index, title: `Training image ${one.name}`, picture: one.picture })),
+  ];
+  byId("looks").replaceChildren(...choices.map(({ value, title, text, picture }) => {
+    const button = document.createElement("button");
+    button.title = title;
+    button.setAttribute("aria-label", title);
+    if (picture) {
+      const image = document.createElement("img");
+      image.src = `data:image/png;base64,${picture}`;
+      image.alt = "";
+      button.append(image);
+    } else {
+      button.append(text);
+    }
+    button.addEventListener("click", () => { look = value; choose(byId("looks"), button); changed(); });
+    return button;
+  }));
+  choose(byId("looks"), byId("looks").children[choices.findIndex((one) => one.value === look)]);
+}
+
+async function loadReference(file) {
+  if (!file) return;
+  try {
+    reference = await ask(`/api/look?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
+  } catch (error) {
+    showError(error.message);
+    return;
+  }
+  look = reference;
+  showLooks();
+  changed();
 }
 
 // ------------------------------------------------------------------------------------------------------ masks
@@ -228,8 +315,8 @@ function showCount() {
 function showSizes() {
   const side = model.image_size;
   const sizes = [1, 2, 3, 4, 8].map((factor) => factor * side).filter((one) => one <= model.most.side);
-  const names = sizes.map((one) => `${one} x ${one}`);
-  const own = `${editor.width} x ${editor.height}`;
+  const names = sizes.map((one) => `${one} × ${one}`);
+  const own = `${editor.width} × ${editor.height}`;
   if (!names.includes(own)) names.push(own);
   setOptions("size", names, own);
 }
@@ -322,18 +409,25 @@ function listen() {
   for (const id of ["seed", "steps", "method", "preview"]) byId(id).addEventListener("change", changed);
   byId("kind").addEventListener("change", () => setKind(byId("kind").value));
   byId("size").addEventListener("change", () => {
-    const [width, height] = byId("size").value.split(" x ").map(Number);
+    const [width, height] = byId("size").value.split(" × ").map(Number);
     editor.setLabel(width, height, new Uint16Array(width * height));
     changed();
   });
   byId("file").addEventListener("change", () => { load(byId("file").files[0]); byId("file").value = ""; });
   for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
   byId("mask").addEventListener("drop", (event) => load(event.dataTransfer.files[0]));
+  byId("looks_card").addEventListener("drop", (event) => loadReference(event.dataTransfer.files[0]));
+  byId("look_file").addEventListener("change", () => { loadReference(byId("look_file").files[0]); byId("look_file").value = ""; });
+  byId("renew_looks").addEventListener("click", () => { stop(); loadLooks(); });
   byId("downloads").addEventListener("click", (event) => { if (event.target.dataset.file) download(event.target.dataset.file); });
-  byId("copy").addEventListener("click", () => navigator.clipboard.writeText(byId("command").textContent));
+  byId("copy").addEventListener("click", async () => {
+    await navigator.clipboard.writeText(byId("command").textContent);
+    byId("copy").textContent = "Copied";
+    setTimeout(() => { byId("copy").textContent = "Copy command"; }, 1500);
+  });
   byId("error").addEventListener("click", () => { byId("error").hidden = true; });
   document.addEventListener("keydown", onKey);
-  new ResizeObserver(() => editor.outline(byId("outline"))).observe(byId("picture"));
+  new ResizeObserver(showOutlines).observe(byId("picture"));
 }
 
 function nextSeed() {
@@ -349,7 +443,7 @@ function setKind(kind) {
   changed();
 }
 
-const KEYS = { b: "brush", e: "ellipse", f: "fill", x: "eraser", r: "remove" };
+const KEYS = { b: "brush", o: "outline", e: "ellipse", f: "fill", x: "eraser", r: "remove" };
 
 function onKey(event) {
   const typing = event.target.matches("input:not([type=range]):not([type=checkbox]), select");
@@ -386,6 +480,7 @@ async function start() {
   editor = new LabelCanvas(byId("mask"), { onStart: stop, onChange: changed });
   editor.kind = model.kinds[0];
   editor.classColors = model.class_colors;
+  editor.hasBoundary = model.num_classes === 3;
   editor.setLabel(side, side, new Uint16Array(side * side));
   byId("brush").max = Math.max(12, Math.round(side / 3));
   byId("brush").value = Math.max(3, Math.round(side / 12));
@@ -398,7 +493,9 @@ async function start() {
   setOptions("method", model.methods, "heun");
   setOptions("kind", model.kinds, model.kinds[0]);
   setOptions("mask_type", model.mask_types, "auto");
+  byId("looks_card").hidden = !model.looks;
   listen();
+  showLooks();
   setTool("brush");
   choose(byId("counts"), byId("counts").querySelector("[data-count='1']"));
   showSizes();
