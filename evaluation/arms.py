@@ -1,4 +1,4 @@
-"""The arms of the utility experiment: what a segmenter is trained on, all for the same number of steps."""
+"""The arms of the utility experiment: what a segmenter trains on. All arms have the same number of steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As tables and flags say it, such as ``real + synthetic, ignore``."""
+        """Name in tables and flags, such as ``real + synthetic, ignore``."""
         return f"{self.way}, {self.rules}" if self.rules else self.way
 
     @property
@@ -54,10 +54,10 @@ ARMS = {arm.name: arm for arm in [*map(Arm, WITHOUT_SYNTHETIC), *(Arm(way, rules
 
 
 def arm_of(name: str) -> Arm:
-    """The arm of a name.
+    """The arm with a given name.
 
     Raises:
-        InputError: there is none.
+        InputError: the name is unknown.
     """
     if name not in ARMS:
         raise InputError(f"arm {name!r} is unknown; choose from {'; '.join(ARMS)}", "arms")
@@ -71,13 +71,13 @@ def phases_of(
     synthetic: Sequence[LabelledImage] = (),
     pseudo: Sequence[LabelledImage] = (),
 ) -> list[Phase]:
-    """What the segmenter of an arm sees.
+    """The training phases of an arm.
 
     Args:
-        arm: which one.
+        arm: the arm.
         real: labelled images.
-        groups: look of each.
-        synthetic: images of the set, for arms that need it.
+        groups: group (look, patient) of each labelled image.
+        synthetic: synthetic images, for arms that use them.
         pseudo: images with pseudo-labels, for self-training.
     """
     own = Labelled(real)

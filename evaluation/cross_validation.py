@@ -1,4 +1,4 @@
-"""Cross-validation inside a selection of labelled images: no test image and no other label is needed."""
+"""Cross-validation inside a selection of labelled images. It needs no test images and no other labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from evaluation.sources import Labelled
 
 
 class Fold(NamedTuple):
-    """A part of the labelled images is held out, and a part of the masks."""
+    """The labelled images to train on, and those that are held out."""
 
     number: int
     train: list[Named]
@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
     Attributes:
         name: its file, without suffix.
-        mask: the layout that it was drawn from; several images share one.
+        mask: name of the mask that it was drawn from. Several images can share one.
         item: image, classes (ignored pixels included) and cells.
     """
 
@@ -45,7 +45,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class FoldResult:
-    """What the segmenter of one fold scores on its held-out real images, and how hard it finds its held-out masks."""
+    """Score of one fold's segmenter on the held-out real images, and the hardness of each held-out mask."""
 
     fold: int
     score: InstanceScore
@@ -88,13 +88,13 @@ def run_fold(
 ) -> tuple[nn.Module, FoldResult]:
     """Train on the other folds, real and synthetic in equal parts, and test on this one.
 
-    The segmenter has seen neither the held-out real images nor any image of the held-out masks: how hard a mask is is
-    told by an image of a seed and a layout that are new to it.
+    The segmenter has seen neither the held-out real images nor any image of the held-out masks. So the hardness of a
+    mask is measured on images that are new to the segmenter.
 
     Args:
-        fold: which images are held out.
+        fold: images to train on and to hold out.
         count: number of folds.
-        made: synthetic images; none trains on real images alone.
+        made: synthetic images. Without any, the segmenter trains on real images alone.
         config: budget and seed.
         device: where to train.
     """

@@ -59,21 +59,21 @@ REAL, PLAIN = "real", "round 0, nothing ignored"
 
 @dataclass(frozen=True)
 class PracticeSettings:
-    """What decides the result, besides the data.
+    """Settings that decide the result, besides the data.
 
     Attributes:
-        masks: new masks.
-        simulated_share: of them that are simulated and not recombined.
-        pseudo_share: of them that are found in the unlabelled images.
-        pseudo_masks: train the generator on soft pseudo-masks of the unlabelled images.
-        most_rounds: rounds after the first one.
-        most_draws: images of the hardest mask.
-        ignore_factor: times a class's mean loss on real images, from which a pixel is ignored.
-        folds: of the cross-validation.
-        steps: of every segmenter.
-        crop: side of the segmenters' squares, pixels.
-        unlabelled_images: that are segmented to count cells.
-        seed: of every draw.
+        masks: number of new masks.
+        simulated_share: fraction of the new masks that is simulated. The others are recombined.
+        pseudo_share: fraction of the new masks that is taken from a segmentation of the unlabelled images.
+        pseudo_masks: whether the generator trains on soft pseudo-masks of the unlabelled images.
+        most_rounds: largest number of rounds after the first one.
+        most_draws: number of images of the hardest mask.
+        ignore_factor: a pixel is ignored if its loss exceeds this factor times its class's mean loss on real images.
+        folds: number of parts of the cross-validation.
+        steps: training steps of every segmenter.
+        crop: side of the segmenters' training squares, pixels.
+        unlabelled_images: largest number of unlabelled images in which cells are counted.
+        seed: of all random numbers.
     """
 
     masks: int = 100
@@ -98,7 +98,7 @@ class Unlabelled(NamedTuple):
 
 
 class Tools(Protocol):
-    """The other commands, as the loop calls them. Each call continues what it began before."""
+    """The other commands, as the loop calls them. A call that is repeated continues the work of the first."""
 
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
         """Train a generator, for ``steps`` if given; its checkpoint."""
@@ -115,10 +115,10 @@ class Practice:
 
     Args:
         folders: the labelled images.
-        unlabelled: images without labels, or None.
+        unlabelled: folder of images without labels, or None.
         settings: budget and rules.
         tools: the other commands.
-        folder: where everything goes.
+        folder: folder for all files.
         device: where segmenters are trained.
     """
 
@@ -132,7 +132,7 @@ class Practice:
         self.checkpoint = Path()
 
     def run(self) -> dict:
-        """All stages; the content of ``practice.json``.
+        """Run all stages. Returns the content of ``practice.json``.
 
         Raises:
             InputError: too few labelled images, or a folder of other work.
@@ -152,7 +152,7 @@ class Practice:
             return self._rounds()
 
     def _train_generator(self) -> Path:
-        """The generator. With pseudo-masks, a run of one step comes first: its checkpoint says how to read images."""
+        """Train the generator. With pseudo-masks, train for one step first: the checkpoint says how images are read."""
         unlabelled = Unlabelled(self.unlabelled)
         if self.unlabelled is not None and self.settings.pseudo_masks:
             self.checkpoint = self.tools.train(self.folders, unlabelled, self.folder / "reading", steps=1)
@@ -173,7 +173,7 @@ class Practice:
 
     @property
     def num_classes(self) -> int:
-        """K of the segmenters: a boundary made from instances is no class."""
+        """K of the segmenters. They do not learn a boundary class that is computed from instances."""
         return 2 if self.cells_only else self.config.num_classes
 
     @cached_property
@@ -198,7 +198,7 @@ class Practice:
 
     @cached_property
     def committee(self) -> list[nn.Module]:
-        """A segmenter per fold that has learned real images alone."""
+        """The segmenter of each fold, trained on real images alone."""
         return [self._of_real(fold) for fold in self.folds]
 
     def _of_real(self, fold: Fold) -> nn.Module:
@@ -216,7 +216,7 @@ class Practice:
 
     @cached_property
     def mean_losses(self) -> list[float]:
-        """Mean loss of every class on real images that the segmenter has not learned from."""
+        """Mean loss of every class on held-out real images."""
         scored = []
         for fold, network in zip(self.folds, self.committee, strict=True):
             segmenter = Segmenter([network], self.device)
@@ -225,7 +225,7 @@ class Practice:
         return class_mean_losses(scored, self.num_classes)
 
     def cross_validate(self, variant: str, made: Sequence[Made]) -> list[FoldResult]:
-        """Results of all folds, from the disk if they are there."""
+        """Results of all folds. Folds that have a file are not run again."""
         results = []
         for fold in self.folds:
             path = self._result_path(variant, fold)
@@ -248,7 +248,7 @@ class Practice:
     # --- masks --------------------------------------------------------------------------------------------------------
 
     def make_masks(self) -> tuple[dict[str, str], LayoutStatistics | None]:
-        """New masks in ``masks/instances``; name -> how it was made, and what the layouts follow."""
+        """Make the new masks, in ``masks/instances``. Returns name -> kind, and the statistics that layouts follow."""
         place = self.folder / "masks"
         note = place / "masks.json"
         if note.is_file():
@@ -269,7 +269,7 @@ class Practice:
         return kinds, statistics
 
     def _copied_masks(self, found: Sequence[tuple[str, np.ndarray]], place: Path) -> list[Path]:
-        """Parts that are no new layouts: pseudo-masks, and with several classes the labelled masks."""
+        """Masks that are no new layouts: pseudo-masks and, with several classes, the labelled masks."""
         parts = []
         if not self.cells_only:
             link_labelled(self.folders.masks, place / "labelled")
@@ -281,7 +281,7 @@ class Practice:
         return parts
 
     def _new_layouts(self, statistics: LayoutStatistics | None, place: Path) -> list[Path]:
-        """Parts of recombined and simulated cells."""
+        """Masks of recombined and simulated cells."""
         if statistics is None:
             return []
         settings, side = self.settings, self.config.image_size
@@ -315,7 +315,7 @@ class Practice:
         return place / "masks"
 
     def _segmented(self) -> list[tuple[str, np.ndarray]]:
-        """(name, instance map or, with several classes, class map) of the unlabelled images."""
+        """Segment unlabelled images: (name, instance map) or, with several classes, (name, class map)."""
         if self.unlabelled is None:
             return []
         segmenter = Segmenter(self.committee, self.device)
@@ -365,7 +365,7 @@ class Practice:
         return content
 
     def _draw(self, number: int, draws: Mapping[str, int], drawn: Mapping[str, int]) -> list[Made]:
-        """Sample a round and mark what was drawn wrongly."""
+        """Sample the images of a round, and mark the pixels that were drawn wrongly."""
         place = self.folder / f"round_{number}"
         masks = place / "masks"
         masks.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ PRACTICE_FILE = "practice.json"
 
 
 class PracticeFolder:
-    """The synthetic sets of one selection of labels, or a plain set of sample_ddp.py in their place.
+    """The synthetic sets of one selection of labels. A plain set of sample_ddp.py counts as round 0.
 
     Args:
         folder: of ``evaluate.py practise``, or a set.
@@ -60,11 +60,11 @@ class PracticeFolder:
 
         Args:
             num_classes: K of the segmenter.
-            ignore: give ``IGNORE`` to the pixels that were drawn wrongly.
-            practise: also those of the later rounds, in which hard masks were drawn more often.
+            ignore: whether pixels that were drawn wrongly get the class ``IGNORE``.
+            practise: whether the images of later rounds are included, in which hard masks were drawn again.
 
         Raises:
-            InputError: a plain set has none of that.
+            InputError: a plain set has no ignored pixels and no later rounds.
         """
         if self.is_plain_set and (ignore or practise):
             raise InputError(f"{self.folder} is a plain set: arms with rules need a folder of evaluate.py practise")
@@ -76,6 +76,6 @@ class PracticeFolder:
 
 
 def ignored(pair: Named, round_folder: Path) -> LabelledImage:
-    """The image with ``IGNORE`` where its round says that it was drawn wrongly."""
+    """The image with class ``IGNORE`` at the pixels that its round marks as drawn wrongly."""
     wrong = read_mask(round_folder / "ignore" / f"{pair.name}.png") > 0
     return pair.item._replace(classes=np.where(wrong, IGNORE, pair.item.classes).astype(np.uint8))

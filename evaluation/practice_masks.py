@@ -28,17 +28,17 @@ TOUCHING = 0.02  # share of the cells from which simulated cells may touch
 
 @dataclass(frozen=True)
 class LayoutStatistics:
-    """What the masks follow.
+    """Statistics that new masks follow.
 
     Attributes:
-        images: segmented images.
-        densities: covered share of their squares at ``LEVELS`` levels, rising.
-        diameter: mean, pixels.
-        size_spread: standard deviation of the diameter over its mean.
+        images: number of segmented images.
+        densities: fraction of a square that cells cover, at ``LEVELS`` quantiles, rising.
+        diameter: mean diameter, pixels.
+        size_spread: standard deviation of the diameter divided by its mean.
         elongation: mean ratio of the axes, at least 1.
-        touching: share of the cells that touch another.
-        scale: diameter over that of the labelled cells.
-        labelled_touching: share of the labelled cells that touch another.
+        touching: fraction of the cells that touch another cell.
+        scale: median diameter divided by that of the labelled cells.
+        labelled_touching: fraction of the labelled cells that touch another cell.
     """
 
     images: int
@@ -62,8 +62,8 @@ def layout_statistics(
 
     Args:
         found: (H, W) instance maps of the unlabelled images.
-        labelled: those of the labelled images.
-        side: of the squares that masks are made for.
+        labelled: (H, W) instance maps of the labelled images.
+        side: side of a mask, pixels.
 
     Returns:
         None if there are fewer than ``LEAST_CELLS`` whole cells.
@@ -108,13 +108,13 @@ class MaskPart:
 
 
 def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float, side: int) -> list[MaskPart]:
-    """What to make: recombined and simulated layouts at every level of density.
+    """Plan recombined and simulated layouts at every level of density.
 
     Args:
-        statistics: what to follow.
-        count: masks in all.
-        simulated_share: of them, in [0, 1].
-        side: height and width.
+        statistics: statistics to follow.
+        count: total number of masks.
+        simulated_share: fraction of the masks to simulate, in [0, 1].
+        side: side of a mask, pixels.
     """
     simulated = round(count * simulated_share)
     parts = []
@@ -142,7 +142,7 @@ def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float,
 
 
 def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
-    """Put the instance maps of several folders of masks into one, by links, with a note of where they come from.
+    """Link the instance maps of several folders into one folder, and note where they come from.
 
     Args:
         parts: folders of ``make_masks.py``, or of :func:`write_pseudo_masks`.
@@ -172,7 +172,7 @@ def link_labelled(masks: Path, output: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy if the disk has no links; what is there stays."""
+    """Make a hard link, or a copy if the disk has no links. An existing file stays."""
     if target.exists():
         return
     try:

@@ -1,4 +1,4 @@
-"""What the practice loop gave: the recommendation, the reason for every image, sets to train with, one page."""
+"""Results of the practice loop: recommendation, reason for every image, training sets, and one page."""
 
 from __future__ import annotations
 

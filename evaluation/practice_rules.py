@@ -1,7 +1,7 @@
-"""The two rules of the practice loop: ignore what was drawn wrongly, and draw again what is hard.
+"""The two rules of the practice loop: ignore pixels that were drawn wrongly, and draw hard masks again.
 
-Source: Yang et al. 2023, "FreeMask", arXiv 2310.15160. There a mask is as hard as its classes. With one class of cells
-that is the same for all masks, so here a mask is as hard as a segmenter finds its image.
+Source: Yang et al. 2023, "FreeMask", arXiv 2310.15160. There, the hardness of a mask follows from its classes. With one
+class of cells, all masks would be equal. So here, the hardness of a mask is a segmenter's loss on its image.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def wrong_pixels(image: Scored, means: list[float], factor: float = IGNORE_FACTO
 
 
 def hardness(image: Scored) -> float:
-    """Mean loss of the pixels that are not ignored; 0 if none is left, so that an image drawn all wrong is not hard."""
+    """Mean loss of the pixels that are not ignored. 0 if all are: an image that is entirely wrong is not hard."""
     known = image.classes != IGNORE
     return float(image.losses[known].mean()) if known.any() else 0.0
 
 
 def plan_draws(found: Mapping[str, float], most: int = MOST_DRAWS) -> dict[str, int]:
-    """How often to draw each mask: in proportion to its rank, ``most`` times the hardest, once the easy ones.
+    """How often to draw each mask: in proportion to its rank. The hardest ``most`` times, easy ones once.
 
     Args:
         found: mask -> hardness; equal values are ranked by name.

@@ -1,7 +1,8 @@
-"""The utility experiment by numbers of labels: selections x labels x arms x seeds, resumable training by training.
+"""The utility experiment by numbers of labels. It can be interrupted and continued after each training.
 
-Everything derived (generator, masks, segmenters) may see the labels of its own selection only; the other training
-images count as unlabelled. All arms have the same number of steps and the same augmentation.
+There is one training per selection, number of labels, arm and seed. Generator, masks and segmenters may use the labels
+of their own selection only. The other training images count as unlabelled. All arms have the same number of steps and
+the same augmentation.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ RESULTS, NETWORKS = "results", "segmenters"
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What decides a score, besides the data.
+    """Settings that decide a score, besides the data.
 
     Attributes:
-        arms: what is compared.
+        arms: arms to compare.
         labels: numbers of labels.
-        seeds: trainings of every arm and selection.
-        steps: of every training.
+        seeds: number of trainings of every arm and selection.
+        steps: steps of every training.
         crop: side of the training squares, pixels.
-        pseudo_images: most unlabelled images for self-training.
-        mask_type: what the real masks hold.
+        pseudo_images: largest number of unlabelled images for self-training.
+        mask_type: meaning of the values in the real masks.
         mask_values: stored value of each class in the real masks; None is what the set's generator was trained with.
         config: how images are read, if no synthetic set says it.
     """
@@ -69,7 +70,7 @@ class TrialSettings:
     config: DataConfig | None = None
 
     def fixed(self) -> dict:
-        """What all results in one folder share."""
+        """Settings that all results in one folder share."""
         return {
             "trial": TRIAL_VERSION,
             "steps": self.steps,
@@ -100,14 +101,14 @@ class TrialRow:
 
 
 class Case:
-    """One number of labels of one selection: its images, read when they are first asked for.
+    """One selection at one number of labels. Images are read at their first use.
 
     Args:
         plan: the selection.
-        selection: its number.
-        labels: key of ``plan.shares``.
-        synthetic: practice folder or set of this case, or None.
-        settings: of the experiment.
+        selection: number of the selection.
+        labels: number of labels, a key of ``plan.shares``.
+        synthetic: practice folder or synthetic set of this case, or None.
+        settings: settings of the experiment.
 
     Raises:
         InputError: a leak.
@@ -159,13 +160,13 @@ class Case:
         return self.plan.groups.get(name.replace("__", "/", 1) if name.startswith("test__") else name, "")
 
     def segmenter(self, seed: int) -> SegmenterConfig:
-        """How its segmenters are trained."""
+        """Settings of the segmenters."""
         return SegmenterConfig(
             self.num_classes, judged_channels(self.config), self.settings.crop, self.settings.steps, seed=seed
         )
 
     def stamp(self, arm: Arm) -> dict[str, object]:
-        """What the score of an arm depends on; a stored score with another stamp is made again."""
+        """Facts that the score of an arm depends on. A stored score with other facts is computed again."""
         sets: list[str] = []
         if arm.is_synthetic and self.made is not None:
             sets = [file_sha256(self.made.set_folder(place) / MANIFEST) for place in range(len(self.made.rounds))]
@@ -182,15 +183,15 @@ def run_trial(
     device: torch.device,
     selections: Sequence[int] | None = None,
 ) -> list[TrialRow]:
-    """Train and test what is not there yet, and read what is.
+    """Train and test all cases that have no result yet.
 
     Args:
         plans: the selections.
-        synthetic: holds ``selection_SS/labels_NNN`` for every case; None runs arms without synthetic images only.
+        synthetic: folder with ``selection_SS/labels_NNN`` for every case. None: arms without synthetic images only.
         settings: arms, labels, budget.
-        output: a result per training goes here.
+        output: folder for the results, a file per training.
         device: where to train.
-        selections: numbers of those to run now; None for all. Results of others that are there are read, too.
+        selections: numbers of the selections to run now. None: all.
 
     Returns:
         All rows in ``output`` that belong to these settings.
@@ -215,7 +216,7 @@ def run_trial(
 
 
 class Clock:
-    """How many trainings are done and how long the others may take."""
+    """Counts trainings, and estimates the time that is left."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.made, self.started = total, 0, 0, time.monotonic()
@@ -226,7 +227,7 @@ class Clock:
 
 
 def _run_job(case: Case, arm: Arm, seed: int, output: Path, device: torch.device, clock: Clock) -> None:
-    """One training, if its result is not there."""
+    """Run one training, unless its result exists."""
     path = output / RESULTS / f"{_slug(case.selection, case.labels, arm.name, seed)}.json"
     clock.done += 1
     if _is_there(path, case.stamp(arm)):
@@ -306,7 +307,7 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
 
 
 def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Module:
-    """The segmenter of the real images alone, kept for self-training."""
+    """The segmenter of the real images alone. It is kept for self-training."""
     key = hashlib.sha256(json.dumps(case.stamp(Arm(REAL)), sort_keys=True).encode()).hexdigest()[:8]
     path = output / NETWORKS / f"{_slug(case.selection, case.labels, REAL, seed)}_{key}.pt"
     config = case.segmenter(seed)

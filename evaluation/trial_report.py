@@ -104,7 +104,7 @@ def labels_worth(curve: Mapping[int, float], value: float) -> tuple[float, str]:
 
 
 def summarize_trial(rows: Sequence[TrialRow], steps: int) -> dict:
-    """Everything that tables, plot and recommendation need, as plain types."""
+    """All that tables, plot and recommendation need, as plain types."""
     counts = sorted({row.labels for row in rows})
     known = {labels: by_selection(rows, labels, REAL) for labels in counts}
     real_curve = {labels: float(np.mean(list(known[labels].values()))) for labels in counts if known[labels]}
@@ -118,7 +118,7 @@ def summarize_trial(rows: Sequence[TrialRow], steps: int) -> dict:
         "kind": "labels",
         "steps": steps,
         "summary": entries,
-        "duels": [duel for labels in counts if (duel := _duel(rows, labels, entries)) is not None],
+        "comparisons": [found for labels in counts if (found := _best_against_best(rows, labels, entries)) is not None],
         "groups": _group_table(rows),
     }
 
@@ -150,7 +150,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _duel(rows: Sequence[TrialRow], labels: int, entries: Sequence[dict]) -> dict | None:
+def _best_against_best(rows: Sequence[TrialRow], labels: int, entries: Sequence[dict]) -> dict | None:
     """The best arm with synthetic images against the best without, selection by selection."""
     own = [entry for entry in entries if entry["labels"] == labels and entry["ap50"] is not None]
     made = [entry for entry in own if entry["arm"] not in WITHOUT_SYNTHETIC]
@@ -208,18 +208,18 @@ def trial_table(content: dict) -> Table:
 
 
 def trial_notes(content: dict) -> list[str]:
-    """Sentences: what wins, per group, and what to do."""
+    """Sentences below the table: what is best, what to do, and scores by class and group."""
     lines = [f"{content['steps']} steps in every arm, the same augmentation."]
-    for duel in content["duels"]:
-        gain = with_spread(duel["mean"], duel["error"], "+")
-        error = "" if duel["error"] is None else " (standard error)"
+    for one in content["comparisons"]:
+        shown = with_spread(one["mean"], one["error"], "+")
+        error = "" if one["error"] is None else " (standard error)"
         lines.append(
-            f"{duel['labels']} labels: the best arm with synthetic images ({duel['synthetic']}) minus the best without "
-            f"({duel['other']}): {gain}{error} in AP 0.5 over {duel['count']} selections: {duel['verdict']}. "
-            f"{advice(duel)}"
+            f"{one['labels']} labels: the best arm with synthetic images ({one['synthetic']}) minus the best without "
+            f"({one['other']}): {shown}{error} in AP 0.5 over {one['count']} selections: {one['verdict']}. "
+            f"{advice(one)}"
         )
-        gains = [f"{name} {with_spread(one['mean'], one['error'], '+')}" for name, one in duel["groups"].items()]
-        lines += [f"{duel['labels']} labels, the same difference by group: {', '.join(gains)}"] if gains else []
+        gains = [f"{name} {with_spread(gain['mean'], gain['error'], '+')}" for name, gain in one["groups"].items()]
+        lines += [f"{one['labels']} labels, the same difference by group: {', '.join(gains)}"] if gains else []
     for one in content["summary"]:
         if one["gain"] is not None and one["gain"]["verdict"] == HARMS:
             lines.append(f"{one['labels']} labels: {one['arm']} is harmful: it is behind real images alone.")
@@ -233,13 +233,13 @@ def trial_notes(content: dict) -> list[str]:
     return lines
 
 
-def advice(duel: dict) -> str:
-    """What a lab should do after a duel: synthetic images only if they are clearly ahead of the best other arm."""
-    if duel["verdict"] == HELPS:
-        return f"Use synthetic images: {duel['synthetic']}."
-    if duel["verdict"] == HARMS:
-        return f"Do not use synthetic images here: {duel['other']} is better."
-    return f"Do not use synthetic images here: they are not clearly better than {duel['other']}."
+def advice(comparison: dict) -> str:
+    """What a lab should do: use synthetic images only if they are clearly ahead of the best other arm."""
+    if comparison["verdict"] == HELPS:
+        return f"Use synthetic images: {comparison['synthetic']}."
+    if comparison["verdict"] == HARMS:
+        return f"Do not use synthetic images here: {comparison['other']} is better."
+    return f"Do not use synthetic images here: they are not clearly better than {comparison['other']}."
 
 
 NOTE = (

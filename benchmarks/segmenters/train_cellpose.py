@@ -16,6 +16,7 @@ torch.manual_seed(args.seed)
 names, images, labels = read_folder(args.train)
 with_cells = [index for index, one in enumerate(labels) if one.max() > 0]
 args.output.mkdir(parents=True, exist_ok=True)
+epoch = min(EPOCH, BATCH * args.steps)
 model = models.CellposeModel(gpu=torch.cuda.is_available(), pretrained_model=False)
 train.train_seg(
     model.net,
@@ -24,8 +25,8 @@ train.train_seg(
     train_probs=half_real([names[index] for index in with_cells]),
     channels=[0, 0],
     batch_size=BATCH,
-    nimg_per_epoch=EPOCH,
-    n_epochs=max(1, args.steps * BATCH // EPOCH),
+    nimg_per_epoch=epoch,
+    n_epochs=max(1, args.steps * BATCH // epoch),
     min_train_masks=1,
     save_path=str(args.output),
 )
