@@ -224,6 +224,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         "--look-index", type=non_negative_int, metavar="N", help="take one look for all images: number N, from 0"
     )
     group.add_argument(
+        "--look-group", nargs="+", default=(), metavar="GROUP", help="take looks of these groups (train.py --groups)"
+    )
+    group.add_argument("--balance-groups", action="store_true", help="draw looks of every group equally often")
+    group.add_argument(
         "--look-scale", type=non_negative_float, default=1.0, help="scale of guidance on the look alone; 1 means none"
     )
     group = parser.add_argument_group("guidance and randomness")
@@ -445,7 +449,9 @@ def look_choice(args: argparse.Namespace, trained: TrainedModel) -> LookChoice |
         raise InputError("--look same takes the look of each mask's own image: give --data-path IMAGES, too.")
     if trained.looks is None:
         return None
-    return choose_looks(trained.looks, trained.data, args.look, args.look_path, args.look_index)
+    return choose_looks(
+        trained.looks, trained.data, args.look, args.look_path, args.look_index, args.look_group, args.balance_groups
+    )
 
 
 def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:

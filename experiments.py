@@ -199,7 +199,8 @@ def run_split(args: argparse.Namespace) -> None:
     Train a generator on every SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated
     ones; then run utility.
     """
-    from evaluation.label_split import SelectionSettings, make_selections, read_groups
+    from dataset.groups import read_groups
+    from evaluation.label_split import SelectionSettings, make_selections
     from evaluation.split import make_split
 
     if (args.test_data_path is None) != (args.test_mask_path is None):

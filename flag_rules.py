@@ -37,7 +37,7 @@ def _is_adaptive(method: str) -> bool:
 
 
 JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
-LOOK_FLAGS = ("look", "look_path", "look_index")
+LOOK_FLAGS = ("look", "look_path", "look_index", "look_group", "balance_groups")
 NEEDS = (
     Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
     Need(
@@ -68,6 +68,7 @@ NEEDS = (
         ("unlabelled_share", "unlabelled_mask_path"), "unlabelled_path", bool,
         "without --unlabelled-path: give it, too",
     ),
+    Need(("group_column", "balance_groups"), "groups", bool, "without --groups: give it, too"),
     Need(("latent_cache",), "vae", lambda vae: vae != PIXEL_SPACE, "with --vae none: there are no latents"),
     Need(
         ("latent_cache",), "crop", lambda crop: crop == "center",

@@ -45,6 +45,7 @@ from common.log import start_logging
 from dataset.checks import for_all
 from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
+from dataset.groups import groups_of, read_groups
 from dataset.looks import LOOKS, NO_LOOK, Looks, spread_evenly
 from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
 from engine.agreement import agree_on_checkpoint, agree_on_data
@@ -249,6 +250,9 @@ def add_look_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--unlabelled-share", type=number(float, 0.001, MOST_UNLABELLED), help="share of unlabelled images in a batch"
     )
+    group.add_argument("--groups", metavar="CSV", help="groups of all images: a column name, a column of groups")
+    group.add_argument("--group-column", metavar="COLUMN", help="column of the groups, such as patient")
+    group.add_argument("--balance-groups", action="store_true", help="train on each group equally often")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -324,6 +328,9 @@ def prepare(
     if machine.is_main:
         write_json(run.path / CONFIG, training.record)
     set_weights(training, state)
+    if config.train.groups is not None:
+        table = read_groups(Path(config.train.groups), config.train.group_column)
+        training.groups = groups_of([name for one in (dataset, *unlabelled) for name in image_names(one)], table)
     set_looks(training, dataset, unlabelled)
     if machine.is_main:
         note_data(training, dataset, unlabelled, run)
@@ -433,12 +440,12 @@ def set_looks(training: Training, dataset: PairedFolder, unlabelled: Sequence[Un
         return
     if training.looks is not None:
         return
-    images = [
-        (source, index, name) for source in (dataset, *unlabelled) for index, name in enumerate(image_names(source))
-    ]
-    chosen = [images[number] for number in spread_evenly(len(images))]
+    sources = (dataset, *unlabelled)
+    images = [(source, index, name) for source in sources for index, name in enumerate(image_names(source))]
+    kept = spread_evenly(len(images))
+    chosen, groups = ([every[number] for number in kept if every] for every in (images, training.groups))
     windows = for_all(lambda one: one[0].look_windows(one[1]), chosen, "measuring looks", training.machine.is_main)
-    training.looks = Looks.of([name for *_, name in chosen], list(windows))
+    training.looks = Looks.of([name for *_, name in chosen], list(windows), groups)
     logger.info("looks of %d images: %d numbers each", len(chosen), training.config.model.look_numbers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data import Sampler as BatchSampler
 
 from common.errors import InputError, one_line
+from dataset.groups import members_of
 
 Batch = dict[str, Any]
 READY_BATCHES = 2  # fetched before they are asked for
@@ -38,6 +39,7 @@ class StepBatches(BatchSampler):
         images_seen: before the first of the steps; as many as steps of this batch size see, where not given.
         num_unlabelled: unlabelled images; their indices follow those of the others.
         unlabelled_share: of the positions, below 1; counted in thousandths.
+        groups: of all images, labelled ones first; each group then comes equally often. Empty: each image does.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class StepBatches(BatchSampler):
         images_seen: int | None = None,
         num_unlabelled: int = 0,
         unlabelled_share: float = 0.0,
+        groups: Sequence[str] = (),
     ) -> None:
         self.num_items = num_items
         self.global_batch_size = global_batch_size
@@ -61,12 +64,14 @@ class StepBatches(BatchSampler):
         self.images_seen = steps.start * global_batch_size if images_seen is None else images_seen
         self.num_unlabelled = num_unlabelled
         self.unlabelled_thousandths = round(1000 * unlabelled_share) if num_unlabelled else 0
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        labelled, unlabelled = _Stream(self.num_items, (self.seed,)), _Stream(self.num_unlabelled, (self.seed, 1))
+        labelled = _stream(self.num_items, (self.seed,), self.groups[: self.num_items])
+        unlabelled = _stream(self.num_unlabelled, (self.seed, 1), self.groups[self.num_items :])
         for number in range(len(self.steps)):
             first = self.images_seen + number * self.global_batch_size
             mine = range(first + (self.rank - first) % self.world_size, first + self.global_batch_size, self.world_size)
@@ -93,6 +98,22 @@ class _Stream:
             self.epoch = number // self.num_items
             self.order = np.random.default_rng((*self.seed, self.epoch)).permutation(self.num_items)
         return int(self.order[number % self.num_items])
+
+
+class _BalancedStream:
+    """Indices without end: the groups in turn, and within a group a stream of its members."""
+
+    def __init__(self, seed: tuple[int, ...], groups: Sequence[str]) -> None:
+        self.members = members_of(groups)
+        self.streams = [_Stream(len(one), (*seed, 2, number)) for number, one in enumerate(self.members)]
+
+    def __getitem__(self, number: int) -> int:
+        turn, group = divmod(number, len(self.members))
+        return self.members[group][self.streams[group][turn]]
+
+
+def _stream(num_items: int, seed: tuple[int, ...], groups: Sequence[str]) -> _Stream | _BalancedStream:
+    return _BalancedStream(seed, groups) if groups else _Stream(num_items, seed)
 
 
 class CarefulDataset(Dataset):

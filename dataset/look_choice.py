@@ -33,6 +33,7 @@ class LookChoice:
         looks: to draw from; for SAME and NOBODY the training images', whose scale is needed.
         config: how images become tensors.
         number: of the look that all images take; None draws.
+        balanced: each group of looks is drawn equally often.
         origin: what settings.json says about the choice.
     """
 
@@ -41,6 +42,7 @@ class LookChoice:
     config: DataConfig
     number: int | None
     origin: dict[str, Any]
+    balanced: bool = False
 
     def columns(self, seed: int, index: int, mask_name: str) -> dict[str, str]:
         """What the manifest says about the look of image ``index``."""
@@ -64,11 +66,17 @@ class LookChoice:
         return torch.from_numpy(self.looks.standardise(numbers))
 
     def _number(self, seed: int, index: int) -> int:
-        return self.looks.draw(seed, index) if self.number is None else self.number
+        return self.looks.draw(seed, index, self.balanced) if self.number is None else self.number
 
 
 def choose_looks(
-    training: Looks, config: DataConfig, source: str | None, look_path: Path | None, look_index: int | None
+    training: Looks,
+    config: DataConfig,
+    source: str | None,
+    look_path: Path | None,
+    look_index: int | None,
+    groups: Sequence[str] = (),
+    balanced: bool = False,
 ) -> LookChoice:
     """The choice that the settings ask for.
 
@@ -78,15 +86,26 @@ def choose_looks(
         source: one of LOOK_SOURCES; None is TRAINING, or PATH if a path is given.
         look_path: folder or file of images to take looks from.
         look_index: number of the one look that all images take.
+        groups: of training images whose looks are taken; empty takes all.
+        balanced: draw each group equally often.
 
     Raises:
-        InputError: images that cannot be used, or no look of this number.
+        InputError: images that cannot be used, no look of this number, or no such group.
     """
     looks = training
     origin: dict[str, Any] = {}
     if look_path is not None:
         source, (looks, origin) = PATH, _measure_files(look_path, training, config)
     source = source or TRAINING
+    for field, value in (("look_group", groups), ("balance_groups", balanced)):
+        if value and source != TRAINING:
+            raise InputError(f"{field} has no effect on look {source}: it chooses training images.", field)
+        if value and not training.groups:
+            raise InputError(f"{field} has no effect: the looks of this checkpoint have no groups.", field)
+    if groups:
+        looks, origin = training.of_groups(groups), {"groups": sorted(groups)}
+    if balanced:
+        origin = origin | {"balanced": True}
     if look_index is not None and source not in (TRAINING, PATH):
         raise InputError(f"look_index {look_index} has no effect on look {source}: leave it out.", "look_index", "look")
     if look_index is not None and look_index >= len(looks.names):
@@ -94,7 +113,8 @@ def choose_looks(
             f"look_index {look_index}: there are {len(looks.names)} looks, counted from 0 ({looks.names[0]}).",
             "look_index",
         )
-    return LookChoice(source, looks, config, look_index, {"source": source, "index": look_index, **origin})
+    origin = {"source": source, "index": look_index, **origin}
+    return LookChoice(source, looks, config, look_index, origin, balanced)
 
 
 def _measure_files(path: Path, training: Looks, config: DataConfig) -> tuple[Looks, dict[str, Any]]:

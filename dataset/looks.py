@@ -22,6 +22,7 @@ from common.errors import InputError
 from common.randomness import derived_seed
 from dataset.config import DataConfig, Window
 from dataset.gray import image_window, to_tensor
+from dataset.groups import members_of
 from dataset.views import center_view, native_view
 
 LOOKS = (NO_LOOK, REFERENCE) = ("none", "reference")  # what a model knows of looks
@@ -34,7 +35,10 @@ LEAST_SPREAD = 1e-3  # of a number that is the same in all images
 FARTHEST = 5.0  # spreads from the mean; what lies farther out is cut
 MOST_LOOKS = 4096  # kept in a checkpoint; they stand for those of any larger set
 RECIPE = 1  # raise it when the numbers change
-_DRAW = 3  # keeps the draw of a look apart from the noise's, the crop's and the gray window's of the same image
+_DRAW, _DRAW_GROUP = (
+    3,
+    4,
+)  # keeps the draw of a look apart from the noise's, the crop's and the gray window's of the same image
 
 
 @functools.cache
@@ -154,25 +158,28 @@ class Looks:
         numbers: (M, N) float32 as measured.
         mean: (N,) over all windows that were measured.
         spread: (N,) standard deviation of the same.
+        groups: of the images; empty if they have none.
     """
 
     names: tuple[str, ...]
     numbers: np.ndarray
     mean: np.ndarray
     spread: np.ndarray
+    groups: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, names: Sequence[str], windows: Sequence[np.ndarray]) -> Looks:
+    def of(cls, names: Sequence[str], windows: Sequence[np.ndarray], groups: Sequence[str] = ()) -> Looks:
         """Of training images.
 
         Args:
             names: of the images.
             windows: for each image (n, N), as :func:`measure_spread` finds them.
+            groups: of the images; empty if they have none.
         """
         together = np.concatenate(windows).astype(np.float64)
         numbers = np.stack([one.mean(axis=0) for one in windows])
         mean, spread = together.mean(axis=0), np.maximum(together.std(axis=0), LEAST_SPREAD)
-        return cls(tuple(names), numbers, mean.astype(np.float32), spread.astype(np.float32))
+        return cls(tuple(names), numbers, mean.astype(np.float32), spread.astype(np.float32), tuple(groups))
 
     def standardise(self, numbers: np.ndarray) -> np.ndarray:
         """(..., N) as measured -> what the model takes, float32."""
@@ -183,8 +190,34 @@ class Looks:
         """Other images on the same scale; ``numbers`` is (M, N) as measured."""
         return Looks(tuple(names), numbers, self.mean, self.spread)
 
-    def draw(self, seed: int, index: int) -> int:
-        """Number of the look that image ``index`` of a set drawn with ``seed`` takes."""
+    def of_groups(self, chosen: Sequence[str]) -> Looks:
+        """The looks of these groups only.
+
+        Raises:
+            InputError: there is no such group.
+        """
+        unknown = sorted(set(chosen) - set(self.groups))
+        if unknown:
+            known = (
+                f"the groups are {', '.join(sorted(set(self.groups)))}" if self.groups else "the looks have no groups"
+            )
+            raise InputError(f"look_group {unknown[0]}: {known}.", "look_group")
+        kept = [number for number, group in enumerate(self.groups) if group in chosen]
+        names, groups = (tuple(one[number] for number in kept) for one in (self.names, self.groups))
+        return Looks(names, self.numbers[kept], self.mean, self.spread, groups)
+
+    def draw(self, seed: int, index: int, balanced: bool = False) -> int:
+        """Number of the look that image ``index`` of a set drawn with ``seed`` takes.
+
+        Args:
+            seed: of the set.
+            index: of the image.
+            balanced: all groups are equally likely, instead of all looks.
+        """
+        if balanced:
+            members = members_of(self.groups)
+            group = members[derived_seed(seed, index, _DRAW_GROUP) % len(members)]
+            return group[derived_seed(seed, index, _DRAW) % len(group)]
         return derived_seed(seed, index, _DRAW) % len(self.names)
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,6 +229,7 @@ class Looks:
             "numbers": numbers,
             "mean": self.mean.tolist(),
             "spread": self.spread.tolist(),
+            "groups": list(self.groups),
         }
 
     @classmethod
@@ -207,8 +241,8 @@ class Looks:
         """
         if values["recipe"] != RECIPE:
             raise InputError(f"the checkpoint measures looks by recipe {values['recipe']}, this version by {RECIPE}")
-        arrays = (np.array(values[name], np.float32) for name in ("numbers", "mean", "spread"))
-        return cls(tuple(values["names"]), *arrays)
+        numbers, mean, spread = (np.array(values[name], np.float32) for name in ("numbers", "mean", "spread"))
+        return cls(tuple(values["names"]), numbers, mean, spread, tuple(values.get("groups", ())))
 
 
 def spread_evenly(count: int) -> np.ndarray:

@@ -113,6 +113,9 @@ class TrainConfig:
         unlabelled_path: folders of images without masks.
         unlabelled_mask_path: folders of their pseudo-masks.
         unlabelled_share: of every batch.
+        groups: table of the images' groups.
+        group_column: of this table.
+        balance_groups: each group is drawn equally often.
     """
 
     data_path: Path = _local()
@@ -125,6 +128,9 @@ class TrainConfig:
     unlabelled_path: tuple[str, ...] = _free(())
     unlabelled_mask_path: tuple[str, ...] = _free(())
     unlabelled_share: float = _free(0.25)
+    groups: str | None = _free(None)
+    group_column: str = _free("group")
+    balance_groups: bool = _free(False)
     vae: str = _free("ema")
     latent_cache: str | None = _free(None)
     num_workers: int | None = _free(None)

@@ -167,6 +167,7 @@ def step_batches(source: PairedFolder | LatentPairs | Mixture, training: Trainin
         machine.rank, machine.world_size, training.images_seen,
         num_unlabelled=source.num_unlabelled if isinstance(source, Mixture) else 0,
         unlabelled_share=training.config.train.unlabelled_share,
+        groups=training.groups if training.config.train.balance_groups else (),
     )  # fmt: skip
     workers = training.config.train.num_workers
     if workers is None:

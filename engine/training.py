@@ -67,6 +67,7 @@ class Training:
         self.labelled_on: list[str] | None = None  # of those whose labels it may know, directly or by a segmenter
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
         self.looks: Looks | None = None  # of the training images, if the model knows looks
+        self.groups: list[str] = []  # of the labelled and then of the unlabelled images; empty without groups
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
         self.share_rows = not self._on_cpu_in_bf16  # there, gathering rows costs what sharing them saves

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.disk import check_folder, file_sha256, read_csv, write_json
+from common.disk import check_folder, file_sha256, write_json
 from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
@@ -54,19 +54,6 @@ class SelectionSettings:
     test_share: float = 0.2
     whole_groups: bool = False
     test_groups: int = 0
-
-
-def read_groups(path: Path, column: str) -> dict[str, str]:
-    """name -> group from a table with the columns ``name`` (with or without suffix) and ``column``.
-
-    Raises:
-        InputError: a column is missing.
-    """
-    columns, rows = read_csv(path)
-    missing = [name for name in ("name", column) if name not in columns]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}")
-    return {Path(row["name"]).stem: row[column] for row in rows}
 
 
 def choose(groups: Mapping[str, str], settings: SelectionSettings, selection: int) -> tuple[list[str], dict]:

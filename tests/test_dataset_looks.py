@@ -120,3 +120,15 @@ def test_looks_go_through_plain_numbers_unchanged():
     assert {looks.draw(3, index) for index in range(20)} == {0, 1}
     with pytest.raises(InputError, match="measures looks by recipe 0"):
         Looks.from_dict(looks.to_dict() | {"recipe": 0})
+
+
+def test_looks_of_chosen_groups_and_groups_drawn_equally_often():
+    windows = [np.full((2, 10), number, np.float32) for number in range(5)]
+    looks = Looks.from_dict(Looks.of(list("abcde"), windows, ["x", "x", "x", "x", "y"]).to_dict())
+    assert looks.groups == ("x", "x", "x", "x", "y") and looks.of_groups(["y"]).names == ("e",)
+    with pytest.raises(InputError, match="look_group z: the groups are x, y"):
+        looks.of_groups(["z"])
+    counts = np.bincount([looks.draw(0, index, balanced=True) for index in range(400)], minlength=5)
+    assert 170 < counts[4] < 230 and counts[:4].min() > 30
+    old = {name: value for name, value in looks.to_dict().items() if name != "groups"}
+    assert Looks.from_dict(old).groups == ()

@@ -121,12 +121,25 @@ def test_batches_with_unlabelled_images_go_on_and_are_shared_out_as_those_withou
     assert labelled == alone  # unlabelled images come between and change no order
 
 
-@pytest.mark.parametrize("spoil", ["empty", "name", "content", "channels", "pseudo-masks"])
+def test_balanced_groups_come_equally_often_and_go_on_as_they_would():
+    def batches(steps: range) -> list:
+        groups = [*"aaaab", *"ccdd"]
+        return list(StepBatches(5, 8, steps, 3, 0, 1, num_unlabelled=4, unlabelled_share=0.25, groups=groups))
+
+    seen = np.bincount([index for batch in batches(range(10)) for index, _ in batch], minlength=9)
+    assert (seen[:4].sum(), seen[4]) == (30, 30) and np.ptp(seen[:4]) <= 1
+    assert (seen[5:7].sum(), seen[7:].sum()) == (10, 10)
+    assert batches(range(10))[4:] == batches(range(4, 10))
+
+
+@pytest.mark.parametrize("spoil", ["empty", "missing", "name", "content", "channels", "pseudo-masks"])
 def test_unlabelled_folders_that_cannot_be_used_are_refused(lab, others, spoil, tmp_path):
     masks, message = [], ""
     if spoil == "empty":
         others, message = tmp_path / "nothing", "holds no image files"
         others.mkdir()
+    elif spoil == "missing":
+        others, message = tmp_path / "nowhere", "is no folder of image files: not found"
     elif spoil == "name":
         (others / "new_cell_1.png").rename(others / "cell_1.png")
         message = "unlabelled_path .*: 1 images have the names of labelled ones: cell_1"

@@ -18,9 +18,10 @@ import make_masks
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.groups import read_groups
 from evaluation.arms import ARMS, Arm, arm_of
 from evaluation.instance_score import InstanceScore
-from evaluation.label_split import SelectionSettings, choose, make_selections, read_groups, read_selections
+from evaluation.label_split import SelectionSettings, choose, make_selections, read_selections
 from evaluation.leaks import find_leaks
 from evaluation.split import SplitPlan
 from evaluation.trial import Case, TrialRow, TrialSettings, run_trial

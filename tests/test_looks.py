@@ -168,6 +168,27 @@ def test_real_images_go_to_noise_and_back_with_their_own_looks(lab, tmp_path):
     assert code == 2 and "--look-index has no effect with --likelihood or --reverse" in lines[-1]
 
 
+def test_groups_choose_and_balance_the_looks_of_a_set(lab, tmp_path):
+    table = tmp_path / "groups.csv"
+    names = [*(f"cell_{n}" for n in range(5)), *(f"new_cell_{n}" for n in range(3))]
+    table.write_text("name,patient\n" + "".join(f"{name}.png,{'p1' if name != 'cell_2' else 'p2'}\n" for name in names))
+    flags = ["--look", "reference", "--unlabelled-path", lab / "others", "--groups", table]
+    start(lab, "groups", 2, *flags, "--group-column", "patient", "--balance-groups")
+    state = read_checkpoint(newest(lab, "groups"))
+    assert state["looks"]["groups"] == ["p1", "p1", "p2", *["p1"] * 5]
+    make_set(lab, tmp_path / "one", "--look-group", "p2", run="groups")
+    assert {row["look_image"] for row in rows(tmp_path / "one")} == {"cell_2"}
+    make_set(lab, tmp_path / "even", "--balance-groups", "--samples-per-mask", 4, run="groups")
+    assert 5 <= sum(row["look_image"] == "cell_2" for row in rows(tmp_path / "even")) <= 15
+    said = make_set(lab, tmp_path / "s", "--look-group", "p3", run="groups", code=2)
+    assert "--look-group p3: the groups are p1, p2" in said
+    assert "have no groups" in make_set(lab, tmp_path / "s", "--balance-groups", code=2)
+    table.write_text("\n".join(table.read_text().splitlines()[:-1]))
+    said = start(lab, "x", 1, *flags, "--group-column", "patient", code=2)
+    assert "1 of 8 images have none: new_cell_2" in said
+    assert "--balance-groups has no effect without --groups" in start(lab, "x", 1, "--balance-groups", code=2)
+
+
 def test_what_has_no_effect_or_cannot_be_used_is_refused_in_one_line(lab, tmp_path):
     assert "--look-dropout has no effect with --look none" in start(lab, "x", 1, "--look-dropout", 0.2, code=2)
     assert "--unlabelled-share has no effect without" in start(lab, "x", 1, "--unlabelled-share", 0.2, code=2)
