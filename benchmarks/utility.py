@@ -33,8 +33,8 @@ GENERATOR = "--vae none --model SiT-Ti/8 --image-size 64 --global-batch-size 32 
 SAMPLER = "--sampling-method ab2 --num-sampling-steps 16"
 ARMS = (
     "real", "copy-paste", "self-training", "real + synthetic", "real + synthetic, ignore", "real + synthetic, practise",
-    "real + synthetic, both rules", "synthetic then real", "synthetic then real, both rules", "80 % synthetic",
-    "80 % synthetic, both rules",
+    "real + synthetic, both rules", "copy-paste + synthetic, both rules", "synthetic then real",
+    "synthetic then real, both rules", "80 % synthetic", "80 % synthetic, both rules",
 )  # fmt: skip
 SAVING_SECONDS = 60  # for children to save after SIGTERM
 STAGES = ("split", "practise", "utility")

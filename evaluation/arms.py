@@ -12,7 +12,7 @@ from evaluation.sources import CopyPaste, Labelled
 
 REAL, COPY_PASTE, SELF_TRAINING = "real", "copy-paste", "self-training"
 WITHOUT_SYNTHETIC = (REAL, COPY_PASTE, SELF_TRAINING)
-WAYS = ("real + synthetic", "synthetic then real", "80 % synthetic")
+WAYS = ("real + synthetic", "copy-paste + synthetic", "synthetic then real", "80 % synthetic")
 PRETRAINING = 0.5  # share of the steps on synthetic images alone
 RULES = {"": (False, False), "ignore": (True, False), "practise": (False, True), "both rules": (True, True)}
 
@@ -90,6 +90,7 @@ def phases_of(
     made = Labelled(synthetic)
     mixtures: Mapping[str, list[Phase]] = {
         "real + synthetic": [Phase(1, [(own, 0.5), (made, 0.5)])],
+        "copy-paste + synthetic": [Phase(1, [(own, 1 / 3), (CopyPaste(real, groups), 1 / 3), (made, 1 / 3)])],
         "synthetic then real": [Phase(PRETRAINING, [(made, 1)]), Phase(1 - PRETRAINING, [(own, 1)])],
         "80 % synthetic": [Phase(1, [(own, 0.2), (made, 0.8)])],
     }

@@ -164,8 +164,8 @@ def test_bad_group_tables_and_test_images_among_the_training_images_are_refused(
 # --- arms and numbers ------------------------------------------------------------------------------------------------
 
 
-def test_arms_are_three_without_and_twelve_with_synthetic_images():
-    assert sum(arm.is_synthetic for arm in ARMS.values()) == 12 and len(ARMS) == 15
+def test_arms_are_three_without_and_sixteen_with_synthetic_images():
+    assert sum(arm.is_synthetic for arm in ARMS.values()) == 16 and len(ARMS) == 19
     assert arm_of("synthetic then real, both rules") == Arm("synthetic then real", "both rules")
     assert Arm("80 % synthetic", "ignore").ignores and not Arm("80 % synthetic", "ignore").practises
     with pytest.raises(InputError, match="choose from real; copy-paste"):
