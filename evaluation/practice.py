@@ -1,7 +1,7 @@
 """The practice loop for one selection of labels: a generator, new masks, rounds of synthetic images, a recommendation.
 
-1. Segmenters of the folds learn the labelled images alone. They give the unlabelled images soft pseudo-masks, and new
-   masks follow what they count there. They tell which synthetic pixels were drawn wrongly.
+1. A segmenter learns the labelled images. It gives the unlabelled images soft pseudo-masks. New masks follow what it
+   counts there. Segmenters of the folds tell which synthetic pixels were drawn wrongly.
 2. The generator learns the labelled images, and the unlabelled ones with their pseudo-masks.
 3. Round 0 draws every mask once. Each next round draws the masks again that the segmenters of the round found hard.
 4. Rounds go on while the cross-validated score rises: round 0 must beat real images alone, each next round the one
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,11 +49,12 @@ from evaluation.practice_masks import (
     write_pseudo_masks,
 )
 from evaluation.practice_rules import IGNORE_FACTOR, MOST_DRAWS, Scored, class_mean_losses, plan_draws, wrong_pixels
-from evaluation.segmenter import Segmenter, SegmenterConfig
+from evaluation.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
+from evaluation.sources import Labelled
 from synthetic.reader import SampleSet, read_whole
 
 logger = logging.getLogger(__name__)
-PRACTICE_VERSION = 1
+PRACTICE_VERSION = 2  # raise it when the same settings would give another result
 REAL, PLAIN = "real", "round 0, nothing ignored"
 
 
@@ -202,16 +203,30 @@ class Practice:
         return [self._of_real(fold) for fold in self.folds]
 
     def _of_real(self, fold: Fold) -> nn.Module:
-        path = self.folder / "segmenters" / f"real_{fold.number}.pt"
-        network = build_network(self.num_classes + 1, channels=self.segmenter_config.channels)
-        if path.is_file() and self._result_path(REAL, fold).is_file():
+        def train() -> nn.Module:
+            network, result = run_fold(fold, len(self.folds), [], self.segmenter_config, self.device)
+            self._keep(REAL, fold, result)
+            return network
+
+        return self._kept_network(f"real_{fold.number}", train)
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """A segmenter of all labelled images. It segments the unlabelled images, better than those of the folds."""
+        phase = Phase(1, [(Labelled([one.item for one in self.real]), 1)])
+        return self._kept_network("all_real", lambda: train_segmenter([phase], self.segmenter_config, self.device))
+
+    def _kept_network(self, name: str, train: Callable[[], nn.Module]) -> nn.Module:
+        """A segmenter from its file, or trained and written to it."""
+        path = self.folder / "segmenters" / f"{name}.pt"
+        if path.is_file():
+            network = build_network(self.num_classes + 1, channels=self.segmenter_config.channels)
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return network
-        network, result = run_fold(fold, len(self.folds), [], self.segmenter_config, self.device)
+        network = train()
         weights = {name: value.cpu() for name, value in network.state_dict().items()}
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda file: torch.save(weights, file))
-        self._keep(REAL, fold, result)
         return network
 
     @cached_property
@@ -295,12 +310,12 @@ class Practice:
         return parts
 
     def _soft_masks(self, images: Path) -> Path:
-        """Soft pseudo-masks of all unlabelled images, by the segmenters of the labelled ones; their folder."""
+        """Write soft pseudo-masks of all unlabelled images. Returns their folder."""
         place = self.folder / "pseudo_masks"
         (place / "masks").mkdir(parents=True, exist_ok=True)
         if (place / SETTINGS).is_file():
             return place / "masks"
-        segmenter = Segmenter(self.committee, self.device)
+        segmenter = Segmenter([self.teacher], self.device)
         files = find_files(images, "image")
         for number, (name, path) in enumerate(files.items(), start=1):
             target = place / "masks" / f"{name}.npz"
@@ -318,7 +333,7 @@ class Practice:
         """Segment unlabelled images: (name, instance map) or, with several classes, (name, class map)."""
         if self.unlabelled is None:
             return []
-        segmenter = Segmenter(self.committee, self.device)
+        segmenter = Segmenter([self.teacher], self.device)
         images = plain_images(self.unlabelled, self.config, self.settings.unlabelled_images, self.settings.seed)
         found = [(name, segmenter(image)) for name, image in images]
         if self.cells_only:

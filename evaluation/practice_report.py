@@ -225,7 +225,7 @@ SECTION = Section(
     "Practice: which synthetic images help these labels",
     "Cross-validation inside the labelled images: mean ± standard deviation over the folds. In every row the segmenter "
     "has the same number of steps. From round 0 on, pixels that were drawn wrongly are ignored; later rounds draw hard "
-    "masks again.",
+    "masks again. The generator has learned the held-out images, too, so gains look larger than they are.",
     _table,
     _notes,
     ("practice.png",),

@@ -328,6 +328,7 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
     own = sorted(file_sha256(path) for path in (data / "images").iterdir())
     assert sorted(read_origin(drawing.unlabelled.masks)["segmenter_images_sha256"]) == own
     assert drawing.calls[:2] == ["train 1", "train"]
+    assert sorted(path.name for path in (output / "segmenters").iterdir()) == ["all_real.pt", "real_0.pt", "real_1.pt"]
     assert drawing.calls.count("recombine") == 4 and drawing.calls.count("simulate") == 2
     with pytest.raises(InputError, match="other settings"):
         practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)

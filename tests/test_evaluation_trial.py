@@ -277,7 +277,7 @@ def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, ca
         "real",
         "copy-paste",
         "self-training",
-        "real + synthetic",
+        "copy-paste + synthetic",
         "synthetic then real",
         "80 % synthetic",
     ]
