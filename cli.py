@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.arguments import (
+    batch_size,
     finite_float,
     fraction,
     non_negative_float,
@@ -244,7 +245,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         help="seed of the noise: another seed gives other images",
     )  # fmt: skip
     group.add_argument(
-        "--per-proc-batch-size", type=positive_int, default=32,
+        "--per-proc-batch-size", type=batch_size, default=32,
         help="images that each process samples at once; lower it if memory runs out",
     )  # fmt: skip
 

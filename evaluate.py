@@ -21,6 +21,11 @@ Most measures compare synthetic with real images. They write tables and pictures
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.errors import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +43,7 @@ from cli import (
     add_real_pairs,
     load_checkpoint,
 )
-from common.arguments import interval, non_negative_float, positive_fraction, positive_int, seed_number
+from common.arguments import batch_size, interval, non_negative_float, positive_fraction, positive_int, seed_number
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from common.outputs import check_output_folder
@@ -177,7 +182,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="numbers of steps to compare",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images to sample at once; limits memory")
+    parser.add_argument("--batch-size", type=batch_size, default=32, help="images to sample at once; limits memory")
     add_output_argument(parser, "sweep")
     _add_judge(parser)
     add_machine_arguments(parser)

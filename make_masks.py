@@ -18,6 +18,11 @@ larger --count to make the set longer. Every file comes out the same, byte for b
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.errors import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import io
 import re

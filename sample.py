@@ -14,6 +14,11 @@ The ODE also runs backwards, on real images:
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.errors import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import logging
 import math
@@ -36,7 +41,7 @@ from cli import (
     open_masks,
     sampling_settings,
 )
-from common.arguments import positive_int
+from common.arguments import number
 from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -49,6 +54,7 @@ from engine.machine import check_compiler, start_machine
 from engine.sampling import ImageSampler, image_seed
 
 logger = logging.getLogger("sample")
+MOST_SAMPLES = 10_000  # in one picture; sample_ddp.py makes more
 LIKELIHOOD_COLUMNS = ("name", "log_likelihood_nats", "bits_per_dim")
 
 
@@ -60,7 +66,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         group.add_argument("--mask-path", type=Path, required=True, metavar="MASK", help="one mask file")
         add_mask_arguments(group)
         group.add_argument(
-            "--num-samples", "--num-fid-samples", type=positive_int, help="images to sample from the mask (default: 4)"
+            "--num-samples",
+            "--num-fid-samples",
+            type=number(int, 1, MOST_SAMPLES),
+            help="images to sample from the mask (default: 4)",
         )
         group.add_argument("--output", type=Path, help="picture to write (default: samples.png)")
         group.add_argument(

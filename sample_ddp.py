@@ -22,6 +22,11 @@ job array makes a part of the set.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.errors import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import hashlib
 import logging

@@ -20,6 +20,11 @@ The resume policy, in the order that matters:
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.errors import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import logging
 import sys
@@ -31,6 +36,7 @@ from typing import Any
 import wandb_utils
 from cli import add_data_arguments, add_machine_arguments, add_transport_arguments, as_flag, resolve
 from common.arguments import (
+    batch_size,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -176,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_int, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, help="total number of steps; replaces --epochs")
-    group.add_argument("--global-batch-size", type=positive_int, help="images per step over all processes")
+    group.add_argument("--global-batch-size", type=batch_size, help="images per step over all processes")
     group.add_argument(
         "--accumulate",
         type=positive_int,
@@ -379,7 +385,8 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
     def make() -> RunFolder:
         title = f"{args.model.replace('/', '-')}-{args.path_type}"
         run = RunFolder(choose_run_folder(args.results_dir, args.run_name, title), args.keep)
-        run.create()
+        while not run.create(must_be_new=not args.run_name):  # another start took this number at the same moment
+            run = RunFolder(choose_run_folder(args.results_dir, args.run_name, title), args.keep)
         run.lock()
         return run
 

@@ -13,6 +13,7 @@ file by this module. Without a started run ``log``, ``log_image`` and ``finish``
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import logging
@@ -20,6 +21,8 @@ import os
 import re
 import secrets
 import socket
+import sys
+import threading
 import urllib.request
 import warnings
 from collections.abc import Mapping
@@ -37,6 +40,8 @@ PLACEHOLDER_PREFIX = "YOUR_"
 DEFAULT_PROJECT = "mask-to-image"
 CONNECT_SECONDS = 5
 INIT_SECONDS = 30
+FINISH_SECONDS = 600.0  # for the upload at the end
+SAY_SECONDS = 10.0  # without a word
 KEYLESS_MODES = ("offline", "dryrun", "disabled")
 ID_FILE = "wandb_id.txt"
 _run: Any = None  # the wandb.Run of this process; None on every rank but 0 and in runs without --wandb
@@ -194,8 +199,37 @@ def log_image(name: str, path: str | os.PathLike, step: int) -> None:
 
 
 def finish(exit_code: int = 0) -> None:
-    """End the run and wait for its upload; a code other than 0 marks it as failed."""
+    """End the run and wait for its upload, at most ``FINISH_SECONDS``. A code other than 0 marks it as failed.
+
+    If the upload takes longer, the files stay in the run folder, and a warning says how to upload them.
+    """
     global _run
-    if _run is not None:
-        _run.finish(exit_code=exit_code)
-        _run = None
+    if _run is None:
+        return
+    run, _run = _run, None
+    ending = threading.Thread(target=_finish, args=(run, exit_code), daemon=True)
+    ending.start()
+    ending.join(SAY_SECONDS)
+    if ending.is_alive():
+        logger.info("waiting for the upload to wandb, at most %.0f minutes", FINISH_SECONDS / 60)
+        ending.join(FINISH_SECONDS - SAY_SECONDS)
+    if ending.is_alive():
+        logger.warning(
+            "wandb: the upload did not end in %.0f minutes. The files are kept: run wandb sync %s",
+            FINISH_SECONDS / 60, getattr(run, "dir", "RUN_FOLDER/wandb/run-*"),
+        )  # fmt: skip
+        atexit.register(_leave, exit_code)  # runs before wandb's own, which would wait again
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    try:
+        run.finish(exit_code=exit_code)
+    except Exception as error:  # noqa: BLE001 - the training is done; wandb has many exceptions
+        logger.warning("wandb: the run did not end in order (%s)", without_key(" ".join(str(error).split()))[:300])
+
+
+def _leave(exit_code: int) -> None:
+    """End this process at once."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)

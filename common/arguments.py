@@ -42,7 +42,9 @@ def _in_words(kind: type, least: float, most: float, open_least: bool, open_most
 
 
 MOST = 10**9  # limit of all counts; more steps, images or pixels must be a typing error
+MOST_AT_ONCE = 2**17  # limit of a batch, and of the images in one picture; more would fill the memory
 positive_int = number(int, 1, MOST)
+batch_size = number(int, 1, MOST_AT_ONCE)
 non_negative_int = number(int, 0, MOST)
 seed_number = number(int, 0, 2**63 - 1)
 positive_float = number(float, 0, math.inf, open_least=True)

@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import secrets
+import socket
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -194,7 +196,9 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool = False) -> IO[bytes]:
+def lock_folder(
+    folder: Path, mend: str, parts: Sequence[str] = (), shared: bool = False, wait_seconds: float = 0.0
+) -> IO[bytes]:
     """Lock a folder for this process, and remove temporary files that killed processes left in it.
 
     With ``shared``, other processes can share the lock. Temporary files then stay, because they may belong to another
@@ -212,6 +216,7 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool
         parts: subfolders that belong to the same work. Temporary files are only removed from the folder and from these,
             because another process may work in other subfolders.
         shared: let other processes share the folder. Then none can lock it alone.
+        wait_seconds: how long to wait for a lock that another process holds.
 
     Returns:
         The lock. It ends when the file is closed or when the process ends.
@@ -221,10 +226,13 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool
     """
     lock = (folder / LOCK_FILE).open("a+b")  # a shared lock needs a file that can be read
     try:
-        fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        _wait_for_lock(lock, folder, shared, wait_seconds)
     except (BlockingIOError, PermissionError) as error:  # another process has the lock
         lock.close()
-        raise InputError(f"{folder}: another process works in this folder. Wait for it, or {mend}.") from error
+        holder, advice = _holder(folder)
+        raise InputError(
+            f"{folder}: another process works in this folder{holder}. Wait for it, or {mend}.{advice}"
+        ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             lock.close()
@@ -239,6 +247,44 @@ def lock_folder(folder: Path, mend: str, parts: Sequence[str] = (), shared: bool
                 if TEMPORARY_NAME.fullmatch(file.name):
                     file.unlink(missing_ok=True)
     return lock
+
+
+def _wait_for_lock(lock: IO[bytes], folder: Path, shared: bool, seconds: float) -> None:
+    """Take the lock. Raises OSError if another process still holds it after this time."""
+    deadline, said = time.monotonic() + seconds, False
+    while True:
+        try:
+            fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                raise
+        if not said:
+            logger.warning("%s: waiting up to %.0f s for another process%s", folder, seconds, _holder(folder)[0])
+            said = True
+        time.sleep(min(1.0, seconds / 10))
+
+
+def sign_lock(lock: IO[bytes]) -> None:
+    """Write machine and process into a lock file, for the message of a process that finds the folder locked."""
+    lock.truncate(0)
+    lock.write(f"{socket.gethostname()} {os.getpid()}".encode())
+    lock.flush()
+
+
+def _holder(folder: Path) -> tuple[str, str]:
+    """Who signed the lock of a folder, and what to do if that machine is dead. Empty texts if nobody signed."""
+    try:
+        host, pid = (folder / LOCK_FILE).read_text(errors="replace")[:300].split()
+    except (OSError, ValueError):
+        return "", ""
+    if host == socket.gethostname():
+        return f" ({pid})", ""
+    advice = (
+        f" If {host} is dead, its lock on a network disk can outlive it for minutes: try again later, or remove "
+        f"{folder / LOCK_FILE} if no process of {host} writes here."
+    )
+    return f" ({pid} on {host})", advice
 
 
 @cache

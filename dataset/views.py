@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError
-from dataset.config import DataConfig
+from dataset.config import MAX_SIDE, DataConfig
 from dataset.files import FileError
 
 SYMMETRIES = 8  # turns and flips of a square
@@ -115,7 +115,16 @@ def native_view(height: int, width: int, size: int, rng: np.random.Generator | N
 
 
 def whole_view(height: int, width: int, scale: float = 1.0) -> View:
-    """The whole source, resized by the factor ``scale``."""
+    """The whole source, resized by the factor ``scale``.
+
+    Raises:
+        InputError: a side would be longer than ``MAX_SIDE``.
+    """
+    if not scale * max(height, width) <= MAX_SIDE:
+        raise InputError(
+            f"tile_scale {scale:g} makes {height} x {width} pixels longer than {MAX_SIDE}; give a smaller one",
+            "tile_scale",
+        )
     scaled_height, scaled_width = (max(1, round(scale * length)) for length in (height, width))
     return View(scaled_height, scaled_width, 0, 0, scaled_height, scaled_width)
 

@@ -69,6 +69,8 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
         state: a checkpoint, or ``Training.trained_state()``.
     """
     config = {part: state["config"][part] for part in CONFIG_PARTS}
+    if "vae" in config["space"]:  # of a folder, the name without the path
+        config["space"] = config["space"] | {"vae": Path(config["space"]["vae"]).name}
     notes = {"config": config, **{name: state.get(name) for name in NOTES}}
     metadata = {"format": "pt", **{name: json.dumps(note) for name, note in notes.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}

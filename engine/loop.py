@@ -24,6 +24,7 @@ from engine.autoencoder import LatentSpace
 from engine.checkpoint import export_safetensors
 from engine.config import NO_CACHE
 from engine.latents import LatentPairs
+from engine.machine import usable_cores
 from engine.run_folder import PREVIEW_GRID, RunFolder
 from engine.training import Previews, Training
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 WAITING_WORTH_SAYING = 0.05
 EXIT_STOPPED_BY_SIGNAL = 143
 SAME_CTRL_C_SECONDS = 2.0
+MOST_LOADERS_PER_CORE = 8  # more only take memory
 LOADER_PROCESSES = 4
 
 
@@ -174,8 +176,16 @@ def step_batches(source: PairedFolder | LatentPairs | Mixture, training: Trainin
         first = source.sources[0] if isinstance(source, Mixture) else source
         light = isinstance(first, LatentPairs) or machine.device.type == "cpu"
         workers = 0 if source.in_memory and light else LOADER_PROCESSES
-    loader = make_loader(source, keys, workers, pin_memory=machine.device.type == "cuda")
+    loader = make_loader(source, keys, limit_workers(workers), pin_memory=machine.device.type == "cuda")
     return prefetch(loader, training.prepare_batch)
+
+
+def limit_workers(asked: int) -> int:
+    """Number of loader processes to start: what was asked for, but not many more than there are cores."""
+    most = MOST_LOADERS_PER_CORE * usable_cores()
+    if asked > most:
+        logger.warning("num_workers %d: %d are started, %d per core", asked, most, MOST_LOADERS_PER_CORE)
+    return min(asked, most)
 
 
 def save(training: Training, run: RunFolder, last: bool) -> None:
@@ -231,9 +241,18 @@ def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float]
     logger.info(
         "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.1f images/s, %s left%s",
         step, total, metrics["train/loss"], metrics["train/grad_norm"], lr, speed,
-        time.strftime("%H:%M:%S", time.gmtime(left)), notes,
+        duration(left), notes,
     )  # fmt: skip
     wandb_utils.log(metrics, step)
+
+
+def duration(seconds: float) -> str:
+    """``2 days 03:04:05``; the days only if there are any."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    days, rest = divmod(int(seconds), 24 * 3600)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days:,} day{'s' if days > 1 else ''} {clock}" if days else clock
 
 
 def preview_is_due(training: Training) -> bool:

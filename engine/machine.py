@@ -351,3 +351,8 @@ def on_main(machine: Machine, work: Callable[[], T], what: str) -> T | None:
     if problem:
         raise InputError(problem, *fields)
     return found
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use. A job or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

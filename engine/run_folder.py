@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from common.disk import LOCK_FILE, is_passing, lock_folder, sync_folder, write_bytes
+from common.disk import LOCK_FILE, is_passing, lock_folder, sign_lock, sync_folder, write_bytes
 from common.errors import InputError
 from common.plain import read_json
 from engine.checkpoint import read_checkpoint, save_checkpoint
@@ -20,6 +20,7 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 PREVIEW_GRID = "preview/grid"  # metric of a preview: how far the patches show in it
 CONFIG, LOG = "config.json", "log.txt"
+REQUEUE_SECONDS = 120.0  # a requeued job waits so long for the lock of its earlier self on a network disk
 LAST_NUMBER = ".last_run"  # in the results folder: the highest number that a run has had
 
 
@@ -41,18 +42,30 @@ class RunFolder:
         self._is_new = False
         self._whole: set[Path] = set()  # checkpoints that were written or read by this process
 
-    def create(self) -> None:
+    def create(self, must_be_new: bool = False) -> bool:
         """Make the folder, or take one that holds a run.
+
+        Args:
+            must_be_new: take no folder that exists.
+
+        Returns:
+            False if it exists and must be new.
 
         Raises:
             InputError: it holds other files.
         """
-        self._is_new = not self.path.exists()
-        if not self._is_new:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir()  # one of two processes succeeds
+            self._is_new = True
+        except FileExistsError:
+            if must_be_new:
+                return False
             self._check_is_a_run()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.previews.mkdir(exist_ok=True)
         note_number(self.path)
+        return True
 
     def _check_is_a_run(self) -> None:
         if not self.path.is_dir():
@@ -93,9 +106,14 @@ class RunFolder:
         Raises:
             InputError: another process trains in this folder.
         """
+        patience = REQUEUE_SECONDS if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
         self._lock = lock_folder(
-            self.path, "choose another name for this run", (self.checkpoints.name, self.previews.name)
+            self.path,
+            "choose another name for this run",
+            (self.checkpoints.name, self.previews.name),
+            wait_seconds=patience,
         )
+        sign_lock(self._lock)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, ascending."""

@@ -88,3 +88,12 @@ def test_a_field_is_shown_as_its_flag_where_the_command_has_it():
     shown = with_flags(str(error), error.fields, args)
     assert shown == "--vae /a/vae/b: takes --in-channels 3, not --vae. --image-size 3"
     assert with_flags("crop 'x' is unknown", ("crop",), args) == "crop 'x' is unknown"
+
+
+@pytest.mark.parametrize("command", [train, sample, sample_ddp])
+def test_a_batch_or_picture_that_would_fill_the_memory_is_refused(command, capsys):
+    flags = {train: "--global-batch-size", sample: "--num-samples", sample_ddp: "--per-proc-batch-size"}
+    mode = [] if command is train else ["ODE"]
+    with pytest.raises(SystemExit):
+        command.parse_args([*mode, flags[command], "1000000000"])
+    assert "is not a whole number from 1 to 1" in capsys.readouterr().err

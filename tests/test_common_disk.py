@@ -129,3 +129,39 @@ def test_a_folder_with_a_lock_and_a_half_written_file_of_ours_counts_as_empty(tm
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="not empty"):
         check_folder(tmp_path, {"seed": 0})
+
+
+HOLDER = """if True:
+    import sys, time
+    from pathlib import Path
+    from common.disk import lock_folder, sign_lock
+    lock = lock_folder(Path(sys.argv[1]), "wait")
+    sign_lock(lock)
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holding(folder: Path, seconds: float) -> subprocess.Popen:
+    words = [sys.executable, "-c", HOLDER, str(folder), str(seconds)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_held_lock_names_its_process_and_what_to_do_if_its_machine_is_dead(tmp_path):
+    with holding(tmp_path, 60) as process:
+        with pytest.raises(InputError, match=rf"works in this folder \({process.pid}\)\. .*or use another name\.$"):
+            lock_folder(tmp_path, "use another name")
+        (tmp_path / LOCK_FILE).write_text("node7 4711")
+        with pytest.raises(
+            InputError, match=r"works in this folder \(4711 on node7\)\. .* If node7 is dead, .*remove .*\.lock if"
+        ):
+            lock_folder(tmp_path, "use another name")
+        process.kill()
+
+
+def test_a_lock_is_waited_for_as_long_as_asked(tmp_path, caplog):
+    with holding(tmp_path, 1.0) as process:
+        lock_folder(tmp_path, "wait", wait_seconds=30).close()
+    assert f"waiting up to 30 s for another process ({process.pid})" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,13 @@ def test_an_interrupt_needs_no_words(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run_command(main, lambda: CommandParser().parse_args([]))
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "make_masks"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(tmp_path, command):
+    interrupted = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
+    (tmp_path / "numpy.py").write_text(interrupted)
+    words = [sys.executable, ROOT / f"{command}.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{command}.py: interrupted\n")

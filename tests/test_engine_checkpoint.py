@@ -209,3 +209,12 @@ def test_a_configuration_that_fits_is_built_with_its_weights():
     weights = {name: value + 1 for name, value in checkpoint.build_model(TINY).state_dict().items()}
     for name, value in checkpoint.build_trained(TINY, weights).state_dict().items():
         assert torch.equal(value, weights[name])
+
+
+def test_an_export_holds_the_name_of_the_autoencoder_and_not_its_path(tmp_path):
+    whole = state(5) | {"ema": {"w": torch.arange(3.0)}}
+    whole["config"]["space"] = {"vae": "/home/someone/tiny", "factor": 4, "channels": 5, "fingerprint": "ab"}
+    export_safetensors(tmp_path / "model.safetensors", whole)
+    assert read_checkpoint(tmp_path / "model.safetensors")["config"]["space"]["vae"] == "tiny"
+    assert b"someone" not in (tmp_path / "model.safetensors").read_bytes()
+    assert whole["config"]["space"]["vae"] == "/home/someone/tiny"

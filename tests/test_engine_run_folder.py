@@ -171,3 +171,24 @@ def test_a_run_that_torchrun_may_restart_needs_a_name(tmp_path, monkeypatch):
     assert choose_run_folder(tmp_path, "mine", "SiT").name == "mine"
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert choose_run_folder(tmp_path, None, "SiT").name == "000-SiT"
+
+
+def test_two_unnamed_starts_at_the_same_moment_get_a_folder_each(tmp_path):
+    one, other = (RunFolder(choose_run_folder(tmp_path, None, "SiT"), 3) for _ in range(2))
+    assert one.path == other.path
+    assert one.create(must_be_new=True) and not other.create(must_be_new=True)
+    assert choose_run_folder(tmp_path, None, "SiT").name == "001-SiT"
+
+
+def test_a_requeued_job_waits_for_the_lock_of_its_earlier_self(tmp_path, monkeypatch):
+    waited = []
+
+    def lock_folder(*_, wait_seconds, **__):
+        waited.append(wait_seconds)
+        return (tmp_path / "lock").open("a+b")
+
+    monkeypatch.setattr("engine.run_folder.lock_folder", lock_folder)
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        RunFolder(tmp_path, 3).lock()
+    assert waited == [0, 120]

@@ -19,6 +19,7 @@ import sample
 import sample_ddp
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.views import whole_view
 from engine import machine
 from engine.autoencoder import PixelSpace, load_space
 from engine.checkpoint import save_checkpoint
@@ -316,3 +317,10 @@ def test_a_checkpoint_of_resized_images_needs_the_scale(masks, tmp_path):
     with pytest.raises(InputError, match="--tile-scale 16 / "):
         sample_set(checkpoint, masks, tmp_path / "set")
     assert "images/a.png" in sample_set(checkpoint, masks, tmp_path / "set", "--tile-scale", 1)
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e9, 2000.0])
+def test_a_scale_that_makes_a_field_too_large_is_refused_before_anything_is_allocated(scale):
+    with pytest.raises(InputError, match=r"makes 40 x 52 pixels longer than 65536; give a smaller one"):
+        whole_view(40, 52, scale)
+    assert whole_view(40, 52, 2.0).size == (80, 104)

@@ -220,3 +220,11 @@ def test_table_in_the_docs_is_what_the_benchmark_measures():
             steps = (budget - first) // per_step
             error, calls = benchmark.measure("Linear", "velocity", method, steps)
             assert float(cell) == pytest.approx(error, abs=1e-4) and budget - 1 <= calls <= budget
+
+
+def test_tolerances_that_cannot_be_reached_are_said_in_words():
+    transport = create_transport()
+    for tolerance in (1e-320, 1e-30):
+        solver = Sampler(transport).sample_ode(sampling_method="dopri5", atol=tolerance, rtol=tolerance)
+        with pytest.raises(FloatingPointError, match=f"dopri5 cannot reach the tolerances atol {tolerance:g}"):
+            solver(torch.randn(2, 3), lambda x, t: torch.sin(3 * x))

@@ -222,3 +222,37 @@ def test_key_edited_into_the_constant_is_in_no_file_but_the_source(tmp_path):
     source.write_text(source.read_text().replace('"YOUR_WANDB_API_KEY"', f'"{KEY}"'))
     offline_run(repository, repository / "run")
     assert set(files_with(KEY, tmp_path)) - set((repository / "__pycache__").rglob("*")) == {source}
+
+
+HANGING = """
+import logging, sys, time, wandb_utils
+
+class Run:
+    dir = "run/wandb/run-1"
+    def finish(self, exit_code):
+        time.sleep(60)
+
+logging.basicConfig()
+wandb_utils._run, wandb_utils.FINISH_SECONDS, wandb_utils.SAY_SECONDS = Run(), 0.2, 0.1
+wandb_utils.finish()
+print("done")
+"""
+
+
+def test_an_upload_that_does_not_end_is_left_with_the_way_to_repeat_it():
+    begun = time.monotonic()
+    words = [sys.executable, "-c", HANGING]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    assert time.monotonic() - begun < 20
+    assert done.stdout == "done\n" and "run wandb sync run/wandb/run-1" in done.stderr
+
+
+def test_an_error_at_the_end_of_a_run_at_wandb_is_a_warning_without_the_key(monkeypatch, caplog):
+    class Run:
+        def finish(self, exit_code):
+            raise RuntimeError(f"upload of {KEY} failed")
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb_utils, "_run", Run())
+    wandb_utils.finish()
+    assert "upload of *** failed" in caplog.text

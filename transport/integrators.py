@@ -94,6 +94,9 @@ def solve_adaptive(
     """States (S, B, ...) at S monotonic ``times``, by torchdiffeq's adaptive ``method``.
 
     One error norm covers the whole batch. So an image depends on the others in its batch, within the tolerance.
+
+    Raises:
+        FloatingPointError: the tolerances cannot be reached.
     """
     low, high = min(times), max(times)
 
@@ -110,7 +113,12 @@ def solve_adaptive(
         options["norm"] = norm
     import torchdiffeq  # loads scipy's integrators, and most runs use fixed steps
 
-    return torchdiffeq.odeint(bounded, x, grid, method=method, atol=atol, rtol=rtol, options=options)
+    try:
+        return torchdiffeq.odeint(bounded, x, grid, method=method, atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:  # "underflow in dt": no step is small enough
+        raise FloatingPointError(
+            f"{method} cannot reach the tolerances atol {atol:g} and rtol {rtol:g} ({error}); give larger ones"
+        ) from error
 
 
 Drift = Callable[[Tensor, float], Tensor]
