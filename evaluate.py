@@ -389,9 +389,10 @@ def run_report(args: argparse.Namespace) -> None:
     """Collect all results of SAMPLE_DIR/evaluation in one HTML file.
 
     The file is self-contained. It holds tables, plots, and the worst and best images by fidelity. The numbers also go
-    into report.json.
+    into report.json. Also writes a gallery of the set, to sort by fidelity.
     """
     from evaluation.report import ELSEWHERE, write_report
+    from synthetic.gallery import GALLERY, write_gallery
 
     samples = _open_set(args)
     others = {name: path for name in ELSEWHERE if (path := getattr(args, name)) is not None}
@@ -399,7 +400,8 @@ def run_report(args: argparse.Namespace) -> None:
     say(f"measures in the report: {', '.join(found)}")
     if missing:
         say(f"not measured yet: {', '.join(missing)}")
-    say(f"written: {page}, {page.with_suffix('.json').name}")
+    write_gallery(samples, page.with_name(GALLERY))
+    say(f"written: {page}, {page.with_suffix('.json').name}, {GALLERY}")
 
 
 def run_sweep(args: argparse.Namespace) -> None:

@@ -64,7 +64,9 @@ from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
 from synthetic.bulk import draw_missing
 from synthetic.export import EXPORTS, check_export, export_set
+from synthetic.gallery import GALLERY, write_gallery
 from synthetic.manifest import MANIFEST
+from synthetic.reader import SampleSet
 from synthetic.writer import SetWriter, plan_jobs
 
 if TYPE_CHECKING:
@@ -106,6 +108,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="also write the set in the formats of these programs (roi: Fiji, geojson: QuPath); plain: no more",
         )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID programs, as SiT does")
+        group.add_argument(
+            "--gallery", action="store_true",
+            help="also write SAMPLE_DIR/gallery.html: masks, images and real images to look at in a browser",
+        )  # fmt: skip
         group.add_argument(
             "--intensity", choices=INTENSITIES, default="display",
             help="gray values to write; display: 8 bits over the whole range; source: type and gray range of the "
@@ -249,6 +255,9 @@ def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) 
         logger.info("exported %s", export_set(args.sample_dir, images, writer.masks.rule, name))
     if args.npz:
         writer.write_npz()
+    if args.gallery:
+        count = write_gallery(SampleSet(args.sample_dir), args.sample_dir / GALLERY)
+        logger.info("%s: %d of %d pairs", args.sample_dir / GALLERY, count, len(writer.jobs))
     logger.info("done: %d pairs and %s in %s", len(writer.jobs), MANIFEST, args.sample_dir)
 
 

@@ -82,6 +82,7 @@ VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_lef
 # Columns that say how the images were made: a measure without them is not repeatable.
 PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
 ATTEMPT_COLUMNS = tuple(column.name for column in COLUMNS if column.writer == MIN_FIDELITY)
+ATTEMPT_FIDELITY = ATTEMPT_COLUMNS[1]
 (FIDELITY_COLUMN,) = (column.name for column in COLUMNS if column.writer == FIDELITY)
 
 

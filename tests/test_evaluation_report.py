@@ -29,7 +29,7 @@ from evaluation.threshold import score_by_threshold, write_threshold_report
 from synthetic.reader import SampleSet
 
 SIZE = 40
-# What measure_all has run, in the order of the page; grid has its own tests.
+# What measure_all has run, in the order of the page; grid and looks have their own tests.
 MEASURED = ["fidelity", "threshold", "realism", "population", "memorisation", "filter"]
 
 
@@ -93,7 +93,7 @@ def test_page_holds_every_measure_and_loads_nothing(folder):
     page, found, missing = write_report(measure_all(folder), images=2)
     text = page.read_text()
     parsed = Page(text)
-    assert found == MEASURED and missing == ["grid"] and parsed.open == []
+    assert found == MEASURED and missing == ["grid", "looks"] and parsed.open == []
     assert parsed.sources and all(source.startswith("data:image/png;base64,") for source in parsed.sources)
     assert not re.search(r"https?://|@import|url\(", text)
     words = " ".join(parsed.text)
@@ -208,5 +208,6 @@ def test_command_names_what_is_missing(folder, capsys):
     write_threshold_report(samples, score_by_threshold(samples))
     evaluate.main(evaluate.parse_args(["report", str(folder)]))
     printed = capsys.readouterr().out
+    assert (folder / "evaluation" / "gallery.html").read_text().count("<figure") == len(SampleSet(folder))
     assert "measures in the report: threshold" in printed and "not measured yet: fidelity, grid, realism" in printed
     assert list(csv.DictReader((folder / "manifest.csv").open()))
