@@ -6,9 +6,9 @@ embedding of every patch is the mean of the class embeddings of the mask pixels 
 
     prob_map (B, K, H, W) -> average pooling to the token grid -> weighted sum of K class embeddings -> (B, T, D)
 
-A constant mask of class k therefore gives exactly what the class-conditional SiT gives for label k. Pooling tells a
-patch how much of it is cell and not where, so the input tokens also receive a linear embedding of the patch's own mask
-pixels less their mean (``mask_detail``), which is exactly zero where a patch holds one class only.
+So a constant mask of class k gives exactly the output of the class-conditional SiT for label k. Pooling gives the cell
+fraction of a patch but not its location. Therefore the input tokens also receive a linear embedding of the mask pixels
+of the patch minus their mean (``mask_detail``). It is exactly zero for patches of one class.
 
 Arguments and state-dict keys are SiT's; published SiT weights load.
 """
@@ -37,15 +37,15 @@ MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill th
 
 @dataclass(frozen=True)
 class MaskCondition:
-    """What the model needs to know of a batch of masks and looks, computed once per image and passed in their place.
+    """Embedded masks and looks of a batch. They are computed once and reused in every network call.
 
     Attributes:
-        embedding: (B, T, D) mask embedding of every token, or (R, D) distinct rows of it when ``row_of_token`` is set.
-        detail: (B, T, D) what the input tokens receive, or None for a model without mask detail.
-        row_of_token: (B, T) long, which row of ``embedding`` a token has; None when every token has its own.
-        image_of_row: (R,) long, the image whose time t and look a row has; None when rows are shared by all images,
-            which must then have one look and be at the same t (as in one solver step).
-        look: (B, D) embedding of every image's look; None for no look.
+        embedding: (B, T, D) mask embedding of each token, or (R, D) its distinct rows if ``row_of_token`` is set.
+        detail: (B, T, D) addition to the input tokens; None for a model without mask detail.
+        row_of_token: (B, T) long, row of ``embedding`` of each token; None if each token has its own embedding.
+        image_of_row: (R,) long, image of each row; the row takes the time t and the look of this image. None if all
+            images share the rows; then they must have the same look and the same t, as in a solver step.
+        look: (B, D) embedding of the look of each image; None for no look.
     """
 
     embedding: Tensor
@@ -58,7 +58,7 @@ class MaskCondition:
 class TimestepEmbedder(nn.Module):
     """Time (B,) -> (B, D): sinusoids (Vaswani et al. 2017) and a two-layer MLP.
 
-    SiT feeds t in [0, 1] to sinusoids whose periods were made for 0 to 1000; ``time_scale`` multiplies t before them.
+    SiT uses t in [0, 1], but the periods of the sinusoids were designed for 0 to 1000. ``time_scale`` is a factor on t.
     Published weights need 1.
     """
 
@@ -90,7 +90,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, row_of_token: Tensor | Non
 
 
 class SiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition of each token."""
+    """Transformer block with adaLN-Zero: the condition of each token gives shift, scale and gate of both halves."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class SiTBlock(nn.Module):
         """x (B, T, D), c (B, T, D) or (R, D) with ``row_of_token`` (B, T) -> (B, T, D)."""
         modulation = self.adaLN_modulation(c)  # (B, T, 6 D) or (R, 6 D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        # Rows are spread part by part, where they are used: (B, T, D) stays in a CPU's cache, (B, T, 6 D) does not.
+        # Each part is spread to tokens where it is used: (B, T, D) fits the cache of a CPU, (B, T, 6 D) does not.
         attended = self.attn(modulate(self.norm1(x), shift_attn, scale_attn, row_of_token))
         x = x + spread_rows(gate_attn, row_of_token) * attended
         changed = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp, row_of_token))
@@ -112,7 +112,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, T, D) -> patches (B, T, p p C), modulated like a block, and the modulated tokens."""
+    """Modulated output layer: tokens (B, T, D) -> patches (B, T, p p C) and the modulated tokens (B, T, D)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class SiT(nn.Module):
     """Transformer that predicts velocity, score, noise or data of a noisy image (or latent), given its mask.
 
     Args:
-        input_size: side of the input in pixels (or latent pixels); a pair (H, W) where it is not square.
+        input_size: side of the input in pixels (or latent pixels), or (H, W) if it is not square.
         patch_size: side of a patch; divides the input size.
         in_channels: channels C of the input.
         hidden_size: width D.
@@ -142,8 +142,8 @@ class SiT(nn.Module):
         learn_sigma: the network has 2 C output channels, of which the first C are used (as in published weights).
         mask_pixels: mask pixels per token side that ``mask_detail`` sees (patch size x autoencoder factor); 0 = none.
         time_scale: factor on t before its sinusoids; 1 for published weights.
-        patch_overlap: neighbouring patches of the output overlap and fade into each other, so that no grid shows.
-        look_numbers: numbers N that describe the look of an image; 0 = the model knows no looks.
+        patch_overlap: neighbouring patches of the output overlap and blend, so that no grid shows.
+        look_numbers: count N of numbers that describe the look of an image; 0 = a model without looks.
         look_dropout_prob: probability in [0, 1] with which training drops a sample's look.
     """
 
@@ -181,7 +181,7 @@ class SiT(nn.Module):
         self.class_dropout_prob = class_dropout_prob
         self.look_dropout_prob = look_dropout_prob
         self.learn_sigma = learn_sigma
-        self.recompute = False  # training keeps the input of each block only and runs the block again going backward
+        self.recompute = False  # store only the input of each block, and compute the block again in the backward pass
         self.compiled = False
         self.grid = (height // patch_size, width // patch_size)
         out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -198,7 +198,7 @@ class SiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform layers without bias, small normal embeddings, and zero for all that adaLN-Zero starts from."""
+        """Xavier-uniform weights, zero biases, small normal embeddings, and zeros in the layers that start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -220,7 +220,7 @@ class SiT(nn.Module):
             self.look_embedder.start_at_zero()
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, T, p p C) with rows of a patch first, channels last -> (B, C, H, W)."""
+        """Patches (B, T, p p C), ordered rows, columns, channels -> (B, C, H, W)."""
         (gh, gw), p = self.grid, self.patch_size
         patches = patches.reshape(patches.shape[0], gh, gw, p, p, -1)  # (B, gh, gw, p, p, C)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, gh * p, gw * p)
@@ -234,17 +234,17 @@ class SiT(nn.Module):
         look: Tensor | None = None,
         drop_look: Tensor | None = None,
     ) -> MaskCondition:
-        """Everything that depends on the masks and looks and not on x or t, once per image.
+        """Compute everything that depends on masks and looks but not on x or t.
 
         Args:
             y: (B, K, H, W) probability map at any resolution.
             drop: (B,) bool, samples that lose their whole mask; None keeps all.
-            rows: what ``mask_rows`` found in y, for training: the modulation of these rows only is computed.
-            share_rows: keep the distinct rows of the mask embedding only, exactly. For sampling, where all images are
-                at the same t: a hard binary mask gives at most p p + 1 rows, so a block's modulation of a whole batch
-                costs about as much as of one image. Ignored where rows exceed half the tokens, and for masks that
-                need gradients. Images of different looks share no rows with each other.
-            look: (B, N) standardised numbers of every image's look; None for no look.
+            rows: result of ``mask_rows`` for y, in training: only these rows are modulated.
+            share_rows: keep only the distinct rows of the mask embedding, which is exact. This is for sampling, where
+                all images have the same t. A hard binary mask has at most p p + 1 distinct rows, so the modulation of a
+                whole batch costs about as much as that of one image. Images with different looks share no rows. Has no
+                effect if rows exceed half the tokens, or if y needs gradients.
+            look: (B, N) standardised look numbers of each image; None for no look.
             drop_look: (B,) bool, samples that lose their look; None keeps all.
 
         Raises:
@@ -281,7 +281,7 @@ class SiT(nn.Module):
         return MaskCondition(embedding, detail, look=look_embedding)
 
     def with_null_condition(self, condition: MaskCondition) -> MaskCondition:
-        """Condition of B images -> of 2 B: the same ones with their masks, then without. Looks stay."""
+        """Condition of 2 B images: the B images with their masks, then without masks. Looks are kept in both."""
         null, embedding, index = self.y_embedder.null(), condition.embedding, condition.row_of_token
         image_of_row = condition.image_of_row
         if index is None:
@@ -313,11 +313,12 @@ class SiT(nn.Module):
         Args:
             x: (B, C, H, W) points on the path.
             t: (B,) times in [0, 1]; 0 is noise, 1 is data.
-            y: (B, K, H', W') probability maps at any resolution, or what ``embed_mask`` made of them.
-            drop: (B,) bool, samples that lose their whole mask; None lets training draw them.
+            y: (B, K, H', W') probability maps at any resolution, or the result of ``embed_mask``.
+            drop: (B,) bool, samples that lose their whole mask; None draws them at random in training.
             rows: see ``embed_mask``.
-            look: (B, N) standardised numbers of every image's look; None for no look, or where y holds it.
-            drop_look: (B,) bool, samples that lose their look; None lets training draw them.
+            look: (B, N) standardised look numbers of each image; None for no look, or if y is a result of
+                ``embed_mask``.
+            drop_look: (B,) bool, samples that lose their look; None draws them at random in training.
 
         Returns:
             (B, C, H, W).
@@ -336,9 +337,9 @@ class SiT(nn.Module):
         if y.row_of_token is None:
             c = t_emb[:, None] + y.embedding  # (B, T, D), per token
         elif y.image_of_row is None:
-            c = t_emb[:1] + y.embedding  # (R, D), rows of all images, at the time and with the look of all
+            c = t_emb[:1] + y.embedding  # (R, D), all images have the same time and look
         else:
-            c = t_emb[y.image_of_row] + y.embedding  # (R, D), every row at the time and with the look of its image
+            c = t_emb[y.image_of_row] + y.embedding  # (R, D), each row has the time and look of its image
         if self.compiled and y.row_of_token is not None:
             torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         for block in self.blocks:
@@ -355,23 +356,29 @@ class SiT(nn.Module):
         return block(x, c, row_of_token)
 
     def compile_blocks(self) -> None:
-        """Compile what is run often. All blocks share one graph, so it takes seconds and not minutes; and gradients
-        leave block by block, so that several processes exchange them while the backward pass goes on."""
+        """Compile the blocks and the final layer.
+
+        All blocks share one graph, so this takes seconds instead of minutes. Each block is compiled by itself, so that
+        several processes can exchange its gradients during the rest of the backward pass.
+        """
         self.compiled = True
         for module in (*self.blocks, self.final_layer):
             module.compile(fullgraph=True)
 
     def rest_plain_patches(self) -> None:
-        """For training: SiT's own output layer stays at zero where overlapping patches do its work, else it would write
-        patches side by side again. Weights that it was given (published ones) go on learning."""
+        """Freeze SiT's own output layer at zero for training with overlapping patches.
+
+        Otherwise it would learn to write patches side by side again. If it has weights (published ones), it keeps
+        learning.
+        """
         layer = self.final_layer.linear
         layer.requires_grad_(self.overlap is None or bool(layer.weight.any()))
 
     def use_plain_attention(self, on: bool = True) -> None:
-        """Attention as three products, for training in bf16 on a CPU, where the fused kernel goes backward slowly.
+        """Compute attention without the fused kernel, for training in bf16 on a CPU.
 
-        Measured there, forward and backward: 4.6 times as fast at 64 tokens, 1.8 at 256, no faster at 1024, where it
-        stays fused for its memory.
+        There, the backward pass of the fused kernel is slow (benchmarks/speed_cpu.md). Above ``MOST_TOKENS_UNFUSED``
+        tokens it stays on, because it needs less memory.
         """
         fused = not on or self.pos_embed.shape[1] > MOST_TOKENS_UNFUSED
         for layer in self.modules():
@@ -379,9 +386,9 @@ class SiT(nn.Module):
                 layer.fused_attn = fused
 
     def keep_weights_in(self, dtype: torch.dtype) -> SiT:
-        """Round the weights of the matrix products once, as autocast to this dtype does again at every call.
+        """Round the weights of the matrix products to this dtype once, for sampling.
 
-        For sampling: the output under autocast is the same bits, without the time of rounding and at half the memory.
+        Autocast would round them at every call. The output under autocast has the same bits, in less time and memory.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -391,10 +398,10 @@ class SiT(nn.Module):
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor | MaskCondition, cfg_scale: float, look_scale: float = 1.0
     ) -> Tensor:
-        """Classifier-free guidance on all channels: null + cfg_scale (masked - null), both halves in one call.
+        """Classifier-free guidance on all channels: null + cfg_scale (masked - null), both in one call of size 2 B.
 
-        The state has size B; it is doubled here only. Scale 1 is the plain conditional model and costs no more.
-        ``look_scale`` adds guidance on the look alone: (look_scale - 1) (masked - masked without look).
+        Scale 1 is the conditional model, at no extra cost. ``look_scale`` adds guidance on the look only:
+        (look_scale - 1) (masked - masked without look), with one more call.
 
         Returns:
             (B, C, H, W).
@@ -412,20 +419,21 @@ class SiT(nn.Module):
         return guided + (look_scale - 1) * (masked - self(x, t, replace(y, look=None)))
 
     def draw_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
-        """(B,) bool: which samples lose their mask in this training step; None outside of training."""
+        """Samples that lose their mask in this training step, (B,) bool; None outside of training."""
         if not self.training or self.class_dropout_prob == 0:
             return None
         return torch.rand(batch_size, device=device) < self.class_dropout_prob
 
     def draw_look_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
-        """(B,) bool: which samples lose their look in this training step; None outside of training."""
+        """Samples that lose their look in this training step, (B,) bool; None outside of training."""
         return torch.rand(batch_size, device=device) < self.look_dropout_prob if self.training else None
 
 
 def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed two-dimensional sine-cosine embedding (1, T, D): first half of the channels for the column, second the row.
+    """Fixed two-dimensional sine-cosine embedding (1, T, D). The first half of the channels is for columns, the second
+    for rows, as in DiT's weights.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, one half of the channels per axis as in DiT's weights.
+    Source: Vaswani et al. 2017, arXiv 1706.03762.
     """
     quarter = hidden_size // 4
     frequency = 1.0 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)
@@ -461,7 +469,7 @@ def model_width(name: str) -> int:
 
 
 def build_model(config: dict[str, Any]) -> SiT:
-    """Model of a checkpoint's ``config["model"]``: the registry name under "name", the arguments beside it.
+    """Build the model that ``config["model"]`` of a checkpoint describes: "name" in the registry, and its arguments.
 
     Raises:
         ValueError: the name is not in the registry.

@@ -1,12 +1,12 @@
 """The look of an image (colour, contrast, grain) as a few fixed numbers, measured from the image itself.
 
-The numbers of a window, all the same for its eight flips and quarter turns:
+The numbers of a crop. Flips and quarter turns do not change them:
 
-    of each channel   mean, standard deviation, quantiles, gradient energy at three scales
-    of each two       covariance
+    for each channel         mean, standard deviation, quantiles, gradient energy at three scales
+    for each two channels    covariance
 
-No number says where anything lies. Training measures the look in another window of the image than the one it draws, so
-that it holds what the windows of an image share. The look of a whole image is the mean over windows spread over it.
+No number tells a position. Training measures the look on another random crop than the one the model sees. So the look
+describes what the crops of an image have in common. The look of a whole image is the mean over evenly spread crops.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from dataset.gray import image_window, to_tensor
 from dataset.groups import members_of
 from dataset.views import center_view, native_view
 
-LOOKS = (NO_LOOK, REFERENCE) = ("none", "reference")  # what a model knows of looks
+LOOKS = (NO_LOOK, REFERENCE) = ("none", "reference")  # looks that a model can be trained with
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-SCALES = (1, 2, 4)  # side of the blocks whose means' gradients are measured, pixels
-WINDOW_SHARE = 0.75  # side of a measured window over the training size
-WINDOWS_PER_SIDE = 4  # of a whole image, at most
-LEAST_ENERGY = 1e-6  # keeps the logarithm of a flat window finite
-LEAST_SPREAD = 1e-3  # of a number that is the same in all images
-FARTHEST = 5.0  # spreads from the mean; what lies farther out is cut
-MOST_LOOKS = 4096  # kept in a checkpoint; they stand for those of any larger set
-RECIPE = 1  # raise it when the numbers change
+SCALES = (1, 2, 4)  # pixels: gradients are measured between the means of blocks of this side
+WINDOW_SHARE = 0.75  # side of a measured crop, as a fraction of the training size
+WINDOWS_PER_SIDE = 4  # most crops along each side of a whole image
+LEAST_ENERGY = 1e-6  # keeps the logarithm finite for a crop of one gray value
+LEAST_SPREAD = 1e-3  # least standard deviation: avoids division by zero
+FARTHEST = 5.0  # standardised numbers are clipped to this absolute value
+MOST_LOOKS = 4096  # most looks in a checkpoint; of larger data sets, an even selection
+RECIPE = 1  # version of the numbers; raise it when their meaning changes
 _DRAW, _DRAW_GROUP = (
     3,
     4,
-)  # keeps the draw of a look apart from the noise's, the crop's and the gray window's of the same image
+)  # other random draws of the same image use other numbers
 
 
 @functools.cache
 def look_names(channels: int) -> tuple[str, ...]:
-    """What each number is, in their order."""
+    """Name of each number, in order."""
     each = ("mean", "spread", *(f"quantile {q:g}" for q in QUANTILES), *(f"gradients {s} px" for s in SCALES))
     names = [f"{name}, channel {channel}" if channels > 1 else name for name in each for channel in range(channels)]
     pairs = zip(*np.triu_indices(channels, 1), strict=True)
@@ -51,18 +51,19 @@ def look_names(channels: int) -> tuple[str, ...]:
 
 
 def look_count(channels: int) -> int:
-    """How many numbers describe the look of an image of so many channels."""
+    """How many numbers describe a look, for images with this many channels."""
     return len(look_names(channels))
 
 
 def measure_window(image: np.ndarray) -> np.ndarray:
-    """Numbers of one window, see the module's docstring.
+    """Look numbers of one crop, see the module's docstring.
 
     Args:
         image: (C, h, w) in [-1, 1].
 
     Returns:
-        (N,) float32, in the order of :func:`look_names`. Sums run in float64, so that a turned window has the same.
+        (N,) float32, in the order of :func:`look_names`. Sums are computed in float64, so that a turned crop gives the
+        same numbers.
     """
     pixels = np.sort(image.reshape(len(image), -1), axis=1)  # (C, P)
     ranks = np.rint(np.array(QUANTILES) * (pixels.shape[1] - 1)).astype(int)
@@ -81,7 +82,7 @@ def measure_window(image: np.ndarray) -> np.ndarray:
 
 
 def _block_means(image: np.ndarray, side: int) -> np.ndarray:
-    """(C, h, w) -> (C, h / side, w / side), means of blocks. A middle part is taken if side does not divide it."""
+    """Means of blocks: (C, h, w) -> (C, h / side, w / side). If side does not divide h or w, the margin is cut off."""
     height, width = (length // side * side for length in image.shape[1:])
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     part = image[:, top : top + height, left : left + width]
@@ -90,7 +91,7 @@ def _block_means(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _gradient_energy(image: np.ndarray) -> np.ndarray:
-    """(C, h, w) -> (C,): logarithm of the mean squared difference of neighbours, along both axes alike."""
+    """Logarithm of the mean squared difference of neighbouring pixels, over both axes: (C, h, w) -> (C,)."""
     energy, count = np.zeros(len(image)), 0
     for steps in (image[:, 1:] - image[:, :-1], image[:, :, 1:] - image[:, :, :-1]):
         energy += np.einsum("chw,chw->c", steps, steps)
@@ -99,25 +100,25 @@ def _gradient_energy(image: np.ndarray) -> np.ndarray:
 
 
 def measure_draw(image: np.ndarray, window: Window, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """Numbers (N,) of a random window of an image.
+    """Look numbers (N,) of a random crop of an image.
 
     Args:
-        image: (H, W, C) as training keeps it: as stored, or the square of a center crop.
+        image: (H, W, C) as stored, or the resized square with crop "center".
         window: gray values that become -1 and 1.
-        config: of the training.
-        rng: decides the window.
+        config: how training reads images.
+        rng: chooses the crop.
     """
     view = native_view(image.shape[0], image.shape[1], _fitting_side(image, config), rng)
     return measure_window(to_tensor(view.cut(image), window, config.channels).numpy())
 
 
 def measure_image(image: np.ndarray, window: Window, config: DataConfig) -> np.ndarray:
-    """Numbers (N,) of a whole image: the mean over windows spread over it. Arguments as of :func:`measure_draw`."""
+    """Look numbers (N,) of a whole image: the mean over evenly spread crops. Arguments as in :func:`measure_draw`."""
     return measure_spread(image, window, config).mean(axis=0)
 
 
 def measure_spread(image: np.ndarray, window: Window, config: DataConfig) -> np.ndarray:
-    """Numbers (n, N) of windows spread over an image. Arguments as of :func:`measure_draw`."""
+    """Look numbers (n, N) of crops spread evenly over an image. Arguments as in :func:`measure_draw`."""
     side = _fitting_side(image, config)
     tops, lefts = (_starts(length, side) for length in image.shape[:2])
     parts = (image[top : top + side, left : left + side] for top in tops for left in lefts)
@@ -125,7 +126,7 @@ def measure_spread(image: np.ndarray, window: Window, config: DataConfig) -> np.
 
 
 def measure_file(image: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Numbers (N,) of an image (H, W, C) as stored, read as training reads its images."""
+    """Look numbers (N,) of an image (H, W, C) as stored, in the gray range and crop of training."""
     window = image_window(image, config)
     if config.crop == "center":
         image = center_view(image.shape[0], image.shape[1], config.image_size).apply_image(image)
@@ -133,31 +134,31 @@ def measure_file(image: np.ndarray, config: DataConfig) -> np.ndarray:
 
 
 def measure_tensor(image: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Numbers (N,) of an image (C, H, W) that is in [-1, 1] already."""
+    """Look numbers (N,) of an image (C, H, W) with values in [-1, 1]."""
     return measure_image(image.transpose(1, 2, 0), ((-1.0, 1.0),), config)
 
 
 def _fitting_side(image: np.ndarray, config: DataConfig) -> int:
-    """Side of a measured window: a multiple of the largest scale, so that blocks fill it however it is turned."""
+    """Side of a measured crop: a multiple of the largest block, so that turns do not move the blocks."""
     side, unit = min(int(WINDOW_SHARE * config.image_size), *image.shape[:2]), max(SCALES)
     return max(side // unit * unit, min(unit, *image.shape[:2]))
 
 
 def _starts(length: int, side: int) -> np.ndarray:
-    """Where windows begin: evenly spread, at most ``WINDOWS_PER_SIDE``."""
+    """First pixels of evenly spread crops along one axis, at most ``WINDOWS_PER_SIDE``."""
     count = min(WINDOWS_PER_SIDE, -(-length // side))
     return np.linspace(0, length - side, count).round().astype(int)
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Looks of images, and how to bring new ones to the same scale; a checkpoint keeps it as plain numbers.
+    """Looks of images, and the mean and spread that standardise them and new ones. Checkpoints store plain numbers.
 
     Attributes:
         names: of the images.
-        numbers: (M, N) float32 as measured.
-        mean: (N,) over all windows that were measured.
-        spread: (N,) standard deviation of the same.
+        numbers: (M, N) float32, not standardised.
+        mean: (N,) mean over all measured crops.
+        spread: (N,) standard deviation over all measured crops.
         groups: of the images; empty if they have none.
     """
 
@@ -169,11 +170,11 @@ class Looks:
 
     @classmethod
     def of(cls, names: Sequence[str], windows: Sequence[np.ndarray], groups: Sequence[str] = ()) -> Looks:
-        """Of training images.
+        """Looks of training images.
 
         Args:
             names: of the images.
-            windows: for each image (n, N), as :func:`measure_spread` finds them.
+            windows: for each image (n, N), from :func:`measure_spread`.
             groups: of the images; empty if they have none.
         """
         together = np.concatenate(windows).astype(np.float64)
@@ -182,12 +183,12 @@ class Looks:
         return cls(tuple(names), numbers, mean.astype(np.float32), spread.astype(np.float32), tuple(groups))
 
     def standardise(self, numbers: np.ndarray) -> np.ndarray:
-        """(..., N) as measured -> what the model takes, float32."""
+        """Input of the model: (..., N) numbers minus their mean, over their spread, clipped; float32."""
         scaled = (numbers.astype(np.float32) - self.mean) / self.spread
         return np.clip(scaled, -FARTHEST, FARTHEST)
 
     def with_images(self, names: Sequence[str], numbers: np.ndarray) -> Looks:
-        """Other images on the same scale; ``numbers`` is (M, N) as measured."""
+        """Looks of other images, standardised in the same way; ``numbers`` (M, N) are not standardised."""
         return Looks(tuple(names), numbers, self.mean, self.spread)
 
     def of_groups(self, chosen: Sequence[str]) -> Looks:
@@ -237,7 +238,7 @@ class Looks:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            InputError: the numbers mean something else than those measured here.
+            InputError: another version measured the numbers in another way.
         """
         if values["recipe"] != RECIPE:
             raise InputError(f"the checkpoint measures looks by recipe {values['recipe']}, this version by {RECIPE}")
@@ -246,5 +247,5 @@ class Looks:
 
 
 def spread_evenly(count: int) -> np.ndarray:
-    """Numbers of the images whose looks are kept: all, or ``MOST_LOOKS`` spread over them."""
+    """Indices of the images whose looks are stored: all, or ``MOST_LOOKS`` evenly spread ones."""
     return np.unique(np.linspace(0, count - 1, MOST_LOOKS).round().astype(int))

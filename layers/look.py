@@ -1,4 +1,4 @@
-"""The look of an image (colour, contrast, grain) as a part of the condition."""
+"""Embedding of the look of an image: its colour, contrast and grain as numbers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from layers.mask import wide
 
 
 class LookEmbedder(nn.Module):
-    """Numbers of a look (B, N) -> (B, D), which is added to the time embedding.
+    """Look numbers (B, N) -> embedding (B, D), which the model adds to the time embedding.
 
-    The last layer and the learned null start at zero, so that the model begins as one without looks. ``null`` stands
-    for "no look", as the last row of the class table stands for "no mask".
+    ``null`` is the learned embedding of "no look". The last layer and ``null`` start at zero, so that a new model gives
+    the output of a model without looks.
     """
 
     def __init__(self, look_numbers: int, hidden_size: int) -> None:
@@ -21,12 +21,20 @@ class LookEmbedder(nn.Module):
         self.null = nn.Parameter(torch.zeros(hidden_size))
 
     def start_at_zero(self) -> None:
-        """Weights of the last layer and the null to zero."""
+        """Set the last layer and ``null`` to zero."""
         for parameter in (*self.mlp[2].parameters(), self.null):
             nn.init.zeros_(parameter)
 
     def forward(self, look: Tensor, drop: Tensor | None = None) -> Tensor:
-        """look (B, N) standardised; drop (B,) bool, samples that lose their look, None keeps all -> (B, D)."""
+        """Embedding of standardised looks.
+
+        Args:
+            look: (B, N) standardised numbers.
+            drop: (B,) bool, true for samples that get ``null``. None keeps all looks.
+
+        Returns:
+            (B, D).
+        """
         embedding = self.mlp(look.to(wide(self.null.dtype)))
         if drop is None:
             return embedding

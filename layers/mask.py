@@ -1,4 +1,4 @@
-"""What tokens learn of the mask: how much of a patch each class covers, and where in the patch it lies."""
+"""Embeddings of the mask: the class fractions of each patch, and where in the patch the classes lie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What times and masks are computed in, given the dtype of the weights: never less than float32."""
+    """Dtype for times and masks: the dtype of the weights, but at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -16,7 +16,7 @@ class MaskEmbedder(nn.Module):
     """Probability map (B, K, H, W) at any resolution -> one class embedding per token (B, T, D).
 
     The last of the K + 1 rows of ``embedding_table`` is the learned null condition of classifier-free guidance
-    (Ho and Salimans 2022, arXiv 2207.12598). It is always there, whether or not masks are dropped in training.
+    (Ho and Salimans 2022, arXiv 2207.12598). It exists even if training drops no masks.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, grid: tuple[int, int]) -> None:
@@ -26,12 +26,12 @@ class MaskEmbedder(nn.Module):
         self.grid = grid
 
     def pool(self, y: Tensor) -> Tensor:
-        """(B, K, H, W) -> (B, T, K): the share of every class in every patch, float32 at least."""
+        """Class fractions of each patch: (B, K, H, W) -> (B, T, K), at least float32."""
         y = y.to(wide(self.embedding_table.weight.dtype))
         return F.adaptive_avg_pool2d(y, self.grid).flatten(2).transpose(1, 2)
 
     def embed(self, shares: Tensor) -> Tensor:
-        """(..., K) class shares -> (..., D): the weighted sum of the class embeddings, in float32 at least."""
+        """Weighted sum of the class embeddings: class fractions (..., K) -> (..., D), at least float32."""
         with torch.autocast(shares.device.type, enabled=False):
             return shares @ self.embedding_table.weight[: self.num_classes].to(shares.dtype)
 
@@ -44,10 +44,10 @@ class MaskEmbedder(nn.Module):
 
 
 class MaskDetail(nn.Module):
-    """Where in its patch the mask lies: a linear embedding of the patch's own mask pixels less their mean.
+    """Linear embedding of the mask pixels of each patch minus their mean. It tells where in the patch the cells lie.
 
-    Starts at zero, has no bias, and is exactly zero for a patch of one class, so that the model begins as plain SiT and
-    keeps its output on constant masks.
+    It starts at zero, so that a new model gives the output of plain SiT. It has no bias and is exactly zero for a patch
+    of one class. So constant masks give the output of the class-conditional SiT.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, grid: tuple[int, int], mask_pixels: int) -> None:
@@ -63,6 +63,6 @@ class MaskDetail(nn.Module):
         y = F.adaptive_avg_pool2d(y, (gh * p, gw * p))  # (B, K, gh p, gw p)
         y = y.unflatten(2, (gh, p)).unflatten(4, (gw, p))  # (B, K, gh, p, gw, p)
         patches = y.permute(0, 2, 4, 1, 3, 5).reshape(y.shape[0], gh * gw, y.shape[1], p * p)  # (B, T, K, p p)
-        patches = patches - patches[..., :1]  # first pixel before mean: no rounding is left where all are equal
+        patches = patches - patches[..., :1]  # exact zeros if all pixels are equal: a mean alone may round
         patches = patches - patches.mean(-1, keepdim=True)
         return self.proj(patches.flatten(2))

@@ -1,4 +1,4 @@
-"""Output patches that fade into each other, so that no grid shows."""
+"""Output patches that overlap and blend, so that no grid of patches shows."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 
 class Overlap(nn.Module):
-    """Output without borders of patches: neighbouring tokens write across each other.
+    """Output layer whose patches overlap: each token also writes into the neighbouring patches.
 
-    output = shift + scale * detail of the noisy input, pixel by pixel. Every token gives shift and scale in a window of
-    about twice the patch's side, whose weight falls in a straight line from the middle to nothing at the edge; the
-    weighted windows are added up. From the centre of a patch to the next one's the output so passes evenly from one
-    token's answer to the other's. All weights on a pixel sum to 1, also at the image's edges, which fewer windows
-    reach.
+    For each pixel, output = shift + scale * detail of the noisy input. Each token gives shift and scale in a window of
+    about twice the side of its patch. The weight of a window falls linearly from its middle to zero at its edge, and
+    the weighted windows are added. So the output changes gradually from one token to the next. The weights of each
+    pixel sum to 1, also at the edges of the image, where fewer windows overlap.
 
-    Why the scale: a velocity holds the noise of every pixel, and a token has seen its own patch's noise only. Shifts
-    alone would leave noise where a neighbour writes, in a grid again. The detail is the input less its interpolated
-    patch means, so that no scale changes the brightness.
+    The scale is needed because a velocity contains the noise of every pixel, and a token only sees the noise of its own
+    patch. With shifts alone, noise would remain where a neighbour writes, again in a grid. The detail is the input
+    minus its interpolated patch means, so that the scale does not change the brightness.
 
-    Starts at zero. The factor ``SHIFT_GAIN`` makes the shifts learn faster than other layers: see benchmarks/grid.md.
+    The layer starts at zero. ``SHIFT_GAIN`` makes the shifts learn faster than other layers (benchmarks/grid.md).
     """
 
     SHIFT_GAIN = 4.0  # a power of two: exact in every dtype
@@ -39,7 +38,7 @@ class Overlap(nn.Module):
         self.register_buffer("reached", reached, persistent=False)  # (1, 1, H, W)
 
     def add_up(self, windows: Tensor) -> Tensor:
-        """(B, C side side, T) -> (B, C, H, W): every window around its patch, cut off at the image's edges."""
+        """Sum of all windows, cut off at the edges of the image: (B, C side side, T) -> (B, C, H, W)."""
         size = (self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
         return F.fold(windows, size, self.side, padding=self.margin, stride=self.patch_size)
 

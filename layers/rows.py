@@ -1,4 +1,4 @@
-"""Distinct rows: tokens with equal class shares have one condition, whose modulation is computed once."""
+"""Distinct rows: tokens with equal class fractions have equal conditions, so their modulation is computed once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Distinct rows are padded to a multiple of this, so that a matrix product has few shapes: nothing recompiles, and the
-# same row comes out with the same bits whatever else is in the batch.
+# Distinct rows are padded to a multiple of this. Then matrix products have few shapes: little is recompiled, and a row
+# gives the same bits with any other rows in the batch.
 ROW_MULTIPLE = 64
 
 
 class MaskRows(NamedTuple):
-    """Distinct class shares within each image of a batch, see :func:`mask_rows`."""
+    """Distinct class fractions within each image of a batch, see :func:`mask_rows`."""
 
     shares: Tensor  # (R, K) float32
     row_of_token: Tensor  # (B, T) long
@@ -26,10 +26,10 @@ class MaskRows(NamedTuple):
 
 
 def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows of (B, T, K) and which of them each token has.
+    """Distinct rows of class fractions (B, T, K), and the row of each token.
 
     Returns:
-        rows (R, K), R padded to a multiple of ROW_MULTIPLE by repeating the last one, and (B, T) long indices.
+        rows (R, K), and the row of each token (B, T) long. R is a multiple of ROW_MULTIPLE: the last row is repeated.
     """
     rows, row_of_token = torch.unique(shares.flatten(0, 1), dim=0, return_inverse=True)
     padding = -len(rows) % ROW_MULTIPLE
@@ -38,10 +38,10 @@ def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distinct_rows_of_images(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`distinct_rows` within each image, for images that differ in more than their masks.
+    """:func:`distinct_rows` within each image, for images whose conditions also differ in their looks.
 
     Returns:
-        rows (R, K), (B, T) long indices, and (R,) long: the image of each row.
+        rows (R, K), the row of each token (B, T) long, and the image of each row (R,) long.
     """
     image = torch.arange(len(shares), dtype=shares.dtype, device=shares.device)
     keyed = torch.cat([image[:, None, None].expand(*shares.shape[:2], 1), shares], dim=2)  # (B, T, 1 + K)
@@ -50,21 +50,19 @@ def distinct_rows_of_images(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
-    """Distinct class shares within each image, found on the CPU, so that no device has to say how many there are.
+    """Distinct class fractions within each image, for training.
 
-    In training every image is at a time of its own, so rows repeat within an image only. Exact: tokens share a row
-    where all their class counts are equal. Measured on masks of real nuclei: rows are 0.27 of the tokens at 256 px and
-    16 px per token, 0.16 at 64 px and 8. On a CPU at SiT-S width and 256 px in float32, a step with modulation per
-    token takes 1.41 times one with one condition per image, and one with distinct rows 1.22 times. In bf16 they gain
-    nothing there (0.99 and, compiled, 1.00 of the step per token), so training on a CPU in bf16 goes without.
+    In training each image has its own time, so tokens of different images cannot share a row. Tokens share a row if all
+    their class counts are equal, which is exact. The rows are found on the CPU: finding them on a GPU would wait for
+    the GPU to count them. On a CPU in bf16 they gain nothing (benchmarks/speed_cpu.md), so they are off there.
 
     Args:
-        class_maps: (B, H, W) whole numbers 0..K-1 on the CPU; H and W are multiples of the grid.
+        class_maps: (B, H, W) class ids 0..K-1 on the CPU; H and W are multiples of the grid.
         num_classes: K.
         grid: (gh, gw) tokens.
 
     Returns:
-        Rows of all images, images in order; R is padded to a multiple of ROW_MULTIPLE by rows of the last image.
+        Rows of all images, in the order of the images. R is a multiple of ROW_MULTIPLE: the last row is repeated.
     """
     (gh, gw), (batch, height, width) = grid, class_maps.shape
     patches = class_maps.numpy().reshape(batch, gh, height // gh, gw, width // gw)
@@ -81,7 +79,7 @@ def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> Ma
 
 
 def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
-    """(R, N) distinct rows -> (B, T, N), every token its own; (B, T, N) passes through."""
+    """Row of each token: distinct rows (R, N) -> (B, T, N). Without ``row_of_token``, returns ``rows`` (B, T, N)."""
     if row_of_token is None:
         return rows
     rows = rows.contiguous()
@@ -89,7 +87,7 @@ def spread_rows(rows: Tensor, row_of_token: Tensor | None) -> Tensor:
 
 
 class SpreadRows(torch.autograd.Function):
-    """``F.embedding`` whose gradient is summed in float32: a row has many tokens, and long sums in bf16 stand still."""
+    """``F.embedding`` that sums its gradient in float32: a row has many tokens, and long sums in bf16 are inexact."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, row_of_token: Tensor) -> Tensor:
