@@ -118,7 +118,8 @@ def practise_command(one: Benchmark, output: Path, case: Path, args: argparse.Na
     train = f"{one.train} --max-steps {args.generator_steps} --cooldown-steps {cooldown} {args.train_flags}".strip()
     words += ["--train-flags", train, "--sample-flags", f"{SAMPLER} {args.sample_flags}".strip()]
     words += ["--masks", str(args.masks), "--most-rounds", str(args.most_rounds), "--most-draws", str(args.most_draws)]
-    return [*words, "--folds", str(args.folds), "--steps", str(args.steps), "--seed", str(args.seed)]
+    words += ["--folds", str(args.folds), "--steps", str(args.steps), "--seed", str(args.seed)]
+    return [*words, *args.practise_flags.split()]
 
 
 def utility_command(one: Benchmark, output: Path, case: Path, args: argparse.Namespace) -> list[str]:
@@ -214,6 +215,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generator-steps", type=positive_int, default=1500, help="of every generator (1500)")
     parser.add_argument("--train-flags", default="", metavar="FLAGS", help="more flags of train.py, in quotes")
     parser.add_argument("--sample-flags", default="", metavar="FLAGS", help="more flags of sample_ddp.py, in quotes")
+    more = "more flags of evaluate.py practise, as in --practise-flags=--no-pseudo-masks"
+    parser.add_argument("--practise-flags", default="", metavar="FLAGS", help=more)
     parser.add_argument("--masks", type=positive_int, default=200, help="new masks (200)")
     parser.add_argument("--most-rounds", type=non_negative_int, default=2, help="rounds after the first (2)")
     parser.add_argument("--most-draws", type=positive_int, default=8, help="images of the hardest mask (8)")

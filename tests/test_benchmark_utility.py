@@ -20,7 +20,7 @@ def words_of(name: str, *more: str):
 
 @pytest.mark.parametrize("name", utility.BENCHMARKS)
 def test_every_planned_command_line_is_one_of_evaluate(name, tmp_path):
-    args = words_of(name, "--selections-made", "2", "--train-flags", "--seed 3")
+    args = words_of(name, "--selections-made", "2", "--train-flags", "--seed 3", "--practise-flags=--no-pseudo-masks")
     jobs = utility.plan(name, Path("data"), tmp_path, args)
     assert len(jobs) == 1 + 2 * 2 * len(utility.BENCHMARKS[name].labels)
     assert len({done for done, _ in jobs}) == len(jobs)
@@ -29,6 +29,7 @@ def test_every_planned_command_line_is_one_of_evaluate(name, tmp_path):
         if parsed.command == "utility":
             assert all(map(arm_of, parsed.arms))
         if parsed.command == "practise":
+            assert not parsed.pseudo_masks
             train.parse_args(["--data-path", "i", "--mask-path", "m", *parsed.train_flags])
             sample_ddp.parse_args(["ODE", "--ckpt", "c", "--mask-path", "m", *parsed.sample_flags])
 

@@ -31,7 +31,7 @@ from evaluation.instance_score import InstanceScore
 from evaluation.label_split import SelectionSettings, make_selections
 from evaluation.labelled import LabelledFolders, Named
 from evaluation.leaks import find_leaks
-from evaluation.practice import Unlabelled
+from evaluation.practice import Practice, PracticeSettings, Unlabelled
 from evaluation.practice_folder import PracticeFolder
 from evaluation.practice_masks import (
     MaskPart,
@@ -332,6 +332,14 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
     assert drawing.calls.count("recombine") == 4 and drawing.calls.count("simulate") == 2
     with pytest.raises(InputError, match="other settings"):
         practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)
+
+
+def test_generator_may_train_on_unlabelled_images_without_pseudo_masks(data, tmp_path):
+    drawing = Drawing()
+    folders, settings = LabelledFolders(data / "images", data / "masks"), PracticeSettings(pseudo_masks=False)
+    Practice(folders, data / "unlabelled", settings, drawing, tmp_path, CPU)._train_generator()
+    assert drawing.calls == ["train"] and drawing.unlabelled == Unlabelled(data / "unlabelled", None)
+    assert not (tmp_path / "pseudo_masks").exists()
 
 
 def test_rounds_end_and_the_page_says_so_if_synthetic_images_do_not_help(monkeypatch, data, tmp_path, capsys):
