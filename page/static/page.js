@@ -123,10 +123,19 @@ function show(values, isPreview) {
   byId("thumbs").replaceChildren(...thumbs);
   byId("sees").src = `data:image/png;base64,${values.mask_picture}`;
   byId("sees").hidden = false;
-  byId("command").textContent = values.command;
+  showCommand(values.command);
   const what = isPreview ? "Preview" : "Full setting";
   byId("status").textContent = `${what}: ${values.nfe} network calls, ${values.seconds.toFixed(2)} s`;
   for (const control of [...byId("downloads").querySelectorAll("button"), byId("way")]) control.disabled = isPreview;
+}
+
+/** A command line that breaks between its words only, not at their hyphens. */
+function showCommand(line) {
+  byId("command").replaceChildren(...line.split(" ").flatMap((word) => {
+    const part = document.createElement("span");
+    part.textContent = word;
+    return [part, " "];
+  }));
 }
 
 function showImage() {
@@ -421,7 +430,7 @@ function listen() {
   byId("renew_looks").addEventListener("click", () => { stop(); loadLooks(); });
   byId("downloads").addEventListener("click", (event) => { if (event.target.dataset.file) download(event.target.dataset.file); });
   byId("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText(byId("command").textContent);
+    await navigator.clipboard.writeText(reply.command);
     byId("copy").textContent = "Copied";
     setTimeout(() => { byId("copy").textContent = "Copy command"; }, 1500);
   });
