@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -28,7 +29,7 @@ def pairs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def start(*words: object, ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
-    """The command in a process group of its own, so that all its processes can be killed at once."""
+    """The command in a session of its own, so that signals to the tests do not reach it."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -62,6 +63,20 @@ def sample_unbroken(pairs: tuple[Path, Path], folder: Path, samples_per_mask: in
     return words
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that this one started, and those that they started. torchrun gives each rank a session of its own."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    children = [int(word) for word in found.stdout.split()]
+    return [*children, *(one for child in children for one in descendants(child))]
+
+
+def signal_all(process: subprocess.Popen[str], number: int) -> None:
+    """Send a signal to a launch: to the launcher first, then to all its ranks and their loader processes."""
+    for pid in (process.pid, *descendants(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def kill_until_done(words: list[object], seen: Path, number: int, ranks: int = 1) -> int:
     """Start, kill when a file matching ``seen`` is there and some random time has passed, and start again.
 
@@ -81,7 +96,7 @@ def kill_until_done(words: list[object], seen: Path, number: int, ranks: int = 1
         try:
             process.wait(rng.uniform(0, 0.5))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, number)
+            signal_all(process, number)
         process.communicate(timeout=120)
         if process.returncode == 0:
             return kills
@@ -102,6 +117,24 @@ def test_killed_training_ends_with_the_weights_of_an_unbroken_run(pairs, tmp_pat
     whole, resumed = ([json.loads(line) for line in text] for text in lines)
     assert [line["step"] for line in resumed] == [line["step"] for line in whole]  # no gap, no line twice
     assert [line.get("train/loss") for line in resumed] == [line.get("train/loss") for line in whole]
+
+
+def test_a_signal_to_a_launch_reaches_its_ranks(tmp_path):
+    (tmp_path / "rank.py").write_text(
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[1], str(os.getpid())).touch()\ntime.sleep(300)"
+    )
+    (tmp_path / "pids").mkdir()
+    launch = start(tmp_path / "rank.py", tmp_path / "pids", ranks=2)
+    deadline = time.monotonic() + 120
+    while len(pids := [int(path.name) for path in (tmp_path / "pids").iterdir()]) < 2:
+        assert time.monotonic() < deadline and launch.poll() is None
+        time.sleep(0.05)
+    signal_all(launch, signal.SIGKILL)
+    launch.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.05)
 
 
 def test_killed_sampling_of_two_ranks_ends_with_the_bytes_of_an_unbroken_one(pairs, tmp_path):

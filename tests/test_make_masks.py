@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from scipy import ndimage
 
@@ -424,7 +425,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 def test_damaged_settings_are_refused_in_words(tmp_path):
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(InputError, match="settings.json cannot be read"):
+    with pytest.raises(InputError, match="settings.json is not readable JSON .*name another folder"):
         simulate(tmp_path)
 
 
@@ -555,3 +556,10 @@ def test_help_shows_the_flags(command, capsys):
         make_masks.parse_args([*command, "--help"])
     assert stop.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_noise_in_place_of_cells_is_refused_before_it_is_cut_into_millions_of_pieces(tmp_path):
+    (tmp_path / "noise").mkdir()
+    tifffile.imwrite(tmp_path / "noise" / "a.tif", np.arange(1000 * 1000, dtype=np.int32).reshape(1000, 1000))
+    with pytest.raises(InputError, match=r"a\.tif: 999999 cells in 1000000 pixels cannot be cells"):
+        recombine.read_sources(tmp_path / "noise", components=False)
