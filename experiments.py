@@ -34,9 +34,9 @@ from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device
 
 if TYPE_CHECKING:
-    from evaluation.labelled import LabelledFolders
-    from evaluation.practice import Unlabelled
-    from evaluation.practice_masks import MaskPart
+    from evaluation.experiments.labelled import LabelledFolders
+    from evaluation.experiments.practice import Unlabelled
+    from evaluation.experiments.practice_masks import MaskPart
 
 ROOT = Path(__file__).parent
 
@@ -200,8 +200,8 @@ def run_split(args: argparse.Namespace) -> None:
     ones; then run utility.
     """
     from dataset.groups import read_groups
-    from evaluation.label_split import SelectionSettings, make_selections
-    from evaluation.split import make_split
+    from evaluation.experiments.label_split import SelectionSettings, make_selections
+    from evaluation.experiments.split import make_split
 
     if (args.test_data_path is None) != (args.test_mask_path is None):
         raise InputError("--test-data-path and --test-mask-path go together: give both, or none")
@@ -233,10 +233,10 @@ def run_utility(args: argparse.Namespace) -> None:
 
     A synthetic set that has seen more than its share, or the test images, is refused.
     """
-    from evaluation.label_split import holds_selections
+    from evaluation.experiments.label_split import holds_selections
+    from evaluation.experiments.split import read_split
+    from evaluation.experiments.utility import SECTION, score_utility, write_utility_report
     from evaluation.output import written_line
-    from evaluation.split import read_split
-    from evaluation.utility import SECTION, score_utility, write_utility_report
     from synthetic.reader import SampleSet
 
     if holds_selections(args.split):
@@ -256,13 +256,13 @@ def run_utility(args: argparse.Namespace) -> None:
 
 def _run_trial(args: argparse.Namespace) -> None:
     """The utility experiment on a split by numbers of labels."""
-    from evaluation.arms import ARMS, arm_of
-    from evaluation.label_split import read_selections
+    from evaluation.experiments.arms import ARMS, arm_of
+    from evaluation.experiments.label_split import read_selections
+    from evaluation.experiments.trial import TrialSettings, run_trial
+    from evaluation.experiments.trial_report import write_trial
+    from evaluation.experiments.utility import SECTION
     from evaluation.output import written_line
     from evaluation.report import write_page
-    from evaluation.trial import TrialSettings, run_trial
-    from evaluation.trial_report import write_trial
-    from evaluation.utility import SECTION
 
     plans = read_selections(args.split)
     arms = tuple(map(arm_of, args.arms)) or tuple(arm for arm in ARMS.values() if args.sets or not arm.is_synthetic)
@@ -350,10 +350,10 @@ def run_practise(args: argparse.Namespace) -> None:
     are ignored. Masks that the segmenter finds hard are drawn again, until the cross-validated score stops rising. The
     page practice.html says which set to use, or that none helps. Run the same command to continue.
     """
-    from evaluation.labelled import LabelledFolders
+    from evaluation.experiments.labelled import LabelledFolders
+    from evaluation.experiments.practice import Practice, PracticeSettings
+    from evaluation.experiments.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
     from evaluation.output import written_line
-    from evaluation.practice import Practice, PracticeSettings
-    from evaluation.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
     from evaluation.report import write_page
 
     if args.mask_values and (args.instances or len(args.mask_values) == 2):

@@ -40,10 +40,10 @@ from common.disk import write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging  # noqa: E402
 from dataset.config import DataConfig  # noqa: E402
-from evaluation.instance_score import score_segmenter  # noqa: E402
-from evaluation.labelled import LabelledFolders, Named, real_pairs, set_pairs  # noqa: E402
-from evaluation.segmenter import Phase, Segmenter, SegmenterConfig, Source, Square, train_segmenter  # noqa: E402
-from evaluation.sources import Labelled, pseudo_label  # noqa: E402
+from evaluation.experiments.instance_score import score_segmenter  # noqa: E402
+from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs  # noqa: E402
+from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, Source, Square, train_segmenter  # noqa: E402
+from evaluation.experiments.sources import Labelled, pseudo_label  # noqa: E402
 from synthetic.reader import SampleSet  # noqa: E402
 
 logger = logging.getLogger("benchmarks.looks")

@@ -14,7 +14,8 @@ from PIL import Image
 from common.disk import write_bytes, write_json
 from common.errors import InputError
 from common.plain import WRONG, read_json
-from evaluation import fidelity, filter, grid, looks, memorisation, population, realism, sweep, threshold, utility
+from evaluation import fidelity, filter, grid, looks, memorisation, population, realism, sweep, threshold
+from evaluation.experiments import utility
 from evaluation.filter import read_fidelity
 from evaluation.output import Section, Table, new_figure, results_folder, show_image
 from synthetic.manifest import FIDELITY_COLUMN

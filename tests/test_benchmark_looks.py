@@ -11,7 +11,7 @@ from skimage.color import rgb2lab
 
 from benchmarks import looks
 from common.errors import InputError
-from evaluation.segmenter import Square
+from evaluation.experiments.segmenter import Square
 
 
 def picture(low: int, high: int, seed: int = 0) -> np.ndarray:

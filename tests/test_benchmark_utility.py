@@ -11,7 +11,7 @@ import sample_ddp
 import train
 from benchmarks import utility
 from common.errors import InputError
-from evaluation.arms import arm_of
+from evaluation.experiments.arms import arm_of
 
 
 def words_of(name: str, *more: str):

@@ -25,15 +25,14 @@ from dataset.config import DataConfig
 from dataset.mask_folder import MaskFolder
 from dataset.views import center_view
 from engine.checkpoint import save_checkpoint
-from evaluation.cross_validation import fold_of_mask, make_folds
-from evaluation.fidelity import LabelledImage
-from evaluation.instance_score import InstanceScore
-from evaluation.label_split import SelectionSettings, make_selections
-from evaluation.labelled import LabelledFolders, Named
-from evaluation.leaks import find_leaks
-from evaluation.practice import Practice, PracticeSettings, Unlabelled
-from evaluation.practice_folder import PracticeFolder
-from evaluation.practice_masks import (
+from evaluation.experiments.cross_validation import fold_of_mask, make_folds
+from evaluation.experiments.instance_score import InstanceScore
+from evaluation.experiments.label_split import SelectionSettings, make_selections
+from evaluation.experiments.labelled import LabelledFolders, Named
+from evaluation.experiments.leaks import find_leaks
+from evaluation.experiments.practice import Practice, PracticeSettings, Unlabelled
+from evaluation.experiments.practice_folder import PracticeFolder
+from evaluation.experiments.practice_masks import (
     MaskPart,
     layout_statistics,
     merge_masks,
@@ -42,10 +41,11 @@ from evaluation.practice_masks import (
     soft_mask,
     write_pseudo_masks,
 )
-from evaluation.practice_report import recommend
-from evaluation.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
-from evaluation.segmenter import IGNORE, Segmenter
-from evaluation.trial_report import UNKNOWN
+from evaluation.experiments.practice_report import recommend
+from evaluation.experiments.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
+from evaluation.experiments.segmenter import IGNORE, Segmenter
+from evaluation.experiments.trial_report import UNKNOWN
+from evaluation.fidelity import LabelledImage
 from layouts.recombine import read_origin
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
@@ -297,7 +297,7 @@ SHORT = ["--steps", 2, "--folds", 2, "--masks", 8, "--most-rounds", 1, "--most-d
 
 def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkeypatch, data, tmp_path, capsys):
     # two steps teach nothing: synthetic images shall be better than none, and round 1 no better than round 0
-    monkeypatch.setattr("evaluation.practice._mean_ap", lambda results: float(bool(results[0].hardness)))
+    monkeypatch.setattr("evaluation.experiments.practice._mean_ap", lambda results: float(bool(results[0].hardness)))
     output, drawing = tmp_path / "out", Drawing()
     content = practise(monkeypatch, data, output, drawing, *SHORT)
     printed = capsys.readouterr().out
@@ -343,7 +343,7 @@ def test_generator_may_train_on_unlabelled_images_without_pseudo_masks(data, tmp
 
 
 def test_rounds_end_and_the_page_says_so_if_synthetic_images_do_not_help(monkeypatch, data, tmp_path, capsys):
-    monkeypatch.setattr("evaluation.practice._mean_ap", lambda results: 0.5)
+    monkeypatch.setattr("evaluation.experiments.practice._mean_ap", lambda results: 0.5)
     content = practise(monkeypatch, data, tmp_path / "out", Drawing(), *SHORT[:4], "--masks", 2, "--square", 16)
     assert [one["round"] for one in content["rounds"]] == [0] and not content["recommended"]["use"]
     printed, page = capsys.readouterr().out, (tmp_path / "out" / "practice.html").read_text()

@@ -140,8 +140,8 @@ def test_json_holds_what_the_page_shows(folder):
 
 def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tmp_path):
     from engine.sampling import SamplingSettings
+    from evaluation.experiments.utility import UtilityReport, UtilityRow, write_utility_report
     from evaluation.sweep import SweepReport, SweepRow, write_sweep_report
-    from evaluation.utility import UtilityReport, UtilityRow, write_utility_report
 
     rows = [UtilityRow(10, arm, 0, 4, 9, dice, 0.5, 0.4) for arm, dice in (("real", 0.711), ("synthetic", 0.633))]
     write_utility_report(UtilityReport(rows, 5, 3, {}), tmp_path / "u")

@@ -9,11 +9,9 @@ from drawn_sets import disk
 from scipy.optimize import linear_sum_assignment
 
 from common.cells import connected_cells
-from evaluation.augmentation import augment
-from evaluation.fidelity import LabelledImage
-from evaluation.instance_score import score_segmenter
-from evaluation.instances import InstanceCounts, overlap_table, touching_cells
-from evaluation.segmenter import (
+from evaluation.experiments.augmentation import augment
+from evaluation.experiments.instance_score import score_segmenter
+from evaluation.experiments.segmenter import (
     IGNORE,
     Found,
     Phase,
@@ -25,7 +23,9 @@ from evaluation.segmenter import (
     split_cells,
     train_segmenter,
 )
-from evaluation.sources import CopyPaste, Labelled, pseudo_label
+from evaluation.experiments.sources import CopyPaste, Labelled, pseudo_label
+from evaluation.fidelity import LabelledImage
+from evaluation.instances import InstanceCounts, overlap_table, touching_cells
 
 CPU = torch.device("cpu")
 SIDE = 48
@@ -217,7 +217,7 @@ class Constant:
 
 
 def test_phases_follow_each_other_and_sources_get_their_shares(monkeypatch):
-    from evaluation import segmenter
+    from evaluation.experiments import segmenter
 
     seen = []
     monkeypatch.setattr(segmenter, "augment", lambda images, targets, generator: (images, targets))

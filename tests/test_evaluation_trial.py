@@ -19,13 +19,20 @@ from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.groups import read_groups
-from evaluation.arms import ARMS, Arm, arm_of
-from evaluation.instance_score import InstanceScore
-from evaluation.label_split import SelectionSettings, choose, make_selections, read_selections
-from evaluation.leaks import find_leaks
-from evaluation.split import SplitPlan
-from evaluation.trial import Case, TrialRow, TrialSettings, run_trial
-from evaluation.trial_report import Difference, difference, labels_worth, summarize_trial, trial_notes, trial_table
+from evaluation.experiments.arms import ARMS, Arm, arm_of
+from evaluation.experiments.instance_score import InstanceScore
+from evaluation.experiments.label_split import SelectionSettings, choose, make_selections, read_selections
+from evaluation.experiments.leaks import find_leaks
+from evaluation.experiments.split import SplitPlan
+from evaluation.experiments.trial import Case, TrialRow, TrialSettings, run_trial
+from evaluation.experiments.trial_report import (
+    Difference,
+    difference,
+    labels_worth,
+    summarize_trial,
+    trial_notes,
+    trial_table,
+)
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 

@@ -19,9 +19,9 @@ from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
 from engine.checkpoint import save_checkpoint
-from evaluation.leaks import find_leaks, refuse_leaks
-from evaluation.split import SplitPlan, make_split, plan_shares, read_split
-from evaluation.utility import (
+from evaluation.experiments.leaks import find_leaks, refuse_leaks
+from evaluation.experiments.split import SplitPlan, make_split, plan_shares, read_split
+from evaluation.experiments.utility import (
     SECTION,
     MixedPairs,
     SyntheticPairs,

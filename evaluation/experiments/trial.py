@@ -23,18 +23,18 @@ from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_
 from common.errors import InputError
 from common.plain import read_as, read_json
 from dataset.config import DataConfig
-from evaluation.arms import REAL, SELF_TRAINING, Arm, phases_of
+from evaluation.experiments.arms import REAL, SELF_TRAINING, Arm, phases_of
+from evaluation.experiments.instance_score import InstanceScore, score_segmenter
+from evaluation.experiments.label_split import UNLABELLED
+from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, segmenter_classes
+from evaluation.experiments.leaks import refuse_leaks
+from evaluation.experiments.practice_folder import PracticeFolder
+from evaluation.experiments.segmenter import Segmenter, SegmenterConfig, train_segmenter
+from evaluation.experiments.sources import pseudo_label
+from evaluation.experiments.split import SplitPlan
 from evaluation.fidelity import LabelledImage
-from evaluation.instance_score import InstanceScore, score_segmenter
 from evaluation.judge import build_network, judged_channels
-from evaluation.label_split import UNLABELLED
-from evaluation.labelled import LabelledFolders, Named, plain_images, real_pairs, segmenter_classes
-from evaluation.leaks import refuse_leaks
 from evaluation.output import number
-from evaluation.practice_folder import PracticeFolder
-from evaluation.segmenter import Segmenter, SegmenterConfig, train_segmenter
-from evaluation.sources import pseudo_label
-from evaluation.split import SplitPlan
 from synthetic.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)

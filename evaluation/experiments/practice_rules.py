@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.segmenter import IGNORE
+from evaluation.experiments.segmenter import IGNORE
 
 IGNORE_FACTOR = 1.25  # times a class's mean loss on real images
 MOST_DRAWS = 20  # of the hardest mask

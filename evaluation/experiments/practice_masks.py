@@ -15,7 +15,7 @@ from dataset.files import encode_image, find_files
 from dataset.masks import MaskRule
 from dataset.views import center_view, whole_view
 from engine.tiling import spread_starts
-from evaluation.segmenter import split_cells
+from evaluation.experiments.segmenter import split_cells
 from layouts.nuclei import HEADROOM
 from layouts.recombine import read_origin
 from layouts.statistics import measure, summarize

@@ -12,9 +12,9 @@ import numpy as np
 from scipy import stats
 
 from common.disk import write_csv, write_json
-from evaluation.arms import ARMS, REAL, WITHOUT_SYNTHETIC
+from evaluation.experiments.arms import ARMS, REAL, WITHOUT_SYNTHETIC
+from evaluation.experiments.trial import TRIAL_VERSION, TrialRow
 from evaluation.output import Table, new_figure, number, save_figure, with_spread
-from evaluation.trial import TRIAL_VERSION, TrialRow
 
 CONFIDENCE = 0.95  # of the intervals
 AHEAD, BEHIND = 2.0, 1.0  # standard errors: a gain beyond the first helps, a loss beyond the second harms

@@ -15,9 +15,9 @@ import numpy as np
 from common.errors import InputError
 from common.plain import read_as
 from dataset.files import read_mask
+from evaluation.experiments.labelled import Named, set_pairs
+from evaluation.experiments.segmenter import IGNORE
 from evaluation.fidelity import LabelledImage
-from evaluation.labelled import Named, set_pairs
-from evaluation.segmenter import IGNORE
 from synthetic.manifest import MANIFEST
 from synthetic.reader import SampleSet
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common.cells import connected_cells, without_gaps
 from common.pictures import from_uint8
 from common.randomness import derived_seed
-from evaluation.augmentation import augment
+from evaluation.experiments.augmentation import augment
 from evaluation.judge import build_network, predict
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dataset.views import SYMMETRIES, turn
+from evaluation.experiments.segmenter import IGNORE, Found, Square, target_of
 from evaluation.fidelity import LabelledImage
-from evaluation.segmenter import IGNORE, Found, Square, target_of
 
 ON_A_CELL = 0.5  # share of the squares that lie around a cell: sparse images would show background only
 MOST_PASTED = 4  # cells that copy-paste puts on a square

@@ -13,12 +13,12 @@ from torch import nn
 
 from common.errors import InputError
 from common.randomness import shuffled_by_hash
+from evaluation.experiments.instance_score import InstanceScore, score_segmenter
+from evaluation.experiments.labelled import Named
+from evaluation.experiments.practice_rules import Scored, hardness
+from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
+from evaluation.experiments.sources import Labelled
 from evaluation.fidelity import LabelledImage
-from evaluation.instance_score import InstanceScore, score_segmenter
-from evaluation.labelled import Named
-from evaluation.practice_rules import Scored, hardness
-from evaluation.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
-from evaluation.sources import Labelled
 
 
 class Fold(NamedTuple):

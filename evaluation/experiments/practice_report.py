@@ -9,13 +9,13 @@ import numpy as np
 
 from common.disk import write_bytes, write_csv, write_json
 from dataset.files import encode_image
+from evaluation.experiments.labelled import set_pairs
+from evaluation.experiments.practice import PLAIN, REAL, Practice
+from evaluation.experiments.practice_folder import PRACTICE_FILE, ignored
+from evaluation.experiments.segmenter import IGNORE
+from evaluation.experiments.trial_report import AHEAD, HARMS, HELPS, UNCLEAR, UNKNOWN, difference
 from evaluation.fidelity import LabelledImage
-from evaluation.labelled import set_pairs
 from evaluation.output import Section, Table, new_figure, number, save_figure, show_image, with_spread
-from evaluation.practice import PLAIN, REAL, Practice
-from evaluation.practice_folder import PRACTICE_FILE, ignored
-from evaluation.segmenter import IGNORE
-from evaluation.trial_report import AHEAD, HARMS, HELPS, UNCLEAR, UNKNOWN, difference
 from synthetic.export import EXPORTS, ExportedPair
 from synthetic.reader import SampleSet
 

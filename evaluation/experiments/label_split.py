@@ -20,7 +20,7 @@ from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
 from dataset.files import Pair, pair_files
-from evaluation.split import (
+from evaluation.experiments.split import (
     SPLIT_FILE,
     SplitPlan,
     copy_pairs,

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.errors import InputError
+from evaluation.experiments.segmenter import Phase
+from evaluation.experiments.sources import CopyPaste, Labelled
 from evaluation.fidelity import LabelledImage
-from evaluation.segmenter import Phase
-from evaluation.sources import CopyPaste, Labelled
 
 REAL, COPY_PASTE, SELF_TRAINING = "real", "copy-paste", "self-training"
 WITHOUT_SYNTHETIC = (REAL, COPY_PASTE, SELF_TRAINING)

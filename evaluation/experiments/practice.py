@@ -30,12 +30,10 @@ from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, read_image
 from engine.checkpoint import read_checkpoint
-from evaluation.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
-from evaluation.judge import build_network, judged_channels
-from evaluation.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
-from evaluation.output import number as show_number
-from evaluation.practice_folder import PRACTICE_FILE, ignored
-from evaluation.practice_masks import (
+from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
+from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
+from evaluation.experiments.practice_folder import PRACTICE_FILE, ignored
+from evaluation.experiments.practice_masks import (
     LayoutStatistics,
     MaskPart,
     layout_statistics,
@@ -48,9 +46,18 @@ from evaluation.practice_masks import (
     soft_mask,
     write_pseudo_masks,
 )
-from evaluation.practice_rules import IGNORE_FACTOR, MOST_DRAWS, Scored, class_mean_losses, plan_draws, wrong_pixels
-from evaluation.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
-from evaluation.sources import Labelled
+from evaluation.experiments.practice_rules import (
+    IGNORE_FACTOR,
+    MOST_DRAWS,
+    Scored,
+    class_mean_losses,
+    plan_draws,
+    wrong_pixels,
+)
+from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
+from evaluation.experiments.sources import Labelled
+from evaluation.judge import build_network, judged_channels
+from evaluation.output import number as show_number
 from synthetic.reader import SampleSet, read_whole
 
 logger = logging.getLogger(__name__)

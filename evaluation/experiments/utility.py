@@ -26,12 +26,12 @@ from dataset.folders import PairedFolder
 from dataset.mask_folder import MaskFolder
 from dataset.masks import to_prob_map
 from dataset.views import SYMMETRIES, turn
+from evaluation.experiments.leaks import refuse_leaks
+from evaluation.experiments.split import SplitPlan
+from evaluation.experiments.trial_report import NOTE, trial_notes, trial_table
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Examples, Judge, JudgeConfig, judged_channels, train_judge
-from evaluation.leaks import refuse_leaks
 from evaluation.output import Section, Table, new_figure, number, save_figure, with_spread
-from evaluation.split import SplitPlan
-from evaluation.trial_report import NOTE, trial_notes, trial_table
 from synthetic.reader import SampleSet
 
 logger = logging.getLogger(__name__)

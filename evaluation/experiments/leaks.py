@@ -27,7 +27,7 @@ from dataset.files import find_files, read_mask
 from dataset.views import View, center_view, whole_view
 from download import PUBLISHED_URLS
 from engine.checkpoint import read_checkpoint
-from evaluation.split import SplitPlan
+from evaluation.experiments.split import SplitPlan
 from layouts.recombine import read_origin, read_sources, source_digest
 from synthetic.manifest import judge_notes
 from synthetic.reader import Sample, SampleSet

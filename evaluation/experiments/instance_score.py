@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from evaluation.experiments.segmenter import Found
 from evaluation.fidelity import LabelledImage
 from evaluation.instances import InstanceCounts, dice, mean_of_known, touching_cells
-from evaluation.segmenter import Found
 
 
 @dataclass(frozen=True)
