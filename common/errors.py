@@ -161,14 +161,17 @@ def one_line(error: Exception) -> str:
     return settings_as_flags(" ".join(str(error).split()))
 
 
+def fields_as_flags(text: str, fields: Sequence[str]) -> str:
+    """Replace every field in a library's message by its flag: ``mask_type`` becomes ``--mask-type``."""
+    for field in fields:
+        whole_word = rf"(?<![\w./-]){field}(?![\w/-]|\.\w)"
+        text = re.sub(whole_word, f"--{FLAGS.get(field, field).replace('_', '-')}", text)
+    return text
+
+
 def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) -> str:
     """The message with every field replaced by its flag, if this command has the flag."""
-    for field in fields:
-        name = FLAGS.get(field, field)
-        if name in vars(args):
-            whole_word = rf"(?<![\w./-]){field}(?![\w/-]|\.\w)"
-            message = re.sub(whole_word, f"--{name.replace('_', '-')}", message)
-    return message
+    return fields_as_flags(message, [field for field in fields if FLAGS.get(field, field) in vars(args)])
 
 
 def end_at_interrupt() -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.cells import connected_cells
 from common.disk import write_json
-from common.errors import InputError, list_some, settings_as_flags
+from common.errors import InputError, fields_as_flags, list_some, settings_as_flags
 from dataset.config import DataConfig
 from dataset.files import (
     FileError,
@@ -298,7 +298,7 @@ def _decide(
     try:
         rule = decide_mask_rule(stats, num_classes, mask_type, where, normalize, mask_values)
     except InputError as error:
-        report.problems.append(settings_as_flags(str(error)))
+        report.problems.append(fields_as_flags(settings_as_flags(str(error)), error.fields))
         return None
     report.mask_type, report.mask_reason = rule.mask_type, rule.reason
     try:

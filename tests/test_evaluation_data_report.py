@@ -89,7 +89,8 @@ def test_every_problem_is_found_and_said(drawn):
 def test_unclear_masks_are_a_problem_with_the_likely_types_named(tmp_path):
     draw_pair(tmp_path, "a", 3, value=37)
     report, _, rule = look(tmp_path)
-    assert rule is None and "--mask-type" in report.problems[0] and report.instances == []
+    assert rule is None and report.instances == []
+    assert "--mask-type" in report.problems[0] and report.problems[0].endswith("Choose with --mask-type")
     assert look(tmp_path, mask_type="binary")[0].problems == []
 
 
