@@ -20,7 +20,7 @@ from common.arguments import (
     positive_int,
     seed_number,
 )
-from common.errors import InputError
+from common.errors import InputError, as_flag
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES, DataConfig
 from dataset.gray import default_window_channels
 from dataset.look_choice import LOOK_SOURCES, LookChoice, choose_looks
@@ -40,7 +40,7 @@ from engine.config import (
 )
 from engine.machine import DEVICES, PRECISIONS, Machine
 from engine.sampling import TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
-from flag_rules import LOOK_FLAGS, as_flag, check_needs
+from flag_rules import LOOK_FLAGS, check_needs
 from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, as_flag
 from dataset.looks import NO_LOOK
 from engine.autoencoder import PIXEL_SPACE
 from transport import ODE_METHODS
@@ -94,8 +94,3 @@ def check_needs(args: argparse.Namespace) -> None:
             if flag in args.given and values[flag] not in need.idle:
                 reason = need.reason.format(value=values[need.other])
                 raise InputError(f"{as_flag(flag)} has no effect {reason}.")
-
-
-def as_flag(name: str) -> str:
-    """``tile_scale`` -> ``--tile-scale``."""
-    return f"--{name.replace('_', '-')}"

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb_utils
-from cli import add_data_arguments, add_machine_arguments, add_transport_arguments, as_flag, resolve
+from cli import add_data_arguments, add_machine_arguments, add_transport_arguments, resolve
 from common.arguments import (
     batch_size,
     fraction,
@@ -46,13 +46,14 @@ from common.arguments import (
     seed_number,
 )
 from common.disk import write_csv, write_json
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, as_flag, run_command
 from common.log import start_logging
+from common.spread import evenly
 from dataset.checks import for_all
 from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
 from dataset.groups import groups_of, read_groups
-from dataset.looks import LOOKS, NO_LOOK, Looks, spread_evenly
+from dataset.looks import LOOKS, MOST_LOOKS, NO_LOOK, Looks
 from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
 from engine.agreement import agree_on_checkpoint, agree_on_data
 from engine.autoencoder import Space, load_space, space_config
@@ -449,8 +450,9 @@ def set_looks(training: Training, dataset: PairedFolder, unlabelled: Sequence[Un
         return
     sources = (dataset, *unlabelled)
     images = [(source, index, name) for source in sources for index, name in enumerate(image_names(source))]
-    kept = spread_evenly(len(images))
-    chosen, groups = ([every[number] for number in kept if every] for every in (images, training.groups))
+    kept = evenly(len(images), MOST_LOOKS)
+    chosen = [images[number] for number in kept]
+    groups = [training.groups[number] for number in kept] if training.groups else []
     windows = for_all(lambda one: one[0].look_windows(one[1]), chosen, "measuring looks", training.machine.is_main)
     training.looks = Looks.of([name for *_, name in chosen], list(windows), groups)
     logger.info("looks of %d images: %d numbers each", len(chosen), training.config.model.look_numbers)

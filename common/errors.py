@@ -143,12 +143,17 @@ def list_some(items: Sequence[object], most: int = 3) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
+def as_flag(name: str) -> str:
+    """``tile_scale`` -> ``--tile-scale``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def settings_as_flags(text: str) -> str:
     """Replace settings in a library's message by flags: ``mask_type=binary`` becomes ``--mask-type binary``."""
 
     def flag(match: re.Match[str]) -> str:
         value = match["value"].strip("()").replace(",", "")
-        return f"--{match['name'].replace('_', '-')}" + ("" if value == "True" else f" {value}")
+        return as_flag(match["name"]) + ("" if value == "True" else f" {value}")
 
     return _SETTING.sub(flag, text)
 
@@ -165,7 +170,7 @@ def fields_as_flags(text: str, fields: Sequence[str]) -> str:
     """Replace every field in a library's message by its flag: ``mask_type`` becomes ``--mask-type``."""
     for field in fields:
         whole_word = rf"(?<![\w./-]){field}(?![\w/-]|\.\w)"
-        text = re.sub(whole_word, f"--{FLAGS.get(field, field).replace('_', '-')}", text)
+        text = re.sub(whole_word, as_flag(FLAGS.get(field, field)), text)
     return text
 
 
@@ -176,7 +181,6 @@ def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) ->
 
 def end_at_interrupt() -> None:
     """Let Ctrl-C end this process in one line. Commands call this before their imports, which take seconds."""
-
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background, where it is ignored
         signal.signal(signal.SIGINT, _end_now)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.pictures import to_uint8
 from common.randomness import derived_seed
+from common.spread import evenly
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, encode_image, image_suffix
 
@@ -195,7 +196,7 @@ class SourceIntensity:
         ordered = sorted(windows, key=lambda window: (window[0][1] - window[0][0], window))
         if len(set(ordered)) == 1:
             ordered = ordered[:1]
-        chosen = np.unique(np.linspace(0, len(ordered) - 1, MOST_WINDOWS).round().astype(int))
+        chosen = evenly(len(ordered), MOST_WINDOWS)
         return cls(
             tuple(sorted({str(dtype) for dtype in dtypes})),
             channels,

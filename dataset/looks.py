@@ -244,8 +244,3 @@ class Looks:
             raise InputError(f"the checkpoint measures looks by recipe {values['recipe']}, this version by {RECIPE}")
         numbers, mean, spread = (np.array(values[name], np.float32) for name in ("numbers", "mean", "spread"))
         return cls(tuple(values["names"]), numbers, mean, spread, tuple(values.get("groups", ())))
-
-
-def spread_evenly(count: int) -> np.ndarray:
-    """Indices of the images whose looks are stored: all, or ``MOST_LOOKS`` evenly spread ones."""
-    return np.unique(np.linspace(0, count - 1, MOST_LOOKS).round().astype(int))

@@ -20,6 +20,7 @@ from common.disk import file_sha256
 from common.errors import InputError
 from common.plain import WRONG
 from common.randomness import derived_seed
+from common.spread import evenly
 from dataset.config import DataConfig
 from dataset.gray import SourceIntensity
 from dataset.looks import Looks
@@ -277,10 +278,10 @@ class ImageSampler:
         solver = create_solver(self.transport, self.settings, trajectory=True)
         if self.settings.tile_overlap is not None:
             states, decode = self._solve_field(solver, prob_map, seed, batch_size, look)
-            return torch.stack([decode(states[number]) for number in _evenly(len(states), most)])
+            return torch.stack([decode(states[number]) for number in evenly(len(states), most)])
         condition = self._condition(prob_map[None], None if look is None else look[None])
         states = self._solve(solver, [seed], self.latent_shape, self._predict, condition)
-        return torch.cat([self._decode(states[number]) for number in _evenly(len(states), most)])
+        return torch.cat([self._decode(states[number]) for number in evenly(len(states), most)])
 
     def _solve_field(
         self, solver: Solver, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None
@@ -448,11 +449,6 @@ def mirror_to(array: Tensor, height: int, width: int) -> Tensor:
         for old, new in zip(array.shape[-2:], (height, width), strict=True)
     )
     return array[..., torch.from_numpy(rows)[:, None], torch.from_numpy(columns)]
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    """At most so many of the numbers 0..count-1, evenly spread, the first and the last among them."""
-    return sorted({round(number) for number in np.linspace(0, count - 1, most).tolist()})
 
 
 def image_seed(seed: int, index: int, attempt: int = 1) -> int:

@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, as_flag
 from common.pictures import mask_picture, sheet_png, to_uint8
 from dataset.files import encode_image, encode_tiff
 from dataset.look_choice import LookChoice
@@ -22,7 +22,6 @@ from dataset.mask_facts import mask_stats
 from dataset.masks import MaskRule, decide_mask_rule
 from engine.machine import Machine
 from engine.sampling import TILE_OVERLAP, ImageSampler, SamplingSettings, TrainedModel, image_seed
-from flag_rules import as_flag
 from page.labels import CELLS, label_kinds
 from page.looks import look_flags, shown_looks
 from transport import ODE_METHODS
@@ -307,8 +306,3 @@ class Drawer:
         return ImageSampler(
             trained.model, trained.transport, trained.space, self.machine, settings, before_call=stop_if_gone
         )
-
-
-def picture_file(image: Tensor, colours: bool) -> bytes:
-    """An image (C, H, W) in [-1, 1] as a file: PNG, or TIFF if its channels are neither gray nor colours."""
-    return encode_image(to_uint8(image), colours)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError
+from common.spread import evenly
 from dataset.config import DataConfig
 from dataset.files import IMAGE_SUFFIXES
 from dataset.look_choice import NOBODY, PATH, TRAINING, LookChoice, choose_looks
@@ -79,5 +80,5 @@ def look_flags(choice: LookChoice | None) -> dict[str, Any]:
 
 def shown_looks(training: Looks, config: DataConfig) -> tuple[list[int], torch.Tensor]:
     """Numbers of some training images, evenly spread, and their standardised looks (n, N)."""
-    numbers = np.unique(np.linspace(0, len(training.names) - 1, MOST_SHOWN).round().astype(int))
-    return numbers.tolist(), torch.from_numpy(training.standardise(training.numbers[numbers]))
+    numbers = evenly(len(training.names), MOST_SHOWN)
+    return numbers, torch.from_numpy(training.standardise(training.numbers[numbers]))

@@ -39,7 +39,6 @@ from page.drawing import (
     Drawer,
     DrawRequest,
     TooManyRequests,
-    picture_file,
 )
 from page.labels import MOST_SIDE, pack, random_label, read_label, unpack
 from page.looks import LONGEST_NAME, measure_reference, read_look
@@ -340,7 +339,7 @@ def shown(image: Tensor, colours: bool) -> dict[str, str]:
     """An image (C, H, W) as the page shows it, and as a file to keep."""
     return {
         "picture": encode64(picture(image)),
-        "file": encode64(picture_file(image, colours)),
+        "file": encode64(encode_image(to_uint8(image), colours)),
         "suffix": image_suffix(len(image), np.uint8, colours),
     }
 

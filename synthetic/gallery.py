@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.disk import write_bytes
 from common.pictures import CLASS_COLORS, as_rgb
+from common.spread import evenly
 from synthetic.manifest import ATTEMPT_FIDELITY, FIDELITY_COLUMN
 from synthetic.reader import Sample, SampleSet
 
@@ -61,7 +62,7 @@ def write_gallery(samples: SampleSet, path: Path) -> int:
     each = sum(len(picture) for _, picture in pairs[0].pictures)
     count = min(len(order), MOST_PAIRS, max(1, MOST_BYTES // each))
     # evenly spread from the lowest fidelity to the highest, or over the set if no fidelity is known
-    chosen = [order[place] for place in np.linspace(0, len(order) - 1, count).round().astype(int)]
+    chosen = [order[place] for place in evenly(len(order), count)]
     pairs += [_pair(samples, number, values[number]) for number in chosen[1:]]
     pairs.sort(key=lambda pair: pair.number)
     text = TEMPLATE.render(

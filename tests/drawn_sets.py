@@ -36,6 +36,17 @@ class Row:
     mask_type: str = "binary"
 
 
+def five_rows(size: int) -> list[Row]:
+    """Five bright disks, each lower than the one before, with a little noise, and the real images without it."""
+    rows = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        cells = disk(size, 12 + 3 * seed, 20, 7)
+        image = np.clip(paint(cells) + rng.normal(0, 4, (size, size, 1)), 0, 255).astype(np.uint8)
+        rows.append(Row(np.where(cells, 255, 0).astype(np.uint8), image, paint(cells)))
+    return rows
+
+
 def write_set(folder: Path, rows: list[Row], config: DataConfig | None = None, **settings: object) -> Path:
     """Write rows as SAMPLE_DIR/{images,masks}, manifest.csv and settings.json; real images go beside SAMPLE_DIR."""
     real_dir = folder.parent / f"{folder.name}_real"

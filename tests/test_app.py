@@ -17,19 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-import torch
 from PIL import Image
 from script_helpers import call, run_here, write_pairs
+from tiny_sit import write_checkpoint
 
 import app
 import sample
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.looks import Looks, look_count
-from engine.checkpoint import save_checkpoint
 from engine.sampling import ImageSampler
 from evaluation.instances import dice
-from models import build_model
 from page.labels import label_kinds, random_label, read_label, unpack
 from page.service import MOST_BYTES, Service
 
@@ -37,30 +35,14 @@ SIDE = 16
 FLAGS = ["--device", "cpu", "--precision", "float32"]
 
 
-def write_checkpoint(path: Path, num_classes: int, looks: int = 0, **data: object) -> Path:
-    """A small model of 16 gray pixels whose blocks are not zero. With ``looks``, it knows those of so many images."""
-    sizes = {"depth": 1, "hidden_size": 32, "num_heads": 2, "input_size": SIDE, "in_channels": 1, "mask_pixels": 8}
-    model = {"name": "SiT-Ti/8", **sizes, "num_classes": num_classes}
-    extra = {}
+def checkpoint_of(path: Path, num_classes: int, looks: int = 0, **data: object) -> Path:
+    """A small model of 16 gray pixels. With ``looks``, it knows those of so many images."""
+    config, sizes, known = DataConfig(SIDE, num_classes, channels=1, **data), {"num_heads": 2}, None
     if looks:
-        model["look_numbers"] = look_count(1)
+        sizes["look_numbers"] = look_count(1)
         windows = np.random.default_rng(0).normal(size=(looks, 3, look_count(1))).astype(np.float32)
-        extra["looks"] = Looks.of([f"image_{number}" for number in range(looks)], windows).to_dict()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build_model(model)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    config = {
-        "model": model,
-        "transport": {"prediction": "data"},
-        "space": {"vae": "none", "factor": 1, "channels": 1, "fingerprint": ""},
-        "data": DataConfig(SIDE, num_classes, channels=1, **data).to_dict(),
-    }
-    weights = network.state_dict()
-    save_checkpoint(path, {"model": weights, "ema": weights, "opt": {}, "step": 7, "config": config, **extra})
-    return path
+        known = Looks.of([f"image_{number}" for number in range(looks)], windows).to_dict()
+    return write_checkpoint(path, config, step=7, looks=known, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -84,28 +66,28 @@ def serving(checkpoint: Path, *flags: object) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def two(folder) -> Iterator[Service]:
     """Cells and background, trained on squares at native scale."""
-    with serving(write_checkpoint(folder / "two.pt", 2, crop="random")) as service:
+    with serving(checkpoint_of(folder / "two.pt", 2, crop="random")) as service:
         yield service
 
 
 @pytest.fixture(scope="module")
 def three(folder) -> Iterator[Service]:
     """Cells with a boundary where they touch."""
-    with serving(write_checkpoint(folder / "three.pt", 3)) as service:
+    with serving(checkpoint_of(folder / "three.pt", 3)) as service:
         yield service
 
 
 @pytest.fixture(scope="module")
 def valued(folder) -> Iterator[Service]:
     """Classes that are stored as other gray values."""
-    with serving(write_checkpoint(folder / "valued.pt", 3, mask_values=(0, 2, 1))) as service:
+    with serving(checkpoint_of(folder / "valued.pt", 3, mask_values=(0, 2, 1))) as service:
         yield service
 
 
 @pytest.fixture(scope="module")
 def looking(folder) -> Iterator[Service]:
     """A model that knows the looks of five training images."""
-    with serving(write_checkpoint(folder / "looking.pt", 2, looks=5)) as service:
+    with serving(checkpoint_of(folder / "looking.pt", 2, looks=5)) as service:
         yield service
 
 
@@ -207,7 +189,7 @@ def test_a_model_without_looks_takes_none(two):
 def judged(folder) -> Iterator[Service]:
     """Cells and background, and a segmenter that learned a little from drawn pairs."""
     images, masks = write_pairs(folder / "real")
-    checkpoint = write_checkpoint(folder / "judged.pt", 2)
+    checkpoint = checkpoint_of(folder / "judged.pt", 2)
     flags = ["--judge-images", images, "--judge-masks", masks, "--judge-steps", 2, "--judge-cache", folder / "judges"]
     with serving(checkpoint, *flags) as service:
         yield service

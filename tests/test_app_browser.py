@@ -15,7 +15,7 @@ import tifffile
 from browser import CHROMIUM, DRIVER, MISSING, Browser
 from PIL import Image
 from script_helpers import call
-from test_app import FLAGS, cells, serving, write_checkpoint
+from test_app import FLAGS, cells, checkpoint_of, serving
 
 import sample
 from dataset.masks import MaskRule
@@ -28,7 +28,7 @@ IS_DONE = "document.body.dataset.state === 'done' && document.body.dataset.state
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory) -> Iterator[Service]:
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp("page") / "two.pt", 2, crop="random")
+    checkpoint = checkpoint_of(tmp_path_factory.mktemp("page") / "two.pt", 2, crop="random")
     with serving(checkpoint) as service:
         yield service
 
@@ -108,7 +108,7 @@ def test_the_canvas_shows_the_boundary_that_the_model_sees(page):
 
 
 def test_a_chosen_look_and_a_reference_image_change_command_and_image(tmp_path, window):
-    checkpoint = write_checkpoint(tmp_path / "looking.pt", 2, looks=5)
+    checkpoint = checkpoint_of(tmp_path / "looking.pt", 2, looks=5)
     reference = tmp_path / "reference.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 90, (40, 30), np.uint8)).save(reference)
     with serving(checkpoint) as service, Browser(tmp_path / "browser") as page:

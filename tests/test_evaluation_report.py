@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import five_rows, write_set
 from PIL import Image
 
 import evaluate
@@ -36,13 +36,7 @@ MEASURED = ["fidelity", "threshold", "realism", "population", "memorisation", "f
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A set of five images with real ones, in a folder whose name needs escaping."""
-    rows = []
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        cells = disk(SIZE, 12 + 3 * seed, 20, 7)
-        image = np.clip(paint(cells) + rng.normal(0, 4, (SIZE, SIZE, 1)), 0, 255).astype(np.uint8)
-        rows.append(Row(np.where(cells, 255, 0).astype(np.uint8), image, paint(cells)))
-    return write_set(tmp_path / "a <b> & c", rows)
+    return write_set(tmp_path / "a <b> & c", five_rows(SIZE))
 
 
 def measure_all(folder: Path) -> SampleSet:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from script_helpers import run
+from tiny_sit import write_checkpoint
 from torch._dynamo.testing import CompileCounter
 
 import sample
@@ -22,11 +23,9 @@ from dataset.config import DataConfig
 from dataset.views import whole_view
 from engine import machine
 from engine.autoencoder import PixelSpace, load_space
-from engine.checkpoint import save_checkpoint
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, mirror_to
 from engine.tiling import Windows
-from models import build_model
 from transport import create_transport
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
@@ -184,26 +183,9 @@ def test_gradients_across_tile_borders_equal_those_inside():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A small untrained model of 16 x 16 pixels, windows at native scale."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "0000001.pt", "random")
-
-
-def write_checkpoint(path: Path, crop: str) -> Path:
-    model = {"name": "SiT-Ti/8", "depth": 1, "hidden_size": 32, "num_heads": 2, "input_size": 16, "in_channels": 3}
-    model |= {"num_classes": 2, "mask_pixels": 8}
-    torch.manual_seed(0)
-    network = build_model(model)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    config = {
-        "model": model,
-        "transport": {"prediction": "data"},
-        "space": {"vae": "none", "factor": 1, "channels": 3, "fingerprint": ""},
-        "data": DataConfig(16, crop=crop).to_dict(),
-    }
-    weights = network.state_dict()
-    save_checkpoint(path, {"model": weights, "ema": weights, "opt": {}, "step": 1, "config": config})
-    return path
+    return write_checkpoint(
+        tmp_path_factory.mktemp("checkpoints") / "0000001.pt", DataConfig(16, crop="random"), step=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +295,7 @@ def test_tiles_that_change_nothing_are_refused(checkpoint, masks):
 
 
 def test_a_checkpoint_of_resized_images_needs_the_scale(masks, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "0000001.pt", "center")
+    checkpoint = write_checkpoint(tmp_path / "0000001.pt", DataConfig(16, crop="center"), step=1)
     with pytest.raises(InputError, match="--tile-scale 16 / "):
         sample_set(checkpoint, masks, tmp_path / "set")
     assert "images/a.png" in sample_set(checkpoint, masks, tmp_path / "set", "--tile-scale", 1)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, DRIVER, MISSING, Browser
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, five_rows, paint, write_set
 from PIL import Image
 from script_helpers import FEW_STEPS, call, write_pairs
-from test_app import write_checkpoint
+from test_app import checkpoint_of
 
 import sample_ddp
 from common.pictures import CLASS_COLORS
@@ -29,13 +29,7 @@ VALUES = [0.9, 0.1, 0.5, 0.7, 0.3]
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A set of five images with real ones and a known fidelity, in a folder whose name needs escaping."""
-    rows = []
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        cells = disk(SIZE, 12 + 3 * seed, 20, 7)
-        image = np.clip(paint(cells) + rng.normal(0, 4, (SIZE, SIZE, 1)), 0, 255).astype(np.uint8)
-        rows.append(Row(np.where(cells, 255, 0).astype(np.uint8), image, paint(cells)))
-    folder = write_set(tmp_path / '"a" <b> & c', rows)
+    folder = write_set(tmp_path / '"a" <b> & c', five_rows(SIZE))
     SampleSet(folder).write_fidelity(VALUES)
     return folder
 
@@ -120,7 +114,7 @@ def test_a_line_parts_touching_cells(tmp_path):
 
 def test_sampling_writes_a_gallery(tmp_path):
     images, masks = write_pairs(tmp_path / "pairs", count=3)
-    checkpoint = write_checkpoint(tmp_path / "two.pt", 2)
+    checkpoint = checkpoint_of(tmp_path / "two.pt", 2)
     data = ["--mask-path", masks, "--data-path", images, "--sample-dir", tmp_path / "set"]
     call(sample_ddp, "ODE", "--ckpt", checkpoint, *data, "--gallery", *FEW_STEPS)
     assert len(Page(tmp_path / "set" / GALLERY).figures) == 3

@@ -97,20 +97,28 @@ function changedSoon() {
 }
 
 async function draw(isPreview) {
-  const own = new AbortController();
-  running = own;
-  setState(isPreview ? "preview" : "full");
-  try {
-    const values = await post("/api/draw", request(isPreview), own.signal);
-    if (running !== own) return;
-    running = null;
+  await onlyRequest(isPreview ? "preview" : "full", "/api/draw", request(isPreview), (values) => {
     show(values, isPreview);
     if (isPreview) restTimer = setTimeout(() => draw(false), Math.max(0, REST_MS - (performance.now() - changeTime)));
     setState(isPreview ? "previewed" : "done");
     if (!isPreview && model.looks && looks === null) loadLooks();
+  });
+}
+
+/** Ask for something that any later request replaces. `done` gets the answer; `failed` comes before the message. */
+async function onlyRequest(state, path, body, done, failed = () => {}) {
+  const own = new AbortController();
+  running = own;
+  setState(state);
+  try {
+    const values = await post(path, body, own.signal);
+    if (running !== own) return;
+    running = null;
+    done(values);
   } catch (error) {
     if (error.name === "AbortError" || running !== own) return;
     stop();
+    failed();
     showError(error.message);
   }
 }
@@ -179,29 +187,25 @@ function thumbOf(image, index) {
 }
 
 async function showWay() {
-  const way = byId("way");
   if (!reply) return;
-  if (frames === null) {
-    stop();
-    const own = new AbortController();
-    running = own;
-    setState("way");
-    try {
-      const values = await post("/api/trajectory", { ...request(false), index: shownIndex }, own.signal);
-      if (running !== own) return;
-      running = null;
-      frames = values.frames;
-      const share = way.value / way.max;
-      way.max = frames.length - 1;
-      way.value = Math.round(share * way.max);
-      setState("done");
-    } catch (error) {
-      if (error.name === "AbortError" || running !== own) return;
-      stop();
-      showError(error.message);
-      return;
-    }
+  if (frames !== null) {
+    showFrame();
+    return;
   }
+  stop();
+  await onlyRequest("way", "/api/trajectory", { ...request(false), index: shownIndex }, (values) => {
+    const way = byId("way");
+    frames = values.frames;
+    const share = way.value / way.max;
+    way.max = frames.length - 1;
+    way.value = Math.round(share * way.max);
+    setState("done");
+    showFrame();
+  });
+}
+
+function showFrame() {
+  const way = byId("way");
   byId("image").src = `data:image/png;base64,${frames[way.value]}`;
   const part = Math.round(100 * way.value / way.max);
   byId("status").textContent = `From noise to image: ${part} %`;
@@ -211,22 +215,11 @@ async function showWay() {
 
 /** Pictures of the present mask in the looks of some training images. */
 async function loadLooks() {
-  const own = new AbortController();
-  running = own;
-  setState("looks");
-  try {
-    const values = await post("/api/looks", { ...request(true), look: null }, own.signal);
-    if (running !== own) return;
-    running = null;
+  await onlyRequest("looks", "/api/looks", { ...request(true), look: null }, (values) => {
     looks = values.looks;
     showLooks();
     setState("done");
-  } catch (error) {
-    if (error.name === "AbortError" || running !== own) return;
-    stop();
-    looks = [];
-    showError(error.message);
-  }
+  }, () => { looks = []; });
 }
 
 function showLooks() {
