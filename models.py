@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from layers.look import LookEmbedder
 from layers.mask import MaskDetail, MaskEmbedder, wide
 from layers.overlap import Overlap
-from layers.rows import ROW_MULTIPLE, MaskRows, distinct_rows, distinct_rows_of_images, spread_rows
+from layers.rows import ROW_MULTIPLE, KeptModulation, MaskRows, distinct_rows, distinct_rows_of_looks, spread_rows
 from layers.transformer import Attention, Mlp, PatchEmbed
 
 MOST_TOKENS_UNFUSED = 512
@@ -46,6 +46,7 @@ class MaskCondition:
         image_of_row: (R,) long, image of each row; the row takes the time t and the look of this image. None if all
             images share the rows; then they must have the same look and the same t, as in a solver step.
         look: (B, D) embedding of the look of each image; None for no look.
+        kept: keeps the modulation of the latest call in sampling; None in training.
     """
 
     embedding: Tensor
@@ -53,6 +54,7 @@ class MaskCondition:
     row_of_token: Tensor | None = None
     image_of_row: Tensor | None = None
     look: Tensor | None = None
+    kept: KeptModulation | None = None
 
 
 class TimestepEmbedder(nn.Module):
@@ -100,9 +102,14 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> Tensor:
-        """x (B, T, D), c (B, T, D) or (R, D) with ``row_of_token`` (B, T) -> (B, T, D)."""
-        modulation = self.adaLN_modulation(c)  # (B, T, 6 D) or (R, 6 D)
+    def forward(
+        self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, D), c (B, T, D) or (R, D) with ``row_of_token`` (B, T) -> (B, T, D).
+
+        ``modulation`` (B, T, 6 D) or (R, 6 D) is that of c, if it is known.
+        """
+        modulation = self.adaLN_modulation(c) if modulation is None else modulation
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         # Each part is spread to tokens where it is used: (B, T, D) fits the cache of a CPU, (B, T, 6 D) does not.
         attended = self.attn(modulate(self.norm1(x), shift_attn, scale_attn, row_of_token))
@@ -120,8 +127,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+    def forward(
+        self, x: Tensor, c: Tensor, row_of_token: Tensor | None = None, modulation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        shift, scale = (self.adaLN_modulation(c) if modulation is None else modulation).chunk(2, dim=-1)
         tokens = modulate(self.norm_final(x), shift, scale, row_of_token)
         return self.linear(tokens), tokens
 
@@ -242,8 +251,8 @@ class SiT(nn.Module):
             rows: result of ``mask_rows`` for y, in training: only these rows are modulated.
             share_rows: keep only the distinct rows of the mask embedding, which is exact. This is for sampling, where
                 all images have the same t. A hard binary mask has at most p p + 1 distinct rows, so the modulation of a
-                whole batch costs about as much as that of one image. Images with different looks share no rows. Has no
-                effect if rows exceed half the tokens, or if y needs gradients.
+                whole batch costs about as much as that of one image. Only images of one look share rows. Has no effect
+                if rows exceed half the tokens, or if y needs gradients.
             look: (B, N) standardised look numbers of each image; None for no look.
             drop_look: (B,) bool, samples that lose their look; None keeps all.
 
@@ -266,19 +275,20 @@ class SiT(nn.Module):
                 embedding = torch.where(drop[rows.image_of_row][:, None], self.y_embedder.null(), embedding)
             return MaskCondition(embedding, detail, rows.row_of_token, rows.image_of_row, look_embedding)
         shares = self.y_embedder.pool(y)  # (B, T, K)
+        kept = KeptModulation() if share_rows else None
         if share_rows and drop is None and not y.requires_grad:
             image_of_row = None
             if look is None or bool((look == look[:1]).all()):
                 distinct, row_of_token = distinct_rows(shares)
             else:
-                distinct, row_of_token, image_of_row = distinct_rows_of_images(shares)
+                distinct, row_of_token, image_of_row = distinct_rows_of_looks(shares, look)
             if 2 * len(distinct) <= shares.shape[0] * shares.shape[1]:
                 embedding = self.y_embedder.embed(distinct)  # (R, D)
-                return MaskCondition(embedding, detail, row_of_token, image_of_row, look_embedding)
+                return MaskCondition(embedding, detail, row_of_token, image_of_row, look_embedding, kept)
         embedding = self.y_embedder.embed(shares)  # (B, T, D)
         if drop is not None:
             embedding = torch.where(drop[:, None, None], self.y_embedder.null(), embedding)
-        return MaskCondition(embedding, detail, look=look_embedding)
+        return MaskCondition(embedding, detail, look=look_embedding, kept=kept)
 
     def with_null_condition(self, condition: MaskCondition) -> MaskCondition:
         """Condition of 2 B images: the B images with their masks, then without masks. Looks are kept in both."""
@@ -296,7 +306,7 @@ class SiT(nn.Module):
         detail, look = condition.detail, condition.look
         detail = None if detail is None else torch.cat([detail, torch.zeros_like(detail)])
         look = None if look is None else torch.cat([look, look])
-        return MaskCondition(embedding, detail, index, image_of_row, look)
+        return MaskCondition(embedding, detail, index, image_of_row, look, condition.kept)
 
     def forward(
         self,
@@ -342,18 +352,23 @@ class SiT(nn.Module):
             c = t_emb[y.image_of_row] + y.embedding  # (R, D), each row has the time and look of its image
         if self.compiled and y.row_of_token is not None:
             torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
-        for block in self.blocks:
-            x = self._run_block(block, x, c, y.row_of_token)  # (B, T, D)
-        patches, tokens = self.final_layer(x, c, y.row_of_token)
+        layers = [*self.blocks, self.final_layer]
+        keep = y.kept is not None and not (torch.is_grad_enabled() or self.compiled)
+        modulation = y.kept(c, layers) if keep else [None] * len(layers)
+        for block, own in zip(self.blocks, modulation, strict=False):
+            x = self._run_block(block, x, c, y.row_of_token, own)  # (B, T, D)
+        patches, tokens = self.final_layer(x, c, y.row_of_token, modulation[-1])
         x = self.unpatchify(patches)  # (B, C or 2 C, H, W)
         if self.overlap is not None:
             x = x + self.overlap(tokens, noisy)
         return x[:, : self.in_channels]
 
-    def _run_block(self, block: nn.Module, x: Tensor, c: Tensor, row_of_token: Tensor | None) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, x: Tensor, c: Tensor, row_of_token: Tensor | None, modulation: Tensor | None
+    ) -> Tensor:
         if self.recompute and self.training:
             return checkpoint(block, x, c, row_of_token, use_reentrant=False, preserve_rng_state=False)
-        return block(x, c, row_of_token)
+        return block(x, c, row_of_token, modulation)
 
     def compile_blocks(self) -> None:
         """Compile the blocks and the final layer.
@@ -416,7 +431,7 @@ class SiT(nn.Module):
             guided = null + cfg_scale * (masked - null)
         if look_scale == 1.0 or y.look is None:
             return guided
-        return guided + (look_scale - 1) * (masked - self(x, t, replace(y, look=None)))
+        return guided + (look_scale - 1) * (masked - self(x, t, replace(y, look=None, kept=None)))
 
     def draw_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
         """Samples that lose their mask in this training step, (B,) bool; None outside of training."""

@@ -342,7 +342,7 @@ class Bench:
         if call.compiled:
             model.compile_blocks()
         with machine.autocast():
-            own, shared = model.embed_mask(y), model.embed_mask(y, share_rows=True)
+            own, shared = model.embed_mask(y), replace(model.embed_mask(y, share_rows=True), kept=None)
         image = MaskCondition(own.embedding[:, :1], own.detail)
         conditions = {"per token": own, "distinct rows": shared, "per image": image}
         runs = {name: partial(time_calls, model, condition, machine, len(y)) for name, condition in conditions.items()}

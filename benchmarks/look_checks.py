@@ -3,8 +3,9 @@
     python benchmarks/look_checks.py cost
     python benchmarks/look_checks.py probe --data-path IMAGES --mask-path MASKS
 
-cost times one network call of a solver step, with weights off their start, in turn without looks, with one look for all
-images, and with a look for each image. probe predicts the number and the cover of the cells in a crop by ridge
+cost times network calls, with weights off their start, in turn without looks, with one look for all images, with a few
+looks, and with a look for each image; at the times of a solver of one call per step (ab2, euler) and of heun, whose
+calls come in pairs of one time. probe predicts the number and the cover of the cells in a crop by ridge
 regression from looks. Results go to standard output; benchmarks/looks.md records them.
 """
 
@@ -35,6 +36,7 @@ from models import SiT, SiT_models, patch_size  # noqa: E402
 
 FOLDS = 5
 RIDGE = 1.0  # penalty, on standardised numbers
+TIMES = {"ab2": (0.2, 0.3, 0.4, 0.5), "heun": (0.2, 0.2, 0.3, 0.3)}  # of successive network calls
 
 
 def time_calls(args: argparse.Namespace) -> list[str]:
@@ -51,33 +53,34 @@ def time_calls(args: argparse.Namespace) -> list[str]:
             parameter.add_(0.02 * torch.randn_like(parameter))
     masks = to_prob_map(torch.from_numpy(draw_masks(batch, args.image_size)), 2)
     looks = torch.randn(batch, look_count(channels))
-    cases = {"without looks": None, "one look for all images": looks[:1].expand_as(looks), "a look for each": looks}
-    x, t = torch.randn(batch, channels, args.image_size, args.image_size), torch.full((batch,), 0.5)
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    cases = {"without looks": None, "one look for all images": looks[:1].expand_as(looks)}
+    cases |= {"four looks": looks[torch.arange(batch) % 4], "a look for each": looks}
+    x = torch.randn(batch, channels, args.image_size, args.image_size)
+    seconds: dict[tuple[str, str], list[float]] = {(solver, name): [] for solver in TIMES for name in cases}
     with torch.inference_mode():
         conditions = {name: model.embed_mask(masks, share_rows=True, look=look) for name, look in cases.items()}
-        for turn in range(args.rounds + 2):
-            for name, condition in conditions.items():
-                seconds[name].append(_seconds(model, x, t, condition, args.calls))
-                if turn < 2:  # warming up
-                    seconds[name].clear()
+        for turn in range(args.rounds + 1):
+            order = list(seconds) if turn % 2 else list(seconds)[::-1]
+            for solver, name in order:
+                seconds[solver, name].append(_seconds(model, x, TIMES[solver], conditions[name]))
     lines = [f"{args.model}, {args.image_size} px, {channels} channels, {batch} images, {args.rounds} rounds", ""]
-    lines += ["| | rows of modulation | ms per call | ratio, median (lowest to highest) |", "|---|---|---|---|"]
-    for name, condition in conditions.items():
-        ratios = sorted(one / base for one, base in zip(seconds[name], seconds["without looks"], strict=True))
-        rows = condition.embedding.shape[:-1].numel()
-        median = 1000 * statistics.median(seconds[name])
+    lines += ["| solver | looks | rows of modulation | ms per call | ratio, median (lowest to highest) |"]
+    lines += ["|---|---|---|---|---|"]
+    for (solver, name), found in seconds.items():
+        base = seconds[solver, "without looks"]
+        ratios = sorted(one / other for one, other in zip(found[1:], base[1:], strict=True))  # the first warms up
+        rows = conditions[name].embedding.shape[:-1].numel()
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        lines.append(f"| {name} | {rows} | {median:.1f} | {spread} |")
+        lines.append(f"| {solver} | {name} | {rows} | {1000 * statistics.median(found[1:]):.1f} | {spread} |")
     return lines
 
 
-def _seconds(model: SiT, x: torch.Tensor, t: torch.Tensor, condition: object, calls: int) -> float:
+def _seconds(model: SiT, x: torch.Tensor, times: Sequence[float], condition: object) -> float:
     """Processor time of a call: other programs on the machine lengthen the time on the clock."""
     begin = time.process_time()
-    for _ in range(calls):
-        model(x, t, condition)
-    return (time.process_time() - begin) / calls
+    for one in times:
+        model(x, torch.full((len(x),), one), condition)
+    return (time.process_time() - begin) / len(times)
 
 
 def probe(args: argparse.Namespace) -> list[str]:
@@ -138,8 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         one.add_argument("--in-channels", type=positive_int, default=1, help="of the images (1)")
     cost.add_argument("--model", choices=list(SiT_models), default="SiT-Ti/8", metavar="NAME", help="(SiT-Ti/8)")
     cost.add_argument("--batch-size", type=positive_int, default=32, help="images of a call (32)")
-    cost.add_argument("--rounds", type=positive_int, default=15, help="of all three (15)")
-    cost.add_argument("--calls", type=positive_int, default=2, help="timed at once (2)")
+    cost.add_argument("--rounds", type=positive_int, default=15, help="of all cases (15)")
     count.add_argument("--data-path", type=Path, required=True, metavar="IMAGES", help="images")
     count.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="their masks, two classes")
     count.add_argument(

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Distinct rows are padded to a multiple of this. Then matrix products have few shapes: little is recompiled, and a row
 # gives the same bits with any other rows in the batch.
 ROW_MULTIPLE = 64
+
+
+MOST_KEPT = 2**24  # numbers of a modulation that is kept: 64 MB in float32
+
+
+class KeptModulation:
+    """The latest modulation of all layers, for network calls whose conditions are equal.
+
+    Heun's method calls the network twice at each time: at the end of a step and at the start of the next one. The
+    second call gets the modulation of the first one, which has the same bits. One object serves one batch of masks, so
+    the weights must not change while it is used.
+    """
+
+    def __init__(self) -> None:
+        self._latest: tuple[Tensor, list[Tensor]] | None = None
+
+    def __call__(self, c: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor | None]:
+        """Modulation of each layer for a condition c (..., D), or None for each that shall compute its own.
+
+        Nothing is kept on a GPU, which would wait for the comparison, or if it is larger than ``MOST_KEPT``.
+        """
+        widths = sum(layer.get_submodule("adaLN_modulation.1").out_features for layer in layers)
+        if c.device.type != "cpu" or c[..., 0].numel() * widths > MOST_KEPT:
+            return [None] * len(layers)
+        if self._latest is None or not torch.equal(self._latest[0], c):
+            self._latest = c, [layer.get_submodule("adaLN_modulation")(c) for layer in layers]
+        return self._latest[1]
 
 
 class MaskRows(NamedTuple):
@@ -37,14 +65,18 @@ def distinct_rows(shares: Tensor) -> tuple[Tensor, Tensor]:
     return rows, row_of_token.view(shares.shape[:2])
 
 
-def distinct_rows_of_images(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`distinct_rows` within each image, for images whose conditions also differ in their looks.
+def distinct_rows_of_looks(shares: Tensor, look: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`distinct_rows` for images whose conditions also differ in their looks. Images of one look share rows.
+
+    Args:
+        shares: (B, T, K) class fractions.
+        look: (B, N) numbers of the look of each image.
 
     Returns:
-        rows (R, K), the row of each token (B, T) long, and the image of each row (R,) long.
+        rows (R, K), the row of each token (B, T) long, and an image that has the look of each row (R,) long.
     """
-    image = torch.arange(len(shares), dtype=shares.dtype, device=shares.device)
-    keyed = torch.cat([image[:, None, None].expand(*shares.shape[:2], 1), shares], dim=2)  # (B, T, 1 + K)
+    image = (look[:, None] == look).all(dim=2).float().argmax(dim=1)  # (B,) the first image with the same look
+    keyed = torch.cat([image.to(shares)[:, None, None].expand(*shares.shape[:2], 1), shares], dim=2)  # (B, T, 1 + K)
     rows, row_of_token = distinct_rows(keyed)
     return rows[:, 1:], row_of_token, rows[:, 0].long()
 

@@ -92,6 +92,38 @@ def test_rows_are_shared_by_all_images_of_one_look(model):
     assert one.image_of_row is None and torch.equal(one.row_of_token, model.embed_mask(y, share_rows=True).row_of_token)
 
 
+def test_images_of_one_look_share_rows_with_each_other_only(model):
+    _, _, y, look = inputs()
+    y[:] = y[:1, :, :1, :1]  # one mask of one class: a row for each look
+    look[[3, 5]] = look[1].clone()
+    shared, own = model.embed_mask(y, share_rows=True, look=look), model.embed_mask(y, look=look)
+    row_of_image = shared.row_of_token[:, 0].tolist()
+    assert len(set(row_of_image)) == B - 2 and row_of_image[1] == row_of_image[3] == row_of_image[5]
+    x, t = torch.randn(B, C, H, W), torch.full((B,), 0.3)
+    torch.testing.assert_close(model(x, t, shared), model(x, t, own), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("cfg_scale", "look_scale"), [(1.0, 1.0), (4.0, 1.0), (4.0, 2.0)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_calls_at_one_time_compute_the_modulation_once_with_the_same_bits(model, cfg_scale, look_scale, soft):
+    x, t, y, look = inputs()
+    y = y if not soft else torch.rand_like(y).softmax(dim=1)
+    condition, computed = model.embed_mask(y, share_rows=True, look=look), []
+    fresh = replace(condition, kept=None)
+    for block in model.blocks:
+        block.adaLN_modulation.register_forward_hook(lambda *_: computed.append(1))
+    with torch.no_grad():
+        for time, times in ((0.3, 1), (0.3, 0), (0.6, 1)):  # as Heun's method calls
+            computed.clear()
+            found = model.forward_with_cfg(x, t * 0 + time, condition, cfg_scale, look_scale)
+            without_look = look_scale != 1  # of guidance on the look: a condition of its own
+            assert len(computed) == len(model.blocks) * (times + without_look)
+            assert torch.equal(found, model.forward_with_cfg(x, t * 0 + time, fresh, cfg_scale, look_scale))
+    computed.clear()
+    model(x, t, condition).sum().backward()
+    assert len(computed) == len(model.blocks) and look.grad is None
+
+
 def test_an_image_with_a_look_has_the_same_bits_whatever_its_batch_neighbours(model):
     x, t, y, look = inputs()
     y[:] = y[:, :, :1, :1]
