@@ -5,6 +5,7 @@
     python make_masks.py recombine --instances LAB/instances --output masks/ --count 1000 --image-size 256
     python make_masks.py convert ROIS --images IMAGES --output masks/          # annotations of other programs
     python make_masks.py images STACKS --z max --output images/                # stacks of microscopes, one plane each
+    python make_masks.py groups --data-path IMAGES --mask-path MASKS --output flat/    # one sub-folder for each group
 
 Files that simulate and recombine write for every image NAME:
     OUTPUT/instances/NAME.png   16-bit, 0 background, 1..n cells
@@ -43,6 +44,7 @@ from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
 from dataset.files import find_files, read_mask
+from dataset.groups import TABLE, gather_groups
 from dataset.microscopes import PROJECTIONS, Choice, flatten_folder
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
@@ -227,6 +229,16 @@ def run_images(args: argparse.Namespace) -> None:
     choice = Choice(args.z, args.time, args.scene, args.channels or (), args.axes or "")
     written = flatten_folder(args.input, args.output, choice)
     say(f"{len(written)} images in {args.output}")
+
+
+def run_groups(args: argparse.Namespace) -> None:
+    """Run the subcommand ``groups``."""
+    if (args.data_path is None) != (args.mask_path is None):
+        raise InputError("--data-path and --mask-path belong together: give both. --unlabelled-path needs no masks.")
+    if args.data_path is None and args.unlabelled_path is None:
+        raise InputError("give --data-path and --mask-path, --unlabelled-path, or all three.")
+    counts = gather_groups(args.output, args.data_path, args.mask_path, args.unlabelled_path)
+    say("\n".join([*(f"{name}: {count} images" for name, count in counts.items()), f"written: {args.output / TABLE}"]))
 
 
 def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:
@@ -421,13 +433,24 @@ def _add_images(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--axes", metavar="LETTERS", help="axes of files that do not name them, such as ZYX or CYX")
 
 
+def _add_groups(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "groups",
+        help="one sub-folder for each group to flat folders and a table for --groups",
+        description="Put images and masks of sub-folders, one for each group such as a patient, into flat folders, and "
+        "write groups.csv for --groups. IMAGES/GROUP/NAME.png becomes FOLDER/images/GROUP_NAME.png.",
+    )
+    parser.add_argument("--data-path", type=Path, metavar="IMAGES", help="sub-folders of images")
+    parser.add_argument("--mask-path", type=Path, metavar="MASKS", help="sub-folders of masks, with the same names")
+    parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="sub-folders of images without masks")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="simulate|recombine|convert|images")
-    _add_simulate(commands)
-    _add_recombine(commands)
-    _add_convert(commands)
-    _add_images(commands)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="simulate|recombine|convert|images|groups")
+    for add in (_add_simulate, _add_recombine, _add_convert, _add_images, _add_groups):
+        add(commands)
     args = parser.parse_args(argv)
     if args.command == "recombine" and args.gap is None:
         args.gap = 0 if args.max_overlap else 1
@@ -436,11 +459,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=not sys.stderr.isatty())  # a terminal has bars, a log file gets lines
-    if args.command == "convert":
-        run_convert(args)
-        return
-    if args.command == "images":
-        run_images(args)
+    readers = {"convert": run_convert, "images": run_images, "groups": run_groups}
+    if args.command in readers:
+        readers[args.command](args)
         return
     check_args(args)
     if args.image_size is not None and len(args.image_size) == 1:

@@ -122,7 +122,9 @@ def _what_instead(
         wanted = next((name for name in inner if _files_in(folder / name, suffixes)), None)
     if wanted is not None:
         below = len(_files_in(folder / wanted, suffixes))
-        return f"; did you mean {folder / wanted}?{f' It holds {below}' if below else ''}"
+        several = sum(bool(_files_in(folder / name, suffixes)) for name in inner) > 1
+        groups = ". If each sub-folder is a group, such as a patient: make_masks.py groups puts them into one folder"
+        return f"; did you mean {folder / wanted}?{f' It holds {below}' if below else ''}{groups if several else ''}"
     return ", it must hold " + " ".join(suffixes)
 
 
@@ -349,7 +351,10 @@ def _read_nuclei(folder: Path) -> np.ndarray:
         instance_map[nucleus & (instance_map == 0)] = index
     overlap = claimed - np.count_nonzero(instance_map)
     if 2 * many_pieces > len(files) or overlap > MAX_NUCLEI_OVERLAP * claimed:
-        raise FileError(folder, f"holds masks of whole images, not one file per nucleus: give {folder} itself")
+        raise FileError(
+            folder, f"holds masks of whole images, not one file per nucleus: give {folder} itself, or put all such "
+            "folders into one with make_masks.py groups",
+        )  # fmt: skip
     return instance_map
 
 

@@ -1,12 +1,25 @@
-"""Groups of images, such as patients or microscopes, from a table."""
+"""Groups of images, such as patients or microscopes: from a table, or from one sub-folder for each group.
+
+Commands read flat folders and a table. Sub-folders are brought into this form once, by :func:`gather_groups`. Commands
+do not read them directly, because a folder of masks can already hold sub-folders: one for each image, with a file for
+each nucleus. Which of the two is meant cannot be seen from the names.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.disk import read_csv
+from common.disk import check_folder, read_csv, write_csv
 from common.errors import InputError, list_some
+from dataset.files import IMAGE_SUFFIXES, MASK_SUFFIXES, SPLITS, Pair, find_files, pair_files
+
+TABLE = "groups.csv"
+NO_GROUPS = SPLITS | {"images", "image", "masks", "mask", "labels", "instances"}  # folders that mean something else
+IMAGES, MASKS, UNLABELLED = "images", "masks", "unlabelled"  # folders that gather_groups makes
 
 
 def read_groups(path: Path, column: str) -> dict[str, str]:
@@ -41,3 +54,110 @@ def groups_of(names: Sequence[str], groups: Mapping[str, str]) -> list[str]:
 def members_of(groups: Sequence[str]) -> list[list[int]]:
     """Numbers of the members of each group, groups sorted by name."""
     return [[number for number, one in enumerate(groups) if one == group] for group in sorted(set(groups))]
+
+
+def gather_groups(
+    output: Path,
+    image_dir: Path | None = None,
+    mask_dir: Path | None = None,
+    unlabelled_dir: Path | None = None,
+) -> dict[str, int]:
+    """Put files of sub-folders, one for each group, into flat folders, and write the table of their groups.
+
+    ``image_dir/GROUP/NAME.png`` becomes ``output/images/GROUP_NAME.png``; so do masks in ``output/masks`` and images
+    without masks in ``output/unlabelled``. ``output/groups.csv`` has the columns ``name`` and ``group``. Files are hard
+    links, which need no space, or copies if the disk has no links.
+
+    Args:
+        output: new or empty folder.
+        image_dir: labelled images, one sub-folder for each group.
+        mask_dir: their masks, in sub-folders of the same names.
+        unlabelled_dir: images without masks, one sub-folder for each group.
+
+    Returns:
+        Number of images of each group, sorted by name.
+
+    Raises:
+        InputError: files beside the sub-folders, sub-folders that are no groups, images without masks, or two files
+            that would get one name. Nothing is written then.
+    """
+    check_folder(output)
+    pairs = _pairs_of_groups(image_dir, mask_dir) if image_dir is not None and mask_dir is not None else {}
+    others = _files_of_groups(unlabelled_dir) if unlabelled_dir is not None else {}
+    images = {**{key: pair.image_path for key, pair in pairs.items()}, **others}
+    rows = sorted((f"{name}{path.suffix}", group) for (group, name), path in images.items())
+    twice = [name for name, count in Counter(name for _, name in (*pairs, *others)).items() if count > 1]
+    if twice:
+        raise InputError(f"two images would get one name: {list_some(twice)}. Rename groups or images")
+    files = [(output / IMAGES, name, pair.image_path) for (_, name), pair in pairs.items()]
+    files += [(output / MASKS, name, pair.mask_path) for (_, name), pair in pairs.items()]
+    files += [(output / UNLABELLED, name, path) for (_, name), path in others.items()]
+    for folder, name, path in files:
+        folder.mkdir(parents=True, exist_ok=True)
+        link_or_copy(path, folder / (name if path.is_dir() else f"{name}{path.suffix}"))
+    write_csv(output / TABLE, ("name", "group"), rows)
+    return dict(sorted(Counter(group for _, group in rows).items()))
+
+
+def _pairs_of_groups(image_dir: Path, mask_dir: Path) -> dict[tuple[str, str], Pair]:
+    """(group, name in the flat folder) -> pair."""
+    groups, others = group_folders(image_dir, "image"), group_folders(mask_dir, "mask")
+    lonely = sorted(set(groups) ^ set(others))
+    if lonely:
+        raise InputError(f"{image_dir} and {mask_dir} have different groups: only one of them has {list_some(lonely)}")
+    pairs = {group: pair_files(groups[group], others[group]) for group in groups}
+    return {(group, f"{group}_{pair.name}"): pair for group, found in pairs.items() for pair in found}
+
+
+def _files_of_groups(folder: Path) -> dict[tuple[str, str], Path]:
+    """(group, name in the flat folder) -> image."""
+    images = {group: find_files(inner, "image") for group, inner in group_folders(folder, "image").items()}
+    return {(group, f"{group}_{name}"): path for group, found in images.items() for name, path in found.items()}
+
+
+def group_folders(folder: Path, what: str) -> dict[str, Path]:
+    """Sub-folders that stand for groups, by name. Hidden ones are left out.
+
+    Args:
+        folder: where to look.
+        what: "image" or "mask".
+
+    Raises:
+        InputError: no such folder, no sub-folders, files beside them, or names that mean something else.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder.")
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    suffixes = IMAGE_SUFFIXES if what == "image" else MASK_SUFFIXES
+    files = [path.name for path in entries if path.is_file() and path.suffix.lower() in suffixes]
+    folders = {path.name: path for path in entries if path.is_dir()}
+    if files:
+        raise InputError(
+            f"{folder} holds {len(files)} {what} files that are in no group: {list_some(files)}. Move them into the "
+            "sub-folder of their group"
+        )
+    if not folders:
+        raise InputError(f"{folder} has no sub-folders, one for each group")
+    odd = [name for name in folders if name.lower() in NO_GROUPS]
+    if odd:
+        raise InputError(f"{folder} has the sub-folders {list_some(odd)}, whose names mean no group: rename them")
+    deeper = [inner.name for inner in folders.values() if what == "image" and _has_files_and_folders(inner)]
+    if deeper:
+        raise InputError(f"{folder}: {list_some(deeper)} holds images and folders. A group has one folder of images")
+    return folders
+
+
+def _has_files_and_folders(folder: Path) -> bool:
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return any(path.is_dir() for path in entries) and any(path.suffix.lower() in IMAGE_SUFFIXES for path in entries)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link of a file, or a copy if the disk has no links. Of a folder, the same for all of its files."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

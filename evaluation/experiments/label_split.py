@@ -9,7 +9,6 @@ SPLIT/selections.json                            the numbers of labels and of se
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
 from dataset.files import Pair, pair_files
+from dataset.groups import link_or_copy
 from evaluation.experiments.split import (
     SPLIT_FILE,
     SplitPlan,
@@ -196,14 +196,7 @@ def _link(pool: Path, folder: Path, names: Iterable[str], kinds: Sequence[str]) 
         if files:
             (folder / kind).mkdir(parents=True, exist_ok=True)
         for path in files:
-            target = folder / kind / path.name
-            if path.is_dir():
-                shutil.copytree(path, target)
-                continue
-            try:
-                os.link(path, target)
-            except OSError:
-                shutil.copyfile(path, target)
+            link_or_copy(path, folder / kind / path.name)
 
 
 def read_selections(folder: str | Path) -> list[SplitPlan]:
