@@ -16,6 +16,7 @@ Arguments and state-dict keys are SiT's; published SiT weights load.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -353,8 +354,9 @@ class SiT(nn.Module):
         if self.compiled and y.row_of_token is not None:
             torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         layers = [*self.blocks, self.final_layer]
-        keep = y.kept is not None and not (torch.is_grad_enabled() or self.compiled)
-        modulation = y.kept(c, layers) if keep else [None] * len(layers)
+        modulation: Sequence[Tensor | None] = [None] * len(layers)
+        if y.kept is not None and not (torch.is_grad_enabled() or self.compiled):
+            modulation = y.kept(c, layers)
         for block, own in zip(self.blocks, modulation, strict=False):
             x = self._run_block(block, x, c, y.row_of_token, own)  # (B, T, D)
         patches, tokens = self.final_layer(x, c, y.row_of_token, modulation[-1])

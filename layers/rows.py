@@ -34,7 +34,7 @@ class KeptModulation:
 
         Nothing is kept on a GPU, which would wait for the comparison, or if it is larger than ``MOST_KEPT``.
         """
-        widths = sum(layer.get_submodule("adaLN_modulation.1").out_features for layer in layers)
+        widths = sum(layer.get_parameter("adaLN_modulation.1.bias").numel() for layer in layers)
         if c.device.type != "cpu" or c[..., 0].numel() * widths > MOST_KEPT:
             return [None] * len(layers)
         if self._latest is None or not torch.equal(self._latest[0], c):
