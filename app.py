@@ -7,6 +7,11 @@ Open the address that it prints. The page needs no network, and no other machine
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.errors import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import errno
 import logging

@@ -55,7 +55,7 @@ from dataset.gray import SourceIntensity, window_columns
 from dataset.groups import groups_of, read_groups
 from dataset.looks import LOOKS, MOST_LOOKS, NO_LOOK, Looks
 from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
-from engine.agreement import agree_on_checkpoint, agree_on_data
+from engine.agreement import agree_on_checkpoint, agree_on_run
 from engine.autoencoder import Space, load_space, space_config
 from engine.checkpoint import read_checkpoint
 from engine.config import NO_CACHE, OptimiserConfig, RunConfig, TrainConfig
@@ -295,8 +295,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     start_logging(machine.is_main, run.path / LOG)
     log_provenance(machine, args.seed)
     logger.info("run folder: %s", run.path)
-    if args.preset:
-        preset = PRESETS[args.preset]
+    if preset := PRESETS.get(args.preset):
         logger.info("preset %s: %s (%s: Dice ratio %s)", args.preset, preset.flags, preset.record, preset.ratio)
     with run.removed_if_refused():
         training, dataset, unlabelled = prepare(args, machine, run)
@@ -327,17 +326,18 @@ def prepare(
     unlabelled = read_unlabelled(
         config.train.unlabelled_path, config.train.unlabelled_mask_path, dataset, progress=machine.is_main
     )
-    agree_on_data(machine, dataset, unlabelled)
+    names = [name for one in (dataset, *unlabelled) for name in image_names(one)]
+    table, column = config.train.groups, config.train.group_column
+    groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
+    agree_on_run(machine, config, dataset, unlabelled, groups)
     if unlabelled:
         on_main(machine, lambda: refuse_shared_images(unlabelled, dataset), "compare images")
     training = Training(replace(config, data=dataset.config), machine, space)
+    training.groups = groups
     logger.info("%s: %.1f million parameters", config.model.name, count_parameters(training.model) / 1e6)
     if machine.is_main:
         write_json(run.path / CONFIG, training.record)
     set_weights(training, state)
-    if config.train.groups is not None:
-        table = read_groups(Path(config.train.groups), config.train.group_column)
-        training.groups = groups_of([name for one in (dataset, *unlabelled) for name in image_names(one)], table)
     set_looks(training, dataset, unlabelled)
     if machine.is_main:
         note_data(training, dataset, unlabelled, run)

@@ -1,9 +1,8 @@
-"""All processes of a run continue from the same checkpoint and train on the same files, or the run does not begin."""
+"""All processes of a run have the same settings, checkpoint and files, or the run does not begin."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,13 @@ from common.disk import file_sha256
 from common.weights import archive_checksum
 from dataset.folders import PairedFolder
 from dataset.unlabelled import UnlabelledFolder, image_names
+from engine.config import LOCAL, RunConfig
 from engine.machine import Machine
 from engine.run_folder import RunFolder
 
 SEEN_AFTER_SECONDS = 60.0  # network file systems show a new file on other machines that late
+# Places of files, and how a process loads them. Each machine may have its own.
+OF_A_MACHINE = {"vae", "latent_cache", "init_from", "unlabelled_path", "unlabelled_mask_path", "groups", "num_workers"}
 
 
 def agree_on_checkpoint(machine: Machine, run: RunFolder, path: Path | None) -> None:
@@ -69,35 +71,53 @@ def agree_on_file(machine: Machine, path: Path, what: str, mend: str, *fields: s
         machine.check_same({what: _seen(path)}, mend, *fields)
 
 
-def agree_on_data(
-    machine: Machine, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]
+def agree_on_run(
+    machine: Machine,
+    config: RunConfig,
+    dataset: PairedFolder,
+    unlabelled: Sequence[UnlabelledFolder | PairedFolder],
+    groups: Sequence[str] = (),
 ) -> None:
-    """Refuse to train on different files.
+    """Refuse to train with different settings, files or groups, such as by two commands on two machines.
 
     Names are compared by all processes. If there are several machines, one process of each also compares the content.
 
+    Args:
+        machine: this process.
+        config: settings of the run.
+        dataset: the pairs.
+        unlabelled: images without masks.
+        groups: of all images, labelled ones first; empty without groups.
+
     Raises:
-        InputError: on every rank.
+        InputError: on every rank. It names the first thing that differs.
     """
     if machine.peers is None:
         return
+    machine_has = OF_A_MACHINE | {name for name, saved in config.flags().items() if saved.resume == LOCAL}
+    settings = {name: str(saved.value) for name, saved in config.flags().items() if name not in machine_has}
     names = [f"{pair.image_path.name} {pair.mask_path.name}" for pair in dataset.pairs]
-    found: dict[str, object] = {
+    others = [name for source in unlabelled for name in image_names(source)]
+    found: dict[str, object] = settings | {
         "number of pairs": len(names),
         "names of the pairs": _checksum(names),
         "content of the files": None,
-        "names of the unlabelled images": _checksum([name for source in unlabelled for name in image_names(source)]),
+        "number of unlabelled images": len(others),
+        "names of the unlabelled images": _checksum(others),
+        "content of the unlabelled images": None,
+        "number of groups": len(set(groups)),
+        "groups of the images": _checksum(groups),
     }
-    if machine.peers.several_hosts and os.environ.get("LOCAL_RANK", "0") == "0":
+    if machine.peers.several_hosts and machine.peers.first_on_host:
         masks = [file_sha256(pair.mask_path) for pair in dataset.pairs]
         found["content of the files"] = _checksum([*dataset.image_hashes, *masks])
         hashes = [one for source in unlabelled for one in source.image_hashes]
         found["content of the unlabelled images"] = _checksum(hashes)
-    machine.check_same(
-        found, "data_path and mask_path must hold the same files on every machine.", "data_path", "mask_path"
-    )
+    fields = ["data_path", "mask_path", *(["unlabelled_path"] if unlabelled else []), *(["groups"] if groups else [])]
+    mend = f"Give the same command on every machine; {', '.join(fields)} must hold the same on all."
+    machine.check_same(found, mend, *fields)
 
 
-def _checksum(texts: list[str]) -> str:
+def _checksum(texts: Sequence[str]) -> str:
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     return f"checksum {digest[:12]}"

@@ -149,7 +149,8 @@ class Machine:
             fields: names in ``mend``, as in ``InputError``.
 
         Raises:
-            InputError: on every rank: the first difference, with the processes and their machines.
+            InputError: on every rank: the first difference, with the processes and their machines. What differs is
+                one of its fields.
         """
         if self.peers is None:
             return
@@ -159,7 +160,7 @@ class Machine:
             for name, value in found[0].items():
                 if other[name] is not None and other[name] != value:
                     one, two = self.peers.name(0), self.peers.name(rank)
-                    raise InputError(f"{name}: {one} has {value}, {two} has {other[name]}. {mend}", *fields)
+                    raise InputError(f"{name}: {one} has {value}, {two} has {other[name]}. {mend}", name, *fields)
 
     # ------------------------------------------------------------- in the loop: no process waits long for these
 

@@ -161,6 +161,11 @@ class Peers:
     def several_hosts(self) -> bool:
         return len(set(self.hosts)) > 1
 
+    @property
+    def first_on_host(self) -> bool:
+        """Whether this process speaks for its machine."""
+        return self.hosts.index(self.hosts[self.rank]) == self.rank
+
     def name(self, rank: int) -> str:
         """``process 1 on nodeb``."""
         return f"process {rank} on {self.hosts[rank]}"

@@ -165,7 +165,7 @@ def test_an_interrupt_needs_no_words(monkeypatch):
     assert ended.value.code == 130
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "make_masks"])
+@pytest.mark.parametrize("command", ["app", "train", "sample", "sample_ddp", "evaluate", "make_masks"])
 def test_ctrl_c_during_the_imports_ends_in_one_line(tmp_path, command):
     interrupted = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
     (tmp_path / "numpy.py").write_text(interrupted)

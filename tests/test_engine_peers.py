@@ -6,15 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from script_helpers import state
+from script_helpers import state, write_pairs
 
+import train
+from cli import resolve
 from common.errors import InputError, LostProcess
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
+from dataset.unlabelled import UnlabelledFolder
 from engine import agreement, peers
-from engine.agreement import agree_on_checkpoint
+from engine.agreement import agree_on_checkpoint, agree_on_run
 from engine.machine import Machine
 from engine.peers import Peers, meet
 from engine.run_folder import RunFolder
@@ -218,3 +224,56 @@ def test_a_run_does_not_begin_if_a_process_sees_another_checkpoint(tmp_path, mon
         assert all(isinstance(error, InputError) and "put it on a disk" in str(error) for error in errors)
         shared = [lambda machine=machine: agree_on_checkpoint(machine, folders[1], None) for machine in machines]
         assert together(*shared) == [None, None]
+
+
+DATA = DataConfig(image_size=16, crop="random", channels=1)
+WORDS = ["--data-path", "i", "--mask-path", "m", "--vae", "none", "--image-size", "16", "--model", "SiT-Ti/8"]
+
+
+def agree(tmp_path: Path, *others: dict[str, object]) -> list[str]:
+    """What every process says; each has its own flags, groups, and files of other seeds. The last two share a host."""
+    usual = {"flags": [], "groups": ["a", "b", "b"] * 3, "seed": 0, "count": 6, "new": 1, "unlabelled": 3}
+    runs = []
+    for number, own in enumerate(others):
+        it = usual | own
+        pairs = PairedFolder(*write_pairs(tmp_path / f"pairs_{number}", it["count"], seed=it["seed"]), DATA)
+        images, _ = write_pairs(tmp_path / f"more_{number}", it["unlabelled"], (30, 24), seed=it["new"])
+        unlabelled = [UnlabelledFolder(images, DATA, seed=0, progress=False)]
+        runs.append((resolve(train.parse_args([*WORDS, *it["flags"]])), pairs, unlabelled, it["groups"]))
+    with launch("nodea", "nodeb", "nodeb") as three:
+        machines = [Machine(one.rank, 3, torch.device("cpu"), "float32", one) for one in three]
+        work = [
+            lambda machine=machine, run=run: agree_on_run(machine, *run)
+            for machine, run in zip(machines, runs, strict=True)
+        ]
+        return [str(error).partition(". Give the same")[0] for error in together(*work)]
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"flags": ["--lr", "2e-3"]}, "lr: process 0 on nodea has 0.0001, process 2 on nodeb has 0.002"),
+        ({"flags": ["--max-steps", "7"]}, "max_steps: process 0 on nodea has None, process 2 on nodeb has 7"),
+        ({"count": 5}, "number of pairs: process 0 on nodea has 6, process 2 on nodeb has 5"),
+        ({"unlabelled": 4}, "number of unlabelled images: process 0 on nodea has 3, process 2 on nodeb has 4"),
+        ({"groups": ["a", "b", "c"] * 3}, "number of groups: process 0 on nodea has 2, process 2 on nodeb has 3"),
+        ({"groups": ["b", "a", "b"] * 3}, "groups of the images: process 0 on nodea has checksum "),
+        ({"groups": []}, "number of groups: process 0 on nodea has 2, process 2 on nodeb has 0"),
+    ],
+)
+def test_processes_with_other_settings_or_groups_do_not_begin(tmp_path, own, says):
+    said = agree(tmp_path, {}, {}, own)
+    assert len(set(said)) == 1 and said[0].startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("own", "says"), [({"seed": 1}, "content of the files: "), ({"new": 2}, "content of the unlabelled images: ")]
+)
+def test_one_process_of_each_machine_compares_the_content_of_the_files(tmp_path, own, says):
+    said = agree(tmp_path, {}, own, own)
+    assert len(set(said)) == 1 and said[0].startswith(says)
+
+
+def test_equal_runs_begin_and_each_machine_may_keep_its_files_elsewhere(tmp_path):
+    own = {"flags": ["--num-workers", "1", "--results-dir", "elsewhere", "--device", "cpu"]}
+    assert agree(tmp_path, {}, {"flags": ["--num-workers", "2"]}, own) == ["None"] * 3
