@@ -76,20 +76,34 @@ def refuse_bad_sizes(pairs: Sequence[Pair], config: DataConfig, what: str) -> No
         if image is not None:
             view_of_file(pair.image_path, image, config)
         if image is not None and mask is not None:
-            check_same_size(image, mask, pair.image_path, pair.mask_path)
+            check_same_size(image, mask, pair.mask_path)
 
     errors = [error for error in for_all(or_error(check), pairs, "reading headers", False) if error is not None]
     refuse_bad(errors, len(pairs), what)
 
 
-def check_same_size(image: Sequence[int], mask: Sequence[int], image_path: Path, mask_path: Path) -> None:
-    """Heights and widths must agree."""
-    if tuple(image) != tuple(mask):
-        raise FileError(
-            mask_path,
-            f"has {mask[1]} x {mask[0]} pixels, but its image {image_path.name} {image[1]} x {image[0]}: "
-            "they must agree",
-        )
+def check_same_size(image: Sequence[int], mask: Sequence[int], mask_path: Path) -> None:
+    """Refuse a mask of another size than its image.
+
+    Args:
+        image: height and width of the image.
+        mask: shape of the mask, (H, W) or (K, H, W).
+        mask_path: for the message.
+
+    Raises:
+        FileError: the sizes differ.
+    """
+    (height, width), size = image, tuple(mask[-2:])
+    if tuple(image) == size:
+        return
+    if tuple(mask[:2]) == tuple(image):
+        raise FileError(mask_path, "has its classes in the last axis (H, W, K): store them in the first (K, H, W)")
+    hint = "they must agree"
+    if size == (width, height):
+        hint = "are its rows and columns swapped?"
+    elif height * size[1] == width * size[0]:
+        hint = "if the mask was made at another scale, resize it by nearest neighbour"
+    raise FileError(mask_path, f"has {size[1]} x {size[0]} pixels, but its image {width} x {height}: {hint}")
 
 
 class ReadPair(NamedTuple):
@@ -106,7 +120,5 @@ def read_pair(image_path: Path, mask_path: Path, channels: int) -> ReadPair:
     image, has_channels = read_image_and_kind(image_path)
     image = fit_channels(image, channels, image_path)
     mask, table = read_mask_and_table(mask_path)
-    if mask.ndim == 3 and mask.shape[:2] == image.shape[:2] != mask.shape[1:]:
-        raise FileError(mask_path, "has its classes in the last axis (H, W, K): store them in the first (K, H, W)")
-    check_same_size(image.shape[:2], mask.shape[-2:], image_path, mask_path)
+    check_same_size(image.shape[:2], mask.shape, mask_path)
     return ReadPair(image, mask, table, has_channels)

@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -23,15 +23,29 @@ CHANNELS = "channels"  # several planes that the file does not call colours, suc
 TABLES = ("gray", "coloured")  # a gray table is read as its gray values, a coloured one as the numbers in the file
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-# What lies in place of a file whose download went wrong, by its first bytes.
+# What lies in place of the file, by its first bytes in lower case.
+_SAVE = "save it as PNG or TIFF"
 NOT_THE_FILE = {
     b"version ": "is a pointer of Git LFS and not the file itself: run git lfs pull",
     **dict.fromkeys((b"<!doctyp", b"<html"), "is a web page and no image: the download went wrong"),
+    b"gif8": f"is a GIF: {_SAVE}",
+    b"riff": f"is a WebP: {_SAVE}",
+    b"\0\0\0\x0cjp": f"is a JPEG 2000: {_SAVE}",
+    b"\x89hdf": f"is an HDF5 file: {_SAVE}",
+    b"matlab 5": f"is a MATLAB file: {_SAVE}",
+    b"%pdf": f"is a PDF: {_SAVE}",
+    b"<?xml": "is an XML file and no image",
+    b"pk\x03\x04": "is a zip archive: unpack it; make_masks.py convert reads archives of ROIs",
+    b"\x1f\x8b": "is a gzip archive: unpack it",
+    b"\x93numpy": "is a NumPy array: name it .npy, which is read for masks",
+    b"\0\x05\x16\x07": "holds notes of macOS and no image: delete it",
 }
+COLOUR_SPACES = {"SEPARATED": "CMYK", "CIELAB": "Lab", "YCBCR": "YCbCr"}  # as image programs call them
 # Pillow modes that numpy takes as they are, and what the others become without loss of gray values.
 _PLAIN_MODES = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"}
 _CONVERTED_MODES = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "RGBX": "RGB"}
-NOT_FLAT = "one 2-D image per file is needed; make_masks.py images takes a plane or a projection of a stack"
+NOT_FLAT = "one 2-D image per file is needed; make_masks.py images takes a plane, a projection or a field of a stack"
+NOT_FLAT_MASK = "one flat mask is needed; make_masks.py convert reads one cell per page, make_masks.py images one plane"
 
 
 # tifffile logs every damaged tag; the FileError says it once.
@@ -71,10 +85,11 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
             file.seek(0)
             if not start:
                 raise FileError(path, "is empty (0 bytes)")
+            is_array = as_mask and path.suffix.lower() in (".npy", ".npz")
             for beginning, what in NOT_THE_FILE.items():
-                if start.lower().startswith(beginning):
+                if start.lower().startswith(beginning) and not is_array:
                     raise FileError(path, what)
-            if as_mask and path.suffix.lower() in (".npy", ".npz"):
+            if is_array:
                 array = _decode_numpy(file, path)
             elif start.startswith(TIFF_STARTS):
                 array, table = _decode_tiff(file, path, as_mask)
@@ -129,9 +144,10 @@ def _palette_mask(indices: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray,
 
 def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     with tifffile.TiffFile(file, _multifile=False) as tiff:  # an OME header must not open other files
+        needed = NOT_FLAT_MASK if as_mask else NOT_FLAT
         full_size = [series for series in tiff.series if not series.keyframe.is_reduced]
         if len(full_size) != 1:
-            raise FileError(path, f"holds {len(full_size)} images of different kinds: {NOT_FLAT}")
+            raise FileError(path, f"holds {len(full_size)} images of different kinds: {needed}")
         series, page = full_size[0], full_size[0].keyframe
         _check_size(series.shape, series.dtype.itemsize, path)
         orientation = page.tags.get(ORIENTATION_TAG)
@@ -141,14 +157,11 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
         axes, shape = "".join(axis for axis, _ in kept), tuple(n for _, n in kept)
         extra = axes.replace("Y", "").replace("X", "")
         if sorted(axes.replace(extra, "")) != ["X", "Y"] or len(extra) > 1:
-            raise FileError(path, f"is a stack of shape {' x '.join(map(str, shape))}: {NOT_FLAT}")
+            raise FileError(path, f"is a stack of shape {' x '.join(map(str, shape))}: {needed}")
         is_soft_stack = as_mask and series.dtype.kind == "f"
         if extra and extra not in "SC" and not is_soft_stack:
-            raise FileError(
-                path,
-                f"is a 3-D stack of {shape[axes.index(extra)]} planes: {NOT_FLAT} (if they are channels, store them "
-                "as such: axes CYX)",
-            )
+            channels = "" if as_mask else " (if they are channels, store them as such: axes CYX)"
+            raise FileError(path, f"is a 3-D stack of {shape[axes.index(extra)]} planes: {needed}{channels}")
         array = series.asarray(maxworkers=1).reshape(shape)
         kind, table = tifffile.PHOTOMETRIC(page.photometric).name, ""
         if not (extra and kind == "PALETTE" and not as_mask):  # Fiji's table only tints the planes
@@ -174,14 +187,16 @@ def _photometric_to_gray(
     if kind == "PALETTE" and page.colormap is not None:
         palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
         return _palette_mask(array, palette) if as_mask else (palette[array], "")
-    if kind == "MINISWHITE" and not page.software.startswith("tifffile"):
+    if kind == "MINISWHITE" and not (page.software.startswith("tifffile") and array.dtype == bool):
         # Half of the programs invert such a file and half do not, so image and mask could disagree.
         # tifffile itself writes bool arrays like this and means them as they are.
         raise FileError(
             path, "is stored as 'white is zero': save it as 'black is zero' (Fiji: Lookup Tables > Invert LUT)"
         )
-    if kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
-        raise FileError(path, f"has the colour space {kind}: save it as gray or RGB")
+    # JPEG keeps colours as YCbCr and is decoded to RGB. Without JPEG the numbers in the file are no RGB.
+    is_raw = kind == "YCBCR" and tifffile.COMPRESSION(page.compression).name not in ("JPEG", "OJPEG")
+    if is_raw or kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
+        raise FileError(path, f"has the colour space {COLOUR_SPACES.get(kind, kind)}: save it as gray or RGB")
     return (array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array), ""
 
 
@@ -197,17 +212,32 @@ def _decode_numpy(file: BinaryIO, path: Path) -> np.ndarray:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len(members) != 1:
-                raise FileError(path, f"holds {len(members)} arrays, not one: {list_some(archive.namelist())}")
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                raise FileError(path, f"holds {len(members)} arrays: {list_some(names)}. Save the mask alone")
             _check_size((members[0].file_size,), 1, path)
             with archive.open(members[0]) as member:
-                array = np.lib.format.read_array(member, allow_pickle=False)
+                array = _read_array(member, path)
     else:
         _check_size((os.fstat(file.fileno()).st_size,), 1, path)
-        array = np.lib.format.read_array(file, allow_pickle=False)
+        array = _read_array(file, path)
+    if array.shape[2:] == (1,):  # a flat mask with an axis too many
+        array = array[:, :, 0]
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or array.size == 0:
         shape = " x ".join(map(str, array.shape))
         raise FileError(path, f"holds {array.dtype} numbers of shape ({shape}): (H, W) or (K, H, W) is expected")
     return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _read_array(file: Any, path: Path) -> np.ndarray:
+    """A NumPy array of numbers; one of Python objects is not read, since that can run code."""
+    try:
+        return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise FileError(
+            path, "holds Python objects and no numbers, and is not read: save the label image alone"
+        ) from None
 
 
 def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> None:

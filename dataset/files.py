@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,12 @@ from PIL import Image
 from common.cells import connected_cells
 from common.errors import InputError, list_some
 from dataset.decode import CHANNELS, JPEG_START, PNG_START, FileError, decode
+from dataset.names import is_litter, name_hints, odd_names, partners, split_together
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
-# Cellpose: NAME_cp_masks beside NAME, NAME_masks beside NAME_img. Longer endings come first.
-MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "heldout", "holdout"}
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
-IMAGE_ENDING = "_img"
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 _BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"
@@ -75,7 +74,7 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     twice, others, by_products = [], [], []
     with os.scandir(folder) as entries:  # no stat per file: 100,000 names take well under a second
-        for name in sorted(entry.name for entry in entries if not entry.name.startswith(".")):
+        for name in sorted(entry.name for entry in entries if not is_litter(entry.name)):
             stem, dot, suffix = name.rpartition(".")
             if not stem or dot + suffix.lower() not in suffixes:
                 others.append(name)
@@ -86,11 +85,14 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
                 if stem in found:
                     twice.append(f"{found[stem].name} and {name}")
                 found[stem] = folder / name
-    odd = [ascii(name) for name in (*found, *others) if not name.isprintable()]
+    odd = odd_names((*found, *others))
     if odd:  # they end in tables, in messages and on a terminal
-        raise FileError(folder, f"has names with characters that cannot be printed: {list_some(odd)}. Rename them")
+        raise FileError(folder, odd)
     if twice:
-        raise FileError(folder, f"has two {what} files with one name: {list_some(twice)}. Keep one of each")
+        raise FileError(
+            folder, f"has two {what} files with one name: {list_some(twice)}. Keep one of each; if one is the mask of "
+            "the other, move the masks into a folder of their own",
+        )  # fmt: skip
     if not found:
         found = _find_one_folder_per_image(folder, others, is_image=what.startswith("image"))
     if not found:
@@ -110,7 +112,7 @@ def _what_instead(
     if archives:
         return f" but archives ({list_some(archives, 1)}): unpack them"
     stacks = [name for name in others if name.lower().endswith(_MICROSCOPES)]
-    if stacks and what.startswith("image"):
+    if stacks:
         return f" but files of a microscope ({list_some(stacks, 1)}): make_masks.py images turns them into flat TIFFs"
     annotations = [name for name in others if name.lower().endswith(_ANNOTATIONS)]
     if annotations and not what.startswith("image"):
@@ -125,6 +127,10 @@ def _what_instead(
         several = sum(bool(_files_in(folder / name, suffixes)) for name in inner) > 1
         groups = ". If each sub-folder is a group, such as a patient: make_masks.py groups puts them into one folder"
         return f"; did you mean {folder / wanted}?{f' It holds {below}' if below else ''}{groups if several else ''}"
+    kinds = Counter(Path(name).suffix.lower() for name in others)
+    kind, count = max(kinds.items(), key=lambda one: one[1]) if kinds else ("", 0)
+    if kind:
+        return f" but {count} {kind}, which are not read: save them as {' '.join(suffixes)}"
     return ", it must hold " + " ".join(suffixes)
 
 
@@ -145,7 +151,10 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
         if inner.is_dir():
             files = _files_in(inner)
             if is_image and len(files) != 1:
-                raise InputError(f"{inner} holds {len(files)} images, one is expected in a folder per image")
+                raise FileError(
+                    inner, f"holds {len(files)} images, but one is expected in a folder per image. To read all of "
+                    f"them, give {inner} itself",
+                )  # fmt: skip
             found[name] = files[0] if is_image else inner
         elif not is_image and name not in ("images", "masks") and (folder / name).is_dir() and _files_in(folder / name):
             found[name] = folder / name
@@ -165,42 +174,27 @@ def _files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Pa
 
 
 def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[Pair], list[str], list[str]]:
-    """Pair by stem, where NAME also meets NAME_masks and NAME_cp_masks, and NAME_img counts as NAME.
+    """Pair files by their stems, see :func:`dataset.names.partners`.
 
     Returns:
         pairs sorted by name, stems of images without mask, stems of masks without image.
     """
-    pairs: dict[str, Pair] = {}
-    lonely_images = []
-    used: dict[str, str] = {}
-    for stem, image_path in images.items():
-        base = stem.removesuffix(IMAGE_ENDING) or stem
-        keys = (stem, base, *(start + end for start in (base, stem) for end in MASK_ENDINGS))
-        key = next((key for key in keys if key in masks), None)
-        if key is None:
-            lonely_images.append(stem)
-            continue
-        name = stem if key == stem else base
-        if key in used or name in pairs:
-            other = used[key] if key in used else pairs[name].image_path.stem
-            raise InputError(f"images {other} and {stem} would make one pair of the name {name}: rename one")
-        used[key] = stem
-        pairs[name] = Pair(name, image_path, masks[key])
-    lonely_masks = [stem for stem in masks if stem not in used]
-    return [pairs[name] for name in sorted(pairs)], lonely_images, lonely_masks
+    pairs, lonely_images, lonely_masks = partners(images, masks)
+    return [Pair(name, images[a], masks[b]) for name, (a, b) in sorted(pairs.items())], lonely_images, lonely_masks
 
 
 def find_images_and_masks(image_dir: str | Path, mask_dir: str | Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """:func:`find_files` of both folders; one folder for both is split by the endings of :data:`MASK_ENDINGS`."""
+    """:func:`find_files` of both folders; one folder for both is split by the words in the names."""
     images, masks = find_files(image_dir, "image"), find_files(mask_dir, "mask")
     together = Path(image_dir).samefile(mask_dir) and next(iter(masks.values())).is_file()
     if together:
-        images = {stem: path for stem, path in images.items() if not stem.endswith(MASK_ENDINGS)}
-        masks = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
+        image_stems, mask_stems = split_together({*images, *masks})
+        images = {stem: path for stem, path in images.items() if stem in image_stems}
+        masks = {stem: path for stem, path in masks.items() if stem in mask_stems}
         if not images or not masks:
             raise InputError(
                 f"{image_dir} is given for images and masks: then the masks' names must end with _masks, _mask or "
-                "_cp_masks" + _seg_hint(Path(image_dir))
+                "_cp_masks, or have a word such as label or seg" + _seg_hint(Path(image_dir))
             )
     return images, masks
 
@@ -228,29 +222,13 @@ def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
     if lonely_masks:
         count = f"{len(lonely_masks)} of {len(masks)} masks in {mask_dir}"
         faults.append(f"{count} have no image in {image_dir}: {list_some(lonely_masks)}")
-    image_names, mask_names = ({stem.casefold().strip() for stem in stems} for stems in (lonely_images, lonely_masks))
-    alike = sorted(image_names & mask_names)
-    if alike:
-        faults.append(f"names differ in capital letters or spaces only: {list_some(alike)}")
-    else:
-        faults += _numbers_agree(lonely_images, lonely_masks)
+    faults += name_hints(lonely_images, lonely_masks)
     if faults:
         raise InputError(
-            f"{'; '.join(faults)}. A mask has its image's name (NAME, NAME_masks, NAME_mask or NAME_cp_masks) and "
-            "any suffix of " + " ".join(MASK_SUFFIXES)
+            f"{'; '.join(faults)}. A mask has its image's name, alone or with a word such as _masks, _label or _seg, "
+            "and any suffix of " + " ".join(MASK_SUFFIXES)
         )
     return pairs
-
-
-def _numbers_agree(images: Sequence[str], masks: Sequence[str]) -> list[str]:
-    """A hint if the names of images and masks without a partner hold the same numbers."""
-    image_numbers, mask_numbers = (
-        [tuple(map(int, re.findall(r"\d+", stem))) for stem in one] for one in (images, masks)
-    )
-    if not images or sorted(image_numbers) != sorted(mask_numbers) or len(set(image_numbers)) < len(images):
-        return []
-    other = masks[mask_numbers.index(image_numbers[0])]
-    return [f"the numbers in the names agree ({images[0]} and {other}): rename one kind after the other"]
 
 
 # ------------------------------------------------------------------------------------------------------- read files
@@ -344,7 +322,10 @@ def _read_nuclei(folder: Path) -> np.ndarray:
             raise FileError(file, f"has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
         values = np.unique(nucleus)
         if len(values) > 2 or (len(values) == 2 and values[0] != 0):
-            raise FileError(file, f"is no mask of one nucleus: gray values {list_some(values.tolist())}")
+            raise FileError(
+                file, f"is no mask of one nucleus: gray values {list_some(values.tolist())}. If it is the mask of a "
+                f"whole image, give the folder {folder} itself",
+            )  # fmt: skip
         nucleus = nucleus > 0
         claimed += int(np.count_nonzero(nucleus))
         many_pieces += _is_scattered(nucleus)
@@ -370,7 +351,10 @@ def _gray_channel(array: np.ndarray, path: Path) -> np.ndarray:
     if alpha is not None and (alpha != np.iinfo(array.dtype).max).any():
         raise FileError(path, "is partly transparent: save the mask as gray without alpha channel")
     if (colours != colours[:, :, :1]).any():
-        raise FileError(path, "holds colours: save the mask as one gray channel of class or instance numbers")
+        raise FileError(
+            path, "holds colours: save the mask as one gray channel of class or instance numbers, or let "
+            "make_masks.py convert turn colours into numbers",
+        )  # fmt: skip
     return colours[:, :, 0]
 
 

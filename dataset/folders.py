@@ -35,7 +35,8 @@ from dataset.gray import (
 )
 from dataset.looks import measure_draw, measure_spread
 from dataset.mask_facts import MaskStats, mask_stats
-from dataset.masks import decide_mask_rule, mask_warnings, refuse_one_class
+from dataset.mask_warnings import mask_warnings, refuse_one_class
+from dataset.masks import decide_mask_rule
 from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
+from common.cells import connected_cells
+
 FEW_VALUES = 16
 
 
@@ -36,8 +38,10 @@ class MaskStats:
     table: str = ""  # kind of the file's colour table, see read_mask_and_table
     frame: float = 0.0  # fraction of the border's pixels with the border's most frequent value, if this is not 0
     frame_area: float = 0.0  # fraction of all pixels with this value
+    frame_value: float = 0.0  # this value
     checksum: int = 0  # of the pixels
-    filled: float = 1.0  # masks of two values: area with holes filled, as a multiple of the area
+    filled: float = 1.0  # area with holes filled, as a multiple of the area
+    pieces: int = 0  # masks of one id: its pieces, without crumbs
 
     def to_plain(self) -> dict[str, Any]:
         """Plain types for JSON. Leaves out fields with their default value."""
@@ -84,9 +88,9 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
     facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask).data)
     if mask.ndim == 2:
         facts.update(_frame(mask))
-        if len(values) == 2 and values[0] == 0:
-            filled = np.count_nonzero(scipy.ndimage.binary_fill_holes(mask > 0))
-            facts["filled"] = float(filled / np.count_nonzero(mask))
+        if facts["is_whole"] and len(values) > 1 and values[0] == 0:
+            facts["filled"] = _filled(mask)
+            facts["pieces"] = _pieces(mask) if len(values) == 2 else 0
     return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
 
 
@@ -97,7 +101,24 @@ def _frame(mask: np.ndarray) -> dict[str, float]:
     value = values[counts.argmax()]
     if value <= 0:
         return {}
-    return {"frame": float(counts.max() / border.size), "frame_area": float(np.mean(mask == value))}
+    area = float(np.mean(mask == value))
+    return {"frame": float(counts.max() / border.size), "frame_area": area, "frame_value": float(value)}
+
+
+def _filled(mask: np.ndarray) -> float:
+    """Area of the cells with their holes filled, as a multiple of their area."""
+    background, count = scipy.ndimage.label(mask == 0)
+    areas = np.bincount(background.ravel(), minlength=count + 1)
+    edges = np.concatenate([background[0], background[-1], background[:, 0], background[:, -1]])
+    areas[edges] = 0  # open to the border, so no hole
+    cells = np.count_nonzero(mask)
+    return float((cells + areas[1:].sum()) / cells)
+
+
+def _pieces(mask: np.ndarray) -> int:
+    """Connected pieces that are no crumbs (a tenth of the largest one)."""
+    areas = np.bincount(connected_cells(mask).ravel())[1:]
+    return int(np.count_nonzero(areas * 10 > areas.max(initial=0)))
 
 
 def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:

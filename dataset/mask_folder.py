@@ -13,8 +13,6 @@ from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
 from dataset.files import (
-    IMAGE_ENDING,
-    MASK_ENDINGS,
     FileError,
     Pair,
     find_files,
@@ -24,7 +22,9 @@ from dataset.files import (
 )
 from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
-from dataset.masks import decide_mask_rule, mask_warnings
+from dataset.mask_warnings import mask_warnings
+from dataset.masks import decide_mask_rule
+from dataset.names import MASK_ENDINGS, bare_image_name, bare_mask_name, split_together
 from dataset.views import View, view_of_file, whole_view
 
 logger = logging.getLogger(__name__)
@@ -191,10 +191,10 @@ def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str
             logger.info("%d masks without an image in %s are left out: %s", len(lonely), image_dir, list_some(lonely))
         return {pair.name: pair.mask_path for pair in pairs}, {pair.name: pair.image_path for pair in pairs}
     # Cellpose keeps NAME_img and NAME_masks in one folder: only the latter are masks.
-    endings = {stem: path for stem, path in masks.items() if stem.endswith(MASK_ENDINGS)}
-    beside = {stem.removesuffix(IMAGE_ENDING) for stem in masks if stem not in endings}
-    if endings and beside and all(_without_ending(stem) in beside for stem in endings):
-        masks = endings
+    image_stems, mask_stems = split_together(masks)
+    beside = image_stems | {bare_image_name(stem) for stem in image_stems}
+    if mask_stems and beside and all(bare_mask_name(stem) in beside for stem in mask_stems):
+        masks = {stem: path for stem, path in masks.items() if stem in mask_stems}
     short = {_without_ending(stem): path for stem, path in masks.items()}
     return (short if len(short) == len(masks) else masks), None
 

@@ -28,8 +28,6 @@ MIN_IDS = 8
 MAX_UNEQUAL_SHARE = 0.2
 MAX_SCATTERED_SHARE = 0.2
 MAX_STEP_SHARE = 0.9
-HOLLOW = 1.5  # area with holes filled, as a multiple of the area
-MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,12 @@ def decide_mask_rule(
         raise InputError(f"{where} holds no masks")
     negative = [one.name for one in stats if one.minimum < 0]
     if negative:
-        raise InputError(f"{len(negative)} masks in {where} have negative values: {list_some(negative)}")
+        mend = (
+            "Probabilities are needed: apply a softmax or a sigmoid to the output of a network"
+            if stats[0].planes or not all(one.is_whole for one in stats)
+            else "Often -1 marks pixels to ignore, and there is no such class: write 0 (background) or an id there"
+        )
+        raise InputError(f"{len(negative)} masks in {where} have negative values: {list_some(negative)}. {mend}")
     planes = sorted({one.planes for one in stats})
     if len(planes) > 1:
         kinds = ", ".join(f"stacks of {count}" if count else "flat" for count in planes)
@@ -226,63 +229,6 @@ def _listed(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value:g}' for value in values)})"
 
 
-# --------------------------------------------------------------------------------------------------- what looks wrong
-
-
-def refuse_one_class(stats: Sequence[MaskStats], rule: MaskRule, where: str | Path) -> None:
-    """Refuse to train if all masks together have only one class: no cell anywhere, or no background.
-
-    Raises:
-        InputError: the masks have only one class.
-    """
-    found = _classes_found(stats, rule)
-    if found is not None and len(found) < 2:
-        one = "no mask has a cell" if found == {0} else f"every pixel has class {min(found)}, no mask has background"
-        raise InputError(f"{len(stats)} masks in {where} (as {stats[0].name}): {one}. Was the export complete?")
-
-
-def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
-    """Warnings that do not stop training: missing classes, and masks that look like black cells on white."""
-    warnings = []
-    found = _classes_found(stats, rule)
-    absent = [] if found is None or len(found) < 2 else sorted(set(range(rule.num_classes)) - found)
-    if absent:
-        names = ", ".join(map(str, absent))
-        warnings.append(f"no mask has a pixel of class {names}, so the model cannot learn it")
-    framed = [one for one in stats if one.frame > MUCH_FRAME and one.frame_area > 0.5]
-    if rule.mask_type in ("binary", "instances") and 2 * len(framed) > len(stats):
-        warnings.append(
-            f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
-            f"(as in {framed[0].name}): are the cells black on white? Background must be 0"
-        )
-    if len(stats) > 2 and len({one.checksum for one in stats}) == 1 and stats[0].distinct > 1:
-        warnings.append(f"all {len(stats)} masks are equal, pixel by pixel: was one file copied under every name?")
-    hollow = [one for one in stats if one.filled > HOLLOW]
-    if rule.mask_type == "binary" and 2 * len(hollow) > len(stats):
-        warnings.append(
-            f"in {len(hollow)} of {len(stats)} masks the cells are hollow (as in {hollow[0].name}): are these "
-            "outlines? Masks must be filled"
-        )
-    return warnings
-
-
-def _classes_found(stats: Sequence[MaskStats], rule: MaskRule) -> set[int] | None:
-    """Classes that occur in the masks. None if the facts do not tell."""
-    if rule.mask_type in ("binary", "instances"):
-        cell = rule.maximum / 2 if rule.mask_type == "binary" else 0.5
-        full = all(one.minimum >= cell for one in stats)
-        some = any(one.maximum >= cell for one in stats)
-        found = ({1} if some else set()) | (set() if full else {0})
-        return found | ({2} if rule.has_boundary and len(found) == 2 else set())
-    if rule.mask_type == "probability":
-        return {0} if stats[0].planes == 0 and all(one.maximum == 0 for one in stats) else None
-    if not all(one.values for one in stats):
-        return None
-    stored = set().union(*(one.values for one in stats))
-    values = range(rule.num_classes) if rule.values is None else rule.values
-    return {k for k, value in enumerate(values) if value in stored}
-
-
 # ------------------------------------------------------------------------------------------------------- automatic
 
 
@@ -296,8 +242,12 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
     if not all(one.is_whole for one in stats):
         if largest <= 1:
             return "probability", f"fractions up to {largest:g}"
+        full = next((full for full in (100, 255) if largest <= full and largest > 10), None)
+        scale = f" Divide probabilities by {full}, or cut them at half (mask_type=binary)." * (full == 255)
+        scale = f" Divide percentages by {full}." if full == 100 else scale
         raise InputError(
-            f"masks in {where} have fractions up to {largest:g}: probabilities are in 0..1, and ids are whole numbers"
+            f"masks in {where} have fractions up to {largest:g}: probabilities are in 0..1, and ids are whole numbers."
+            f"{scale} If numbers of cells or classes were resized, resize them by nearest neighbour"
         )
     values = _few_values(stats)
     if num_classes == 2 and values is not None:
@@ -341,7 +291,8 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     one_value = values is not None and len(values - {0}) == 1
     scales = values is not None and not one_value and all(len(one.values - {0}) <= 1 for one in stats)
     patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
-    soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.9
+    soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.75 and values is None
+    void = values is not None and largest == 255 and len(values) > 2 and max(values - {255}) == len(values) - 2
     binary = "" if num_classes == 2 else " num_classes=2"
     likely = []
     if one_value:
@@ -360,19 +311,23 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     if not patchy:
         likely.append(f"gray probabilities (mask_type=probability{binary})")
         likely.append("images instead of masks")
-    classes = sorted(values | {0}) if values is not None else []
-    if len(classes) > 2 and largest >= max(num_classes, 2 * len(classes)):
+    classes = sorted(values) if values is not None else []
+    from_one = bool(classes) and classes[0] > 0
+    if from_one and len(classes) > 1 or len(classes) > 2 and largest >= max(num_classes, 2 * len(classes)):
         count = f" num_classes={len(classes)}" * (len(classes) != num_classes)
         likely.insert(
             len(likely) if scales else 0,
-            f"{len(classes)} classes with gray values for display (mask_values={_listed(classes)}{count})",
+            f"{len(classes)} classes {'without a 0' if from_one else 'with gray values for display'} "
+            f"(mask_values={_listed(classes)}{count}, the value of the background first)",
         )
+    if void:
+        likely.append("255 for pixels to ignore, and there is no such class: write 0 (background) or an id there")
     if not likely:
         likely.append("none of the known types (class ids 0..K-1, numbered cells, 0 and 255): look at the masks")
     first = next(one.name for one in stats if one.maximum == largest)
     return (
         f"masks in {where} have {shown} (as in {first}), which is unclear for num_classes={num_classes}. "
-        f"Likely: {', or '.join(likely)}. Choose with mask_type"
+        f"Likely: {', or '.join(likely)}. Give what fits"
     )
 
 
@@ -437,7 +392,10 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
 def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str | Path, normalize: bool) -> float:
     planes = stats[0].planes
     if planes > 1 and planes != num_classes:
-        raise InputError(f"masks in {where} are stacks of {planes} planes, but num_classes={num_classes}")
+        raise InputError(
+            f"masks in {where} are stacks of {planes} planes, but num_classes={num_classes}. If each plane is a cell, "
+            "make_masks.py convert makes label images"
+        )
     if planes <= 1 and num_classes != 2:
         raise InputError(
             f"masks in {where} have one probability per pixel, that is 2 classes, but num_classes={num_classes}: "
@@ -454,7 +412,8 @@ def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str 
     if planes > 1 and uneven and not normalize:
         raise InputError(
             f"{len(uneven)} of {len(stats)} soft masks in {where} do not sum to 1 over the classes: "
-            f"{list_some(uneven)}. Correct them, or divide each pixel by its sum with normalize_masks=True"
+            f"{list_some(uneven)}. Plane 0 is the background. Correct them, or divide each pixel by its sum with "
+            "normalize_masks=True. If each plane is a cell, make_masks.py convert makes label images"
         )
     return maximum
 

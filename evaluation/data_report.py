@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.cells import connected_cells
 from common.disk import write_json
 from common.errors import InputError, fields_as_flags, list_some, settings_as_flags
+from dataset.checks import check_same_size
 from dataset.config import DataConfig
 from dataset.files import (
     FileError,
@@ -30,7 +31,9 @@ from dataset.files import (
 )
 from dataset.gray import default_window_channels, image_window, narrow_channels_warning, to_display
 from dataset.mask_facts import MaskStats, mask_stats
-from dataset.masks import MaskRule, decide_mask_rule, mask_warnings, refuse_one_class
+from dataset.mask_warnings import mask_warnings, refuse_one_class
+from dataset.masks import MaskRule, decide_mask_rule
+from dataset.names import is_litter, name_hints
 from dataset.views import native_view
 from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
 from evaluation.output import new_figure, save_figure, show_image
@@ -173,11 +176,12 @@ def survey(
         image, mask = facts.get(pair.image_path), stats.get(pair.mask_path)
         if image is None or mask is None:
             continue
-        if (image.height, image.width) == mask[1]:
+        try:
+            check_same_size((image.height, image.width), mask[1], pair.mask_path)
             usable.append(pair)
-        else:
-            size = f"{mask[1][1]} x {mask[1][0]}"
-            report.mismatched.append(f"{pair.name} (image {image.width} x {image.height}, mask {size})")
+        except FileError as error:
+            report.mismatched.append(str(error))
+            del stats[pair.mask_path]
     _find_problems(report, list(facts.values()), image_dir, mask_dir, image_size, crop)
     rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize, mask_values)
     if rule is not None:
@@ -205,12 +209,12 @@ def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple
 def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
     """Names of all other files in the folders, except hidden files."""
     found = {path for folder in folders for path in Path(folder).iterdir() if path.is_file()}
-    return sorted(path.name for path in found - known if not path.name.startswith("."))
+    return sorted(path.name for path in found - known if not is_litter(path.name))
 
 
-def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, int]]:
+def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, ...]]:
     mask, table = read_mask_and_table(path)
-    return mask_stats(path.name, mask, path.is_dir(), table), mask.shape[-2:]
+    return mask_stats(path.name, mask, path.is_dir(), table), mask.shape
 
 
 def common_channels(facts: Sequence[ImageFacts]) -> int:
@@ -257,9 +261,12 @@ def _find_problems(
     if report.without_image:
         names = list_some(report.without_image)
         report.problems.append(f"{len(report.without_image)} masks have no image of their name in {image_dir}: {names}")
+    hints = name_hints(report.without_mask, report.without_image)
+    if hints:
+        report.problems[-1] += f"; {'; '.join(hints)}"
     if report.mismatched:
         names = list_some(report.mismatched)
-        report.problems.append(f"{len(report.mismatched)} masks have another size than their image: {names}")
+        report.problems.append(f"{len(report.mismatched)} masks have another shape than their image: {names}")
     channels = common_channels(facts)
     others = [f"{one.name} ({one.channels})" for one in facts if one.channels not in (1, channels)]
     if channels == 3 and others:
@@ -337,7 +344,7 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
             f"{len(report.left_out)} files are neither image nor mask and will be ignored: {list_some(report.left_out)}"
         )
     absent = [str(k) for k, share in enumerate(report.class_shares) if share == 0]
-    if absent:
+    if absent and report.mask_type == "probability":  # other types have a warning of their own
         report.remarks.append(f"no pixel has class {', '.join(absent)}, so the model cannot learn it")
     if report.duplicates:
         names = [f"{one} and {other}" for one, other, _ in report.duplicates]

@@ -208,7 +208,7 @@ def test_no_file_runs_code(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.array([Trap()], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "b.npz", np.array([Trap()], dtype=object))
     for name in ("a.npy", "b.npz"):
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match="Python objects.*is not read"):
             read_mask(tmp_path / name)
     assert not (tmp_path / "trap_was_sprung").exists()
 
@@ -635,10 +635,81 @@ def test_archives_and_files_of_microscopes_are_told_what_to_do(tmp_path):
         find_files(tmp_path, "image")
 
 
-@pytest.mark.parametrize(("image", "mask"), [("image_{}", "mask_{}"), ("c{}", "c{}_label"), ("c_{}", "c_{:03d}")])
+@pytest.mark.parametrize(("image", "mask"), [("photo_{}", "cells_{}"), ("t{}", "man_seg{}"), ("c_{}", "c_{:03d}")])
 def test_names_whose_numbers_agree_give_a_hint(tmp_path, image, mask):
     for number in range(3):
         touch(tmp_path / "images", f"{image.format(number)}.png")
         touch(tmp_path / "masks", f"{mask.format(number)}.png")
     with pytest.raises(InputError, match=f"numbers in the names agree .{image.format(0)} and {mask.format(0)}."):
         pair_files(tmp_path / "images", tmp_path / "masks")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"GIF89a" + bytes(40), "is a GIF: save it as PNG or TIFF"),
+        (b"RIFF" + bytes(40), "is a WebP"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file"),
+        (b"MATLAB 5.0 MAT-file" + bytes(40), "is a MATLAB file"),
+        (b"PK\x03\x04" + bytes(40), "is a zip archive: unpack it"),
+        (b"\x1f\x8b\x08" + bytes(40), "is a gzip archive"),
+        (b"\x93NUMPY\x01\x00" + bytes(40), "name it .npy"),
+        (b"\x00\x05\x16\x07" + bytes(40), "notes of macOS"),
+        (b"<?xml version='1.0'?>", "is an XML file"),
+        (b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(40), "is a JPEG 2000"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_another_kind_of_file_under_the_name_of_an_image_is_named(tmp_path, content, words, read):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(FileError, match=words):
+        read(tmp_path / "a.png")
+
+
+def test_colours_that_are_stored_as_ycbcr_without_jpeg_are_refused_and_jpeg_is_decoded(tmp_path):
+    rgb = np.zeros((16, 24, 3), np.uint8)
+    rgb[:, 12:] = (200, 40, 90)
+    Image.fromarray(rgb).convert("YCbCr").save(tmp_path / "raw.tif")
+    with pytest.raises(FileError, match="colour space YCbCr"):
+        read_image(tmp_path / "raw.tif")
+    Image.fromarray(rgb).save(tmp_path / "jpeg.tif", compression="jpeg", quality=95)
+    assert np.abs(read_image(tmp_path / "jpeg.tif").astype(int)[:, ::23] - rgb[:, ::23].astype(int)).max() < 12
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "print.tif")
+    with pytest.raises(FileError, match="colour space CMYK"):
+        read_image(tmp_path / "print.tif")
+
+
+def test_white_is_zero_is_taken_only_from_one_bit_masks_of_tifffile(tmp_path):
+    mask = np.eye(8) > 0
+    tifffile.imwrite(tmp_path / "bool.tif", mask)
+    assert np.array_equal(read_mask(tmp_path / "bool.tif") > 0, mask)
+    tifffile.imwrite(tmp_path / "gray.tif", np.uint8(255) * mask, photometric="miniswhite")
+    with pytest.raises(FileError, match="white is zero"):
+        read_mask(tmp_path / "gray.tif")
+
+
+def test_arrays_of_numbers_are_read_and_others_are_named(tmp_path):
+    labels = np.arange(12, dtype=np.int64).reshape(3, 4)
+    np.save(tmp_path / "axis.npy", labels[..., None])
+    assert np.array_equal(read_mask(tmp_path / "axis.npy"), labels)
+    np.save(tmp_path / "objects.npy", np.array([labels, "x"], dtype=object), allow_pickle=True)
+    with pytest.raises(FileError, match="Python objects"):
+        read_mask(tmp_path / "objects.npy")
+    np.savez(tmp_path / "two.npz", labels=labels, image=labels)
+    with pytest.raises(FileError, match="holds 2 arrays: labels, image. Save the mask alone"):
+        read_mask(tmp_path / "two.npz")
+
+
+def test_stacks_of_masks_are_not_told_to_become_channels(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((3, 8, 9), np.uint16), photometric="minisblack")
+    with pytest.raises(FileError, match="make_masks.py convert") as caught:
+        read_mask(tmp_path / "a.tif")
+    assert "CYX" not in str(caught.value)
+    with pytest.raises(FileError, match="CYX"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_masks_in_colours_name_the_command_that_reads_them(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(FileError, match="make_masks.py convert"):
+        read_mask(tmp_path / "a.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dataset.folders import PairedFolder
 from dataset.gray import fit_channels, image_window, window_image
 from dataset.mask_folder import MaskFolder
 from dataset.views import View, center_view, native_view
+from evaluation.data_report import survey
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data in ../shared/data are absent")
@@ -316,7 +318,7 @@ def test_all_bad_files_are_named_in_one_line(folders):
     assert message.startswith(
         f"4 of 5 pairs of {images} and {masks} cannot be used. c0.png, c1.png, c2.png: cannot be read"
     )
-    assert "c3.png: has 6 x 5 pixels, but its image c3.png 89 x 81" in message
+    assert "c3.png: has 6 x 5 pixels, but its image 89 x 81" in message
     assert "\n" not in message
 
 
@@ -505,3 +507,23 @@ def test_two_scales_of_one_class_are_not_taken_for_classes_first(tmp_path):
     folder = write_masks(tmp_path, lambda labels, n: ((labels > 0) * (255 if n % 2 else 1)).astype(np.uint8))
     with pytest.raises(InputError, match="Likely: one class of cells, saved with different values"):
         paired(folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((24, 20), "a.png: has 20 x 24 pixels, but its image 24 x 20: are its rows and columns swapped"),
+        ((40, 48), "48 x 40 pixels.*resize it by nearest neighbour"),
+        ((21, 24), "24 x 21 pixels.*they must agree"),
+    ],
+)
+def test_training_and_the_data_report_say_how_a_mask_and_its_image_differ(tmp_path, shape, words):
+    for folder, size in (("images", (20, 24)), ("masks", shape)):
+        (tmp_path / folder).mkdir()
+        pixels = np.zeros(size, np.uint8)
+        pixels[4:9, 4:9] = 255
+        Image.fromarray(pixels).save(tmp_path / folder / "a.png")
+    with pytest.raises(InputError, match=words):
+        PairedFolder(tmp_path / "images", tmp_path / "masks", DataConfig(image_size=8))
+    report, _, _ = survey(tmp_path / "images", tmp_path / "masks")
+    assert re.search(words, report.problems[0])

@@ -14,14 +14,13 @@ import torch
 from common.errors import InputError, settings_as_flags
 from dataset.files import read_mask
 from dataset.mask_facts import mask_stats
+from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import (
     MASK_TYPES,
     MAX_SCATTERED_SHARE,
     MAX_UNEQUAL_SHARE,
     MaskRule,
     decide_mask_rule,
-    mask_warnings,
-    refuse_one_class,
     to_prob_map,
 )
 
@@ -362,3 +361,71 @@ def test_an_absent_class_and_black_cells_on_white_are_warned_of_and_good_masks_a
     assert "black on white" in warning
     (warning,) = mask_warnings(*facts_of((disks() % 3).astype(np.uint8), num_classes=4))
     assert "class 3" in warning
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_classes", "words"),
+    [
+        (np.where(disks() == 3, -1, disks(6, np.int16)), 2, "-1 marks pixels to ignore"),
+        (np.where(disks() > 0, 2.5, -2.5), 2, "a softmax or a sigmoid"),
+        (np.where(disks() == 3, 255, disks() % 3).astype(np.uint8), 3, "255 for pixels to ignore.*write 0"),
+        (np.where(disks() == 3, 255, disks() > 0).astype(np.uint8), 2, "255 for pixels to ignore.*write 0"),
+        ((1 + (disks() > 0)).astype(np.uint8), 2, r"2 classes without a 0 .mask_values=.1, 2."),
+        ((1 + disks() % 3).astype(np.uint8), 3, r"3 classes without a 0 .mask_values=.1, 2, 3."),
+        (np.float32(0.7) * blobs(), 2, "Divide probabilities by 255, or cut them at half .mask_type=binary."),
+        (np.float32(0.37) * blobs(), 2, "Divide percentages by 100"),
+        (np.where(disks() > 0, 7.5, 0), 2, "nearest neighbour"),
+    ],
+)
+def test_what_labs_keep_beside_plain_values_is_refused_with_the_mend(mask, num_classes, words):
+    with pytest.raises(InputError, match=words) as caught:
+        decide([mask], num_classes)
+    assert "binary" not in str(caught.value) or mask.max() > 100  # no advice that loses classes
+
+
+def test_a_value_to_ignore_is_never_called_soft_edges():
+    with pytest.raises(InputError) as caught:
+        decide([np.where(disks() == 3, 255, disks() % 3).astype(np.uint8)], 3)
+    assert "soft" not in str(caught.value)
+    soft = scipy.ndimage.zoom(np.where(disks(8), 255, 0).astype(np.float32), 2, order=1).round().astype(np.uint8)
+    with pytest.raises(InputError, match="soft or JPEG edges .mask_type=binary"):
+        decide([soft])
+
+
+def test_two_classes_numbered_from_one_train_with_the_flag_of_the_message():
+    mask = (1 + (disks() > 0)).astype(np.uint8)
+    rule = decide_mask_rule([mask_stats("m", mask)], 2, "auto", "masks", values=(1, 2))
+    assert np.array_equal(rule.class_map(mask), disks() > 0)
+
+
+def test_a_background_that_is_not_zero_is_named():
+    numbered = disks() + 1
+    stats, rule = facts_of(numbered, mask_type="instances")
+    with pytest.raises(InputError, match="If 1 is the background, write 0 there"):
+        refuse_one_class(stats, rule, "masks")
+
+
+def test_a_binary_mask_among_numbered_cells_is_warned_about():
+    cells = (disks() > 0).astype(np.uint8)
+    (warning,) = mask_warnings(*facts_of(disks(), disks(5), cells))
+    assert "in 1 of 3 masks, all cells have one number (as in m2)" in warning
+    one_cell = (disks() == 4).astype(np.uint8)
+    assert mask_warnings(*facts_of(disks(), disks(5), one_cell)) == []
+    assert mask_warnings(*facts_of(cells, (disks(5) > 0).astype(np.uint8))) == []  # all binary: no ids are lost
+
+
+def test_some_inverted_masks_among_good_ones_are_warned_about():
+    cells = np.where(disks(), 255, 0).astype(np.uint8)
+    (warning,) = mask_warnings(*facts_of(cells, 255 - cells, np.roll(cells, 3, 0), np.roll(cells, 5, 1)))
+    assert "in 1 of 4 masks" in warning and "black on white" in warning
+
+
+def test_outlines_with_numbers_are_hollow_too():
+    hollow = np.where(scipy.ndimage.binary_erosion(disks(8) > 0), 0, disks(8))
+    (warning,) = mask_warnings(*facts_of(hollow, mask_type="instances"))
+    assert "hollow" in warning
+    assert mask_warnings(*facts_of(disks(11), mask_type="instances")) == []  # touching cells enclose little
+
+
+def test_a_folder_of_empty_masks_is_warned_about_where_it_is_not_refused():
+    assert mask_warnings(*facts_of(np.zeros((9, 8), np.uint8))) == ["no mask has a cell"]

@@ -81,7 +81,8 @@ def test_every_problem_is_found_and_said(drawn):
     report, pairs, _ = look(drawn)
     assert report.without_mask == ["lonely"] and report.without_image == ["other"]
     assert len(report.unreadable) == 1 and "torn.png" in report.unreadable[0]
-    assert report.mismatched == ["small (image 64 x 48, mask 12 x 10)"]
+    (mismatched,) = report.mismatched
+    assert "small.png: has 12 x 10 pixels, but its image 64 x 48" in mismatched
     assert [pair.name for pair in pairs] == [f"cell_{number}" for number in range(4)]
     assert len(report.problems) == 4
 
@@ -90,7 +91,7 @@ def test_unclear_masks_are_a_problem_with_the_likely_types_named(tmp_path):
     draw_pair(tmp_path, "a", 3, value=37)
     report, _, rule = look(tmp_path)
     assert rule is None and report.instances == []
-    assert "--mask-type" in report.problems[0] and report.problems[0].endswith("Choose with --mask-type")
+    assert "--mask-type binary" in report.problems[0] and report.problems[0].endswith("Give what fits")
     assert look(tmp_path, mask_type="binary")[0].problems == []
 
 

@@ -16,7 +16,8 @@ from common.disk import write_atomically, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
-from dataset.files import IMAGE_ENDING, IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
+from dataset.files import IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
+from dataset.names import IMAGE_ENDING
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
 FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")

@@ -1,0 +1,87 @@
+"""What looks wrong in a folder of masks: faults that stop training, and warnings for a person to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import InputError
+from dataset.mask_facts import MaskStats
+from dataset.masks import MaskRule
+
+HOLLOW = 1.5  # area with holes filled, as a multiple of the area
+MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
+SOME = 0.1  # fraction of the masks that must look inverted for a warning
+SEVERAL_PIECES = 3  # of one id; a cell that is cut in two is common
+
+
+def refuse_one_class(stats: Sequence[MaskStats], rule: MaskRule, where: str | Path) -> None:
+    """Refuse to train if all masks together have only one class: no cell anywhere, or no background.
+
+    Raises:
+        InputError: the masks have only one class.
+    """
+    found = _classes_found(stats, rule)
+    if found is None or len(found) > 1:
+        return
+    masks = f"{len(stats)} masks in {where} (as {stats[0].name})"
+    if found == {0}:
+        raise InputError(f"{masks}: no mask has a cell. Was the export complete?")
+    framed = [one.frame_value for one in stats if _is_framed(one)]
+    mend = f"If {framed[0]:g} is the background, write 0 there" if framed else "Was the export complete?"
+    raise InputError(f"{masks}: every pixel has class {min(found)}, no mask has background. {mend}")
+
+
+def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
+    """Warnings that do not stop training: missing classes, and masks that look inverted, copied or not filled."""
+    hard = rule.mask_type in ("binary", "instances")
+    framed = [one for one in stats if hard and _is_framed(one)]
+    hollow = [one for one in stats if hard and one.filled > HOLLOW]
+    lumped = [one for one in stats if rule.mask_type == "instances" and one.pieces >= SEVERAL_PIECES]
+    warnings = []
+    found = _classes_found(stats, rule)
+    absent = [] if found is None or len(found) < 2 else sorted(set(range(rule.num_classes)) - found)
+    if found == {0}:
+        warnings.append("no mask has a cell")
+    elif absent:
+        warnings.append(f"no mask has a pixel of class {', '.join(map(str, absent))}, so the model cannot learn it")
+    if len(framed) > SOME * len(stats):
+        warnings.append(
+            f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
+            f"(as in {framed[0].name}): are the cells black on white? Background must be 0"
+        )
+    if len(stats) > 2 and len({one.checksum for one in stats}) == 1 and stats[0].distinct > 1:
+        warnings.append(f"all {len(stats)} masks are equal, pixel by pixel: was one file copied under every name?")
+    if 2 * len(hollow) > len(stats):
+        warnings.append(
+            f"in {len(hollow)} of {len(stats)} masks the cells are hollow (as in {hollow[0].name}): are these "
+            "outlines? Masks must be filled"
+        )
+    if lumped:
+        warnings.append(
+            f"in {len(lumped)} of {len(stats)} masks, all cells have one number (as in {lumped[0].name}): is it a "
+            "binary mask among numbered cells? Every cell needs its own number"
+        )
+    return warnings
+
+
+def _is_framed(one: MaskStats) -> bool:
+    """Whether one value covers the border and more than half of the pixels."""
+    return one.frame > MUCH_FRAME and one.frame_area > 0.5
+
+
+def _classes_found(stats: Sequence[MaskStats], rule: MaskRule) -> set[int] | None:
+    """Classes that occur in the masks. None if the facts do not tell."""
+    if rule.mask_type in ("binary", "instances"):
+        cell = rule.maximum / 2 if rule.mask_type == "binary" else 0.5
+        full = all(one.minimum >= cell for one in stats)
+        some = any(one.maximum >= cell for one in stats)
+        found = ({1} if some else set()) | (set() if full else {0})
+        return found | ({2} if rule.has_boundary and len(found) == 2 else set())
+    if rule.mask_type == "probability":
+        return {0} if stats[0].planes == 0 and all(one.maximum == 0 for one in stats) else None
+    if not all(one.values for one in stats):
+        return None
+    stored = set().union(*(one.values for one in stats))
+    values = range(rule.num_classes) if rule.values is None else rule.values
+    return {k for k, value in enumerate(values) if value in stored}

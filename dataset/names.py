@@ -1,0 +1,137 @@
+"""Which mask belongs to which image, by their names alone, and hints if the names do not agree."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from common.errors import InputError, list_some
+
+# Cellpose: NAME_cp_masks beside NAME, NAME_masks beside NAME_img. Longer endings come first.
+MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
+IMAGE_ENDING = "_img"
+# Words that labs put before or behind the name of an image, with one of " _.-" between.
+_MASK_WORDS = (
+    "cp_masks|masks?|labels?|segmentations?|seg|annotations?|anno|ground_?truth|gt|instances?"  # longer ones come first
+)
+_IMAGE_WORDS = "images?|img|im|raw"
+_MASK_ENDING = re.compile(rf"[ _.-]({_MASK_WORDS})$", re.IGNORECASE)
+_MASK_START = re.compile(rf"^({_MASK_WORDS})[ _.-]", re.IGNORECASE)
+_IMAGE_ENDING = re.compile(rf"[ _.-]({_IMAGE_WORDS})$", re.IGNORECASE)
+_IMAGE_START = re.compile(rf"^({_IMAGE_WORDS})[ _.-]", re.IGNORECASE)
+# Files that systems leave in every folder.
+LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file is hidden, or one that systems leave in every folder."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def bare_mask_name(stem: str) -> str:
+    """``f1_label``, ``f1-mask`` and ``mask_f1`` -> ``f1``. The stem itself if it has no such word."""
+    return _without(stem, _MASK_ENDING, _MASK_START)
+
+
+def bare_image_name(stem: str) -> str:
+    """``f1_raw`` and ``image_f1`` -> ``f1``. The stem itself if it has no such word."""
+    return _without(stem, _IMAGE_ENDING, _IMAGE_START)
+
+
+def _without(stem: str, ending: re.Pattern[str], start: re.Pattern[str]) -> str:
+    """The stem without one word: an ending if there is one, else a start."""
+    for word in (ending, start):
+        rest = word.sub("", stem)
+        if rest and rest != stem:
+            return rest
+    return stem
+
+
+def split_together(stems: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Stems of images and of masks that lie in one folder, told apart by the words in their names.
+
+    Either set is empty if the names do not tell.
+    """
+    stems = set(stems)
+    masks = {stem for stem in stems if stem.endswith(MASK_ENDINGS)}
+    if not masks or masks == stems:
+        masks = {stem for stem in stems if bare_mask_name(stem) != stem}
+    return stems - masks, masks
+
+
+def partners(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str], list[str]]:
+    """Pair stems: NAME with NAME, else with NAME and a word for masks. A word for images may be left out.
+
+    Returns:
+        name of the pair -> stems of its image and its mask; stems of images without mask; of masks without image.
+
+    Raises:
+        InputError: two images or two masks would make one pair.
+    """
+    masks = list(masks)
+    known = set(masks)
+    by_bare: dict[str, list[str]] | None = None  # most folders do without
+    pairs: dict[str, tuple[str, str]] = {}
+    used: dict[str, str] = {}
+    lonely = []
+    for stem in images:
+        base = stem.removesuffix(IMAGE_ENDING) or stem
+        keys = (stem, base, *(start + end for start in (base, stem) for end in MASK_ENDINGS))
+        key = next((key for key in keys if key in known), None)
+        if key is None:
+            by_bare = _by_bare_name(masks) if by_bare is None else by_bare
+            key, base = _by_words(stem, by_bare)
+        if key is None:
+            lonely.append(stem)
+            continue
+        name = stem if key == stem else base
+        if key in used or name in pairs:
+            other = used[key] if key in used else pairs[name][0]
+            raise InputError(f"images {other} and {stem} would make one pair of the name {name}: rename one")
+        used[key] = stem
+        pairs[name] = (stem, key)
+    return pairs, lonely, [stem for stem in masks if stem not in used]
+
+
+def _by_bare_name(masks: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for stem in masks:
+        found.setdefault(bare_mask_name(stem), []).append(stem)
+    return found
+
+
+def _by_words(stem: str, by_bare: dict[str, list[str]]) -> tuple[str | None, str]:
+    """The mask of an image whose name differs in such words only, and the name of the pair."""
+    for name in dict.fromkeys((stem, bare_image_name(stem))):
+        found = by_bare.get(name, [])
+        if len(found) > 1:
+            raise InputError(f"image {stem} has {len(found)} masks: {list_some(found)}. Keep one of them")
+        if found:
+            return found[0], name
+    return None, stem
+
+
+def name_hints(images: Sequence[str], masks: Sequence[str]) -> list[str]:
+    """Why names of images and masks without a partner may not agree."""
+    image_names, mask_names = ({stem.casefold().strip() for stem in stems} for stems in (images, masks))
+    alike = sorted(image_names & mask_names)
+    if alike:
+        return [f"names differ in capital letters or spaces only: {list_some(alike)}"]
+    image_numbers, mask_numbers = (
+        [tuple(map(int, re.findall(r"\d+", stem))) for stem in one] for one in (images, masks)
+    )
+    if not images or sorted(image_numbers) != sorted(mask_numbers) or len(set(image_numbers)) < len(images):
+        return []
+    other = masks[mask_numbers.index(image_numbers[0])]
+    return [f"the numbers in the names agree ({images[0]} and {other}): rename one kind after the other"]
+
+
+def odd_names(names: Iterable[str]) -> str:
+    """A sentence about names that cannot be printed. Empty if there are none."""
+    odd = [ascii(name) for name in names if not name.isprintable()]
+    if not odd:
+        return ""
+    encoding = sys.getfilesystemencoding()
+    mend = "Rename them" if encoding == "utf-8" else f"This shell reads names as {encoding}: set LC_ALL=C.UTF-8"
+    return f"has names with characters that cannot be printed: {list_some(odd)}. {mend}"

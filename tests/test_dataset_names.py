@@ -1,0 +1,120 @@
+"""Pairs by name: which words count as a word for masks, and what is refused because two names would fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import InputError
+from dataset import names
+from dataset.config import DataConfig
+from dataset.files import find_files, pair_files
+from dataset.mask_folder import MaskFolder
+from dataset.names import partners, split_together
+from evaluation.data_report import survey
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "name"),
+    [
+        ("f1", "f1", "f1"),
+        ("f1", "f1_masks", "f1"),
+        ("f1_img", "f1_masks", "f1"),
+        ("f1", "f1_label", "f1"),
+        ("f1", "f1-labels", "f1"),
+        ("f1", "f1_seg", "f1"),
+        ("f1", "f1.mask", "f1"),
+        ("f1", "f1_Mask", "f1"),
+        ("f1", "mask_f1", "f1"),
+        ("f1", "f1_segmentation", "f1"),
+        ("f1", "f1_anno", "f1"),
+        ("f1_raw", "f1_mask", "f1"),
+        ("f1_image", "f1_gt", "f1"),
+        ("image_1", "mask_1", "1"),
+        ("im_1", "gt_1", "1"),
+        ("image_1", "image_1_mask", "image_1"),
+    ],
+)
+def test_words_for_masks_and_images_pair(image, mask, name):
+    assert partners([image], [mask]) == ({name: (image, mask)}, [], [])
+
+
+@pytest.mark.parametrize(("image", "mask"), [("f1", "f2_mask"), ("f1", "f1_flow"), ("a_1", "b_1"), ("f1", "f1mask")])
+def test_other_names_do_not_pair(image, mask):
+    assert partners([image], [mask]) == ({}, [image], [mask])
+
+
+def test_the_plain_name_comes_first_and_two_masks_of_one_image_are_refused():
+    assert partners(["f1"], ["f1", "f1_label"]) == ({"f1": ("f1", "f1")}, [], ["f1_label"])
+    with pytest.raises(InputError, match="image f1 has 2 masks: f1_label, f1_seg"):
+        partners(["f1"], ["f1_label", "f1_seg"])
+    with pytest.raises(InputError, match="f1 and f1_raw would make one pair"):
+        partners(["f1", "f1_raw"], ["f1_label"])
+
+
+@pytest.mark.parametrize("pattern", ["{}_label", "mask_{}", "{}_masks", "{}-seg"])
+def test_one_folder_for_images_and_masks_is_split_by_the_names(tmp_path, pattern):
+    for number in range(3):
+        Image.fromarray(np.full((8, 8), 9 * number, np.uint8)).save(tmp_path / f"f{number}.png")
+        Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / f"{pattern.format(f'f{number}')}.png")
+    pairs = pair_files(tmp_path, tmp_path)
+    assert [(pair.name, pair.mask_path.stem) for pair in pairs] == [
+        (f"f{number}", pattern.format(f"f{number}")) for number in range(3)
+    ]
+    masks = MaskFolder(tmp_path, DataConfig(image_size=8))  # to generate from: the images are left out
+    assert {path.stem for path in masks.paths.values()} == {pair.mask_path.stem for pair in pairs}
+    assert split_together(["a", "b"]) == ({"a", "b"}, set())
+
+
+def test_the_data_report_gives_the_hint_of_training(tmp_path):
+    for folder, stem in (("images", "F1"), ("masks", "f1 ")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / folder / f"{stem}.png")
+    report, _, _ = survey(tmp_path / "images", tmp_path / "masks")
+    with pytest.raises(InputError, match="capital letters or spaces only: f1"):
+        pair_files(tmp_path / "images", tmp_path / "masks")
+    assert any("capital letters or spaces only: f1" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["a.gif", "b.gif"], "but 2 .gif, which are not read: save them as .png"),
+        (["a.h5"], "but 1 .h5, which are not read"),
+        (["a.czi"], "make_masks.py images"),
+        (["Thumbs.db", ".DS_Store", "._a.png"], "it must hold .png"),
+    ],
+)
+@pytest.mark.parametrize("what", ["image", "mask"])
+def test_a_folder_of_other_files_says_what_it_holds(tmp_path, files, words, what):
+    for file in files:
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(InputError, match=words):
+        find_files(tmp_path, what)
+
+
+def test_images_and_masks_of_one_name_in_one_folder_are_told_what_to_do(tmp_path):
+    for file in ("f1.png", "f1.tif"):
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(InputError, match="move the masks into a folder of their own"):
+        find_files(tmp_path, "image")
+
+
+def test_a_shell_that_misreads_names_is_told_the_setting(monkeypatch):
+    assert "Rename them" in names.odd_names(["a\nb"])
+    monkeypatch.setattr(names.sys, "getfilesystemencoding", lambda: "ascii")
+    assert "LC_ALL=C.UTF-8" in names.odd_names(["z\udcc3\udca9lle"])
+    assert names.odd_names(["zélle"]) == ""
+
+
+def test_folders_two_levels_up_name_the_folder_to_give(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / "all" / kind).mkdir(parents=True)
+        for number in range(3):
+            mask = np.arange(64, dtype=np.uint8).reshape(8, 8)
+            Image.fromarray(mask).save(tmp_path / "all" / kind / f"{number}.png")
+    with pytest.raises(InputError, match=r"holds 3 images.*give .*all/images itself"):
+        find_files(tmp_path, "image")
+    with pytest.raises(InputError, match=r"no mask of one nucleus.*give the folder .*all/masks itself"):
+        MaskFolder(tmp_path, DataConfig(image_size=8))
