@@ -111,6 +111,8 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="train the generator on unlabelled images without the masks that segmenters find in them",
     )
+    more = "trainings of the generator; each after the first gets better pseudo-masks from a segmenter of its images"
+    group.add_argument("--generators", type=positive_int, default=1, metavar="N", help=more)
     group.add_argument(
         "--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after the first one"
     )

@@ -337,9 +337,26 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
 def test_generator_may_train_on_unlabelled_images_without_pseudo_masks(data, tmp_path):
     drawing = Drawing()
     folders, settings = LabelledFolders(data / "images", data / "masks"), PracticeSettings(pseudo_masks=False)
-    Practice(folders, data / "unlabelled", settings, drawing, tmp_path, CPU)._train_generator()
+    Practice(folders, data / "unlabelled", settings, drawing, tmp_path, CPU)._train_generators()
     assert drawing.calls == ["train"] and drawing.unlabelled == Unlabelled(data / "unlabelled", None)
     assert not (tmp_path / "pseudo_masks").exists()
+
+
+def test_next_generator_gets_the_pseudo_masks_of_a_segmenter_of_the_first_ones_images(monkeypatch, data, tmp_path):
+    words = ["--steps", 2, "--folds", 2, "--masks", 4, "--most-rounds", 0, "--square", 16]
+    drawing = Drawing()
+    practise(monkeypatch, data, tmp_path / "out", drawing, *words, "--generators", 2)
+    trained = [call for call in drawing.calls if call.startswith(("train", "sample"))]
+    assert trained == ["train 1", "train", "sample", "train", "sample"]
+    assert drawing.unlabelled.masks == tmp_path / "out" / "pseudo_masks_1" / "masks"
+    own = sorted(file_sha256(path) for path in (data / "images").iterdir())
+    assert sorted(read_origin(drawing.unlabelled.masks)["segmenter_images_sha256"]) == own
+    name = sorted(path.name for path in drawing.unlabelled.masks.iterdir())[0]
+    first, second = (np.load(tmp_path / "out" / folder / "masks" / name)["mask"]
+                     for folder in ("pseudo_masks", "pseudo_masks_1"))  # fmt: skip
+    assert first.shape == second.shape and not np.array_equal(first, second)
+    with pytest.raises(InputError, match="needs unlabelled images with pseudo-masks"):
+        practise(monkeypatch, data, tmp_path / "no", Drawing(), *words, "--generators", 2, "--no-pseudo-masks")
 
 
 def test_rounds_end_and_the_page_says_so_if_synthetic_images_do_not_help(monkeypatch, data, tmp_path, capsys):

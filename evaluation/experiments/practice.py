@@ -2,7 +2,8 @@
 
 1. A segmenter learns the labelled images. It gives the unlabelled images soft pseudo-masks. New masks follow what it
    counts there. It tells which synthetic pixels were drawn wrongly.
-2. The generator learns the labelled images, and the unlabelled ones with their pseudo-masks.
+2. The generator learns the labelled images, and the unlabelled ones with their pseudo-masks. If it is trained again, a
+   segmenter learns its images first, and gives the next training new pseudo-masks.
 3. Round 0 draws every mask once. Each next round draws the masks again that the segmenters of the round found hard.
 4. Rounds go on while the cross-validated score rises: round 0 must beat real images alone, each next round the one
    before. What is not clearly ahead of real images alone is not recommended.
@@ -74,6 +75,7 @@ class PracticeSettings:
         simulated_share: fraction of the new masks that is simulated. The others are recombined.
         pseudo_share: fraction of the new masks that is taken from a segmentation of the unlabelled images.
         pseudo_masks: whether the generator trains on soft pseudo-masks of the unlabelled images.
+        generators: number of trainings of the generator. Each after the first gets new pseudo-masks.
         most_rounds: largest number of rounds after the first one.
         most_draws: number of images of the hardest mask.
         ignore_factor: a pixel is ignored if its loss exceeds this factor times its class's mean loss on real images.
@@ -88,6 +90,7 @@ class PracticeSettings:
     simulated_share: float = 0.25
     pseudo_share: float = 0.0
     pseudo_masks: bool = True
+    generators: int = 1
     most_rounds: int = 3
     most_draws: int = MOST_DRAWS
     ignore_factor: float = IGNORE_FACTOR
@@ -156,16 +159,21 @@ class Practice:
             if not (self.folder / SETTINGS).is_file():
                 write_json(self.folder / SETTINGS, made_with)
             self.seen = made_with["images_sha256"]
-            self.checkpoint = self._train_generator()
+            self._train_generators()
             return self._rounds()
 
-    def _train_generator(self) -> Path:
+    def _train_generators(self) -> None:
         """Train the generator. With pseudo-masks, train for one step first: the checkpoint says how images are read."""
-        unlabelled = Unlabelled(self.unlabelled)
-        if self.unlabelled is not None and self.settings.pseudo_masks:
-            self.checkpoint = self.tools.train(self.folders, unlabelled, self.folder / "reading", steps=1)
-            unlabelled = Unlabelled(self.unlabelled, self._soft_masks(self.unlabelled))
-        return self.tools.train(self.folders, unlabelled, self.folder / "generator")
+        if self.unlabelled is None or not self.settings.pseudo_masks:
+            if self.settings.generators > 1:
+                raise InputError("more than one generator needs unlabelled images with pseudo-masks", "generators")
+            self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "generator")
+            return
+        self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "reading", steps=1)
+        for number in range(self.settings.generators):
+            masks = self._soft_masks(self.unlabelled, number)
+            run = self.folder / _numbered("generator", number)
+            self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled, masks), run)
 
     # --- what is read once --------------------------------------------------------------------------------------------
 
@@ -222,6 +230,17 @@ class Practice:
         """A segmenter of all labelled images. It is better than those of the folds, which have seen fewer."""
         phase = Phase(1, [(Labelled([one.item for one in self.real]), 1)])
         return self._kept_network("all_real", lambda: train_segmenter([phase], self.segmenter_config, self.device))
+
+    def _student(self, number: int) -> nn.Module:
+        """A segmenter of all labelled images and of images by the generator before training ``number``."""
+
+        def train() -> nn.Module:
+            draws = dict.fromkeys(self.make_masks()[0], 1)
+            made = self._draw(f"images_of_generator_{number - 1}", draws, dict.fromkeys(draws, 0), self.settings.seed)
+            sources = [(Labelled([one.item for one in group]), 0.5) for group in (self.real, made)]
+            return train_segmenter([Phase(1, sources)], self.segmenter_config, self.device)
+
+        return self._kept_network(f"all_real_and_synthetic_{number}", train)
 
     def _kept_network(self, name: str, train: Callable[[], nn.Module]) -> nn.Module:
         """A segmenter from its file, or trained and written to it."""
@@ -316,23 +335,23 @@ class Practice:
             parts.append(output)
         return parts
 
-    def _soft_masks(self, images: Path) -> Path:
-        """Write soft pseudo-masks of all unlabelled images. Returns their folder."""
-        place = self.folder / "pseudo_masks"
+    def _soft_masks(self, images: Path, number: int) -> Path:
+        """Write soft pseudo-masks of all unlabelled images, for training ``number``. Returns their folder."""
+        place = self.folder / _numbered("pseudo_masks", number)
         (place / "masks").mkdir(parents=True, exist_ok=True)
         if (place / SETTINGS).is_file():
             return place / "masks"
-        segmenter = Segmenter([self.teacher], self.device)
+        segmenter = Segmenter([self._student(number) if number else self.teacher], self.device)
         files = find_files(images, "image")
-        for number, (name, path) in enumerate(files.items(), start=1):
+        for done, (name, path) in enumerate(files.items(), start=1):
             target = place / "masks" / f"{name}.npz"
             if not target.is_file():
                 probabilities, interior = segmenter.probabilities(read_whole(path, self.config))
                 soft = soft_mask(probabilities, interior, self.config.num_classes)
                 whole = on_whole_image(soft, read_image(path).shape[:2], self.config)
                 write_atomically(target, partial(np.savez_compressed, mask=whole))
-            if number % 50 == 0 or number == len(files):
-                logger.info("%d of %d unlabelled images have pseudo-masks", number, len(files))
+            if done % 50 == 0 or done == len(files):
+                logger.info("%d of %d unlabelled images have pseudo-masks", done, len(files))
         note_pseudo_masks(place, self.seen)
         return place / "masks"
 
@@ -363,12 +382,12 @@ class Practice:
         made: list[Made] = []
         stopped = f"{self.settings.most_rounds + 1} rounds were asked for"
         for number in range(self.settings.most_rounds + 1):
-            new = self._draw(number, draws, drawn)
+            new = self._draw(f"round_{number}", draws, drawn, self.settings.seed + number)
             made += new
             content["rounds"].append({"round": number, "images": len(new), "draws": draws, "hardness": hardness})
             write_json(self.folder / PRACTICE_FILE, content)
             if number == 0:
-                results[PLAIN] = self.cross_validate(PLAIN, self._made(0, with_ignored=False))
+                results[PLAIN] = self.cross_validate(PLAIN, self._made("round_0", with_ignored=False))
             results[f"round {number}"] = self.cross_validate(f"round {number}", made)
             before = f"round {number - 1}" if number else REAL
             if _mean_ap(results[f"round {number}"]) <= _mean_ap(results[before]):
@@ -386,9 +405,9 @@ class Practice:
         content["results"] = {name: [one.to_dict() for one in found] for name, found in results.items()}
         return content
 
-    def _draw(self, number: int, draws: Mapping[str, int], drawn: Mapping[str, int]) -> list[Made]:
-        """Sample the images of a round, and mark the pixels that were drawn wrongly."""
-        place = self.folder / f"round_{number}"
+    def _draw(self, folder: str, draws: Mapping[str, int], drawn: Mapping[str, int], seed: int) -> list[Made]:
+        """Sample images into a folder, and mark the pixels that were drawn wrongly."""
+        place = self.folder / folder
         masks = place / "masks"
         masks.mkdir(parents=True, exist_ok=True)
         sources = find_files(self.folder / "masks" / "instances", "mask")
@@ -397,17 +416,16 @@ class Practice:
                 link(sources[mask], masks / f"{mask}__{drawn[mask] + copy:02d}{sources[mask].suffix}")
         link(self.folder / "masks" / SETTINGS, place / SETTINGS)
         mask_type = "instances" if self.cells_only else "classes"
-        seed = self.settings.seed + number
         self.tools.sample(self.checkpoint, masks, mask_type, seed, place / "samples")
-        self._mark_wrong(number)
-        return self._made(number, with_ignored=True)
+        self._mark_wrong(folder)
+        return self._made(folder, with_ignored=True)
 
-    def _mark_wrong(self, number: int) -> None:
+    def _mark_wrong(self, folder: str) -> None:
         """Write the pixels to ignore, by the segmenter of all labels: those of folds miss a look that has one label."""
-        place = self.folder / f"round_{number}"
+        place = self.folder / folder
         (place / "ignore").mkdir(exist_ok=True)
         segmenter = Segmenter([self.teacher], self.device)
-        for one in self._made(number, with_ignored=False):
+        for one in self._made(folder, with_ignored=False):
             path = place / "ignore" / f"{one.name}.png"
             if path.is_file():
                 continue
@@ -416,11 +434,16 @@ class Practice:
             content = encode_image(np.where(wrong, 255, 0).astype(np.uint8)[..., None])
             write_bytes(path, content)
 
-    def _made(self, number: int, with_ignored: bool) -> list[Made]:
-        place = self.folder / f"round_{number}"
+    def _made(self, folder: str, with_ignored: bool) -> list[Made]:
+        place = self.folder / folder
         pairs = set_pairs(SampleSet(place / "samples"), self.num_classes)
         items = [ignored(pair, place) if with_ignored else pair.item for pair in pairs]
         return [Made(pair.name, pair.name.rpartition("__")[0], item) for pair, item in zip(pairs, items, strict=True)]
+
+
+def _numbered(name: str, number: int) -> str:
+    """A folder of training ``number``. The first one has no number."""
+    return f"{name}_{number}" if number else name
 
 
 def _mean_ap(results: Sequence[FoldResult]) -> float:
