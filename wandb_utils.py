@@ -43,6 +43,7 @@ INIT_SECONDS = 30
 FINISH_SECONDS = 600.0  # for the upload at the end
 SAY_SECONDS = 10.0  # without a word
 KEYLESS_MODES = ("offline", "dryrun", "disabled")
+MODES = ("online", "run", "shared", *KEYLESS_MODES)  # of wandb; empty counts as online
 ID_FILE = "wandb_id.txt"
 _run: Any = None  # the wandb.Run of this process; None on every rank but 0 and in runs without --wandb
 
@@ -98,11 +99,14 @@ def check_wandb() -> None:
     """Check before any work that ``--wandb`` can be honoured.
 
     Raises:
-        InputError: wandb is not installed, or there is neither key, nor login, nor offline mode.
+        InputError: wandb is not installed, its mode is unknown, or there is neither key, nor login, nor offline mode.
     """
     if importlib.util.find_spec("wandb") is None:
         raise InputError("wandb is not installed; run pip install wandb, or leave out the flag that asks for it")
-    if os.environ.get("WANDB_MODE", "").strip().lower() in KEYLESS_MODES:
+    mode = os.environ.get("WANDB_MODE", "").strip().lower()
+    if mode and mode not in MODES:
+        raise InputError(f"wandb: WANDB_MODE={mode} is unknown: set it to online, offline or disabled, or unset it")
+    if mode in KEYLESS_MODES:
         return
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or from_environment("WANDB_API_KEY", WANDB_API_KEY) or has_login():
         return

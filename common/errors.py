@@ -180,7 +180,20 @@ def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) ->
 
 
 def end_at_interrupt() -> None:
-    """Let Ctrl-C end this process in one line. Commands call this before their imports, which take seconds."""
+    """Let Ctrl-C end this process in one line. Commands call this before their imports, which take seconds.
+
+    It also opens the streams that the caller has closed, so that nothing else is written into a file in their place,
+    and refuses a current folder that was deleted, which would end the imports without a word about it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - it takes the number of the closed stream
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        line = f"{Path(sys.argv[0]).name}: error: the current folder was deleted: change to another one with cd"
+        print(line, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background, where it is ignored
         signal.signal(signal.SIGINT, _end_now)
 

@@ -199,8 +199,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES='{visible}' hides the others)"
         raise InputError(
-            f"device {name}: process {local_rank} finds {count} GPUs on this machine. "
+            f"device {name}: process {local_rank} finds {count} GPUs on this machine{hidden}. "
             "Start fewer processes (nproc_per_node), or give device cpu.",
             "device",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def results_folder(samples: SampleSet) -> Path:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; width and height in inches. Avoids pyplot, which needs a display and has global state."""
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook, or a wrong one, would end the import
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -295,7 +295,7 @@ def test_coco_polygons_run_lengths_crowds_and_boxes(tmp_path, images):
     label, result = converted(tmp_path, images, source)
     assert np.array_equal(label == 12, drawn() == 9) and (label == 11).sum() == 125
     assert np.count_nonzero(label == 70_000) == 7 and label.dtype == np.int32
-    assert result.counts["a"].dropped == {"a box without an outline": 1, "a crowd": 1}
+    assert result.counts["a"].dropped == {"a box without an outline": 1, "a crowd: iscrowd is 1": 1}
 
 
 def test_labelme_shapes_groups_and_masks(tmp_path, images):
@@ -441,3 +441,139 @@ def test_one_file_of_each_pairs_whatever_the_names(tmp_path, images):
     np.save(tmp_path / "something_seg.npy", {"masks": drawn()})
     convert(tmp_path / "something_seg.npy", images / "a.png", tmp_path / "out", ConvertSettings())
     assert np.array_equal(read_mask(tmp_path / "out" / "a.tif"), drawn())
+
+
+def coco_file(folder: Path, annotations: list[dict], **image: object) -> Path:
+    """A COCO file of the image a.png."""
+    for one in annotations:
+        one.setdefault("image_id", 1)
+        one.setdefault("category_id", 1)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 52} | image],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    path = folder / "coco.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def square(left: int, side: int = 6) -> list[int]:
+    return [left, 4, left + side, 4, left + side, 4 + side, left, 4 + side]
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (5, 5), ("a", "b"), (10**12, 10**12 + 1), (None, None)])
+def test_coco_ids_that_fit_no_label_image_become_1_to_n(tmp_path, images, ids):
+    annotations = [{"id": ids[0], "segmentation": [square(2)]}, {"id": ids[1], "segmentation": [square(20)]}]
+    annotations = [{key: value for key, value in one.items() if value is not None} for one in annotations]
+    label, _ = converted(tmp_path, images, coco_file(tmp_path, annotations))
+    assert label[5, 3] == 1 and label[5, 21] == 2 and np.count_nonzero(label) == 72
+
+
+def test_coco_outlines_of_two_corners_are_dropped_and_no_box_is_made_of_them(tmp_path, images):
+    annotations = [
+        {"id": 1, "segmentation": [[3, 3, 20, 20]]},
+        {"id": 2, "segmentation": [[3, 3, 20, 20], square(30)]},
+        {"id": 3, "segmentation": [[float("nan")] * 6]},
+    ]
+    label, result = converted(tmp_path, images, coco_file(tmp_path, annotations))
+    assert np.count_nonzero(label == 2) == np.count_nonzero(label) == 36
+    assert result.counts["a"].dropped == {
+        "an outline of less than three corners": 1, "coordinates that no image has": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("annotations", "image", "words"),
+    [
+        ([{"id": 1, "image_id": 55, "segmentation": [square(2)]}], {}, "does not list: image_id 55"),
+        ([{"id": 1, "segments_info": []}], {}, "panoptic"),
+        ([{"id": 1, "segmentation": [square(2)], "iscrowd": 1}], {}, "no cell .* can be drawn.*1 dropped .a crowd"),
+        ([{"id": 1, "keypoints": [1, 1, 2]}], {}, "no cell .* can be drawn.*box without an outline"),
+        ([], {}, "no cell .* can be drawn: 1 label images; 0 cells read"),
+    ],
+)
+def test_coco_files_without_a_usable_cell_are_refused_in_words(tmp_path, images, annotations, image, words):
+    with pytest.raises(InputError, match=words):
+        converted(tmp_path, images, coco_file(tmp_path, annotations, **image))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_entry_of_coco_is_named(tmp_path, images):
+    path = coco_file(tmp_path, [])
+    path.write_text(path.read_text().replace("file_name", "filename"))
+    with pytest.raises(InputError, match="no COCO file: 'file_name' is missing"):
+        convert(path, images, tmp_path / "out", ConvertSettings())
+
+
+def polygon(left: int, top: int, side: int) -> dict:
+    ring = [[left, top], [left + side, top], [left + side, top + side], [left, top + side], [left, top]]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_region_of_qupath_around_cells_is_no_cell(tmp_path, images, old):
+    kinds = ["annotation", "detection", "cell", "annotation", "tile"]
+    places = [(0, 0, 30), (2, 2, 5), (12, 2, 5), (40, 20, 4), (0, 0, 40)]
+    features = [
+        {"type": "Feature", "geometry": polygon(*place)}
+        | ({"id": f"Path{kind.title()}Object"} if old else {"properties": {"objectType": kind}})
+        for kind, place in zip(kinds, places, strict=True)
+    ]
+    source = folder_of(tmp_path)
+    (source / "a.geojson").write_text(json.dumps(features), encoding="utf-16")
+    label, result = converted(tmp_path, images, source)
+    assert [np.count_nonzero(label == k) for k in (2, 3, 4)] == [25, 25, 16] and np.count_nonzero(label) == 66
+    assert result.counts["a"].dropped == {"a region with cells in it": 1, "a tile": 1}
+
+
+def test_a_collection_of_geometries_is_read(tmp_path, images):
+    both = {"type": "GeometryCollection", "geometries": [polygon(2, 2, 5), polygon(20, 2, 5)]}
+    source = folder_of(tmp_path)
+    (source / "a.geojson").write_text(json.dumps({"type": "Feature", "geometry": both}))
+    label, _ = converted(tmp_path, images, source)
+    assert np.count_nonzero(label == 1) == 50
+
+
+def test_a_roi_archive_may_hold_folders_and_other_files(tmp_path, images):
+    roi = roifile.ImagejRoi.frompoints(np.array([[2, 2], [8, 2], [8, 8], [2, 8]], float)).tobytes()
+    source = folder_of(tmp_path)
+    with zipfile.ZipFile(source / "a.zip", "w") as archive:
+        archive.writestr("one/0001.roi", roi)
+        archive.writestr("__MACOSX/one/._0001.roi", b"notes")
+        archive.writestr("readme.txt", b"hello")
+    label, _ = converted(tmp_path, images, source)
+    assert np.count_nonzero(label == 1) == np.count_nonzero(label) == 36
+    with zipfile.ZipFile(source / "a.zip", "w") as archive:
+        archive.writestr("0002.roi", roi[:40])
+    with pytest.raises(InputError, match="a damaged ROI .0002.roi"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+def test_labelme_files_belong_to_the_image_that_they_name(tmp_path, images):
+    shape = {"label": "cell", "points": [[2, 2], [8, 2], [8, 8]], "shape_type": "polygon"}
+    source = folder_of(tmp_path)
+    (source / "task 7.json").write_text(json.dumps({"shapes": [shape], "imagePath": "..\\photos\\a.png"}))
+    label, _ = converted(tmp_path, images, source)
+    assert np.count_nonzero(label == 1)
+    (source / "task 7.json").rename(source / "b.json")
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "b.png")
+    with pytest.raises(InputError, match="its image is .*a.png, and there is b.png, too"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "words"),
+    [
+        ("a.npy", lambda path: np.save(path, drawn()), "is a flat label image already"),
+        ("a.tif", lambda path: tifffile.imwrite(path, drawn().astype(np.uint16)), "is a gray mask already"),
+        ("a.mat", lambda path: path.write_bytes(b"MATLAB"), "holds no annotations but 1 .mat"),
+        ("via.json", lambda path: path.write_text('{"a.png9": {"regions": []}}'), "of VIA, which exports COCO"),
+        ("a.zip", lambda path: zipfile.ZipFile(path, "w").close(), "holds no ROIs"),
+    ],
+)
+def test_what_needs_no_conversion_or_another_program_is_said(tmp_path, images, name, write, words):
+    source = folder_of(tmp_path)
+    write(source / name)
+    with pytest.raises(InputError, match=words):
+        convert(source, images, tmp_path / "out", ConvertSettings())

@@ -15,6 +15,7 @@ import torch
 from common.errors import CommandParser, InputError, run_command
 from common.faults import fault_of_machine, without_secrets
 from engine.machine import check_compiler, start_machine
+from evaluation.output import new_figure
 
 ROOT = Path(__file__).parents[1]
 TRAINING = argparse.Namespace(
@@ -173,3 +174,31 @@ def test_ctrl_c_during_the_imports_ends_in_one_line(tmp_path, command):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{command}.py: interrupted\n")
+
+
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train.py']; "
+START += "from common.errors import end_at_interrupt; end_at_interrupt(); "
+
+
+def test_a_deleted_current_folder_ends_in_one_line(tmp_path):
+    script = f'mkdir gone && cd gone && rmdir ../gone && {sys.executable} -c "$0"'
+    done = subprocess.run(["bash", "-c", script, START], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip() == "train.py: error: the current folder was deleted: change to another one with cd"
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0"])
+def test_closed_streams_take_output_and_no_file_gets_it(tmp_path, closed):
+    rest = "print('out'); print('err', file=sys.stderr); file = open('kept.txt', 'w'); import os; os.write(2, b'more')"
+    script = f'{sys.executable} -c "$0" {closed}>&-'
+    done = subprocess.run(
+        ["bash", "-c", script, START + rest], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kept.txt").read_text() == ""
+
+
+def test_a_wrong_backend_of_matplotlib_does_no_harm(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://that_is_not_there")
+    new_figure(1, 1)
+    assert os.environ["MPLBACKEND"] == "agg"

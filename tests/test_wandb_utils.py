@@ -45,6 +45,12 @@ def test_offline_needs_no_key(monkeypatch, mode):
     wandb_utils.check_wandb()
 
 
+def test_an_unknown_mode_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(InputError, match="WANDB_MODE=ofline is unknown: set it to online, offline or disabled"):
+        wandb_utils.check_wandb()
+
+
 def test_key_in_the_environment_is_enough(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     wandb_utils.check_wandb()

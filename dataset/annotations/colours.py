@@ -34,6 +34,8 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
     image = read_image(path)
     if image.shape[:2] != size:
         raise FileError(path, f"has {image.shape[1]} x {image.shape[0]} pixels, but its image {size[1]} x {size[0]}")
+    if not colours and image.shape[2] == 1:
+        raise FileError(path, "is a gray mask already: train on it as it is, or say which gray value is which class")
     if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
         raise FileError(path, "is no label image in colours: 8-bit RGB is needed, without transparency")
     packed = np.repeat(image, 3 // image.shape[2], axis=2).astype(np.int64) @ np.array([65536, 256, 1])

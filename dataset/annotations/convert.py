@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
 from dataset.files import IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
-from dataset.names import IMAGE_ENDING
+from dataset.names import IMAGE_ENDING, is_litter
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
 FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
@@ -127,6 +128,8 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
             errors.append(f"annotations of {name}: {error}")
     if errors:
         raise InputError(f"{len(errors)} of {len(pairs)} annotations cannot be used: {list_some(errors)}")
+    if not any(one.written for one in result.counts.values()):
+        raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}")
     output.mkdir(parents=True, exist_ok=True)
     for name, content in labels.items():
         write_atomically(output / f"{paths[name].name.rpartition('.')[0]}.tif", partial(_write, content))
@@ -168,7 +171,7 @@ def _pair(
                 raise InputError(f"{source} holds two annotations of {name}: keep one of them")
             loads[name] = load
     if not loads:
-        raise InputError(f"{source} holds no annotations: {' '.join(_SUFFIXES)} are read")
+        raise InputError(f"{source} holds no annotations{_others(source)}: {' '.join(_SUFFIXES)} are read")
     if images.is_file() and len(loads) == 1:  # one of each: whatever their names
         return {"image": next(iter(loads.values()))}, [], []
     by_name = {stem: stem for stem in paths} | {stem.removesuffix(IMAGE_ENDING): stem for stem in paths}
@@ -194,6 +197,12 @@ def _files(source: Path) -> list[Path]:
         for path in source.iterdir()
         if path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
     )
+
+
+def _others(source: Path) -> str:
+    """What a folder without annotations holds instead."""
+    kinds = Counter(path.suffix.lower() for path in source.iterdir() if path.is_file() and not is_litter(path.name))
+    return "".join(f" but {count} {kind}" for kind, count in kinds.most_common(1) if kind)
 
 
 def _stem(path: Path) -> str:
@@ -222,7 +231,19 @@ def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> 
         "labelme": labelme.cells_of,
         "pages": stacks.cells_of,
     }
-    return {_stem(path): partial(readers[name], path)}
+    stem = _stem_of_labelme(path, paths) if name == "labelme" else _stem(path)
+    return {stem: partial(readers[name], path)}
+
+
+def _stem_of_labelme(path: Path, paths: Mapping[str, Path]) -> str:
+    """The name of the image: that of the file, or the one in it if there is no such image."""
+    stem, named = _stem(path), labelme.image_name(path)
+    inner = _stem(Path(named)) if named else stem
+    if stem in paths and inner in paths and inner != stem:
+        raise FileError(
+            path, f"says that its image is {named}, and there is {paths[stem].name}, too: rename one of them"
+        )
+    return inner if inner in paths else stem
 
 
 def _format_of(path: Path) -> str:
@@ -236,11 +257,25 @@ def _format_of(path: Path) -> str:
         return "qupath"
     if suffix == ".json":
         content = geojson.read_json(path)
-        keys = set(content) if isinstance(content, dict) else set()
-        return "labelme" if "shapes" in keys else "coco" if {"images", "annotations"} <= keys else "qupath"
+        return _format_of_json(path, content)
     if suffix == ".npy":
         return "planes" if stacks.is_image_stack(path) else "pages"
     return "pages" if suffix in (".tif", ".tiff") and stacks.has_pages(path) else "colours"
+
+
+def _format_of_json(path: Path, content: Any) -> str:
+    """Which of the programs wrote a JSON file."""
+    keys = set(content) if isinstance(content, dict) else set()
+    if "shapes" in keys:
+        return "labelme"
+    if {"images", "annotations"} <= keys:
+        return "coco"
+    first = content[0] if isinstance(content, list) and content else content
+    if content == [] or (isinstance(first, dict) and "type" in first):
+        return "qupath"
+    via = keys and all(isinstance(one, dict) and "regions" in one for one in content.values())
+    hint = ": it is of VIA, which exports COCO, too" if via else ""
+    raise FileError(path, f"is no GeoJSON and no file of COCO or LabelMe{hint}")
 
 
 def _planes(path: Path, names: Sequence[str]) -> dict[str, Load]:

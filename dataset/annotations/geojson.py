@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from dataset.annotations.cells import Cell, rings_to_cell
 from dataset.decode import FileError
+
+DETECTIONS = ("detection", "cell")
 
 
 def read_json(path: Path) -> Any:
@@ -20,13 +22,15 @@ def read_json(path: Path) -> Any:
         FileError: it is none.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_bytes())  # UTF-8, 16 or 32
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise FileError(path, "is no JSON, or a damaged one", str(error)[:120]) from None
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     """The objects of a GeoJSON file. Ids are the objects' names if all are different whole numbers, else 1..n.
+
+    QuPath's annotations that hold detections or cells are regions, and no cells.
 
     Raises:
         FileError: it is no GeoJSON.
@@ -35,7 +39,8 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         features = list(_features(read_json(path)))
         names = [str((one.get("properties") or {}).get("name", "")) for one in features]
         by_name = all(name.isdecimal() and int(name) > 0 for name in names) and len(set(names)) == len(names)
-        return [_cell(one, int(names[k]) if by_name else k + 1) for k, one in enumerate(features)]
+        cells = [_cell(one, int(names[k]) if by_name else k + 1) for k, one in enumerate(features)]
+        return _without_regions(cells, [_kind(one) for one in features])
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         if isinstance(error, FileError):
             raise
@@ -50,6 +55,9 @@ def _features(content: Any) -> Iterator[dict[str, Any]]:
         yield from content["features"]
     elif content["type"] == "Feature":
         yield content
+    elif content["type"] == "GeometryCollection":
+        for one in content["geometries"]:
+            yield from _features(one)
     else:
         yield {"geometry": content, "properties": {}}
 
@@ -57,13 +65,52 @@ def _features(content: Any) -> Iterator[dict[str, Any]]:
 def _cell(feature: dict[str, Any], number: int) -> Cell:
     geometry, properties = feature.get("geometry"), feature.get("properties") or {}
     kind = "nothing" if geometry is None else geometry["type"]
-    if geometry is None or kind not in ("Polygon", "MultiPolygon"):
+    polygons = list(_polygons(geometry)) if geometry else []
+    if kind not in ("Polygon", "MultiPolygon") and not polygons:
         return Cell.none(f"a {kind}")
     named = properties.get("classification") or {}
     name = str(named.get("name") or ": ".join(named.get("names", ()))) if isinstance(named, dict) else str(named)
-    polygons = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
     parts = [rings_to_cell([np.array(ring, float)[:, :2] for ring in polygon]) for polygon in polygons]
     return union([part for part in parts if not part.unusable], number, name)
+
+
+def _polygons(geometry: dict[str, Any]) -> Iterator[list[Any]]:
+    """All polygons of a geometry, each a list of rings."""
+    if geometry["type"] == "Polygon":
+        yield geometry["coordinates"]
+    elif geometry["type"] == "MultiPolygon":
+        yield from geometry["coordinates"]
+    elif geometry["type"] == "GeometryCollection":
+        for one in geometry["geometries"]:
+            yield from _polygons(one)
+
+
+def _kind(feature: dict[str, Any]) -> str:
+    """What QuPath calls the object: annotation, detection, cell, tile; empty for files of other programs."""
+    kind = (feature.get("properties") or {}).get("objectType")
+    if kind is None:  # QuPath before 0.3
+        kind = str(feature.get("id", "")).removeprefix("Path").removesuffix("Object")
+    return str(kind).lower()
+
+
+def _without_regions(cells: list[Cell], kinds: Sequence[str]) -> list[Cell]:
+    """Tiles, and annotations that hold a detection or a cell, become entries that are no cells."""
+    inner = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in DETECTIONS and cell.mask.any()]
+    kept = []
+    for cell, kind in zip(cells, kinds, strict=True):
+        if kind == "tile":
+            cell = Cell.none("a tile")
+        elif kind == "annotation" and any(_holds(cell, one) for one in inner):
+            cell = Cell.none("a region with cells in it")
+        kept.append(cell)
+    return kept
+
+
+def _holds(region: Cell, cell: Cell) -> bool:
+    """Whether the first pixel of a cell belongs to a region."""
+    row, column = np.argwhere(cell.mask)[0] + (cell.top - region.top, cell.left - region.left)
+    height, width = region.mask.shape
+    return bool(0 <= row < height and 0 <= column < width and region.mask[row, column])
 
 
 def union(parts: list[Cell], number: int | None, name: str) -> Cell:

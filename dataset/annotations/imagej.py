@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import roifile
 
 from dataset.annotations.cells import Cell, rings_to_cell
 from dataset.decode import FileError
+from dataset.names import is_litter
 
 AREAS = ("POLYGON", "FREEHAND", "TRACED", "RECT", "OVAL")
+MOST_BYTES = 2**26  # of one ROI
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
@@ -21,8 +24,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         FileError: unreadable, or the ROIs lie on several slices of a stack.
     """
     try:
-        found = roifile.roiread(path)
-        rois = found if isinstance(found, list) else [found]
+        rois = _read_zip(path) if path.suffix.lower() == ".zip" else [roifile.ImagejRoi.frombytes(path.read_bytes())]
         slices = {(roi.position, roi.c_position, roi.z_position, roi.t_position) for roi in rois}
         if len(slices) > 1:
             raise FileError(path, f"holds ROIs of {len(slices)} slices of a stack: save those of one slice")
@@ -33,6 +35,23 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the reader raises nearly any type
         raise FileError(path, "cannot be read, it is damaged or holds no ROIs", str(error)[:120]) from None
+
+
+def _read_zip(path: Path) -> list[roifile.ImagejRoi]:
+    """The ROIs of an archive, in any folder of it; other files in it are left alone."""
+    rois = []
+    with zipfile.ZipFile(path) as archive:
+        members = [one for one in archive.infolist() if one.filename.lower().endswith(".roi")]
+        for member in (one for one in members if not is_litter(Path(one.filename).name)):
+            if member.file_size > MOST_BYTES:
+                raise FileError(path, f"holds a ROI of {member.file_size} bytes ({member.filename})")
+            try:
+                rois.append(roifile.ImagejRoi.frombytes(archive.read(member)))
+            except Exception as error:  # noqa: BLE001 - on damaged bytes the reader raises nearly any type
+                raise FileError(path, f"holds a damaged ROI ({member.filename})", str(error)[:120]) from None
+    if not rois:
+        raise FileError(path, "holds no ROIs")
+    return rois
 
 
 def roi_of(rings: Sequence[np.ndarray], name: str) -> roifile.ImagejRoi:

@@ -44,6 +44,13 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     return cells
 
 
+def image_name(path: Path) -> str:
+    """Name of the image's file that a file of annotations names; empty if it names none."""
+    content = read_json(path)
+    name = content.get("imagePath") if isinstance(content, dict) else None
+    return str(name or "").replace("\\", "/").rpartition("/")[2]
+
+
 def _shape(shape: dict[str, Any]) -> Cell:
     kind, points, name = shape.get("shape_type", "polygon"), np.array(shape["points"], float), str(shape["label"])
     if kind == "polygon":

@@ -40,6 +40,8 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         FileError: pages that are no masks of one cell, or of another size than the image.
     """
     pages = read_array(path)
+    if pages.ndim == 2:
+        raise FileError(path, "is a flat label image already: train on it as it is")
     if pages.ndim != 3 or pages.shape[1:] != size:
         shape = " x ".join(map(str, pages.shape))
         raise FileError(path, f"has the shape {shape}: (cells, {size[0]}, {size[1]}) is needed, one page per cell")
