@@ -264,27 +264,21 @@ def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) 
 def load_redraw(
     args: argparse.Namespace, trained: TrainedModel, machine: Machine
 ) -> tuple[Redraw | None, dict[str, Any] | None]:
-    """With --min-fidelity: who decides what is drawn again, the same on all ranks, and its note for the settings."""
+    """With --min-fidelity: the judge, equal on all ranks, and its note for the settings of the set."""
     if args.min_fidelity is None:
         return None, None
-    from evaluation.redraw import Redraw, RedrawSettings, train_redraw_judge  # seconds to import
+    from evaluation.judge import judge_of_folders  # seconds to import
+    from evaluation.redraw import Redraw, TrainedJudge, portable_judge
 
-    settings = RedrawSettings(
-        min_fidelity=args.min_fidelity,
-        max_attempts=args.max_attempts or MAX_ATTEMPTS,
-        images=args.judge_images,
-        masks=args.judge_masks,
-        mask_type=args.judge_mask_type or "auto",
-        normalize=args.normalize_masks,
-        steps=args.judge_steps or JUDGE_STEPS,
-        cache_dir=args.judge_cache or JUDGE_CACHE,
-    )
-    with torch.inference_mode(False):  # it learns
-        judge = on_main(
-            machine,
-            lambda: train_redraw_judge(settings, trained.data, machine.device, progress=True),
-            "train the judge",
-        )
+    def train() -> TrainedJudge:
+        found = judge_of_folders(
+            args.judge_images, args.judge_masks, trained.data, args.judge_cache or JUDGE_CACHE, machine.device,
+            args.judge_mask_type or "auto", args.normalize_masks, steps=args.judge_steps or JUDGE_STEPS, progress=True,
+        )  # fmt: skip
+        return portable_judge(found, args.min_fidelity, args.max_attempts or MAX_ATTEMPTS)
+
+    with torch.inference_mode(False):  # training needs gradients
+        judge = on_main(machine, train, "train the judge")
     judge = machine.from_main(judge, "train the judge")
     return Redraw.from_trained(judge, trained.data, machine.device), judge.note
 

@@ -23,6 +23,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derived_seed(seed, step, rank))
 
 
+def random_halves(count: int, times: int = 20) -> list[list[np.ndarray]]:
+    """The numbers 0..count-1 in two random halves, several times. Always the same halves; none for fewer than two."""
+    rng = np.random.default_rng(0)
+    return [np.array_split(rng.permutation(count), 2) for _ in range(times if count > 1 else 0)]
+
+
 def shuffled_by_hash(names: Iterable[str], seed: int) -> list[str]:
     """Names in random order. The sort key depends on seed and name only, so a new name never reorders the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())

@@ -47,7 +47,9 @@ def groups_of(names: Sequence[str], groups: Mapping[str, str]) -> list[str]:
     """
     without = [name for name in names if not groups.get(name)]
     if without:
-        raise InputError(f"groups: {len(without)} of {len(names)} images have none: {list_some(without)}.", "groups")
+        raise InputError(
+            f"groups: {len(without)} of {len(names)} images have no group: {list_some(without)}.", "groups"
+        )
     return [groups[name] for name in names]
 
 

@@ -23,6 +23,7 @@ from common.patch_grid import grid_ratio
 from common.pictures import captioned_sheet, mask_picture
 from common.plain import WRONG
 from common.randomness import seed_step
+from common.spread import evenly
 from dataset.batches import Batch
 from dataset.folders import PairedFolder
 from dataset.looks import Looks, measure_tensor
@@ -332,8 +333,7 @@ class Previews:
     """Fixed examples of the data, drawn again at every preview: rows of mask | real | generated."""
 
     def __init__(self, dataset: PairedFolder, training: Training) -> None:
-        places = np.linspace(0, len(dataset) - 1, PREVIEWS).astype(int)
-        examples = [self._with_cells(dataset, index) for index in places]
+        examples = [self._with_cells(dataset, index) for index in evenly(len(dataset), PREVIEWS)]
         self.images = torch.stack([example["image"] for example in examples])  # (n, C, S, S)
         masks = torch.stack([example["mask"] for example in examples])
         self.prob_maps = to_prob_map(masks, training.config.model.num_classes)  # (n, K, S, S)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.cells import connected_cells
 from common.disk import write_json
 from common.errors import InputError, fields_as_flags, list_some, settings_as_flags
+from common.spread import evenly
 from dataset.checks import check_same_size
 from dataset.config import DataConfig
 from dataset.files import (
@@ -439,7 +440,7 @@ def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, notes: Sequence[st
         notes: sentences above the pictures.
         path: PNG file to write.
     """
-    chosen = [pairs[index] for index in np.unique(np.linspace(0, len(pairs) - 1, SHEET_IMAGES).astype(int))]
+    chosen = [pairs[index] for index in evenly(len(pairs), SHEET_IMAGES)]
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     lines = [line for note in notes for line in textwrap.wrap(note, 38 * columns, subsequent_indent="    ")]

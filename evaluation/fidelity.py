@@ -29,7 +29,7 @@ from dataset.folders import PairedFolder
 from dataset.mask_folder import MaskFolder, MaskItem
 from dataset.masks import MaskRule
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
-from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
+from evaluation.judge import Judge, judge_of_folders
 from evaluation.output import Section, Table, results_folder
 from synthetic.reader import SampleSet
 
@@ -362,19 +362,12 @@ def prepare_judge(
     """
     config = samples.require_config()
     split = split_pairs(samples, image_dir, mask_dir, seed)
-    pairs = PairedFolder(
-        image_dir,
-        mask_dir,
-        config,
-        mask_type,
-        seed=seed,
-        progress=progress,
-        names=split.train,
-        normalize=samples.normalizes,
-    )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = JudgeConfig(samples.num_classes, judged_channels(pairs.config), steps, seed=seed)
-    return PreparedJudge(*load_or_train_judge(pairs, settings, cache_dir, device, progress), pairs, split)
+    found = judge_of_folders(
+        image_dir, mask_dir, config, cache_dir, device,
+        mask_type, samples.normalizes, split.train, steps, seed, progress,
+    )  # fmt: skip
+    return PreparedJudge(*found, split)
 
 
 def _judge(judge: Judge, images: Iterator[LabelledImage], num_classes: int, separated: bool) -> AgreementScore:

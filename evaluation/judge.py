@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from dataset.folders import PairedFolder
 from dataset.masks import to_prob_map
 
 logger = logging.getLogger(__name__)
-JUDGE_VERSION = 2  # raise it when the same data and settings would give another judge
+JUDGE_VERSION = 2  # raise it if the same data and settings would give another judge
 CHANNELS = (16, 32, 64, 128)
 WINDOW_BATCH = 16  # windows of a large image judged at once
 LOG_EVERY = 100
@@ -37,7 +37,7 @@ STRIDE = 8  # three halvings: sides are padded to a multiple
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """How a judge is trained. ``steps`` is the budget, the same for every share of data; gray counts as 3 channels."""
+    """How a judge is trained. ``steps`` is the same for any number of pairs. Gray images count as 3 channels."""
 
     num_classes: int
     channels: int = 3
@@ -53,7 +53,7 @@ class Judge:
     Args:
         network: (B, C, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
         device: where it runs.
-        side: of the squares that it learned from; larger images are judged in overlapping windows of it.
+        side: side of its training squares in pixels. Larger images are segmented in overlapping windows of this side.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, side: int) -> None:
@@ -82,7 +82,7 @@ class Judge:
 
     @torch.inference_mode()
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """What the judge sees in whole images: its deepest layer, averaged over the image.
+        """Features of whole images: the output of the deepest layer, averaged over the image.
 
         Args:
             images: B arrays uint8 (S, S, C).
@@ -115,7 +115,7 @@ def deepest_layer(network: nn.Module) -> nn.Module:
 
 
 def predict(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, K, H, W) of images (B, C, H, W) of any size: padded at the right and bottom, cut again."""
+    """Logits (B, K, H, W) of images (B, C, H, W) of any size. Pads at the right and bottom, and crops the result."""
     height, width = images.shape[-2:]
     padding = (0, -width % STRIDE, 0, -height % STRIDE)
     return network(F.pad(images, padding, mode="replicate"))[..., :height, :width]
@@ -127,10 +127,10 @@ def judged_channels(config: DataConfig) -> int:
 
 
 def build_network(num_classes: int, seed: int = 0, channels: int = 3) -> nn.Module:
-    """The U-Net of MONAI that the judge is (Ronneberger et al. 2015, arXiv 1505.04597); the global stream stays put.
+    """MONAI's U-Net (Ronneberger et al. 2015, arXiv 1505.04597). Leaves the global random generator unchanged.
 
-    Norms are over the batch: MONAI's default, over the instance, blows up the noise of a window without cells, and two
-    of five seeds then found cells there (AP at IoU 0.5 of nuclei 0.35 and 0.46 instead of 0.75).
+    Norms are over the batch. MONAI's default, over the instance, amplifies the noise of a window without cells, and
+    some seeds then find cells there.
     """
     strides = (2,) * (len(CHANNELS) - 1)
     with torch.random.fork_rng(devices=[]):
@@ -150,11 +150,11 @@ class Examples(Protocol):
 
 
 def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
-    """Train the U-Net on real pairs; the same data and config give the same network on the same machine.
+    """Train the U-Net. The same data and config give the same network on the same machine.
 
     Args:
-        pairs: real images and masks, as the generator saw them.
-        config: budget and seed.
+        pairs: real images and masks, read as for the generator.
+        config: network, steps and seed.
         device: where to train.
         progress: show a progress bar.
 
@@ -187,10 +187,64 @@ def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, prog
     return network
 
 
+class FolderJudge(NamedTuple):
+    """A judge and the pairs that it learned from.
+
+    Attributes:
+        judge: the trained segmenter.
+        key: hash of data and settings, see :func:`judge_key`.
+        cached: it was trained by an earlier command.
+        pairs: its training pairs.
+    """
+
+    judge: Judge
+    key: str
+    cached: bool
+    pairs: PairedFolder
+
+
+def judge_of_folders(
+    image_dir: str | os.PathLike,
+    mask_dir: str | os.PathLike,
+    config: DataConfig,
+    cache_dir: str | os.PathLike,
+    device: torch.device,
+    mask_type: str = "auto",
+    normalize_masks: bool = False,
+    names: Sequence[str] | None = None,
+    steps: int = 400,
+    seed: int = 0,
+    progress: bool = False,
+) -> FolderJudge:
+    """Load the judge of these pairs from the cache, or train it.
+
+    Args:
+        image_dir: real images.
+        mask_dir: their masks.
+        config: data settings of the generator. The judge reads images in the same way.
+        cache_dir: folder that keeps trained judges.
+        device: where to train.
+        mask_type: one of ``MASK_TYPES``.
+        normalize_masks: divide soft masks by their sum.
+        names: pairs to use; None uses all.
+        steps: training steps.
+        seed: of the training and its crops.
+        progress: show progress bars.
+
+    Raises:
+        InputError: files are unusable.
+    """
+    pairs = PairedFolder(
+        image_dir, mask_dir, config, mask_type, seed=seed, progress=progress, names=names, normalize=normalize_masks
+    )
+    judge_config = JudgeConfig(config.num_classes, judged_channels(config), steps, seed=seed)
+    return FolderJudge(*load_or_train_judge(pairs, judge_config, cache_dir, device, progress), pairs)
+
+
 def load_or_train_judge(
     pairs: PairedFolder, config: JudgeConfig, cache_dir: str | os.PathLike, device: torch.device, progress: bool = False
 ) -> tuple[Judge, str, bool]:
-    """The judge of these pairs and settings, from the cache where it has been trained before.
+    """Load the judge of these pairs and settings from the cache, or train it.
 
     Returns:
         The judge, its key (a hash of data and settings) and whether it came from the cache.
@@ -202,7 +256,7 @@ def load_or_train_judge(
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return Judge(network, device, pairs.config.image_size), key, True
-        except Exception as error:  # a damaged file can raise anything; it can be made again
+        except Exception as error:  # a damaged file can raise anything
             logger.warning("%s is damaged (%s): training the judge again", path, type(error).__name__)
     network = train_judge(pairs, config, device, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +266,7 @@ def load_or_train_judge(
 
 
 def judge_key(pairs: PairedFolder, config: JudgeConfig) -> str:
-    """sha256 of everything that decides the judge: the files, how they are read, and the training settings."""
+    """SHA-256 of the files, how they are read, and the training settings: all that decides the judge."""
     settings = {
         "version": JUDGE_VERSION,
         "judge": asdict(config),

@@ -16,12 +16,12 @@ from scipy.stats import wasserstein_distance
 
 from common.disk import write_json
 from common.errors import InputError
+from common.randomness import random_halves
 from dataset.files import find_files
 from dataset.looks import look_names, measure_image
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
 from synthetic.reader import SampleSet, read_whole
 
-SPLITS = 20
 ROWS, COLUMNS = 6, 8  # of the picture
 FULL_RANGE = ((0.0, 255.0),)
 
@@ -105,13 +105,11 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksRepor
         raise InputError(f"the manifest of {samples.folder} names no real images: give a folder of real images")
     theirs = _measure(samples, real)
     ours = _measure(samples, (samples.synthetic(one) for one in samples.samples))
-    rng = np.random.default_rng(0)
-    splits = [np.array_split(rng.permutation(len(theirs)), 2) for _ in range(SPLITS if len(theirs) > 1 else 0)]
-    halves = [[np.concatenate([theirs[index] for index in half]) for half in split] for split in splits]
+    halves = [[np.concatenate([theirs[i] for i in half]) for half in pair] for pair in random_halves(len(theirs))]
     all_ours, all_theirs = np.concatenate(ours), np.concatenate(theirs)
     numbers = {}
     for column, name in enumerate(look_names(config.channels)):
-        sides = [[half[:, column] for half in split] for split in halves]
+        sides = [[half[:, column] for half in pair] for pair in halves]
         numbers[name] = _compare(all_ours[:, column], all_theirs[:, column], sides)
     return LooksReport(
         numbers=numbers,

@@ -19,14 +19,14 @@ from skimage.measure import regionprops_table
 from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import write_csv, write_json
 from common.errors import InputError
+from common.randomness import random_halves
 from dataset.config import DataConfig
 from dataset.mask_folder import MaskFolder
 from evaluation.fidelity import LabelledImage, folder_images, set_images
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure
 from synthetic.reader import SampleSet
 
-SPLITS = 20
-SEED = 0  # of crops and of random halves
+SEED = 0  # of crops
 TEXTURE_SIGMA = 2.0  # pixels; structure below this size counts as texture
 # Quantity -> (title with unit, "cell" or "image": what has one value).
 QUANTITIES = {
@@ -165,8 +165,7 @@ SECTION = Section(
 
 def compare_populations(synthetic: Population, real: Population) -> dict[str, QuantityScore]:
     """Wasserstein distance of every quantity: synthetic to real, and between random halves of the real images."""
-    rng = np.random.default_rng(SEED)
-    halves = [np.array_split(rng.permutation(len(real)), 2) for _ in range(SPLITS)] if len(real) > 1 else []
+    halves = random_halves(len(real))
     scores = {}
     for quantity, (title, _) in QUANTITIES.items():
         ours, theirs = values_of(synthetic, quantity), values_of(real, quantity)

@@ -8,8 +8,7 @@ with another judge (``evaluate.py fidelity --seed``).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,37 +17,9 @@ import torch
 from common.disk import file_sha256
 from common.pictures import repeat_gray
 from dataset.config import DataConfig
-from dataset.folders import PairedFolder
 from evaluation.fidelity import fidelity_of
-from evaluation.judge import Judge, JudgeConfig, build_network, judged_channels, load_or_train_judge
+from evaluation.judge import FolderJudge, Judge, build_network, judged_channels
 from synthetic.writer import Attempt
-
-
-@dataclass(frozen=True)
-class RedrawSettings:
-    """When to sample again, and how to train the judge.
-
-    Attributes:
-        min_fidelity: keep an image with at least this Dice (:func:`evaluation.fidelity.fidelity_of`), in (0, 1].
-        max_attempts: most attempts per image.
-        images: real images to train the judge.
-        masks: their masks.
-        mask_type: one of ``MASK_TYPES``.
-        normalize: divide soft masks by their sum.
-        steps: training steps of the judge.
-        seed: seed of the judge's training.
-        cache_dir: folder that keeps trained judges.
-    """
-
-    min_fidelity: float
-    max_attempts: int
-    images: Path
-    masks: Path
-    mask_type: str = "auto"
-    normalize: bool = False
-    steps: int = 400
-    seed: int = 0
-    cache_dir: Path = Path("judges")
 
 
 class TrainedJudge(NamedTuple):
@@ -58,33 +29,15 @@ class TrainedJudge(NamedTuple):
     note: dict[str, Any]
 
 
-def train_redraw_judge(
-    settings: RedrawSettings, config: DataConfig, device: torch.device, progress: bool = False
-) -> TrainedJudge:
-    """Train the judge, or load it from the cache.
-
-    Args:
-        settings: pairs and training steps of the judge.
-        config: data settings of the generator. The judge reads images in the same way.
-        device: where to train.
-        progress: show a progress bar.
-
-    Raises:
-        InputError: files are unusable.
-    """
-    pairs = PairedFolder(
-        settings.images, settings.masks, config, settings.mask_type,
-        seed=settings.seed, progress=progress, normalize=settings.normalize,
-    )  # fmt: skip
-    judge_config = JudgeConfig(config.num_classes, judged_channels(config), settings.steps, seed=settings.seed)
-    judge, key, _ = load_or_train_judge(pairs, judge_config, settings.cache_dir, device, progress)
-    weights = {name: value.detach().cpu() for name, value in judge.network.state_dict().items()}
+def portable_judge(found: FolderJudge, min_fidelity: float, max_attempts: int) -> TrainedJudge:
+    """The judge in a form that other processes can rebuild, and its note. Arguments as for :class:`Redraw`."""
+    weights = {name: value.detach().cpu() for name, value in found.judge.network.state_dict().items()}
     note = {
-        "min_fidelity": settings.min_fidelity,
-        "max_attempts": settings.max_attempts,
-        "judge_key": key,
+        "min_fidelity": min_fidelity,
+        "max_attempts": max_attempts,
+        "judge_key": found.key,
         "judge_weights_sha256": weights_sha256(weights),
-        "judge_images_sha256": sorted(file_sha256(pair.image_path) for pair in pairs.pairs),
+        "judge_images_sha256": sorted(file_sha256(pair.image_path) for pair in found.pairs.pairs),
     }
     return TrainedJudge(weights, note)
 
@@ -105,8 +58,8 @@ class Redraw:
 
     Args:
         judge: segmenter trained on real pairs.
-        min_fidelity: see :class:`RedrawSettings`.
-        max_attempts: see :class:`RedrawSettings`.
+        min_fidelity: least Dice of an image that is kept (:func:`evaluation.fidelity.fidelity_of`), in (0, 1].
+        max_attempts: most attempts per image, at least 1.
     """
 
     def __init__(self, judge: Judge, min_fidelity: float, max_attempts: int) -> None:

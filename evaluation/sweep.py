@@ -23,13 +23,12 @@ from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
 from common.randomness import shuffled_by_hash
 from dataset.files import pair_files
-from dataset.folders import PairedFolder
 from dataset.look_choice import choose_looks
 from dataset.mask_folder import MaskFolder, MaskItem
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
-from evaluation.judge import Judge, JudgeConfig, judged_channels, load_or_train_judge
+from evaluation.judge import Judge, judge_of_folders
 from evaluation.output import Section, Table, new_figure, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
@@ -277,11 +276,9 @@ def load_sweep_data(
         )
     chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
     normalize = bool(trained.config.get("train", {}).get("normalize_masks"))
-    pairs = PairedFolder(
-        image_dir, mask_dir, trained.data, mask_type, seed=seed, progress=progress, names=rest, normalize=normalize
+    judge, _, _, pairs = judge_of_folders(
+        image_dir, mask_dir, trained.data, cache_dir, device, mask_type, normalize, rest, steps, seed, progress
     )
-    config = JudgeConfig(trained.data.num_classes, judged_channels(pairs.config), steps, seed=seed)
-    judge, _, _ = load_or_train_judge(pairs, config, cache_dir, device, progress)
     masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=normalize)
     items = [masks.load(name, rng=np.random.default_rng([seed, place])) for place, name in enumerate(sorted(chosen))]
     return SweepData(items, [labelled_image(item, masks.rule) for item in items], judge, pairs.rule.has_boundary)

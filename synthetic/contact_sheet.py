@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
+from common.spread import evenly
 
 MOST_PAIRS = 8
 MOST_LOOKED_AT = 64  # pairs that are read to find some with cells
@@ -18,15 +18,8 @@ def choose_pairs(count: int, has_cells: Callable[[int], bool]) -> list[int]:
         count: pairs of the set.
         has_cells: whether the mask of a pair has a cell.
     """
-    looked_at = _spread(range(count), MOST_LOOKED_AT)
+    looked_at = evenly(count, MOST_LOOKED_AT)
     with_cells = [number for number in looked_at if has_cells(number)]
     empty = [number for number in looked_at if number not in with_cells]
-    chosen = _spread(with_cells, MOST_PAIRS)
-    return sorted(chosen + _spread(empty, MOST_PAIRS - len(chosen)))
-
-
-def _spread(numbers: Sequence[int], most: int) -> list[int]:
-    """At most so many of the numbers, at equal distances."""
-    if len(numbers) <= most:
-        return list(numbers)
-    return [numbers[i] for i in np.linspace(0, len(numbers) - 1, most).astype(int)]
+    chosen = [with_cells[place] for place in evenly(len(with_cells), MOST_PAIRS)]
+    return sorted(chosen + [empty[place] for place in evenly(len(empty), MOST_PAIRS - len(chosen))])

@@ -188,7 +188,7 @@ def test_groups_choose_and_balance_the_looks_of_a_set(lab, tmp_path):
     assert "have no groups" in make_set(lab, tmp_path / "s", "--balance-groups", code=2)
     table.write_text("\n".join(table.read_text().splitlines()[:-1]))
     said = start(lab, "x", 1, *flags, "--group-column", "patient", code=2)
-    assert "1 of 8 images have none: new_cell_2" in said
+    assert "1 of 8 images have no group: new_cell_2" in said
     assert "--balance-groups has no effect without --groups" in start(lab, "x", 1, "--balance-groups", code=2)
 
 

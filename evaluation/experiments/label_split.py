@@ -19,7 +19,7 @@ from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
 from dataset.files import Pair, pair_files
-from dataset.groups import link_or_copy
+from dataset.groups import groups_of, link_or_copy
 from evaluation.experiments.split import (
     SPLIT_FILE,
     SplitPlan,
@@ -124,10 +124,10 @@ def make_selections(
     pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
     tested = {f"test/{pair.name}": pair for pair in pair_files(*test_dirs)} if test_dirs else {}
     everything = pairs | tested
-    of_group = {name: (groups or {}).get(pair.image_path.stem, "") for name, pair in everything.items()}
-    without = [name for name, group in of_group.items() if groups and not group]
-    if without:
-        raise InputError(f"{len(without)} images have no group: {list_some(without)}")
+    of_group = dict.fromkeys(everything, "")
+    if groups is not None:
+        stems = [pair.image_path.stem for pair in everything.values()]
+        of_group = dict(zip(everything, groups_of(stems, groups), strict=True))
     both = shown_in_both(pairs.values(), tested.values()) if tested else []
     if both:
         raise InputError(f"{len(both)} test images show nearly the same as training images, a leak: {list_some(both)}")
