@@ -297,7 +297,7 @@ class SiT(nn.Module):
         image_of_row = condition.image_of_row
         if index is None:
             embedding = torch.cat([embedding, null.expand_as(embedding)])
-        else:  # one null row for all images, or one for each; whole multiples, as in distinct_rows
+        else:  # append one null row for all images, or one for each; rows stay a multiple of ROW_MULTIPLE
             count = 1 if image_of_row is None else len(index)
             images = torch.arange(count + -count % ROW_MULTIPLE, device=index.device).clamp(max=count - 1)
             nulls = torch.arange(len(index), device=index.device).clamp(max=count - 1) + len(embedding)

@@ -3,8 +3,8 @@
     python sample.py ODE --ckpt CKPT.pt --mask-path MASK.png --num-classes 2 --image-size 256 --num-samples 4 \\
         --output samples.png
 
-Model, sizes, classes, space and transport come from the checkpoint. ``sample.py SDE`` samples with noise added on the
-way. ``sample_ddp.py`` makes whole data sets.
+Model, sizes, classes, space and transport come from the checkpoint. ``sample.py SDE`` adds noise at every step.
+``sample_ddp.py`` makes whole data sets.
 
 The ODE also runs backwards, on real images:
 
@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for what would only fail after the work."""
+    """Raise InputError for what would otherwise fail after sampling."""
     if args.on_real and args.data_path is None:
         raise InputError("--likelihood and --reverse work on real images: give --data-path IMAGES.")
     if not args.on_real and not args.mask_path.is_file():
@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
 def write_samples(
     args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
 ) -> None:
-    """The mask and images drawn from it, in one picture."""
+    """Write one picture: the mask, then images sampled from it."""
     item = masks.load(masks.names[0])
     prob_map = torch.as_tensor(item.prob_map)
     indices = range(args.num_samples or 4)
@@ -162,7 +162,7 @@ def write_samples(
 def write_likelihoods(
     args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
 ) -> None:
-    """A row per image: log-likelihood in nats and bits per number; for pixels, per 8-bit gray value."""
+    """Write a table: log-likelihood of each image in nats, and bits per latent number or per 8-bit gray value."""
     per_gray_value = math.log2(255 / 2) if isinstance(sampler.space, PixelSpace) else 0.0
     rows = []
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
@@ -182,7 +182,7 @@ def write_likelihoods(
 def write_round_trip(
     args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
 ) -> None:
-    """Rows of mask | real | real to noise to image, and the noise of every image beside the picture."""
+    """Write a picture with rows of mask | real | real to noise and back, and the noise of all images as .npz."""
     tiles, errors = [], []
     noises: dict[str, np.ndarray] = {}
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
@@ -205,7 +205,7 @@ def write_round_trip(
 
 
 def write_arrays(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
-    """An .npz of arrays of any name; ``numpy.savez`` takes names as arguments and some for its own."""
+    """Write an .npz. ``numpy.savez`` cannot do it, because an array may have the name of one of its arguments."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -213,7 +213,7 @@ def write_arrays(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_real(masks: MaskFolder, numbers: Sequence[int]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Names, images (n, 3, S, S) and masks (n, K, S, S); of a random crop the middle window."""
+    """Names, images (n, C, S, S) in [-1, 1] and masks (n, K, S, S). With random crops, the middle window."""
     items = [masks.load(masks.names[number]) for number in numbers]
     images = torch.stack([torch.as_tensor(item.image) for item in items])
     return [item.name for item in items], images, torch.stack([torch.as_tensor(item.prob_map) for item in items])

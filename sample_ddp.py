@@ -12,9 +12,9 @@ The same command runs without torchrun. It writes
     SAMPLE_DIR/contact_sheet.png     a few masks, synthetic images and (with --data-path) real images
     SAMPLE_DIR/settings.json         what the set was made with
     SAMPLE_DIR/cellpose/ ...         with --export cellpose | stardist | coco | roi | geojson: as these programs read it
-    SAMPLE_DIR/attempts/NAME.json    with --min-fidelity, which draws again what does not follow its mask
+    SAMPLE_DIR/attempts/NAME.json    with --min-fidelity: the best attempt at each image so far
 
-Run the same command to continue: it makes images that are missing or torn, and refuses a folder made with other
+Run the same command to continue. It makes images that are missing or incomplete, and refuses a folder made with other
 settings. With --data-path, only masks with an image there are used, and the contact sheet shows that image. With
 --tile, images have the height and width of their masks instead of the training size. With --shard I/N, each task of a
 job array makes a part of the set.
@@ -105,7 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         group.add_argument(
             "--export", nargs="+", choices=["plain", *EXPORTS], default=["plain"],
-            help="also write the set in the formats of these programs (roi: Fiji, geojson: QuPath); plain: no more",
+            help="also write the set in the formats of these programs (roi: Fiji, geojson: QuPath); plain: no export",
         )  # fmt: skip
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID programs, as SiT does")
         group.add_argument(
@@ -146,7 +146,7 @@ def add_redraw_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_redraw_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with one line if the judge has nothing to learn from."""
+    """Refuse --min-fidelity without real pairs."""
     if args.min_fidelity is not None and (args.judge_images is None or args.judge_masks is None):
         parser.error("--min-fidelity needs --judge-images IMAGES and --judge-masks MASKS: real pairs for its judge")
 
@@ -159,7 +159,7 @@ def set_settings(
     judged: dict[str, Any] | None,
     looks: LookChoice | None,
 ) -> dict[str, Any]:
-    """What decides the content of a set; a folder holds one set only. ``judged`` is the note of its judge, if any."""
+    """All that decides the content of a set, for settings.json. ``judged`` is the note of its judge, if any."""
     return {
         "ckpt_sha256": trained.sha256,
         "weights": "raw" if args.raw_weights else "ema",
@@ -209,7 +209,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     trained = load_checkpoint(args, machine)
     looks = look_choice(args, trained)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
-    with machine.main_first("check the masks"):  # the files that it decoded need no second decode
+    with machine.main_first("check the masks"):  # the others reuse its checks
         masks = open_masks(args, trained.data, progress=machine.is_main)
     exports = [name for name in args.export if name != "plain"]
     check_export(exports, masks.rule)
@@ -245,7 +245,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
 
 
 def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) -> None:
-    """What is made once all images are there."""
+    """Write what needs all images: manifest, contact sheet, exports, gallery."""
     writer.write_manifest()
     if args.min_fidelity is not None:
         log_attempts(args.min_fidelity, writer)
@@ -284,7 +284,7 @@ def load_redraw(
 
 
 def log_attempts(min_fidelity: float, writer: SetWriter) -> None:
-    """How often images were drawn, and how many never reached --min-fidelity."""
+    """Log how many images were sampled again, and how many stayed below --min-fidelity."""
     found = [attempt for job in writer.jobs if (attempt := writer.attempt(job)) is not None]
     again = sum(attempt.number > 1 or not attempt.reached for attempt in found)
     missed = sum(not attempt.reached for attempt in found)

@@ -4,18 +4,20 @@
         --model SiT-B/2 --epochs 100 --global-batch-size 64 --wandb
 
 The same command runs without torchrun on one GPU or on a CPU (there: ``--vae none --model SiT-Ti/8 --image-size 64``).
-Run the same command with the same ``--run-name`` to continue: the run ends with the weights of an unbroken one.
+Run the same command with the same ``--run-name`` to continue. The run ends with the weights of an uninterrupted one.
 
-The resume policy, in the order that matters:
- 1. The newest whole checkpoint of the run folder wins; a damaged one is passed over with a warning.
- 2. Without one, --ckpt gives weights, EMA, optimiser and step; else --init-from gives weights; else all is new.
- 3. A flag that is not given keeps the checkpoint's value. One that is given and differs is refused if the field is
-    fixed (architecture, transport, data), else it replaces the checkpoint's and is logged. Paths, --compile and
-    --recompute-activations are never taken from a checkpoint (engine/config.py says it field by field). The
-    autoencoder may lie elsewhere, and must be the same.
- 4. No random state is saved: every draw follows from (seed, step, rank), every batch from (seed, images seen so far).
-    Another number of processes or --global-batch-size goes on in the data where the run stopped, and is logged.
- 5. Sums of the metrics since their last line are in the checkpoint; lines after its step are cut and written again.
+How a run continues:
+ 1. The newest whole checkpoint of the run folder is used. Damaged ones are skipped with a warning.
+ 2. If there is none, --ckpt gives weights, EMA, optimiser and step. Without --ckpt, --init-from gives weights. Without
+    both, the model is new.
+ 3. A flag that is not given keeps the checkpoint's value. A flag that is given and differs is refused if its field is
+    fixed (architecture, transport, data). If the field may change, the new value is used and logged. Paths, --compile
+    and --recompute-activations never come from a checkpoint. engine/config.py says it for each field. The autoencoder
+    may have moved, but must be the same.
+ 4. No random state is saved. Random numbers follow from (seed, step, rank), batches from (seed, images seen so far).
+    With another number of processes or --global-batch-size, the run continues in the data where it stopped, and logs
+    the change.
+ 5. The checkpoint holds the sums of the metrics since the last line. Lines after its step are cut and written again.
 """
 
 from __future__ import annotations
@@ -76,7 +78,6 @@ from models import SiT_models
 
 logger = logging.getLogger("train")
 MOST_WORKERS = 1024
-LOOK = NO_LOOK  # what a run does that does not say it
 MOST_UNLABELLED = 0.9
 
 
@@ -137,12 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model",
-        choices=list(SiT_models),
-        default="SiT-B/2",
-        metavar="NAME",
+        "--model", choices=list(SiT_models), default="SiT-B/2", metavar="NAME",
         help="SiT-SIZE/PATCH, sizes Ti S B L XL, patches 2 4 8 16",
-    )
+    )  # fmt: skip
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the training images in pixels")
     group.add_argument(
         "--in-channels", type=positive_int, default=3,
@@ -155,11 +153,10 @@ def build_parser() -> argparse.ArgumentParser:
         "pixels",
     )
     group.add_argument(
-        "--latent-cache",
-        metavar="FOLDER",
+        "--latent-cache", metavar="FOLDER",
         help=f"where encoded images are kept, or {NO_CACHE} to encode anew at each step (default: RESULTS_DIR/latents "
         "for --crop center, if the run is long enough to gain from it)",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--no-mask-detail",
         action="store_true",
@@ -185,11 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-steps", type=positive_int, help="total number of steps; replaces --epochs")
     group.add_argument("--global-batch-size", type=batch_size, help="images per step over all processes")
     group.add_argument(
-        "--accumulate",
-        type=positive_int,
-        metavar="PARTS",
+        "--accumulate", type=positive_int, metavar="PARTS",
         help="split a batch into this many parts: the same update with less memory",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--recompute-activations",
         action="store_true",
@@ -240,25 +235,27 @@ def add_look_arguments(parser: argparse.ArgumentParser) -> None:
     """The look of images, and images without masks."""
     group = parser.add_argument_group("looks and unlabelled images")
     group.add_argument(
-        "--look", choices=LOOKS, default=LOOK,
+        "--look", choices=LOOKS, default=NO_LOOK,
         help="reference: the look of an image (colour, contrast, grain), measured from it, is an input of the model",
     )  # fmt: skip
     group.add_argument(
         "--look-dropout", type=fraction, default=0.15,
-        help="share of examples trained without their look, which --look-scale and sampling without a look need",
+        help="fraction of examples trained without their look, for --look-scale and for sampling without a look",
     )  # fmt: skip
     group.add_argument(
         "--unlabelled-path", nargs="+", metavar="IMAGES", help="folders of images without masks, which teach looks"
     )
     group.add_argument(
         "--unlabelled-mask-path", nargs="+", metavar="MASKS",
-        help="their soft pseudo-masks (probabilities of cell, or stacks of one plane per class), a folder for each",
+        help="one folder for each of them, with soft pseudo-masks: probability of cell, or one plane per class",
     )  # fmt: skip
     group.add_argument(
-        "--unlabelled-share", type=number(float, 0.001, MOST_UNLABELLED), help="share of unlabelled images in a batch"
+        "--unlabelled-share", type=number(float, 0.001, MOST_UNLABELLED), help="fraction of a batch that is unlabelled"
     )
-    group.add_argument("--groups", metavar="CSV", help="groups of all images: a column name, a column of groups")
-    group.add_argument("--group-column", metavar="COLUMN", help="column of the groups, such as patient")
+    group.add_argument("--groups", metavar="CSV", help="table of the group of each image, with a column 'name'")
+    group.add_argument(
+        "--group-column", metavar="COLUMN", help="column of this table that holds the groups, such as patient"
+    )
     group.add_argument("--balance-groups", action="store_true", help="train on each group equally often")
 
 
@@ -287,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, machine: Machine) -> None:
-    """One run, from its checks to its last step."""
+    """Check the arguments, prepare the run, and train to the last step."""
     check_arguments(args)
     if not continues(args):
         resolve(args, machine.world_size)  # refuse what is wrong before there is a folder
@@ -305,7 +302,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
 def prepare(
     args: argparse.Namespace, machine: Machine, run: RunFolder
 ) -> tuple[Training, PairedFolder, list[UnlabelledFolder | PairedFolder]]:
-    """All that can refuse the user's input. Returns the training at its next step, the pairs, and unlabelled images."""
+    """Do everything that can refuse the user's input.
+
+    Returns:
+        The training at its next step, the labelled pairs, and the folders of unlabelled images.
+    """
     state = find_state(args, run, machine)
     config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
@@ -346,10 +347,10 @@ def prepare(
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """What can be said without data or checkpoint.
+    """Check what needs neither data nor checkpoint.
 
     Raises:
-        InputError: the flag and how to mend it.
+        InputError: names the flag and says how to mend it.
     """
     preset = PRESETS.get(args.preset, Preset("", "", ""))
     for name in preset.needs:
@@ -375,13 +376,13 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def continues(args: argparse.Namespace) -> bool:
-    """Whether a checkpoint will fill in what the command line leaves out."""
+    """Whether there is a checkpoint whose values replace the defaults of flags."""
     named = args.run_name and RunFolder(args.results_dir / args.run_name, args.keep).steps()
     return bool(args.ckpt or named)
 
 
 def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
-    """Make and lock the run folder on rank 0; every rank learns its name."""
+    """Make and lock the run folder on rank 0, and tell all ranks its path."""
 
     def make() -> RunFolder:
         title = f"{args.model.replace('/', '-')}-{args.path_type}"
@@ -397,7 +398,7 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
 
 
 def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> dict[str, Any] | None:
-    """The checkpoint to continue from, the same on every rank; None for a new run. See the resume policy above."""
+    """Read the checkpoint to continue from, the same on every rank. None for a new run. See the top of this file."""
 
     def choose() -> tuple[Path, dict[str, Any]] | None:
         return run.newest() or ((args.ckpt, read_checkpoint(args.ckpt)) if args.ckpt else None)
@@ -430,7 +431,7 @@ def check_same_space(space: Space, saved: dict[str, Any]) -> None:
 
 
 def set_weights(training: Training, state: dict[str, Any] | None) -> None:
-    """The checkpoint's weights and counters, else those of --init-from, else the new ones stay."""
+    """Load weights and counters of the checkpoint. For a new run, load the weights of --init-from if it is given."""
     if state is not None:
         training.load(state)
         logger.info("continuing after step %d", training.step)
@@ -459,7 +460,7 @@ def set_looks(training: Training, dataset: PairedFolder, unlabelled: Sequence[Un
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Another number of processes sees the same batches in the same order; only the noise is drawn anew."""
+    """Warn if the machine changed. The batches and their order stay; only the noise differs."""
     for name, value in before.items():
         if now[name] != value:
             logger.warning(
@@ -473,7 +474,7 @@ def note_data(
     unlabelled: Sequence[UnlabelledFolder | PairedFolder],
     run: RunFolder,
 ) -> None:
-    """Keep what is known of the training images, in the run and beside it; drop metrics after the step at hand."""
+    """Record facts about the training images in checkpoint and run folder, and cut metrics after the present step."""
     training.note_images(dataset, unlabelled)
     training.intensity = SourceIntensity.of(
         dataset.windows, dataset.dtypes, dataset.stored_channels, dataset.colours
@@ -483,7 +484,7 @@ def note_data(
 
 
 def write_windows(path: Path, dataset: PairedFolder) -> None:
-    """The gray values of every training image that became -1 and 1."""
+    """Write the gray values of each training image that training maps to -1 and 1."""
     rows = [
         (pair.image_path.name, dtype, *window_columns(window).values())
         for pair, dtype, window in zip(dataset.pairs, dataset.dtypes, dataset.windows, strict=True)

@@ -29,11 +29,11 @@ class Overlap(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid, self.patch_size, self.margin = grid, patch_size, patch_size // 2
-        self.side = patch_size + 2 * self.margin  # of a window: 2 p, or 2 p - 1 for odd p
+        self.side = patch_size + 2 * self.margin  # pixels of a window: 2 p, or 2 p - 1 for odd p
         self.linear = nn.Linear(hidden_size, 2 * out_channels * self.side**2)  # shifts, then scales
         fade = 1 - (torch.arange(self.side) - (self.side - 1) / 2).abs() / patch_size
         window = (fade[:, None] * fade).flatten()  # (side side,)
-        reached = self.add_up(window[None, :, None].repeat(1, 1, grid[0] * grid[1]))  # 1, but below it at the edges
+        reached = self.add_up(window[None, :, None].repeat(1, 1, grid[0] * grid[1]))  # 1, less at the image's edges
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("reached", reached, persistent=False)  # (1, 1, H, W)
 
@@ -43,7 +43,7 @@ class Overlap(nn.Module):
         return F.fold(windows, size, self.side, padding=self.margin, stride=self.patch_size)
 
     def forward(self, tokens: Tensor, noisy: Tensor) -> Tensor:
-        """tokens (B, T, D), noisy (B, C, H, W) -> (B, C, H, W), or (B, 2 C, H, W) where sigma is learned, too."""
+        """tokens (B, T, D), noisy (B, C, H, W) -> (B, C, H, W), or (B, 2 C, H, W) if sigma is learned."""
         windows = self.linear(tokens).unflatten(2, (-1, len(self.window))) * self.window  # (B, T, 2 C, side side)
         field = self.add_up(windows.flatten(2).transpose(1, 2)) / self.reached
         shift, scale = field.chunk(2, dim=1)

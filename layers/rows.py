@@ -13,8 +13,6 @@ from torch import Tensor, nn
 # Distinct rows are padded to a multiple of this. Then matrix products have few shapes: little is recompiled, and a row
 # gives the same bits with any other rows in the batch.
 ROW_MULTIPLE = 64
-
-
 MOST_KEPT = 2**24  # numbers of a modulation that is kept: 64 MB in float32
 
 
@@ -30,9 +28,10 @@ class KeptModulation:
         self._latest: tuple[Tensor, list[Tensor]] | None = None
 
     def __call__(self, c: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor | None]:
-        """Modulation of each layer for a condition c (..., D), or None for each that shall compute its own.
+        """Modulation of each layer for a condition c (..., D). None for each layer if nothing is kept.
 
-        Nothing is kept on a GPU, which would wait for the comparison, or if it is larger than ``MOST_KEPT``.
+        Nothing is kept on a GPU, because the comparison would wait for the GPU. Nor is a modulation of more than
+        ``MOST_KEPT`` numbers.
         """
         widths = sum(layer.get_parameter("adaLN_modulation.1.bias").numel() for layer in layers)
         if c.device.type != "cpu" or c[..., 0].numel() * widths > MOST_KEPT:

@@ -1,7 +1,7 @@
 """The plain layers of a transformer: patches to tokens, attention, MLP. State-dict keys are those of SiT's weights.
 
-timm has equal layers (a test compares them). They are not used here, because importing timm loads all of its models and
-torchvision, which takes longer than all else at the start of a command.
+timm has equal layers; a test compares them. They are not used here, because importing timm loads all of its models and
+torchvision. That would take longer than the rest of a command's start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw the missing images of a set, and draw again those that a judge sends back."""
+"""Draw the missing images of a set. Draw an image again if a judge rejects it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ class Judge(Protocol):
     """Decides which draw of an image is kept, and when to stop."""
 
     def __call__(self, before: Attempt | None, prob_map: np.ndarray, image: np.ndarray, number: int) -> Attempt:
-        """The better of the draw that was kept so far and draw ``number``, an image (H, W, C) uint8."""
+        """Return the better of two draws of an image.
+
+        Args:
+            before: the best draw so far; None if there is none.
+            prob_map: (K, H, W) mask of the image.
+            image: (H, W, C) uint8, the new draw.
+            number: number of the new draw, from 1.
+        """
 
     def is_done(self, attempt: Attempt) -> bool:
         """Whether no further draw is needed, or none is left."""
@@ -37,15 +44,15 @@ def draw_missing(
     judge: Judge | None = None,
     progress: bool = False,
 ) -> None:
-    """Draw and write images in rounds: each round draws what the judge sent back in the round before.
+    """Draw and write images in rounds. Each round draws those images again that the judge rejected in the last round.
 
-    Which draw is kept stands beside the set after every image, so that a later start continues in the middle.
+    The set notes after every image which draw is kept, so an interrupted command can continue.
 
     Args:
         writer: the set.
         sampler: draws the images.
         todo: jobs, each with the number of its next draw.
-        batch_size: images (of a large field: windows) that pass through the model at once.
+        batch_size: images per network call; for large fields, tiles per network call.
         judge: None keeps every first draw.
         progress: show a progress bar, and no lines in the log.
     """
@@ -66,8 +73,8 @@ def _draw_round(
     threads: ThreadPoolExecutor,
     bar: tqdm,
 ) -> list[tuple[Job, int]]:
-    """Draw everything once; background threads write while the next batch is drawn. Returns what to draw again."""
-    size = batch_size if writer.masks.whole_scale is None else 1  # a field is a batch of windows
+    """Draw every image once. Threads write while the next batch is drawn. Returns what to draw again."""
+    size = batch_size if writer.masks.whole_scale is None else 1  # one field is a batch of tiles
     again: list[tuple[Job, int]] = []
     pending: list[Future[None]] = []
     for first in range(0, len(todo), size):
@@ -108,7 +115,7 @@ def _draw(
     looks: torch.Tensor | None,
     is_field: bool,
 ) -> np.ndarray:
-    """(n, C, H, W) in [-1, 1]; n is 1 for a field."""
+    """Images (n, C, H, W) in [-1, 1]; n is 1 for a field."""
     prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, H, W)
     if is_field:
         look = None if looks is None else looks[0]
@@ -117,7 +124,7 @@ def _draw(
 
 
 def _wait(pending: list[Future[None]], most_left: int) -> list[Future[None]]:
-    """Wait until at most so many writes are left; raise what went wrong in those that ended."""
+    """Wait until at most ``most_left`` writes are left. Raises the error of a write that failed."""
     while len(pending) > most_left:
         pending.pop(0).result()
     return pending

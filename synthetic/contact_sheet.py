@@ -1,4 +1,4 @@
-"""Picture of a set: a few masks, below them the synthetic images, and below these the real images if there are any."""
+"""Which pairs the contact sheet of a set shows. Its rows are masks, synthetic images and (if known) real images."""
 
 from __future__ import annotations
 

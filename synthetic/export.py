@@ -1,6 +1,4 @@
-"""A synthetic set in the layout that segmenters and annotation programs read: Cellpose, StarDist, COCO, Fiji, QuPath.
-
-Written beside the set that sample_ddp.py made, from its images and labels:
+"""Export a synthetic set to Cellpose, StarDist, COCO, Fiji and QuPath. The files lie in the folder of the set:
 
     SAMPLE_DIR/cellpose/NAME_img.tif, NAME_masks.tif       uint16 ids, 0 background
     SAMPLE_DIR/stardist/images/NAME.tif, masks/NAME.tif    the same
@@ -8,14 +6,14 @@ Written beside the set that sample_ddp.py made, from its images and labels:
     SAMPLE_DIR/roi/images/NAME.png, rois/NAME.zip          ROIs of ImageJ and Fiji, named by the ids
     SAMPLE_DIR/geojson/images/NAME.png, annotations/NAME.geojson    objects of QuPath, named by the ids
 
-The outlines of ROIs and objects run along the edges of the pixels: they enclose the same pixels as the label.
+The outlines of ROIs and objects run along pixel edges. So they enclose the same pixels as the label.
 
-An image of several channels that is no RGB becomes a TIFF: of one plane per channel (axes CYX), but for StarDist, which
-expects channels last.
+An image of several channels that is not RGB becomes a TIFF with one plane per channel (axes CYX). StarDist expects
+channels last, and gets them.
 
-Instance labels keep their ids. A label image with an id above 65,535 is numbered anew from 1: its 16 bits hold no more,
-and segmenters give the numbers no meaning. COCO keeps every id in "instance_id". Binary and class masks hold no
-instances: every connected region of a class is one cell.
+Instance labels keep their ids. If an id is above 65,535, the cells of this label are numbered from 1, because a label
+image has 16 bits. COCO keeps every id in "instance_id". In binary and class masks, each connected region of a class is
+one cell.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ class ExportedPair:
 
 
 def check_export(formats: Sequence[str], rule: MaskRule) -> None:
-    """Raises InputError where the masks hold no cells that could be told apart."""
+    """Raise InputError if the masks have no cells with outlines."""
     if formats and not rule.is_hard:
         raise InputError(
             f"export {formats[0]}: {rule.mask_type} masks have no cells with outlines; leave export out.", "export"
@@ -72,16 +70,16 @@ def check_export(formats: Sequence[str], rule: MaskRule) -> None:
 
 
 def export_set(sample_dir: Path, images: Sequence[Path], rule: MaskRule, format_name: str) -> Path:
-    """Write the set once more in another layout; what is there is written anew.
+    """Write the set in another layout. Existing files are replaced.
 
     Args:
         sample_dir: a complete set of sample_ddp.py.
-        images: the set's images; a label has its image's name.
-        rule: what its labels hold.
+        images: images of the set. A label has the name of its image.
+        rule: what the labels hold.
         format_name: key of ``EXPORTS``.
 
     Returns:
-        The folder.
+        The folder of the export.
     """
     folder = sample_dir / format_name
     folder.mkdir(exist_ok=True)
@@ -90,19 +88,18 @@ def export_set(sample_dir: Path, images: Sequence[Path], rule: MaskRule, format_
 
 
 def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
-    """(H, W) cells of a label: its own ids, or the connected regions of each class, numbered through."""
+    """(H, W) instance map of a label: its own ids, or a new id for each connected region of a class."""
     if rule.mask_type == "instances":
-        cells = label
-    else:
-        cells, classes = np.zeros(label.shape, dtype=np.int64), rule.class_map(label)
-        for number in range(1, rule.num_classes):
-            regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))
-            cells = np.where(regions > 0, regions + cells.max(), cells)
+        return label
+    cells, classes = np.zeros(label.shape, dtype=np.int64), rule.class_map(label)
+    for number in range(1, rule.num_classes):
+        regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))
+        cells = np.where(regions > 0, regions + cells.max(), cells)
     return cells
 
 
 def label_image(pair: ExportedPair) -> np.ndarray:
-    """(H, W) uint16: the ids of the cells, numbered anew from 1 if one of them needs more than 16 bits.
+    """(H, W) uint16 ids of the cells. They are numbered from 1 if an id needs more than 16 bits.
 
     Raises:
         InputError: more than 65,535 cells.
@@ -110,7 +107,7 @@ def label_image(pair: ExportedPair) -> np.ndarray:
     cells, most = pair.instance_map, np.iinfo(np.uint16).max
     if cells.max(initial=0) > most:
         cells = without_gaps(cells)
-        logger.info("%s: ids above %d, numbered anew from 1", pair.name, most)
+        logger.info("%s: some ids are above %d, so its cells are numbered from 1", pair.name, most)
     if cells.max(initial=0) > most:
         raise InputError(f"{pair.name}: {cells.max()} cells, and a label image of 16 bits holds at most {most}.")
     return cells.astype(np.uint16)
@@ -126,8 +123,7 @@ def _pairs(sample_dir: Path, images: Sequence[Path], rule: MaskRule) -> Iterator
 
 
 def _write_tiff(path: Path, array: np.ndarray, planes: bool = True, colours: bool = True) -> None:
-    content = encode_tiff(array, planes, colours)
-    write_bytes(path, content)
+    write_bytes(path, encode_tiff(array, planes, colours))
 
 
 def _cellpose(folder: Path, pairs: Iterator[ExportedPair]) -> None:
@@ -182,7 +178,7 @@ def class_name(number: int) -> str:
 
 
 def _cells(pair: ExportedPair) -> Iterator[tuple[int, str, list[list[np.ndarray]]]]:
-    """Id, name of the class and outlines of every cell, in corners of the whole image."""
+    """Id, class name and outlines of every cell. Points (x, y) are pixel corners of the whole image."""
     cells = without_gaps(pair.instance_map)
     numbers = np.unique(pair.instance_map[pair.instance_map > 0]).tolist()
     for index, (number, place) in enumerate(zip(numbers, ndimage.find_objects(cells), strict=True), start=1):
@@ -193,7 +189,7 @@ def _cells(pair: ExportedPair) -> Iterator[tuple[int, str, list[list[np.ndarray]
 
 
 def _copy_image(folder: Path, pair: ExportedPair, beside: str) -> Path:
-    """Copy the image; the folder for what belongs to it."""
+    """Copy the image into the export. Returns the folder ``beside`` the images, for annotations."""
     for name in ("images", beside):
         (folder / name).mkdir(exist_ok=True)
     shutil.copyfile(pair.image_path, folder / "images" / pair.image_path.name)
@@ -207,7 +203,7 @@ def _roi(folder: Path, pairs: Iterator[ExportedPair]) -> None:
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
             for number, _, polygons in _cells(pair):
-                entry = zipfile.ZipInfo(f"{number}.roi")  # of a fixed time: the same set gives the same bytes
+                entry = zipfile.ZipInfo(f"{number}.roi")  # has a fixed time, so the same set gives the same bytes
                 archive.writestr(entry, roi_of([ring for rings in polygons for ring in rings], str(number)).tobytes())
         path = _copy_image(folder, pair, "rois") / f"{pair.name}.zip"
         write_bytes(path, content.getvalue())

@@ -101,7 +101,7 @@ def relative_to_set(path: Path, folder: Path) -> str:
 
 
 def path_in_set(name: str, folder: Path) -> Path:
-    """A path outside of the set as the manifest names it: relative to the set; in old sets absolute, or as typed."""
+    """The file outside of the set that a manifest names: relative to the set. Old sets hold a path as typed."""
     return folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
 
 
@@ -152,7 +152,7 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def write_manifest(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a manifest, whole or not at all. Columns stand in the order of COLUMNS, others behind them."""
+    """Write a manifest atomically. Columns have the order of COLUMNS; unknown ones come last."""
     rows = list(rows)
     found = dict.fromkeys(name for row in rows for name in row)
     known = [column.name for column in COLUMNS if column.name in found]
@@ -164,7 +164,7 @@ def _write(folder: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any
 
 
 def write_column(folder: Path, name: str, values: Sequence[str]) -> None:
-    """Add a column to a manifest, or give it new values; one value per row. The other columns stay where they are.
+    """Add a column to a manifest, or replace its values, one per row. The other columns keep their order.
 
     Raises:
         InputError: the manifest cannot be read.
@@ -175,7 +175,7 @@ def write_column(folder: Path, name: str, values: Sequence[str]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a set was made with; empty if it does not say so.
+    """Settings that a set was made with. Empty if the set has no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -194,7 +194,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as sets hold them now. Earlier versions kept the note of ``--min-fidelity`` under "filter", too."""
+    """Settings in the present form. Earlier versions kept the note of ``--min-fidelity`` under "filter"."""
     note = settings.get("filter")
     if "redraw" in settings or not isinstance(note, dict):
         return settings
@@ -209,5 +209,5 @@ def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge_notes(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The notes of all judges that chose among a set's images: of ``--min-fidelity``, and of ``evaluate.py filter``."""
+    """Notes of the judges that selected images of a set: by ``--min-fidelity``, and by ``evaluate.py filter``."""
     return [note for name in ("redraw", "filter") if (note := settings.get(name))]

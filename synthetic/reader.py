@@ -1,9 +1,8 @@
-"""A synthetic set as ``sample_ddp.py`` writes it: manifest, images, labels, and the real images behind the labels.
+"""Read a synthetic set that ``sample_ddp.py`` wrote: manifest, images, labels, and the real images of the labels.
 
-All images leave here alike, as uint8 (H, W, C): the synthetic ones as the model drew them (those in the training
-images' own gray values are windowed by what the manifest says), the real ones windowed as in training, cut by the same
-view as their label and rounded as the synthetic ones were. C is the model's number of channels, but gray is repeated to
-three.
+All images are returned as uint8 (H, W, C). C is the model's number of channels; gray is repeated to three. Synthetic
+images that hold gray values of the training images are mapped back by the range in the manifest. Real images are mapped
+as in training, cut by the view of their label, and rounded to 8 bits like synthetic images.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ class Sample:
 
     Attributes:
         image_path: the synthetic image.
-        label_path: the label that it was made from, same pixels.
-        real_path: the real image that belongs to the label, or None.
+        label_path: the label that it was made from. Both have the same height and width.
+        real_path: the real image of the label, or None.
         source_mask: the mask file that the label was cut from, or None if the manifest does not name it.
-        view: the part of the real image that belongs to the label's pixels, or None.
-        mask_type: what the label's gray values are (``binary``, ``classes``, ``probability``, ``instances``).
+        view: the part of the real image that the label shows, or None.
+        mask_type: what the label holds: ``binary``, ``classes``, ``probability`` or ``instances``.
         columns: the whole row as text.
     """
 
@@ -69,7 +68,7 @@ class Sample:
 
 
 class SampleSet:
-    """The rows of ``SAMPLE_DIR/manifest.csv``, every file of which exists, and how to read them.
+    """The rows of ``SAMPLE_DIR/manifest.csv`` and their files. All files exist when the object is made.
 
     Args:
         sample_dir: folder written by ``sample_ddp.py``.
@@ -117,7 +116,7 @@ class SampleSet:
         return self._rule is not None and self._rule.normalize
 
     def provenance(self) -> dict[str, list[str]]:
-        """Distinct values of the columns that say how the images were made, at most three of each, and who chose."""
+        """How the images were made and selected: column or setting -> at most three distinct values."""
         found = {
             name: sorted({row.columns[name] for row in self.samples})[:3]
             for name in PROVENANCE_COLUMNS
@@ -128,18 +127,18 @@ class SampleSet:
         return {name: values for name, values in found.items() if values != [""]}
 
     def chosen_by(self, judge_key: str) -> bool:
-        """Whether this judge chose among the set's images; its own scores of them are then too high."""
+        """Whether this judge selected images of the set. Its own scores of them are then biased upwards."""
         return any(note.get("judge_key") == judge_key for note in judge_notes(self.settings))
 
     def write_fidelity(self, values: Sequence[float]) -> None:
-        """Write the fidelity of every image, in the order of ``samples``, into the manifest."""
+        """Write the fidelity of every image into the manifest. ``values`` have the order of ``samples``."""
         write_column(self.folder, FIDELITY_COLUMN, [f"{value:.4f}" for value in values])
 
     def require_config(self) -> DataConfig:
-        """How training read its files.
+        """How training read its images.
 
         Raises:
-            InputError: the set's settings do not say it.
+            InputError: the settings of the set do not say it.
         """
         if self.config is None:
             raise InputError(f"{self.folder / SETTINGS} has no data_config; sample the set again with sample_ddp.py")
@@ -157,10 +156,10 @@ class SampleSet:
         return repeat_gray(fit_channels(image, self.config.channels, sample.image_path))
 
     def real(self, sample: Sample) -> np.ndarray:
-        """The real image behind the label, windowed and cut as in training, uint8 (H, W, C).
+        """The real image of the label, uint8 (H, W, C), with gray values and view as in training.
 
         Raises:
-            InputError: the image is unreadable, or not the one that the view was made for.
+            InputError: the image is unreadable, or does not have the size that the view was made for.
         """
         if sample.real_path is None:
             raise ValueError(f"the manifest names no real image of {sample.name}")
@@ -182,10 +181,10 @@ class SampleSet:
         return _windowed(image, view, config)
 
     def squares(self, array: np.ndarray) -> list[np.ndarray]:
-        """Squares of the training size that cover an image or label (H, W, ...), evenly spread; of one square itself.
+        """Evenly spread squares of the training size that cover an image or label (H, W, ...).
 
         Raises:
-            InputError: it is smaller than a square.
+            InputError: the image is smaller than a square.
         """
         side = self.require_config().image_size
         height, width = array.shape[:2]
@@ -198,15 +197,11 @@ class SampleSet:
         return [array[row : row + side, column : column + side] for row in rows for column in columns]
 
     def foreground(self, sample: Sample) -> np.ndarray:
-        """Where the label says cell, (H, W) bool; a probability label counts above one half.
-
-        Raises:
-            InputError: the label is unreadable, or holds other values than its type allows.
-        """
+        """Pixels of cells in the label, (H, W) bool. Errors as for :meth:`class_map`."""
         return self.class_map(sample) > 0
 
     def class_map(self, sample: Sample) -> np.ndarray:
-        """Class ids of the label, (H, W) uint8 in 0..K-1; of probabilities the most probable class.
+        """Class ids of the label, (H, W) uint8 in 0..K-1. For probabilities, the most probable class.
 
         Raises:
             InputError: the label is unreadable, or holds other values than its type allows.
@@ -227,7 +222,7 @@ class SampleSet:
         return self._rule_of(sample, label).class_map(label)
 
     def instance_map(self, sample: Sample) -> np.ndarray | None:
-        """The label's cells, (H, W) int, 0 background; None where the label does not tell cells apart."""
+        """Instance map of the label, (H, W) int, 0 background. None if the label has no instances."""
         return self._label(sample) if sample.mask_type == "instances" else None
 
     def _label(self, sample: Sample) -> np.ndarray:
@@ -237,7 +232,7 @@ class SampleSet:
         return label
 
     def _rule_of(self, sample: Sample, label: np.ndarray) -> MaskRule:
-        """The rule of the mask folder, from the set's settings; else the whole range of the label's type is meant."""
+        """The rule of the mask folder. If the set has none, the largest value of the label's type means 1."""
         if self._rule is not None:
             return self._rule
         whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
@@ -265,7 +260,7 @@ class SampleSet:
         )
 
     def _check_files(self, real_dir: str | os.PathLike | None) -> None:
-        """All missing files in one message, the set's own before the real ones."""
+        """Name all missing files in one message: first those of the set, then real images."""
         own = [path for row in self.samples for path in (row.image_path, row.label_path) if not path.is_file()]
         if own:
             raise InputError(
@@ -286,19 +281,19 @@ class SampleSet:
             )
 
 
-_VIEW_FIELDS = [name.removeprefix("crop_") for name in VIEW_COLUMNS]  # of data.View
+_VIEW_FIELDS = [name.removeprefix("crop_") for name in VIEW_COLUMNS]  # fields of View
 
 
 def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A real image as the generator was trained on it, uint8 (S, S, C), rounded as the synthetic ones are.
+    """A real image as in training, uint8 (S, S, C), rounded to 8 bits like synthetic images.
 
     Args:
         path: any image file.
-        config: of the set: size, crop and the one intensity window that holds for real and synthetic images.
-        rng: draws the square with crop "random"; without it the middle is taken.
+        config: data settings of the set: size, crop and gray range.
+        rng: chooses the square with crop "random". None: the middle.
 
     Raises:
-        InputError: unreadable, or smaller than the square.
+        InputError: the file is unreadable, or the image is smaller than the square.
     """
     image = fit_channels(read_image(path), config.channels, path)
     height, width = image.shape[:2]
@@ -310,7 +305,7 @@ def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = 
 
 
 def read_whole(path: Path, config: DataConfig) -> np.ndarray:
-    """As :func:`read_real`, but all of the image at native scale under crop "random"."""
+    """Like :func:`read_real`, but with crop "random" the whole image at its own scale."""
     image = fit_channels(read_image(path), config.channels, path)
     height, width = image.shape[:2]
     view = center_view(height, width, config.image_size) if config.crop == "center" else whole_view(height, width)
@@ -318,18 +313,18 @@ def read_whole(path: Path, config: DataConfig) -> np.ndarray:
 
 
 def _windowed(image: np.ndarray, view: View, config: DataConfig) -> np.ndarray:
-    window = image_window(image, config)  # of the whole image, as in training, not of the crop
+    window = image_window(image, config)  # the range of the whole image, as in training
     gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
     return repeat_gray(to_uint8(torch.from_numpy(gray).permute(2, 0, 1)))
 
 
 def _holds_ids(label: np.ndarray, num_classes: int) -> bool:
-    """Whether a flat label of a set made from probabilities holds class ids instead."""
+    """Whether a single-plane label of a probability set holds class ids."""
     return label.dtype.kind in "ui" and label.max(initial=0) < num_classes
 
 
 def describe_provenance(provenance: dict[str, list[str]]) -> list[str]:
-    """One line that says how a set was made; none where the manifest does not say it."""
+    """One line that says how a set was made. No line if the manifest does not say it."""
     short = {name: [value[:12] if name == "ckpt_sha256" else value for value in v] for name, v in provenance.items()}
     words = [f"{name} {'/'.join(values)}" for name, values in short.items()]
     return [f"made with {', '.join(words)}"] if words else []

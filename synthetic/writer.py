@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 PARTS = (IMAGES, LABELS, ATTEMPTS)  # folders of a set that are locked with it
 MOST_IMAGES = 10_000_000
 MOST_NAME_BYTES = 230  # file systems end at 255; a number and a suffix come behind
-# Settings that a set may be finished with other values of: they follow from the checkpoint or the masks, or change the
-# speed, and the images by a rounding difference only.
+# Settings that may differ when a set is continued. They follow from checkpoint or masks, or they only change speed and
+# rounding.
 FREE_SETTINGS = ("patch_pixels", "precision", "compile", "per_proc_batch_size", "mask_origin")
 
 
@@ -91,13 +91,13 @@ def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_sampl
 
 @dataclass(frozen=True)
 class Attempt:
-    """The draw of an image that is kept, when a judge decides which one.
+    """The best draw of an image so far, as a judge sees it.
 
     Attributes:
-        number: of the draw that is kept, from 1.
-        fidelity: its Dice with the mask.
-        reached: whether that is enough.
-        tried: draws so far.
+        number: number of this draw, from 1.
+        fidelity: its Dice with the mask, in [0, 1].
+        reached: whether this Dice is high enough.
+        tried: number of draws so far.
     """
 
     number: int
@@ -106,13 +106,13 @@ class Attempt:
     tried: int
 
     def columns(self) -> dict[str, str]:
-        """What the manifest says about it."""
+        """Its columns of the manifest."""
         values = (str(self.number), f"{self.fidelity:.4f}", "yes" if self.reached else "no")
         return dict(zip(ATTEMPT_COLUMNS, values, strict=True))
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Attempt:
-        """The inverse of ``asdict``. Sets of earlier versions hold the columns, of images that were finished."""
+        """The inverse of ``asdict``. Earlier versions saved the columns instead, for finished images only."""
         if "number" in plain:
             return build(cls, plain)
         number, fidelity, reached = (plain[name] for name in ATTEMPT_COLUMNS)
@@ -120,15 +120,15 @@ class Attempt:
 
 
 class SetWriter:
-    """A set that is being made: what is there, what is missing, and every file that goes into it.
+    """A set that is being made. Knows what is missing, and writes every file of the set.
 
     Args:
-        folder: of the set.
-        masks: what it is made from.
+        folder: folder of the set.
+        masks: masks that it is made from.
         form: type and gray values of its images.
-        jobs: all its images.
-        settings: what decides its content, as settings.json holds it; a folder holds one set only.
-        looks: which look each image takes; None if the model knows no looks.
+        jobs: all images of the set.
+        settings: content of settings.json. A folder holds images of equal settings only.
+        looks: which look each image gets; None if the model knows no looks.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ class SetWriter:
         self._shared = False
 
     def open(self, shared: bool = False) -> None:
-        """Check, make and lock the folder, and write down what the set is made with.
+        """Check, make and lock the folder, and write its settings.
 
         Args:
             shared: other launches make other parts of the set at the same time.
 
         Raises:
-            InputError: it holds something else, or another process works in it.
+            InputError: the folder holds something else, or another process works in it.
         """
         check_folder(self.folder, self.settings, FREE_SETTINGS, upgrade_settings)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,12 +170,12 @@ class SetWriter:
         self._lock = lock_folder(self.folder, "give another folder", PARTS, self._shared)
 
     def take_over(self) -> bool:
-        """Hold a shared folder alone, to finish the set. Only the launch that ends last succeeds.
+        """Try to lock a shared folder alone, to finish the set. Only the launch that ends last succeeds.
 
-        Each launch lets go of the folder first. So the last one finds nobody in it, and sees all images.
+        Each launch gives its shared lock back first. So the last launch finds no other lock, and all images.
 
         Returns:
-            Whether this process holds the folder and all images of the set are there.
+            Whether this process has the lock and all images of the set are there.
         """
         self.close()
         self._shared = False
@@ -186,18 +186,18 @@ class SetWriter:
         return all(self.image_path(job).is_file() for job in self.jobs) and not self.missing(self.jobs)
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
 
     # ------------------------------------------------------------------------------------------------ what is there
 
     def image_name(self, job: Job) -> str:
-        """The job's synthetic image as the manifest names it: a path within the set."""
+        """Path of the image within the set, as the manifest names it."""
         return f"{IMAGES}/{job.name}{self.form.suffix}"
 
     def image_path(self, job: Job) -> Path:
-        """Where the job's synthetic image lies."""
+        """Path of the image."""
         return self.folder / self.image_name(job)
 
     def load(self, job: Job) -> MaskItem:
@@ -205,7 +205,7 @@ class SetWriter:
         return self.masks.load(job.mask_name, rng=self._crop_rng(job))
 
     def _crop_rng(self, job: Job) -> np.random.Generator:
-        """Decides the square of a random crop; it follows from (seed, index)."""
+        """Chooses the square of a random crop. Depends on (seed, index) only."""
         return np.random.default_rng(derived_seed(self.seed, job.index, 1))
 
     def missing(self, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
@@ -229,7 +229,7 @@ class SetWriter:
         return attempt.tried + 1
 
     def _is_whole(self, job: Job) -> bool:
-        """Whether the job's image is whole and its label is the one that would be written now."""
+        """Whether the image is whole and the label equals the one that would be written now."""
         item = self.load(job)
         content, suffix = label_bytes(item.label)
         label = self.folder / LABELS / f"{job.name}{suffix}"
@@ -238,7 +238,7 @@ class SetWriter:
         return image_is_whole(self.image_path(job), (*item.view.size, self.form.channels))
 
     def attempt(self, job: Job) -> Attempt | None:
-        """The note on the draw that is kept so far; None if there is none, or a damaged one."""
+        """The best draw so far. None if there is no note, or a damaged one."""
         try:
             return Attempt.from_plain(read_json(self._attempt_path(job), "it is made again"))
         except (ValueError, KeyError):
@@ -248,7 +248,7 @@ class SetWriter:
         return self.folder / ATTEMPTS / f"{job.name}.json"
 
     def _earlier_rows(self) -> dict[str, dict[str, str]]:
-        """Rows of the manifest by image; none if there is no manifest yet, or a damaged one, which is written anew."""
+        """Rows of the manifest by image. Empty if there is no manifest, or a damaged one, which is written again."""
         if not (self.folder / MANIFEST).is_file():
             return {}
         try:
@@ -261,8 +261,8 @@ class SetWriter:
     # ------------------------------------------------------------------------------------------------------ writing
 
     def forget(self, images: Sequence[str]) -> None:
-        """Take images that are drawn again out of the manifest, and with them what evaluate.py found in them."""
-        if self._shared:  # other launches may correct the manifest at the same time: it is written anew at the end
+        """Remove the rows of images that are drawn again, because evaluate.py may have scored the old images."""
+        if self._shared:  # other launches may do the same now; the manifest is written again at the end
             if images:
                 (self.folder / MANIFEST).unlink(missing_ok=True)
             return
@@ -274,8 +274,8 @@ class SetWriter:
             write_manifest(self.folder, left)
 
     def write_pair(self, job: Job, item: MaskItem, image: np.ndarray, attempt: Attempt | None) -> None:
-        """Label first, image (C, H, W) in [-1, 1] last: if the image is there, so are its label and its note."""
-        self.image_path(job).unlink(missing_ok=True)  # of a mask that was mended since, or of a draw before
+        """Write label, note and image (C, H, W) in [-1, 1]. The image is last, so its presence proves the others."""
+        self.image_path(job).unlink(missing_ok=True)  # an earlier draw, or one from an older mask
         content, suffix = label_bytes(item.label)
         write_atomically(self.folder / LABELS / f"{job.name}{suffix}", lambda file: file.write(content))
         if attempt is not None:
@@ -284,11 +284,11 @@ class SetWriter:
         write_atomically(self.image_path(job), lambda file: file.write(picture))
 
     def write_attempt(self, job: Job, attempt: Attempt) -> None:
-        """Note which draw is kept so far."""
+        """Save which draw is kept so far."""
         write_json(self._attempt_path(job), asdict(attempt))
 
     def write_manifest(self) -> None:
-        """How every pair came to be. Columns that evaluate.py added stay."""
+        """Write a row for every pair. Columns that evaluate.py added stay."""
         hashes = {name: file_sha256(path) for name, path in self.masks.paths.items()}
         added = self._earlier_rows()
         write_manifest(
@@ -341,23 +341,26 @@ class SetWriter:
     # ----------------------------------------------------------------------------------------------- looks at the set
 
     def displayed(self, job: Job) -> np.ndarray:
-        """A synthetic image of the set as 8 bits over the whole range, (H, W, C)."""
+        """A synthetic image of the set as (H, W, C) uint8, where 0 is -1 and 255 is 1."""
         return to_display(read_image(self.image_path(job)), self.form.window(self.seed, job.index))
 
     def write_contact_sheet(self) -> None:
-        """``contact_sheet.png``: masks, synthetic and (if there are any) real images of a few pairs."""
+        """Write ``contact_sheet.png``: masks, synthetic and (if there are any) real images of a few pairs.
+
+        Chosen masks are read twice. Keeping all candidates in memory would need gigabytes for large fields.
+        """
         chosen = choose_pairs(len(self.jobs), lambda number: bool(self.load(self.jobs[number]).prob_map[1:].any()))
         sheet = Image.fromarray(captioned_sheet(CAPTIONS, [self._pictures(self.jobs[number]) for number in chosen]))
         write_atomically(self.folder / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
 
     def _pictures(self, job: Job) -> list[torch.Tensor]:
-        """Mask, synthetic and (if there is one) real image of a job, (C, H, W) in [-1, 1]."""
+        """Mask, synthetic image and (if there is one) real image of a job, each (C, H, W) in [-1, 1]."""
         item = self.load(job)
         real = [] if item.image is None else [torch.as_tensor(item.image)]
         return [mask_picture(torch.as_tensor(item.prob_map)), from_uint8(self.displayed(job)), *real]
 
     def write_npz(self) -> None:
-        """SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8, one image in memory at a time. Gray is repeated to 3."""
+        """Write SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8, gray repeated to 3. Holds one image in memory."""
         shape = repeat_gray(self.displayed(self.jobs[0])).shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.jobs), *shape)}
 
@@ -377,7 +380,7 @@ class SetWriter:
 
 
 def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
-    """A label as file content and suffix, every value kept: PNG for 8 and 16 bits, TIFF for the rest."""
+    """Encode a label without loss. Returns content and suffix: PNG for 8 and 16 bits, TIFF for other types."""
     buffer = io.BytesIO()
     if label.ndim == 2 and label.dtype in (np.uint8, np.uint16):
         Image.fromarray(label).save(buffer, format="PNG")
@@ -391,7 +394,7 @@ def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
 
 
 def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
-    """Whether a synthetic image decodes to the end with its height, width and channels."""
+    """Whether an image can be decoded completely and has this height, width and number of channels."""
     try:
         return read_image(path).shape == shape
     except FileError:
