@@ -15,8 +15,7 @@ How a run continues:
     and --recompute-activations never come from a checkpoint. engine/config.py says it for each field. The autoencoder
     may have moved, but must be the same.
  4. No random state is saved. Random numbers follow from (seed, step, rank), batches from (seed, images seen so far).
-    With another number of processes or --global-batch-size, the run continues in the data where it stopped, and logs
-    the change.
+    With another number of processes or --global-batch-size, the run continues in the data where it stopped.
  5. The checkpoint holds the sums of the metrics since the last line. Lines after its step are cut and written again.
 """
 
@@ -387,7 +386,7 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
     def make() -> RunFolder:
         title = f"{args.model.replace('/', '-')}-{args.path_type}"
         run = RunFolder(choose_run_folder(args.results_dir, args.run_name, title), args.keep)
-        while not run.create(must_be_new=not args.run_name):  # another start took this number at the same moment
+        while not run.create(must_be_new=not args.run_name):  # another start took this number
             run = RunFolder(choose_run_folder(args.results_dir, args.run_name, title), args.keep)
         run.lock()
         return run
