@@ -204,8 +204,8 @@ class FolderJudge(NamedTuple):
 
 
 def judge_of_folders(
-    image_dir: str | os.PathLike,
-    mask_dir: str | os.PathLike,
+    image_dir: str | Path,
+    mask_dir: str | Path,
     config: DataConfig,
     cache_dir: str | os.PathLike,
     device: torch.device,
