@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+HALVINGS = 20
+
 
 def derived_seed(*numbers: int) -> int:
     """A 63-bit seed from several whole numbers. Similar inputs give unrelated seeds."""
@@ -23,10 +25,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derived_seed(seed, step, rank))
 
 
-def random_halves(count: int, times: int = 20) -> list[list[np.ndarray]]:
-    """The numbers 0..count-1 in two random halves, several times. Always the same halves; none for fewer than two."""
+def random_halves(count: int) -> list[list[np.ndarray]]:
+    """The numbers 0..count-1 in two random halves, ``HALVINGS`` times. Always the same halves; none if count < 2."""
     rng = np.random.default_rng(0)
-    return [np.array_split(rng.permutation(count), 2) for _ in range(times if count > 1 else 0)]
+    return [np.array_split(rng.permutation(count), 2) for _ in range(HALVINGS if count > 1 else 0)]
 
 
 def shuffled_by_hash(names: Iterable[str], seed: int) -> list[str]:
