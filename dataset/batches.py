@@ -1,4 +1,4 @@
-"""What a training step is fed: which images, fetched in the background, and how long the device waited for them."""
+"""Batches of training steps: which images they hold, loading in the background, and the time spent waiting."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ READY_BATCHES = 2  # fetched before they are asked for
 
 
 class StepBatches(BatchSampler):
-    """Keys (index, draw) of every training step's batch on one rank.
+    """Keys (index, draw) of the batch of each training step on one rank.
 
-    The data set is an endless stream: epoch e is a permutation drawn from (seed, e), and step n takes the next
-    ``global_batch_size`` positions, which the ranks share out. What a step sees depends on the seed and on the images
-    seen before it, and neither on the number of ranks or workers nor on where a run was interrupted; a set smaller than
-    a batch is seen several times. With unlabelled images, an even share of the positions takes those, which are a
-    stream of their own.
+    The data set is an endless stream. Epoch e is a permutation that depends on (seed, e). Each step takes the next
+    ``global_batch_size`` positions of the stream, and the ranks divide them. So the images of a step depend on the seed
+    and on the number of images before it. They do not depend on the number of ranks or workers, or on interruptions. If
+    the set is smaller than a batch, a batch holds images several times.
+
+    Unlabelled images are a second stream. They get an evenly spread fraction of the positions.
 
     Args:
-        num_items: images in the data set.
-        global_batch_size: images per step over all ranks; divisible by the number of ranks.
-        steps: the steps to take, for instance range(first, last).
-        seed: of the permutations.
-        rank: this process.
+        num_items: number of images in the data set.
+        global_batch_size: images per step over all ranks, a multiple of the number of ranks.
+        steps: steps to take, such as range(first, last).
+        seed: seed of the permutations.
+        rank: number of this process.
         world_size: number of processes.
-        images_seen: before the first of the steps; as many as steps of this batch size see, where not given.
-        num_unlabelled: unlabelled images; their indices follow those of the others.
-        unlabelled_share: of the positions, below 1; counted in thousandths.
-        groups: of all images, labelled ones first; each group then comes equally often. Empty: each image does.
+        images_seen: images before the first of these steps. None: steps.start x global_batch_size.
+        num_unlabelled: number of unlabelled images. Their indices follow those of the labelled ones.
+        unlabelled_share: fraction of positions for unlabelled images, below 1, rounded to thousandths.
+        groups: group of each image, labelled ones first. Each group comes equally often. Empty: each image does.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class StepBatches(BatchSampler):
             mine = range(first + (self.rank - first) % self.world_size, first + self.global_batch_size, self.world_size)
             keys = []
             for position in mine:
-                before = position * self.unlabelled_thousandths // 1000  # unlabelled ones before this position
+                before = position * self.unlabelled_thousandths // 1000  # unlabelled images before this position
                 if (position + 1) * self.unlabelled_thousandths // 1000 > before:
                     index = self.num_items + unlabelled[before]
                 else:
@@ -87,7 +88,7 @@ class StepBatches(BatchSampler):
 
 
 class _Stream:
-    """Indices without end: one permutation of all after the other, each drawn from the seed and its number."""
+    """Endless indices: one permutation after the other. Each depends on the seed and its number only."""
 
     def __init__(self, num_items: int, seed: tuple[int, ...]) -> None:
         self.num_items, self.seed = num_items, seed
@@ -101,7 +102,7 @@ class _Stream:
 
 
 class _BalancedStream:
-    """Indices without end: the groups in turn, and within a group a stream of its members."""
+    """Endless indices: the groups in turn. Each group has its own stream of members."""
 
     def __init__(self, seed: tuple[int, ...], groups: Sequence[str]) -> None:
         self.members = members_of(groups)
@@ -117,8 +118,10 @@ def _stream(num_items: int, seed: tuple[int, ...], groups: Sequence[str]) -> _St
 
 
 class CarefulDataset(Dataset):
-    """Returns a fault of the user's files instead of raising it: an exception would come from a loader process as a
-    traceback in one string."""
+    """Returns faults of the user's files instead of raising them.
+
+    A loader process would turn an exception into a traceback in one string.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -136,7 +139,7 @@ def collate(items: list[Any]) -> Batch | InputError:
 
 
 def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of the steps still to take, by so many processes (0: by whoever asks for them)."""
+    """Loader of the batches, with ``workers`` processes. With 0, this process loads them."""
     return DataLoader(
         CarefulDataset(dataset), batch_sampler=batches, collate_fn=collate,
         num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
@@ -144,12 +147,12 @@ def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory
 
 
 def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    """``prepare(batch)`` of every batch in order, done by one thread while earlier batches are used.
+    """``prepare(batch)`` of every batch in order. One thread loads ahead while earlier batches are used.
 
     Raises:
-        InputError: what came in place of a batch.
+        InputError: a batch could not be loaded.
     """
-    iterator = iter(batches)  # here, since a loader draws from torch's global generator once
+    iterator = iter(batches)  # in this thread, because a loader takes one number from torch's global generator
 
     def fetch() -> Batch | None:
         batch = next(iterator, None)
@@ -165,11 +168,10 @@ def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], B
 
 
 class WaitingClock:
-    """Time in which the device had nothing to do because the next batch was not there.
+    """Measures how long the device is idle because the next batch is late.
 
-    On a GPU, which works through what it was given while the program runs ahead, it is the time on the device's own
-    clock between the end of a step's work and the arrival of the next batch. No step waits for the device: the clocks
-    are read by ``read_seconds``.
+    A GPU works behind the program. There, the time runs on the clock of the GPU, from the end of a step's work to the
+    arrival of the next batch. Steps do not wait for the device; only ``read_seconds`` does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -184,7 +186,7 @@ class WaitingClock:
         return event
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches."""
+        """Return the same batches, and measure the time until each arrives."""
         iterator = iter(batches)
         while True:
             begin = self._now()
@@ -195,7 +197,7 @@ class WaitingClock:
             yield batch
 
     def read_seconds(self) -> float:
-        """Waiting since the last call; to be called where the device was waited for anyway."""
+        """Seconds of waiting since the last call. Waits for the device."""
         waits, self._waits = self._waits, []
         if self.on_gpu:
             return sum(begin.elapsed_time(end) for begin, end in waits) / 1000

@@ -1,8 +1,8 @@
-"""Files that were decoded whole once are remembered, so that the next start need not decode them again.
+"""Cache of facts about files that were checked, so that the next start need not decode them again.
 
-What was found out about each file is kept with its size and time of change: a file that was changed, added or renamed
-is decoded again, the others are not. It lies in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``), so
-that folders of data may be read-only and all commands and runs share it. Losing it costs one more decode.
+The facts about a file are kept with its size and time of change. Files that were changed, added or renamed are decoded
+again. The cache lies in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``), because folders of data may
+be read-only. All commands share it. If it is lost, all files are decoded once more.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from common.disk import write_atomically
 from common.plain import parse_json
 
 logger = logging.getLogger(__name__)
-# What a check finds depends on the code of this package: if any of it changes, all files are decoded again.
+# The facts depend on the code of this package. If the code changes, all files are decoded again.
 CODE = sorted(Path(__file__).parent.glob("*.py"))
 
 
 def cache_folder() -> Path | None:
-    """Where the user's caches lie; None for a user without a home, as in some containers."""
+    """Folder of the user's caches. None for a user without a home folder, as in some containers."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sit-masks" / "checked"
     except RuntimeError:
@@ -36,7 +36,7 @@ class CheckedFiles:
     """Facts about the files of one check.
 
     Args:
-        key: all that the facts depend on beside the files themselves (folders, sizes, windows), as JSON can hold it.
+        key: all that the facts depend on beside the files, such as folders, sizes and windows. Types of JSON.
     """
 
     def __init__(self, key: object) -> None:
@@ -45,7 +45,7 @@ class CheckedFiles:
             digest.update(path.read_bytes())
         folder = cache_folder()
         self.path = None if folder is None else folder / f"{digest.hexdigest()[:24]}.jsonl.gz"
-        self._lines = self._read()  # name -> line, parsed when it is asked for: a line takes less memory
+        self._lines = self._read()  # name -> line; a line is parsed when it is needed, and takes less memory
         self._stamps: dict[str, list[int]] = {}
         self._changed = False
 
@@ -59,7 +59,7 @@ class CheckedFiles:
             return {}
 
     def recall(self, files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
-        """Facts by name, of those names whose files are as they were when the facts were found out."""
+        """Facts by name. Leaves out names whose files have changed since."""
         self._stamps = {name: [number for path in paths for number in _stamp(path)] for name, paths in files.items()}
         known = {}
         for name in files:
@@ -72,12 +72,12 @@ class CheckedFiles:
         return known
 
     def remember(self, name: str, facts: Any) -> None:
-        """Keep what was found out about the files of a name, as they were at :meth:`recall`."""
+        """Keep facts about the files of a name. Call :meth:`recall` first; it reads sizes and times."""
         self._lines[_key(name)] = json.dumps([self._stamps[name], facts], separators=(",", ":"))
         self._changed = True
 
     def save(self) -> None:
-        """Write what is new; a cache folder that cannot be written is no reason to stop."""
+        """Write the cache if there are new facts. If the folder is not writable, log it and continue."""
         if self.path is None or not self._changed:
             return
         text = "".join(f"{key}\t{line}\n" for key, line in self._lines.items())
@@ -89,12 +89,12 @@ class CheckedFiles:
 
 
 def _key(name: str) -> str:
-    """The name in one line without a tab."""
+    """The name as JSON, which has no line ends and no tabs."""
     return json.dumps(name)
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and time of change in nanoseconds; of a folder those of its files together."""
+    """Size and time of change in nanoseconds. For a folder, its number of files and a hash of their sizes and times."""
     try:
         if not path.is_dir():
             status = path.stat()

@@ -1,7 +1,7 @@
-"""A folder of images and one of masks as tensors to train on.
+"""A folder of images and a folder of masks as tensors for training.
 
-The way of a file: ``files`` reads it as stored; ``masks`` says once per folder what its masks hold; a
-:class:`View` cuts the same square out of image, mask and label; the window maps gray values to [-1, 1].
+``files`` reads a file as stored. ``masks`` decides once per folder what its masks hold. A :class:`View` cuts the same
+square out of image, mask and label. The window maps gray values to [-1, 1].
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Checked(NamedTuple):
-    """What is kept of a pair when it was read for the first time, beside its pixels."""
+    """Facts about a pair, from its first reading."""
 
     stats: MaskStats
     window: Window
@@ -66,21 +66,21 @@ class _Checked(NamedTuple):
 
 
 class PairedFolder(torch.utils.data.Dataset):
-    """Images and masks to train on, paired by name, all checked before the first step.
+    """Images and masks for training, paired by name. All are checked before the first step.
 
-    Every file is decoded once at the start. As long as they fit ``memory_gb`` they stay in memory as stored (for a
-    center crop already resized), else they are read again at each access. Then the next start decodes only files that
-    are new or changed.
+    Every file is decoded once at the start. If all files fit into ``memory_gb``, they stay in memory as stored (with
+    crop "center", already resized). If not, each access reads the file again, and the next start decodes only new and
+    changed files.
 
     Attributes:
-        pairs: what is trained on, sorted by name.
-        config: with ``window_channels`` decided, and ``window_values`` set if the scope is "dataset".
-        rule: what the masks hold.
-        windows: gray values of each pair's window.
-        dtypes: of each pair's image file.
-        stored_channels: most channels of a file; 1 where all are gray.
-        colours: whether three channels are RGB; False if the files say that they are channels.
-        in_memory: whether all files fit.
+        pairs: the pairs, sorted by name.
+        config: as given, with ``window_channels`` decided, and ``window_values`` set if the scope is "dataset".
+        rule: how the masks are read.
+        windows: gray window of each image.
+        dtypes: data type of each image file.
+        stored_channels: largest number of channels of a file; 1 if all are gray.
+        colours: whether three channels are RGB. False if the files say that they are not.
+        in_memory: whether all files fit into memory.
     """
 
     def __init__(
@@ -103,15 +103,15 @@ class PairedFolder(torch.utils.data.Dataset):
             mask_dir: folder of masks.
             config: sizes, classes, crop, window.
             mask_type: one of :data:`MASK_TYPES`.
-            augment: flips and quarter turns, the same for image and mask.
-            seed: with the draw of :meth:`__getitem__` it fixes every random choice.
+            augment: flip and turn at random, in the same way for image and mask.
+            seed: decides every random choice, together with the draw of :meth:`__getitem__`.
             memory_gb: most memory for decoded files.
             progress: show a progress bar.
-            names: keep these pairs only.
-            normalize: divide soft maps by their sum instead of refusing those that do not sum to one.
+            names: use these pairs only. None: all.
+            normalize: divide soft maps by their sum. If False, refuse those that do not sum to one.
 
         Raises:
-            InputError: any file that cannot be used, all of them in one message.
+            InputError: files are unusable. The message names them all.
         """
         self.pairs = _keep_names(pair_files(image_dir, mask_dir), names, image_dir)
         self.config, self.augment, self.seed = config, augment, seed
@@ -149,10 +149,10 @@ class PairedFolder(torch.utils.data.Dataset):
         logger.info("%d pairs from %s, %s; %s", len(self.pairs), image_dir, where, self.rule.reason)
 
     def _read_all(self, what: str, budget: float, progress: bool) -> list[_Checked]:
-        """Fill ``_images`` and ``_masks`` while they fit; the pixels are taken out of what is returned."""
+        """Facts about all pairs. Fills ``_images`` and ``_masks`` while they fit into the budget, in bytes."""
         memory, known = self._recall()
         if sum(one.nbytes for one in known.values()) > budget:
-            self.in_memory = False  # so that what is known need not be decoded
+            self.in_memory = False  # known files are then not decoded now
         else:
             known = {}
         todo = [index for index in range(len(self.pairs)) if index not in known]
@@ -182,7 +182,7 @@ class PairedFolder(torch.utils.data.Dataset):
         return [known[index] for index in range(len(self.pairs))]
 
     def _recall(self) -> tuple[CheckedFiles | None, dict[int, _Checked]]:
-        """What earlier starts found out, by index. The cache is off while a window over all images is sought."""
+        """Facts from earlier starts, by index. The cache is off if a window over all images must be found."""
         if self._seeks_common_window:
             return None, {}
         first = self.pairs[0]
@@ -200,11 +200,11 @@ class PairedFolder(torch.utils.data.Dataset):
         image, mask, table, has_channels = read_pair(pair.image_path, pair.mask_path, self.config.channels)
         view = view_of_file(pair.image_path, image.shape, self.config)
         stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir(), table)
-        # A window over all images follows when all are read.
         config = self.config
         if config.window_channels is None:
             channels = default_window_channels(image.shape[2], has_channels)
             config = dataclasses.replace(config, window_channels=channels)
+        # A window over all images is found when all are read.
         window = ((0.0, 1.0),) if self._seeks_common_window else image_window(image, config)
         brightest, nbytes = float(image.max()), image.nbytes + mask.nbytes
         shares = channel_shares(image)
@@ -215,7 +215,7 @@ class PairedFolder(torch.utils.data.Dataset):
         return self._prepare_image(image, view), mask, facts, self._sample(image)
 
     def _sample(self, image: np.ndarray) -> np.ndarray | None:
-        """(n, C) gray values spread over an image, if a window over all images is sought."""
+        """(n, C) gray values spread over an image, if a window over all images must be found."""
         if not self._seeks_common_window:
             return None
         most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
@@ -223,11 +223,11 @@ class PairedFolder(torch.utils.data.Dataset):
         return np.repeat(pixels, self.config.channels // image.shape[2], axis=1)  # a copy; gray counts beside RGB
 
     def _prepare_image(self, image: np.ndarray, view: View) -> np.ndarray:
-        """As kept in memory. The view of a center crop never changes, so the image is resized once."""
+        """The image as kept in memory. With crop "center" the view never changes, so the image is resized once."""
         return np.ascontiguousarray(view.apply_image(image)) if self.config.crop == "center" else image
 
     def _prepare_mask(self, mask: np.ndarray) -> np.ndarray:
-        """As kept in memory: class maps of hard masks, soft masks as stored; both resized for a center crop."""
+        """The mask as kept in memory: a class map, or a soft mask as stored. With crop "center", both are resized."""
         if self.config.crop == "center":
             return self._target(mask, view_of(mask.shape[-2:], self.config))
         return self.rule.class_map(mask) if self.rule.is_hard else mask
@@ -257,13 +257,13 @@ class PairedFolder(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """One example; every random choice is a function of (seed, draw) and of nothing else.
+        """One example. Every random choice depends on (seed, draw) only.
 
         Args:
-            key: (index of the pair, draw). A training run counts its draws, so that a resumed run repeats them.
+            key: (index of the pair, draw). A training run counts its draws, so a continued run repeats them.
 
         Returns:
-            "image": (C, S, S) float32 in [-1, 1]; "mask": (S, S) uint8 class map, or (K, S, S) float32 for soft masks.
+            "image": (C, S, S) float32 in [-1, 1]. "mask": (S, S) uint8 class map, or (K, S, S) float32 for soft masks.
         """
         index, draw = key
         rng = self._rng(draw)
@@ -278,12 +278,12 @@ class PairedFolder(torch.utils.data.Dataset):
         return int(self._rng(draw).integers(SYMMETRIES)) if self.augment else 0
 
     def mask(self, index: int, symmetry: int) -> Tensor:
-        """The mask of :meth:`__getitem__` alone, for a center crop; the image is not read."""
+        """The mask of :meth:`__getitem__` with crop "center". Does not read the image."""
         mask = self._masks[index] if self.in_memory else self._prepare_mask(read_mask(self.pairs[index].mask_path))
         return torch.from_numpy(np.array(turn(mask, (-2, -1), symmetry)))
 
     def example(self, index: int, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
-        """As :meth:`__getitem__` without flips and turns; a random crop takes the middle unless ``rng`` is given."""
+        """Like :meth:`__getitem__`, without flips and turns. Without ``rng``, a random crop takes the middle."""
         return self._example(index, rng, 0)
 
     def _example(self, index: int, rng: np.random.Generator | None, symmetry: int) -> dict[str, Tensor]:
@@ -299,12 +299,12 @@ class PairedFolder(torch.utils.data.Dataset):
         }
 
     def look_draw(self, index: int, draw: int) -> np.ndarray:
-        """Numbers (N,) of the look of a random window of the image, another one than :meth:`__getitem__` draws."""
+        """Look numbers (N,) of a random window of the image. It is not the window of :meth:`__getitem__`."""
         rng = np.random.default_rng(derived_seed(self.seed, draw, 1))
         return measure_draw(self._load(index)[0], self.windows[index], self.config, rng)
 
     def look_windows(self, index: int) -> np.ndarray:
-        """Numbers (n, N) of the looks of windows spread over the image."""
+        """Look numbers (n, N) of windows spread over the image."""
         return measure_spread(self._load(index)[0], self.windows[index], self.config)
 
 
@@ -322,10 +322,10 @@ def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Pat
 
 
 def _all_have_channels(checked: Sequence[_Checked], pairs: Sequence[Pair], config: DataConfig) -> bool:
-    """Whether the files of three channels say that these are no colours.
+    """Whether files with three channels say that these are not colours.
 
     Raises:
-        InputError: some do and some do not, and the config does not say what to do.
+        InputError: the files disagree, and the config does not decide.
     """
     names: dict[bool, list[str]] = {False: [], True: []}
     for one, pair in zip(checked, pairs, strict=True):
@@ -341,7 +341,7 @@ def _all_have_channels(checked: Sequence[_Checked], pairs: Sequence[Pair], confi
 
 
 def _common_window(samples: Sequence[np.ndarray], config: DataConfig) -> Window:
-    """One window for all images; each image counts about alike, whatever its size."""
+    """One window for all images. Each image has about the same weight, regardless of its size."""
     kinds = sorted({str(sample.dtype) for sample in samples})
     if len(kinds) > 1:
         raise InputError(
@@ -354,7 +354,7 @@ def _common_window(samples: Sequence[np.ndarray], config: DataConfig) -> Window:
 
 
 def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
-    """Dark 8-bit images keep their range by default; say so, because a network learns them badly."""
+    """Warn about dark 8-bit images. They keep their range by default, and a network learns them badly."""
     brightest = float(np.median([one.brightest for one in checked]))
     if config.window is None and config.window_values is None and checked[0].dtype == "uint8" and brightest < 128:
         hint = "half of the images stay below gray %g of 255; window=(%g, %g) would stretch each to the full range"
@@ -362,7 +362,7 @@ def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
 
 
 def _warn_of_odd_images(checked: Sequence[_Checked], pairs: Sequence[Pair], where: str | Path) -> None:
-    """Images that show nothing, and kinds of files that get different gray ranges."""
+    """Warn about images of a single gray value, and about files of several data types."""
     named = zip(checked, pairs, strict=True)
     blank = [pair.image_path.name for one, pair in named if one.brightest == one.darkest]
     if blank:

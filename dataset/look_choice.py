@@ -1,4 +1,4 @@
-"""Which look every image of a synthetic set takes."""
+"""Choose the look of each image of a synthetic set."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ PATH = "path"  # looks of given images
 
 @dataclass(frozen=True)
 class LookChoice:
-    """Whose look an image takes: it follows from the seed of the set and the image's index.
+    """How each image gets its look. The choice depends on the seed of the set and the index of the image.
 
     Attributes:
         source: one of LOOK_SOURCES, or PATH.
-        looks: to draw from; for SAME and NOBODY the training images', whose scale is needed.
+        looks: looks to choose from. For SAME and NOBODY, looks of the training images, which give the scale.
         config: how images become tensors.
-        number: of the look that all images take; None draws.
-        balanced: each group of looks is drawn equally often.
-        origin: what settings.json says about the choice.
+        number: number of one look for all images. None: choose at random.
+        balanced: choose each group of looks equally often.
+        origin: entry for settings.json.
     """
 
     source: str
@@ -45,13 +45,13 @@ class LookChoice:
     balanced: bool = False
 
     def columns(self, seed: int, index: int, mask_name: str) -> dict[str, str]:
-        """What the manifest says about the look of image ``index``."""
+        """Columns of the manifest about the look of image ``index``."""
         names = {NOBODY: "", SAME: mask_name}
         name = names[self.source] if self.source in names else self.looks.names[self._number(seed, index)]
         return {"look_source": self.source, "look_image": name}
 
     def batch(self, seed: int, indices: Sequence[int], items: Sequence[MaskItem]) -> Tensor | None:
-        """Standardised looks (n, N) of images ``indices``, whose masks are ``items``; None for no look."""
+        """Standardised looks (n, N) of images ``indices`` with masks ``items``. None for no look."""
         if self.source == NOBODY:
             return None
         if self.source == SAME:
@@ -78,19 +78,19 @@ def choose_looks(
     groups: Sequence[str] = (),
     balanced: bool = False,
 ) -> LookChoice:
-    """The choice that the settings ask for.
+    """Make the choice from settings, and check them.
 
     Args:
-        training: of the checkpoint.
-        config: of the checkpoint.
-        source: one of LOOK_SOURCES; None is TRAINING, or PATH if a path is given.
+        training: looks of the checkpoint.
+        config: data settings of the checkpoint.
+        source: one of LOOK_SOURCES. None: PATH if a path is given, else TRAINING.
         look_path: folder or file of images to take looks from.
-        look_index: number of the one look that all images take.
-        groups: of training images whose looks are taken; empty takes all.
-        balanced: draw each group equally often.
+        look_index: number of one look for all images.
+        groups: only use looks of these groups of training images. Empty: use all.
+        balanced: choose each group equally often.
 
     Raises:
-        InputError: images that cannot be used, no look of this number, or no such group.
+        InputError: unusable images, no look of this number, no such group, or a setting without effect.
     """
     looks = training
     origin: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def choose_looks(
 
 
 def _measure_files(path: Path, training: Looks, config: DataConfig) -> tuple[Looks, dict[str, Any]]:
-    """Looks of a folder of images, or of one, and their hashes."""
+    """Looks of a folder of images (or one image), and hashes of the files."""
     if not path.exists():
         raise InputError(f"look_path {path}: no such file or folder.", "look_path")
     files = find_files(path, "image") if path.is_dir() else {path.stem: path}

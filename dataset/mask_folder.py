@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MaskItem:
-    """One mask to generate from, with all that has to lie on the same pixels.
+    """One mask to generate from, with its label and real image of the same pixels.
 
     Attributes:
-        name: of the mask, without suffix and without _masks.
+        name: name of the mask, without suffix and without _masks.
         path: its file, or its folder of nuclei.
-        view: the part that is used, a square of the training size or the whole field.
-        label: (H, W) in the file's own dtype and ids, nearest neighbour; (K, H, W) float for a stack.
-        prob_map: (K, H, W) float32, sums to 1.
-        image: (C, H, W) float32 in [-1, 1], the real image there, or None.
-        window: gray values of the real image that became -1 and 1, or None.
+        view: the part to use, a square of the training size or the whole field.
+        label: (H, W) with data type and ids of the file, resized by nearest neighbour; (K, H, W) float for a stack.
+        prob_map: (K, H, W) float32, sums to 1 over K.
+        image: (C, H, W) float32 in [-1, 1], the real image, or None.
+        window: gray values of the real image that are mapped to -1 and 1, or None.
     """
 
     name: str
@@ -54,13 +54,13 @@ class MaskItem:
 
 
 class MaskFolder:
-    """Masks to generate from: a folder or one file, all checked at the start, read again by :meth:`load`.
+    """Masks to generate from: a folder or one file. All are checked at the start. :meth:`load` reads them again.
 
     Attributes:
-        names: sorted.
+        names: names of the masks, sorted.
         paths: name -> mask file (or folder of nuclei).
-        image_paths: name -> real image, or None without ``image_dir``.
-        rule: what the masks hold.
+        image_paths: name -> real image. None without ``image_dir``.
+        rule: how the masks are read.
         config: as given.
     """
 
@@ -78,15 +78,15 @@ class MaskFolder:
 
         Args:
             mask_path: folder of masks, or one mask file.
-            config: that of the checkpoint.
+            config: data settings of the checkpoint.
             mask_type: one of :data:`MASK_TYPES`.
-            image_dir: keep the masks that have an image here.
+            image_dir: use only masks that have an image here.
             progress: show a progress bar.
             normalize: as in :class:`PairedFolder`.
-            whole_scale: take all of every mask, at this scale, instead of the square of the config.
+            whole_scale: use whole masks, at this scale, instead of one square.
 
         Raises:
-            InputError: any file that cannot be used, all of them in one message.
+            InputError: files are unusable. The message names them all.
         """
         if config.window_scope == "dataset" and config.window_values is None and image_dir is not None:
             raise ValueError("window_scope 'dataset' needs window_values: take the config of the training data set")
@@ -103,7 +103,7 @@ class MaskFolder:
         logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
 
     def _read_all(self, what: str, progress: bool) -> dict[str, tuple[MaskStats, tuple[int, int]]]:
-        """Facts about every mask, and its height and width; only files that are new or changed are decoded."""
+        """Facts, height and width of every mask. Decodes only new and changed files."""
         folders = [
             str(paths[self.names[0]].absolute().parent) for paths in (self.paths, self.image_paths) if paths is not None
         ]
@@ -152,19 +152,19 @@ class MaskFolder:
         return len(self.names)
 
     def view(self, name: str, rng: np.random.Generator | None = None) -> View:
-        """The part that :meth:`load` would take, without reading the file."""
+        """The part that :meth:`load` uses. Does not read the file."""
         return self._view(name, self._sizes[name], rng)
 
     def view_sizes(self) -> set[tuple[int, int]]:
-        """Height and width of all masks' views."""
+        """Different heights and widths of the views of all masks."""
         return {self.view(name).size for name in self.names}
 
     def load(self, name: str, rng: np.random.Generator | None = None) -> MaskItem:
-        """Read one mask and its image. A random crop takes the middle square unless ``rng`` is given."""
+        """Read one mask and its image. Without ``rng``, a random crop takes the middle square."""
         image, mask, _ = self._read(name)
         view = self._view(name, mask.shape[-2:], rng)
         label = view.apply_labels(mask)
-        if label.ndim == 3 and label.dtype.kind != "f":  # a stack goes out as float TIFF, the only one that is read
+        if label.ndim == 3 and label.dtype.kind != "f":  # only float stacks can be read again from TIFF
             label = self.rule.prob_map(label)
         window = tensor = None
         if image is not None:
@@ -175,7 +175,7 @@ class MaskFolder:
 
 
 def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str, Path], dict[str, Path] | None]:
-    """Masks by name, and the images where ``image_dir`` is given; then only masks that have one are kept."""
+    """Masks by name, and images by name if ``image_dir`` is given. Then masks without an image are left out."""
     if mask_path.is_dir() and image_dir is not None:
         images, masks = find_images_and_masks(image_dir, mask_path)
     else:
@@ -190,7 +190,7 @@ def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str
         if lonely:
             logger.info("%d masks without an image in %s are left out: %s", len(lonely), image_dir, list_some(lonely))
         return {pair.name: pair.mask_path for pair in pairs}, {pair.name: pair.image_path for pair in pairs}
-    # Cellpose keeps NAME_img and NAME_masks in one folder: only the latter are masks.
+    # Cellpose keeps NAME_img and NAME_masks in one folder. Only NAME_masks are masks.
     image_stems, mask_stems = split_together(masks)
     beside = image_stems | {bare_image_name(stem) for stem in image_stems}
     if mask_stems and beside and all(bare_mask_name(stem) in beside for stem in mask_stems):

@@ -1,4 +1,4 @@
-"""Images without masks, and the mixture of labelled and unlabelled examples that a training step sees."""
+"""Images without masks, and the mixture of labelled and unlabelled examples for training."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from dataset.masks import to_prob_map
 from dataset.views import SYMMETRIES, native_view, turn, view_of_file
 
 logger = logging.getLogger(__name__)
-MEMORY_GB = 4.0  # most memory for decoded images; above it they are read again at each access
-PSEUDO_MASK_SHARE = 0.5  # of the draws of an unlabelled image that keep its pseudo-mask
+MEMORY_GB = 4.0  # most memory for decoded images; if they need more, each access reads the file
+PSEUDO_MASK_SHARE = 0.5  # fraction of draws that keep the pseudo-mask of an unlabelled image
 
 
 class UnlabelledFolder(torch.utils.data.Dataset):
-    """Images without masks, read, windowed and cut as those of a :class:`PairedFolder`; all checked at the start.
+    """Images without masks, read like those of a :class:`PairedFolder`. All are checked at the start.
 
     Attributes:
-        names: of the images, sorted.
+        names: names of the images, sorted.
         config: as given.
-        windows: gray values of each image's window.
+        windows: gray window of each image.
         in_memory: whether all images fit.
     """
 
@@ -51,12 +51,12 @@ class UnlabelledFolder(torch.utils.data.Dataset):
 
         Args:
             image_dir: folder of images.
-            config: of the labelled images; with ``window_values`` where the scope is "dataset".
-            seed: with the draw of :meth:`__getitem__` it fixes every random choice.
+            config: settings of the labelled images, with ``window_values`` if the scope is "dataset".
+            seed: decides every random choice, together with the draw of :meth:`__getitem__`.
             progress: show a progress bar.
 
         Raises:
-            InputError: any file that cannot be used, all of them in one message.
+            InputError: files are unusable. The message names them all.
         """
         self.paths = find_files(image_dir, "image")
         self.names = list(self.paths)
@@ -83,7 +83,7 @@ class UnlabelledFolder(torch.utils.data.Dataset):
         logger.info("%d unlabelled images from %s, %s", len(self.names), image_dir, where)
 
     def _read(self, name: str) -> tuple[np.ndarray, Window]:
-        """An image as kept in memory (of a center crop the square), and its window."""
+        """An image as kept in memory (with crop "center", the square), and its window."""
         path = self.paths[name]
         image = fit_channels(read_image(path), self.config.channels, path)
         view = view_of_file(path, image.shape, self.config)
@@ -108,7 +108,7 @@ class UnlabelledFolder(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """One example, as of ``PairedFolder``; all of its mask is background."""
+        """One example, as in ``PairedFolder``. Its mask is all background."""
         index, draw = key
         rng = self._rng(draw)
         symmetry = int(rng.integers(SYMMETRIES))
@@ -122,11 +122,11 @@ class UnlabelledFolder(torch.utils.data.Dataset):
         return int(self._rng(draw).integers(SYMMETRIES))
 
     def mask(self, index: int, symmetry: int) -> Tensor:
-        """(S, S) uint8 class map of background: what an image without a mask has in its place."""
+        """(S, S) uint8 class map of background, in place of a mask."""
         return torch.zeros(self.config.image_size, self.config.image_size, dtype=torch.uint8)
 
     def example(self, index: int) -> dict[str, Tensor]:
-        """As :meth:`__getitem__` without flips and turns; a random crop takes the middle."""
+        """Like :meth:`__getitem__`, without flips and turns. A random crop takes the middle."""
         return {"image": self._image(index, None, 0), "mask": self.mask(index, 0)}
 
     def _image(self, index: int, rng: np.random.Generator | None, symmetry: int) -> Tensor:
@@ -151,7 +151,7 @@ def read_unlabelled(
     labelled: PairedFolder,
     progress: bool,
 ) -> list[UnlabelledFolder | PairedFolder]:
-    """The folders of unlabelled images, and with ``mask_dirs`` the soft pseudo-masks of each.
+    """Read folders of unlabelled images, and with ``mask_dirs`` a folder of soft pseudo-masks for each.
 
     Raises:
         InputError: a folder is empty or cannot be read, has images of the labelled folder, or lacks a pseudo-mask.
@@ -175,7 +175,7 @@ def read_unlabelled(
 
 
 def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: PairedFolder) -> None:
-    """Raises InputError if images of an unlabelled folder have the names of labelled ones."""
+    """Raise InputError if images of an unlabelled folder have the names of labelled ones."""
     shared = sorted({pair.name for pair in labelled.pairs} & set(paths))
     if shared:
         raise InputError(
@@ -186,7 +186,7 @@ def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: Pa
 
 
 def refuse_shared_images(unlabelled: Sequence[UnlabelledFolder | PairedFolder], labelled: PairedFolder) -> None:
-    """Raises InputError if the file of an unlabelled image is also a labelled one."""
+    """Raise InputError if an unlabelled image has the same file content as a labelled one."""
     known = set(labelled.image_hashes)
     for source in unlabelled:
         shared = [name for name, one in zip(image_names(source), source.image_hashes, strict=True) if one in known]
@@ -220,13 +220,13 @@ class Mixture(torch.utils.data.Dataset):
     """Labelled examples, then unlabelled ones, each with its look.
 
     Args:
-        labelled: the pairs.
+        labelled: labelled pairs.
         unlabelled: folders of images without masks, or with pseudo-masks.
-        looks: the scale of looks; None for a model without looks.
+        looks: scale of the looks. None for a model without looks.
         num_classes: K.
         seed: decides which draws of an image keep its pseudo-mask.
-        pseudo_masks: the unlabelled folders have pseudo-masks.
-        soft: masks are given as probabilities, since some are.
+        pseudo_masks: whether the unlabelled folders have pseudo-masks.
+        soft: return all masks as probabilities, because some are.
     """
 
     def __init__(
@@ -255,10 +255,10 @@ class Mixture(torch.utils.data.Dataset):
         return int(self.starts[-1]) - len(self)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """One example; every random choice follows from (seed, draw).
+        """One example. Every random choice depends on (seed, draw).
 
         Returns:
-            what its folder gives, and "has_mask": () bool; "look": (N,) float32, if the model knows looks.
+            The example of its folder, with "has_mask": () bool, and "look": (N,) float32 if the model knows looks.
         """
         index, draw = key
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -1,7 +1,6 @@
-"""Images <-> what the model works on: latents of a diffusers autoencoder, or the pixels themselves.
+"""Convert images to the space of the model and back: latents of a diffusers autoencoder, or pixels.
 
-The only owner of a latent scale: everything outside this file sees latents of about unit variance (or pixels in
-[-1, 1]) and never a scaling factor.
+Only this file knows a latent scale. All other files see latents of about unit variance, or pixels in [-1, 1].
 """
 
 from __future__ import annotations
@@ -24,8 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 HUB_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-# Of both.
-HUB_CONFIG: dict[str, Any] = {"in_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512)}
+HUB_CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+}  # of both
 PIXEL_SPACE = "none"
 
 
@@ -54,14 +56,14 @@ class PixelSpace(nn.Module):
 
 
 class LatentSpace(nn.Module):
-    """A diffusers ``AutoencoderKL``; scale, shift and channel count come from its own config.
+    """A diffusers ``AutoencoderKL``. Scale, shift and channel count come from its own config.
 
     Args:
         vae: the autoencoder, in evaluation mode, without gradients.
         name: what the user gave for it: a folder or a name of HUB_AUTOENCODERS.
     """
 
-    chunk_size = 8  # images that pass through the autoencoder at once; bounds its memory, not the result
+    chunk_size = 8  # images per call of the autoencoder; limits its memory and does not change the result
 
     def __init__(self, vae: AutoencoderKL, name: str) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class LatentSpace(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, H / f, W / f)."""
         posteriors = [self.vae.encode(chunk).latent_dist for chunk in images.split(self.chunk_size)]
-        # Contiguous: random numbers drawn like a tensor follow its strides, which would follow the number of chunks.
+        # Contiguous, because torch.randn_like depends on strides, and strides would depend on the number of chunks.
         mean = torch.cat([posterior.mean for posterior in posteriors]).contiguous()
         std = torch.cat([posterior.std for posterior in posteriors]).contiguous()
         return (mean - self.shift) * self.scale, std * self.scale
@@ -86,15 +88,15 @@ class LatentSpace(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H / f, W / f), drawn from the posterior or its mean."""
         mean, std = self.moments(images)
         latents = self.draw(mean, std) if sample else mean
-        return latents.clone()  # no longer an inference tensor: the training step may differentiate through the model
+        return latents.clone()  # a normal tensor: autograd refuses inference tensors
 
     @staticmethod
     def draw(mean: Tensor, std: Tensor) -> Tensor:
-        """A draw from the posterior; shapes as in ``moments``."""
+        """A random draw from the posterior. Shapes as in ``moments``."""
         return mean + std * torch.randn_like(std)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents (B, C, H / f, W / f) -> images (B, 3, H, W), float32 in [-1, 1]; gradients pass."""
+        """Latents (B, C, H / f, W / f) -> images (B, 3, H, W), float32 in [-1, 1]. Differentiable."""
         latents = x / self.scale + self.shift
         images = [self.vae.decode(chunk).sample.float().clamp(-1, 1) for chunk in latents.split(self.chunk_size)]
         return torch.cat(images)
@@ -102,18 +104,18 @@ class LatentSpace(nn.Module):
     def decode_field(self, x: Tensor, windows: Windows) -> Tensor:
         """Latents (C, H / f, W / f) of any size -> image (3, H, W), float32 in [-1, 1], by overlapping windows.
 
-        Memory follows from the window. It is never decoded as a whole, also where that would fit: the decoder's norms
-        and attention look at all they are given, so an image would depend on the memory of the machine.
+        The window limits the memory. A field is never decoded as a whole, even if it would fit: norms and attention of
+        the decoder see their whole input, so the image would depend on the memory of the machine.
         """
         image = windows.mean(x, lambda _, latents: self.decode(latents), self.chunk_size, scale=self.factor)
-        return image.clamp(-1, 1)  # the mean may round beyond its parts
+        return image.clamp(-1, 1)  # the mean may exceed the range by rounding
 
 
 Space = PixelSpace | LatentSpace
 
 
 class SpaceShape(NamedTuple):
-    """What the model sees of an image: sides are ``factor`` times smaller, with this many channels."""
+    """Shape of the model's input: sides are ``factor`` times smaller than the image's, with ``channels`` channels."""
 
     factor: int
     channels: int
@@ -123,12 +125,12 @@ def load_space(vae: str, channels: int = 3) -> Space:
     """The space that ``vae`` names.
 
     Args:
-        vae: "none" for pixels, "ema" or "mse" for the published Stable Diffusion autoencoders, else the folder of any
-            diffusers autoencoder on disk. What is on disk is used without asking a hub.
-        channels: image channels; an autoencoder has a number of its own, which this must be.
+        vae: "none" for pixels, "ema" or "mse" for the published Stable Diffusion autoencoders, or the folder of any
+            diffusers autoencoder. If the files are on disk, the hub is not asked.
+        channels: image channels. For an autoencoder, its own number of channels.
 
     Raises:
-        InputError: see ``check_space``; or the weights are damaged, or a hub name is neither on disk nor to be had.
+        InputError: see ``check_space``; the weights are damaged; or they are not on disk and cannot be downloaded.
     """
     check_space(vae, channels)
     if vae == PIXEL_SPACE:
@@ -137,14 +139,14 @@ def load_space(vae: str, channels: int = 3) -> Space:
 
 
 def check_space(vae: str, channels: int = 3) -> SpaceShape:
-    """The shape of the space that ``vae`` names, before any weights are loaded.
+    """The shape of the space that ``vae`` names. Loads no weights.
 
     Args:
         vae: see ``load_space``.
         channels: image channels.
 
     Raises:
-        InputError: no such folder, no configuration of an autoencoder in it, or one for another number of channels.
+        InputError: there is no such folder, it holds no autoencoder, or the number of channels differs.
     """
     if vae == PIXEL_SPACE:
         return SpaceShape(1, channels)
@@ -161,7 +163,7 @@ def check_space(vae: str, channels: int = 3) -> SpaceShape:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a diffusers autoencoder."""
+    """Read config.json of a diffusers autoencoder."""
     names = ", ".join(HUB_AUTOENCODERS)
     mend = f"Give the folder of a diffusers autoencoder (config.json and its weights), one of {names}"
     if not folder.is_dir():
@@ -205,12 +207,12 @@ class SpaceTypes:
 
 
 def space_config(space: Space) -> dict[str, Any]:
-    """What a checkpoint keeps of the space: plain types, enough to find it again and to know it from another."""
+    """Entry of the space in a checkpoint, in plain types. It identifies the autoencoder."""
     return {"vae": space.name, "factor": space.factor, "channels": space.channels, "fingerprint": space.fingerprint}
 
 
 def fingerprint(vae: AutoencoderKL) -> str:
-    """First 16 hex digits of the SHA-256 of scale, shift and weights: tells one autoencoder from another."""
+    """First 16 hex digits of the SHA-256 of scale, shift and weights. Identifies an autoencoder."""
     digest = hashlib.sha256(repr((vae.config.scaling_factor, getattr(vae.config, "shift_factor", None))).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -242,7 +244,7 @@ def _from_hub(vae: str) -> AutoencoderKL:
 
 
 def _load(source: str, local_files_only: bool) -> AutoencoderKL:
-    """Weights from safetensors only: a pickle could run code."""
+    """Load weights from safetensors only, because a pickle could run code."""
     from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
 
     vae, info = AutoencoderKL.from_pretrained(
@@ -252,7 +254,7 @@ def _load(source: str, local_files_only: bool) -> AutoencoderKL:
         low_cpu_mem_usage=False,
         output_loading_info=True,
     )
-    if info["missing_keys"]:  # diffusers would go on with random numbers in their place
+    if info["missing_keys"]:  # diffusers would continue with random weights
         raise OSError(f"the weights lack {info['missing_keys'][0]}")
     if not vae.config.scaling_factor:
         raise OSError("scaling_factor in config.json is 0 or missing")

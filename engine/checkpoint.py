@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read without running code.
+"""Checkpoints: written atomically, and read without running code.
 
 A checkpoint is a dictionary of plain types and tensors with ``model``, ``ema``, ``opt``, ``step`` and ``config`` at the
 top level. ``config`` rebuilds everything that sampling needs, so nothing is guessed:
@@ -25,11 +25,10 @@ from engine.autoencoder import SpaceTypes
 from engine.config import ModelConfig, TransportConfig
 from models import SiT, SiT_models, build_model
 
-NAMES = ("ckpt", "init_from")  # in the errors below: see InputError
+NAMES = ("ckpt", "init_from")  # fields that the errors below name
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
 NOTES = ("step", "trained_on", "labelled_on", "intensity", "looks")  # an export keeps them beside the weights
-
 MOST_STEPS = 10**12
 SECTIONS: dict[str, type] = {
     "model": ModelConfig, "transport": TransportConfig, "space": SpaceTypes, "data": DataConfig,
@@ -52,24 +51,28 @@ class CheckpointTypes:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; see the module's docstring for what it holds."""
+    """Write a checkpoint atomically. The top of this file lists its content.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     try:
         write_atomically(path, lambda file: torch.save(state, file))
-    except RuntimeError as error:  # what torch makes of a full disk
+    except RuntimeError as error:  # torch's error for a full disk
         raise OSError(f"cannot write {path}: {error}. Is the disk full?") from error
 
 
 def export_safetensors(path: Path, state: dict[str, Any]) -> None:
-    """The averaged weights with their configuration as one safetensors file, for sharing; sampling reads it.
+    """Write the averaged weights and their configuration as one safetensors file, for sharing. Sampling can read it.
 
-    Optimiser, folders and the rest of the training's own settings stay behind: they may hold paths.
+    The file has no optimiser and no settings of the training, because they may hold paths.
 
     Args:
-        path: the file.
+        path: file to write.
         state: a checkpoint, or ``Training.trained_state()``.
     """
     config = {part: state["config"][part] for part in CONFIG_PARTS}
-    if "vae" in config["space"]:  # of a folder, the name without the path
+    if "vae" in config["space"]:  # keep the name of a folder, without its path
         config["space"] = config["space"] | {"vae": Path(config["space"]["vae"]).name}
     notes = {"config": config, **{name: state.get(name) for name in NOTES}}
     metadata = {"format": "pt", **{name: json.dumps(note) for name, note in notes.items()}}
@@ -78,10 +81,10 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Checkpoint of this project (or its exported safetensors), on the CPU. Nothing in the file is run.
+    """Read a checkpoint of this project, or an exported safetensors file. Tensors are on the CPU. Runs no code.
 
     Raises:
-        InputError: no such file, not a checkpoint, damaged, would run code, or not one of this project.
+        InputError: the file is missing, damaged, no checkpoint of this project, or would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -157,7 +160,7 @@ def build_trained(config: dict[str, Any], weights: dict[str, Any]) -> SiT:
     """
     if config.get("name") not in SiT_models:
         raise ValueError(f"unknown model {config.get('name')!r}; choose one of {', '.join(SiT_models)}")
-    if "depth" in SiT_models[config["name"]].keywords:  # in every SiT; a benchmark adds other models to the table
+    if "depth" in SiT_models[config["name"]].keywords:  # all SiTs have it; a benchmark adds other models to the table
         _check_size(SiT_models[config["name"]].keywords | config, weights)
     with torch.device("meta"):  # shapes without memory
         shapes = {name: value.shape for name, value in build_model(config).state_dict().items()}
@@ -171,10 +174,10 @@ def build_trained(config: dict[str, Any], weights: dict[str, Any]) -> SiT:
 
 
 def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:
-    """What ``export_safetensors`` wrote, shaped like a checkpoint without an optimiser.
+    """A file of ``export_safetensors`` in the form of a checkpoint without an optimiser.
 
     Raises:
-        ValueError: something else wrote the metadata.
+        ValueError: ``export_safetensors`` did not write the metadata.
     """
     config, step = parse_json(metadata.get("config", "{}")), int(metadata.get("step", "0"))
     notes = {name: parse_json(metadata.get(name, "null")) for name in NOTES}

@@ -1,12 +1,12 @@
 """The configuration of one run: frozen dataclasses, kept in the checkpoint as plain dicts.
 
-``cli.resolve`` makes a ``RunConfig`` from a command line and, in a continued run, from the checkpoint. Metadata of a
-field say how the two meet:
+``cli.resolve`` makes a ``RunConfig`` from a command line. In a continued run it also reads the checkpoint. The metadata
+of a field say which value is used:
 
-    flag      name of the flag that sets the field (default: the field's own name; None: it follows from others)
-    resume    FIXED: the checkpoint's value stays, another one is refused
-              FREE: a value that is given replaces the checkpoint's
-              LOCAL: never taken from a checkpoint: where things are, and what this machine can do
+    flag      name of the flag that sets the field (default: the field's own name; None: it follows from other fields)
+    resume    FIXED: the checkpoint's value stays, and another one is refused
+              FREE: a flag that is given replaces the checkpoint's value
+              LOCAL: never taken from a checkpoint, because it names a path or depends on the machine
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transport import create_transport
 
 FIXED, FREE, LOCAL = "fixed", "free", "local"
 NO_CACHE = "none"
-MOST_OF_WIDTH = 0.75  # numbers of a patch over width, up to which velocity prediction was tried for pixels
+MOST_OF_WIDTH = 0.75  # up to this ratio of numbers per patch to width, pixels use velocity prediction
 Section = TypeVar("Section")
 
 
@@ -48,15 +48,15 @@ class ModelConfig:
 
     Attributes:
         name: SiT-SIZE/PATCH.
-        input_size: side of what the model sees, in latent pixels.
-        in_channels: channels of what the model sees.
+        input_size: side of the model's input, in latent pixels.
+        in_channels: channels of the model's input.
         num_classes: K, background included.
-        class_dropout_prob: share of training examples that lose their mask.
+        class_dropout_prob: fraction of training examples that lose their mask.
         mask_pixels: side of a patch in mask pixels, for the mask detail; 0 without it.
         time_scale: factor on t before its sinusoids.
         patch_overlap: neighbouring patches of the output overlap.
         look_numbers: numbers that describe the look of an image; 0 without looks.
-        look_dropout_prob: share of training examples that lose their look.
+        look_dropout_prob: fraction of training examples that lose their look.
     """
 
     name: str = _set_by("model")
@@ -87,7 +87,7 @@ class TransportConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """How long and how fast a run learns, and the seed of all it draws. Counts are images or steps."""
+    """Length and learning rate of a run, and its seed. Counts are images or steps."""
 
     epochs: int = _free(1400)
     max_steps: int | None = _free(None)
@@ -112,10 +112,10 @@ class TrainConfig:
         latent_cache: folder of kept latents; None chooses.
         unlabelled_path: folders of images without masks.
         unlabelled_mask_path: folders of their pseudo-masks.
-        unlabelled_share: of every batch.
-        groups: table of the images' groups.
-        group_column: of this table.
-        balance_groups: each group is drawn equally often.
+        unlabelled_share: fraction of each batch.
+        groups: table of the groups of images.
+        group_column: column of this table.
+        balance_groups: choose each group equally often.
     """
 
     data_path: Path = _local()
@@ -148,19 +148,19 @@ class TrainConfig:
 
 
 def choose_transport(given: Mapping[str, Any], model: str, channels: int, in_pixels: bool) -> TransportConfig:
-    """The transport of a new run: what is given, and for each None what suits the model and its space.
+    """The transport of a new run. A field that is not given gets the value that suits the model and its space.
 
-    Times are logit-normal for pixels. Data prediction learns most near the noise, where the brightness of a patch is
-    decided, so its times lie earlier (benchmarks/nuclei_64px_cpu.md).
+    Times are logit-normal for pixels. With data prediction they lie nearer to the noise, where the brightness of a
+    patch is decided (benchmarks/nuclei_64px_cpu.md).
 
     Args:
         given: a value, or None, for every field of ``TransportConfig``.
         model: SiT-SIZE/PATCH.
-        channels: of the images.
+        channels: channels of the images.
         in_pixels: the model works on pixels, not on latents.
 
     Raises:
-        InputError: a combination without meaning or effect.
+        InputError: the fields do not fit together, or one has no effect.
     """
     prediction = given["prediction"] or default_prediction(model, channels, in_pixels)
     follows: dict[str, Any] = {
@@ -178,11 +178,10 @@ def choose_transport(given: Mapping[str, Any], model: str, channels: int, in_pix
 
 
 def default_prediction(model: str, channels: int, in_pixels: bool) -> str:
-    """Velocity for latents, as in SiT, and for pixels if the width carries a patch; else the data.
+    """Velocity for latents, as in SiT, and for pixels if a patch has few enough numbers. Data for larger patches.
 
-    A network that predicts the data has to learn to pass on what it sees of a nearly clean patch; to the velocity the
-    input is added. With few steps that decides (benchmarks/nuclei_64px_cpu.md). A patch of more numbers than the width
-    carries needs data prediction (Li & He 2025, arXiv 2511.13720).
+    Velocity prediction learns faster in short runs (benchmarks/nuclei_64px_cpu.md). It fails if a patch has more
+    numbers than the width can carry (Li & He 2025, arXiv 2511.13720).
     """
     numbers = channels * patch_size(model) ** 2
     return "velocity" if not in_pixels or numbers <= MOST_OF_WIDTH * model_width(model) else "data"
@@ -204,7 +203,7 @@ def choose_model(
     """The model for images of this size in a space of this shape.
 
     Raises:
-        InputError: the image size is no multiple of autoencoder factor x patch size, or gives too many patches.
+        InputError: the image size is not a multiple of autoencoder factor x patch size, or gives too many patches.
     """
     patch = patch_size(name)
     unit = shape.factor * patch
@@ -243,7 +242,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides a run."""
+    """All settings of a run."""
 
     model: ModelConfig
     transport: TransportConfig
@@ -271,7 +270,7 @@ class RunConfig:
         )
 
     def flags(self) -> dict[str, Saved]:
-        """What a run that continues this one finds for every flag."""
+        """For every flag: the value of this run, and whether a continued run may change it."""
         found = {
             "no_mask_detail": Saved(self.model.mask_pixels == 0, FIXED),
             "no_patch_overlap": Saved(not self.model.patch_overlap, FIXED),
@@ -286,7 +285,7 @@ class RunConfig:
 
 
 def _build(kind: type[Section], values: dict[str, Any]) -> Section:
-    """A section from a plain dict, which may hold more and lack what came later. JSON has lists instead of tuples."""
+    """A section from a plain dict. Ignores unknown keys; missing keys get defaults. Lists of JSON become tuples."""
     names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     known = {name: value for name, value in values.items() if name in names}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

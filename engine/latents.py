@@ -182,7 +182,7 @@ class LatentPairs(torch.utils.data.Dataset):
         return {"moments": moments, "mask": self.pairs.mask(index, symmetry)}
 
     def look_draw(self, index: int, draw: int) -> np.ndarray:
-        """As of the pairs, whose image is read."""
+        """Look numbers (N,) of a random window, measured in the image."""
         return self.pairs.look_draw(index, draw)
 
 

@@ -1,4 +1,4 @@
-"""The loop of a training run: batches, steps, metrics, previews, checkpoints, and an orderly end on a signal."""
+"""The loop of a training run: batches, steps, metrics, previews, checkpoints, and a saved end on a signal."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ LOADER_PROCESSES = 4
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 (Slurm's warning, torchrun's restart) and Ctrl-C ask the loop to save and leave.
+    """Remembers SIGTERM, SIGUSR1 (Slurm's warning, torchrun's restart) or Ctrl-C, so that the loop saves and ends.
 
-    A second Ctrl-C leaves at once. It counts as second only after some seconds, because torchrun passes on the Ctrl-C
-    that its processes have already had.
+    A second Ctrl-C ends at once. It must come some seconds later, because torchrun sends its processes the first Ctrl-C
+    again.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def run_loop(
     run: RunFolder,
     unlabelled: Sequence[UnlabelledFolder | PairedFolder] = (),
 ) -> None:
-    """Take all steps that are left, and write metrics, previews and checkpoints on the way."""
+    """Take the remaining steps. Write metrics, previews and checkpoints."""
     machine, batch_size = training.machine, training.config.optimiser.global_batch_size
     training.total_steps = total = training.steps_in_all(len(dataset))
     labelled_share = 1 - training.config.train.unlabelled_share if unlabelled else 1.0
@@ -93,7 +93,7 @@ def run_loop(
 def take_steps(
     training: Training, source: PairedFolder | LatentPairs | Mixture, run: RunFolder, previews: Previews | None
 ) -> None:
-    """The steps themselves. A signal saves a checkpoint and ends the process with its exit code."""
+    """Take the steps. After a signal, save a checkpoint and end the process with the exit code of the signal."""
     machine, settings, total = training.machine, training.config.train, training.total_steps
     stop = StopRequest()
     machine.barrier("draw a preview, or start wandb")
@@ -117,7 +117,7 @@ def take_steps(
         if previews is not None and preview_is_due(training) and not stopped:
             save_preview(previews, run, step)
         if step % settings.ckpt_every == 0 or last or stopped or preview_is_due(training):
-            machine.barrier(f"save what step {step} gave")  # on a slow disk it takes longer than an exchange may
+            machine.barrier(f"save what step {step} gave")  # saving may take longer than the limit of an exchange
         if stopped:
             logger.warning("signal received: leaving at step %d; the same command continues", step)
             sys.exit(stop.exit_code)
@@ -126,7 +126,7 @@ def take_steps(
 def mix(
     training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]
 ) -> PairedFolder | LatentPairs | Mixture:
-    """What the steps draw from: the pairs alone, or with unlabelled images and looks beside them."""
+    """The data set of the steps: labelled pairs, or a mixture with unlabelled images and looks."""
     labelled = encode_once(dataset, training) or dataset
     others: list[Source] = [encode_once(source, training) or source for source in unlabelled]
     if training.looks is None and not others:
@@ -138,7 +138,7 @@ def mix(
 
 
 def encode_once(pairs: PairedFolder | UnlabelledFolder, training: Training) -> LatentPairs | None:
-    """The data set as kept latents, encoded where missing; None if images are encoded at each step."""
+    """The data set as latents, encoded now if they are missing. None if images are encoded at each step."""
     machine, space, settings = training.machine, training.space, training.config.train
     if not isinstance(space, LatentSpace) or settings.latent_cache == NO_CACHE:
         return None
@@ -147,7 +147,7 @@ def encode_once(pairs: PairedFolder | UnlabelledFolder, training: Training) -> L
         return None
     images = training.total_steps * training.config.optimiser.global_batch_size
     if settings.latent_cache is None and images < SYMMETRIES * len(pairs):
-        logger.info("images are encoded at each step: in so short a run that is less work than all views of each")
+        logger.info("images are encoded at each step: the run is too short to gain from a cache of all views")
         return None
     folder = Path(settings.latent_cache or settings.results_dir / "latents")
     hashes = machine.from_main(pairs.image_hashes if machine.is_main else None, "hash the images")
@@ -157,10 +157,10 @@ def encode_once(pairs: PairedFolder | UnlabelledFolder, training: Training) -> L
 
 
 def step_batches(source: PairedFolder | LatentPairs | Mixture, training: Training) -> Iterator[Batch]:
-    """Batches of the steps still to take, fetched in the background.
+    """Batches of the remaining steps, loaded in the background.
 
-    Loader processes start if one thread could not keep up: for data that is read again each time, and for images in
-    memory that feed a GPU.
+    By default, loader processes start if one thread may be too slow: if files are read again at each access, and if
+    images in memory feed a GPU.
     """
     machine, optimiser = training.machine, training.config.optimiser
     steps = range(training.step, training.total_steps)
@@ -181,7 +181,7 @@ def step_batches(source: PairedFolder | LatentPairs | Mixture, training: Trainin
 
 
 def limit_workers(asked: int) -> int:
-    """Number of loader processes to start: what was asked for, but not many more than there are cores."""
+    """Number of loader processes to start: at most ``MOST_LOADERS_PER_CORE`` per core."""
     most = MOST_LOADERS_PER_CORE * usable_cores()
     if asked > most:
         logger.warning("num_workers %d: %d are started, %d per core", asked, most, MOST_LOADERS_PER_CORE)
@@ -189,10 +189,10 @@ def limit_workers(asked: int) -> int:
 
 
 def save(training: Training, run: RunFolder, last: bool) -> None:
-    """Save a checkpoint of weights that are finite and still learn; all ranks come here together.
+    """Save a checkpoint. All ranks must call this together.
 
-    Amid skipped steps only the end of the run is saved: weights that have blown up can be finite, and give no finite
-    gradient any more. A continued run takes the steps since the checkpoint before again.
+    If the latest step was skipped, only the end of the run is saved. Weights can be finite and still give no finite
+    gradient any more. A continued run then starts from the checkpoint before.
     """
     training.check_finite(run)
     if training.skipped_in_a_row.item() and not last:
@@ -204,21 +204,21 @@ def save(training: Training, run: RunFolder, last: bool) -> None:
 
 
 def export_weights(training: Training, run: RunFolder) -> None:
-    """The averaged weights as one file for sharing, if asked for."""
+    """Write the averaged weights as one file for sharing, if asked for."""
     if training.config.train.export_safetensors and training.machine.is_main:
         export_safetensors(run.path / "model.safetensors", training.trained_state())
         logger.info("exported %s", run.path / "model.safetensors")
 
 
 def log_progress(training: Training, run: RunFolder, steps: int, seconds: float, waiting: float) -> None:
-    """The metrics since the last line, on all ranks together; stops a run that has diverged.
+    """Write the metrics since the last line, and stop a run that has diverged. All ranks must call this together.
 
     Args:
         training: the run.
         run: its folder.
-        steps: how many were taken since the last line.
-        seconds: in this time.
-        waiting: share of this time that the process waited for data.
+        steps: number of steps since the last line.
+        seconds: duration of these steps.
+        waiting: fraction of this time that this process waited for data.
     """
     metrics = training.read_metrics()
     metrics["speed/images_per_sec"] = steps * training.config.optimiser.global_batch_size / seconds
@@ -229,7 +229,7 @@ def log_progress(training: Training, run: RunFolder, steps: int, seconds: float,
 
 
 def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float]) -> None:
-    """metrics.jsonl first, then the log, then wandb."""
+    """Write metrics to metrics.jsonl, then to the log, then to wandb."""
     step, total, lr = training.step, training.total_steps, training.optimizer.param_groups[0]["lr"]
     metrics = {**metrics, "train/lr": lr}
     run.log_metrics({"step": step, **metrics})
@@ -247,7 +247,7 @@ def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float]
 
 
 def duration(seconds: float) -> str:
-    """``2 days 03:04:05``; the days only if there are any."""
+    """Time as text, such as ``03:04:05`` or ``2 days 03:04:05``."""
     if not math.isfinite(seconds):
         return "unknown time"
     days, rest = divmod(int(seconds), 24 * 3600)
@@ -261,7 +261,7 @@ def preview_is_due(training: Training) -> bool:
 
 def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
     picture, grid = previews.draw()
-    if grid is not None:  # before the picture: RunFolder.cut_metrics looks for it
+    if grid is not None:  # before the picture, because RunFolder.cut_metrics drops a line without its picture
         run.log_metrics({"step": step, PREVIEW_GRID: grid})
     path = run.preview_path(step)
     write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))

@@ -1,4 +1,4 @@
-"""The folder of one training run: its name, its lock, and what lies in it."""
+"""The folder of one training run: its name, its lock and its files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 PREVIEW_GRID = "preview/grid"  # metric of a preview: how far the patches show in it
 CONFIG, LOG = "config.json", "log.txt"
-REQUEUE_SECONDS = 120.0  # a requeued job waits so long for the lock of its earlier self on a network disk
-LAST_NUMBER = ".last_run"  # in the results folder: the highest number that a run has had
+REQUEUE_SECONDS = 120.0  # a requeued job waits this long for the lock of its earlier process on a network disk
+LAST_NUMBER = ".last_run"  # file in the results folder that holds the highest number of a run
 
 
 class RunFolder:
     """One training run on disk: config.json, log.txt, metrics.jsonl, checkpoints/ and previews/.
 
     Args:
-        path: the folder; ``create`` makes it.
-        keep: how many checkpoints stay.
+        path: the folder. ``create`` makes it.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
@@ -43,16 +43,16 @@ class RunFolder:
         self._whole: set[Path] = set()  # checkpoints that were written or read by this process
 
     def create(self, must_be_new: bool = False) -> bool:
-        """Make the folder, or take one that holds a run.
+        """Make the folder, or use an existing one that holds a run.
 
         Args:
-            must_be_new: take no folder that exists.
+            must_be_new: use no existing folder.
 
         Returns:
-            False if it exists and must be new.
+            False if the folder exists but must be new.
 
         Raises:
-            InputError: it holds other files.
+            InputError: the folder holds other files.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,12 +87,12 @@ class RunFolder:
         return {"model", "transport"} <= set(config)
 
     def _first_names(self) -> set[str]:
-        """What a run that was stopped at its start may have left."""
+        """Names of files that a run may leave if it was stopped at its start."""
         return {self.checkpoints.name, self.previews.name, LOG, LOCK_FILE}
 
     @contextlib.contextmanager
     def removed_if_refused(self) -> Iterator[None]:
-        """Take a new run folder away again if the block refuses the user's input."""
+        """Remove a new run folder if the block refuses the user's input."""
         try:
             yield
         except InputError:
@@ -101,7 +101,7 @@ class RunFolder:
             raise
 
     def lock(self) -> None:
-        """Keep a second process out for as long as this one lives, and clear away what a killed one left half-written.
+        """Lock the folder for the life of this process, and remove incomplete files of a killed process.
 
         Raises:
             InputError: another process trains in this folder.
@@ -116,7 +116,7 @@ class RunFolder:
         sign_lock(self._lock)
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints there are, ascending."""
+        """Steps of all checkpoints, ascending."""
         names = (path.stem for path in self.checkpoints.glob("*.pt"))
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -127,13 +127,13 @@ class RunFolder:
         return self.previews / f"{step:07d}.png"
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``state["step"]``, then drop the oldest beyond ``keep``.
+        """Write the checkpoint of ``state["step"]``, then remove the oldest ones beyond ``keep``.
 
-        Only whole checkpoints up to this step count, so that the new one always stays.
+        Counts only whole checkpoints up to this step, so the new one always stays.
         """
         path = self.checkpoint_path(state["step"])
         save_checkpoint(path, state)
-        sync_folder(self.checkpoints)  # before an older one goes
+        sync_folder(self.checkpoints)  # before an older one is removed
         self._whole.add(path)
         whole = [step for step in self.steps() if step <= state["step"] and self._is_whole(step)]
         for step in whole[: -self.keep]:
@@ -141,7 +141,7 @@ class RunFolder:
         return path
 
     def _is_whole(self, step: int) -> bool:
-        """Whether a checkpoint can be read; each is tried once. A damaged one is set aside."""
+        """Whether a checkpoint can be read. Tries each file once, and sets damaged ones aside."""
         path = self.checkpoint_path(step)
         if path not in self._whole:
             try:
@@ -153,16 +153,16 @@ class RunFolder:
         return True
 
     def _set_aside(self, path: Path, error: InputError) -> None:
-        """Give a damaged checkpoint a name under which nothing looks for it."""
+        """Rename a damaged checkpoint, so that nothing reads it again."""
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
         logger.warning("%s It is kept as %s.", error, aside.name)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, with its file; None in a new run. Damaged ones after it are set aside.
+        """The newest whole checkpoint and its path. None in a new run. Newer damaged ones are set aside.
 
         Raises:
-            InputError: there are checkpoints and every one is damaged. They keep their names.
+            InputError: all checkpoints are damaged. They keep their names.
         """
         damaged = []
         for step in reversed(self.steps()):
@@ -184,8 +184,9 @@ class RunFolder:
         return None
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines after ``step``, a torn last line, and a preview's without its picture: a resumed run writes
-        them again."""
+        """Remove lines that a continued run writes again: those after ``step``, an incomplete last line, and lines of
+        previews without a picture.
+        """
         if not self.metrics.exists():
             return
         kept = []
@@ -200,7 +201,7 @@ class RunFolder:
         write_bytes(self.metrics, "".join(kept).encode())
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        """Append a line; it is on the disk before a checkpoint of its step is, so that a power cut leaves no gap."""
+        """Append a line, and wait until it is on the disk. The checkpoint comes later, so a power cut leaves no gap."""
         try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -211,12 +212,12 @@ class RunFolder:
 
 
 def choose_run_folder(results_dir: Path, run_name: str | None, title: str) -> Path:
-    """Where a run goes: ``RESULTS_DIR/RUN_NAME``, else the next free ``RESULTS_DIR/NNN-title``.
+    """Folder of a run: ``RESULTS_DIR/RUN_NAME``, or the next free ``RESULTS_DIR/NNN-title`` without a name.
 
-    A number is never used twice, even if all folders are deleted: the last one is noted in a file beside them.
+    A number is never used twice, even if its folder was deleted: a file beside the folders holds the last number.
 
     Raises:
-        InputError: a run without a name that torchrun may restart. It would begin anew each time.
+        InputError: torchrun may restart the run, but it has no name. Each restart would begin a new run.
     """
     if run_name:
         return results_dir / run_name
@@ -232,7 +233,7 @@ def choose_run_folder(results_dir: Path, run_name: str | None, title: str) -> Pa
 
 
 def note_number(run_folder: Path) -> None:
-    """Keep the number of a numbered run folder from being used again."""
+    """Save the number of a numbered run folder, so that it is not used again."""
     results_dir, number = run_folder.parent, _number_of(run_folder)
     if number > _noted_number(results_dir):
         write_bytes(results_dir / LAST_NUMBER, str(number).encode())
@@ -245,6 +246,6 @@ def _noted_number(results_dir: Path) -> int:
 
 
 def _number_of(path: Path) -> int:
-    """The number of a run folder; -1 for what is none."""
+    """The number of a run folder. -1 for other files."""
     match = re.match(r"(\d{3,})-", path.name)
     return int(match[1]) if match and path.is_dir() else -1

@@ -1,7 +1,7 @@
-"""The one place that turns a checkpoint, masks and seeds into images; train.py, sample.py and sample_ddp.py call it.
+"""Turn a checkpoint, masks and seeds into images. All commands use this file.
 
-An image depends on the checkpoint, its mask, the seed and its index, and on nothing else: its noise comes from a
-generator of its own on the CPU, every batch is padded to the same size, and the solver's steps are fixed.
+An image depends only on the checkpoint, its mask, the seed and its index. Therefore each image has its own random
+generator on the CPU, all batches are padded to the same size, and the solver has fixed steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transport.sampler import OdeSolver, SdeSolver
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are drawn: everything but checkpoint, mask, seed and index that decides what an image looks like."""
+    """Solver and guidance: all that decides an image beside checkpoint, mask, look, seed and index."""
 
     mode: str = "ODE"
     method: str = "heun"
@@ -48,13 +48,13 @@ class SamplingSettings:
     diffusion_norm: float = 1.0
     last_step: str = "Tweedie"
     last_step_size: float | None = None
-    tile_overlap: float | None = None  # of windows over a large field: below 1 a share of the side, from 1 on pixels
+    tile_overlap: float | None = None  # of tiles of a large field: below 1 a fraction of the side, else pixels
     look_scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, the fields that the mode uses."""
+        """The fields that the mode uses, as plain types."""
         unused: tuple[str, ...] = SDE_ONLY if self.mode == "ODE" else ODE_ONLY
-        unused += ("look_scale",) if self.look_scale == 1 else ()  # which sets without looks do not have
+        unused += ("look_scale",) if self.look_scale == 1 else ()  # sets without looks do not have it
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
@@ -66,7 +66,7 @@ SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint made ready to sample from."""
+    """A checkpoint that is ready for sampling."""
 
     model: SiT
     transport: Transport
@@ -75,10 +75,10 @@ class TrainedModel:
     config: dict[str, Any]
     step: int
     sha256: str
-    trained_on: list[str] | None  # SHA-256 of every training image, where it is known
-    intensity: SourceIntensity | None  # gray values of the training images, where they are known
+    trained_on: list[str] | None  # SHA-256 of every training image, if known
+    intensity: SourceIntensity | None  # gray values of the training images, if known
     looks: Looks | None = None  # of the training images, if the model knows looks
-    labelled_on: list[str] | None = None  # SHA-256 of the images whose labels it may know, where that is known
+    labelled_on: list[str] | None = None  # SHA-256 of the images whose labels it may know, if known
 
 
 def load_trained(
@@ -90,18 +90,18 @@ def load_trained(
     expected: Mapping[str, Any] | None = None,
     cfg_scales: Sequence[float] = (),
 ) -> TrainedModel:
-    """Model, transport, space and data configuration, all as the checkpoint says.
+    """Load model, transport, space and data configuration of a checkpoint.
 
     Args:
         path: checkpoint of train.py, or its exported weights.
-        machine: where the model goes.
-        raw_weights: take the last weights and not their average.
-        vae: where the autoencoder lies now; None if it is where training found it.
-        expected: what the caller believes of ``model``, ``num_classes`` and ``image_size``; None is no belief.
-        cfg_scales: guidance that will be asked for.
+        machine: device and precision of the model.
+        raw_weights: use the last weights instead of the averaged ones.
+        vae: present place of the autoencoder. None: the place that training used.
+        expected: values of ``model``, ``num_classes`` and ``image_size`` that the user gave. None: not given.
+        cfg_scales: guidance scales that will be used.
 
     Raises:
-        InputError: the checkpoint cannot be used, contradicts what is expected, or the autoencoder is another one.
+        InputError: the checkpoint is unusable, contradicts ``expected``, or has another autoencoder.
     """
     state = read_checkpoint(path)
     config, notes = state["config"], {name: state.get(name) or None for name in ("intensity", "looks")}
@@ -145,7 +145,7 @@ def load_trained(
 
 
 def _check_expected(path: str | Path, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises InputError with all contradictions in one line."""
+    """Raise InputError with all contradictions in one line."""
     known = {
         "model": config["model"]["name"],
         "num_classes": config["data"]["num_classes"],
@@ -158,16 +158,16 @@ def _check_expected(path: str | Path, config: dict[str, Any], expected: Mapping[
 
 
 class ImageSampler:
-    """Masks and seeds to images.
+    """Makes images from masks and seeds.
 
     Args:
         model: in evaluation mode, on the machine's device.
-        transport: of the checkpoint.
-        space: of the checkpoint, on the machine's device.
-        machine: device and precision of the model's calls and the decoder's; the solver's state stays float32.
+        transport: transport of the checkpoint.
+        space: space of the checkpoint, on the machine's device.
+        machine: device and precision of model and decoder. The solver's state is always float32.
         settings: solver and guidance.
-        compiled: compile the network's blocks (the model given is changed): nothing recompiles for other masks.
-        before_call: called before every network call; an exception that it raises ends the drawing.
+        compiled: compile the blocks of ``model``, in place. Other masks need no new compilation.
+        before_call: called before every network call. Its exceptions end the sampling.
     """
 
     def __init__(
@@ -201,13 +201,13 @@ class ImageSampler:
     def __call__(
         self, prob_maps: Tensor, seeds: Sequence[int], batch_size: int | None = None, looks: Tensor | None = None
     ) -> Tensor:
-        """One image per mask.
+        """Sample one image per mask.
 
         Args:
             prob_maps: (n, K, H, W) class probabilities.
             seeds: n seeds, one per image; see ``image_seed``.
-            batch_size: pad to this many by repeating the last image, so that all batches are of one shape.
-            looks: (n, N) standardised numbers of the images' looks; None for no look.
+            batch_size: pad to this size by repeating the last image, so that all batches have one shape.
+            looks: (n, N) standardised look numbers of each image; None for no look.
 
         Returns:
             (n, C, S, S) float32 in [-1, 1] on the device. Differentiable in ``prob_maps`` in pixel space.
@@ -221,13 +221,13 @@ class ImageSampler:
     def samples(
         self, prob_map: Tensor, seeds: Sequence[int], batch_size: int, looks: Tensor | None = None
     ) -> list[Tensor]:
-        """Images of one mask: squares or, with ``tile_overlap`` in the settings, fields of the mask's size.
+        """Sample images of one mask: squares or, with ``tile_overlap`` in the settings, fields of the mask's size.
 
         Args:
             prob_map: (K, H, W) class probabilities.
             seeds: n seeds, one per image; see ``image_seed``.
-            batch_size: images, or windows of a field, that pass through the model at once.
-            looks: (n, N) standardised numbers of the images' looks; None for no look.
+            batch_size: images, or tiles of a field, per network call.
+            looks: (n, N) standardised look numbers of each image; None for no look.
 
         Returns:
             n images (C, H, W), float32 in [-1, 1], on the CPU.
@@ -245,16 +245,16 @@ class ImageSampler:
         return images
 
     def draw_field(self, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None = None) -> Tensor:
-        """An image of any height and width, from overlapping windows of the size that the model was trained on.
+        """Sample an image of any height and width, from overlapping tiles of the training size.
 
-        At every step of the solver the prediction is the windows' weighted mean (see ``tiling.py``). The mean of what
-        the model predicts, whichever quantity that is, equals the mean of velocities: each is linear in the other.
+        At every step of the solver, the prediction is the weighted mean of the tiles (see ``tiling.py``). Averaging any
+        kind of prediction equals averaging velocities, because each is linear in the other.
 
         Args:
-            prob_map: (K, H, W) class probabilities at the image's own scale.
-            seed: of its noise; see ``image_seed``.
-            batch_size: windows that pass through the model at once: memory follows from it and the window.
-            look: (N,) standardised numbers of the look, which all windows have; None for no look.
+            prob_map: (K, H, W) class probabilities at the scale of the image.
+            seed: seed of the noise; see ``image_seed``.
+            batch_size: tiles per network call. It limits the memory.
+            look: (N,) standardised look numbers, the same for all tiles; None for no look.
 
         Returns:
             (C, H, W) float32 in [-1, 1] on the device. Differentiable in ``prob_map`` in pixel space.
@@ -263,17 +263,17 @@ class ImageSampler:
         return decode(states[-1])
 
     def trajectory(self, prob_map: Tensor, seed: int, batch_size: int, most: int, look: Tensor | None = None) -> Tensor:
-        """How an image comes out of the noise: the solver's states as images.
+        """States of the solver as images: how an image forms from noise.
 
         Args:
-            prob_map: (K, H, W) class probabilities; with ``tile_overlap`` in the settings, of a field of any size.
-            seed: of its noise; see ``image_seed``.
-            batch_size: windows of a field that pass through the model at once.
-            most: images to give. If there are more states, they are evenly spread, the first and the last among them.
-            look: (N,) standardised numbers of the look; None for no look.
+            prob_map: (K, H, W) class probabilities. With ``tile_overlap`` in the settings, a field of any size.
+            seed: seed of the noise; see ``image_seed``.
+            batch_size: tiles of a field per network call.
+            most: most images to return, evenly spread, the first and the last state included.
+            look: (N,) standardised look numbers; None for no look.
 
         Returns:
-            (S, C, H, W) float32 in [-1, 1] on the device, the noise first and the image last.
+            (S, C, H, W) float32 in [-1, 1] on the device: first the noise, last the image.
         """
         solver = create_solver(self.transport, self.settings, trajectory=True)
         if self.settings.tile_overlap is not None:
@@ -286,13 +286,13 @@ class ImageSampler:
     def _solve_field(
         self, solver: Solver, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """States (S, 1, C, h, w) of a field, and what makes an image (C, H, W) of one of them."""
+        """States (S, 1, C, h, w) of a field, and a function from a state to an image (C, H, W)."""
         (height, width), factor = prob_map.shape[-2:], self.space.factor
         side = self.latent_shape[1:]
         field = max(side[0], math.ceil(height / factor)), max(side[1], math.ceil(width / factor))
         prob_map = mirror_to(prob_map.to(self.machine.device), factor * field[0], factor * field[1])
         windows = Windows(field, side, (self._overlap(side[0]), self._overlap(side[1])))
-        size = batch_size if self.compiled else 0  # compiled, the last windows fill a batch: one shape, one graph
+        size = batch_size if self.compiled else 0  # a compiled model gets full batches only: one shape, one graph
         conditions = {}
         for first in range(0, len(windows), batch_size):
             parts = fill_batch(windows.cut(prob_map, first, batch_size, factor), size)
@@ -312,38 +312,38 @@ class ImageSampler:
         return self._solve(solver, [seed], (self.latent_shape[0], *field), predict, conditions), decode
 
     def _overlap(self, side: int) -> int:
-        """Latent pixels that neighbouring windows of this side share at least."""
+        """Least overlap of neighbouring tiles of this side, in latent pixels."""
         overlap = TILE_OVERLAP if self.settings.tile_overlap is None else self.settings.tile_overlap
         return min(side - 1, math.ceil(side * overlap if overlap < 1 else overlap / self.space.factor))
 
     def encode(self, images: Tensor, prob_maps: Tensor, looks: Tensor | None = None) -> Tensor:
-        """Real images to their noise: the probability flow ODE backwards.
+        """Turn real images into noise, by the probability flow ODE backwards.
 
         Args:
             images: (n, C, S, S) in [-1, 1].
             prob_maps: (n, K, H, W) class probabilities.
-            looks: (n, N) standardised numbers of their looks; None for no look.
+            looks: (n, N) standardised look numbers of each image; None for no look.
 
         Returns:
-            (n, C, h, w) float32 noise; ``decode`` leads back to the images.
+            (n, C, h, w) float32 noise. ``decode`` turns it back into images.
         """
         x1, condition = self._prepare(images, prob_maps, looks)
         return create_solver(self.transport, self.settings, reverse=True)(x1, self._predict, y=condition)[-1]
 
     def decode(self, noise: Tensor, prob_maps: Tensor, looks: Tensor | None = None) -> Tensor:
-        """Noise (n, C, h, w), masks (n, K, H, W) and looks (n, N) to images (n, C, S, S) in [-1, 1]."""
+        """Noise (n, C, h, w), masks (n, K, H, W) and looks (n, N) -> images (n, C, S, S) in [-1, 1]."""
         return self._decode(self.solver(noise, self._predict, y=self._condition(prob_maps, looks))[-1])
 
     def likelihood(
         self, images: Tensor, prob_maps: Tensor, seeds: Sequence[int], looks: Tensor | None = None
     ) -> LikelihoodResult:
-        """Log-density of real images (or of their latents' mean) under the model, one probe per image and run.
+        """Log-density of real images (or of the means of their latents), estimated with one probe per image.
 
         Args:
             images: (n, C, S, S) in [-1, 1].
             prob_maps: (n, K, H, W) class probabilities.
             seeds: n seeds of the probes.
-            looks: (n, N) standardised numbers of the images' looks; None for no look.
+            looks: (n, N) standardised look numbers of each image; None for no look.
         """
         settings = self.settings
         x1, condition = self._prepare(images, prob_maps, looks)
@@ -356,35 +356,35 @@ class ImageSampler:
     def _solve(
         self, solver: Solver, seeds: Sequence[int], shape: Sequence[int], predict: Callable[..., Tensor], y: Any
     ) -> Tensor:
-        """Noise (B, *shape) of the seeds -> the states that the solver keeps (S, B, *shape), the end state last."""
+        """Solve from the noise (B, *shape) of the seeds. Returns the stored states (S, B, *shape)."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = self._noise(generators, shape)
         extra = {"noise_fn": lambda x: self._noise(generators, x.shape[1:])} if self.settings.mode == "SDE" else {}
         return solver(noise, predict, y=y, **extra)
 
     def _prepare(self, images: Tensor, prob_maps: Tensor, looks: Tensor | None) -> tuple[Tensor, MaskCondition]:
-        """Images as the model sees them, without a draw from a posterior, and the condition."""
+        """Images in the space of the model (means of latents), and the condition."""
         with self.machine.autocast():
             x1 = self.space.encode(images.to(self.machine.device), sample=False).float()
         return x1, self._condition(prob_maps, looks)
 
     def _condition(self, prob_maps: Tensor, looks: Tensor | None = None) -> MaskCondition:
-        """All that the network needs of the masks and looks, once per image."""
+        """Embed masks and looks, once for all network calls."""
         extra: dict[str, Any] = {} if looks is None else {"look": looks.to(self.machine.device)}
         with self.machine.autocast():
             return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True, **extra)
 
     def _decode(self, x: Tensor) -> Tensor:
-        """States (B, C, h, w) to images, in the machine's precision: the decoder costs more than a small network."""
+        """States (B, C, h, w) -> images, in the precision of the machine."""
         with self.machine.autocast():
             return self.space.decode(x)
 
     def _noise(self, generators: list[torch.Generator], shape: Sequence[int]) -> Tensor:
-        """(B, *shape) standard normal numbers, every image's from its own generator."""
+        """(B, *shape) standard normal numbers. Each image has its own generator."""
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(self.machine.device)
 
     def _predict(self, x: Tensor, t: Tensor, y: Any) -> Tensor:
-        """The model under guidance; outside of the guidance interval nothing is doubled."""
+        """The prediction of the model with guidance. Outside of the guidance interval, without guidance."""
         if self.before_call is not None:
             self.before_call()
         scale, (low, high) = self.settings.cfg_scale, self.settings.guidance_interval
@@ -401,13 +401,13 @@ def create_solver(
     """The transport's solver for these settings.
 
     Args:
-        transport: of the checkpoint.
-        settings: which solver.
+        transport: transport of the checkpoint.
+        settings: solver and its steps.
         reverse: run an ODE from data to noise.
-        trajectory: keep every state, not the end state alone.
+        trajectory: return every state, not only the final one.
 
     Raises:
-        InputError: settings that this transport cannot be solved with.
+        InputError: the settings do not fit the transport.
     """
     try:
         return _solver(Sampler(transport), settings, reverse, trajectory)
@@ -437,13 +437,13 @@ def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool, traject
 
 
 def fill_batch(batch: Tensor, size: int) -> Tensor:
-    """(n, ...) -> (size, ...): the last one repeated; a batch that is large enough stays."""
+    """(n, ...) -> (size, ...) by repeating the last element. A batch that is large enough stays."""
     missing = size - len(batch)
     return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing > 0 else batch
 
 
 def mirror_to(array: Tensor, height: int, width: int) -> Tensor:
-    """(..., H, W) -> (..., height, width): continued by its mirror image at the bottom and right, again and again."""
+    """(..., H, W) -> (..., height, width), padded by mirroring at the bottom and right, as often as needed."""
     rows, columns = (
         np.pad(np.arange(old), (0, new - old), mode="symmetric")
         for old, new in zip(array.shape[-2:], (height, width), strict=True)
@@ -452,8 +452,8 @@ def mirror_to(array: Tensor, height: int, width: int) -> Tensor:
 
 
 def image_seed(seed: int, index: int, attempt: int = 1) -> int:
-    """Seed of the noise of image ``index`` in a set drawn with ``seed``; every further attempt at it has its own.
+    """Seed of the noise of image ``index`` in a set with ``seed``. Each attempt has its own seed.
 
-    ``derived_seed(seed, index, 1)`` is taken: sample_ddp.py cuts windows with it.
+    No attempt uses ``derived_seed(seed, index, 1)``, because the synthetic set crops windows with it.
     """
     return derived_seed(seed, index) if attempt == 1 else derived_seed(seed, index, 2, attempt)

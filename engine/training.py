@@ -1,4 +1,4 @@
-"""The state of one run and the step that changes it; ``engine.loop`` calls it again and again."""
+"""The state of one run, and one training step. ``engine.loop`` takes the steps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PREVIEWS = 4  # examples in a preview
 
 
 class Training:
-    """Model, EMA, optimiser and counters of one run: what a checkpoint holds, and the step that changes it."""
+    """Model, EMA, optimiser and counters of one run: the content of a checkpoint, and the step that changes it."""
 
     def __init__(self, config: RunConfig, machine: Machine, space: Space) -> None:
         self.config = config
@@ -64,19 +64,19 @@ class Training:
         self.step = 0
         self.images_seen = 0  # over all processes
         self.total_steps = 0
-        self.trained_on: list[str] | None = None  # SHA-256 of every training image, where it is known
-        self.labelled_on: list[str] | None = None  # of those whose labels it may know, directly or by a segmenter
+        self.trained_on: list[str] | None = None  # SHA-256 of every training image, if known
+        self.labelled_on: list[str] | None = None  # SHA-256 of images whose labels it may know, also via a segmenter
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
         self.looks: Looks | None = None  # of the training images, if the model knows looks
         self.groups: list[str] = []  # of the labelled and then of the unlabelled images; empty without groups
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
-        self.share_rows = not self._on_cpu_in_bf16  # there, gathering rows costs what sharing them saves
+        self.share_rows = not self._on_cpu_in_bf16  # there, sharing rows gains nothing
         self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=machine.device)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The configuration as plain types, with what the space and the machine turned out to be."""
+        """The configuration, the space and the machine, as plain types."""
         return {
             **self.config.to_dict(),
             "space": space_config(self.space),
@@ -84,7 +84,7 @@ class Training:
         }
 
     def trained_state(self) -> dict[str, Any]:
-        """What sampling and evaluation need: the part of a checkpoint that an export has, too."""
+        """The part of a checkpoint that sampling and evaluation need. An export has the same part."""
         return {
             "ema": self.ema.state_dict(),
             "step": self.step,
@@ -96,7 +96,7 @@ class Training:
         }
 
     def state(self) -> dict[str, Any]:
-        """What is saved; all ranks come here together. The sums are the ranks' own, for the metrics file."""
+        """The content of a checkpoint. All ranks must call this together, because each has its own sums of metrics."""
         return {
             **self.trained_state(),
             "model": self.model.state_dict(),
@@ -107,10 +107,10 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take weights, optimiser and counters of a checkpoint.
+        """Load weights, optimiser and counters of a checkpoint.
 
         Raises:
-            InputError: they do not fit this run.
+            InputError: the checkpoint does not fit this run.
         """
         try:
             self._load(state)
@@ -122,7 +122,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["opt"])
-        for group in self.optimizer.param_groups:  # the command line's, which may have changed
+        for group in self.optimizer.param_groups:  # the value of this start, which may differ from the checkpoint's
             group["weight_decay"] = self.config.optimiser.weight_decay
         self.step = state["step"]
         self.images_seen = state["images_seen"]
@@ -133,7 +133,7 @@ class Training:
         self.since_log = state["since_log"]
 
     def start_from(self, source: str) -> list[str]:
-        """Take the weights of another run or of published SiT; returns the report of what was kept and what is new."""
+        """Load the weights of another run or of published SiT. Returns a report of kept and new weights."""
         found = find_weights(source)
         weights, report = adapt_sit_weights(found.state_dict, self.model)
         self.model.load_state_dict(weights)
@@ -149,9 +149,9 @@ class Training:
         return lines
 
     def note_images(self, labelled: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
-        """Remember which images the model has seen, so that evaluate.py can find leaks. Unknown after --init-from.
+        """Record the images that the model has seen, so that evaluate.py can find leaks.
 
-        Published weights have seen ImageNet and none of a lab's images.
+        They are unknown if the run started from the weights of another run. Published weights have seen ImageNet only.
         """
         before, source = self.trained_on, self.config.train.init_from
         if (source is not None and Path(source).name not in PUBLISHED_URLS) or (self.step > 0 and before is None):
@@ -169,7 +169,7 @@ class Training:
         return self.machine.device.type == "cpu" and self.machine.precision == "bf16"
 
     def prepare_model(self) -> None:
-        """Compile, recompute and distribute as asked. The averaged model, a copy made before, stays as it is."""
+        """Set up compilation, recomputation and distribution. The averaged model is a copy and does not change."""
         self.model.recompute = self.config.train.recompute_activations
         self.model.rest_plain_patches()
         if self._on_cpu_in_bf16:
@@ -184,21 +184,21 @@ class Training:
             )
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        """What is found out on the CPU, in the background: the distinct rows of hard masks, for every part."""
+        """Find the distinct rows of hard masks, for every part of the batch. Runs in the background on the CPU."""
         if self.share_rows and not batch["mask"].is_floating_point():
             parts = batch["mask"].chunk(self.config.optimiser.accumulate)
             batch["rows"] = [mask_rows(part, self.config.model.num_classes, self.model.grid) for part in parts]
         return batch
 
     def lr_factor(self) -> float:
-        """Warm-up over the first steps, constant, and a straight fall over the last ``cooldown_steps``."""
+        """Factor on the learning rate: rises over the warm-up, stays 1, and falls linearly over the cool-down."""
         optimiser = self.config.optimiser
         warmup = (self.step + 1) / max(1, optimiser.warmup_steps)
         cooldown = (self.total_steps - self.step) / max(1, optimiser.cooldown_steps)
         return min(1.0, warmup, cooldown)
 
     def train_step(self, batch: Batch) -> None:
-        """One optimiser step on this rank's part of the batch; nothing here waits for the device."""
+        """Take one optimiser step on this rank's part of the batch. Does not wait for the device."""
         optimiser = self.config.optimiser
         seed_step(optimiser.seed, self.step, self.machine.rank)
         for group in self.optimizer.param_groups:
@@ -207,8 +207,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate_gradients(batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), optimiser.grad_clip or math.inf)
-        # A step with a non-finite gradient is skipped inside the fused optimiser, on every rank alike and without a
-        # look at the number from here (the protocol that torch.amp.GradScaler uses).
+        # The fused optimiser skips a step with a non-finite gradient. All ranks have the same gradient. The number is
+        # not read here, so nothing waits for the device. torch.amp.GradScaler uses the same protocol.
         bad = (~torch.isfinite(norm)).float()
         vars(self.optimizer).update(grad_scale=None, found_inf=bad)
         self.optimizer.step()
@@ -221,8 +221,11 @@ class Training:
         self.since_log += 1
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Gradient of the mean loss, part by part. All is drawn for the whole batch, so the number of parts changes
-        the memory and not the update. Ranks exchange gradients once, during the last part."""
+        """Gradient of the mean loss, part by part. Returns the loss.
+
+        Random numbers are drawn for the whole batch. So the number of parts changes the memory, not the update. Ranks
+        exchange gradients once, during the last part.
+        """
         device, parts = self.machine.device, self.config.optimiser.accumulate
         x1 = self._to_latents(batch)  # (B, C, H, W)
         masks = to_prob_map(batch["mask"].to(device, non_blocking=True), self.config.model.num_classes)  # (B, K, S, S)
@@ -244,7 +247,7 @@ class Training:
         return total
 
     def _draw_conditions(self, batch: Batch) -> dict[str, Tensor]:
-        """Which masks and looks of a batch are dropped, (B,) bool each, and the looks (B, N); what there is of them."""
+        """Choose masks and looks to drop, (B,) bool each. Returns them with the looks (B, N), without missing ones."""
         device = self.machine.device
         found = {"drop": self.model.draw_dropped(len(batch["mask"]), device)}
         if "has_mask" in batch:
@@ -256,7 +259,7 @@ class Training:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _to_latents(self, batch: Batch) -> Tensor:
-        """Images of a batch, or the moments that they were encoded to before, -> (B, C, H, W) float32."""
+        """Images of a batch, or their encoded moments -> (B, C, H, W) float32."""
         device = self.machine.device
         if "moments" in batch:
             return LatentSpace.draw(*batch["moments"].to(device, non_blocking=True).unbind(1))
@@ -268,7 +271,7 @@ class Training:
             return self.wrapped(x, t, y, **conditions).float()
 
     def read_metrics(self) -> dict[str, float]:
-        """Means since the last call; the only place of the loop that waits for the device."""
+        """Mean metrics since the last call. Waits for the device; the steps do not."""
         sums = self.sums.clone()
         if self.machine.world_size > 1:
             dist.all_reduce(sums)
@@ -280,9 +283,9 @@ class Training:
         return {"train/loss": loss / taken, "train/grad_norm": norm / taken, "train/skipped_steps": skipped}
 
     def steps_in_all(self, num_images: int) -> int:
-        """The step at which the run ends: ``max_steps``, else what the images take that ``epochs`` leave to see.
+        """The step at which the run ends: ``max_steps``, or the step that completes ``epochs``.
 
-        An epoch is one pass over the labelled images; unlabelled ones come on top.
+        An epoch is one pass over the labelled images. Unlabelled images are added to them.
         """
         if self.config.train.unlabelled_path:
             num_images = math.ceil(num_images / (1 - self.config.train.unlabelled_share))
@@ -291,10 +294,10 @@ class Training:
         return optimiser.max_steps or self.step + max(0, math.ceil(left / optimiser.global_batch_size))
 
     def check_finite(self, run: RunFolder) -> None:
-        """Stop a run that has diverged before it is saved.
+        """Stop a run that has diverged, before it is saved.
 
         Raises:
-            InputError: with step, learning rate and last checkpoint.
+            InputError: names step, learning rate and last checkpoint.
         """
         norms = torch._foreach_norm([*self.model.parameters(), *self.ema.parameters()])
         if self.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
@@ -321,16 +324,16 @@ def _labels_behind(folder: UnlabelledFolder | PairedFolder, labelled: PairedFold
 
 
 def without_broadcast() -> dict[str, Any]:
-    """The argument of DistributedDataParallel that leaves buffers alone: training changes none.
+    """The argument of DistributedDataParallel that turns off the exchange of buffers. Training changes no buffers.
 
-    torch 2.13 gave it a new name and warns about the old one.
+    torch 2.13 has a new name for it, and warns about the old one.
     """
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 class Previews:
-    """Fixed examples of the data, drawn again at every preview: rows of mask | real | generated."""
+    """Fixed examples of the data, sampled again at every preview: rows of mask | real | generated."""
 
     def __init__(self, dataset: PairedFolder, training: Training) -> None:
         examples = [self._with_cells(dataset, index) for index in evenly(len(dataset), PREVIEWS)]
@@ -341,14 +344,14 @@ class Previews:
         if training.looks is not None:  # each preview has the look of the real image beside it
             found = [measure_tensor(image.numpy(), dataset.config) for image in self.images]
             self.looks = torch.from_numpy(training.looks.standardise(np.stack(found)))
-        guided = training.model.class_dropout_prob > 0  # else nothing was learned that guidance could subtract
+        guided = training.model.class_dropout_prob > 0  # without dropped masks there is no guidance
         settings = SamplingSettings(cfg_scale=training.config.train.cfg_scale if guided else 1.0)
         self.sampler = ImageSampler(training.ema, training.transport, training.space, training.machine, settings)
         self.patch_pixels = training.model.patch_size * training.space.factor
 
     @staticmethod
     def _with_cells(dataset: PairedFolder, index: int, tries: int = 8) -> dict[str, Tensor]:
-        """A view of the image that shows a cell, where a few tries find one."""
+        """A view of the image that shows a cell, if a few tries find one."""
         for draw in range(tries):
             example = dataset.example(index, rng=np.random.default_rng((index, draw)))
             if example["mask"].dtype != torch.uint8 or example["mask"].any():
@@ -357,7 +360,7 @@ class Previews:
 
     @torch.inference_mode()
     def draw(self) -> tuple[np.ndarray, float | None]:
-        """Picture (H, W, 3) uint8, and how far the patches show in the generated images (1 is not at all)."""
+        """Picture (H, W, 3) uint8, and the grid ratio of the generated images (1: patches do not show)."""
         seeds = [image_seed(0, index) for index in range(len(self.images))]
         generated = self.sampler(self.prob_maps, seeds, looks=self.looks)
         triples = zip(self.prob_maps, self.images, generated, strict=True)

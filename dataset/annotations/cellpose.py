@@ -11,8 +11,8 @@ import numpy as np
 from dataset.annotations.cells import Cell, labels_to_cells
 from dataset.decode import MAX_DECODED_BYTES, FileError
 
-# All that a pickle of dicts, lists, strings, numbers and numpy arrays asks for by name. None of it has side effects.
-# numpy's own functions for it go by other module names in other versions.
+# All names in a pickle of dicts, lists, strings, numbers and numpy arrays. None has side effects. The module names of
+# numpy's functions differ between its versions.
 _FUNCTIONS = {
     "multiarray._reconstruct": np.zeros(0).__reduce__()[0],
     "multiarray.scalar": np.float64(0).__reduce__()[0],
@@ -27,7 +27,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Refuses everything but :data:`PLAIN`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The named object, if it is plain data."""
+        """The object of this name. Raises UnpicklingError if it is not in :data:`PLAIN`."""
         if f"{module}.{name}" not in PLAIN:
             raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
         return PLAIN[f"{module}.{name}"]
@@ -37,7 +37,7 @@ def read_seg(path: Path) -> dict[str, Any]:
     """The dict of a ``_seg.npy``.
 
     Raises:
-        FileError: it is none, or holds something else than plain data.
+        FileError: the file is no ``_seg.npy``, or holds more than plain data.
     """
     try:
         if path.stat().st_size > MAX_DECODED_BYTES:

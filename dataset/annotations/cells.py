@@ -1,4 +1,4 @@
-"""Cells of one image as other programs give them, and the label image that they make together."""
+"""Cells of one image from other programs, and the label image of these cells."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Cell:
     """One cell.
 
     Attributes:
-        top, left: place of the mask's first pixel in the image; they may lie outside of it.
+        top, left: row and column in the image of the first pixel of the mask. It may lie outside of the image.
         mask: (h, w) bool, the pixels of the cell.
-        number: its id in the file; None if it has none.
-        name: of its class; empty if it has none.
-        unusable: why it is no cell, such as "a line"; empty if it is one.
+        number: its id in the file, or None.
+        name: name of its class, or empty.
+        unusable: why the entry is no cell, such as "a line". Empty for a cell.
     """
 
     top: int
@@ -41,12 +41,12 @@ class Cell:
 
 @dataclass
 class CellCounts:
-    """What became of the cells of one image.
+    """Counts of the cells of one image.
 
     Attributes:
         read: entries of the file.
-        written: cells of the label image.
-        overlapping: cells that share a pixel with another one.
+        written: cells in the label image.
+        overlapping: cells that share a pixel with another cell.
         outside: cells that reach beyond the image.
         dropped: reason -> number of entries that are not in the label image.
     """
@@ -59,13 +59,13 @@ class CellCounts:
 
 
 def rings_to_cell(rings: Sequence[np.ndarray], number: int | None = None, name: str = "") -> Cell:
-    """The pixels whose centre lies inside of an outline. A ring inside of another one is a hole.
+    """A cell of the pixels with their centre inside the outline. A ring inside another ring is a hole.
 
     Args:
-        rings: (n, 2) each, x and y of the corners. The centre of the first pixel is at (0.5, 0.5), as in ImageJ and
+        rings: each (n, 2), x and y of the corners. The centre of the first pixel is at (0.5, 0.5), as in ImageJ and
             QuPath.
         number: id of the cell.
-        name: of its class.
+        name: name of its class.
     """
     rings = [np.asarray(ring, np.float64) for ring in rings if len(ring) >= 3]
     points = np.concatenate(rings) if rings else np.zeros((0, 2))
@@ -95,10 +95,10 @@ def labels_to_cells(labels: np.ndarray, names: Mapping[int, str] | None = None) 
 
 
 def numbered(cells: Sequence[Cell]) -> list[int]:
-    """Ids of cells: those of the file if every cell has one of its own, else 1..n in their order.
+    """Ids of cells: the ids of the file if every cell has one, else 1..n in their order.
 
     Raises:
-        ValueError: two cells have one id, or an id does not fit a label image.
+        ValueError: two cells have the same id, or an id does not fit into a label image.
     """
     numbers = [cell.number for cell in cells]
     known = [number for number in numbers if number is not None]
@@ -115,19 +115,19 @@ def numbered(cells: Sequence[Cell]) -> list[int]:
 def draw_cells(
     cells: Iterable[Cell], shape: tuple[int, int], names: Sequence[str] | None = None, as_classes: bool = False
 ) -> tuple[np.ndarray, CellCounts]:
-    """One label image of all cells. Where cells overlap, the smaller one keeps the pixels, so that none vanishes.
+    """Draw all cells into one label image. If cells overlap, the smaller one keeps the pixels, so it does not vanish.
 
     Args:
-        cells: in the order of the file.
+        cells: cells in the order of the file.
         shape: height and width of the image.
-        names: of the classes that are drawn; cells of others are dropped. None draws all.
-        as_classes: draw the place of a cell's class in ``names``, from 1, and not its id.
+        names: draw only cells of these classes. None: all cells.
+        as_classes: draw the number of the class (its place in ``names``, from 1) instead of the id.
 
     Returns:
-        (H, W) uint16, int32 if an id needs it; what became of the cells.
+        Label image (H, W) uint16, or int32 if an id needs it, and the counts.
 
     Raises:
-        ValueError: the ids of the cells are not different, or do not fit.
+        ValueError: two cells have the same id, or an id does not fit into a label image.
     """
     everything = list(cells)
     counts = CellCounts(read=len(everything))
@@ -161,7 +161,7 @@ def draw_cells(
 
 
 def _inside(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The part of the image that a cell's mask lies on, and the mask there."""
+    """The part of the image under the mask of a cell, and the mask within the image."""
     height, width = cell.mask.shape
     top, left = max(cell.top, 0), max(cell.left, 0)
     bottom, right = max(min(cell.top + height, shape[0]), top), max(min(cell.left + width, shape[1]), left)

@@ -1,4 +1,4 @@
-"""Label images in colours: a colour is a class, or every colour is a cell."""
+"""Label images in colours: each colour is a class, or each colour is a cell."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ EACH_A_CELL = "cells"
 
 
 def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[Cell]:
-    """The regions of a label image in colours, numbered by their class, or by cell.
+    """Regions of a label image in colours, numbered by class or by cell.
 
     Args:
-        path: an image file.
-        size: of its image.
-        colours: of the classes as RRGGBB, background first; ("cells",): every colour but black is a cell; none: the
-            numbers of the file's own colour table are the classes.
+        path: label image.
+        size: height and width of its image.
+        colours: colours of the classes as RRGGBB, background first. ("cells",): every colour but black is a cell.
+            Empty: the numbers of the file's colour table are the classes.
 
     Raises:
-        FileError: colours that are not given.
-        InputError: none are given, and the file has no colour table.
+        FileError: the file holds other colours, or is not such a file.
+        InputError: no colours are given, and the file has no colour table.
     """
     table = read_mask_table(path) if not colours else None
     if table is not None:
@@ -56,7 +56,7 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
 
 
 def read_mask_table(path: Path) -> np.ndarray | None:
-    """The numbers of a file with a colour table of colours; None for other files."""
+    """The numbers in a file with a coloured table. None for other files."""
     try:
         mask, table = read_mask_and_table(path)
     except FileError:
@@ -65,7 +65,7 @@ def read_mask_table(path: Path) -> np.ndarray | None:
 
 
 def _which_colours(path: Path, values: np.ndarray, counts: np.ndarray) -> str:
-    """What to give: the colours of this file, the most frequent first."""
+    """Message that lists the colours of this file, the most frequent first."""
     if len(values) > MANY_COLOURS:
         return f"{path} holds {len(values)} colours: if each is a cell, give class_colours={EACH_A_CELL}"
     ordered = " ".join(f"{value:06x}" for value in values[np.argsort(-counts)].tolist())

@@ -1,4 +1,4 @@
-"""Annotations of a folder to label images: which reader a file needs, which image it belongs to, and the report."""
+"""Convert a folder of annotations to label images: choose readers, pair files with images, write a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.disk import write_atomically, write_csv
+from common.disk import write_bytes, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
@@ -24,19 +24,19 @@ Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image 
 FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
 MAPS = ("instances", "classes")
 REPORT = "report.csv"
-# What programs put behind the name of the image. Longer ones come first.
+# Endings that programs add to the name of the image. Longer ones come first.
 ENDINGS = ("_annotations", "_cp_masks", "_RoiSet", "_labels", "_masks", "_rois", "_mask", "_seg")
 _SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".roi", ".zip", ".json", ".geojson")
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """What is asked for.
+    """How to convert.
 
     Attributes:
-        format_name: one of ``FORMATS``; "auto" decides for every file by its suffix and content.
-        kind: one of ``MAPS``; "instances" draws ids of cells, "classes" numbers of classes.
-        classes: names of the classes in the order of their numbers, from 1; only cells of these are drawn. Empty: all.
+        format_name: one of ``FORMATS``. "auto" decides for each file by its suffix and content.
+        kind: one of ``MAPS``. "instances" draws ids of cells, "classes" draws numbers of classes.
+        classes: names of classes in the order of their numbers, from 1. Only their cells are drawn. Empty: all cells.
         class_colours: see ``colours.cells_of``.
     """
 
@@ -48,12 +48,12 @@ class ConvertSettings:
 
 @dataclass
 class Conversion:
-    """What became of a folder of annotations.
+    """Result of a conversion.
 
     Attributes:
-        counts: image -> what became of its cells.
-        without: images that have no annotations.
-        lonely: annotations that have no image.
+        counts: image -> counts of its cells.
+        without: images without annotations.
+        lonely: annotations without an image.
     """
 
     counts: dict[str, CellCounts] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Conversion:
     lonely: list[str] = field(default_factory=list)
 
     def lines(self, most: int = 20) -> list[str]:
-        """The report: totals, and the images where something did not go through as it is."""
+        """The report: totals, and the images with dropped, overlapping or cut cells."""
         total = CellCounts()
         reasons: Counter[str] = Counter()
         for one in self.counts.values():
@@ -101,10 +101,10 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
         source: file or folder of annotations.
         images: file or folder of their images.
         output: new folder.
-        settings: what is asked for.
+        settings: how to convert.
 
     Raises:
-        InputError: files that cannot be read, nothing that pairs, or a folder that holds something.
+        InputError: files are unreadable, no annotation has an image, or the folder is not empty.
     """
     if output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output} is not empty: give a new folder")
@@ -132,13 +132,9 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
         raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}")
     output.mkdir(parents=True, exist_ok=True)
     for name, content in labels.items():
-        write_atomically(output / f"{paths[name].name.rpartition('.')[0]}.tif", partial(_write, content))
+        write_bytes(output / f"{paths[name].name.rpartition('.')[0]}.tif", content)
     _write_report(result, output / REPORT)
     return result
-
-
-def _write(content: bytes, file) -> None:
-    file.write(content)
 
 
 def _write_report(result: Conversion, path: Path) -> None:
@@ -216,7 +212,7 @@ def _stem(path: Path) -> str:
 
 
 def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> dict[str, Load]:
-    """What reads a file, by the name of the image; several names for files of many images."""
+    """Name of the image -> function that reads its cells. A file of many images gives many names."""
     name = _format_of(path) if settings.format_name == "auto" else settings.format_name
     if name == "coco":
         return coco.sources(path)
@@ -247,7 +243,7 @@ def _stem_of_labelme(path: Path, paths: Mapping[str, Path]) -> str:
 
 
 def _format_of(path: Path) -> str:
-    """The format of a file by its suffix, and by its content if several have that suffix."""
+    """The format of a file, by its suffix. If several formats have this suffix, also by its content."""
     suffix = path.suffix.lower()
     if path.name.endswith("_seg.npy"):
         return "cellpose"
@@ -279,7 +275,7 @@ def _format_of_json(path: Path, content: Any) -> str:
 
 
 def _planes(path: Path, names: Sequence[str]) -> dict[str, Load]:
-    """An array of N images: they belong to the N images in the order of their names."""
+    """Readers of an array for N images, which belong to the images in the order of their names."""
     array = stacks.read_array(path)
     if array.ndim != 4 or len(array) != len(names):
         shape = " x ".join(map(str, array.shape))
@@ -335,5 +331,5 @@ def unpack_images(array_path: Path, folder: Path) -> Path:
             image = image.astype(np.uint8)  # PanNuke keeps 8-bit colours as float64
         image = image.reshape(*image.shape[:2], -1)
         suffix = ".png" if image.dtype in (np.uint8, np.uint16) else ".tif"
-        write_atomically(folder / f"{array_path.stem}_{index:06d}{suffix}", partial(_write, encode_image(image)))
+        write_bytes(folder / f"{array_path.stem}_{index:06d}{suffix}", encode_image(image))
     return folder
