@@ -16,6 +16,7 @@ from common.arguments import (
     non_negative_int,
     overlap,
     part_of_time,
+    percentile,
     positive_float,
     positive_int,
     seed_number,
@@ -106,7 +107,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "resized",
     )  # fmt: skip
     group.add_argument(
-        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        "--window", type=percentile, nargs=2, metavar=("LOW", "HIGH"),
         help="gray range: stretch these percentiles of the gray values (0 to 100) to the full range; by default, 8-bit "
         "images keep their range and other images are stretched between robust percentiles",
     )  # fmt: skip

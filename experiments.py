@@ -23,6 +23,7 @@ from common.arguments import (
     fraction,
     non_negative_int,
     percent,
+    percentile,
     positive_float,
     positive_fraction,
     positive_int,
@@ -180,7 +181,9 @@ def _add_trial(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="without --sets: as for train.py")
     group.add_argument("--in-channels", type=positive_int, default=3, help="without --sets: as for train.py")
     group.add_argument("--crop", choices=CROPS, default="random", help="without --sets: as for train.py")
-    group.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="without --sets: as for train.py")
+    group.add_argument(
+        "--window", type=percentile, nargs=2, metavar=("LOW", "HIGH"), help="without --sets: as for train.py"
+    )
     group.add_argument("--num-classes", type=positive_int, default=2, help="without --sets: as for train.py")
 
 

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+LONGEST = 40  # characters of a number; longer ones are typing errors, and fill the terminal
+LEAST_FLOAT = 2.0**-126  # smallest normal number of 32 bits; the networks take smaller ones for 0
+_PLAIN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:inf|nan)", re.IGNORECASE)
+
+
+def plain_number(kind: type[int] | type[float], text: str) -> int | float:
+    """A number in plain digits. Python also reads ``1_000``, blanks, and digits of other scripts; they are refused.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is too long for a number.
+        ValueError: it is no number.
+    """
+    if len(text) > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... ({len(text)} characters) is too long for a number")
+    if not _PLAIN.fullmatch(text):
+        raise ValueError(f"{text!r} is no number")
+    return kind(text)
 
 
 def number(
@@ -17,8 +36,10 @@ def number(
     """
 
     def parse(text: str) -> int | float:
-        value = kind(text)
+        value = plain_number(kind, text)
         above = value > least if open_least else value >= least
+        if least == 0 and open_least and 0 < value < LEAST_FLOAT:
+            raise argparse.ArgumentTypeError(f"{text} is too small: numbers of 32 bits end at {LEAST_FLOAT:.2g}")
         below = value < most if open_most else value <= most
         if not (above and below and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not {_in_words(kind, least, most, open_least, open_most)}")
@@ -53,10 +74,12 @@ finite_float = number(float, -math.inf, math.inf)
 fraction = number(float, 0, 1)
 positive_fraction = number(float, 0, 1, open_least=True)
 part_of_time = number(float, 0, 1, open_least=True, open_most=True)
+percentile = number(float, 0, 100)
+percent = number(int, 1, 100)
 
 
 def overlap(text: str) -> float:
-    value = float(text)
+    value = plain_number(float, text)
     if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
         raise argparse.ArgumentTypeError(f"{text} is neither a fraction between 0 and 1 nor a number of pixels")
     return value
@@ -66,7 +89,7 @@ def interval(text: str) -> tuple[float, float]:
     """LO:HI as two numbers in [0, 1], for argparse."""
     low, colon, high = text.partition(":")
     try:
-        values = float(low), float(high)
+        values = plain_number(float, low), plain_number(float, high)
     except ValueError:
         colon = ""
     if not colon or not 0 <= values[0] < values[1] <= 1:
@@ -85,17 +108,9 @@ def part(text: str) -> tuple[int, int]:
     return values
 
 
-def percent(text: str) -> int:
-    """A whole number in 1..100, for argparse."""
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a percentage from 1 to 100")
-    return value
-
-
 def by_share(text: str) -> tuple[int, Path]:
     """PERCENT=PATH, for argparse."""
     share, equals, path = text.partition("=")
-    if not equals or not share.isdecimal() or not path:
+    if not (equals and share.isascii() and share.isdecimal() and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not PERCENT=PATH, such as 10=samples_10")
-    return percent(share), Path(path)
+    return int(percent(share)), Path(path)

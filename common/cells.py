@@ -6,6 +6,20 @@ import numpy as np
 from skimage.measure import label
 from skimage.segmentation import relabel_sequential
 
+LEAST_CELL_PIXELS = 4  # a mean cell below this size is noise, and millions of them would fill the memory
+FEW_IDS = 2**16  # so many fit into any memory
+
+
+def are_noise(count: int, pixels: int) -> bool:
+    """Whether so many ids on so many pixels cannot be cells."""
+    return count > FEW_IDS and count * LEAST_CELL_PIXELS > pixels
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """(n,) sorted, each value once. Takes twice the memory of the array; ``np.unique`` of numpy 2.3 takes ten times."""
+    ordered = np.sort(values, axis=None)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
+
 
 def connected_cells(mask: np.ndarray) -> np.ndarray:
     """Instance map of a mask by connected components. Pixels that share a corner belong together.

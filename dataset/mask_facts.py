@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import scipy.ndimage
 
-from common.cells import connected_cells
+from common.cells import are_noise, connected_cells, distinct
+from dataset.decode import FileError
 
 FEW_VALUES = 16
+BAND_PIXELS = 2**18  # looked at together
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,19 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         mask: (H, W) or (K, H, W) from ``read_mask``.
         from_folder: whether the mask was put together from one file per nucleus.
         table: kind of the file's colour table.
+
+    Raises:
+        FileError: so many ids cannot be cells.
     """
-    if mask.dtype in (np.uint8, np.uint16):
-        counts = np.bincount(mask.ravel())  # several times faster than np.unique
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(mask, return_counts=True)
+    narrow = mask.dtype in (np.uint8, np.uint16)  # counting is several times faster than sorting
+    values = np.flatnonzero(np.bincount(mask.ravel())) if narrow else distinct(mask)
+    is_whole = mask.dtype.kind in "ui" or bool((values == np.round(values)).all())
+    if is_whole and are_noise(len(values), mask.size):
+        raise FileError(name, f"has {len(values)} values in {mask.size} pixels, which cannot be cells or classes")
     facts: dict[str, Any] = {
         "dtype": mask.dtype,
         "planes": len(mask) if mask.ndim == 3 else 0,
-        "is_whole": mask.dtype.kind in "ui" or bool((values == np.round(values)).all()),
+        "is_whole": is_whole,
         "minimum": float(values[0]),
         "maximum": float(values[-1]),
         "distinct": len(values),
@@ -83,7 +88,8 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         facts["sum_error"] = float(np.abs(total - 1).max())
     elif facts["is_whole"] and len(values) > 2 and values[0] >= 0:
         near = facts["maximum"] / 16
-        facts["near_ends"] = float(counts[(values <= near) | (values >= 15 * near)].sum() / mask.size)
+        ends = sum(int(np.count_nonzero((rows <= near) | (rows >= 15 * near))) for _, rows in _bands(mask))
+        facts["near_ends"] = ends / mask.size
         facts.update(_label_evidence(mask, values))
     facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask).data)
     if mask.ndim == 2:
@@ -121,35 +127,51 @@ def _pieces(mask: np.ndarray) -> int:
     return int(np.count_nonzero(areas * 10 > areas.max(initial=0)))
 
 
+def _bands(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """An array (H, W) in bands of rows, each with its first row. What is computed of a band takes little memory."""
+    step = max(1, BAND_PIXELS // array.shape[-1])
+    for start in range(0, len(array), step):
+        yield start, array[start : start + step]
+
+
 def _label_evidence(mask: np.ndarray, values: np.ndarray) -> dict[str, int]:
     """Facts that tell whether a mask holds numbered cells. ``dataset/masks.py`` has the thresholds."""
     pairs = unequal_pairs = step_pairs = 0
-    parted = mask.copy()  # 0 between touching regions, so that connected components are regions of one value
-    for first, second, cut in (
-        (mask[:, :-1], mask[:, 1:], parted[:, :-1]),
-        (mask[:-1], mask[1:], parted[:-1]),
-    ):
-        both = (first > 0) & (second > 0)
-        unequal = both & (first != second)
-        ranks = np.searchsorted(values, first[unequal]), np.searchsorted(values, second[unequal])
-        pairs += int(np.count_nonzero(both))
-        unequal_pairs += int(np.count_nonzero(unequal))
-        step_pairs += int(np.count_nonzero(np.abs(ranks[0] - ranks[1]) == 1))
-        cut[unequal] = 0
-    pieces, _ = scipy.ndimage.label(parted > 0)
-    _, first_pixels, areas = np.unique(pieces, return_index=True, return_counts=True)
-    id_of_piece = np.searchsorted(values, parted.ravel()[first_pixels])
-    main_areas = np.zeros(len(values), np.int64)
-    np.maximum.at(main_areas, id_of_piece, areas)
-    main_areas = main_areas[values > 0]
+    inside = mask > 0  # False between touching regions, so that connected components are regions of one value
+    for start, rows in _bands(mask):
+        below = mask[start + 1 : start + 1 + len(rows)]
+        part = inside[start : start + len(rows)]
+        for first, second, cut in ((rows[:, :-1], rows[:, 1:], part[:, :-1]), (rows[: len(below)], below, part)):
+            both = (first > 0) & (second > 0)
+            unequal = both & (first != second)
+            ranks = np.searchsorted(values, first[unequal]), np.searchsorted(values, second[unequal])
+            pairs += int(np.count_nonzero(both))
+            unequal_pairs += int(np.count_nonzero(unequal))
+            step_pairs += int(np.count_nonzero(np.abs(ranks[0] - ranks[1]) == 1))
+            cut[: len(unequal)][unequal] = False
+    areas, first_pixels = _regions(inside)
+    main_areas = np.zeros(len(values), np.int32)
+    np.maximum.at(main_areas, np.searchsorted(values, mask.ravel()[first_pixels]), areas)
     return {
         "pairs": pairs,
         "unequal_pairs": unequal_pairs,
         "step_pairs": step_pairs,
-        "ids": len(main_areas),
-        "area": int(np.count_nonzero(parted)),
+        "ids": int(np.count_nonzero(values > 0)),
+        "area": int(np.count_nonzero(inside)),
         "main_area": int(main_areas.sum()),
     }
+
+
+def _regions(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area and first pixel (in the flat array) of each connected piece of (H, W) bool: (n,) int32 each."""
+    pieces, count = scipy.ndimage.label(inside)
+    areas, first_pixels = np.zeros(count + 1, np.int32), np.full(count + 1, -1, np.int32)
+    for start, rows in _bands(pieces):
+        found, at, here = np.unique(rows, return_index=True, return_counts=True)
+        areas[found] += here.astype(np.int32)
+        new = first_pixels[found] < 0
+        first_pixels[found[new]] = at[new] + start * pieces.shape[1]
+    return areas[1:], first_pixels[1:]
 
 
 def full_scale(largest: float) -> float:

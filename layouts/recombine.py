@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from common.cells import connected_cells, touches_border, without_gaps
+from common.cells import are_noise, connected_cells, touches_border, without_gaps
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.plain import read_json
@@ -23,7 +23,6 @@ from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere,
 
 LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a new layout
 LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
-LEAST_CELL_PIXELS = 4  # a mean cell below this size is noise, and millions of them would fill the memory
 MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
 LEAST_POOL = 100  # least number of pieces to choose from for a layout, if the data has that many
 ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # keys in settings.json of a folder of masks
@@ -310,7 +309,7 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
             )
             continue
         maps[name] = connected_cells(labels) if components else without_gaps(labels.astype(np.int64))
-        if maps[name].max() * LEAST_CELL_PIXELS > labels.size:
+        if are_noise(maps[name].max(), labels.size):
             unusable.append(f"{path}: {maps[name].max()} cells in {labels.size} pixels cannot be cells")
             continue
         if maps[name].max() == 1 and connected_cells(labels).max() > 1:

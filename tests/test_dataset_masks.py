@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import scipy.ndimage
 import torch
 
 from common.errors import InputError, settings_as_flags
+from dataset.annotations.cells import labels_to_cells
 from dataset.files import read_mask
 from dataset.mask_facts import mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
@@ -429,3 +431,47 @@ def test_outlines_with_numbers_are_hollow_too():
 
 def test_a_folder_of_empty_masks_is_warned_about_where_it_is_not_refused():
     assert mask_warnings(*facts_of(np.zeros((9, 8), np.uint8))) == ["no mask has a cell"]
+
+
+def grid_of_cells(side: int, cell: int) -> np.ndarray:
+    """(side, side) int32: squares of cells without background, each with an id of its own."""
+    rows, columns = np.indices((side, side)) // cell
+    return (rows * (side // cell) + columns + 1).astype(np.int32)
+
+
+def test_facts_about_regions_do_not_depend_on_how_many_rows_are_looked_at_together(monkeypatch):
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 9, (40, 30)), grid_of_cells(40, 4) * (rng.random((40, 40)) < 0.8), disks() * 3]
+    whole = [mask_stats("m", mask) for mask in masks]
+    for pixels in (1, 100, 777):
+        monkeypatch.setattr("dataset.mask_facts.BAND_PIXELS", pixels)
+        assert [mask_stats("m", mask) for mask in masks] == whole
+    square = np.zeros((9, 9), np.uint8)
+    square[1:5, 1:5], square[1:5, 5:8], square[7, 7] = 1, 2, 1  # touching; 1 also has a crumb
+    facts = mask_stats("m", square)
+    assert (facts.ids, facts.pairs, facts.unequal_pairs, facts.step_pairs) == (2, 24 + 4 + 17, 4, 4)
+    assert (facts.area, facts.main_area) == (28 - 4 + 1, 12 + 12)  # the column of 1 that touches 2 is cut
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_mask_of_very_many_ids_takes_a_few_times_its_size(dtype):
+    mask = grid_of_cells(1023, 3).astype(dtype)
+    tracemalloc.start()
+    assert mask_stats("m", mask).ids == 341 * 341
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * mask.nbytes  # with the part that is looked at together, which does not grow with the mask
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_noise_is_refused_before_it_takes_memory(dtype):
+    noise = np.random.default_rng(0).permutation(1024 * 1024).astype(dtype).reshape(1024, 1024)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"^m.tif: has 1048576 values in 1048576 pixels, which cannot be cells or cla"):
+        mask_stats("m.tif", noise)
+    assert tracemalloc.get_traced_memory()[1] < 4 * noise.nbytes
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="has 1048576 values in 1048576 pixels, which cannot be cells"):
+        labels_to_cells(noise)
+    few = np.arange(900, dtype=np.int32).reshape(30, 30)
+    assert mask_stats("m.tif", few).ids == 899  # a small file fits into any memory

@@ -11,6 +11,8 @@ import numpy as np
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
+from common.cells import are_noise, distinct
+
 LARGEST_ID = 2**31 - 1
 
 
@@ -82,7 +84,14 @@ def rings_to_cell(rings: Sequence[np.ndarray], number: int | None = None, name: 
 
 
 def labels_to_cells(labels: np.ndarray, names: Mapping[int, str] | None = None) -> list[Cell]:
-    """Cells of a label image (H, W), 0 background, with their ids."""
+    """Cells of a label image (H, W), 0 background, with their ids.
+
+    Raises:
+        ValueError: so many ids cannot be cells.
+    """
+    numbers = distinct(labels)
+    if are_noise(len(numbers), labels.size):
+        raise ValueError(f"has {len(numbers)} values in {labels.size} pixels, which cannot be cells")
     labels = labels.astype(np.int64, copy=False)
     numbers, compact = np.unique(labels, return_inverse=True)
     compact = compact.reshape(labels.shape)
