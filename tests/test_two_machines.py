@@ -15,13 +15,13 @@ import pytest
 import torch
 from script_helpers import FEW_STEPS, call, run, train_arguments, write_pairs
 from test_faults import kill_rank, wait_for_new_file
-from two_machines import Node, end_of, said_by, two_machines, wait_until_said, why_not
+from two_machines import MAY_RETURN, Node, end_of, said_by, two_machines, wait_until_said, why_not
 
 import sample_ddp
 from engine.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
-OFTEN = ["--ckpt-every", "10", "--log-every", "7"]
+OFTEN = ["--ckpt-every", "5", "--log-every", "7"]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 def test_a_run_over_two_machines_outlives_a_process_and_a_machine_and_goes_on_on_one(nodes, pairs, tmp_path):
     """With the weights of a run that was never disturbed, on one machine."""
     first, second = nodes
-    run(*train_arguments(*pairs, tmp_path / "whole", "run", 80), *OFTEN, ranks=2)
+    run(*train_arguments(*pairs, tmp_path / "whole", "run", 50), *OFTEN, ranks=2)
     folder = tmp_path / "shared" / "run"
-    words = [*train_arguments(*pairs, tmp_path / "shared", "run", 60), *OFTEN]
-    one, other = (node.launch(*words, restarts=4) for node in nodes)
+    words = [*train_arguments(*pairs, tmp_path / "shared", "run", 40), *OFTEN]
+    one, other = (node.launch(*words, restarts=4, **MAY_RETURN) for node in nodes)
     checkpoints = folder / "checkpoints" / "*.pt"
     assert kill_rank(other, 1, checkpoints, 0.1), said_by(other)
     wait_until_said(one, "continuing after step")
@@ -69,28 +69,28 @@ def test_a_run_over_two_machines_outlives_a_process_and_a_machine_and_goes_on_on
     second.kill()
     assert other.wait(10) != 0
     time.sleep(1)
-    other = second.launch(*words, restarts=4)
+    other = second.launch(*words, restarts=4, **MAY_RETURN)
     for process in (one, other):
         code, said = end_of(process)
         assert code == 0, said
     assert said_by(one).count("continuing after step") == 2
     assert "process 1 on nodeb" in said_by(one)  # who was lost, in the log of the other machine
 
-    run(*train_arguments(*pairs, tmp_path / "shared", "run", 80), *OFTEN, ranks=2)
-    assert_equal_runs(tmp_path / "whole" / "run", folder, 80)
+    run(*train_arguments(*pairs, tmp_path / "shared", "run", 50), *OFTEN, ranks=2)
+    assert_equal_runs(tmp_path / "whole" / "run", folder, 50)
 
 
 def test_a_run_goes_on_with_fewer_machines_and_takes_a_returning_one_in(nodes, pairs, tmp_path):
     """``--nnodes=1:2``: other numbers of processes see the same batches; the weights are equal in distribution only."""
     first, second = nodes
-    words = [*train_arguments(*pairs, tmp_path, "run", 100_000), "--ckpt-every", "20"]
-    one, other = (node.launch(*words, nodes="1:2", restarts=4) for node in nodes)
+    words = [*train_arguments(*pairs, tmp_path, "run", 100_000), "--ckpt-every", "5"]
+    one, other = (node.launch(*words, nodes="1:2", restarts=4, **MAY_RETURN) for node in nodes)
     wait_for_new_file(one, tmp_path / "run" / "checkpoints" / "*.pt")
     second.kill()
     assert other.wait(10) != 0
     wait_until_said(one, "changed on resume: world_size: 2 -> 1")
     wait_for_new_file(one, tmp_path / "run" / "checkpoints" / "*.pt")
-    other = second.launch(*words, nodes="1:2", restarts=4)
+    other = second.launch(*words, nodes="1:2", restarts=4, **MAY_RETURN)
     wait_until_said(one, "changed on resume: world_size: 1 -> 2")
     wait_for_new_file(one, tmp_path / "run" / "checkpoints" / "*.pt")
     for process in (one, other):
@@ -102,10 +102,14 @@ def test_a_run_goes_on_with_fewer_machines_and_takes_a_returning_one_in(nodes, p
     assert steps == sorted(set(steps)) and set(range(2, steps[-1] + 1, 2)) <= set(steps)
 
 
-def test_the_death_of_the_first_machine_ends_the_other_in_words_and_one_machine_continues(nodes, pairs, tmp_path):
+def test_after_a_restart_the_death_of_the_first_machine_ends_the_other_in_words_and_one_machine_continues(
+    nodes, pairs, tmp_path
+):
     first, second = nodes
     words = [*train_arguments(*pairs, tmp_path, "run", 100_000), "--ckpt-every", "5"]
-    one, other = (node.launch(*words, restarts=1) for node in nodes)
+    one, other = (node.launch(*words, restarts=2) for node in nodes)
+    assert kill_rank(other, 1, tmp_path / "run" / "checkpoints" / "*.pt", 0.1)
+    wait_until_said(one, "continuing after step")  # a restart of processes needs no variable of torchrun
     wait_for_new_file(one, tmp_path / "run" / "checkpoints" / "*.pt")
     first.kill()
     begun = time.monotonic()

@@ -19,6 +19,8 @@ from pathlib import Path
 from script_helpers import ROOT
 
 DEVICE, PORT = "eth0", 29400
+# torchrun 2.14 lets no new agent join a launch otherwise: it waits 60 s for an address that nobody writes, and all end.
+MAY_RETURN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 NAMES = ("nodea", "nodeb")
 # As Debian writes it: a machine's own name is a loopback address, which no other machine can use.
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {own}\n{other_address} {other}\n"
