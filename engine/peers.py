@@ -41,6 +41,7 @@ STORE_TIMEOUT = timedelta(minutes=2)  # of one request to the store
 EXCHANGE_FAILED = r"gloo|NCCL|nccl|DistNetwork|DistStore|TCPStore|store"
 TIMED_OUT = r"[Tt]imed? ?out|[Tt]imeout"
 REFUSED = r"refused"
+CONNECTING = r"[Cc]onnect"
 
 
 def join_peers() -> Peers:
@@ -286,14 +287,15 @@ class Peers:
             behind = [rank for rank in others if _number(self.beat_of(rank)[1]) < self._progress]
         except RuntimeError as lost_store:
             return LostProcess(f"the launch has ended, or its network is down ({_brief(lost_store)})")
-        if re.search(TIMED_OUT, str(error)):
+        timed_out = re.search(TIMED_OUT, str(error))
+        if re.search(REFUSED, str(error)) or (timed_out and re.search(CONNECTING, str(error)) and not behind):
+            return LostProcess(
+                f"a connection to another process {'timed out' if timed_out else 'was refused'}, and every process "
+                f"lives: a firewall, or the wrong network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) ({_brief(error)})"
+            )
+        if timed_out:
             late = list_some([self.name(rank) for rank in behind]) if behind else "the others"
             return LostProcess(f"waited too long for {late}; every process lives, and one is stuck or very slow")
-        if re.search(REFUSED, str(error)):
-            return LostProcess(
-                "a connection to another process was refused, and every process lives: a firewall, or the wrong "
-                f"network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) ({_brief(error)})"
-            )
         return LostProcess(f"the connection to another process broke ({_brief(error)})")
 
 

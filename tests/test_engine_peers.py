@@ -184,6 +184,16 @@ def test_a_timeout_a_refusal_and_a_broken_connection_are_told_apart_where_all_li
     ) == "the connection to another process broke (pair.cc:81 Broken pipe)" or "Broken pipe" in said("Broken pipe")
 
 
+@pytest.mark.parametrize(
+    "torch_says", ["Connect timeout [127.0.1.1]:4711", "Gloo connectFullMesh failed with timed out connecting: x"]
+)
+def test_a_connection_that_times_out_at_the_start_names_the_variables_of_the_network(torch_says):
+    """A machine whose name is a loopback address tells it to the others, and waits for them in vain."""
+    with launch("nodea", "nodeb") as (first, _), pytest.raises(LostProcess) as caught, first.sharing_errors():
+        raise RuntimeError(f"[/gloo/transport/tcp/device.cc:81] {torch_says}")
+    assert "timed out, and every process lives" in str(caught.value) and "GLOO_SOCKET_IFNAME" in str(caught.value)
+
+
 def test_an_error_of_our_own_is_no_lost_process():
     with launch("nodea", "nodeb") as (first, second):
         with pytest.raises(RuntimeError, match="shapes") as caught, first.sharing_errors():
