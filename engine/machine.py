@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "bf16", "float32")
 DEVICES = ("auto", "cuda", "cpu")
-# Connections are made when all processes have met. gloo waits five times as long.
-CONNECT_TIMEOUT = timedelta(minutes=2)
+# Connections are made when all processes have met. gloo waits five times as long for one that never comes.
+CONNECT_TIMEOUT = timedelta(seconds=30)
 # For what the training loop exchanges at each step. Longer work is waited for through the store: see engine/peers.py.
 EXCHANGE_TIMEOUT = timedelta(minutes=10)
 # A process whose peer is gone must end, and its watchdog must not fire before the exchange does.

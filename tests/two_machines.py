@@ -97,9 +97,13 @@ class Node:
         assert code == 0 or not check, said
         return said
 
+    def processes(self) -> list[str]:
+        """Ids of the processes of this machine."""
+        return ip("netns", "pids", self.namespace).stdout.split()
+
     def kill(self) -> None:
         """Every process of this machine ends at once."""
-        while pids := ip("netns", "pids", self.namespace).stdout.split():
+        while pids := self.processes():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
