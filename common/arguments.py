@@ -79,7 +79,7 @@ percent = number(int, 1, 100)
 
 
 def overlap(text: str) -> float:
-    value = plain_number(float, text)
+    value = float(plain_number(float, text))
     if not 0 <= value < float("inf") or (value > 1 and not value.is_integer()):
         raise argparse.ArgumentTypeError(f"{text} is neither a fraction between 0 and 1 nor a number of pixels")
     return value
