@@ -32,7 +32,7 @@ def test_a_preset_is_a_run_that_can_start(name):
 def test_the_flags_of_the_user_override_those_of_a_preset():
     words = [*PATHS, "--preset", "nuclei-64-cpu"]
     args = train.parse_args(["--lr", "0.01", *words, "--window", "1", "99"])
-    assert (args.lr, args.window, args.max_steps) == (0.01, [1.0, 99.0], 6500)
+    assert (args.lr, args.window, args.max_steps) == (0.01, [1.0, 99.0], 4200)
     assert {"lr", "window", "max_steps", "preset"} <= args.given and "seed" not in args.given
     assert resolve(train.parse_args([*words, "--epochs", "3"])).optimiser.max_steps is None
 
