@@ -16,6 +16,7 @@ import argparse
 import errno
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -31,10 +32,12 @@ from common.arguments import non_negative_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from common.pictures import repeat_gray
+from dataset.masks import MASK_TYPES
 from engine.machine import Machine, start_machine
 from engine.sampling import TrainedModel
 from flag_rules import check_needs
 from page.drawing import Drawer, JudgeCall
+from page.masks import StartMasks
 from page.service import Service
 
 logger = logging.getLogger("app")
@@ -46,6 +49,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_checkpoint_arguments(parser.add_argument_group("model"))
     group = parser.add_argument_group("page")
     group.add_argument("--port", type=non_negative_int, default=7860, help="port of the page; 0 takes a free one")
+    group.add_argument(
+        "--mask-path", type=Path, metavar="MASKS", help="masks to begin a drawing with (default: --judge-masks)"
+    )
+    group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="meaning of their values")
     group = parser.add_argument_group("show how well each image follows its mask, by a small segmenter")
     add_judge_arguments(group)
     add_machine_arguments(parser)
@@ -66,13 +73,25 @@ def start_service(args: argparse.Namespace) -> Service:
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     given = {name: getattr(args, name) for name in ("ckpt", "raw_weights", "vae") if name in args.given}
-    drawer = Drawer(trained, machine, given, train_judge(args, trained, machine))
+    masks = find_masks(args, trained)
+    drawer = Drawer(trained, machine, given, train_judge(args, trained, machine), masks)
     try:
         return Service(args.port, drawer)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
         raise InputError(f"--port {args.port}: {error.strerror}. Give another one, or 0 for a free one.") from error
+
+
+def find_masks(args: argparse.Namespace, trained: TrainedModel) -> StartMasks | None:
+    """Masks to begin a drawing with: of --mask-path, else those of the judge."""
+    if args.mask_path is not None and not args.mask_path.is_dir():
+        raise InputError(f"--mask-path {args.mask_path}: no such folder.")
+    own = args.mask_path is not None
+    if "mask_type" in args.given and not own:
+        raise InputError("--mask-type has no effect without --mask-path: give it, too, or leave it out.")
+    folder, mask_type = (args.mask_path, args.mask_type) if own else (args.judge_masks, args.judge_mask_type or "auto")
+    return None if folder is None else StartMasks(folder, trained.data, mask_type, trained.normalize_masks)
 
 
 def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machine) -> JudgeCall | None:
@@ -84,7 +103,10 @@ def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machin
     from evaluation.judge import JudgeConfig, judged_channels, load_or_train_judge
 
     data = trained.data
-    pairs = PairedFolder(args.judge_images, args.judge_masks, data, args.judge_mask_type or "auto", progress=True)
+    pairs = PairedFolder(
+        args.judge_images, args.judge_masks, data, args.judge_mask_type or "auto", progress=True,
+        normalize=trained.normalize_masks,
+    )  # fmt: skip
     config = JudgeConfig(data.num_classes, judged_channels(data), args.judge_steps or JUDGE_STEPS)
     judge, _, _ = load_or_train_judge(pairs, config, args.judge_cache or JUDGE_CACHE, machine.device, progress=True)
 

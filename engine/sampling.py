@@ -80,6 +80,11 @@ class TrainedModel:
     looks: Looks | None = None  # of the training images, if the model knows looks
     labelled_on: list[str] | None = None  # SHA-256 of the images whose labels it may know, if known
 
+    @property
+    def normalize_masks(self) -> bool:
+        """Whether training divided soft masks by their sum. Other readers of such masks must do the same."""
+        return bool(self.config.get("train", {}).get("normalize_masks"))
+
 
 def load_trained(
     path: str | Path,
@@ -167,7 +172,7 @@ class ImageSampler:
         machine: device and precision of model and decoder. The solver's state is always float32.
         settings: solver and guidance.
         compiled: compile the blocks of ``model``, in place. Other masks need no new compilation.
-        before_call: called before every network call. Its exceptions end the sampling.
+        before_call: called with the time t before every network call. Its exceptions end the sampling.
     """
 
     def __init__(
@@ -178,7 +183,7 @@ class ImageSampler:
         machine: Machine,
         settings: SamplingSettings,
         compiled: bool = False,
-        before_call: Callable[[], None] | None = None,
+        before_call: Callable[[float], None] | None = None,
     ) -> None:
         self.model = model
         self.before_call = before_call
@@ -386,7 +391,7 @@ class ImageSampler:
     def _predict(self, x: Tensor, t: Tensor, y: Any) -> Tensor:
         """The prediction of the model with guidance. Outside of the guidance interval, without guidance."""
         if self.before_call is not None:
-            self.before_call()
+            self.before_call(float(t[0]))
         scale, (low, high) = self.settings.cfg_scale, self.settings.guidance_interval
         extra = {} if self.settings.look_scale == 1 else {"look_scale": self.settings.look_scale}
         if (low, high) != (0.0, 1.0) and not low <= float(t[0]) <= high:

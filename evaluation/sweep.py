@@ -275,7 +275,7 @@ def load_sweep_data(
             f"{image_dir} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
         )
     chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
-    normalize = bool(trained.config.get("train", {}).get("normalize_masks"))
+    normalize = trained.normalize_masks
     judge, _, _, pairs = judge_of_folders(
         image_dir, mask_dir, trained.data, cache_dir, device, mask_type, normalize, rest, steps, seed, progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,8 +88,15 @@ def draw_nucleus(rng: np.random.Generator, settings: NucleiSettings) -> Piece:
     return Piece((level < 1).astype(np.int32), level)
 
 
-def simulate_field(settings: NucleiSettings, index: int) -> tuple[np.ndarray, np.ndarray]:
+def simulate_field(
+    settings: NucleiSettings, index: int, before_piece: Callable[[float], None] = lambda share: None
+) -> tuple[np.ndarray, np.ndarray]:
     """Place nuclei on field number `index`.
+
+    Args:
+        settings: sizes and layout.
+        index: of the field.
+        before_piece: see :func:`layouts.placing.fill`.
 
     Returns:
         (H, W) int32 instance map, and (H, W) float32 level: 0 at the centre of a nucleus, 1 at its rim, inf outside.
@@ -105,7 +113,7 @@ def simulate_field(settings: NucleiSettings, index: int) -> tuple[np.ndarray, np
             return True
         return bool(field.centres) and place_beside_another(field, piece, rng)
 
-    fill(field, rng, draw_density(settings, index), partial(draw_nucleus, rng, settings), place)
+    fill(field, rng, draw_density(settings, index), partial(draw_nucleus, rng, settings), place, before_piece)
     return tidy(field.instance_map), field.level
 
 

@@ -154,18 +154,23 @@ def fill(
     foreground: float,
     draw_piece: Callable[[], Piece],
     place: Callable[[Field, Piece, np.random.Generator], bool],
+    before_piece: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Place pieces until they cover the fraction `foreground` of the field, or until no more piece fits.
 
     Pieces are chosen in batches and placed from large to small. Any other order would favour small pieces, which fit
     into the remaining gaps. New batches replace the area that the border cut off and the pieces that found no place.
+    ``before_piece`` is called with the share of the work that is done; an exception that it raises ends the work.
     """
     failed_rounds = 0
     while failed_rounds < 3:
         batch = _draw_batch(rng, foreground * field.instance_map.size - field.covered, draw_piece)
         if not batch:
             return
-        placed = sum(place(field, piece, rng) for piece in sorted(batch, key=lambda piece: -piece.area))
+        placed = 0
+        for piece in sorted(batch, key=lambda piece: -piece.area):
+            before_piece(min(1.0, field.covered / (foreground * field.instance_map.size)))
+            placed += place(field, piece, rng)
         failed_rounds = 0 if placed else failed_rounds + 1
 
 

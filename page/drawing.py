@@ -22,8 +22,10 @@ from dataset.mask_facts import mask_stats
 from dataset.masks import MaskRule, decide_mask_rule
 from engine.machine import Machine
 from engine.sampling import TILE_OVERLAP, ImageSampler, SamplingSettings, TrainedModel, image_seed
+from page.errands import Cancelled, Errand
 from page.labels import CELLS, label_kinds
 from page.looks import look_flags, shown_looks
+from page.masks import StartMasks
 from transport import ODE_METHODS
 
 METHODS = tuple(name for name, method in ODE_METHODS.items() if not method.adaptive)
@@ -36,10 +38,6 @@ SECONDS_BETWEEN_CHECKS = 0.05
 # An image (H, W, C) uint8 and the cells of its mask (H, W) bool -> cells found (H, W) bool, and their Dice.
 JudgeCall = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]
 Result = TypeVar("Result")
-
-
-class Cancelled(Exception):
-    """Nobody waits for this drawing any more."""
 
 
 class TooManyRequests(RuntimeError):
@@ -143,14 +141,21 @@ class Drawer:
         machine: device and precision.
         given: flags of ``sample.py`` for this checkpoint, such as ``{"ckpt": "0000800.pt"}``.
         judge: finds the cells of an image; None without a judge.
+        masks: to begin a drawing with; None without a folder.
     """
 
     def __init__(
-        self, trained: TrainedModel, machine: Machine, given: Mapping[str, Any], judge: JudgeCall | None = None
+        self,
+        trained: TrainedModel,
+        machine: Machine,
+        given: Mapping[str, Any],
+        judge: JudgeCall | None = None,
+        masks: StartMasks | None = None,
     ) -> None:
         self.trained = trained
         self.machine = machine
         self.judge = judge
+        self.masks = masks
         self._given = dict(given)
         self.kinds = label_kinds(trained.data, trained.config.get("train", {}).get("mask_type", "auto"))
         self.has_soft_masks = trained.data.mask_values is None
@@ -158,41 +163,47 @@ class Drawer:
         self._line = threading.BoundedSemaphore(MOST_IN_LINE)
         self._worker = ThreadPoolExecutor(1, "worker")
 
-    def in_turn(self, work: Callable[[], Result], gone: Callable[[], bool]) -> Result:
+    def in_turn(self, work: Callable[[], Result], errand: Errand) -> Result:
         """The result of ``work``, done in the worker thread after what waits already.
 
         Args:
             work: what to do.
-            gone: whether nobody waits any more; asked while others have their turn.
+            errand: whether anybody waits is asked while others have their turn.
 
         Raises:
             Cancelled: nobody waits.
             TooManyRequests: the line is full.
         """
+
+        def begin() -> Result:
+            errand.begin()
+            return work()
+
         if not self._line.acquire(blocking=False):
             raise TooManyRequests(f"{MOST_IN_LINE} requests wait already. Try again in a moment.")
         try:
-            future = self._worker.submit(work)
+            future = self._worker.submit(begin)
             while not wait([future], SECONDS_BETWEEN_CHECKS).done:
-                if gone() and future.cancel():
+                if errand.gone() and future.cancel():
                     raise Cancelled
             return future.result()
         finally:
             self._line.release()
 
     @torch.no_grad()
-    def draw(self, request: DrawRequest, gone: Callable[[], bool]) -> Drawing:
+    def draw(self, request: DrawRequest, errand: Errand) -> Drawing:
         """Images of a label.
 
         Args:
             request: what to draw.
-            gone: whether nobody waits any more; asked before every network call.
+            errand: learns of the progress before every network call.
 
         Raises:
             InputError: a request that this model cannot serve.
             Cancelled: nobody waits.
         """
-        mask, sampler = self.mask_file(request), self._sampler(request, gone)
+        mask, sampler = self.mask_file(request), self._sampler(request, errand)
+        errand.expect(self._runs(request, request.count))
         indices = range(request.count)
         images = sampler.samples(mask.prob_map, self._seeds(request), BATCH, self._looks(request, indices))
         verdicts = []
@@ -202,22 +213,23 @@ class Drawer:
         return Drawing(images, mask, sampler.nfe, self.command(request, mask), verdicts)
 
     @torch.no_grad()
-    def trajectory(self, request: DrawRequest, index: int, most: int, gone: Callable[[], bool]) -> list[Tensor]:
+    def trajectory(self, request: DrawRequest, index: int, most: int, errand: Errand) -> list[Tensor]:
         """From noise to image ``index``: at most ``most`` of (C, H, W). Errors as in :meth:`draw`."""
         if not 0 <= index < request.count:
             raise InputError(f"index {index}: give 0 to {request.count - 1}.")
-        mask, sampler = self.mask_file(request), self._sampler(request, gone)
+        mask, sampler = self.mask_file(request), self._sampler(request, errand)
         looks = self._looks(request, [index])
         look = None if looks is None else looks[0]
         return list(sampler.trajectory(mask.prob_map, self._seeds(request)[index], BATCH, most, look).cpu())
 
     @torch.no_grad()
-    def look_pictures(self, request: DrawRequest, gone: Callable[[], bool]) -> list[tuple[int, Tensor]]:
+    def look_pictures(self, request: DrawRequest, errand: Errand) -> list[tuple[int, Tensor]]:
         """The mask in the looks of some training images: their numbers, and (C, H, W). Errors as in :meth:`draw`."""
         if self.trained.looks is None:
             raise InputError("This model was trained without looks.")
         numbers, looks = shown_looks(self.trained.looks, self.trained.data)
-        mask, sampler = self.mask_file(request), self._sampler(request, gone)
+        mask, sampler = self.mask_file(request), self._sampler(request, errand)
+        errand.expect(self._runs(request, len(numbers)))
         seeds = [image_seed(request.seed, 0)] * len(numbers)
         return list(zip(numbers, sampler.samples(mask.prob_map, seeds, BATCH, looks), strict=True))
 
@@ -279,6 +291,10 @@ class Drawer:
         """Whether the canvas has another size than the square that the model sees."""
         return request.label.shape != (self.trained.data.image_size,) * 2
 
+    def _runs(self, request: DrawRequest, count: int) -> int:
+        """Runs of the solver that this many images take: large canvases are drawn one by one."""
+        return count if self._is_field(request) else -(-count // BATCH)
+
     def _seeds(self, request: DrawRequest) -> Sequence[int]:
         return [image_seed(request.seed, index) for index in range(request.count)]
 
@@ -288,7 +304,7 @@ class Drawer:
             return None
         return request.look.batch(request.seed, indices, [])  # the drawn mask has no image of its own
 
-    def _sampler(self, request: DrawRequest, gone: Callable[[], bool]) -> ImageSampler:
+    def _sampler(self, request: DrawRequest, errand: Errand) -> ImageSampler:
         if request.cfg_scale != 1 and not self.has_guidance:
             raise InputError("This model always saw its masks in training, so it has no guidance: give 1.")
         settings = SamplingSettings(
@@ -298,11 +314,7 @@ class Drawer:
             tile_overlap=TILE_OVERLAP if self._is_field(request) else None,
         )
 
-        def stop_if_gone() -> None:
-            if gone():
-                raise Cancelled
-
         trained = self.trained
         return ImageSampler(
-            trained.model, trained.transport, trained.space, self.machine, settings, before_call=stop_if_gone
+            trained.model, trained.transport, trained.space, self.machine, settings, before_call=errand.reach
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import MASK_SUFFIXES, read_mask_and_table
 from dataset.mask_facts import mask_stats
-from dataset.masks import MASK_TYPES, decide_mask_rule
+from dataset.masks import MASK_TYPES, MaskRule, decide_mask_rule
 from dataset.views import View, view_of, whole_view
 from layouts.nuclei import HEADROOM, NucleiSettings, simulate_field
 from page.uploads import uploaded
@@ -73,7 +74,13 @@ def unpack(height: int, width: int, content: str) -> np.ndarray:
 
 
 def read_label(
-    content: bytes, name: str, config: DataConfig, kind: str, mask_type: str = "auto", whole: bool = False
+    content: bytes,
+    name: str,
+    config: DataConfig,
+    kind: str,
+    mask_type: str = "auto",
+    whole: bool = False,
+    normalize: bool = False,
 ) -> np.ndarray:
     """A mask file from the browser as a label map.
 
@@ -84,6 +91,7 @@ def read_label(
         kind: :data:`CELLS` or :data:`CLASSES`.
         mask_type: what the file holds, one of ``MASK_TYPES``.
         whole: take all of the mask, not the square that the model sees.
+        normalize: divide soft masks by their sum.
 
     Returns:
         (H, W) uint16. A soft mask becomes its most probable classes.
@@ -95,13 +103,17 @@ def read_label(
         raise InputError(f"mask type {mask_type!r} is unknown; choose one of {', '.join(MASK_TYPES)}.")
     with uploaded(content, name, MASK_SUFFIXES) as path:
         mask, table = read_mask_and_table(path)
-        rule = decide_mask_rule(
-            [mask_stats(name, mask, False, table)], config.num_classes, mask_type, name, values=config.mask_values
-        )
-        view = _view(mask, config, whole)
-        if kind == CELLS and rule.mask_type == "instances":
-            return _cells(view.apply_labels(mask))
-        classes = rule.class_map(mask, view)
+        facts = [mask_stats(name, mask, False, table)]
+        rule = decide_mask_rule(facts, config.num_classes, mask_type, name, normalize, config.mask_values)
+        return label_of_mask(mask, rule, config, kind, whole)
+
+
+def label_of_mask(mask: np.ndarray, rule: MaskRule, config: DataConfig, kind: str, whole: bool) -> np.ndarray:
+    """(H, W) uint16 label map of a mask as stored. Other arguments and errors as in :func:`read_label`."""
+    view = _view(mask, config, whole)
+    if kind == CELLS and rule.mask_type == "instances":
+        return _cells(view.apply_labels(mask))
+    classes = rule.class_map(mask, view)
     return classes.astype(np.uint16) if kind == CLASSES else _cells(connected_cells(classes == 1))
 
 
@@ -120,10 +132,17 @@ def _cells(instance_map: np.ndarray) -> np.ndarray:
 
 
 def random_label(
-    height: int, width: int, cell_size: float, density: float, seed: int, kind: str, num_classes: int
+    height: int,
+    width: int,
+    cell_size: float,
+    density: float,
+    seed: int,
+    kind: str,
+    num_classes: int,
+    before_piece: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
     """Simulated nuclei of mean diameter ``cell_size`` that cover the share ``density``; each of a random class if the
-    label holds classes.
+    label holds classes. ``before_piece`` is called with the share of the work that is done.
 
     Returns:
         (H, W) uint16.
@@ -137,7 +156,7 @@ def random_label(
     if not 0 < density <= HEADROOM[True]:
         raise InputError(f"density {density:g}: give a share above 0, at most {HEADROOM[True]:g}.")
     settings = NucleiSettings(height, width, cell_size, 0.2, 1.35, 0.04, density, 0.2, True, False, seed)
-    cells, _ = simulate_field(settings, 0)
+    cells, _ = simulate_field(settings, 0, before_piece)
     if kind == CELLS:
         return cells.astype(np.uint16)
     classes = np.random.default_rng((seed, 1)).integers(1, num_classes, int(cells.max()) + 1)

@@ -35,13 +35,14 @@ from page.drawing import (
     MOST_GUIDANCE,
     MOST_IMAGES,
     MOST_STEPS,
-    Cancelled,
     Drawer,
     DrawRequest,
     TooManyRequests,
 )
+from page.errands import Cancelled, Errand, Errands
 from page.labels import MOST_SIDE, pack, random_label, read_label, unpack
 from page.looks import LONGEST_NAME, measure_reference, read_look
+from page.masks import StartMasks
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -88,6 +89,7 @@ class Service(ThreadingHTTPServer):
 
     def __init__(self, port: int, drawer: Drawer) -> None:
         self.drawer = drawer
+        self.errands = Errands()
         self.files = {url: ((STATIC / name).read_bytes(), kind) for url, (name, kind) in FILES.items()}
         super().__init__((ADDRESS, port), Handler)
 
@@ -101,21 +103,28 @@ class Handler(BaseHTTPRequestHandler):
     """One request. HTTP/1.0: every request has a connection of its own, which its end closes."""
 
     server: Service
+    errand: Errand
     timeout = SECONDS_TO_SEND
     server_version, sys_version = "page", ""
 
     def do_GET(self) -> None:  # noqa: N802 - name of the base class
         """The page's files and what the page must know of the model."""
-        self._answer({"/api/model": lambda query: describe(self.server.drawer)}, self.server.files)
+        calls = {
+            "/api/model": lambda query: describe(self.server.drawer),
+            "/api/progress": lambda query: self.server.errands.progress(query.get("of", "")),
+        }
+        self._answer(calls, self.server.files)
 
     def do_POST(self) -> None:  # noqa: N802 - name of the base class
-        """Draw, trajectory, looks, layout and files."""
+        """Draw, trajectory, looks, layout, masks and files. A ticket in the address names the request for progress."""
         self._answer(
             {
                 "/api/draw": lambda query: self._draw(self._json()),
                 "/api/trajectory": lambda query: self._trajectory(self._json()),
                 "/api/layout": lambda query: self._layout(self._json()),
                 "/api/mask": self._mask,
+                "/api/masks": lambda query: self._masks(self._json()),
+                "/api/start": lambda query: self._start(self._json()),
                 "/api/look": self._look,
                 "/api/looks": lambda query: self._looks(self._json()),
             },
@@ -131,7 +140,10 @@ class Handler(BaseHTTPRequestHandler):
             if url.path not in calls:
                 raise Refusal(HTTPStatus.NOT_FOUND, "There is no such page.")
             query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            return self._send_json(HTTPStatus.OK, calls[url.path](query))
+            self.errand = Errand(self._gone)
+            with self.server.errands.under(query.get("ticket", "")[:LONGEST_NAME], self.errand):
+                values = calls[url.path](query)
+            return self._send_json(HTTPStatus.OK, values)
         except Cancelled:
             logger.debug("a drawing was cancelled")
         except Refusal as error:
@@ -192,12 +204,12 @@ class Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------------------- answers
 
     def _in_turn(self, work: Callable[[], Result]) -> Result:
-        return self.server.drawer.in_turn(work, self._gone)
+        return self.server.drawer.in_turn(work, self.errand)
 
     def _draw(self, values: dict[str, Any]) -> dict[str, Any]:
         start, drawer = time.monotonic(), self.server.drawer
         request = read_request(values, drawer)
-        drawing = self._in_turn(lambda: drawer.draw(request, self._gone))
+        drawing = self._in_turn(lambda: drawer.draw(request, self.errand))
         colours = drawer.trained.data.window_channels != "separate"
         return {
             "images": [shown(image, colours) for image in drawing.images],
@@ -217,13 +229,13 @@ class Handler(BaseHTTPRequestHandler):
     def _trajectory(self, values: dict[str, Any]) -> dict[str, Any]:
         drawer, index = self.server.drawer, whole(values, "index")
         request = read_request(values, drawer)
-        frames = self._in_turn(lambda: drawer.trajectory(request, index, MOST_FRAMES, self._gone))
+        frames = self._in_turn(lambda: drawer.trajectory(request, index, MOST_FRAMES, self.errand))
         return {"frames": [encode64(picture(frame)) for frame in frames]}
 
     def _looks(self, values: dict[str, Any]) -> dict[str, Any]:
         drawer = self.server.drawer
         request = read_request(values, drawer)
-        found = self._in_turn(lambda: drawer.look_pictures(request, self._gone))
+        found = self._in_turn(lambda: drawer.look_pictures(request, self.errand))
         names = drawer.trained.looks.names if drawer.trained.looks else ()
         return {"looks": [{"index": n, "name": names[n], "picture": encode64(picture(image))} for n, image in found]}
 
@@ -237,14 +249,33 @@ class Handler(BaseHTTPRequestHandler):
             raise InputError(f"seed {seed}: give 0 or more.")
         size, density, kind = number(values, "cell_size"), number(values, "density"), text(values, "kind")
         num_classes = self.server.drawer.trained.data.num_classes
-        return pack(self._in_turn(lambda: random_label(height, width, size, density, seed, kind, num_classes)))
+        reach = self.errand.reach
+        return pack(self._in_turn(lambda: random_label(height, width, size, density, seed, kind, num_classes, reach)))
+
+    def _masks(self, values: dict[str, Any]) -> dict[str, Any]:
+        masks, contains, first = self._start_masks(), text(values, "contains"), whole(values, "first")
+        if first < 0:
+            raise InputError(f"first {first}: give 0 or more.")
+        total, numbers = masks.find(contains, first)
+        shown = self._in_turn(lambda: masks.thumbnails(numbers))
+        return {"total": total, "masks": [{**one, "picture": encode64(picture(image))} for one, image in shown]}
+
+    def _start(self, values: dict[str, Any]) -> dict[str, Any]:
+        masks, index, kind = self._start_masks(), whole(values, "index"), text(values, "kind")
+        return pack(self._in_turn(lambda: masks.label(index, kind, values.get("whole") is True)))
+
+    def _start_masks(self) -> StartMasks:
+        masks = self.server.drawer.masks
+        if masks is None:
+            raise InputError("The page was started without a folder of masks.")
+        return masks
 
     def _mask(self, query: dict[str, str]) -> dict[str, Any]:
         content, name, drawer = self._body(), file_name(query), self.server.drawer
         kind = query.get("kind", drawer.kinds[0])
         mask_type, is_whole = query.get("mask_type", "auto"), query.get("whole") == "1"
-        config = drawer.trained.data
-        return pack(self._in_turn(lambda: read_label(content, name, config, kind, mask_type, is_whole)))
+        config, normalize = drawer.trained.data, drawer.trained.normalize_masks
+        return pack(self._in_turn(lambda: read_label(content, name, config, kind, mask_type, is_whole, normalize)))
 
     def _send_json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
         self._send(status, json.dumps(values).encode(), "application/json")
@@ -277,6 +308,7 @@ def describe(drawer: Drawer) -> dict[str, Any]:
         "has_guidance": drawer.has_guidance,
         "has_soft_masks": drawer.has_soft_masks,
         "has_judge": drawer.judge is not None,
+        "masks": None if drawer.masks is None else {"name": drawer.masks.name, "count": len(drawer.masks.names)},
         "looks": 0 if trained.looks is None else len(trained.looks.names),
         "methods": METHODS,
         "mask_types": MASK_TYPES,

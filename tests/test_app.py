@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import shlex
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -28,6 +29,7 @@ from dataset.config import DataConfig
 from dataset.looks import Looks, look_count
 from engine.sampling import ImageSampler
 from evaluation.instances import dice
+from page.errands import Errand
 from page.labels import label_kinds, random_label, read_label, unpack
 from page.service import MOST_BYTES, Service
 
@@ -262,6 +264,24 @@ def tiff(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def claims_to_be_large() -> bytes:
+    """A PNG of a few bytes whose header says 60,000 x 60,000 pixels."""
+    size, large = struct.pack(">II", 1, 1), struct.pack(">II", 60000, 60000)
+    return png(np.zeros((1, 1), np.uint8)).replace(size, large)
+
+
+def poisoned_array() -> bytes:
+    """A .npy file that would run code if it were unpickled."""
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (Path("poisoned_by_the_page"),)
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Evil()], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
 def test_a_label_file_keeps_its_cells(two):
     status, reply = ask(two, "/api/mask?name=label.tif&mask_type=instances", tiff(cells()))
     assert status == 200, reply
@@ -295,6 +315,15 @@ def test_a_large_mask_gives_the_square_that_sample_takes():
         (png(np.zeros((2000, 20), np.uint8)), "long.png&whole=1", "16 to 1024 pixels"),
         (b"PK\x03\x04 broken", "../../etc/passwd.npz", "passwd.npz"),
         (b"", "empty.tif", "empty.tif"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "cells.png", "cells.png"),
+        (b"<!doctype html><script>alert(1)</script>", "cells.png", "cells.png"),
+        (poisoned_array(), "cells.npy", "cells.npy"),
+        (
+            png(np.zeros((1, 1), bool)).replace(struct.pack(">II", 1, 1), struct.pack(">II", 60000, 60000)),
+            "a.png",
+            "a.png",
+        ),
+        (png(np.zeros((16, 16), np.uint8)), "%2e%2e%2f%00%0a<b>.exe", "kinds .png"),
     ],
 )
 def test_a_bad_file_ends_as_a_message(two, content, name, part):
@@ -302,6 +331,8 @@ def test_a_bad_file_ends_as_a_message(two, content, name, part):
     assert status == 400
     assert part in reply["error"]
     assert "sit-page-" not in reply["error"]
+    assert reply["error"].isprintable()
+    assert not Path("poisoned_by_the_page").exists()
 
 
 def test_files_from_the_browser_leave_nothing_behind(two, tmp_path, monkeypatch):
@@ -417,7 +448,7 @@ def test_a_drawing_ends_when_the_browser_leaves(two, monkeypatch):
         assert first_call.wait(30)
         connection.close()
         closed.set()
-        two.drawer.in_turn(lambda: None, lambda: False)  # the worker is free again
+        two.drawer.in_turn(lambda: None, Errand(lambda: False))  # the worker is free again
     assert len(calls) < 5
     assert ask(two, "/api/draw", order(cells()))[0] == 200
 

@@ -27,6 +27,8 @@ class LabelCanvas {
     canvas.addEventListener("pointerup", (event) => this.up(event));
     canvas.addEventListener("pointercancel", () => this.cancel());
     canvas.addEventListener("pointerleave", () => { this.pointer = null; this.paint(); });
+    canvas.addEventListener("keydown", (event) => this.key(event));
+    canvas.addEventListener("blur", () => { this.pointer = null; this.paint(); });
     canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     new ResizeObserver(() => this.resize()).observe(canvas);
   }
@@ -108,7 +110,10 @@ class LabelCanvas {
       this.stroke = { pan: true, left: this.left - event.clientX, top: this.top - event.clientY };
       return;
     }
-    if (event.button !== 0) return;
+    if (event.button === 0) this.begin(x, y);
+  }
+
+  begin(x, y) {
     this.calls.onStart();
     const before = this.label.slice();
     const index = this.at(x, y);
@@ -143,16 +148,38 @@ class LabelCanvas {
   }
 
   up(event) {
+    if (!this.stroke) return;
+    if (this.stroke.pan) this.stroke = null;
+    else this.end(...this.place(event));
+  }
+
+  end(x, y) {
     const stroke = this.stroke;
-    if (!stroke) return;
     this.stroke = null;
-    if (stroke.pan) return;
-    const [x, y] = this.place(event);
     if (this.tool === "ellipse" && Math.hypot(x - stroke.startX, y - stroke.startY) < 1) {
       const half = this.brush; // a click makes a round cell of twice the brush
       this.ellipse({ ...stroke, startX: x - half, startY: y - half }, x + half, y + half);
     }
     this.close(stroke);
+  }
+
+  /** Draw without a mouse: arrows move the pen (with shift by 8 pixels), the space bar uses the tool where it is. */
+  key(event) {
+    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    const move = moves[event.key];
+    if (!(move || event.key === " ") || this.stroke || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    const [x, y] = this.pointer || [Math.floor(this.width / 2) + 0.5, Math.floor(this.height / 2) + 0.5];
+    this.pointer = [x, y];
+    if (move) {
+      const step = event.shiftKey ? 8 : 1;
+      const within = (value, side) => Math.min(side - 0.5, Math.max(0.5, value));
+      this.pointer = [within(x + step * move[0], this.width), within(y + step * move[1], this.height)];
+    } else {
+      this.begin(x, y);
+      this.end(x, y);
+    }
+    this.paint();
   }
 
   cancel() {
@@ -349,10 +376,11 @@ class LabelCanvas {
     context.clearRect(0, 0, this.canvas.clientWidth, this.canvas.clientHeight);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.store, this.left, this.top, this.scale * this.width, this.scale * this.height);
-    if (this.pointer && (this.tool === "brush" || this.tool === "eraser")) {
+    if (this.pointer) {
+      const radius = this.tool === "brush" || this.tool === "eraser" ? this.scale * this.brush / 2 : 0;
       const [x, y] = [this.left + this.scale * this.pointer[0], this.top + this.scale * this.pointer[1]];
       context.beginPath();
-      context.arc(x, y, Math.max(2, this.scale * this.brush / 2), 0, 2 * Math.PI);
+      context.arc(x, y, Math.max(2, radius), 0, 2 * Math.PI);
       context.strokeStyle = "#fff";
       context.lineWidth = 1;
       context.stroke();

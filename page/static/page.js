@@ -2,6 +2,7 @@
 // The page: settings, drawing requests and what comes back. Everything goes to this machine's own service.
 
 const REST_MS = 600; // the pen rests that long before the full setting is drawn
+const WATCH_MS = 500; // between looks at the progress
 const byId = (id) => document.getElementById(id);
 let model, editor, reply, shownIndex = 0, count = 1, frames = null;
 let running = null, restTimer = 0, changeTime = 0;
@@ -17,7 +18,13 @@ async function ask(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The page's service does not answer. Does app.py still run?");
   }
-  const values = await response.json();
+  let values;
+  try {
+    values = await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The page's service broke off its answer. Does app.py still run?");
+  }
   if (!response.ok) throw new Error(values.error);
   return values;
 }
@@ -72,7 +79,53 @@ function stop() {
   setState("idle");
 }
 
-function setState(state) { document.body.dataset.state = state; }
+function setState(state) {
+  document.body.dataset.state = state;
+  document.body.dataset.busy = running ? 1 : 0;
+  byId("busy").hidden = true;
+  byId("progress").removeAttribute("style");
+}
+
+const WORDS = {
+  preview: "Preview", full: "Full setting", way: "From noise to image", looks: "Looks", layout: "Random layout", mask: "Mask",
+};
+
+/** Show how far a request is, until it ends or another one replaces it. */
+async function watch(own, ticket, state) {
+  for (;;) {
+    await new Promise((done) => { setTimeout(done, WATCH_MS); });
+    if (running !== own) return;
+    let progress;
+    try {
+      progress = await ask(`/api/progress?${new URLSearchParams({ of: ticket })}`);
+    } catch (error) {
+      return; // the request itself says what is wrong
+    }
+    if (running === own && progress.state !== "unknown") showProgress(WORDS[state], progress);
+  }
+}
+
+function showProgress(what, { state, share, seconds }) {
+  const left = share > 0 ? seconds * (1 - share) / share : 0;
+  const parts = state === "waiting" ? ["waits for other requests"] : [`${Math.round(100 * share)} %`];
+  if (left >= 1) parts.push(left < 90 ? `about ${Math.ceil(left)} s left` : `about ${Math.round(left / 60)} min left`);
+  byId("busy_text").textContent = [what, ...parts].join(" · ");
+  byId("stop").textContent = "Stop";
+  byId("busy").hidden = false;
+  if (share > 0) byId("progress").style.setProperty("--share", share);
+}
+
+/** The user does not want to wait; the button draws after all. */
+function stopOrDraw() {
+  if (!running) {
+    changed();
+    return;
+  }
+  stop();
+  byId("busy_text").textContent = "Stopped";
+  byId("stop").textContent = "Draw";
+  byId("busy").hidden = false;
+}
 
 /** Something that decides the image has changed: a preview at once, then the full setting. */
 function changed() {
@@ -110,8 +163,10 @@ async function onlyRequest(state, path, body, done, failed = () => {}) {
   const own = new AbortController();
   running = own;
   setState(state);
+  const ticket = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  watch(own, ticket, state);
   try {
-    const values = await post(path, body, own.signal);
+    const values = await post(`${path}?${new URLSearchParams({ ticket })}`, body, own.signal);
     if (running !== own) return;
     running = null;
     done(values);
@@ -132,8 +187,8 @@ function show(values, isPreview) {
   byId("sees").src = `data:image/png;base64,${values.mask_picture}`;
   byId("sees").hidden = false;
   showCommand(values.command);
-  const what = isPreview ? "Preview" : "Full setting";
-  byId("status").textContent = `${what}: ${values.nfe} network calls, ${values.seconds.toFixed(2)} s`;
+  const all = values.images.length > 1 ? ` of ${values.images.length} images` : "";
+  byId("status").textContent = `${isPreview ? "Preview" : "Full setting"}${all}: ${values.nfe} network calls, ${values.seconds.toFixed(2)} s`;
   for (const control of [...byId("downloads").querySelectorAll("button"), byId("way")]) control.disabled = isPreview;
 }
 
@@ -149,6 +204,10 @@ function showCommand(line) {
 function showImage() {
   byId("image").src = `data:image/png;base64,${reply.images[shownIndex].picture}`;
   byId("image").hidden = false;
+  const all = reply.images.length;
+  byId("image").alt = all > 1 ? `Image ${shownIndex + 1} of ${all}` : "Image of the mask";
+  byId("which").textContent = `${shownIndex + 1} of ${all}`;
+  byId("which").hidden = all === 1;
   showOutlines();
   const verdict = reply.verdicts[shownIndex];
   byId("verdict").hidden = !verdict;
@@ -174,7 +233,9 @@ function thumbOf(image, index) {
   const button = document.createElement("button");
   const picture = document.createElement("img");
   picture.src = `data:image/png;base64,${image.picture}`;
-  picture.alt = `Image ${index + 1}`;
+  const verdict = reply.verdicts[index];
+  button.title = `Image ${index + 1} of ${reply.images.length}${verdict ? `, Dice ${verdict.dice.toFixed(3)}` : ""}`;
+  picture.alt = button.title;
   button.append(picture);
   button.classList.toggle("on", index === shownIndex);
   button.addEventListener("click", () => {
@@ -262,6 +323,7 @@ async function loadReference(file) {
 
 // ------------------------------------------------------------------------------------------------------ masks
 
+/** Show a label that the service gives. */
 function take(values) {
   const label = unpackLabel(values.label);
   if (values.width === editor.width && values.height === editor.height) {
@@ -286,14 +348,45 @@ async function load(file) {
 }
 
 async function randomLayout() {
+  stop();
+  await onlyRequest("layout", "/api/layout", {
+    width: editor.width, height: editor.height, kind: editor.kind, cell_size: Number(byId("cell_size").value),
+    density: Number(byId("density").value), seed: Math.floor(Math.random() * 2 ** 31),
+  }, take);
+}
+
+/** Thumbnails of the folder's masks whose names hold the text: the first ones, or more of them. */
+async function showMasks(more) {
+  const group = byId("masks");
+  const first = more ? group.children.length : 0;
+  let found;
   try {
-    take(await post("/api/layout", {
-      width: editor.width, height: editor.height, kind: editor.kind, cell_size: Number(byId("cell_size").value),
-      density: Number(byId("density").value), seed: Math.floor(Math.random() * 2 ** 31),
-    }));
+    found = await post("/api/masks", { contains: byId("mask_filter").value, first });
   } catch (error) {
     showError(error.message);
+    return;
   }
+  if (!more) group.replaceChildren();
+  for (const { index, name, picture } of found.masks) {
+    const button = document.createElement("button");
+    const image = document.createElement("img");
+    image.src = `data:image/png;base64,${picture}`;
+    image.alt = "";
+    button.title = name;
+    button.setAttribute("aria-label", name);
+    button.append(image);
+    button.addEventListener("click", () => startFrom(index, button));
+    group.append(button);
+  }
+  choose(group, null);
+  byId("more_masks").disabled = group.children.length >= found.total;
+  byId("masks_note").textContent = `${group.children.length} of ${found.total} masks of ${model.masks.name}`;
+}
+
+async function startFrom(index, button) {
+  stop();
+  choose(byId("masks"), button);
+  await onlyRequest("mask", "/api/start", { index, kind: editor.kind, whole: byId("whole").checked }, take);
 }
 
 // ----------------------------------------------------------------------------------------------------- showing
@@ -415,6 +508,14 @@ function listen() {
     editor.setLabel(width, height, new Uint16Array(width * height));
     changed();
   });
+  byId("choose_file").addEventListener("click", () => byId("file").click());
+  byId("choose_look_file").addEventListener("click", () => byId("look_file").click());
+  byId("stop").addEventListener("click", stopOrDraw);
+  byId("more_masks").addEventListener("click", () => showMasks(true));
+  byId("mask_filter").addEventListener("input", () => {
+    clearTimeout(showMasks.timer);
+    showMasks.timer = setTimeout(() => showMasks(false), 250);
+  });
   byId("file").addEventListener("change", () => { load(byId("file").files[0]); byId("file").value = ""; });
   for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
   byId("mask").addEventListener("drop", (event) => load(event.dataTransfer.files[0]));
@@ -451,6 +552,8 @@ function onKey(event) {
   const typing = event.target.matches("input:not([type=range]):not([type=checkbox]), select");
   if (typing || event.altKey) return;
   const key = event.key.toLowerCase();
+  if (key === "escape" && running) stopOrDraw();
+  if (key.startsWith("arrow")) chooseBeside(event);
   if (event.ctrlKey || event.metaKey) {
     if (key === "z") { event.preventDefault(); if (event.shiftKey) editor.redo(); else editor.undo(); }
     if (key === "y") { event.preventDefault(); editor.redo(); }
@@ -467,6 +570,18 @@ function onKey(event) {
     showNumbers();
     editor.paint();
   }
+}
+
+/** Arrow keys go through the choices of a group. */
+function chooseBeside(event) {
+  const group = event.target.closest("[role=radiogroup]");
+  if (!group) return;
+  event.preventDefault();
+  const buttons = [...group.querySelectorAll("button")];
+  const step = event.key === "ArrowLeft" || event.key === "ArrowUp" ? -1 : 1;
+  const next = buttons[(buttons.indexOf(event.target) + step + buttons.length) % buttons.length];
+  next.focus();
+  next.click();
 }
 
 async function start() {
@@ -496,6 +611,8 @@ async function start() {
   setOptions("kind", model.kinds, model.kinds[0]);
   setOptions("mask_type", model.mask_types, "auto");
   byId("looks_card").hidden = !model.looks;
+  byId("masks_card").hidden = !model.masks;
+  if (model.masks) byId("masks_hint").textContent = "Or drop it on the canvas.";
   listen();
   showLooks();
   setTool("brush");
@@ -504,6 +621,7 @@ async function start() {
   showClasses();
   showNumbers();
   showCount();
+  if (model.masks) showMasks(false);
   await randomLayout(); // a page that shows at once what it does
 }
 

@@ -1,0 +1,63 @@
+"""Masks of a folder, to begin a drawing with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import InputError
+from common.pictures import mask_picture
+from dataset.config import DataConfig
+from dataset.files import read_mask_and_table
+from dataset.mask_folder import MaskFolder
+from page.labels import label_of_mask
+
+MOST_AT_ONCE = 24  # thumbnails of one answer
+THUMBNAIL_SIDE = 96  # pixels, at most
+
+
+class StartMasks:
+    """A folder of masks to choose from; all of them are checked at the start, as for ``sample_ddp.py``.
+
+    Args:
+        mask_dir: folder of masks.
+        config: of the checkpoint.
+        mask_type: what the masks hold, one of ``MASK_TYPES``.
+        normalize: divide soft masks by their sum.
+
+    Raises:
+        InputError: masks that cannot be used.
+    """
+
+    def __init__(self, mask_dir: Path, config: DataConfig, mask_type: str, normalize: bool) -> None:
+        self.folder = MaskFolder(mask_dir, config, mask_type, progress=True, normalize=normalize)
+        self.name = mask_dir.resolve().name
+        self.names = self.folder.names
+
+    def find(self, contains: str, first: int) -> tuple[int, list[int]]:
+        """How many masks have this text in their names, and the numbers of some of them, from the ``first`` on."""
+        found = [number for number, name in enumerate(self.names) if contains.casefold() in name.casefold()]
+        return len(found), found[first : first + MOST_AT_ONCE]
+
+    def thumbnails(self, numbers: list[int]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Number and name of masks, and small pictures (3, h, w) in [-1, 1]."""
+        shown = []
+        for number in numbers:
+            picture = mask_picture(torch.from_numpy(self.folder.load(self.names[number]).prob_map))
+            step = -(-max(picture.shape[1:]) // THUMBNAIL_SIDE)
+            shown.append(({"index": number, "name": self.names[number]}, picture[:, ::step, ::step]))
+        return shown
+
+    def label(self, number: int, kind: str, whole: bool) -> np.ndarray:
+        """(H, W) uint16 label map of a mask. Arguments and errors as in ``read_label``.
+
+        Raises:
+            InputError: there is no such mask.
+        """
+        if not 0 <= number < len(self.names):
+            raise InputError(f"index {number}: there are {len(self.names)} masks, counted from 0.")
+        mask, _ = read_mask_and_table(self.folder.paths[self.names[number]])
+        return label_of_mask(mask, self.folder.rule, self.folder.config, kind, whole)
