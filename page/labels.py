@@ -105,23 +105,18 @@ def read_label(
         mask, table = read_mask_and_table(path)
         facts = [mask_stats(name, mask, False, table)]
         rule = decide_mask_rule(facts, config.num_classes, mask_type, name, normalize, config.mask_values)
-        return label_of_mask(mask, rule, config, kind, whole)
+        return label_of_mask(
+            mask, rule, kind, whole_view(*mask.shape[-2:]) if whole else view_of(mask.shape[-2:], config)
+        )
 
 
-def label_of_mask(mask: np.ndarray, rule: MaskRule, config: DataConfig, kind: str, whole: bool) -> np.ndarray:
-    """(H, W) uint16 label map of a mask as stored. Other arguments and errors as in :func:`read_label`."""
-    view = _view(mask, config, whole)
+def label_of_mask(mask: np.ndarray, rule: MaskRule, kind: str, view: View) -> np.ndarray:
+    """(H, W) uint16 label map of a part of a mask as stored. Other arguments and errors as in :func:`read_label`."""
+    check_size(*view.size)
     if kind == CELLS and rule.mask_type == "instances":
         return _cells(view.apply_labels(mask))
     classes = rule.class_map(mask, view)
     return classes.astype(np.uint16) if kind == CLASSES else _cells(connected_cells(classes == 1))
-
-
-def _view(mask: np.ndarray, config: DataConfig, whole: bool) -> View:
-    height, width = mask.shape[-2:]
-    view = whole_view(height, width) if whole else view_of((height, width), config)
-    check_size(*view.size)
-    return view
 
 
 def _cells(instance_map: np.ndarray) -> np.ndarray:

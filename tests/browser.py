@@ -109,6 +109,11 @@ class Browser:
         mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": actions}
         self._call("POST", "actions", {"actions": [mouse]})
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size, and wait until the page has it."""
+        self._call("POST", "window/rect", {"width": width, "height": height})
+        self.wait(f"Math.abs(window.outerWidth - {width}) < 2")
+
     def screenshot(self) -> bytes:
         """The window as a PNG."""
         return base64.b64decode(self._call("GET", "screenshot"))

@@ -183,10 +183,89 @@ def test_two_visitors_at_once_get_their_own_images(page, service, tmp_path):
 
 def test_no_request_leaves_the_machine_and_the_page_has_no_complaints(page, service):
     urls = page.requests()
-    assert service.url + "/api/draw" in urls
+    assert any(url.startswith(service.url + "/api/draw?") for url in urls)
     hosts = {urllib.parse.urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:"))}
     assert hosts == {urllib.parse.urlsplit(service.url).netloc}
     assert [line for line in page.complaints() if "400" not in line] == []  # 400: the broken file
+
+
+def test_a_long_drawing_tells_its_progress_and_stops_at_a_button(page):
+    page.run(
+        "byId('steps').value = 250; byId('size').value = '128 × 128'; byId('size').dispatchEvent(new Event('change'))"
+    )
+    page.wait(
+        "document.body.dataset.state === 'full' && !byId('busy').hidden && /%/.test(byId('busy_text').textContent)"
+    )
+    page.click("#stop")
+    assert page.run("return [running, byId('busy_text').textContent]") == [None, "Stopped"]
+    page.run("byId('steps').value = 2; byId('size').value = '16 × 16'; byId('size').dispatchEvent(new Event('change'))")
+    page.wait(IS_DONE)
+    page.run("byId('steps').value = 25; changed()")
+    page.wait(IS_DONE)
+    assert page.run("return byId('busy').hidden")
+
+
+def test_nine_images_are_all_previewed_and_each_can_be_shown(page):
+    page.click("[data-count='9']")
+    page.wait("document.body.dataset.state === 'previewed' && byId('thumbs').children.length === 9")
+    page.wait(IS_DONE)
+    page.click("#thumbs button:nth-child(4)")
+    assert page.run("return byId('which').textContent") == "4 of 9"
+    assert page.run("return byId('image').src === byId('thumbs').children[3].firstChild.src")
+    page.click("[data-count='1']")
+    page.wait(IS_DONE)
+    assert page.run("return byId('which').hidden")
+
+
+def test_the_keyboard_draws_undoes_and_chooses(page):
+    page.run("editor.canvas.focus()")
+    for key in ("ArrowRight", "ArrowRight", " ", "]"):
+        page.run("editor.canvas.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))", key)
+    page.wait(IS_DONE)
+    label = label_of(page)
+    assert label[8, 10] == 1 and label[0, 0] == 0
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'z', ctrlKey: true, bubbles: true}))"
+    page.run(press)
+    page.wait(IS_DONE)
+    assert not label_of(page).any()
+    arrow = "new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true})"
+    page.run(f"const first = byId('tools').firstElementChild; first.focus(); first.dispatchEvent({arrow})")
+    assert page.run("return [editor.tool, document.activeElement.dataset.tool]") == ["outline", "outline"]
+    page.run("setTool('brush'); byId('brush').value = 3; showNumbers()")
+
+
+def test_every_control_has_a_name_and_nothing_is_wider_than_a_phone(page):
+    unnamed = page.run(
+        "const named = (one) => one.textContent.trim() || one.ariaLabel || one.title || (one.labels || []).length;"
+        "const all = [...document.querySelectorAll('button, input, select, canvas#mask')];"
+        "return all.filter((one) => !named(one)).map((one) => one.outerHTML)"
+    )
+    assert unnamed == []
+    page.resize(420, 900)
+    assert page.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    page.resize(1440, 1000)
+
+
+def test_a_mask_of_the_folder_starts_a_drawing_and_the_page_says_when_the_service_is_gone(tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number, size in enumerate((5, 9)):
+        mask = np.zeros((16, 16), np.uint8)
+        mask[2 : 2 + size, 3 : 3 + size] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    checkpoint = checkpoint_of(tmp_path / "two.pt", 2)
+    with Browser(tmp_path / "browser") as page:
+        with serving(checkpoint, "--mask-path", tmp_path / "masks") as service:
+            page.open(service.url)
+            page.wait("byId('masks').children.length === 2")
+            page.wait(IS_DONE)
+            page.click("#masks button:nth-child(2)")
+            page.wait("editor.label.filter((value) => value).length === 81")
+            page.wait(IS_DONE)
+            page.run("byId('mask_filter').value = '0'; byId('mask_filter').dispatchEvent(new Event('input'))")
+            page.wait("byId('masks').children.length === 1")
+        page.click("#next")
+        page.wait("!byId('error').hidden")
+        assert "does not answer" in page.run("return byId('error').textContent")
 
 
 def test_downloads_are_the_image_and_its_label(page):

@@ -184,6 +184,7 @@ function show(values, isPreview) {
   showImage();
   const thumbs = values.images.length > 1 ? values.images.map(thumbOf) : [];
   byId("thumbs").replaceChildren(...thumbs);
+  byId("thumbs").classList.toggle("many", thumbs.length > 6);
   byId("sees").src = `data:image/png;base64,${values.mask_picture}`;
   byId("sees").hidden = false;
   showCommand(values.command);
@@ -380,7 +381,7 @@ async function showMasks(more) {
   }
   choose(group, null);
   byId("more_masks").disabled = group.children.length >= found.total;
-  byId("masks_note").textContent = `${group.children.length} of ${found.total} masks of ${model.masks.name}`;
+  byId("masks_note").textContent = `${group.children.length} of ${found.total} in ${model.masks.name}`;
 }
 
 async function startFrom(index, button) {

@@ -1,0 +1,77 @@
+"""Times of the page: from a finished stroke to the image, over HTTP as the browser asks.
+
+    python benchmarks/page_speed.py --ckpt CKPT.pt [--sides 64 128] [--rounds 3]
+
+Each side of the canvas gets a random layout. A canvas of another size than the model's square is drawn in tiles. A
+table goes to standard output; docs/page.md records it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import app  # noqa: E402
+from common.arguments import positive_int  # noqa: E402
+from common.errors import CommandParser, run_command  # noqa: E402
+from page.labels import pack, random_label  # noqa: E402
+from page.service import Service  # noqa: E402
+
+SETTINGS = {f"{steps} steps": {"method": "ab2", "num_steps": steps} for steps in (4, 6, 8)}
+SETTINGS["full setting"] = {"method": "heun", "num_steps": 25}
+
+
+def time_page(args: argparse.Namespace, service: Service) -> list[str]:
+    """Table: median seconds of each setting, and the lowest and highest."""
+    data = service.drawer.trained.data
+    kind = service.drawer.kinds[0]
+    lines = [f"{args.ckpt}, square of {data.image_size} px, {args.rounds} rounds", ""]
+    lines += [f"| canvas | {' | '.join(SETTINGS)} |", "|---" * (1 + len(SETTINGS)) + "|"]
+    for side in args.sides:
+        label = random_label(side, side, data.image_size / 5, 0.2, 0, kind, data.num_classes)
+        body = {**pack(label), "kind": kind, "blur": 0, "seed": 0, "count": 1, "cfg_scale": 1, "look": None}
+        cells = []
+        for settings in SETTINGS.values():
+            draw(service, {**body, **settings, "num_steps": 1})  # warms up
+            seconds = sorted(draw(service, {**body, **settings}) for _ in range(args.rounds))
+            cells.append(f"{statistics.median(seconds):.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})")
+        lines.append(f"| {side} px | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(service: Service, body: dict) -> float:
+    """Seconds from the request to the whole answer."""
+    begin = time.perf_counter()
+    with urllib.request.urlopen(f"{service.url}/api/draw", json.dumps(body).encode(), timeout=600) as reply:
+        reply.read()
+    return time.perf_counter() - begin
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint of train.py")
+    parser.add_argument("--sides", type=positive_int, nargs="+", default=[64, 128], help="of the canvas (64 128)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="of each setting (3)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    flags = ["--ckpt", str(args.ckpt), "--port", "0", "--device", "cpu", "--precision", "float32"]
+    with app.start_service(app.parse_args(flags)) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        print("\n".join(time_page(args, service)))
+        service.shutdown()
+
+
+if __name__ == "__main__":
+    run_command(main, parse_args)
