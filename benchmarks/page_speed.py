@@ -21,9 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import app  # noqa: E402
 from common.arguments import positive_int  # noqa: E402
 from common.errors import CommandParser, run_command  # noqa: E402
+from engine.machine import start_machine  # noqa: E402
+from engine.sampling import load_trained  # noqa: E402
+from page.drawing import Drawer  # noqa: E402
 from page.labels import pack, random_label  # noqa: E402
 from page.service import Service  # noqa: E402
 
@@ -66,8 +68,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    flags = ["--ckpt", str(args.ckpt), "--port", "0", "--device", "cpu", "--precision", "float32"]
-    with app.start_service(app.parse_args(flags)) as service:
+    machine = start_machine("cpu", "float32")
+    drawer = Drawer(load_trained(args.ckpt, machine), machine, {"ckpt": args.ckpt})
+    with Service(0, drawer) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
         print("\n".join(time_page(args, service)))
         service.shutdown()
