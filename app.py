@@ -98,17 +98,13 @@ def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machin
     """With --judge-images: a segmenter trained on these pairs, or the same from the cache."""
     if args.judge_images is None:
         return None
-    from dataset.folders import PairedFolder
     from evaluation.fidelity import fidelity_of  # seconds to import
-    from evaluation.judge import JudgeConfig, judged_channels, load_or_train_judge
+    from evaluation.judge import judge_of_folders
 
-    data = trained.data
-    pairs = PairedFolder(
-        args.judge_images, args.judge_masks, data, args.judge_mask_type or "auto", progress=True,
-        normalize=trained.normalize_masks,
-    )  # fmt: skip
-    config = JudgeConfig(data.num_classes, judged_channels(data), args.judge_steps or JUDGE_STEPS)
-    judge, _, _ = load_or_train_judge(pairs, config, args.judge_cache or JUDGE_CACHE, machine.device, progress=True)
+    judge = judge_of_folders(
+        args.judge_images, args.judge_masks, trained.data, args.judge_cache or JUDGE_CACHE, machine.device,
+        args.judge_mask_type or "auto", trained.normalize_masks, steps=args.judge_steps or JUDGE_STEPS, progress=True,
+    ).judge  # fmt: skip
 
     def find_cells(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
         found = judge.class_maps([repeat_gray(image)])[0] > 0
