@@ -1,14 +1,14 @@
-"""Weights & Biases, for runs that ask for it with ``--wandb``; a run works with wandb absent.
+"""Weights & Biases, for runs with ``--wandb``. Other runs work without the package.
 
-The only module that imports wandb, and only when a run starts. Who may log in, first found first used:
+Only this file imports wandb, and only when it is needed. It looks for a login in this order:
 
-1. the environment: ``WANDB_API_KEY`` (and ``WANDB_ENTITY``, ``WANDB_PROJECT``, ``WANDB_BASE_URL``, ``WANDB_MODE``);
-2. ``wandb login``: wandb itself is asked whether it finds a key for its server;
-3. the three constants below, which may stay as they are.
+1. environment variables: ``WANDB_API_KEY`` (and ``WANDB_ENTITY``, ``WANDB_PROJECT``, ``WANDB_BASE_URL``,
+   ``WANDB_MODE``);
+2. ``wandb login``: wandb says whether it finds a key for its server;
+3. the three constants below. They may stay as they are.
 
-``WANDB_MODE=offline`` needs no key; ``wandb sync RUN_FOLDER/wandb/offline-*`` uploads later. No key is written to any
-file by this module. Without a started run ``log``, ``log_image`` and ``finish`` do nothing, so that callers need no
-``if``.
+``WANDB_MODE=offline`` needs no key. ``wandb sync RUN_FOLDER/wandb/offline-*`` uploads later. This file writes no key to
+any file. If no run was started, ``log``, ``log_image`` and ``finish`` do nothing, so callers need no ``if``.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ PLACEHOLDER_PREFIX = "YOUR_"
 DEFAULT_PROJECT = "mask-to-image"
 CONNECT_SECONDS = 5
 INIT_SECONDS = 30
-FINISH_SECONDS = 600.0  # for the upload at the end
-SAY_SECONDS = 10.0  # without a word
+FINISH_SECONDS = 600.0  # longest wait for the upload at the end
+SAY_SECONDS = 10.0  # a longer wait is logged
 KEYLESS_MODES = ("offline", "dryrun", "disabled")
-MODES = ("online", "run", "shared", *KEYLESS_MODES)  # of wandb; empty counts as online
+MODES = ("online", "run", "shared", *KEYLESS_MODES)  # modes of wandb; empty means online
 ID_FILE = "wandb_id.txt"
-_run: Any = None  # the wandb.Run of this process; None on every rank but 0 and in runs without --wandb
+_run: Any = None  # the wandb.Run of this process; None on ranks above 0 and in runs without --wandb
 
 
 def from_environment(name: str, constant: str) -> str | None:
-    """Value of an environment variable, else of a constant that is no longer a placeholder, else None."""
+    """Value of an environment variable. If it is not set, the constant; None if that is still a placeholder."""
     value = os.environ.get(name, "").strip()
     if value:
         return value
@@ -65,7 +65,7 @@ def _import_wandb() -> Any:
 
 
 def has_login() -> bool:
-    """Whether wandb itself finds a login for its server. It knows where it keeps keys, and the addresses of servers."""
+    """Whether wandb finds a login for its server. Only wandb knows where it keeps keys, and the address."""
     wandb = _import_wandb()
     try:
         if "prompt" in inspect.signature(wandb.login).parameters:
@@ -76,14 +76,14 @@ def has_login() -> bool:
 
 
 def check_server() -> None:
-    """Check within seconds that the server of wandb answers: wandb itself tries for minutes.
+    """Check within seconds that the server of wandb answers. wandb itself tries for minutes.
 
     Raises:
-        InputError: it cannot be reached.
+        InputError: the server cannot be reached.
     """
     proxies = urllib.request.getproxies()
     if os.environ.get("WANDB_MODE", "").strip().lower() in KEYLESS_MODES or proxies:
-        return  # nothing is sent, or it goes through a proxy, which we do not test
+        return  # nothing is sent, or a proxy is used, which is not tested
     address = urlsplit(_import_wandb().setup().settings.base_url)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
@@ -96,7 +96,7 @@ def check_server() -> None:
 
 
 def check_wandb() -> None:
-    """Check before any work that ``--wandb`` can be honoured.
+    """Check before any work that ``--wandb`` can work.
 
     Raises:
         InputError: wandb is not installed, its mode is unknown, or there is neither key, nor login, nor offline mode.
@@ -117,9 +117,9 @@ def check_wandb() -> None:
 
 
 def run_id(run_folder: str | os.PathLike) -> str:
-    """The id of this run at wandb: random, drawn once and kept in the run folder.
+    """Id of this run at wandb: a random text that the run folder keeps.
 
-    A hash of the run's name would let two machines with equal names write into one run.
+    It is no hash of the run's name, because two machines may use the same name.
 
     Raises:
         InputError: the file does not hold an id.
@@ -138,15 +138,15 @@ def run_id(run_folder: str | os.PathLike) -> str:
 
 
 def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str, Any]) -> None:
-    """Start, or continue, the wandb run of a run folder; on ranks other than 0 do nothing.
+    """Start or continue the wandb run of a run folder. Does nothing on ranks above 0.
 
     Args:
-        run_folder: existing folder; wandb keeps its files in its ``wandb/``, the id is in ``wandb_id.txt``.
+        run_folder: existing folder. wandb keeps its files in ``wandb/`` there, and the id is in ``wandb_id.txt``.
         run_name: name shown at wandb.
         config: plain settings shown at wandb.
 
     Raises:
-        InputError: no way to log in (see ``check_wandb``), or wandb refused the start.
+        InputError: there is no login (see ``check_wandb``), or wandb refused to start.
     """
     global _run
     if int(os.environ.get("RANK", "0")) != 0:
@@ -165,8 +165,7 @@ def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str,
             resume="allow",
             dir=str(run_folder),
             config=dict(config),
-            # wandb can store the uncommitted changes of the repository (diff.patch): a key put into the constant
-            # above would travel with them.
+            # wandb could store uncommitted changes of the repository, and with them a key in the constant above.
             settings=wandb.Settings(disable_git=True, save_code=False, init_timeout=INIT_SECONDS),
         )
     except Exception as error:  # wandb has many exceptions, of its own, of the network and of the settings
@@ -186,9 +185,9 @@ def without_key(text: str) -> str:
 
 
 def log(metrics: Mapping[str, float], step: int) -> None:
-    """Log scalars at a training step; steps that a continued run has logged before are left out.
+    """Log scalars of a training step. Skips steps that were logged before.
 
-    A run that was killed repeats the steps since its last checkpoint, with the same numbers.
+    A killed run repeats the steps since its last checkpoint, with the same numbers.
     """
     if _run is not None and step >= _run.step:
         _run.log(dict(metrics), step=step)

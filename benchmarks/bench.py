@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]], rounds: int, deadline: float, always: Sequence[str] = ()
+    runs: Mapping[str, Callable[[], Any]], rounds: int, deadline: float, always: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
     """Results of every run, all of them in turn in every round, the rounds ending with the deadline.
 
@@ -258,7 +258,7 @@ class Bench:
         return {name: matrix_rate(self.machine.device, dtype, side) for name, dtype in dtypes.items()}
 
     def compare(self, bench: Callable[[Mode], Timing], setup: Setup, modes: dict[str, Mode], end: float) -> list[Row]:
-        runs: dict[str, Callable[[], Any]] = {name: lambda mode=mode: bench(mode) for name, mode in modes.items()}
+        runs: dict[str, Callable[[], Any]] = {name: partial(bench, mode) for name, mode in modes.items()}
         results = interleave({"rates": self.rates} | runs, self.rounds, end, always=("rates", "ours", "as-sit"))
         found = results.pop("rates")
         return mode_rows(results, setup, {name: [one[name] for one in found] for name in found[0]}, modes)
@@ -371,7 +371,7 @@ class Bench:
                 name: TrainingBench(setup, self.machine, None if setup.latents else PixelSpace(), Path(folder) / name)
                 for name, setup in setups.items()
             }
-            runs = {name: lambda bench=bench: bench(self.ours) for name, bench in benches.items()}
+            runs = {name: partial(bench, self.ours) for name, bench in benches.items()}
             results = interleave(runs, self.rounds, end)
         for name, found in results.items():
             per_image = [one.seconds / setups[name].batch for one in found]
@@ -395,7 +395,7 @@ class Bench:
         if self.machine.device.type == "cuda" and torch.cuda.device_count() < 2:
             self.notes.append("one GPU: the comparison of one and two ranks was left out")
             return []
-        runs = {f"{n} rank{'s' * (n > 1)}": lambda n=n: self.run_ranks(n) for n in (1, 2)}
+        runs = {f"{n} rank{'s' * (n > 1)}": partial(self.run_ranks, n) for n in (1, 2)}
         times = interleave(runs, self.rounds, end)
         return [
             {

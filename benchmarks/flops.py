@@ -47,7 +47,10 @@ def sit_flops(model: SiT, batch: int, rows: int | None = None, with_mask: bool =
     width, tokens = model.pos_embed.shape[-1], model.pos_embed.shape[1]
     every = batch * tokens
     rows = every if rows is None else rows
-    hidden, heads_out = model.blocks[0].mlp.fc1.out_features, model.final_layer.linear.out_features
+    hidden, heads_out = (
+        layer.get_parameter(f"{name}.bias").numel()
+        for layer, name in ((model.blocks[0], "mlp.fc1"), (model.final_layer, "linear"))
+    )
     product = 2 * batch * tokens * tokens * width  # queries by keys, and weights by values
     block = [linear(every, width, 3 * width), linear(every, width, width), Flops(2 * product, 4 * product)]
     block += [linear(every, width, hidden), linear(every, hidden, width)]

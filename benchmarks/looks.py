@@ -196,7 +196,7 @@ class Fold:
         """The generator's last checkpoint."""
         last = self.folder / "results" / self.run_name / "checkpoints" / f"{self.args.steps:07d}.pt"
         if not last.is_file():
-            new = [self.folder / "new" / "images"]
+            new: list[Path | str] = [self.folder / "new" / "images"]
             if self.args.pseudo_masks:
                 self.write_pseudo_masks()
                 new = [self.folder / "pseudo" / "images", "--unlabelled-mask-path", self.folder / "pseudo" / "masks"]

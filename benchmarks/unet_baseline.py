@@ -14,6 +14,7 @@ import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,8 @@ class MaskUNet(nn.Module):
         self, y: Tensor, drop: Tensor | None = None, share_rows: bool = False, rows: MaskRows | None = None
     ) -> Tensor:
         """(B, K, H, W) probability map at any resolution -> (B, K, h, w) at the input's; zeros where dropped."""
-        side = tuple(self.patch_size * length for length in self.grid)
-        y = F.adaptive_avg_pool2d(y.float(), side)
+        height, width = (self.patch_size * length for length in self.grid)
+        y = F.adaptive_avg_pool2d(y.float(), (height, width))
         return y if drop is None else y * ~drop[:, None, None, None]
 
     def forward(
@@ -134,7 +135,8 @@ def add_unets() -> None:
     """
     for name, widths in WIDTHS.items():
         side = 2 ** (len(widths) - 1)
-        SiT_models[name] = partial(MaskUNet, widths=widths, patch_size=side, hidden_size=4 * side**2)
+        builder: Any = partial(MaskUNet, widths=widths, patch_size=side, hidden_size=4 * side**2)
+        SiT_models[name] = builder  # the table is typed for SiTs
 
 
 def main() -> None:

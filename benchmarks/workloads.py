@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ class Timing:
 
     seconds: float  # per step, or per batch
     waiting: float = 0.0  # share of the time
-    memory_gib: float | None = None  # peak; of the whole process on a CPU
+    memory_gib: float = 0.0  # peak; of the whole process on a CPU
     flops: int = 0  # arithmetic per step, or per batch
     calls: int = 0  # of the network, in sampling
 
@@ -261,7 +262,8 @@ class TrainingBench:
     def step(self, mode: Mode, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One optimiser step."""
         device, network = self.machine.device, self.network(mode)
-        images = {name: batch[name].to(device, non_blocking=True) for name in ("image", "mean", "std") if name in batch}
+        names = {"image", "mean", "std"} & set(batch)
+        images = {name: batch[name].to(device, non_blocking=True) for name in names}
         y = to_prob_map(batch["mask"].to(device, non_blocking=True), NUM_CLASSES)
         x1 = self.latents(mode, images)
         kwargs: dict[str, Tensor | MaskCondition | MaskRows | None]
@@ -279,7 +281,7 @@ class TrainingBench:
         loss.backward()
         if mode.fused_adamw:  # with the clipping and skipping of the training command, which SiT has not
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+            vars(optimizer).update(grad_scale=None, found_inf=(~torch.isfinite(norm)).float())
         optimizer.step()
         if mode.foreach_ema:
             update_ema(self.ema, self.model, 0.9999, 1000)
@@ -305,15 +307,15 @@ class TrainingBench:
         rows = round(sum(self.rows) / len(self.rows)) if mode.distinct_rows else batch * tokens
         rows = batch if mode.one_condition_per_image else rows
         total = sit_flops(self.model, batch, rows).training
-        if self.setup.latents and not mode.cached_latents:
+        if isinstance(self.space, LatentSpace) and not mode.cached_latents:
             total += batch * encoder_flops(self.space, self.setup.image_size)
         return total
 
 
 @lru_cache
-def encoder_flops(space: Space, size: int) -> int:
+def encoder_flops(space: LatentSpace, size: int) -> int:
     """FLOP to encode one image, counted on tensors without content."""
-    empty = copy.deepcopy(space.vae).to("meta")
+    empty: Any = copy.deepcopy(space.vae).to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         empty.encode(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops()
@@ -325,7 +327,7 @@ def encoder_flops(space: Space, size: int) -> int:
 class SwitchedSampler(ImageSampler):
     """The sampler with only the optimisations of a mode."""
 
-    def __init__(self, model: SiT, transport: object, space: Space, machine: Machine, guidance: float, mode: Mode,
+    def __init__(self, model: SiT, transport: Transport, space: Space, machine: Machine, guidance: float, mode: Mode,
                  steps: int) -> None:  # fmt: skip
         solver = {"num_steps": steps} if mode.fixed_solver else {"method": "dopri5"}
         settings = SamplingSettings(cfg_scale=guidance, **solver)

@@ -1,4 +1,4 @@
-"""No command writes over what it reads, over a file that it did not make, or into a folder of other work."""
+"""Check outputs: no command overwrites its inputs or other people's files, or writes into a folder of other work."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from common.disk import is_passing
 from common.errors import InputError
 from common.plain import read_json
 
-MAKER = "SiT for cell segmentation"  # in the text chunk Software of our pictures
+MAKER = "SiT for cell segmentation"  # text chunk "Software" of our pictures
 
 
 def maker_note() -> PngImagePlugin.PngInfo:
-    """What marks a picture as ours, for ``Image.save(pnginfo=...)``."""
+    """Text that marks a picture as ours, for ``Image.save(pnginfo=...)``."""
     note = PngImagePlugin.PngInfo()
     note.add_text("Software", MAKER)
     return note
@@ -26,10 +26,10 @@ def check_apart(output: Path, inputs: Iterable[str | Path | None]) -> None:
 
     Args:
         output: file or folder to write.
-        inputs: files and folders that are read; None is left out.
+        inputs: files and folders that are read. None is skipped.
 
     Raises:
-        InputError: it does.
+        InputError: the output is an input, or lies in a folder of inputs.
     """
     target = output.resolve()
     for given in inputs:
@@ -42,10 +42,10 @@ def check_apart(output: Path, inputs: Iterable[str | Path | None]) -> None:
 
 
 def check_output_picture(path: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Refuse a PNG that is an input, or exists and is none of ours.
+    """Refuse a PNG that is an input, or that exists and was not made by us.
 
     Raises:
-        InputError: it is.
+        InputError: the PNG is refused.
     """
     check_apart(path, inputs)
     if path.exists() and not _is_our_picture(path):
@@ -61,10 +61,10 @@ def _is_our_picture(path: Path) -> bool:
 
 
 def check_output_table(path: Path, header: Iterable[str], inputs: Iterable[str | Path | None]) -> None:
-    """Refuse a CSV file that is an input, or exists and has another header.
+    """Refuse a CSV file that is an input, or that exists with another header.
 
     Raises:
-        InputError: it is.
+        InputError: the file is refused.
     """
     check_apart(path, inputs)
     first = ",".join(header).encode()
@@ -83,16 +83,16 @@ def _refuse(path: Path) -> None:
 
 
 def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs: Iterable[str | Path | None]) -> None:
-    """Refuse a folder of inputs, and a folder that holds anything but earlier results of the same command.
+    """Refuse a folder of inputs, and a folder with other files than earlier results of the same command.
 
     Args:
-        folder: where results go; it need not exist.
-        results: name of the JSON file that marks the command's own folder.
+        folder: folder for the results. It need not exist.
+        results: name of the JSON file that marks a folder of this command.
         keys: some keys of that file.
-        inputs: files and folders that are read; None is left out.
+        inputs: files and folders that are read. None is skipped.
 
     Raises:
-        InputError: it is such a folder, or a file.
+        InputError: the folder is refused, or is a file.
     """
     check_apart(folder, inputs)
     if folder.exists() and not folder.is_dir():

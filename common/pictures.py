@@ -15,7 +15,7 @@ from torch import Tensor
 from common.outputs import maker_note
 
 GRID_GAP = 2  # pixels between the images of a grid
-SMALL, LARGE = 128, 512  # pixels of a picture's longer side: smaller ones are magnified, larger ones are shown smaller
+SMALL, LARGE = 128, 512  # pixels of the longer side: smaller pictures are magnified, larger ones are reduced
 _MARGIN, _FONT_SIZE = 76, 14  # of the captions
 
 
@@ -32,11 +32,11 @@ def grid_image(rows: list[list[Tensor]]) -> np.ndarray:
 
 
 def captioned_sheet(captions: Sequence[str], columns: Sequence[Sequence[Tensor]]) -> np.ndarray:
-    """A picture with a caption at the left of each row, at a size that eyes can read.
+    """A picture with a caption at the left of each row, in a readable size.
 
     Args:
-        captions: of the rows. If there are fewer rows, the last captions are left out.
-        columns: for each the pictures of all rows, (C, H, W) in [-1, 1].
+        captions: captions of the rows. If there are fewer rows, the last captions are left out.
+        columns: for each column, the pictures of all rows, (C, H, W) in [-1, 1].
 
     Returns:
         (H', W', 3) uint8.
@@ -53,7 +53,7 @@ def captioned_sheet(captions: Sequence[str], columns: Sequence[Sequence[Tensor]]
 
 
 def _at_good_size(picture: Tensor) -> Tensor:
-    """A small picture magnified by a whole number, pixel by pixel; a large one made smaller by area."""
+    """Magnify a small picture by a whole number, without smoothing. Reduce a large one by area."""
     longer = max(picture.shape[1:])
     if longer <= LARGE:
         return F.interpolate(picture[None], scale_factor=max(1, SMALL // longer), mode="nearest")[0]
@@ -62,7 +62,7 @@ def _at_good_size(picture: Tensor) -> Tensor:
 
 
 def sheet_png(tiles: list[Tensor]) -> bytes:
-    """Images (C, H, W) in [-1, 1] side by side as a PNG, about twice as wide as high, white where a row is not full."""
+    """Images (C, H, W) in [-1, 1] side by side as a PNG, about twice as wide as high. Free places are white."""
     columns = min(len(tiles), max(5, math.ceil(math.sqrt(2 * len(tiles)))))
     tiles = tiles + [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
     rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]

@@ -3,8 +3,8 @@
     python -m dataset.hold_out DATA OUTPUT
 
 DATA holds the folders images/ and masks/, or images and masks side by side in any layout that training takes. The last
-fifth by name is held out, not every fifth: neighbours in a series (tiles of one slide) then stay on one side as far as
-they can.
+fifth by name is held out, not every fifth image. So most neighbours in a series (such as tiles of one slide) stay in
+the same part.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def hold_out(data: Path, output: Path) -> list[str]:
     """Link all pairs of ``data`` into ``output``/train and ``output``/heldout, each with images/ and masks/.
 
     Returns:
-        what was done, and what found no partner, as lines.
+        Lines that say what was done, and which files have no partner.
 
     Raises:
-        InputError: fewer than :data:`LEAST_PAIRS` pairs, or others than ``output`` was made from.
+        InputError: there are fewer than :data:`LEAST_PAIRS` pairs, or ``output`` was made from other pairs.
     """
     folders = (data / "images", data / "masks")
     image_dir, mask_dir = folders if all(folder.is_dir() for folder in folders) else (data, data)
@@ -57,7 +57,7 @@ def hold_out(data: Path, output: Path) -> list[str]:
 
 
 def _refuse_other_files(output: Path, parts: dict[str, list[Pair]], data: Path) -> None:
-    """What was held out must never be trained on: a folder that has grown needs a new output."""
+    """Refuse a folder whose files have changed, because held-out images could become training images."""
     names = "".join(f"{part}/{pair.name}\n" for part, members in parts.items() for pair in members)
     record = output / FILES
     if record.exists() and record.read_text(encoding="utf-8") != names:
@@ -69,7 +69,7 @@ def _refuse_other_files(output: Path, parts: dict[str, list[Pair]], data: Path) 
 
 
 def _link(pairs: list[Pair], folder: Path) -> None:
-    """Image and mask of each pair get the pair's name, so that they pair again; older links go."""
+    """Link image and mask of each pair under the name of the pair. Removes older links."""
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         for old in (folder / kind).iterdir():

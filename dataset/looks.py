@@ -35,10 +35,7 @@ LEAST_SPREAD = 1e-3  # least standard deviation: avoids division by zero
 FARTHEST = 5.0  # standardised numbers are clipped to this absolute value
 MOST_LOOKS = 4096  # most looks in a checkpoint; of larger data sets, an even selection
 RECIPE = 1  # version of the numbers; raise it when their meaning changes
-_DRAW, _DRAW_GROUP = (
-    3,
-    4,
-)  # other random draws of the same image use other numbers
+_DRAW, _DRAW_GROUP = 3, 4  # other random draws of the same image use other numbers
 
 
 @functools.cache

@@ -30,7 +30,7 @@ model = StarDist2D(config, name="model", basedir=str(args.output))
 
 def turned(image: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flips, quarter turns, brightness and noise, as in StarDist's own example."""
-    turns, flip = rng.integers(4), rng.integers(2)
+    turns, flip = int(rng.integers(4)), rng.integers(2)
     image, cells = (np.rot90(one, turns, (0, 1)) for one in (image, cells))
     if flip:
         image, cells = image[:, ::-1], cells[:, ::-1]

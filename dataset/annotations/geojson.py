@@ -19,7 +19,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        FileError: it is none.
+        FileError: the file is no JSON, or damaged.
     """
     try:
         return json.loads(path.read_bytes())  # UTF-8, 16 or 32
@@ -28,12 +28,12 @@ def read_json(path: Path) -> Any:
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
-    """The objects of a GeoJSON file. Ids are the objects' names if all are different whole numbers, else 1..n.
+    """The objects of a GeoJSON file. Ids are the names of the objects if these are different whole numbers, else 1..n.
 
-    QuPath's annotations that hold detections or cells are regions, and no cells.
+    An annotation of QuPath that holds detections or cells is a region, not a cell.
 
     Raises:
-        FileError: it is no GeoJSON.
+        FileError: the file is no GeoJSON of polygons.
     """
     try:
         features = list(_features(read_json(path)))
@@ -86,7 +86,7 @@ def _polygons(geometry: dict[str, Any]) -> Iterator[list[Any]]:
 
 
 def _kind(feature: dict[str, Any]) -> str:
-    """What QuPath calls the object: annotation, detection, cell, tile; empty for files of other programs."""
+    """QuPath's type of an object: annotation, detection, cell or tile. Empty for files of other programs."""
     kind = (feature.get("properties") or {}).get("objectType")
     if kind is None:  # QuPath before 0.3
         kind = str(feature.get("id", "")).removeprefix("Path").removesuffix("Object")
@@ -94,7 +94,7 @@ def _kind(feature: dict[str, Any]) -> str:
 
 
 def _without_regions(cells: list[Cell], kinds: Sequence[str]) -> list[Cell]:
-    """Tiles, and annotations that hold a detection or a cell, become entries that are no cells."""
+    """Mark tiles, and annotations that hold a detection or a cell, as entries that are no cells."""
     inner = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in DETECTIONS and cell.mask.any()]
     kept = []
     for cell, kind in zip(cells, kinds, strict=True):

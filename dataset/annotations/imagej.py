@@ -1,4 +1,4 @@
-"""ROIs of ImageJ and Fiji: ``NAME.roi`` with one of them, ``NAME.zip`` with all of an image."""
+"""ROIs of ImageJ and Fiji: ``NAME.roi`` holds one ROI, ``NAME.zip`` all ROIs of an image."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MOST_BYTES = 2**26  # of one ROI
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
-    """The cells of a ROI file. Ids are the ROIs' names if all of these are different whole numbers, else 1..n.
+    """The cells of a ROI file. Ids are the names of the ROIs if these are different whole numbers, else 1..n.
 
     Raises:
-        FileError: unreadable, or the ROIs lie on several slices of a stack.
+        FileError: the file is unreadable, or the ROIs lie on several slices of a stack.
     """
     try:
         rois = _read_zip(path) if path.suffix.lower() == ".zip" else [roifile.ImagejRoi.frombytes(path.read_bytes())]
@@ -38,7 +38,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
 
 
 def _read_zip(path: Path) -> list[roifile.ImagejRoi]:
-    """The ROIs of an archive, in any folder of it; other files in it are left alone."""
+    """All ROIs of an archive, in any of its folders. Other files are ignored."""
     rois = []
     with zipfile.ZipFile(path) as archive:
         members = [one for one in archive.infolist() if one.filename.lower().endswith(".roi")]
@@ -84,7 +84,7 @@ def _cell(roi: roifile.ImagejRoi, number: int) -> Cell:
 
 
 def _oval(roi: roifile.ImagejRoi, number: int) -> Cell:
-    """The pixels whose centre lies in the ellipse that fills the ROI's box."""
+    """A cell of the pixels whose centre lies in the ellipse in the ROI's box."""
     height, width = max(roi.bottom - roi.top, 0), max(roi.right - roi.left, 0)
     rows, columns = np.indices((height, width)) + 0.5
     mask = ((rows / max(height, 1) - 0.5) ** 2 + (columns / max(width, 1) - 0.5) ** 2) <= 0.25

@@ -21,7 +21,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     """The cells of a file, numbered 1..n. Shapes of one label and one group are one cell.
 
     Raises:
-        FileError: it is no LabelMe file, or of an image of another size.
+        FileError: the file is no LabelMe file, or belongs to an image of another size.
     """
     content = read_json(path)
     try:
@@ -45,7 +45,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
 
 
 def image_name(path: Path) -> str:
-    """Name of the image's file that a file of annotations names; empty if it names none."""
+    """File name of the image that a file of annotations names. Empty if it names none."""
     content = read_json(path)
     name = content.get("imagePath") if isinstance(content, dict) else None
     return str(name or "").replace("\\", "/").rpartition("/")[2]

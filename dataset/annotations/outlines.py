@@ -1,4 +1,4 @@
-"""The outline of a region along the corners of its pixels, as ROIs and GeoJSON keep it. No pixel is lost or won."""
+"""Outlines of a region along the corners of its pixels, for ROIs and GeoJSON. They enclose exactly its pixels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
     """Polygons of a region (H, W) bool: for each connected piece its outer ring, then the rings of its holes.
 
     Returns:
-        One list per piece of (n, 2) integer corners x, y; a ring does not repeat its first corner.
+        For each piece, a list of rings. A ring is (n, 2) integer corners x, y, and does not repeat its first corner.
     """
-    pieces, count = ndimage.label(mask)  # pieces that share an edge: those that share a corner only are apart
+    pieces, count = ndimage.label(mask)  # pixels that only share a corner belong to different pieces
     polygons = []
     for index, place in enumerate(ndimage.find_objects(pieces), start=1):
         offset = (place[1].start, place[0].start)
@@ -26,7 +26,7 @@ def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
 
 
 def _rings(piece: np.ndarray) -> list[np.ndarray]:
-    """Closed rings of the edges between inside and outside, walked with the inside on the right."""
+    """Closed rings along the edges between inside and outside, with the inside on the right."""
     following = _edges(piece)
     rings = []
     while following:
@@ -35,7 +35,7 @@ def _rings(piece: np.ndarray) -> list[np.ndarray]:
         ring = []
         while True:
             ends = following[corner]
-            # Where two pixels touch at a corner, turn left: then the ring meets no corner twice.
+            # If two pixels touch at a corner, turn left. Then the ring meets no corner twice.
             left = (corner[0] + step[1], corner[1] - step[0])
             after = ends.pop(ends.index(left) if left in ends else 0)
             if not ends:
@@ -51,7 +51,7 @@ def _rings(piece: np.ndarray) -> list[np.ndarray]:
 
 
 def _edges(piece: np.ndarray) -> dict[Corner, list[Corner]]:
-    """Where the edge that begins at a corner ends; the inside is on the right."""
+    """Corner -> ends of the edges that begin there, with the inside on the right."""
     padded = np.pad(piece, 1)
     inside = padded[1:-1, 1:-1]
     sides = (

@@ -12,10 +12,10 @@ from dataset.decode import MAX_DECODED_BYTES, FileError
 
 
 def read_array(path: Path) -> np.ndarray:
-    """An array of ``.npy`` or a multi-page TIFF; of ``.npy`` only the parts that are used come from the disk.
+    """An array from ``.npy`` or a multi-page TIFF. A ``.npy`` is mapped, so only used parts are read from the disk.
 
     Raises:
-        FileError: unreadable, or too large.
+        FileError: the file is unreadable or too large.
     """
     try:
         if path.suffix.lower() == ".npy":
@@ -34,10 +34,10 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
-    """One cell per page of (N, H, W); the id is the number of the page, from 1.
+    """One cell per page of (N, H, W). Its id is the number of the page, from 1.
 
     Raises:
-        FileError: pages that are no masks of one cell, or of another size than the image.
+        FileError: a page is no mask of one cell, or has another size than the image.
     """
     pages = read_array(path)
     if pages.ndim == 2:
@@ -72,10 +72,10 @@ def is_image_stack(path: Path) -> bool:
 
 
 def cells_of_planes(path: Path, planes: np.ndarray) -> list[Cell]:
-    """Cells of (H, W, K): every plane but the background holds the ids of one class.
+    """Cells of (H, W, K). Each plane holds the ids of one class.
 
-    The last plane is the background if it is 1 where all others are 0. Ids are kept if no two planes share one, else
-    the cells are numbered through, plane by plane.
+    The last plane is the background if it is above 0 exactly where all others are 0. If two planes share an id, the
+    cells get new ids, plane by plane.
 
     Raises:
         FileError: the planes hold fractions or negative values.
