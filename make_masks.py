@@ -54,6 +54,7 @@ from layouts.recombine import (
     Layouts,
     LayoutSettings,
     OneValueForAll,
+    check_sources,
     cut_pieces,
     read_sources,
     source_digest,
@@ -174,6 +175,8 @@ def run_recombine(args: argparse.Namespace) -> None:
     """Run the subcommand ``recombine``."""
     try:
         maps = read_sources(args.instances, args.components)
+        if not args.components:
+            check_sources(args.instances, maps)
     except OneValueForAll as error:
         raise InputError(
             f"--instances: {error}, but recombine needs one number per cell: give instance labels, or use "

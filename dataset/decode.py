@@ -150,9 +150,7 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
             raise FileError(path, f"holds {len(full_size)} images of different kinds: {needed}")
         series, page = full_size[0], full_size[0].keyframe
         _check_size(series.shape, series.dtype.itemsize, path)
-        orientation = page.tags.get(ORIENTATION_TAG)
-        if orientation is not None and orientation.value not in (0, 1):
-            raise FileError(path, ROTATED)
+        check_page(page, series.dtype == bool, path)
         kept = [(axis, n) for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"]
         axes, shape = "".join(axis for axis, _ in kept), tuple(n for _, n in kept)
         extra = axes.replace("Y", "").replace("X", "")
@@ -179,15 +177,17 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
     return array.astype(array.dtype.newbyteorder("="), copy=False), table
 
 
-def _photometric_to_gray(
-    array: np.ndarray, page: tifffile.TiffPage, path: Path, as_mask: bool
-) -> tuple[np.ndarray, str]:
-    """Turn palette and 1-bit TIFF pages into gray or RGB; refuse what could be read in two ways."""
+def check_page(page: tifffile.TiffPage, is_bool: bool, path: Path) -> None:
+    """Refuse pages of a TIFF that programs show in different ways.
+
+    Raises:
+        FileError: a rotation tag, "white is zero", or a colour space that is neither gray nor RGB.
+    """
+    orientation = page.tags.get(ORIENTATION_TAG)
+    if orientation is not None and orientation.value not in (0, 1):
+        raise FileError(path, ROTATED)
     kind = tifffile.PHOTOMETRIC(page.photometric).name
-    if kind == "PALETTE" and page.colormap is not None:
-        palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
-        return _palette_mask(array, palette) if as_mask else (palette[array], "")
-    if kind == "MINISWHITE" and not (page.software.startswith("tifffile") and array.dtype == bool):
+    if kind == "MINISWHITE" and not (page.software.startswith("tifffile") and is_bool):
         # Half of the programs invert such a file and half do not, so image and mask could disagree.
         # tifffile itself writes bool arrays like this and means them as they are.
         raise FileError(
@@ -195,8 +195,18 @@ def _photometric_to_gray(
         )
     # JPEG keeps colours as YCbCr and is decoded to RGB. Without JPEG the numbers in the file are no RGB.
     is_raw = kind == "YCBCR" and tifffile.COMPRESSION(page.compression).name not in ("JPEG", "OJPEG")
-    if is_raw or kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR"):
+    no_table = kind == "PALETTE" and page.colormap is None
+    if is_raw or no_table or kind not in ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR", "PALETTE"):
         raise FileError(path, f"has the colour space {COLOUR_SPACES.get(kind, kind)}: save it as gray or RGB")
+
+
+def _photometric_to_gray(
+    array: np.ndarray, page: tifffile.TiffPage, path: Path, as_mask: bool
+) -> tuple[np.ndarray, str]:
+    """Turn palette and 1-bit TIFF pages into gray or RGB."""
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+        palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
+        return _palette_mask(array, palette) if as_mask else (palette[array], "")
     return (array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array), ""
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import InputError
 from dataset.mask_facts import MaskStats
-from dataset.masks import MaskRule
+
+if TYPE_CHECKING:  # make_masks.py does without torch
+    from dataset.masks import MaskRule
 
 HOLLOW = 1.5  # area with holes filled, as a multiple of the area
 MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
@@ -30,6 +33,33 @@ def refuse_one_class(stats: Sequence[MaskStats], rule: MaskRule, where: str | Pa
     framed = [one.frame_value for one in stats if _is_framed(one)]
     mend = f"If {framed[0]:g} is the background, write 0 there" if framed else "Was the export complete?"
     raise InputError(f"{masks}: every pixel has class {min(found)}, no mask has background. {mend}")
+
+
+def refuse_no_labels(stats: Sequence[MaskStats], where: str | Path) -> None:
+    """Refuse files that should number cells and clearly do not.
+
+    Args:
+        stats: facts of every file.
+        where: folder, for messages.
+
+    Raises:
+        InputError: JPEG files, a background that is not 0, numbers of classes, or gray values.
+    """
+    blurred = [one.name for one in stats if one.name.lower().endswith((".jpg", ".jpeg"))]
+    if blurred:
+        raise InputError(f"{len(blurred)} files in {where} are JPEG ({blurred[0]}), which changes the numbers of cells")
+    framed = [one for one in stats if _is_framed(one)]
+    if 2 * len(framed) > len(stats):
+        raise InputError(
+            f"in {len(framed)} of {len(stats)} files in {where}, one number covers the border and more than half of "
+            f"the pixels (as in {framed[0].name}): background must be 0"
+        )
+    area, main_area = sum(one.area for one in stats), sum(one.main_area for one in stats)
+    if 2 * sum(one.unequal_pairs for one in stats) > sum(one.pairs for one in stats) > 0 or 2 * main_area < area:
+        raise InputError(
+            f"files in {where} (as {stats[0].name}) do not number cells: most numbers are spread over many pieces, as "
+            "those of classes and gray values are"
+        )
 
 
 def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:

@@ -16,7 +16,7 @@ import tifffile
 
 from common.disk import write_bytes
 from common.errors import InputError, list_some
-from dataset.decode import MAX_DECODED_BYTES, FileError
+from dataset.decode import MAX_DECODED_BYTES, FileError, check_page
 from dataset.files import encode_tiff
 
 PROJECTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -88,6 +88,7 @@ def _read_tiff(path: Path, choice: Choice) -> Stack:
         series = [one for one in tiff.series if not one.keyframe.is_reduced]
         chosen = series[_scene(path, choice, [one.name or str(k) for k, one in enumerate(series, start=1)])]
         _check_bytes(path, chosen.nbytes)
+        check_page(chosen.keyframe, chosen.dtype == bool, path)
         return Stack(chosen.asarray(maxworkers=1), chosen.axes)
 
 
@@ -237,4 +238,6 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
 
 def _content(path: Path, choice: Choice) -> Any:
     image, colours = flatten(read_stack(path, choice), choice, path)
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise FileError(path, "holds NaN or infinite values: replace them")
     return encode_tiff(image, colours=colours)

@@ -18,6 +18,8 @@ from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.plain import read_json
 from dataset.files import find_files, read_mask
+from dataset.mask_facts import mask_stats
+from dataset.mask_warnings import refuse_no_labels
 from dataset.views import turn
 from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
 
@@ -321,3 +323,18 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
     if len(one_value) > len(maps) / 2:
         raise OneValueForAll(f"{folder} holds a single value for all cells ({list_some(one_value)})")
     return maps
+
+
+def check_sources(folder: Path, maps: dict[str, np.ndarray]) -> None:
+    """Refuse sources that hold classes, gray values or a background that is not 0, instead of numbered cells.
+
+    Args:
+        folder: as in :func:`read_sources`.
+        maps: what it returned without ``components``.
+
+    Raises:
+        InputError: the sources are no labels of cells.
+    """
+    files = find_files(folder, "instance labels")
+    stats = [mask_stats(files[name].name, labels, files[name].is_dir()) for name, labels in maps.items()]
+    refuse_no_labels(stats, folder)

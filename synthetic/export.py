@@ -90,7 +90,7 @@ def export_set(sample_dir: Path, images: Sequence[Path], rule: MaskRule, format_
 def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
     """(H, W) instance map of a label: its own ids, or a new id for each connected region of a class."""
     if rule.mask_type == "instances":
-        return label
+        return label if label.dtype.kind in "ui" else label.astype(np.int64)  # whole numbers, stored as float
     cells, classes = np.zeros(label.shape, dtype=np.int64), rule.class_map(label)
     for number in range(1, rule.num_classes):
         regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))

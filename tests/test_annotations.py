@@ -28,7 +28,7 @@ from dataset.annotations.convert import ConvertSettings, convert, unpack_images
 from dataset.annotations.outlines import outlines
 from dataset.files import FileError, read_mask
 from dataset.masks import MaskRule
-from synthetic.export import EXPORTS, export_set
+from synthetic.export import EXPORTS, export_set, instances_of
 
 SIZE = (40, 52)
 
@@ -577,3 +577,10 @@ def test_what_needs_no_conversion_or_another_program_is_said(tmp_path, images, n
     write(source / name)
     with pytest.raises(InputError, match=words):
         convert(source, images, tmp_path / "out", ConvertSettings())
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.uint64])
+def test_cells_of_labels_of_any_type_are_exported_with_whole_ids(dtype):
+    rule = MaskRule("instances", 2, 1.0, "")
+    cells = instances_of(drawn().astype(dtype), rule)
+    assert cells.dtype.kind in "ui" and np.array_equal(cells, drawn())

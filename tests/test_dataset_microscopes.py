@@ -153,3 +153,19 @@ def test_what_a_reader_gives_is_taken_by_its_axes(tmp_path, monkeypatch, suffix,
     monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(**{name: Opened}))
     (path,) = flatten_folder(tmp_path / f"a{suffix}", tmp_path / "out", Choice(z="max", time="3"))
     assert np.array_equal(read_image_and_kind(path)[0], channels_last(STACK[2].max(axis=0)))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "words"),
+    [
+        (1, {"extratags": [(274, "H", 1, 3, True)]}, "rotation tag"),
+        (1, {"photometric": "miniswhite"}, "white is zero"),
+        (np.nan, {}, "NaN"),
+    ],
+)
+def test_stacks_are_refused_for_what_flat_images_are(tmp_path, values, options, words):
+    planes = np.full((2, 8, 9), values, np.float32 if values != values else np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", planes, **({"photometric": "minisblack"} | options), metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=words):
+        flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="max"))
+    assert not (tmp_path / "out").exists()

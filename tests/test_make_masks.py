@@ -14,6 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 from scipy import ndimage
+from script_helpers import run_here
 
 import make_masks
 from common.cells import touches_border
@@ -563,3 +564,32 @@ def test_noise_in_place_of_cells_is_refused_before_it_is_cut_into_millions_of_pi
     tifffile.imwrite(tmp_path / "noise" / "a.tif", np.arange(1000 * 1000, dtype=np.int32).reshape(1000, 1000))
     with pytest.raises(InputError, match=r"a\.tif: 999999 cells in 1000000 pixels cannot be cells"):
         recombine.read_sources(tmp_path / "noise", components=False)
+
+
+def grid(size: int = 48, step: int = 8) -> np.ndarray:
+    """Numbered squares that touch each other."""
+    rows, columns = np.indices((size, size)) // step
+    return (1 + rows * (size // step) + columns).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("labels", "suffix", "words"),
+    [
+        (np.where(sum(np.indices((48, 48)) // 8) % 3, 0, 1 + grid() % 2), "tif", "do not number cells"),
+        (np.random.default_rng(0).integers(0, 255, (48, 48)), "tif", "do not number cells"),
+        (np.where(np.pad(grid(32) % 3 == 0, 8), np.pad(grid(32), 8), 200), "tif", "background must be 0"),
+        (np.where(np.pad(grid(32) % 3 == 0, 8), np.pad(grid(32), 8), 0), "jpg", "are JPEG"),
+    ],
+)
+def test_sources_that_do_not_number_cells_are_refused(tmp_path, labels, suffix, words):
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    Image.fromarray(labels.astype(np.uint8)).save(folder / f"a.{suffix}")
+    code, lines = run_here(make_masks, "recombine", "--instances", folder, "--output", tmp_path / "out", "--count", 1)
+    assert code == 2 and words in lines[-1] and not (tmp_path / "out").exists()
+
+
+def test_touching_squares_are_labels_of_cells(tmp_path):
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(grid()).save(tmp_path / "labels" / "a.png")
+    recombine.check_sources(tmp_path / "labels", recombine.read_sources(tmp_path / "labels", components=False))
