@@ -368,7 +368,7 @@ def run_looks(args: argparse.Namespace) -> None:
 
     samples = _open_set(args)
     report = score_looks(samples, args.data_path)
-    folder = write_looks_report(samples, report)
+    folder = write_looks_report(samples, report, args.data_path)
     _show(SECTION, report.to_dict(), f"{folder}/looks.json{', looks.png' if report.looks else ''}", samples)
 
 

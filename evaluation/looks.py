@@ -20,9 +20,10 @@ from common.randomness import random_halves
 from dataset.files import find_files
 from dataset.looks import look_names, measure_image
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
-from synthetic.reader import SampleSet, read_whole
+from synthetic.reader import Sample, SampleSet, read_whole
 
 ROWS, COLUMNS = 6, 8  # of the picture
+MOST_LETTERS = 20  # of a name in it
 FULL_RANGE = ((0.0, 255.0),)
 
 
@@ -143,26 +144,82 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, halves: Sequence[Sequence[np.
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_looks_report(samples: SampleSet, report: LooksReport) -> Path:
-    """Write ``looks.json``, and ``looks.png`` if the manifest names looks. Returns the folder."""
+def write_looks_report(samples: SampleSet, report: LooksReport, image_dir: Path | None = None) -> Path:
+    """Write ``looks.json``, and ``looks.png`` if the manifest names looks. Returns the folder.
+
+    Args:
+        samples: the synthetic set.
+        report: of :func:`score_looks`.
+        image_dir: real images; the picture shows those whose look it shows.
+    """
     folder = results_folder(samples)
     write_json(folder / "looks.json", report.to_dict())
     if report.looks:
-        draw_looks(samples, folder / "looks.png")
+        draw_looks(samples, folder / "looks.png", image_dir)
     return folder
 
 
-def draw_looks(samples: SampleSet, path: Path) -> None:
-    """A row for each of the most frequent looks: images of different masks, with the outlines of the masks."""
-    counts = Counter(one.columns["look_image"] for one in samples.samples if one.columns["look_image"])
+def draw_looks(samples: SampleSet, path: Path, image_dir: Path | None = None) -> None:
+    """A row for each of the most frequent looks, with the outlines of the masks.
+
+    The first column shows the real image of the look, if it is known. If most of these looks were drawn with the same
+    masks, each other column is one mask, shown on top. Otherwise every image has its own mask.
+    """
+    counts = Counter(look for look in map(_look, samples.samples) if look)
     looks = [name for name, _ in counts.most_common(ROWS)]
-    columns = min(COLUMNS, max(counts.values()))
-    figure = new_figure(1.6 * columns, 1.8 * len(looks))
-    for axes, look in zip(figure.subplots(len(looks), columns, squeeze=False), looks, strict=True):
-        shown = [one for one in samples.samples if one.columns["look_image"] == look][:columns]
-        for axis in axes:
-            axis.set_axis_off()
-        for place, (axis, sample) in enumerate(zip(axes, shown, strict=False)):
-            title = f"look of {look[:20]}" if place == 0 else ""
-            show_image(axis, samples.synthetic(sample), title, samples.foreground(sample))
+    rows: dict[str, list[Sample | None]]
+    rows, heads = _aligned(samples, looks), True
+    if not rows:
+        heads = False
+        rows = {name: [one for one in samples.samples if _look(one) == name][:COLUMNS] for name in looks}
+    real = _real_images(samples, looks, image_dir)
+    columns = max(map(len, rows.values()))
+    figure = new_figure(1.6 * (columns + bool(real)), 1.8 * (len(looks) + heads))
+    grid = figure.subplots(len(looks) + heads, columns + bool(real), squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    if heads:
+        column = [next(one for one in places if one is not None) for places in zip(*rows.values(), strict=True)]
+        for axis, sample in zip(grid[0, bool(real) :], column, strict=True):
+            show_image(axis, samples.foreground(sample), _short(_mask(sample)[0]))
+    for line, (look, drawn) in zip(grid[int(heads) :], rows.items(), strict=True):
+        if look in real:
+            show_image(line[0], real[look], f"real: {_short(look)}")
+        for place, (axis, one) in enumerate(zip(line[bool(real) :], drawn, strict=False)):
+            if one is not None:
+                own = _short(_mask(one)[0]) if not heads else ""
+                title = f"look of {_short(look)}" if place == 0 and not real else own
+                show_image(axis, samples.synthetic(one), title, samples.foreground(one))
     save_figure(figure, path)
+
+
+def _look(sample: Sample) -> str:
+    return sample.columns.get("look_image", "")
+
+
+def _mask(sample: Sample) -> tuple[str, str, str]:
+    """What an image was made from: the name of the mask, and where its part was cut."""
+    mask = sample.columns["source_mask"] or sample.columns["label"]
+    return Path(mask).stem, sample.columns["crop_top"], sample.columns["crop_left"]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+
+
+def _aligned(samples: SampleSet, looks: Sequence[str]) -> dict[str, list[Sample | None]]:
+    """For each look the images of the masks that most looks have; empty if less than half of the places are filled."""
+    drawn = {(_look(one), _mask(one)): one for one in reversed(samples.samples)}
+    counts = Counter(mask for look, mask in drawn if look in looks)
+    masks = [mask for mask, _ in counts.most_common(COLUMNS)]
+    rows = {look: [drawn.get((look, mask)) for mask in masks] for look in looks}
+    filled = sum(one is not None for row in rows.values() for one in row)
+    return rows if len(looks) > 1 and 2 * filled >= len(looks) * len(masks) else {}
+
+
+def _real_images(samples: SampleSet, looks: Sequence[str], image_dir: Path | None) -> dict[str, np.ndarray]:
+    """Look -> a square of the real image that has it, if its file is known."""
+    paths = {} if image_dir is None else find_files(image_dir, "image")
+    paths = {one.real_path.stem: one.real_path for one in samples.samples if one.real_path is not None} | paths
+    config = samples.require_config()
+    return {look: samples.squares(read_whole(paths[look], config))[0] for look in looks if look in paths}

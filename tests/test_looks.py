@@ -21,7 +21,9 @@ import train
 from common.disk import SETTINGS, file_sha256
 from engine.checkpoint import read_checkpoint
 from evaluation.instances import dice
+from evaluation.looks import _aligned, _mask
 from evaluation.threshold import thresholded, to_gray
+from synthetic.reader import SampleSet
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +229,22 @@ def test_the_measure_of_looks_tells_the_own_look_from_another(lab, tmp_path):
     make_set(lab, tmp_path / "alone")
     code, lines = run_here(evaluate, "looks", tmp_path / "alone")
     assert code == 2 and "names no real images" in lines[-1]
+
+
+def test_the_picture_of_looks_has_a_column_for_each_mask_if_masks_repeat(lab, tmp_path):
+    make_set(lab, tmp_path / "many", "--look-path", lab / "others", "--samples-per-mask", 4)
+    samples = SampleSet(tmp_path / "many")
+    names = [f"new_cell_{number}" for number in range(3)]
+    grid = _aligned(samples, names)
+    assert list(grid) == names and {len(row) for row in grid.values()} == {5}
+    columns = [{_mask(one) for one in column if one is not None} for column in zip(*grid.values(), strict=True)]
+    assert all(len(masks) == 1 for masks in columns) and len(set.union(*columns)) == 5
+    assert all(one is None or one.columns["look_image"] == look for look, row in grid.items() for one in row)
+    make_set(lab, tmp_path / "own", "--look", "same", "--data-path", lab / "images")
+    assert _aligned(SampleSet(tmp_path / "own"), [f"cell_{number}" for number in range(5)]) == {}
+    assert run_here(evaluate, "looks", tmp_path / "many", "--data-path", lab / "others")[0] == 0
+    with Image.open(tmp_path / "many" / "evaluation" / "looks.png") as picture:
+        assert picture.width / picture.height == pytest.approx(1.6 * 6 / (1.8 * 4), rel=0.01)  # masks, looks, real
 
 
 # --- what a model learns of looks ------------------------------------------------------------------------------------
