@@ -7,7 +7,7 @@ distance is also computed between two random halves of the real images.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def draw_looks(samples: SampleSet, path: Path, image_dir: Path | None = None) ->
     """
     counts = Counter(look for look in map(_look, samples.samples) if look)
     looks = [name for name, _ in counts.most_common(ROWS)]
-    rows: dict[str, list[Sample | None]]
+    rows: Mapping[str, Sequence[Sample | None]]
     rows, heads = _aligned(samples, looks), True
     if not rows:
         heads = False
