@@ -504,9 +504,9 @@ def test_a_hundred_thousand_names_pair_in_seconds(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     monkeypatch.setattr(files.os, "scandir", lambda _: listing)
     monkeypatch.setattr(Path, "is_file", lambda _: True)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(pair_files(tmp_path / "i", tmp_path / "m")) == 100_000
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8  # of this process: other work on the machine does not count
 
 
 # ------------------------------------------------------------------------------------------- never wrong in silence
