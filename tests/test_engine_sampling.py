@@ -224,8 +224,8 @@ def test_a_drawing_ends_where_the_caller_wants(model, sampler):
     """What is called before a network call may raise, and no further call is made."""
     calls = []
 
-    def stop() -> None:
-        calls.append(1)
+    def stop(time: float) -> None:
+        calls.append(time)
         if len(calls) == 3:
             raise KeyError("enough")
 
@@ -234,4 +234,4 @@ def test_a_drawing_ends_where_the_caller_wants(model, sampler):
     )
     with pytest.raises(KeyError, match="enough"):
         draw(masks(1), SEEDS[:1])
-    assert len(calls) == 3
+    assert len(calls) == 3 and calls[0] == 0 < calls[2] < 1
