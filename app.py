@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--mask-path", type=Path, metavar="MASKS", help="masks to begin a drawing with (default: --judge-masks)"
     )
-    group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="meaning of their values")
+    group.add_argument("--mask-type", choices=MASK_TYPES, default="auto", help="meaning of the values of --mask-path")
     group = parser.add_argument_group("show how well each image follows its mask, by a small segmenter")
     add_judge_arguments(group)
     add_machine_arguments(parser)

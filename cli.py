@@ -133,9 +133,9 @@ def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--loss-weight", choices=list(LOSS_WEIGHTS),
-        help="weight of the loss over time (default: none; for data prediction: velocity)",
+        help="weight of the loss over time (default: None, no weight; for data prediction: velocity)",
     )  # fmt: skip
-    eps = "keep {} times at least this far from a singularity (default: depends on path and prediction)"
+    eps = "keep {} times (0 to 1) at least this far from a singularity (default: by path and prediction)"
     group.add_argument("--train-eps", type=non_negative_float, help=eps.format("training"))
     group.add_argument("--sample-eps", type=non_negative_float, help=eps.format("solver"))
     group.add_argument(
@@ -170,15 +170,17 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
     group.add_argument("--num-sampling-steps", type=positive_int, help="steps of the solver (default: 250)")
     group.add_argument(
         "--diffusion-form", choices=list(DIFFUSION_FORMS), default="SBDM",
-        help="how the strength of the noise depends on time",
+        help="how the strength of the noise depends on time (docs/transport.md)",
     )  # fmt: skip
     group.add_argument("--diffusion-norm", type=positive_float, default=1.0, help="factor on the strength of the noise")
     group.add_argument(
         "--last-step", choices=[str(name) for name in LAST_STEPS], default="Tweedie",
-        help="how to take the last step, which removes the remaining noise",
+        help="how to take the last step, which removes the remaining noise; None leaves it in",
     )  # fmt: skip
     group.add_argument(
-        "--last-step-size", type=part_of_time, help="length of the last step in time (default: that of the other steps)"
+        "--last-step-size",
+        type=part_of_time,
+        help="length of the last step in time, 0 to 1 (default: as the other steps)",
     )
     return {"ODE": ode, "SDE": sde}
 
@@ -189,7 +191,7 @@ def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--raw-weights", action="store_true", help="sample with the last weights instead of their average (EMA)"
     )
-    group.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
+    group.add_argument("--vae", help="new folder of the autoencoder, if it has moved since training")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) -> None:
@@ -223,7 +225,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         "--look-path", type=Path, metavar="IMAGES", help="take looks from this folder (or file) of images"
     )
     group.add_argument(
-        "--look-index", type=non_negative_int, metavar="N", help="take one look for all images: number N, from 0"
+        "--look-index",
+        type=non_negative_int,
+        metavar="N",
+        help="one look for all images: that of training image N, or image N of --look-path, by name, from 0",
     )
     group.add_argument(
         "--look-group", nargs="+", default=(), metavar="GROUP", help="take looks of these groups (train.py --groups)"

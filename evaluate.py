@@ -62,16 +62,16 @@ if TYPE_CHECKING:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="real images")
-    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="their masks")
+    parser.add_argument("--mask-path", required=True, metavar="MASKS", help="masks of the real images")
     add_mask_arguments(parser)
     parser.add_argument("--num-classes", type=positive_int, default=2, help="number of classes, background included")
     parser.add_argument(
         "--image-size",
         type=positive_int,
         metavar="PIXELS",
-        help="--image-size of the training: reports images that are smaller",
+        help="--image-size of the planned training: reports images that are smaller",
     )
-    parser.add_argument("--crop", choices=CROPS, default="center", help="--crop of the training")
+    parser.add_argument("--crop", choices=CROPS, default="center", help="--crop of the planned training")
     add_output_argument(parser, "data_report")
 
 
@@ -90,7 +90,10 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
         "--min-fidelity", type=positive_fraction, metavar="DICE", help="keep images with at least this fidelity_dice"
     )
     rule.add_argument(
-        "--keep-share", type=positive_fraction, metavar="FRACTION", help="keep this fraction of the images: the best"
+        "--keep-share",
+        type=positive_fraction,
+        metavar="FRACTION",
+        help="keep this fraction of the images (0 to 1), the best ones",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="also copy the kept images into this new folder")
 
@@ -131,7 +134,7 @@ def _add_looks(parser: argparse.ArgumentParser) -> None:
 def _add_memorisation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
     parser.add_argument("--data-path", required=True, metavar="IMAGES", help="training images of the generator")
-    masks = "training masks of the generator: counts images made from them separately"
+    masks = "training masks of the generator, to count images made from them separately"
     parser.add_argument("--mask-path", metavar="MASKS", help=masks)
     unseen = "real images that were not used in training (default: compare training images with each other)"
     parser.add_argument("--held-out", metavar="IMAGES", help=unseen)
@@ -163,7 +166,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="scales of classifier-free guidance to compare; 1 means none",
     )
-    spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8 (0 is noise, 1 is data)"
+    spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8; 0 is noise, 1 is data (default: 0:1)"
     parser.add_argument(
         "--guidance-intervals", type=interval, nargs="+", default=[(0.0, 1.0)], metavar="LO:HI", help=spans
     )
@@ -454,7 +457,9 @@ MEASURES = {
     "grid": Measure("do the network's patches show as a grid?", _add_set, run_grid),
     "fidelity": Measure("does a segmenter trained on real images find the masks?", _add_fidelity, run_fidelity),
     "filter": Measure("keep the images that follow their masks best", _add_filter, run_filter),
-    "realism": Measure("distance to real images: FID and KID, or on the judge's features", _add_realism, run_realism),
+    "realism": Measure(
+        "distance to real images: FID and KID, or by the features of a small segmenter", _add_realism, run_realism
+    ),
     "population": Measure("number, size, shape, brightness and texture of cells", _add_population, run_population),
     "looks": Measure("colour, contrast and grain of the images", _add_looks, run_looks),
     "memorisation": Measure("does the generator copy its training images?", _add_memorisation, run_memorisation),

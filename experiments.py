@@ -51,11 +51,13 @@ def add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
     parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
     parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="fraction of the pairs to test on")
-    shares = "percentages of the labelled pairs to make folders of"
+    shares = "make one folder for each of these percentages of the labelled pairs"
     parser.add_argument("--shares", type=percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT", help=shares)
-    parser.add_argument("--test-instances", metavar="FOLDER", help="instance labels of the test images")
+    parser.add_argument("--test-instances", metavar="FOLDER", help="instance labels of --test-data-path")
     _add_selections(parser)
-    parser.add_argument("--seed", type=seed_number, default=0, help="another seed chooses other pairs")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of the choice: another seed chooses other pairs"
+    )
     parser.add_argument("--output", type=Path, default=Path("split"), metavar="SPLIT", help="new folder")
 
 
@@ -68,17 +70,25 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PERCENT=SAMPLE_DIR",
-        help="synthetic set for each share",
+        help="a synthetic set for each share, such as 10=samples_010",
     )
     trained = "checkpoint of every set, if its settings do not say what its generator was trained on"
     parser.add_argument("--ckpt", type=by_share, nargs="+", default=[], metavar="PERCENT=FILE", help=trained)
     parser.add_argument(
-        "--shares", type=percent, nargs="+", metavar="PERCENT", help="shares to run (default: those of --synthetic)"
+        "--shares",
+        type=percent,
+        nargs="+",
+        metavar="PERCENT",
+        help="shares to run, in percent (default: as --synthetic)",
     )
     add_mask_type_argument(parser)
     add_mask_values_argument(parser)
-    parser.add_argument("--steps", type=positive_int, default=500, help="steps of every training, equal in all arms")
-    parser.add_argument("--seeds", type=positive_int, help="trainings of every arm (default: 3, 1 with --labels)")
+    parser.add_argument("--steps", type=positive_int, default=500, help="training steps of every segmenter")
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        help="trainings of each, with seeds 0, 1, ... (default: 3, or 1 for numbers of labels)",
+    )
     _add_trial(parser)
     add_device_argument(parser)
     add_output_argument(parser, "utility")
@@ -88,17 +98,17 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py practise``."""
     add_real_pairs(parser, " with labels, two or more")
     add_mask_values_argument(parser)
-    parser.add_argument("--instances", type=Path, metavar="FOLDER", help="instance labels of the pairs")
-    parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels")
+    parser.add_argument("--instances", type=Path, metavar="FOLDER", help="instance labels of the pairs, if there are")
+    parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels, if there are")
     parser.add_argument(
         "--output", type=Path, default=Path("practice"), metavar="FOLDER", help="new folder, or one to continue"
     )
-    train = "flags of train.py, in quotes: '--preset nuclei-64-cpu --max-steps 2000'"
+    train = "flags of train.py, in quotes, such as '--preset nuclei-64-cpu --max-steps 2000'"
     parser.add_argument("--train-flags", type=shlex.split, default=[], metavar="FLAGS", help=train)
-    sample = "flags of sample_ddp.py, in quotes: '--sampling-method ab2 --num-sampling-steps 16'"
+    sample = "flags of sample_ddp.py, in quotes, such as '--cfg-scale 2.5'"
     parser.add_argument("--sample-flags", type=shlex.split, default=[], metavar="FLAGS", help=sample)
     group = parser.add_argument_group("masks and rounds")
-    group.add_argument("--masks", type=positive_int, default=100, help="number of new masks")
+    group.add_argument("--masks", type=positive_int, default=100, help="number of new masks to make images of")
     group.add_argument("--simulated-share", type=fraction, default=0.25, help="fraction of the new masks to simulate")
     group.add_argument(
         "--pseudo-share",
@@ -110,23 +120,23 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
         "--no-pseudo-masks",
         dest="pseudo_masks",
         action="store_false",
-        help="train the generator on unlabelled images without the masks that segmenters find in them",
+        help="train the generator on unlabelled images without pseudo-masks (the masks that a segmenter finds)",
     )
     more = "trainings of the generator; each after the first gets better pseudo-masks from a segmenter of its images"
     group.add_argument("--generators", type=positive_int, default=1, metavar="N", help=more)
-    group.add_argument(
-        "--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after the first one"
-    )
+    group.add_argument("--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after round 0")
     group.add_argument(
         "--most-draws",
         type=positive_int,
         default=20,
-        help="largest number of images per mask: the hardest masks get most",
+        help="number of images of the hardest mask; the others get fewer",
     )
-    factor = "ignore pixels whose loss is above this factor times the mean loss of their class on real images"
+    factor = "ignore synthetic pixels whose loss is above this factor times the mean loss of their class on real images"
     group.add_argument("--ignore-factor", type=positive_float, default=1.25, help=factor)
     group = parser.add_argument_group("segmenters")
-    group.add_argument("--folds", type=positive_int, default=3, help="number of parts for cross-validation")
+    group.add_argument(
+        "--folds", type=positive_int, default=3, help="number of parts of the labels for cross-validation"
+    )
     group.add_argument("--steps", type=positive_int, default=500, help="training steps of every segmenter")
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
     group.add_argument(
@@ -142,11 +152,11 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
 def _add_selections(parser: argparse.ArgumentParser) -> None:
     """Random selections of labelled images, for evaluate.py split."""
     group = parser.add_argument_group("selections of labelled images, in place of --shares")
-    group.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labelled images")
-    group.add_argument("--selections", type=positive_int, default=5, help="random selections of each number")
-    group.add_argument("--groups", type=Path, metavar="CSV", help="table with a column name and a column of groups")
+    group.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labelled images to make")
+    group.add_argument("--selections", type=positive_int, default=5, help="how many random selections of each number")
+    group.add_argument("--groups", type=Path, metavar="CSV", help="table with a column 'name' and one of groups")
     group.add_argument(
-        "--group-column", default="group", metavar="COLUMN", help="column of the groups, such as looks or patients"
+        "--group-column", default="group", metavar="COLUMN", help="column of the groups, such as look or patient"
     )
     group.add_argument(
         "--whole-groups", action="store_true", help="--labels counts groups, such as patients, with all their images"
@@ -163,11 +173,19 @@ def _add_selections(parser: argparse.ArgumentParser) -> None:
 def _add_trial(parser: argparse.ArgumentParser) -> None:
     """The experiment on such selections, for evaluate.py utility."""
     group = parser.add_argument_group("a split by numbers of labels")
-    sets = "folder with selection_00/labels_005 and so on, each made by evaluate.py practise, or a synthetic set"
+    sets = (
+        "folder that holds selection_00/labels_005 and so on: each a folder of evaluate.py practise or a synthetic set"
+    )
     group.add_argument("--sets", type=Path, metavar="FOLDER", help=sets)
-    group.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers to run (default: all)")
     group.add_argument(
-        "--selections", type=non_negative_int, nargs="+", metavar="N", help="selections to run now (default: all)"
+        "--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labels to run (default: all)"
+    )
+    group.add_argument(
+        "--selections",
+        type=non_negative_int,
+        nargs="+",
+        metavar="N",
+        help="which selections to run, from 0 (default: all)",
     )
     group.add_argument(
         "--arms",
@@ -177,8 +195,12 @@ def _add_trial(parser: argparse.ArgumentParser) -> None:
         help="arms to run, such as real 'real + synthetic, ignore' (default: all, without --sets those of real images)",
     )
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
-    group.add_argument("--pseudo-images", type=positive_int, default=60, help="unlabelled images for self-training")
-    group.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="without --sets: as for train.py")
+    group.add_argument(
+        "--pseudo-images", type=positive_int, default=60, help="number of unlabelled images for self-training"
+    )
+    group.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="without --sets: as for train.py, needed"
+    )
     group.add_argument("--in-channels", type=positive_int, default=3, help="without --sets: as for train.py")
     group.add_argument("--crop", choices=CROPS, default="random", help="without --sets: as for train.py")
     group.add_argument(

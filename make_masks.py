@@ -290,7 +290,7 @@ def _add_shared_flags(parser: argparse.ArgumentParser, size: int | None) -> None
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="folder to write; an unfinished set there is continued",
+        help="folder to write; a set there with the same settings is continued or extended",
     )
     parser.add_argument("--count", type=positive_int, default=100, help="number of images")
     parser.add_argument(
@@ -301,7 +301,9 @@ def _add_shared_flags(parser: argparse.ArgumentParser, size: int | None) -> None
         metavar="PIXELS",
         help=f"one number, or height and width (default: {size or 'the most common size of the source'})",
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="another seed gives other masks")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of all random numbers: another seed gives other masks"
+    )
 
 
 def _add_simulate(commands: argparse._SubParsersAction) -> None:
@@ -311,12 +313,14 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
     cells = parser.add_argument_group("cells (a spread is standard deviation / mean)")
     cells.add_argument("--cell-size", type=positive_float, default=20.0, help="mean diameter in pixels")
     cells.add_argument("--size-spread", type=fraction, default=0.2, help="spread of the diameter")
-    cells.add_argument("--elongation", type=positive_float, default=1.35, help="mean ratio of long to short axis")
+    cells.add_argument(
+        "--elongation", type=positive_float, default=1.35, help="mean ratio of long to short axis, 1 to 4"
+    )
     cells.add_argument(
         "--irregularity",
         type=non_negative_float,
         default=0.04,
-        help="how far outlines deviate from an ellipse, as a fraction of the radius",
+        help="how far outlines deviate from an ellipse, as a fraction of the radius, 0 to 0.2",
     )
     layout = parser.add_argument_group("layout")
     layout.add_argument(
@@ -358,9 +362,10 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         nargs=2,
         default=(0.9, 1.1),
         metavar=("LOW", "HIGH"),
-        help="resize each cell (or cluster) by a random factor in this range (default: 0.9 1.1)",
+        help="resize each cell (or cluster) by a random factor in this range",
     )
-    cells.add_argument("--rotate", choices=ROTATIONS, default="free", help="how to turn and mirror cells")
+    turns = "free: mirror cells, turn them by any angle; quarter: mirror, turn by 90, 180 or 270 degrees; none: neither"
+    cells.add_argument("--rotate", choices=ROTATIONS, default="free", help=turns)
     cells.add_argument(
         "--clusters",
         action=argparse.BooleanOptionalAction,
@@ -373,14 +378,19 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         type=positive_float,
         help="fraction of the image that cells cover, 0 to 1 (default: that of a random source image)",
     )
-    layout.add_argument("--density-scale", type=positive_float, default=1.0, help="factor on the density of the source")
+    layout.add_argument(
+        "--density-scale",
+        type=positive_float,
+        default=1.0,
+        help="factor on the density of the source image, without --density",
+    )
     layout.add_argument(
         "--gap",
         type=non_negative_int,
         help="least number of background pixels between cells or clusters (default: 1, or 0 with --max-overlap)",
     )
     layout.add_argument(
-        "--max-overlap", type=fraction, default=0.0, help="largest fraction of a cell that others may hide"
+        "--max-overlap", type=fraction, default=0.0, help="largest fraction of a cell that others may hide, 0 to 0.9"
     )
 
 
@@ -404,9 +414,14 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "colours are classes; pages: one cell per page; planes: .npy of (images, height, width, classes), as PanNuke "
         "(default: by each file's suffix and content)",
     )
-    parser.add_argument("--kind", choices=MAPS, default="instances", help="write ids of cells, or numbers of classes")
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="only write cells of these classes, numbered in this order"
+        "--kind", choices=MAPS, default="instances", help="write ids of cells, or class ids, which need --classes"
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="only write cells of these classes; their class ids are 1, 2, ... in this order (default: all cells)",
     )
     parser.add_argument(
         "--class-colours",
@@ -422,16 +437,17 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 def _add_images(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "images",
-        help="stacks of microscopes to flat TIFFs",
+        help="turn stacks of microscopes into flat TIFFs",
         description="Turn stacks of microscopes (OME-TIFF, ImageJ hyperstacks, nd2, czi, lif) into flat TIFFs that "
         "train.py takes. Depth, time and scene are chosen by you and never guessed.",
     )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="file or folder")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="file or folder of stacks")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for flat TIFFs")
     projections = " or ".join(PROJECTIONS)
-    parser.add_argument("--z", metavar="PLANE", help=f"plane in depth, from 1, or {projections} for a projection")
-    parser.add_argument("--time", metavar="MOMENT", help=f"moment, from 1, or {projections} over time")
-    parser.add_argument("--scene", type=positive_int, help="image of a file that holds several, from 1")
+    needed = "needed if a file has several"
+    parser.add_argument("--z", metavar="PLANE", help=f"plane in depth, from 1, or {projections} of all; {needed}")
+    parser.add_argument("--time", metavar="MOMENT", help=f"moment, from 1, or {projections} of all; {needed}")
+    parser.add_argument("--scene", type=positive_int, metavar="FIELD", help=f"field of view, from 1; {needed}")
     parser.add_argument("--channels", type=positive_int, nargs="+", help="channels to keep, from 1 (default: all)")
     parser.add_argument("--axes", metavar="LETTERS", help="axes of files that do not name them, such as ZYX or CYX")
 
@@ -439,7 +455,7 @@ def _add_images(commands: argparse._SubParsersAction) -> None:
 def _add_groups(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "groups",
-        help="one sub-folder for each group to flat folders and a table for --groups",
+        help="turn one sub-folder per group into flat folders and a table for --groups",
         description="Put images and masks of sub-folders, one for each group such as a patient, into flat folders, and "
         "write groups.csv for --groups. IMAGES/GROUP/NAME.png becomes FOLDER/images/GROUP_NAME.png.",
     )

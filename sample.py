@@ -81,10 +81,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = modes["ODE"].add_argument_group("real images instead of samples; --mask-path is then a folder")
     what = group.add_mutually_exclusive_group()
     what.add_argument(
-        "--likelihood", action="store_true", help="write log-likelihood and bits per value of every image (CSV)"
+        "--likelihood",
+        action="store_true",
+        help="write log-likelihood (nats) and bits per dimension of every image to --output (default: likelihood.csv)",
     )
     what.add_argument(
-        "--reverse", action="store_true", help="turn images into noise and back (PNG, and .npz with the noise)"
+        "--reverse",
+        action="store_true",
+        help="turn images into noise and back (PNG, and .npz with the noise beside it)",
     )
     args = parser.parse_args(argv)
     args.likelihood, args.reverse = getattr(args, "likelihood", False), getattr(args, "reverse", False)

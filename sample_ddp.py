@@ -88,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--data-path",
             type=Path,
             metavar="IMAGES",
-            help="only use masks that have an image in this folder, and name the image in the manifest",
+            help="real images: only use masks that have one, and name it in the manifest",
         )
         group.add_argument("--sample-dir", type=Path, default=Path("samples"), help="folder to write the data set to")
         group.add_argument(
@@ -101,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--num-samples",
             "--num-fid-samples",
             type=positive_int,
-            help="total number of images, spread evenly over the masks",
+            help="total number of images, spread evenly over the masks (default: by --samples-per-mask)",
         )
         group.add_argument(
             "--export", nargs="+", choices=["plain", *EXPORTS], default=["plain"],

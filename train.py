@@ -124,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--data-path", type=Path, required=True, metavar="IMAGES", help="folder of images")
     group.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks, paired by name")
     group.add_argument("--results-dir", type=Path, help="folder that holds the run folders")
-    group.add_argument("--run-name", help="name of the run folder; continues the run if the folder exists")
-    group.add_argument("--ckpt", type=Path, metavar="FILE", help="continue from this checkpoint")
+    group.add_argument("--run-name", help="run folder: new, or one to continue (default: new, with a number)")
+    group.add_argument("--ckpt", type=Path, metavar="FILE", help="branch off: continue from this checkpoint")
     group.add_argument(
         "--init-from",
         metavar="FILE",
@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--no-mask-detail",
         action="store_true",
-        help="only give the model the cell fraction of each patch, not its pixels",
+        help="only give the model the class fractions of each patch, not its pixels",
     )
     group.add_argument(
         "--no-patch-overlap", action="store_true", help="output patches side by side, as in SiT (may show a grid)"
@@ -167,14 +167,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument(
         "--time-scale", type=positive_float,
-        help="factor on t before its sinusoids (default: 1000 for pixels; 1 for latents, which SiT's weights need)",
+        help="factor on t before its sine embedding (default: 1000 for pixels; 1 for latents, as SiT's weights need)",
     )  # fmt: skip
     add_data_arguments(parser)
     add_look_arguments(parser)
     add_transport_arguments(parser)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive_int, help="passes over the data")
+    group.add_argument("--epochs", type=positive_int, help="passes over the labelled images")
     group.add_argument("--max-steps", type=positive_int, help="total number of steps; replaces --epochs")
     group.add_argument("--global-batch-size", type=batch_size, help="images per step over all processes")
     group.add_argument(
@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute activations again in the backward pass: much less memory, slower steps",
     )
-    group.add_argument("--lr", type=positive_float, help="learning rate of AdamW")
+    group.add_argument("--lr", type=positive_float, help="highest learning rate of AdamW")
     group.add_argument(
         "--warmup-steps", type=non_negative_int, help="steps over which the learning rate rises to its full value"
     )
@@ -203,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", "--global-seed", type=seed_number, help="seed of all random numbers")
 
     group = parser.add_argument_group("logging and checkpoints")
-    group.add_argument("--log-every", type=positive_int, help="steps between lines of the log")
+    group.add_argument("--log-every", type=positive_int, help="steps between lines of the log and of metrics.jsonl")
     group.add_argument(
         "--ckpt-every", type=positive_int, help="steps between checkpoints; the last step is always saved"
     )
@@ -213,13 +213,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="at the end, also write model.safetensors with averaged weights and configuration",
     )
-    group.add_argument("--sample-every", type=positive_int, help="steps between previews")
+    group.add_argument("--sample-every", type=positive_int, help="steps between previews: pictures of a few masks")
     group.add_argument("--cfg-scale", type=non_negative_float, help="guidance scale of the previews; 1 means none")
     group.add_argument("--wandb", action="store_true", help="also log to Weights and Biases")
     group.add_argument(
         "--num-workers",
         type=number(int, 0, MOST_WORKERS),
-        help="processes that load images (default: 4, or 0 if one thread is fast enough)",
+        help="loader processes beside each training process (default: 4, or 0 if one thread is fast enough)",
     )
     add_machine_arguments(parser, can_compile=True)
     for section in (OptimiserConfig, TrainConfig):
@@ -243,14 +243,14 @@ def add_look_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--unlabelled-mask-path", nargs="+", metavar="MASKS",
-        help="one folder for each of them, with soft pseudo-masks: probability of cell, or one plane per class",
+        help="for each --unlabelled-path a folder of soft pseudo-masks: probability of cell, or one plane per class",
     )  # fmt: skip
     group.add_argument(
         "--unlabelled-share", type=number(float, 0.001, MOST_UNLABELLED), help="fraction of a batch that is unlabelled"
     )
-    group.add_argument("--groups", metavar="CSV", help="table of the group of each image, with a column 'name'")
+    group.add_argument("--groups", metavar="CSV", help="table of groups, with the columns 'name' and 'group'")
     group.add_argument(
-        "--group-column", metavar="COLUMN", help="column of this table that holds the groups, such as patient"
+        "--group-column", metavar="COLUMN", help="column of --groups to use instead of 'group', such as patient"
     )
     group.add_argument("--balance-groups", action="store_true", help="train on each group equally often")
 

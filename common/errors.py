@@ -63,14 +63,15 @@ class LostProcess(RuntimeError):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text, unless there is none or the text names it."""
+    """Adds the default to each help text, unless there is none, the text names it or the flag takes no value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default is None or action.default is False or action.default in ([], ())
+        none = action.default is None or action.nargs == 0 or action.default in ([], ())
         if none or "(default" in str(action.help):
             return action.help
-        if isinstance(action.default, (list, tuple)) and all(isinstance(one, (int, float)) for one in action.default):
-            return f"{action.help} (default: {' '.join(f'{one:g}' for one in action.default)})"
+        if isinstance(action.default, (list, tuple)):
+            shown = [one if isinstance(one, str) else f"{one:g}" for one in action.default]
+            return f"{action.help} (default: {' '.join(shown)})"
         return super()._get_help_string(action)
 
 
