@@ -152,7 +152,9 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
 def _add_selections(parser: argparse.ArgumentParser) -> None:
     """Random selections of labelled images, for evaluate.py split."""
     group = parser.add_argument_group("selections of labelled images, in place of --shares")
-    group.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labelled images to make")
+    group.add_argument(
+        "--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labelled images to select"
+    )
     group.add_argument("--selections", type=positive_int, default=5, help="how many random selections of each number")
     group.add_argument("--groups", type=Path, metavar="CSV", help="table with a column 'name' and one of groups")
     group.add_argument(

@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks, paired by name")
     group.add_argument("--results-dir", type=Path, help="folder that holds the run folders")
     group.add_argument("--run-name", help="run folder: new, or one to continue (default: new, with a number)")
-    group.add_argument("--ckpt", type=Path, metavar="FILE", help="branch off: continue from this checkpoint")
+    group.add_argument("--ckpt", type=Path, metavar="FILE", help="branch off from this checkpoint, in a new run folder")
     group.add_argument(
         "--init-from",
         metavar="FILE",
