@@ -102,7 +102,7 @@ CHANNELS ?= $(if $(value DATA),3,1)
 RUN = $(QUICKSTART)/run-$(STEPS)
 SAMPLES = $(QUICKSTART)/samples-$(STEPS)
 
-quickstart: quickstart-data  ## data, training, samples, one number and one picture in about ten minutes (DATA=FOLDER)
+quickstart: quickstart-data  ## data, training, samples, one number and one picture in about five minutes (DATA=FOLDER)
 	$(PYTHON) train.py --preset quickstart --data-path $(QUICKSTART)/train/images --mask-path $(QUICKSTART)/train/masks \
 	  --in-channels $(CHANNELS) --max-steps $(STEPS) --sample-every 200 --ckpt-every 200 --log-every 20 \
 	  --results-dir $(QUICKSTART) --run-name $(notdir $(RUN))

@@ -143,7 +143,7 @@ def _add_memorisation(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     shown = "number of worst images to show, and number of best images"
-    parser.add_argument("--images", type=positive_int, default=8, help=shown)
+    parser.add_argument("--images", type=positive_int, default=8, metavar="N", help=shown)
     utility = "include the results of evaluate.py utility from this folder"
     parser.add_argument("--utility", type=Path, metavar="FOLDER", help=utility)
     sweep = "include the results of evaluate.py sweep from this folder"
@@ -157,7 +157,9 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
     add_real_pairs(parser, ", preferably not used in training: some to sample, the others to train the judge")
     add_mask_values_argument(parser)
-    parser.add_argument("--images", type=positive_int, default=48, help="number of masks to sample with every setting")
+    parser.add_argument(
+        "--images", type=positive_int, default=48, metavar="N", help="masks to sample with every setting"
+    )
     parser.add_argument(
         "--cfg-scales",
         type=non_negative_float,

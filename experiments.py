@@ -108,7 +108,9 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     sample = "flags of sample_ddp.py, in quotes, such as '--cfg-scale 2.5'"
     parser.add_argument("--sample-flags", type=shlex.split, default=[], metavar="FLAGS", help=sample)
     group = parser.add_argument_group("masks and rounds")
-    group.add_argument("--masks", type=positive_int, default=100, help="number of new masks to make images of")
+    group.add_argument(
+        "--masks", type=positive_int, default=100, metavar="N", help="number of new masks to make images of"
+    )
     group.add_argument("--simulated-share", type=fraction, default=0.25, help="fraction of the new masks to simulate")
     group.add_argument(
         "--pseudo-share",
