@@ -49,7 +49,7 @@ def add_split(parser: argparse.ArgumentParser) -> None:
     add_real_pairs(parser, " to divide into test images and labelled images")
     parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied for recombining")
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
-    parser.add_argument("--test-mask-path", metavar="MASKS", help="their masks")
+    parser.add_argument("--test-mask-path", metavar="MASKS", help="masks of --test-data-path")
     parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="fraction of the pairs to test on")
     shares = "make one folder for each of these percentages of the labelled pairs"
     parser.add_argument("--shares", type=percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT", help=shares)
