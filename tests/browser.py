@@ -110,9 +110,10 @@ class Browser:
         self._call("POST", "actions", {"actions": [mouse]})
 
     def resize(self, width: int, height: int) -> None:
-        """Give the window another size, and wait until the page has it."""
-        self._call("POST", "window/rect", {"width": width, "height": height})
-        self.wait(f"Math.abs(window.outerWidth - {width}) < 2")
+        """Show the page as on a screen of this size. A window cannot be as narrow as a phone."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._call("POST", "goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+        self.wait(f"window.innerWidth === {width}")
 
     def screenshot(self) -> bytes:
         """The window as a PNG."""
