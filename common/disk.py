@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -59,6 +60,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; see :func:`write_atomically`."""
     write_atomically(path, lambda file: file.write(content))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy if the disk has no links. An existing file stays. Of a folder, link all its files."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
+    elif not target.exists():
+        try:
+            os.link(source, target)
+        except OSError:
+            write_bytes(target, source.read_bytes())
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

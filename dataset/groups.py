@@ -7,13 +7,11 @@ each nucleus. Which of the two is meant cannot be seen from the names.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.disk import check_folder, read_csv, write_csv
+from common.disk import check_folder, link_or_copy, read_csv, write_csv
 from common.errors import InputError, list_some
 from dataset.files import IMAGE_SUFFIXES, MASK_SUFFIXES, SPLITS, Pair, find_files, pair_files
 
@@ -152,14 +150,3 @@ def group_folders(folder: Path, what: str) -> dict[str, Path]:
 def _has_files_and_folders(folder: Path) -> bool:
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return any(path.is_dir() for path in entries) and any(path.suffix.lower() in IMAGE_SUFFIXES for path in entries)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link of a file, or a copy if the disk has no links. Of a folder, the same for all of its files."""
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

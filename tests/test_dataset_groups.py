@@ -11,9 +11,10 @@ from PIL import Image
 from script_helpers import run_here
 
 import make_masks
+from common.disk import link_or_copy
 from common.errors import InputError
 from dataset.files import find_files, pair_files
-from dataset.groups import gather_groups, groups_of, link_or_copy, read_groups
+from dataset.groups import gather_groups, groups_of, read_groups
 from evaluation.experiments.label_split import SelectionSettings, make_selections
 
 GROUPS = {"patient_03": 3, "patient.4": 2}  # images of each

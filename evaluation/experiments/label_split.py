@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.disk import check_folder, file_sha256, write_json
+from common.disk import check_folder, file_sha256, link_or_copy, write_json
 from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
 from dataset.files import Pair, pair_files
-from dataset.groups import groups_of, link_or_copy
+from dataset.groups import groups_of
 from evaluation.experiments.split import (
     SPLIT_FILE,
     SplitPlan,

@@ -25,7 +25,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_bytes, write_json
+from common.disk import (
+    SETTINGS,
+    check_folder,
+    file_sha256,
+    link_or_copy,
+    lock_folder,
+    write_atomically,
+    write_bytes,
+    write_json,
+)
 from common.errors import InputError
 from common.plain import read_as
 from dataset.config import DataConfig
@@ -38,7 +47,6 @@ from evaluation.experiments.practice_masks import (
     LayoutStatistics,
     MaskPart,
     layout_statistics,
-    link,
     link_labelled,
     merge_masks,
     note_pseudo_masks,
@@ -413,8 +421,8 @@ class Practice:
         sources = find_files(self.folder / "masks" / "instances", "mask")
         for mask, count in draws.items():
             for copy in range(count):
-                link(sources[mask], masks / f"{mask}__{drawn[mask] + copy:02d}{sources[mask].suffix}")
-        link(self.folder / "masks" / SETTINGS, place / SETTINGS)
+                link_or_copy(sources[mask], masks / f"{mask}__{drawn[mask] + copy:02d}{sources[mask].suffix}")
+        link_or_copy(self.folder / "masks" / SETTINGS, place / SETTINGS)
         mask_type = "instances" if self.cells_only else "classes"
         self.tools.sample(self.checkpoint, masks, mask_type, seed, place / "samples")
         self._mark_wrong(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.disk import SETTINGS, write_bytes, write_json
+from common.disk import SETTINGS, link_or_copy, write_bytes, write_json
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files
 from dataset.masks import MaskRule
@@ -156,7 +156,7 @@ def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
     for part in parts:
         for path in sorted((part / "instances").iterdir()):
             name = f"{part.name}_{path.stem}"
-            link(path, output / "instances" / f"{name}{path.suffix}")
+            link_or_copy(path, output / "instances" / f"{name}{path.suffix}")
             names[name] = part.name
     origins = [read_origin(part / "instances") for part in parts]
     known = [origin for origin in origins if origin is not None]  # labelled masks need none: their hashes are known
@@ -168,18 +168,7 @@ def link_labelled(masks: Path, output: Path) -> None:
     """The labelled images' own masks as a part."""
     (output / "instances").mkdir(parents=True, exist_ok=True)
     for name, path in find_files(masks, "mask").items():
-        link(path, output / "instances" / f"{name}{path.suffix}")
-
-
-def link(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy if the disk has no links. An existing file stays."""
-    if target.exists():
-        return
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        content = source.read_bytes()
-        write_bytes(target, content)
+        link_or_copy(path, output / "instances" / f"{name}{path.suffix}")
 
 
 def write_pseudo_masks(
