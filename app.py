@@ -20,14 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import (
-    JUDGE_CACHE,
-    JUDGE_STEPS,
-    add_checkpoint_arguments,
-    add_judge_arguments,
-    add_machine_arguments,
-    load_checkpoint,
-)
+from cli import JUDGE_CACHE, JUDGE_STEPS, add_checkpoint_arguments, add_judge_arguments, add_machine_arguments
 from common.arguments import non_negative_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -39,6 +32,7 @@ from flag_rules import check_needs
 from page.drawing import Drawer, JudgeCall
 from page.masks import StartMasks
 from page.service import Service
+from settings import load_checkpoint
 
 logger = logging.getLogger("app")
 LARGEST_PORT = 65535

@@ -29,27 +29,36 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli import (
     add_device_argument,
-    add_machine_arguments,
+    add_judge_training,
     add_mask_arguments,
     add_mask_type_argument,
     add_mask_values_argument,
     add_output_argument,
     add_real_pairs,
-    load_checkpoint,
 )
-from common.arguments import batch_size, interval, non_negative_float, positive_fraction, positive_int, seed_number
+from common.arguments import positive_fraction, positive_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from common.outputs import check_output_folder
 from dataset.config import CROPS
-from engine.machine import resolve_device, start_machine
-from experiments import add_practise, add_split, add_utility, run_practise, run_split, run_utility
+from engine.machine import resolve_device
+from experiments import (
+    add_practise,
+    add_split,
+    add_sweep,
+    add_utility,
+    run_practise,
+    run_split,
+    run_sweep,
+    run_utility,
+)
+from settings import judge_settings
 from synthetic.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -66,11 +75,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add_mask_arguments(parser)
     parser.add_argument("--num-classes", type=positive_int, default=2, help="number of classes, background included")
     parser.add_argument(
-        "--image-size",
-        type=positive_int,
-        metavar="PIXELS",
+        "--image-size", type=positive_int, metavar="PIXELS",
         help="--image-size of the planned training: reports images that are smaller",
-    )
+    )  # fmt: skip
     parser.add_argument("--crop", choices=CROPS, default="center", help="--crop of the planned training")
     add_output_argument(parser, "data_report")
 
@@ -79,7 +86,7 @@ def _add_fidelity(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
     add_real_pairs(parser, " to train the judge (a small segmenter)")
     add_mask_values_argument(parser)
-    _add_judge(parser)
+    add_judge_training(parser)
     add_device_argument(parser)
 
 
@@ -90,11 +97,9 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
         "--min-fidelity", type=positive_fraction, metavar="DICE", help="keep images with at least this fidelity_dice"
     )
     rule.add_argument(
-        "--keep-share",
-        type=positive_fraction,
-        metavar="FRACTION",
+        "--keep-share", type=positive_fraction, metavar="FRACTION",
         help="keep this fraction of the images (0 to 1), the best ones",
-    )
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="also copy the kept images into this new folder")
 
 
@@ -112,7 +117,7 @@ def _add_realism(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--splits", type=positive_int, default=20, help="how often to split the real images at random")
-    _add_judge(parser)
+    add_judge_training(parser)
     add_device_argument(parser)
 
 
@@ -150,61 +155,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", type=Path, metavar="FOLDER", help=sweep)
 
 
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by train.py")
-    raw = "sample with the last weights instead of their average (EMA)"
-    parser.add_argument("--raw-weights", action="store_true", help=raw)
-    parser.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
-    add_real_pairs(parser, ", preferably not used in training: some to sample, the others to train the judge")
-    add_mask_values_argument(parser)
-    parser.add_argument(
-        "--images", type=positive_int, default=48, metavar="N", help="masks to sample with every setting"
-    )
-    parser.add_argument(
-        "--cfg-scales",
-        type=non_negative_float,
-        nargs="+",
-        default=[1.0, 1.5, 2.0, 4.0],
-        metavar="SCALE",
-        help="scales of classifier-free guidance to compare; 1 means none",
-    )
-    spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8; 0 is noise, 1 is data (default: 0:1)"
-    parser.add_argument(
-        "--guidance-intervals", type=interval, nargs="+", default=[(0.0, 1.0)], metavar="LO:HI", help=spans
-    )
-    parser.add_argument(
-        "--solvers",
-        nargs="+",
-        default=["heun"],
-        metavar="NAME",
-        help="solvers to compare, such as euler heun ab2 sde-euler",
-    )
-    parser.add_argument(
-        "--num-steps",
-        type=positive_int,
-        nargs="+",
-        default=[10, 25],
-        metavar="STEPS",
-        help="numbers of steps to compare",
-    )
-    parser.add_argument("--batch-size", type=batch_size, default=32, help="images to sample at once; limits memory")
-    add_output_argument(parser, "sweep")
-    _add_judge(parser)
-    add_machine_arguments(parser)
-
-
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sample_dir", metavar="SAMPLE_DIR", help="folder that sample_ddp.py has written")
     moved = "new folder of the real images, if they have moved since sampling"
     parser.add_argument("--real-dir", metavar="FOLDER", help=moved)
-
-
-def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=positive_int, default=400, help="training steps of the judge")
-    seed = "seed of the judge's training and of the choice of held-out images"
-    parser.add_argument("--seed", type=seed_number, default=0, help=seed)
-    cache = "folder that keeps trained judges, for reuse"
-    parser.add_argument("--cache-dir", default="judges", metavar="FOLDER", help=cache)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -217,10 +171,6 @@ def _open_set(args: argparse.Namespace) -> SampleSet:
     if getattr(args, "mask_values", None) is not None:
         samples.config = samples.require_config().with_mask_values(args.mask_values)
     return samples
-
-
-def _judge_settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"mask_type": args.mask_type, "steps": args.steps, "seed": args.seed, "progress": True}
 
 
 def _show(section: Section, content: dict, written: str | Sequence[Path], samples: SampleSet | None = None) -> None:
@@ -294,7 +244,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
 
     samples = _open_set(args)
     where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
-    report = score_fidelity(samples, *where, device=device, **_judge_settings(args))
+    report = score_fidelity(samples, *where, device=device, **judge_settings(args))
     folder = write_fidelity_report(samples, report)
     written = f"{folder}/fidelity.json, and the column fidelity_dice of {samples.folder / MANIFEST}"
     _show(SECTION, report.to_dict(), written, samples)
@@ -338,7 +288,7 @@ def run_realism(args: argparse.Namespace) -> None:
         raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS to use the judge's features")
     else:
         where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
-        prepared = prepare_judge(samples, *where, device=device, **_judge_settings(args))
+        prepared = prepare_judge(samples, *where, device=device, **judge_settings(args))
         extract, features = prepared.judge.features, f"deepest layer of judge {prepared.key[:12]}"
     inception = args.inception_weights is not None
     report = score_realism(samples, args.data_path, extract, features, inception, splits=args.splits, seed=args.seed)
@@ -409,41 +359,6 @@ def run_report(args: argparse.Namespace) -> None:
     say(f"written: {page}, {page.with_suffix('.json').name}, {GALLERY}")
 
 
-def run_sweep(args: argparse.Namespace) -> None:
-    """Sample the same masks with every combination of guidance scale, guidance interval, solver and number of steps.
-
-    Measures fidelity and realism of each combination. Writes a table and a plot, and recommends a setting.
-    """
-    from evaluation.sweep import (
-        SECTION,
-        SOLVERS,
-        load_sweep_data,
-        run_sweep,
-        sampler_draw,
-        settings_grid,
-        write_sweep_report,
-    )
-
-    inputs = (args.ckpt, args.data_path, args.mask_path)
-    check_output_folder(args.output, "sweep.json", ("rows", "recommended"), inputs)
-    unknown = [name for name in args.solvers if name not in SOLVERS]
-    if unknown:
-        raise InputError(f"--solvers {unknown[0]}: unknown; choose from {', '.join(SOLVERS)}")
-    grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps)
-    machine = start_machine(args.device, args.precision)
-    trained = load_checkpoint(args, machine)
-    trained = replace(trained, data=trained.data.with_mask_values(args.mask_values))
-    data = load_sweep_data(
-        trained, args.data_path, args.mask_path, images=args.images, cache_dir=args.cache_dir, device=machine.device,
-        **_judge_settings(args),
-    )  # fmt: skip
-    draw = sampler_draw(trained, machine, data.items, args.seed, args.batch_size)
-    classes = trained.data.num_classes
-    report = run_sweep(draw, grid, data.real, data.judge, classes, data.separated, args.seed, progress=True)
-    written = write_sweep_report(report, args.output)
-    _show(SECTION, report.to_dict(), written)
-
-
 @dataclass(frozen=True)
 class Measure:
     """One subcommand. The docstring of ``run`` is the description in its ``--help``."""
@@ -466,7 +381,7 @@ MEASURES = {
     "looks": Measure("colour, contrast and grain of the images", _add_looks, run_looks),
     "memorisation": Measure("does the generator copy its training images?", _add_memorisation, run_memorisation),
     "report": Measure("collect all results of a set in one HTML file", _add_report, run_report),
-    "sweep": Measure("which guidance and solver to use for sampling", _add_sweep, run_sweep),
+    "sweep": Measure("which guidance and solver to use for sampling", add_sweep, run_sweep),
     "split": Measure("divide pairs into test images and shares of the labels, for utility", add_split, run_split),
     "practise": Measure(
         "make synthetic images for a few labels, and say whether they help", add_practise, run_practise

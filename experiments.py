@@ -1,26 +1,28 @@
-"""The experiments of evaluate.py, which train segmenters and generators: split, utility, practise."""
+"""The experiments of evaluate.py, which train segmenters or sample a generator: split, utility, practise, sweep."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cli import (
+    add_checkpoint_arguments,
     add_device_argument,
+    add_judge_training,
+    add_machine_arguments,
     add_mask_type_argument,
     add_mask_values_argument,
     add_output_argument,
     add_real_pairs,
 )
 from common.arguments import (
+    batch_size,
     by_share,
     fraction,
+    interval,
+    non_negative_float,
     non_negative_int,
     percent,
     percentile,
@@ -31,15 +33,10 @@ from common.arguments import (
 )
 from common.errors import InputError
 from common.log import say
+from common.outputs import check_output_folder
 from dataset.config import CROPS, DataConfig
-from engine.machine import resolve_device
-
-if TYPE_CHECKING:
-    from evaluation.experiments.labelled import LabelledFolders
-    from evaluation.experiments.practice import Unlabelled
-    from evaluation.experiments.practice_masks import MaskPart
-
-ROOT = Path(__file__).parent
+from engine.machine import resolve_device, start_machine
+from settings import judge_settings, load_checkpoint
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -65,30 +62,22 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py utility``."""
     parser.add_argument("split", metavar="SPLIT", help="folder that evaluate.py split has made")
     parser.add_argument(
-        "--synthetic",
-        type=by_share,
-        nargs="+",
-        default=[],
-        metavar="PERCENT=SAMPLE_DIR",
+        "--synthetic", type=by_share, nargs="+", default=[], metavar="PERCENT=SAMPLE_DIR",
         help="a synthetic set for each share, such as 10=samples_010",
-    )
+    )  # fmt: skip
     trained = "checkpoint of every set, if its settings do not say what its generator was trained on"
     parser.add_argument("--ckpt", type=by_share, nargs="+", default=[], metavar="PERCENT=FILE", help=trained)
     parser.add_argument(
-        "--shares",
-        type=percent,
-        nargs="+",
-        metavar="PERCENT",
+        "--shares", type=percent, nargs="+", metavar="PERCENT",
         help="shares to run, in percent (default: as --synthetic)",
-    )
+    )  # fmt: skip
     add_mask_type_argument(parser)
     add_mask_values_argument(parser)
     parser.add_argument("--steps", type=positive_int, default=500, help="training steps of every segmenter")
     parser.add_argument(
-        "--seeds",
-        type=positive_int,
+        "--seeds", type=positive_int,
         help="trainings of each, with seeds 0, 1, ... (default: 3, or 1 for numbers of labels)",
-    )
+    )  # fmt: skip
     _add_trial(parser)
     add_device_argument(parser)
     add_output_argument(parser, "utility")
@@ -113,26 +102,20 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--simulated-share", type=fraction, default=0.25, help="fraction of the new masks to simulate")
     group.add_argument(
-        "--pseudo-share",
-        type=fraction,
-        default=0.0,
+        "--pseudo-share", type=fraction, default=0.0,
         help="fraction of the new masks to take from a segmentation of the unlabelled images",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--no-pseudo-masks",
-        dest="pseudo_masks",
-        action="store_false",
+        "--no-pseudo-masks", dest="pseudo_masks", action="store_false",
         help="train the generator on unlabelled images without pseudo-masks (the masks that a segmenter finds)",
-    )
+    )  # fmt: skip
     more = "trainings of the generator; each after the first gets better pseudo-masks from a segmenter of its images"
     group.add_argument("--generators", type=positive_int, default=1, metavar="N", help=more)
     group.add_argument("--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after round 0")
     group.add_argument(
-        "--most-draws",
-        type=positive_int,
-        default=20,
+        "--most-draws", type=positive_int, default=20,
         help="number of images of the hardest mask; the others get fewer",
-    )
+    )  # fmt: skip
     factor = "ignore synthetic pixels whose loss is above this factor times the mean loss of their class on real images"
     group.add_argument("--ignore-factor", type=positive_float, default=1.25, help=factor)
     group = parser.add_argument_group("segmenters")
@@ -142,13 +125,41 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=positive_int, default=500, help="training steps of every segmenter")
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
     group.add_argument(
-        "--unlabelled-images",
-        type=positive_int,
-        default=60,
+        "--unlabelled-images", type=positive_int, default=60,
         help="number of unlabelled images to segment for counting cells",
-    )
+    )  # fmt: skip
     group.add_argument("--seed", type=seed_number, default=0, help="seed of all random numbers")
     add_device_argument(parser)
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``evaluate.py sweep``."""
+    add_checkpoint_arguments(parser)
+    add_real_pairs(parser, ", preferably not used in training: some to sample, the others to train the judge")
+    add_mask_values_argument(parser)
+    parser.add_argument(
+        "--images", type=positive_int, default=48, metavar="N", help="masks to sample with every setting"
+    )
+    parser.add_argument(
+        "--cfg-scales", type=non_negative_float, nargs="+", default=[1.0, 1.5, 2.0, 4.0], metavar="SCALE",
+        help="scales of classifier-free guidance to compare; 1 means none",
+    )  # fmt: skip
+    spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8; 0 is noise, 1 is data (default: 0:1)"
+    parser.add_argument(
+        "--guidance-intervals", type=interval, nargs="+", default=[(0.0, 1.0)], metavar="LO:HI", help=spans
+    )
+    parser.add_argument(
+        "--solvers", nargs="+", default=["heun"], metavar="NAME",
+        help="solvers to compare, such as euler heun ab2 sde-euler",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS",
+        help="numbers of steps to compare",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=batch_size, default=32, help="images to sample at once; limits memory")
+    add_output_argument(parser, "sweep")
+    add_judge_training(parser)
+    add_machine_arguments(parser)
 
 
 def _add_selections(parser: argparse.ArgumentParser) -> None:
@@ -166,12 +177,9 @@ def _add_selections(parser: argparse.ArgumentParser) -> None:
         "--whole-groups", action="store_true", help="--labels counts groups, such as patients, with all their images"
     )
     group.add_argument(
-        "--test-groups",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
+        "--test-groups", type=non_negative_int, default=0, metavar="N",
         help="test each selection on N groups that it does not use otherwise",
-    )
+    )  # fmt: skip
 
 
 def _add_trial(parser: argparse.ArgumentParser) -> None:
@@ -185,19 +193,13 @@ def _add_trial(parser: argparse.ArgumentParser) -> None:
         "--labels", type=positive_int, nargs="+", metavar="N", help="numbers of labels to run (default: all)"
     )
     group.add_argument(
-        "--selections",
-        type=non_negative_int,
-        nargs="+",
-        metavar="N",
+        "--selections", type=non_negative_int, nargs="+", metavar="N",
         help="which selections to run, from 0 (default: all)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--arms",
-        nargs="+",
-        default=[],
-        metavar="ARM",
+        "--arms", nargs="+", default=[], metavar="ARM",
         help="arms to run, such as real 'real + synthetic, ignore' (default: all, without --sets those of real images)",
-    )
+    )  # fmt: skip
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
     group.add_argument(
         "--pseudo-images", type=positive_int, default=60, help="number of unlabelled images for self-training"
@@ -308,72 +310,6 @@ def _run_trial(args: argparse.Namespace) -> None:
     say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 
 
-class CommandTools:
-    """The other commands, each in a process of its own. Run again, they continue.
-
-    Args:
-        train_flags: more flags of train.py.
-        sample_flags: more flags of sample_ddp.py.
-    """
-
-    def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str]) -> None:
-        self._train_flags, self._sample_flags = list(train_flags), list(sample_flags)
-
-    def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
-        """Train a generator, for ``steps`` if given; its last checkpoint."""
-        masks, mask_type = folders.masks, folders.mask_type
-        if folders.instances is not None:
-            masks, mask_type = folders.instances, "instances"
-        words: list[object] = ["--data-path", folders.images, "--mask-path", masks, "--mask-type", mask_type]
-        if unlabelled.images is not None:
-            words += ["--unlabelled-path", unlabelled.images]
-            words += [] if "--look" in self._train_flags else ["--look", "reference"]
-        if unlabelled.masks is not None:
-            words += ["--unlabelled-mask-path", unlabelled.masks]
-        words += [*self._train_flags, *([] if steps is None else ["--max-steps", steps])]
-        _run("train.py", *words, "--results-dir", run.parent, "--run-name", run.name)
-        return max((run / "checkpoints").glob("*.pt"))
-
-    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
-        """Make a part of the masks."""
-        words: list[object] = [
-            part.kind,
-            "--output",
-            output,
-            "--count",
-            part.count,
-            "--image-size",
-            side,
-            "--seed",
-            seed,
-        ]
-        if part.kind == "recombine":
-            words += ["--instances", instances, *(["--components"] if components else [])]
-        for name, value in part.values.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *(value if isinstance(value, tuple) else [value])]
-        _run("make_masks.py", *words)
-
-    def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
-        """Draw one image of every mask, in the looks of all training images."""
-        words = ["--ckpt", checkpoint, "--mask-path", masks, "--mask-type", mask_type, "--seed", seed]
-        _run("sample_ddp.py", "ODE", *words, "--sample-dir", output, *self._sample_flags)
-
-
-def _run(script: str, *words: object) -> None:
-    """A command of this project, in a process of its own.
-
-    Raises:
-        InputError: it ended with an error, which it has said.
-    """
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=False)
-    if done.returncode:
-        raise InputError(f"{script} ended with exit code {done.returncode}; its message is above")
-
-
 def run_practise(args: argparse.Namespace) -> None:
     """Find out which synthetic images help a few labelled ones, and make them.
 
@@ -383,6 +319,7 @@ def run_practise(args: argparse.Namespace) -> None:
     """
     from evaluation.experiments.labelled import LabelledFolders
     from evaluation.experiments.practice import Practice, PracticeSettings
+    from evaluation.experiments.practice_commands import CommandTools, segmenter_commands
     from evaluation.experiments.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
     from evaluation.output import written_line
     from evaluation.report import write_page
@@ -396,19 +333,43 @@ def run_practise(args: argparse.Namespace) -> None:
     folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)
     tools = CommandTools(args.train_flags, args.sample_flags)
     practice = Practice(folders, args.unlabelled_path, settings, tools, args.output, resolve_device(args.device))
-    content = practice.run() | {"commands": _segmenter_commands(args.output / TRAINING_SETS)}
+    content = practice.run() | {"commands": segmenter_commands(args.output / TRAINING_SETS)}
     content, written = write_practice(practice, content)
     page = write_page("Practice", [(SECTION, content, args.output)], args.output / PAGE)
     say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 
 
-def _segmenter_commands(folder: Path) -> dict[str, list[str]]:
-    """How to train users' segmenters with each of the sets."""
-    return {
-        name: [
-            f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img --mask_filter "
-            "_masks --pretrained_model None",
-            f"StarDist and Cellpose: benchmarks/segmenters/run.sh {folder / name} TEST_FOLDER",
-        ]
-        for name in ("real", "real_and_synthetic")
-    }
+def run_sweep(args: argparse.Namespace) -> None:
+    """Sample the same masks with every combination of guidance scale, guidance interval, solver and number of steps.
+
+    Measures fidelity and realism of each combination. Writes a table and a plot, and recommends a setting.
+    """
+    from evaluation.output import written_line
+    from evaluation.sweep import (
+        SECTION,
+        SOLVERS,
+        load_sweep_data,
+        run_sweep,
+        sampler_draw,
+        settings_grid,
+        write_sweep_report,
+    )
+
+    inputs = (args.ckpt, args.data_path, args.mask_path)
+    check_output_folder(args.output, "sweep.json", ("rows", "recommended"), inputs)
+    unknown = [name for name in args.solvers if name not in SOLVERS]
+    if unknown:
+        raise InputError(f"--solvers {unknown[0]}: unknown; choose from {', '.join(SOLVERS)}")
+    grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps)
+    machine = start_machine(args.device, args.precision)
+    trained = load_checkpoint(args, machine)
+    trained = replace(trained, data=trained.data.with_mask_values(args.mask_values))
+    data = load_sweep_data(
+        trained, args.data_path, args.mask_path, images=args.images, cache_dir=args.cache_dir, device=machine.device,
+        **judge_settings(args),
+    )  # fmt: skip
+    draw = sampler_draw(trained, machine, data.items, args.seed, args.batch_size)
+    classes = trained.data.num_classes
+    report = run_sweep(draw, grid, data.real, data.judge, classes, data.separated, args.seed, progress=True)
+    written = write_sweep_report(report, args.output)
+    say("\n".join([*SECTION.lines(report.to_dict()), written_line(written)]))

@@ -25,32 +25,24 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 import argparse
-import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
-from common.disk import SETTINGS, check_folder, lock_folder, write_bytes, write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
-from dataset.files import find_files, read_mask
 from dataset.groups import TABLE, gather_groups
 from dataset.microscopes import PROJECTIONS, Choice, flatten_folder
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
     LARGEST_CLUSTER,
     ROTATIONS,
-    CellsTooSmall,
     Layouts,
     LayoutSettings,
     OneValueForAll,
@@ -59,84 +51,8 @@ from layouts.recombine import (
     read_sources,
     source_digest,
 )
-from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
-
-# Stored in settings.json. Raise a number if a change of the code gives other files for the same settings.
-GENERATORS = {"simulate": 1, "recombine": 2}
-LARGEST_LABEL = 65535
-KINDS = ("images", "masks", "instances")
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def open_set(output: Path, settings: dict[str, object]) -> IO[bytes]:
-    """Create the folder of a set, or open the same set to continue it. Lock the folder.
-
-    Returns:
-        The lock. It ends when it is closed or when the process ends.
-
-    Raises:
-        InputError: the folder holds other files, or another process works in it.
-    """
-    check_folder(output, settings)
-    output.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(output, "name another --output", KINDS)
-    if not check_folder(output, settings):  # check again: another process may have created the set meanwhile
-        write_json(output / SETTINGS, settings)
-    return lock
-
-
-def save_png(array: np.ndarray, path: Path) -> None:
-    """Write an image whole or not at all."""
-    content = io.BytesIO()
-    Image.fromarray(array).save(content, format="PNG")
-    path.parent.mkdir(exist_ok=True)
-    write_bytes(path, content.getvalue())
-
-
-def make_set(
-    output: Path, prefix: str, count: int, kinds: list[str], make_image: Callable[[int], dict[str, np.ndarray]]
-) -> dict[str, Measurement]:
-    """Make the missing images, and measure the whole set. This includes images of an earlier, longer run.
-
-    Args:
-        output: folder of the set.
-        prefix: first part of every name.
-        count: number of images to make.
-        kinds: subfolders with one file per image. "instances" is the last.
-        make_image: index -> array by kind.
-
-    Raises:
-        InputError: the cells are too small.
-    """
-    measurements = {}
-    for index in tqdm(range(count), desc="masks", unit="image", disable=None):
-        name = f"{prefix}_{index:06d}"
-        files = {kind: output / kind / f"{name}.png" for kind in kinds}
-        if all(path.is_file() for path in files.values()):
-            measurements[name] = measure(read_mask(files["instances"]))
-            continue
-        try:
-            arrays = make_image(index)
-        except CellsTooSmall as error:
-            raise InputError(f"{error}: give a larger --scale") from error
-        for kind, path in files.items():
-            if not path.is_file():
-                save_png(arrays[kind], path)
-        measurements[name] = measure(arrays["instances"])
-    earlier = find_files(output / "instances", "instance labels")
-    for name in earlier:
-        if name not in measurements:
-            measurements[name] = measure(read_mask(earlier[name]))
-    return dict(sorted(measurements.items()))
-
-
-def label_files(instance_map: np.ndarray) -> dict[str, np.ndarray]:
-    """Instance map and binary mask in the types of their files."""
-    if instance_map.max() > LARGEST_LABEL:
-        raise InputError(f"{instance_map.max()} cells in one image are too many for 16-bit ids; lower --image-size")
-    return {"masks": np.where(instance_map > 0, 255, 0).astype(np.uint8), "instances": instance_map.astype(np.uint16)}
-
+from layouts.statistics import measure, summarize, write_statistics, write_summary
+from layouts.writer import label_files, make_set, open_set, record_of
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
@@ -244,11 +160,6 @@ def run_groups(args: argparse.Namespace) -> None:
     say("\n".join([*(f"{name}: {count} images" for name, count in counts.items()), f"written: {args.output / TABLE}"]))
 
 
-def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:
-    """Content of settings.json."""
-    return {"command": command, "generator": GENERATORS[command], **asdict(settings)}
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Raise one InputError with all values that are out of range, before any work."""
     faults = []
@@ -286,21 +197,14 @@ def check_args(args: argparse.Namespace) -> None:
 
 def _add_shared_flags(parser: argparse.ArgumentParser, size: int | None) -> None:
     parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
+        "--output", type=Path, required=True, metavar="FOLDER",
         help="folder to write; a set there with the same settings is continued or extended",
-    )
+    )  # fmt: skip
     parser.add_argument("--count", type=positive_int, default=100, help="number of images")
     parser.add_argument(
-        "--image-size",
-        type=positive_int,
-        nargs="+",
-        default=size and [size],
-        metavar="PIXELS",
+        "--image-size", type=positive_int, nargs="+", default=size and [size], metavar="PIXELS",
         help=f"one number, or height and width (default: {size or 'the most common size of the source'})",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="seed of all random numbers: another seed gives other masks"
     )
@@ -317,11 +221,9 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
         "--elongation", type=positive_float, default=1.35, help="mean ratio of long to short axis, 1 to 4"
     )
     cells.add_argument(
-        "--irregularity",
-        type=non_negative_float,
-        default=0.04,
+        "--irregularity", type=non_negative_float, default=0.04,
         help="how far outlines deviate from an ellipse, as a fraction of the radius, 0 to 0.2",
-    )
+    )  # fmt: skip
     layout = parser.add_argument_group("layout")
     layout.add_argument(
         "--density", type=positive_float, default=0.15, help="mean fraction of the image that cells cover, 0 to 1"
@@ -330,11 +232,9 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
         "--density-spread", type=fraction, default=0.4, help="spread of the density from image to image"
     )
     layout.add_argument(
-        "--touching",
-        action=argparse.BooleanOptionalAction,
-        default=True,
+        "--touching", action=argparse.BooleanOptionalAction, default=True,
         help="whether cells may touch (default: they may)",
-    )
+    )  # fmt: skip
     parser.add_argument("--render", action="store_true", help="also draw simple fluorescence images of the nuclei")
 
 
@@ -345,50 +245,37 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         description="Arrange the cells of your own label files in new layouts.",
     )
     parser.add_argument(
-        "--instances",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
+        "--instances", type=Path, required=True, metavar="FOLDER",
         help="label files: 0 is background, each cell has its own number",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--components", action="store_true", help="the files are binary masks: count every connected part as one cell"
     )
     _add_shared_flags(parser, None)
     cells = parser.add_argument_group("cells")
     cells.add_argument(
-        "--scale",
-        type=positive_float,
-        nargs=2,
-        default=(0.9, 1.1),
-        metavar=("LOW", "HIGH"),
+        "--scale", type=positive_float, nargs=2, default=(0.9, 1.1), metavar=("LOW", "HIGH"),
         help="resize each cell (or cluster) by a random factor in this range",
-    )
+    )  # fmt: skip
     turns = "free: mirror cells, turn them by any angle; quarter: mirror, turn by 90, 180 or 270 degrees; none: neither"
     cells.add_argument("--rotate", choices=ROTATIONS, default="free", help=turns)
     cells.add_argument(
-        "--clusters",
-        action=argparse.BooleanOptionalAction,
-        default=True,
+        "--clusters", action=argparse.BooleanOptionalAction, default=True,
         help=f"keep touching cells together, up to {LARGEST_CLUSTER} of them (default: yes)",
-    )
+    )  # fmt: skip
     layout = parser.add_argument_group("layout")
     layout.add_argument(
-        "--density",
-        type=positive_float,
+        "--density", type=positive_float,
         help="fraction of the image that cells cover, 0 to 1 (default: that of a random source image)",
-    )
+    )  # fmt: skip
     layout.add_argument(
-        "--density-scale",
-        type=positive_float,
-        default=1.0,
+        "--density-scale", type=positive_float, default=1.0,
         help="factor on the density of the source image, without --density",
-    )
+    )  # fmt: skip
     layout.add_argument(
-        "--gap",
-        type=non_negative_int,
+        "--gap", type=non_negative_int,
         help="least number of background pixels between cells or clusters (default: 1, or 0 with --max-overlap)",
-    )
+    )  # fmt: skip
     layout.add_argument(
         "--max-overlap", type=fraction, default=0.0, help="largest fraction of a cell that others may hide, 0 to 0.9"
     )
@@ -407,28 +294,22 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="MASKS", help="new folder for label TIFFs")
     parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="auto",
+        "--format", choices=FORMATS, default="auto",
         help="cellpose: _seg.npy; imagej: .roi and .zip; qupath: GeoJSON; coco, labelme: JSON; colours: pictures whose "
         "colours are classes; pages: one cell per page; planes: .npy of (images, height, width, classes), as PanNuke "
         "(default: by each file's suffix and content)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--kind", choices=MAPS, default="instances", help="write ids of cells, or class ids, which need --classes"
     )
     parser.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="NAME",
+        "--classes", nargs="+", metavar="NAME",
         help="only write cells of these classes; their class ids are 1, 2, ... in this order (default: all cells)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--class-colours",
-        nargs="+",
-        metavar="RRGGBB",
+        "--class-colours", nargs="+", metavar="RRGGBB",
         help="colour of each class, background first; or the word cells: every colour except black means cell",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--images-output", type=Path, metavar="FOLDER", help="with --images FILE.npy: new folder for its images"
     )

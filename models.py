@@ -15,76 +15,24 @@ Arguments and state-dict keys are SiT's; published SiT weights load.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers.look import LookEmbedder
-from layers.mask import MaskDetail, MaskEmbedder, wide
+from layers.mask import MaskCondition, MaskDetail, MaskEmbedder
 from layers.overlap import Overlap
-from layers.rows import ROW_MULTIPLE, KeptModulation, MaskRows, distinct_rows, distinct_rows_of_looks, spread_rows
+from layers.rows import KeptModulation, MaskRows, shared_rows, spread_rows
+from layers.sinusoids import TimestepEmbedder, position_embedding
 from layers.transformer import Attention, Mlp, PatchEmbed
 
 MOST_TOKENS_UNFUSED = 512
 MOST_TOKENS = 2**17  # a longer sequence is a mistake, or a file made to fill the memory
-
-
-@dataclass(frozen=True)
-class MaskCondition:
-    """Embedded masks and looks of a batch. They are computed once and reused in every network call.
-
-    Attributes:
-        embedding: (B, T, D) mask embedding of each token, or (R, D) its distinct rows if ``row_of_token`` is set.
-        detail: (B, T, D) addition to the input tokens; None for a model without mask detail.
-        row_of_token: (B, T) long, row of ``embedding`` of each token; None if each token has its own embedding.
-        image_of_row: (R,) long, image of each row; the row takes the time t and the look of this image. None if all
-            images share the rows; then they must have the same look and the same t, as in a solver step.
-        look: (B, D) embedding of the look of each image; None for no look.
-        kept: keeps the modulation of the latest call in sampling; None in training.
-    """
-
-    embedding: Tensor
-    detail: Tensor | None
-    row_of_token: Tensor | None = None
-    image_of_row: Tensor | None = None
-    look: Tensor | None = None
-    kept: KeptModulation | None = None
-
-
-class TimestepEmbedder(nn.Module):
-    """Time (B,) -> (B, D): sinusoids (Vaswani et al. 2017) and a two-layer MLP.
-
-    SiT uses t in [0, 1], but the periods of the sinusoids were designed for 0 to 1000. ``time_scale`` is a factor on t.
-    Published weights need 1.
-    """
-
-    frequency_embedding_size = 256
-    max_period = 10_000.0
-
-    def __init__(self, hidden_size: int, time_scale: float = 1.0) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.time_scale = time_scale
-
-    def sinusoids(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, frequency_embedding_size) float32 (float64 in a float64 model): cosines, then sines."""
-        half, dtype = self.frequency_embedding_size // 2, wide(next(self.mlp.parameters()).dtype)
-        exponent = torch.arange(half, dtype=dtype, device=t.device) / half
-        frequencies = torch.exp(-math.log(self.max_period) * exponent)  # (half,)
-        angles = (self.time_scale * t.to(dtype))[:, None] * frequencies  # (B, half)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoids(t))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, row_of_token: Tensor | None) -> Tensor:
@@ -262,52 +210,28 @@ class SiT(nn.Module):
         """
         if y.ndim != 4 or y.shape[1] != self.num_classes:
             raise ValueError(f"masks have shape {tuple(y.shape)}; expected (B, {self.num_classes}, H, W)")
-        look_embedding = None
-        if look is not None:
-            if self.look_embedder is None:
-                raise ValueError("the model knows no looks (look_numbers 0)")
-            look_embedding = self.look_embedder(look, drop_look)  # (B, D)
-        detail = self.mask_detail(y) if self.mask_detail is not None else None  # (B, T, D)
-        if drop is not None and detail is not None:
-            detail = detail * ~drop[:, None, None]
+        if look is not None and self.look_embedder is None:
+            raise ValueError("the model knows no looks (look_numbers 0)")
+        shares: Tensor  # class fractions: (B, T, K) of each token, or (R, K) of each row
+        row_of_token: Tensor | None = None
+        image_of_row: Tensor | None = None
         if rows is not None:
-            embedding = self.y_embedder.embed(rows.shares)  # (R, D)
-            if drop is not None:
-                embedding = torch.where(drop[rows.image_of_row][:, None], self.y_embedder.null(), embedding)
-            return MaskCondition(embedding, detail, rows.row_of_token, rows.image_of_row, look_embedding)
-        shares = self.y_embedder.pool(y)  # (B, T, K)
-        kept = KeptModulation() if share_rows else None
-        if share_rows and drop is None and not y.requires_grad:
-            image_of_row = None
-            if look is None or bool((look == look[:1]).all()):
-                distinct, row_of_token = distinct_rows(shares)
-            else:
-                distinct, row_of_token, image_of_row = distinct_rows_of_looks(shares, look)
-            if 2 * len(distinct) <= shares.shape[0] * shares.shape[1]:
-                embedding = self.y_embedder.embed(distinct)  # (R, D)
-                return MaskCondition(embedding, detail, row_of_token, image_of_row, look_embedding, kept)
-        embedding = self.y_embedder.embed(shares)  # (B, T, D)
+            shares, row_of_token, image_of_row = rows
+        elif share_rows and drop is None and not y.requires_grad:
+            shares, row_of_token, image_of_row = shared_rows(self.y_embedder.pool(y), look)
+        else:
+            shares = self.y_embedder.pool(y)
+        embedding = self.y_embedder.embed(shares)  # (B, T, D) or (R, D)
+        detail = self.mask_detail(y) if self.mask_detail is not None else None  # (B, T, D)
         if drop is not None:
-            embedding = torch.where(drop[:, None, None], self.y_embedder.null(), embedding)
-        return MaskCondition(embedding, detail, look=look_embedding, kept=kept)
-
-    def with_null_condition(self, condition: MaskCondition) -> MaskCondition:
-        """Condition of 2 B images: the B images with their masks, then without masks. Looks are kept in both."""
-        null, embedding, index = self.y_embedder.null(), condition.embedding, condition.row_of_token
-        image_of_row = condition.image_of_row
-        if index is None:
-            embedding = torch.cat([embedding, null.expand_as(embedding)])
-        else:  # append one null row for all images, or one for each; rows stay a multiple of ROW_MULTIPLE
-            count = 1 if image_of_row is None else len(index)
-            images = torch.arange(count + -count % ROW_MULTIPLE, device=index.device).clamp(max=count - 1)
-            nulls = torch.arange(len(index), device=index.device).clamp(max=count - 1) + len(embedding)
-            index = torch.cat([index, nulls[:, None].expand_as(index)])
-            embedding = torch.cat([embedding, null.expand(len(images), -1)])
-            image_of_row = None if image_of_row is None else torch.cat([image_of_row, len(nulls) + images])
-        detail, look = condition.detail, condition.look
-        detail = None if detail is None else torch.cat([detail, torch.zeros_like(detail)])
-        look = None if look is None else torch.cat([look, look])
-        return MaskCondition(embedding, detail, index, image_of_row, look, condition.kept)
+            dropped = drop[:, None] if image_of_row is None else drop[image_of_row]  # (B, 1) or (R,)
+            embedding = torch.where(dropped[..., None], self.y_embedder.null(), embedding)
+            detail = None if detail is None else detail * ~drop[:, None, None]
+        look_embedding = None
+        if look is not None and self.look_embedder is not None:
+            look_embedding = self.look_embedder(look, drop_look)  # (B, D)
+        kept = KeptModulation() if share_rows else None
+        return MaskCondition(embedding, detail, row_of_token, image_of_row, look_embedding, kept)
 
     def forward(
         self,
@@ -429,7 +353,7 @@ class SiT(nn.Module):
         if cfg_scale == 1.0:
             guided = masked = self(x, t, y)
         else:
-            masked, null = self(torch.cat([x, x]), torch.cat([t, t]), self.with_null_condition(y)).chunk(2)
+            masked, null = self(torch.cat([x, x]), torch.cat([t, t]), y.with_null(self.y_embedder.null())).chunk(2)
             guided = null + cfg_scale * (masked - null)
         if look_scale == 1.0 or y.look is None:
             return guided
@@ -444,19 +368,6 @@ class SiT(nn.Module):
     def draw_look_dropped(self, batch_size: int, device: torch.device) -> Tensor | None:
         """Samples that lose their look in this training step, (B,) bool; None outside of training."""
         return torch.rand(batch_size, device=device) < self.look_dropout_prob if self.training else None
-
-
-def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed two-dimensional sine-cosine embedding (1, T, D). The first half of the channels is for columns, the second
-    for rows, as in DiT's weights.
-
-    Source: Vaswani et al. 2017, arXiv 1706.03762.
-    """
-    quarter = hidden_size // 4
-    frequency = 1.0 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)
-    rows, columns = (index.reshape(-1, 1) * frequency for index in np.indices(grid))  # each (T, D / 4)
-    parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
-    return torch.from_numpy(np.concatenate(parts, axis=1)).float()[None]
 
 
 SIZES = {

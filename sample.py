@@ -31,16 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cli import (
-    add_machine_arguments,
-    add_mask_arguments,
-    add_sampling_arguments,
-    add_solver_parsers,
-    load_checkpoint,
-    look_choice,
-    open_masks,
-    sampling_settings,
-)
+from cli import add_machine_arguments, add_mask_arguments, add_sampling_arguments, add_solver_parsers
 from common.arguments import number
 from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
@@ -52,6 +43,7 @@ from dataset.mask_folder import MaskFolder
 from engine.autoencoder import PixelSpace
 from engine.machine import check_compiler, start_machine
 from engine.sampling import ImageSampler, image_seed
+from settings import load_checkpoint, look_choice, open_masks, sampling_settings
 
 logger = logging.getLogger("sample")
 MOST_SAMPLES = 10_000  # in one picture; sample_ddp.py makes more

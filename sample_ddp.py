@@ -46,10 +46,6 @@ from cli import (
     add_mask_arguments,
     add_sampling_arguments,
     add_solver_parsers,
-    load_checkpoint,
-    look_choice,
-    open_masks,
-    sampling_settings,
 )
 from common.arguments import part, positive_fraction, positive_int
 from common.disk import SETTINGS
@@ -62,6 +58,7 @@ from engine.agreement import agree_on_file
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
+from settings import load_checkpoint, look_choice, open_masks, sampling_settings
 from synthetic.bulk import draw_missing
 from synthetic.export import EXPORTS, check_export, export_set
 from synthetic.gallery import GALLERY, write_gallery

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb_utils
-from cli import add_data_arguments, add_machine_arguments, add_transport_arguments, resolve
+from cli import add_data_arguments, add_machine_arguments, add_transport_arguments
 from common.arguments import (
     batch_size,
     fraction,
@@ -49,15 +49,13 @@ from common.arguments import (
 from common.disk import write_csv, write_json
 from common.errors import CommandParser, InputError, as_flag, run_command
 from common.log import start_logging
-from common.spread import evenly
-from dataset.checks import for_all
 from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
 from dataset.groups import groups_of, read_groups
-from dataset.looks import LOOKS, MOST_LOOKS, NO_LOOK, Looks
+from dataset.looks import LOOKS, NO_LOOK
 from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
 from engine.agreement import agree_on_checkpoint, agree_on_run
-from engine.autoencoder import Space, load_space, space_config
+from engine.autoencoder import check_same_space, load_space
 from engine.checkpoint import read_checkpoint
 from engine.config import NO_CACHE, OptimiserConfig, RunConfig, TrainConfig
 from engine.loop import run_loop
@@ -65,6 +63,7 @@ from engine.machine import (
     Machine,
     check_compiler,
     count_parameters,
+    log_machine_changes,
     log_provenance,
     on_main,
     resolve_precision,
@@ -74,6 +73,7 @@ from engine.machine import (
 from engine.run_folder import CONFIG, LOG, RunFolder, choose_run_folder
 from engine.training import Training
 from models import SiT_models
+from settings import resolve
 
 logger = logging.getLogger("train")
 MOST_WORKERS = 1024
@@ -147,17 +147,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--vae",
         help="autoencoder: ema or mse (of Stable Diffusion, downloaded once), a diffusers folder, or none to train on "
         "pixels",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--latent-cache", metavar="FOLDER",
         help=f"where encoded images are kept, or {NO_CACHE} to encode anew at each step (default: RESULTS_DIR/latents "
         "for --crop center, if the run is long enough to gain from it)",
     )  # fmt: skip
     group.add_argument(
-        "--no-mask-detail",
-        action="store_true",
+        "--no-mask-detail", action="store_true",
         help="only give the model the class fractions of each patch, not its pixels",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--no-patch-overlap", action="store_true", help="output patches side by side, as in SiT (may show a grid)"
     )
@@ -182,10 +181,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="split a batch into this many parts: the same update with less memory",
     )  # fmt: skip
     group.add_argument(
-        "--recompute-activations",
-        action="store_true",
+        "--recompute-activations", action="store_true",
         help="compute activations again in the backward pass: much less memory, slower steps",
-    )
+    )  # fmt: skip
     group.add_argument("--lr", type=positive_float, help="highest learning rate of AdamW")
     group.add_argument(
         "--warmup-steps", type=non_negative_int, help="steps over which the learning rate rises to its full value"
@@ -196,10 +194,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--weight-decay", type=non_negative_float, help="weight decay of AdamW")
     group.add_argument("--grad-clip", type=non_negative_float, help="largest gradient norm; 0 means no limit")
     group.add_argument(
-        "--ema-decay",
-        type=fraction,
+        "--ema-decay", type=fraction,
         help="decay of the averaged weights (EMA); rises to this value over the first steps",
-    )
+    )  # fmt: skip
     group.add_argument("--seed", "--global-seed", type=seed_number, help="seed of all random numbers")
 
     group = parser.add_argument_group("logging and checkpoints")
@@ -209,18 +206,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--keep", type=positive_int, help="number of newest checkpoints to keep")
     group.add_argument(
-        "--export-safetensors",
-        action="store_true",
+        "--export-safetensors", action="store_true",
         help="at the end, also write model.safetensors with averaged weights and configuration",
-    )
+    )  # fmt: skip
     group.add_argument("--sample-every", type=positive_int, help="steps between previews: pictures of a few masks")
     group.add_argument("--cfg-scale", type=non_negative_float, help="guidance scale of the previews; 1 means none")
     group.add_argument("--wandb", action="store_true", help="also log to Weights and Biases")
     group.add_argument(
-        "--num-workers",
-        type=number(int, 0, MOST_WORKERS),
+        "--num-workers", type=number(int, 0, MOST_WORKERS),
         help="loader processes beside each training process (default: 4, or 0 if one thread is fast enough)",
-    )
+    )  # fmt: skip
     add_machine_arguments(parser, can_compile=True)
     for section in (OptimiserConfig, TrainConfig):
         parser.set_defaults(**{one.name: one.default for one in fields(section) if one.default is not MISSING})
@@ -335,7 +330,7 @@ def prepare(
     if machine.is_main:
         write_json(run.path / CONFIG, training.record)
     set_weights(training, state)
-    set_looks(training, dataset, unlabelled)
+    training.measure_looks(dataset, unlabelled)
     if machine.is_main:
         note_data(training, dataset, unlabelled, run)
     training.prepare_model()
@@ -412,20 +407,6 @@ def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> di
     return read_checkpoint(path) if state is None and path is not None else state
 
 
-def check_same_space(space: Space, saved: dict[str, Any]) -> None:
-    """The autoencoder of a continued run may have moved, but must be the one it began with.
-
-    Raises:
-        InputError: it is another one, and its latents mean something else.
-    """
-    now = space_config(space)
-    if any(now[name] != value for name, value in saved.items() if name != "vae"):
-        raise InputError(
-            f"--vae {now['vae']}: not the autoencoder that this run began with (that was {saved['vae']}); give the "
-            "original's folder, or start anew with another --run-name."
-        )
-
-
 def set_weights(training: Training, state: dict[str, Any] | None) -> None:
     """Load weights and counters of the checkpoint. For a new run, load the weights of --init-from if it is given."""
     if state is not None:
@@ -437,38 +418,8 @@ def set_weights(training: Training, state: dict[str, Any] | None) -> None:
             logger.info("%s", line)
 
 
-def set_looks(training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
-    """Measure the looks of all images, for a model that knows looks. A continued run keeps those it began with."""
-    if not training.config.model.look_numbers:
-        if unlabelled:
-            logger.warning("unlabelled images without --look reference: masks will not take their look")
-        return
-    if training.looks is not None:
-        return
-    sources = (dataset, *unlabelled)
-    images = [(source, index, name) for source in sources for index, name in enumerate(image_names(source))]
-    kept = evenly(len(images), MOST_LOOKS)
-    chosen = [images[number] for number in kept]
-    groups = [training.groups[number] for number in kept] if training.groups else []
-    windows = for_all(lambda one: one[0].look_windows(one[1]), chosen, "measuring looks", training.machine.is_main)
-    training.looks = Looks.of([name for *_, name in chosen], list(windows), groups)
-    logger.info("looks of %d images: %d numbers each", len(chosen), training.config.model.look_numbers)
-
-
-def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if the machine changed. The batches and their order stay; only the noise differs."""
-    for name, value in before.items():
-        if now[name] != value:
-            logger.warning(
-                "changed on resume: %s: %s -> %s (equal in distribution, not bit for bit)", name, value, now[name]
-            )
-
-
 def note_data(
-    training: Training,
-    dataset: PairedFolder,
-    unlabelled: Sequence[UnlabelledFolder | PairedFolder],
-    run: RunFolder,
+    training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder], run: RunFolder
 ) -> None:
     """Record facts about the training images in checkpoint and run folder, and cut metrics after the present step."""
     training.note_images(dataset, unlabelled)

@@ -60,7 +60,8 @@ from dataset.masks import to_prob_map  # noqa: E402
 from engine.autoencoder import PixelSpace, Space  # noqa: E402
 from engine.checkpoint import read_checkpoint  # noqa: E402
 from engine.machine import DEVICES, Machine, has_compiler, start_machine, stop_machine
-from models import MaskCondition, SiT, build_model  # noqa: E402
+from layers.mask import MaskCondition  # noqa: E402
+from models import SiT, build_model  # noqa: E402
 
 
 @dataclass(frozen=True)

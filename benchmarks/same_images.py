@@ -21,7 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import load_checkpoint
 from common.arguments import non_negative_float, positive_int
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
@@ -29,6 +28,7 @@ from common.pictures import to_uint8
 from dataset.mask_folder import MaskFolder  # noqa: E402
 from engine.machine import DEVICES, Machine, has_compiler, start_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
+from settings import load_checkpoint
 
 LARGE_BATCH, SMALL_BATCH = 16, 5
 

@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import load_checkpoint
 from common.arguments import non_negative_float, positive_int
 from common.disk import write_atomically, write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
@@ -34,6 +33,7 @@ from common.log import start_logging
 from dataset.mask_folder import MaskFolder  # noqa: E402
 from engine.machine import DEVICES, Machine, commit, start_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
+from settings import load_checkpoint
 from transport import ODE_METHODS, Sampler, create_transport  # noqa: E402
 
 MEANS, STD = (-1.0, 1.0), 0.25

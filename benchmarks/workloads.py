@@ -29,8 +29,9 @@ from dataset.masks import to_prob_map
 from engine.autoencoder import LatentSpace, Space
 from engine.machine import Machine, has_compiler, update_ema
 from engine.sampling import ImageSampler, SamplingSettings
+from layers.mask import MaskCondition
 from layers.rows import MaskRows, mask_rows
-from models import MaskCondition, SiT, SiT_models
+from models import SiT, SiT_models
 from transport import Transport, create_transport
 
 NUM_CLASSES = 2
@@ -348,7 +349,7 @@ class SwitchedSampler(ImageSampler):
         if self.settings.cfg_scale != 1 or self.mode.single_when_unguided:
             return super()._predict(x, t, y)
         with self.machine.autocast():
-            both = self.model.with_null_condition(y)
+            both = y.with_null(self.model.y_embedder.null())
             return self.model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)[0].float()
 
 

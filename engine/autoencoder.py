@@ -263,3 +263,19 @@ def _load(source: str, local_files_only: bool) -> AutoencoderKL:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_same_space(space: Space, saved: dict[str, Any]) -> None:
+    """The autoencoder of a continued run may have moved, but must be the one it began with.
+
+    Raises:
+        InputError: it is another one, and its latents mean something else.
+    """
+    now = space_config(space)
+    if any(now[name] != value for name, value in saved.items() if name != "vae"):
+        raise InputError(
+            f"vae {now['vae']}: not the autoencoder that this run began with (that was {saved['vae']}); give the "
+            "original's folder, or start anew with another run_name.",
+            "vae",
+            "run_name",
+        )

@@ -1,7 +1,7 @@
 """The configuration of one run: frozen dataclasses, kept in the checkpoint as plain dicts.
 
-``cli.resolve`` makes a ``RunConfig`` from a command line. In a continued run it also reads the checkpoint. The metadata
-of a field say which value is used:
+``settings.resolve`` makes a ``RunConfig`` from a command line. In a continued run it also reads the checkpoint. The
+metadata of a field say which value is used:
 
     flag      name of the flag that sets the field (default: the field's own name; None: it follows from other fields)
     resume    FIXED: the checkpoint's value stays, and another one is refused

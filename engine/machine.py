@@ -359,3 +359,12 @@ def on_main(machine: Machine, work: Callable[[], T], what: str) -> T | None:
 def usable_cores() -> int:
     """Number of CPU cores that this process may use. A job or a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn if the machine changed. The batches and their order stay; only the noise differs."""
+    for name, value in before.items():
+        if now[name] != value:
+            logger.warning(
+                "changed on resume: %s: %s -> %s (equal in distribution, not bit for bit)", name, value, now[name]
+            )

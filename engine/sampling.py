@@ -28,7 +28,8 @@ from engine.autoencoder import Space, load_space
 from engine.checkpoint import build_trained, read_checkpoint
 from engine.machine import Machine
 from engine.tiling import Windows
-from models import MaskCondition, SiT
+from layers.mask import MaskCondition
+from models import SiT
 from transport import LikelihoodResult, Sampler, Transport, create_transport
 from transport.sampler import OdeSolver, SdeSolver
 

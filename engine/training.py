@@ -25,10 +25,11 @@ from common.plain import WRONG
 from common.randomness import seed_step
 from common.spread import evenly
 from dataset.batches import Batch
+from dataset.checks import for_all
 from dataset.folders import PairedFolder
-from dataset.looks import Looks, measure_tensor
+from dataset.looks import MOST_LOOKS, Looks, measure_tensor
 from dataset.masks import to_prob_map
-from dataset.unlabelled import UnlabelledFolder
+from dataset.unlabelled import UnlabelledFolder, image_names
 from download import PUBLISHED_URLS, find_weights
 from engine.autoencoder import LatentSpace, Space, space_config
 from engine.config import RunConfig
@@ -163,6 +164,22 @@ class Training:
         if self.step == 0 or self.labelled_on is not None:
             labels = {one for folder in (labelled, *unlabelled) for one in _labels_behind(folder, labelled)}
             self.labelled_on = sorted(labels.union(self.labelled_on or ()))
+
+    def measure_looks(self, labelled: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
+        """Measure the looks of all images, for a model that knows looks. A continued run keeps those it began with."""
+        if not self.config.model.look_numbers:
+            if unlabelled:
+                logger.warning("unlabelled images, but a model without looks: masks will not take their look")
+            return
+        if self.looks is not None:
+            return
+        images = [(folder, i, name) for folder in (labelled, *unlabelled) for i, name in enumerate(image_names(folder))]
+        kept = evenly(len(images), MOST_LOOKS)
+        chosen = [images[number] for number in kept]
+        groups = [self.groups[number] for number in kept] if self.groups else []
+        windows = for_all(lambda one: one[0].look_windows(one[1]), chosen, "measuring looks", self.machine.is_main)
+        self.looks = Looks.of([name for *_, name in chosen], list(windows), groups)
+        logger.info("looks of %d images: %d numbers each", len(chosen), self.config.model.look_numbers)
 
     @property
     def _on_cpu_in_bf16(self) -> bool:

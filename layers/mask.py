@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from layers.rows import ROW_MULTIPLE, KeptModulation
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -66,3 +70,48 @@ class MaskDetail(nn.Module):
         patches = patches - patches[..., :1]  # exact zeros if all pixels are equal: a mean alone may round
         patches = patches - patches.mean(-1, keepdim=True)
         return self.proj(patches.flatten(2))
+
+
+@dataclass(frozen=True)
+class MaskCondition:
+    """Embedded masks and looks of a batch. They are computed once and reused in every network call.
+
+    Attributes:
+        embedding: (B, T, D) mask embedding of each token, or (R, D) its distinct rows if ``row_of_token`` is set.
+        detail: (B, T, D) addition to the input tokens; None for a model without mask detail.
+        row_of_token: (B, T) long, row of ``embedding`` of each token; None if each token has its own embedding.
+        image_of_row: (R,) long, image of each row; the row takes the time t and the look of this image. None if all
+            images share the rows; then they must have the same look and the same t, as in a solver step.
+        look: (B, D) embedding of the look of each image; None for no look.
+        kept: keeps the modulation of the latest call in sampling; None in training.
+    """
+
+    embedding: Tensor
+    detail: Tensor | None
+    row_of_token: Tensor | None = None
+    image_of_row: Tensor | None = None
+    look: Tensor | None = None
+    kept: KeptModulation | None = None
+
+    def with_null(self, null: Tensor) -> MaskCondition:
+        """Condition of 2 B images: the B images with their masks, then without masks. Looks are kept in both.
+
+        Args:
+            null: (D,) embedding of "no mask".
+        """
+        detail = None if self.detail is None else torch.cat([self.detail, torch.zeros_like(self.detail)])
+        look = None if self.look is None else torch.cat([self.look, self.look])
+        if self.row_of_token is None:
+            embedding = torch.cat([self.embedding, null.expand_as(self.embedding)])
+            return replace(self, embedding=embedding, detail=detail, look=look)
+        images, device = len(self.row_of_token), self.row_of_token.device
+        nulls = 1 if self.image_of_row is None else images  # null rows: one for all images, or one for each
+        padded = nulls + -nulls % ROW_MULTIPLE
+        embedding = torch.cat([self.embedding, null.expand(padded, -1)])
+        null_of_image = len(self.embedding) + torch.arange(images, device=device).clamp(max=nulls - 1)  # (B,)
+        row_of_token = torch.cat([self.row_of_token, null_of_image[:, None].expand_as(self.row_of_token)])
+        image_of_row = self.image_of_row
+        if image_of_row is not None:
+            image_of_null = images + torch.arange(padded, device=device).clamp(max=images - 1)
+            image_of_row = torch.cat([image_of_row, image_of_null])
+        return MaskCondition(embedding, detail, row_of_token, image_of_row, look, self.kept)

@@ -80,6 +80,27 @@ def distinct_rows_of_looks(shares: Tensor, look: Tensor) -> tuple[Tensor, Tensor
     return rows[:, 1:], row_of_token, rows[:, 0].long()
 
 
+def shared_rows(shares: Tensor, look: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Distinct rows of a batch in sampling, or all tokens as they are if the rows exceed half of the tokens.
+
+    Args:
+        shares: (B, T, K) class fractions.
+        look: (B, N) numbers of the look of each image; None for no look.
+
+    Returns:
+        rows (R, K), the row of each token (B, T) long, and the image of each row (R,) long, which is None if all images
+        share the rows. Without sharing: ``shares``, None and None.
+    """
+    image_of_row = None
+    if look is None or bool((look == look[:1]).all()):
+        rows, row_of_token = distinct_rows(shares)
+    else:
+        rows, row_of_token, image_of_row = distinct_rows_of_looks(shares, look)
+    if 2 * len(rows) > shares.shape[0] * shares.shape[1]:
+        return shares, None, None
+    return rows, row_of_token, image_of_row
+
+
 def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> MaskRows:
     """Distinct class fractions within each image, for training.
 

@@ -63,10 +63,6 @@ class LayoutSettings:
     source_sha256: str
 
 
-class CellsTooSmall(InputError):
-    """All pieces have fewer than LEAST_CELL_AREA pixels, so no cell would remain."""
-
-
 class OneValueForAll(InputError):
     """The label files do not number their cells: most files hold a single value for all cells."""
 
@@ -234,7 +230,7 @@ class Layouts:
         """(H, W) int32 instance map of layout number `index`.
 
         Raises:
-            CellsTooSmall: no cell is left at this scale.
+            InputError: no cell is left at this scale.
         """
         settings = self._settings
         rng = np.random.default_rng((settings.seed, index, 0))
@@ -248,7 +244,7 @@ class Layouts:
                 piece = turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
                 if piece.area >= LEAST_CELL_AREA:  # tidy would drop a smaller one
                     return piece
-            raise CellsTooSmall(f"the cells have fewer than {LEAST_CELL_AREA} pixels")
+            raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger scale", "scale")
 
         fill(field, rng, foreground, draw_piece, place_anywhere)
         return tidy(field.instance_map)

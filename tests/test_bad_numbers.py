@@ -21,10 +21,10 @@ import make_masks
 import sample
 import sample_ddp
 import train
-from cli import resolve, sampling_settings
 from common.arguments import by_share, interval, part
 from common.errors import InputError
 from engine.config import RunConfig
+from settings import resolve, sampling_settings
 
 COMMANDS = (app, evaluate, make_masks, sample, sample_ddp, train)
 WORDS = (None, Path, str.lower, str.capitalize, shlex.split)  # types of flags that take no number

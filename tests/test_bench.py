@@ -17,8 +17,8 @@ from benchmarks.flops import sit_flops
 from benchmarks.workloads import AS_SIT, TRAINING_SWITCHES, Mode, TrainingBench, draw_masks, modes_of
 from engine.autoencoder import PixelSpace
 from engine.machine import Machine
+from layers.mask import MaskCondition
 from layers.rows import mask_rows
-from models import MaskCondition
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
 

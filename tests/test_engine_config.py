@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 import train
-from cli import resolve
 from common.errors import InputError
 from dataset.config import DataConfig
 from engine.config import FIXED, LOCAL, RunConfig, default_prediction
+from settings import resolve
 
 WORDS = ["--data-path", "images", "--mask-path", "masks", "--vae", "none", "--model", "SiT-Ti/8", "--image-size", "64"]
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from script_helpers import state, write_pairs
 
 import train
-from cli import resolve
 from common.errors import InputError, LostProcess
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
@@ -24,6 +23,7 @@ from engine.agreement import agree_on_checkpoint, agree_on_run
 from engine.machine import Machine
 from engine.peers import Peers, meet
 from engine.run_folder import RunFolder
+from settings import resolve
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,13 @@ import torch
 from script_helpers import TINY, run, train_arguments, write_pairs
 
 import train
-from cli import resolve
 from dataset.batches import Batch
 from engine.autoencoder import PixelSpace
 from engine.checkpoint import read_checkpoint
 from engine.loop import duration, limit_workers
 from engine.machine import Machine, usable_cores
 from engine.training import Training
+from settings import resolve
 
 BATCH, SIZE = 6, 16
 

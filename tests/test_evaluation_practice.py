@@ -15,7 +15,6 @@ from PIL import Image
 from script_helpers import call
 
 import evaluate
-import experiments
 import make_masks
 import train
 from common.cells import connected_cells
@@ -25,6 +24,7 @@ from dataset.config import DataConfig
 from dataset.mask_folder import MaskFolder
 from dataset.views import center_view
 from engine.checkpoint import save_checkpoint
+from evaluation.experiments import practice_commands
 from evaluation.experiments.cross_validation import fold_of_mask, make_folds
 from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, make_selections
@@ -52,7 +52,7 @@ from synthetic.reader import SampleSet
 
 SIZE, CPU = 32, torch.device("cpu")
 CONFIG = DataConfig(image_size=SIZE, crop="random")
-COMMANDS = experiments.CommandTools
+COMMANDS = practice_commands.CommandTools
 
 
 def cells_at(seed: int) -> np.ndarray:
@@ -274,7 +274,7 @@ class Drawing:
     def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
         self.calls.append(part.kind)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(experiments, "_run", lambda script, *words: call(make_masks, *words))
+            patch.setattr(practice_commands, "_run", lambda script, *words: call(make_masks, *words))
             COMMANDS([], []).make_masks(part, instances, components, side, seed, output)
 
     def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
@@ -285,7 +285,7 @@ class Drawing:
 
 def practise(monkeypatch, data: Path, output: Path, drawing: Drawing, *words: object) -> dict:
     """``evaluate.py practise`` with a drawing in place of the generator."""
-    monkeypatch.setattr(experiments, "CommandTools", lambda *flags: drawing)
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: drawing)
     call(evaluate, "practise", "--data-path", data / "images", "--mask-path", data / "masks", "--instances",
          data / "instances", "--unlabelled-path", data / "unlabelled", "--output", output, "--device", "cpu",
          *words)  # fmt: skip
@@ -372,7 +372,7 @@ def test_rounds_end_and_the_page_says_so_if_synthetic_images_do_not_help(monkeyp
 def test_stored_values_of_classes_reach_the_generator_and_are_refused_for_cells(monkeypatch, data, tmp_path):
     words = ["practise", "--data-path", data / "images", "--mask-path", data / "masks", "--output", tmp_path / "out"]
     given = []
-    monkeypatch.setattr(experiments, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
     with pytest.raises(SystemExit):
         call(evaluate, *words, "--mask-values", 0, 128, 255, "--train-flags", "--seed 3")
     assert given[0][0] == ["--seed", "3", "--mask-values", "0", "128", "255"]
@@ -382,8 +382,8 @@ def test_stored_values_of_classes_reach_the_generator_and_are_refused_for_cells(
 
 
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):
-    tools = experiments.CommandTools(["--no-such-flag"], [])
-    monkeypatch.setattr(experiments.sys, "executable", "/bin/false")
+    tools = practice_commands.CommandTools(["--no-such-flag"], [])
+    monkeypatch.setattr(practice_commands.sys, "executable", "/bin/false")
     with pytest.raises(InputError, match=r"train\.py ended with exit code 1"):
         tools.train(LabelledFolders(data / "images", data / "masks"), Unlabelled(None), tmp_path / "run")
     write_pair(tmp_path / "one", "a", 1)
@@ -394,8 +394,8 @@ def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, 
 
 def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
     called = []
-    monkeypatch.setattr(experiments, "_run", lambda script, *words: called.append([script, *map(str, words)]))
-    tools = experiments.CommandTools(["--max-steps", "5"], ["--num-sampling-steps", "2"])
+    monkeypatch.setattr(practice_commands, "_run", lambda script, *words: called.append([script, *map(str, words)]))
+    tools = practice_commands.CommandTools(["--max-steps", "5"], ["--num-sampling-steps", "2"])
     values = {"density": 0.2, "scale": (0.9, 1.1)}
     tools.make_masks(MaskPart("recombine", 3, values), data / "masks", True, SIZE, 7, tmp_path / "m")
     tools.make_masks(
@@ -409,7 +409,7 @@ def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
 
 def test_generator_sees_the_unlabelled_images_and_their_looks(monkeypatch, data, tmp_path):
     called = []
-    monkeypatch.setattr(experiments, "_run", lambda script, *words: called.append([*map(str, words)]))
+    monkeypatch.setattr(practice_commands, "_run", lambda script, *words: called.append([*map(str, words)]))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "0000001.pt").touch()
     folders, new = LabelledFolders(data / "images", data / "masks"), data / "unlabelled"

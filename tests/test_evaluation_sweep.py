@@ -115,7 +115,7 @@ def test_faithful_and_realistic_setting_is_recommended_with_the_fewest_steps(rea
 
 def test_flags_of_a_setting_are_understood_by_sample_ddp():
     import sample_ddp
-    from cli import sampling_settings
+    from settings import sampling_settings
 
     settings = settings_grid([2.5], [(0.25, 0.75)], ["sde-heun"], [7])[0]
     flags = SweepRow(settings, 0.5, 1, 0.5, 0.1, 1, 1).flags().split()

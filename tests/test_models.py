@@ -10,19 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from dataset.masks import to_prob_map
-from layers.rows import mask_rows
-from models import (
-    ROW_MULTIPLE,
-    MaskCondition,
-    MaskEmbedder,
-    Overlap,
-    SiT,
-    SiT_models,
-    build_model,
-    distinct_rows,
-    position_embedding,
-    spread_rows,
-)
+from layers.mask import MaskCondition, MaskEmbedder
+from layers.overlap import Overlap
+from layers.rows import ROW_MULTIPLE, distinct_rows, mask_rows, spread_rows
+from layers.sinusoids import position_embedding
+from models import SiT, SiT_models, build_model
 from transport import Sampler, create_transport
 
 B, C, K, D, H, W, GH, GW, P = 5, 4, 3, 32, 12, 8, 6, 4, 4  # of the small model; P mask pixels per token side
@@ -475,7 +467,7 @@ def test_shared_rows_give_the_output_of_rows_per_token(model, cfg_scale):
     shared, own = model.embed_mask(y, share_rows=True), model.embed_mask(y)
     assert shared.row_of_token is not None and own.row_of_token is None
     assert shared.embedding.shape == (ROW_MULTIPLE, D)
-    assert model.with_null_condition(shared).embedding.shape == (2 * ROW_MULTIPLE, D)
+    assert shared.with_null(model.y_embedder.null()).embedding.shape == (2 * ROW_MULTIPLE, D)
     torch.testing.assert_close(shared.embedding[shared.row_of_token], own.embedding, rtol=0, atol=1e-7)
     assert torch.equal(shared.detail, own.detail)
     expected = model.forward_with_cfg(x, t, own, cfg_scale)

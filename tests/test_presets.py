@@ -6,7 +6,7 @@ import pytest
 from script_helpers import ROOT, run_here, write_pairs
 
 import train
-from cli import resolve
+from settings import resolve
 
 PATHS = ["--data-path", "images", "--mask-path", "masks"]
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"synthetic"},
     {"evaluation"},
     {"flag_rules"},
-    {"cli"},
+    {"cli", "settings"},
     {"experiments", "page"},
     {"app", "train", "sample", "sample_ddp", "evaluate", "make_masks"},
 ]
@@ -78,18 +78,19 @@ def places(paths: list[Path], wrong: object) -> list[str]:
 
 # The root holds these files, so that a newcomer finds a topic in one guess.
 ROOT_FILES = {"app.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py", "make_masks.py"}
-ROOT_FILES |= {"cli.py", "experiments.py", "flag_rules.py", "models.py", "download.py", "wandb_utils.py"}
+ROOT_FILES |= {"cli.py", "settings.py", "flag_rules.py", "experiments.py", "models.py", "download.py", "wandb_utils.py"}
 MOST_LINES = 500
 # A word of the left column stands in the file of the right column only.
 ONE_PLACE = {"rot90": "dataset/views.py", "127.5": "common/pictures.py", "manifest.csv": "synthetic/manifest.py"}
-COMMAND_LINE = COMMANDS | {"cli", "experiments", "flag_rules"}
+COMMAND_LINE = COMMANDS | {"cli", "experiments", "flag_rules", "settings"}
 # The parser and its argument types; `python -m dataset.hold_out`, which make calls; a class in SiT's published files.
 KNOWS_ARGPARSE = {"common/errors.py", "common/arguments.py", "dataset/hold_out.py", "download.py"}
-# Advice to copy into a command line; flags of containers; the table that says which command writes a column; of git.
+# Advice to copy into a command line; commands that are run; flags of containers and git; which command writes a column.
 SPEAKS_OF_FLAGS = {
     "common/errors.py",
     "common/faults.py",
     "evaluation/data_report.py",
+    "evaluation/experiments/practice_commands.py",
     "evaluation/sweep.py",
     "synthetic/manifest.py",
     "engine/machine.py",
