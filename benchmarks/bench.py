@@ -21,12 +21,11 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.flops import matrix_rate, sit_flops, synchronize  # noqa: E402
 from benchmarks.report import Row, markdown, plot, provenance  # noqa: E402
+from benchmarks.rounds import interleave, mode_rows, ratio, spread  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
     AS_SIT,
     NUM_CLASSES,
@@ -156,70 +156,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one rank of the part "ranks"
     return parser.parse_args(argv)
-
-
-# ------------------------------------------------------------------------------------------------------------ rounds
-
-
-def interleave(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, deadline: float, always: Sequence[str] = ()
-) -> dict[str, list[Any]]:
-    """Results of every run, all of them in turn in every round, the rounds ending with the deadline.
-
-    The runs named by ``always`` run once in any case; what else the first round has no time for is left out, and
-    so is what does not fit the memory.
-    """
-    results: dict[str, list[Any]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name, run in runs.items():
-            late = time.monotonic() > deadline and any(results.values())
-            if name not in results or (late and (number or name not in always)):
-                continue
-            try:
-                results[name].append(run())
-            except torch.OutOfMemoryError:
-                print(f"  {name}: out of memory")
-                del results[name]
-                torch.cuda.empty_cache()
-    return {name: found for name, found in results.items() if found}
-
-
-def spread(values: Sequence[float]) -> list[float]:
-    """Median, lowest, highest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
-def ratio(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Ratio of times to others, round by round."""
-    return spread([other / one for one, other in zip(times, others, strict=False)])
-
-
-def mode_rows(results: dict[str, list[Timing]], setup: Setup, rates: dict[str, list[float]], modes: dict) -> list[Row]:
-    """One row per mode, compared with ours and with the baseline."""
-    seconds = {name: [one.seconds for one in found] for name, found in results.items()}
-    rows = []
-    for name, found in results.items():
-        mode = modes[name]
-        rate = statistics.median(rates["bf16" if mode.bf16 else "float32"])
-        row = {
-            "setup": setup.name,
-            "mode": name,
-            "seconds": spread(seconds[name]),
-            "images_per_second": setup.batch / statistics.median(seconds[name]),
-            "slower_than_ours": ratio(seconds["ours"], seconds[name]) if "ours" in seconds else None,
-            "faster_than_as_sit": ratio(seconds[name], seconds["as-sit"]) if "as-sit" in seconds else None,
-            "utilisation": found[0].flops / statistics.median(seconds[name]) / rate,
-            "waiting_share": statistics.median([one.waiting for one in found]),
-            "peak_memory_gib": max(one.memory_gib for one in found),
-            "network_calls": found[0].calls,
-            "seconds_per_call": statistics.median(seconds[name]) / max(1, found[0].calls),
-            "flops": found[0].flops,
-        }
-        rows.append(row)
-    if "one condition per image" in seconds and "ours" in seconds:
-        shares = [1 / value for value in ratio(seconds["one condition per image"], seconds["ours"])]
-        rows[0]["modulation_share"] = 1 - shares[0]
-    return rows
 
 
 class Bench:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench
 from benchmarks.flops import sit_flops
+from benchmarks.rounds import interleave
 from benchmarks.workloads import AS_SIT, TRAINING_SWITCHES, Mode, TrainingBench, draw_masks, modes_of
 from engine.autoencoder import PixelSpace
 from engine.machine import Machine
@@ -110,9 +111,9 @@ def test_two_ranks_take_steps(tmp_path):
 
 def test_no_round_begins_after_the_deadline():
     runs = {"a": lambda: 1, "b": lambda: 2}
-    assert bench.interleave(runs, rounds=3, deadline=0) == {"a": [1]}
-    assert bench.interleave(runs, rounds=3, deadline=0, always=("a", "b")) == {"a": [1], "b": [2]}
-    assert bench.interleave(runs, rounds=3, deadline=float("inf")) == {"a": [1, 1, 1], "b": [2, 2, 2]}
+    assert interleave(runs, rounds=3, deadline=0) == {"a": [1]}
+    assert interleave(runs, rounds=3, deadline=0, always=("a", "b")) == {"a": [1], "b": [2]}
+    assert interleave(runs, rounds=3, deadline=float("inf")) == {"a": [1, 1, 1], "b": [2, 2, 2]}
 
 
 def test_masks_of_the_benchmark_are_cells_on_background():
