@@ -243,7 +243,7 @@ def lock_folder(
         lock.close()
         holder, advice = _holder(folder)
         raise InputError(
-            f"{folder}: another process works in this folder{holder}. Wait for it, or {mend}.{advice}"
+            f"{folder}: another process works in this folder{holder}. Wait for it, or {mend}.{advice}", "output"
         ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
