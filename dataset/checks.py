@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,8 +60,10 @@ def refuse_bad(errors: Sequence[FileError], total: int, what: str) -> None:
         raise errors[0]
     if errors:
         names_by_reason: dict[str, list[str]] = {}
+        often = Counter(error.path.name for error in errors)  # NAME/masks of one folder per image
         for error in errors:
-            names_by_reason.setdefault(error.reason, []).append(error.path.name)
+            name = error.path.name if often[error.path.name] == 1 else f"{error.path.parent.name}/{error.path.name}"
+            names_by_reason.setdefault(error.reason, []).append(name)
         faults = [f"{list_some(names)}: {reason}" for reason, names in names_by_reason.items()]
         more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
         raise InputError(f"{len(errors)} of {total} {what} cannot be used. {'; '.join(faults[:3])}{more}")
@@ -98,10 +101,10 @@ def check_same_size(image: Sequence[int], mask: Sequence[int], mask_path: Path) 
         return
     if tuple(mask[:2]) == tuple(image):
         raise FileError(mask_path, "has its classes in the last axis (H, W, K): store them in the first (K, H, W)")
-    hint = "they must agree"
+    hint = "they must agree; was one of them cropped or padded?"
     if size == (width, height):
         hint = "are its rows and columns swapped?"
-    elif height * size[1] == width * size[0]:
+    elif height * size[1] == width * size[0] and not 0.8 < height / size[0] < 1.25:
         hint = "if the mask was made at another scale, resize it by nearest neighbour"
     raise FileError(mask_path, f"has {size[1]} x {size[0]} pixels, but its image {width} x {height}: {hint}")
 

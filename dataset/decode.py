@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common.errors import InputError, list_some
 
@@ -98,6 +98,10 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
                 array = array if as_mask else _without_opaque_alpha(array)
     except InputError:
         raise
+    except PermissionError:
+        raise FileError(path, "may not be read by this user: change its permissions") from None
+    except UnidentifiedImageError:
+        raise FileError(path, "cannot be read, it is damaged or no image file") from None
     except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
         detail = " ".join((str(error) or type(error).__name__).split())[:120]
         raise FileError(path, "cannot be read, it is damaged or no image file", detail) from None
@@ -113,7 +117,7 @@ def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.n
         if image.format == "PNG" and frames > 1:
             raise FileError(path, f"is an animation of {frames} frames: {NOT_FLAT}")
         image.load()
-        if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+        if image.getexif().get(ORIENTATION_TAG, 1) not in (0, 1):
             raise FileError(path, ROTATED)
         if deep_colour:
             file.seek(0)

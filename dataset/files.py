@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import unicodedata
-import zipfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +22,12 @@ from PIL import Image
 from common.cells import connected_cells
 from common.errors import InputError, list_some
 from dataset.decode import CHANNELS, JPEG_START, PNG_START, FileError, decode
-from dataset.names import is_litter, name_hints, odd_names, partners, split_together
+from dataset.folder_hints import BY_PRODUCTS, IMAGE_SUFFIXES, MASK_SUFFIXES, files_in, no_folder, what_instead
+from dataset.names import is_litter, is_split, name_hints, odd_names, partners, split_together
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "heldout", "holdout"}
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
-# What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
-_BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _FLOWS_ENDING = "_flows"
-_ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
-_MICROSCOPES = (".nd2", ".czi", ".lif")
+TWO_FORMS = " (they look alike: the accents are stored in two forms, NFC and NFD)"
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
 
     A folder without files may hold one folder per image instead, as the 2018 Data Science Bowl does:
     ``NAME/images/*.png`` (one file) and ``NAME/masks/*.png`` (one file per nucleus), or ``NAME/*.png`` for masks. A
-    mask is then a folder.
+    mask is then a folder, unless all of these folders hold a single file.
 
     Args:
         folder: where to look; nothing below it is searched except in the layout above.
@@ -70,7 +62,7 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
     folder = Path(folder)
     suffixes = IMAGE_SUFFIXES if what.startswith("image") else MASK_SUFFIXES
     if not folder.is_dir():
-        raise FileError(folder, f"is no folder of {what} files: {'it is a file' if folder.exists() else 'not found'}")
+        raise FileError(folder, f"is no folder of {what} files: {no_folder(folder)}")
     found: dict[str, Path] = {}
     twice, others, by_products = [], [], []
     with os.scandir(folder) as entries:  # no stat per file: 100,000 names take well under a second
@@ -78,12 +70,13 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
             stem, dot, suffix = name.rpartition(".")
             if not stem or dot + suffix.lower() not in suffixes:
                 others.append(name)
-            elif _BY_PRODUCTS.search(name):
+            elif BY_PRODUCTS.search(name):
                 by_products.append(name)
             else:
                 stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))  # a Mac writes accents as letters apart
                 if stem in found:
-                    twice.append(f"{found[stem].name} and {name}")
+                    alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found[stem].name)
+                    twice.append(f"{found[stem].name} and {name}{TWO_FORMS if alike else ''}")
                 found[stem] = folder / name
     odd = odd_names((*found, *others))
     if odd:  # they end in tables, in messages and on a terminal
@@ -96,81 +89,41 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
     if not found:
         found = _find_one_folder_per_image(folder, others, is_image=what.startswith("image"))
     if not found:
-        raise FileError(folder, f"holds no {what} files{_what_instead(folder, what, others, by_products, suffixes)}")
+        raise FileError(folder, f"holds no {what} files{what_instead(folder, what, others, by_products, suffixes)}")
     flows = {stem for stem in found if stem.endswith(_FLOWS_ENDING) and stem.removesuffix(_FLOWS_ENDING) in found}
     return {stem: path for stem, path in sorted(found.items()) if stem not in flows}
 
 
-def _what_instead(
-    folder: Path, what: str, others: Sequence[str], by_products: Sequence[str], suffixes: Sequence[str]
-) -> str:
-    """What a folder without the files that are looked for holds, and what to give."""
-    segs = sum(name.endswith("_seg.npy") for name in by_products)
-    if segs and not what.startswith("image"):
-        return f" but {segs} _seg.npy of Cellpose: make_masks.py convert turns them into label images"
-    archives = [name for name in others if name.lower().endswith(".zip") and not _holds_rois(folder / name)]
-    if archives:
-        return f" but archives ({list_some(archives, 1)}): unpack them"
-    stacks = [name for name in others if name.lower().endswith(_MICROSCOPES)]
-    if stacks:
-        return f" but files of a microscope ({list_some(stacks, 1)}): make_masks.py images turns them into flat TIFFs"
-    annotations = [name for name in others if name.lower().endswith(_ANNOTATIONS)]
-    if annotations and not what.startswith("image"):
-        first = list_some(annotations, 1)
-        return f" but annotations of another program ({first}): make_masks.py convert turns them into label images"
-    inner = [name for name in others if (folder / name).is_dir()]
-    wanted = next((name for name in inner if name.startswith(what)), None)
-    if wanted is None:
-        wanted = next((name for name in inner if _files_in(folder / name, suffixes)), None)
-    if wanted is not None:
-        below = len(_files_in(folder / wanted, suffixes))
-        several = sum(bool(_files_in(folder / name, suffixes)) for name in inner) > 1
-        groups = ". If each sub-folder is a group, such as a patient: make_masks.py groups puts them into one folder"
-        return f"; did you mean {folder / wanted}?{f' It holds {below}' if below else ''}{groups if several else ''}"
-    kinds = Counter(Path(name).suffix.lower() for name in others)
-    kind, count = max(kinds.items(), key=lambda one: one[1]) if kinds else ("", 0)
-    if kind:
-        return f" but {count} {kind}, which are not read: save them as {' '.join(suffixes)}"
-    return ", it must hold " + " ".join(suffixes)
-
-
-def _holds_rois(path: Path) -> bool:
-    """Whether a zip archive holds ROIs of ImageJ."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.lower().endswith(".roi") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: bool) -> dict[str, Path]:
-    """The layout ``NAME/images/FILE`` and ``NAME/masks/FILES``: NAME -> image file or folder of masks."""
+    """The layout ``NAME/images/FILE`` and ``NAME/masks/FILES``: NAME -> image file or folder of masks.
+
+    If each folder of masks has a single file, these are the masks of whole images, and not of nuclei.
+    """
     found = {}
     for name in names:
-        inner = folder / name / ("images" if is_image else "masks")
-        if inner.is_dir():
-            files = _files_in(inner)
+        kinds = ("images", "image") if is_image else ("masks", "mask")
+        inner = next((path for kind in kinds if (path := folder / name / kind).is_dir()), None)
+        if inner is not None:
+            files = files_in(inner)
             if is_image and len(files) != 1:
                 raise FileError(
                     inner, f"holds {len(files)} images, but one is expected in a folder per image. To read all of "
                     f"them, give {inner} itself",
                 )  # fmt: skip
             found[name] = files[0] if is_image else inner
-        elif not is_image and name not in ("images", "masks") and (folder / name).is_dir() and _files_in(folder / name):
+        elif not is_image and name not in ("images", "masks") and (folder / name).is_dir() and files_in(folder / name):
             found[name] = folder / name
-    splits = [name for name, path in found.items() if path == folder / name and name.lower() in SPLITS]
+    splits = [name for name, path in found.items() if path == folder / name and is_split(name)]
     if splits and len(splits) == len(found):
+        first = min(splits, key=lambda name: not name.lower().startswith("train"))
         raise FileError(
             folder, f"holds the folders {', '.join(splits)}, whose files are masks of whole images: give one of them, "
-            f"{folder / splits[0]}",
+            f"{folder / first}",
         )  # fmt: skip
+    nuclei = {} if is_image else {name: files_in(path) for name, path in found.items()}
+    if all(len(files) == 1 for files in nuclei.values()):
+        found |= {name: files[0] for name, files in nuclei.items()}
     return found
-
-
-def _files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    return [folder / name for name in names if Path(name).suffix.lower() in suffixes]
 
 
 def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[Pair], list[str], list[str]]:
@@ -186,7 +139,8 @@ def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[P
 def find_images_and_masks(image_dir: str | Path, mask_dir: str | Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """:func:`find_files` of both folders; one folder for both is split by the words in the names."""
     images, masks = find_files(image_dir, "image"), find_files(mask_dir, "mask")
-    together = Path(image_dir).samefile(mask_dir) and next(iter(masks.values())).is_file()
+    first = next(iter(masks.values()))
+    together = Path(image_dir).samefile(mask_dir) and first.is_file() and first.parent == Path(mask_dir)
     if together:
         image_stems, mask_stems = split_together({*images, *masks})
         images = {stem: path for stem, path in images.items() if stem in image_stems}
@@ -222,7 +176,7 @@ def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
     if lonely_masks:
         count = f"{len(lonely_masks)} of {len(masks)} masks in {mask_dir}"
         faults.append(f"{count} have no image in {image_dir}: {list_some(lonely_masks)}")
-    faults += name_hints(lonely_images, lonely_masks)
+    faults += name_hints(lonely_images, lonely_masks, [pair.name for pair in pairs])
     if faults:
         raise InputError(
             f"{'; '.join(faults)}. A mask has its image's name, alone or with a word such as _masks, _label or _seg, "
@@ -308,35 +262,45 @@ def read_mask_and_table(path: str | Path) -> tuple[np.ndarray, str]:
 
 
 def _read_nuclei(folder: Path) -> np.ndarray:
-    files = _files_in(folder)
+    files = files_in(folder)
     if not files:
-        raise FileError(folder, "holds no nucleus masks")
-    claimed = many_pieces = 0
+        raise FileError(folder, "is a folder without masks of nuclei")
+    claimed = many_pieces = inverted = 0
     for index, file in enumerate(files, start=1):
-        nucleus = read_mask(file)
-        if nucleus.ndim != 2:
-            raise FileError(file, "is no flat mask of one nucleus")
+        nucleus = _read_nucleus(file)
         if index == 1:
             instance_map = np.zeros(nucleus.shape, np.uint16 if len(files) < 2**16 else np.int32)
         if nucleus.shape != instance_map.shape:
             raise FileError(file, f"has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
-        values = np.unique(nucleus)
-        if len(values) > 2 or (len(values) == 2 and values[0] != 0):
-            raise FileError(
-                file, f"is no mask of one nucleus: gray values {list_some(values.tolist())}. If it is the mask of a "
-                f"whole image, give the folder {folder} itself",
-            )  # fmt: skip
-        nucleus = nucleus > 0
         claimed += int(np.count_nonzero(nucleus))
         many_pieces += _is_scattered(nucleus)
+        inverted += bool(nucleus.mean() > 0.5 and nucleus[[0, -1]].mean() > 0.9 and nucleus[:, [0, -1]].mean() > 0.9)
         instance_map[nucleus & (instance_map == 0)] = index
+    if 2 * inverted > len(files) > 1:
+        raise FileError(folder, "holds nuclei that are black on white: background must be 0")
     overlap = claimed - np.count_nonzero(instance_map)
     if 2 * many_pieces > len(files) or overlap > MAX_NUCLEI_OVERLAP * claimed:
         raise FileError(
-            folder, f"holds masks of whole images, not one file per nucleus: give {folder} itself, or put all such "
+            folder, "holds masks of whole images, not one file per nucleus: give this folder itself, or put all such "
             "folders into one with make_masks.py groups",
         )  # fmt: skip
     return instance_map
+
+
+def _read_nucleus(file: Path) -> np.ndarray:
+    """The mask of one nucleus: (H, W) bool."""
+    nucleus = read_mask(file)
+    if nucleus.ndim != 2:
+        raise FileError(file, "is no flat mask of one nucleus")
+    values = np.unique(nucleus)
+    if len(values) > 2 and file.suffix.lower() in (".jpg", ".jpeg"):
+        raise FileError(file, "is a JPEG, which blurs the edges: export the masks of nuclei anew as PNG or TIFF")
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+        raise FileError(
+            file, "is no mask of one nucleus. If it is the mask of a whole image, give its folder",
+            f"{file.parent}; gray values {list_some(values.tolist())}",
+        )  # fmt: skip
+    return nucleus > 0
 
 
 def _is_scattered(nucleus: np.ndarray) -> bool:
@@ -349,6 +313,10 @@ def _gray_channel(array: np.ndarray, path: Path) -> np.ndarray:
     """The one channel of a mask stored as gray + alpha, RGB or RGBA with equal colours."""
     colours, alpha = (array[:, :, :-1], array[:, :, -1:]) if array.shape[2] in (2, 4) else (array, None)
     if alpha is not None and (alpha != np.iinfo(array.dtype).max).any():
+        if (colours == colours[:1, :1]).all():
+            raise FileError(
+                path, "has one colour and holds the mask in its transparency: save its alpha channel as gray"
+            )
         raise FileError(path, "is partly transparent: save the mask as gray without alpha channel")
     if (colours != colours[:, :, :1]).any():
         raise FileError(

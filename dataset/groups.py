@@ -13,10 +13,11 @@ from pathlib import Path
 
 from common.disk import check_folder, link_or_copy, read_csv, write_csv
 from common.errors import InputError, list_some
-from dataset.files import IMAGE_SUFFIXES, MASK_SUFFIXES, SPLITS, Pair, find_files, pair_files
+from dataset.files import IMAGE_SUFFIXES, MASK_SUFFIXES, Pair, find_files, pair_files
+from dataset.names import is_split
 
 TABLE = "groups.csv"
-NO_GROUPS = SPLITS | {"images", "image", "masks", "mask", "labels", "instances"}  # folders that mean something else
+NO_GROUPS = {"images", "image", "masks", "mask", "labels", "instances"}  # folders that mean something else
 IMAGES, MASKS, UNLABELLED = "images", "masks", "unlabelled"  # folders that gather_groups makes
 
 
@@ -138,7 +139,7 @@ def group_folders(folder: Path, what: str) -> dict[str, Path]:
         )
     if not folders:
         raise InputError(f"{folder} has no sub-folders, one for each group")
-    odd = [name for name in folders if name.lower() in NO_GROUPS]
+    odd = [name for name in folders if name.lower() in NO_GROUPS or is_split(name)]
     if odd:
         raise InputError(f"{folder} has the sub-folders {list_some(odd)}, whose names mean no group: rename them")
     deeper = [inner.name for inner in folders.values() if what == "image" and _has_files_and_folders(inner)]

@@ -20,6 +20,7 @@ from dataset.files import (
     match_names,
     read_mask_and_table,
 )
+from dataset.folder_hints import other_files_warnings, sub_folder_warnings
 from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings
@@ -94,6 +95,9 @@ class MaskFolder:
         self.whole_scale = whole_scale
         self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
         self.names = sorted(self.paths)
+        if Path(mask_path).is_dir():
+            for warning in other_files_warnings([mask_path]) + sub_folder_warnings([mask_path], self.paths.values()):
+                logger.warning("%s", warning)
         checked = self._read_all(f"masks of {mask_path}", progress)
         self._sizes = {name: size for name, (_, size) in checked.items()}
         stats = [checked[name][0] for name in self.names]

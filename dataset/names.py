@@ -12,16 +12,32 @@ from common.errors import InputError, list_some
 MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
 IMAGE_ENDING = "_img"
 # Words that labs put before or behind the name of an image, with one of " _.-" between.
-_MASK_WORDS = (
-    "cp_masks|masks?|labels?|segmentations?|seg|annotations?|anno|ground_?truth|gt|instances?"  # longer ones come first
+_MASK_WORDS = (  # longer ones come first
+    "binary[ _-]?masks?|masks?[ _-]binary|binary|label[ _-]?(?:img|image|map)s?|labell?ed|cp_masks|masks?|labels?|"
+    "simple[ _]segmentation|object[ _](?:identities|predictions)|probabilities|"  # ilastik
+    "segmentations?|seg|annotations?|anno|ground_?truth|gt|instances?"
 )
-_IMAGE_WORDS = "images?|img|im|raw"
+_IMAGE_WORDS = "images?|img|im|raw|original|orig"
 _MASK_ENDING = re.compile(rf"[ _.-]({_MASK_WORDS})$", re.IGNORECASE)
-_MASK_START = re.compile(rf"^({_MASK_WORDS})[ _.-]", re.IGNORECASE)
 _IMAGE_ENDING = re.compile(rf"[ _.-]({_IMAGE_WORDS})$", re.IGNORECASE)
-_IMAGE_START = re.compile(rf"^({_IMAGE_WORDS})[ _.-]", re.IGNORECASE)
+# A word in front may also touch a number: mask007, and man_seg007 beside t007 of the Cell Tracking Challenge.
+_MASK_START = re.compile(rf"^(({_MASK_WORDS})([ _.-]|(?=\d+$))|man_(seg|track)_?(?=\d+$))", re.IGNORECASE)
+_IMAGE_START = re.compile(rf"^(({_IMAGE_WORDS})([ _.-]|(?=\d+$))|t(?=\d+$))", re.IGNORECASE)
+# Some programs keep the suffix of the image in the name of the mask: f1.jpg.png, f1.ome_cp_masks.png.
+_SUFFIX_INSIDE = re.compile(r"\.(png|jpe?g|tiff?|bmp|gif|jp2|nd2|czi|lif|svs|ome)$", re.IGNORECASE)
+# Names of folders that hold a part of a data set.
+_SPLIT = re.compile(
+    r"(train(ing)?|val(id(ation)?)?|test(ing)?|held[ _-]?out|hold[ _-]?out|dev|eval)([ _-]?(set|data|images|masks))?|"
+    r"(fold|split|cv)[ _-]?\d*",
+    re.IGNORECASE,
+)
 # Files that systems leave in every folder.
-LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder's name says that it holds a part of a data set: ``train``, ``test_set``, ``fold1``."""
+    return _SPLIT.fullmatch(name) is not None
 
 
 def is_litter(name: str) -> bool:
@@ -30,13 +46,13 @@ def is_litter(name: str) -> bool:
 
 
 def bare_mask_name(stem: str) -> str:
-    """``f1_label``, ``f1-mask`` and ``mask_f1`` -> ``f1``. The stem itself if it has no such word."""
-    return _without(stem, _MASK_ENDING, _MASK_START)
+    """``f1_label``, ``f1-mask``, ``mask_f1`` and ``f1.jpg`` -> ``f1``. The stem itself if it has no such word."""
+    return _SUFFIX_INSIDE.sub("", _without(stem, _MASK_ENDING, _MASK_START))
 
 
 def bare_image_name(stem: str) -> str:
-    """``f1_raw`` and ``image_f1`` -> ``f1``. The stem itself if it has no such word."""
-    return _without(stem, _IMAGE_ENDING, _IMAGE_START)
+    """``f1_raw``, ``image_f1`` and ``f1.tif`` -> ``f1``. The stem itself if it has no such word."""
+    return _SUFFIX_INSIDE.sub("", _without(stem, _IMAGE_ENDING, _IMAGE_START))
 
 
 def _without(stem: str, ending: re.Pattern[str], start: re.Pattern[str]) -> str:
@@ -56,7 +72,7 @@ def split_together(stems: Iterable[str]) -> tuple[set[str], set[str]]:
     stems = set(stems)
     masks = {stem for stem in stems if stem.endswith(MASK_ENDINGS)}
     if not masks or masks == stems:
-        masks = {stem for stem in stems if bare_mask_name(stem) != stem}
+        masks = {stem for stem in stems if _without(stem, _MASK_ENDING, _MASK_START) != stem}
     return stems - masks, masks
 
 
@@ -112,8 +128,18 @@ def _by_words(stem: str, by_bare: dict[str, list[str]]) -> tuple[str | None, str
     return None, stem
 
 
-def name_hints(images: Sequence[str], masks: Sequence[str]) -> list[str]:
-    """Why names of images and masks without a partner may not agree."""
+def name_hints(images: Sequence[str], masks: Sequence[str], paired: Iterable[str] = ()) -> list[str]:
+    """Why names of images and masks without a partner may not agree.
+
+    Args:
+        images: stems of images without a mask.
+        masks: stems of masks without an image.
+        paired: names of the pairs.
+    """
+    names = set(paired)
+    second = [stem for stem in masks if bare_mask_name(stem) in names]
+    if second:
+        return [f"{second[0]} is a second mask of the image {bare_mask_name(second[0])}: keep one mask for each image"]
     image_names, mask_names = ({stem.casefold().strip() for stem in stems} for stems in (images, masks))
     alike = sorted(image_names & mask_names)
     if alike:
@@ -121,7 +147,12 @@ def name_hints(images: Sequence[str], masks: Sequence[str]) -> list[str]:
     image_numbers, mask_numbers = (
         [tuple(map(int, re.findall(r"\d+", stem))) for stem in one] for one in (images, masks)
     )
-    if not images or sorted(image_numbers) != sorted(mask_numbers) or len(set(image_numbers)) < len(images):
+    if (
+        () in image_numbers
+        or not images
+        or sorted(image_numbers) != sorted(mask_numbers)
+        or len(set(image_numbers)) < len(images)
+    ):
         return []
     other = masks[mask_numbers.index(image_numbers[0])]
     return [f"the numbers in the names agree ({images[0]} and {other}): rename one kind after the other"]

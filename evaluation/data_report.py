@@ -30,6 +30,7 @@ from dataset.files import (
     read_mask,
     read_mask_and_table,
 )
+from dataset.folder_hints import sub_folder_warnings
 from dataset.gray import default_window_channels, image_window, narrow_channels_warning, to_display
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
@@ -119,6 +120,11 @@ class DataReport:
         return lines + ([] if self.problems else ["no problem found: training can start"])
 
 
+def _number(items: Sequence[object], word: str) -> str:
+    """How many there are: ``1 file``, ``2 files``."""
+    return f"{len(items)} {word}{'s' * (len(items) != 1)}"
+
+
 def _counted(title: str, counts: dict[str, int], most: int = 5) -> list[str]:
     shown = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:most])
     rest = len(counts) - most
@@ -183,7 +189,9 @@ def survey(
         except FileError as error:
             report.mismatched.append(str(error))
             del stats[pair.mask_path]
-    _find_problems(report, list(facts.values()), image_dir, mask_dir, image_size, crop)
+    hints = name_hints(without_mask, without_image, [pair.name for pair in pairs])
+    _find_problems(report, hints, list(facts.values()), image_dir, mask_dir, image_size, crop)
+    report.remarks += sub_folder_warnings([image_dir, mask_dir], [*images.values(), *masks.values()])
     rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize, mask_values)
     if rule is not None:
         _count_cells(report, usable, rule, progress)
@@ -247,27 +255,27 @@ def _value_ranges(facts: Iterable[ImageFacts]) -> dict[str, dict[str, float]]:
 
 def _find_problems(
     report: DataReport,
+    hints: Sequence[str],
     facts: Sequence[ImageFacts],
     image_dir: str | Path,
     mask_dir: str | Path,
     image_size: int | None,
     crop: str,
 ) -> None:
-    """Add all problems, except those of mask values."""
+    """Add all problems, except those of mask values. ``hints`` say why names do not agree."""
     if report.unreadable:
-        report.problems.append(f"{len(report.unreadable)} files cannot be read: {list_some(report.unreadable)}")
+        report.problems.append(f"{_number(report.unreadable, 'file')} cannot be read: {list_some(report.unreadable)}")
     if report.without_mask:
-        names = list_some(report.without_mask)
-        report.problems.append(f"{len(report.without_mask)} images have no mask of their name in {mask_dir}: {names}")
+        count, names = _number(report.without_mask, "image"), list_some(report.without_mask)
+        report.problems.append(f"{count} without a mask of the same name in {mask_dir}: {names}")
     if report.without_image:
-        names = list_some(report.without_image)
-        report.problems.append(f"{len(report.without_image)} masks have no image of their name in {image_dir}: {names}")
-    hints = name_hints(report.without_mask, report.without_image)
+        count, names = _number(report.without_image, "mask"), list_some(report.without_image)
+        report.problems.append(f"{count} without an image of the same name in {image_dir}: {names}")
     if hints:
         report.problems[-1] += f"; {'; '.join(hints)}"
     if report.mismatched:
-        names = list_some(report.mismatched)
-        report.problems.append(f"{len(report.mismatched)} masks have another shape than their image: {names}")
+        count, names = _number(report.mismatched, "mask"), list_some(report.mismatched)
+        report.problems.append(f"{count} of another shape than the image: {names}")
     channels = common_channels(facts)
     others = [f"{one.name} ({one.channels})" for one in facts if one.channels not in (1, channels)]
     if channels == 3 and others:
@@ -339,10 +347,10 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
         report.remarks.append(f"{empty} of {len(report.instances)} masks have no cell")
     blank = [one.name for one in facts if one.minimum == one.maximum]
     if blank:
-        report.remarks.append(f"{len(blank)} images have a single gray value: {list_some(blank)}")
+        report.remarks.append(f"{_number(blank, 'image')} of a single gray value: {list_some(blank)}")
     if report.left_out:
         report.remarks.append(
-            f"{len(report.left_out)} files are neither image nor mask and will be ignored: {list_some(report.left_out)}"
+            f"{_number(report.left_out, 'file')} neither image nor mask, to be ignored: {list_some(report.left_out)}"
         )
     absent = [str(k) for k, share in enumerate(report.class_shares) if share == 0]
     if absent and report.mask_type == "probability":  # other types have a warning of their own

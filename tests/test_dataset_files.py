@@ -278,7 +278,11 @@ def test_folders_links_and_pipes_in_place_of_files_are_refused(tmp_path):
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "empty").mkdir()
-    for name, words in (("a.png", "no such file|link"), ("pipe.png", "not a regular file"), ("empty", "no nucleus")):
+    for name, words in (
+        ("a.png", "no such file|link"),
+        ("pipe.png", "not a regular file"),
+        ("empty", "without masks of nuclei"),
+    ):
         with pytest.raises(InputError, match=words):
             read_mask(tmp_path / name)
 
@@ -635,7 +639,7 @@ def test_archives_and_files_of_microscopes_are_told_what_to_do(tmp_path):
         find_files(tmp_path, "image")
 
 
-@pytest.mark.parametrize(("image", "mask"), [("photo_{}", "cells_{}"), ("t{}", "man_seg{}"), ("c_{}", "c_{:03d}")])
+@pytest.mark.parametrize(("image", "mask"), [("photo_{}", "cells_{}"), ("x{}", "y{}"), ("c_{}", "c_{:03d}")])
 def test_names_whose_numbers_agree_give_a_hint(tmp_path, image, mask):
     for number in range(3):
         touch(tmp_path / "images", f"{image.format(number)}.png")
@@ -713,3 +717,58 @@ def test_masks_in_colours_name_the_command_that_reads_them(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 9, (8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(FileError, match="make_masks.py convert"):
         read_mask(tmp_path / "a.png")
+
+
+def test_one_mask_in_each_folder_is_the_mask_of_the_whole_image(tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[2:8, 2:8] = mask[12:18, 12:18] = mask[22:28, 22:28] = 255
+    for name in "ab":
+        for kind in ("image", "mask"):  # in the singular, too
+            (tmp_path / name / kind).mkdir(parents=True)
+            Image.fromarray(mask).save(tmp_path / name / kind / "1.png")
+    pairs = pair_files(tmp_path, tmp_path)
+    assert [(pair.name, pair.mask_path.name) for pair in pairs] == [("a", "1.png"), ("b", "1.png")]
+    assert (read_mask(pairs[0].mask_path) == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "inverted", "words"),
+    [(".png", True, "black on white: background must be 0"), (".jpg", False, "is a JPEG, which blurs the edges")],
+)
+def test_nuclei_that_cannot_be_read_say_why(tmp_path, suffix, inverted, words):
+    for number in range(3):
+        nucleus = np.full((32, 32), 255 * inverted, np.uint8)
+        nucleus[8 * number + 2 : 8 * number + 7, 10:17] = 255 * (not inverted)
+        Image.fromarray(nucleus).save(tmp_path / f"{number}{suffix}")
+    with pytest.raises(FileError, match=words):
+        read_mask(tmp_path)
+
+
+def test_a_mask_in_the_transparency_is_not_told_to_drop_it(tmp_path):
+    mask = np.zeros((8, 8, 4), np.uint8)
+    mask[2:5, 2:5, 3] = 255
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    with pytest.raises(FileError, match="holds the mask in its transparency: save its alpha channel as gray"):
+        read_mask(tmp_path / "a.png")
+
+
+def test_a_tag_that_says_nothing_about_rotation_is_let_through(tmp_path):
+    image = Image.fromarray(np.zeros((8, 8), np.uint8))
+    exif = image.getexif()
+    exif[274] = 0
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (8, 8, 1)
+
+
+def test_faults_of_a_file_have_no_words_of_a_decoder_and_name_its_permissions(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(FileError) as caught:
+        read_image(tmp_path / "a.png")
+    assert str(caught.value).endswith("a.png: cannot be read, it is damaged or no image file")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read every file
+    with pytest.raises(FileError, match="may not be read by this user"):
+        read_image(tmp_path / "a.png")

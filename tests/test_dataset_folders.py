@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -527,3 +528,15 @@ def test_training_and_the_data_report_say_how_a_mask_and_its_image_differ(tmp_pa
         PairedFolder(tmp_path / "images", tmp_path / "masks", DataConfig(image_size=8))
     report, _, _ = survey(tmp_path / "images", tmp_path / "masks")
     assert re.search(words, report.problems[0])
+
+
+def test_files_and_sub_folders_that_are_not_read_are_warned_about(folders, caplog):
+    images, masks = folders
+    (images / "more").mkdir()
+    shutil.copy(next(images.glob("*.png")), images / "more" / "x.png")
+    (masks / "y.gif").write_bytes(b"GIF8")
+    (masks / "notes.txt").write_text("nothing")
+    PairedFolder(images, masks, DataConfig(image_size=16))
+    assert "files in the sub-folder more (1) are not read" in caplog.text
+    assert "files of a kind that is not read: y.gif" in caplog.text and "notes.txt" not in caplog.text
+    assert any("sub-folder more" in remark for remark in survey(images, masks)[0].remarks)

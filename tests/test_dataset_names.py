@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,5 +118,78 @@ def test_folders_two_levels_up_name_the_folder_to_give(tmp_path):
             Image.fromarray(mask).save(tmp_path / "all" / kind / f"{number}.png")
     with pytest.raises(InputError, match=r"holds 3 images.*give .*all/images itself"):
         find_files(tmp_path, "image")
-    with pytest.raises(InputError, match=r"no mask of one nucleus.*give the folder .*all/masks itself"):
+    with pytest.raises(InputError, match=r"no mask of one nucleus.*give its folder .*all/masks;"):
         MaskFolder(tmp_path, DataConfig(image_size=8))
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "name"),
+    [
+        ("t007", "man_seg007", "007"),  # Cell Tracking Challenge
+        ("t007", "man_track007", "007"),
+        ("image007", "mask007", "007"),
+        ("f1", "f1.ome_cp_masks", "f1"),
+        ("f1", "f1.jpg", "f1"),
+        ("f1.tif", "f1", "f1"),
+        ("f1", "f1.tif_mask", "f1"),
+        ("f1", "f1_Simple Segmentation", "f1"),  # ilastik
+        ("f1", "f1_binary_mask", "f1"),
+        ("f1", "f1_label_img", "f1"),
+    ],
+)
+def test_names_that_programs_and_challenges_give_pair(image, mask, name):
+    assert partners([image], [mask]) == ({name: (image, mask)}, [], [])
+
+
+def test_frames_of_the_cell_tracking_challenge_in_one_folder_are_told_apart():
+    assert split_together({"t000", "t001", "man_seg000", "man_seg001"}) == (
+        {"t000", "t001"},
+        {"man_seg000", "man_seg001"},
+    )
+
+
+def test_a_second_mask_of_an_image_is_named(tmp_path):
+    for name in ("images/f1.png", "masks/f1_mask.png", "masks/f1_label.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / name)
+    words = "f1_label is a second mask of the image f1"
+    with pytest.raises(InputError, match=words):
+        pair_files(tmp_path / "images", tmp_path / "masks")
+    assert any(words in problem for problem in survey(tmp_path / "images", tmp_path / "masks")[0].problems)
+
+
+def test_two_names_that_look_alike_are_explained(tmp_path):
+    for form in ("NFC", "NFD"):
+        (tmp_path / (unicodedata.normalize(form, "\u00e9.png"))).write_bytes(b"x")
+    with pytest.raises(InputError, match="they look alike: the accents are stored in two forms"):
+        find_files(tmp_path, "image")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("masks.zip", "it is an archive: unpack it"),
+        ("table.csv", "it is a file: give the folder, such as"),
+        ("*.png", "not found: give the folder, without a pattern"),
+        ("hidden", r"but 1 hidden ones \(as \._a.png\)"),
+        ("empty", "it is empty"),
+        ("deep", "did you mean .*deep/images/train"),
+        ("parts", "did you mean .*parts/train_set"),
+        ("fields", "folders of two files"),
+    ],
+)
+def test_what_is_given_in_place_of_a_folder_of_images_is_answered_with_what_to_give(tmp_path, path, words):
+    for name in (
+        "masks.zip", "table.csv", "hidden/._a.png", "deep/images/train/a.png", "parts/holdout/a.png",
+        "parts/train_set/b.png", "fields/1/image.png", "fields/1/mask.png", "fields/2/image.png", "fields/2/mask.png",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=words):
+        find_files(tmp_path / path, "image")
+
+
+@pytest.mark.parametrize("name", ["train", "Validation", "test_set", "held-out", "fold1", "fold_2"])
+def test_names_of_parts_of_a_data_set_are_known(name):
+    assert names.is_split(name) and not names.is_split("sample1") and not names.is_split("test1")

@@ -103,8 +103,8 @@ def test_blank_images_other_files_and_losses_of_the_crop_are_remarks(drawn):
     report, _, _ = look(drawn, image_size=50)
     remarks = "\n".join(report.remarks)
     assert report.problems == []
-    assert "1 images have a single gray value: blank.png" in remarks
-    assert "1 files are neither image nor mask and will be ignored: stack.nd2" in remarks
+    assert "1 image of a single gray value: blank.png" in remarks
+    assert "1 file neither image nor mask, to be ignored: stack.nd2" in remarks
     assert "--crop center cuts 25% off a typical image" in remarks
     assert "5 images are smaller than --image-size 50 and will be enlarged" in remarks
     assert "all images are gray" in remarks
@@ -167,7 +167,7 @@ def test_command_ends_with_zero_or_with_one_line_and_the_report_written(drawn, t
     (drawn / "masks" / "cell_1.png").unlink()
     with pytest.raises(InputError, match="1 problem"):
         evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "bad")]))
-    assert "PROBLEM: 1 images have no mask" in (tmp_path / "bad" / "data.txt").read_text()
+    assert "PROBLEM: 1 image without a mask" in (tmp_path / "bad" / "data.txt").read_text()
 
 
 def test_signs_of_formulas_in_file_names_are_only_characters(tmp_path, capsys):

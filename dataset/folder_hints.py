@@ -1,0 +1,150 @@
+"""What to say about a folder without the files that are looked for, and about files that are not read."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from common.errors import list_some
+from dataset.names import is_litter
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
+# What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
+BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
+_ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
+_MICROSCOPES = (".nd2", ".czi", ".lif")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+_NOTES = {"", ".txt", ".csv", ".tsv", ".md", ".json", ".xml", ".yaml", ".yml", ".log", ".xlsx", ".pdf", ".db", ".ini"}
+MOST_LEVELS = 3  # of sub-folders that are searched for files
+
+
+def files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Image files of a folder, by name. Hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    return [folder / name for name in names if Path(name).suffix.lower() in suffixes]
+
+
+def no_folder(path: Path) -> str:
+    """What lies at ``path`` in place of a folder, and what to give."""
+    if not path.exists():
+        pattern = ": give the folder, without a pattern" if set(path.name) & set("*?[") else ""
+        return f"not found{pattern}"
+    if path.suffix.lower() in _ARCHIVES:
+        return "it is an archive: unpack it, and give the folder"
+    return f"it is a file: give the folder, such as {path.parent}"
+
+
+def what_instead(
+    folder: Path, what: str, others: Sequence[str], by_products: Sequence[str], suffixes: Sequence[str]
+) -> str:
+    """What a folder without the files that are looked for holds, and what to give."""
+    segs = sum(name.endswith("_seg.npy") for name in by_products)
+    if segs and not what.startswith("image"):
+        return f" but {segs} _seg.npy of Cellpose: make_masks.py convert turns them into label images"
+    archives = [name for name in others if name.lower().endswith(".zip") and not _holds_rois(folder / name)]
+    if archives:
+        return f" but archives ({list_some(archives, 1)}): unpack them"
+    stacks = [name for name in others if name.lower().endswith(_MICROSCOPES)]
+    if stacks:
+        return f" but files of a microscope ({list_some(stacks, 1)}): make_masks.py images turns them into flat TIFFs"
+    annotations = [name for name in others if name.lower().endswith(_ANNOTATIONS)]
+    if annotations and not what.startswith("image"):
+        first = list_some(annotations, 1)
+        return f" but annotations of another program ({first}): make_masks.py convert turns them into label images"
+    inner = [name for name in others if (folder / name).is_dir()]
+    if inner:
+        return _which_folder(folder, what, inner, suffixes)
+    kinds = Counter(Path(name).suffix.lower() for name in others)
+    kind, count = max(kinds.items(), key=lambda one: one[1]) if kinds else ("", 0)
+    if kind:
+        return f" but {count} {kind}, which are not read: save them as {' '.join(suffixes)}"
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    hidden = sorted(name for name in names if name.startswith(".") and Path(name).suffix.lower() in suffixes)
+    only = f" but {len(hidden)} hidden ones (as {hidden[0]}), which are no images" if hidden else ""
+    return f"{only or ('' if names else ', it is empty')}, it must hold {' '.join(suffixes)}"
+
+
+def _which_folder(folder: Path, what: str, inner: Sequence[str], suffixes: Sequence[str]) -> str:
+    """Which sub-folder to give: one that is named after what is looked for, else one for training, else the first."""
+    deepest = {name: _first_with_files(folder / name, suffixes) for name in inner}
+    full = [name for name in inner if deepest[name] is not None]
+    named = [name for name in inner if name.startswith(what)]
+    parts = [name for name in full if name.lower().startswith("train")]
+    wanted = next(iter([name for name in named if name in full] or named or parts or full), None)
+    if wanted is None:
+        return f", nor do its sub-folders ({list_some(inner)}), it must hold {' '.join(suffixes)}"
+    path = deepest[wanted] or folder / wanted
+    below = files_in(path, suffixes)
+    kept = [name for name in full if files_in(folder / name, suffixes)]
+    if len(kept) > 1 and len(below) == 2 and all(len(files_in(folder / name, suffixes)) == 2 for name in kept):
+        return (
+            f", but folders of two files (as {below[0].relative_to(folder)} and {below[1].name}). If these are one "
+            "image and its mask: put all images into one folder, all masks into another, each named after its folder"
+        )
+    groups = ". If each sub-folder is a group, such as a patient: make_masks.py groups puts them into one folder"
+    return f"; did you mean {path}?{f' It holds {len(below)}' if below else ''}{groups if len(kept) > 1 else ''}"
+
+
+def _first_with_files(folder: Path, suffixes: Sequence[str], levels: int = MOST_LEVELS) -> Path | None:
+    """The folder, or the first one below it, that holds such files."""
+    if files_in(folder, suffixes):
+        return folder
+    if levels == 0:
+        return None
+    with os.scandir(folder) as entries:
+        inner = sorted(entry.name for entry in entries if entry.is_dir() and not is_litter(entry.name))
+    found = (_first_with_files(folder / name, suffixes, levels - 1) for name in inner[:20])
+    return next((path for path in found if path is not None), None)
+
+
+def _holds_rois(path: Path) -> bool:
+    """Whether a zip archive holds ROIs of ImageJ."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.lower().endswith(".roi") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def other_files_warnings(folders: Sequence[str | Path]) -> list[str]:
+    """Warnings about files that look like data and are of a kind that is not read, such as .gif and .jp2."""
+    warnings = []
+    for folder in dict.fromkeys(map(Path, folders)):
+        with os.scandir(folder) as entries:
+            kept = sorted(entry.name for entry in entries if not is_litter(entry.name) and not entry.is_dir())
+        others = [
+            name
+            for name in kept
+            if Path(name).suffix.lower() not in _NOTES.union(MASK_SUFFIXES) and not BY_PRODUCTS.search(name)
+        ]
+        if others:
+            warnings.append(f"{folder}: files of a kind that is not read: {list_some(others)}")
+    return warnings
+
+
+def sub_folder_warnings(folders: Sequence[str | Path], known: Iterable[Path]) -> list[str]:
+    """Warnings about sub-folders with files that are not read, beside files that are.
+
+    Args:
+        folders: folders of images and of masks.
+        known: files, or folders of nuclei, that are read.
+    """
+    used = [os.path.abspath(path) for path in (*folders, *known)]  # noqa: PTH100 - many files: strings are quicker
+    warnings = []
+    for folder in dict.fromkeys(map(Path, folders)):
+        start = os.path.join(os.path.abspath(folder), "")  # noqa: PTH100, PTH118
+        tops = {path[len(start) :].partition(os.sep)[0] for path in used if path.startswith(start)}
+        with os.scandir(folder) as entries:
+            inner = sorted(one.name for one in entries if one.is_dir() and not is_litter(one.name))
+        for name in inner:
+            count = 0 if name in tops else len(files_in(folder / name, MASK_SUFFIXES))
+            if count:
+                warnings.append(f"{folder}: files in the sub-folder {name} ({count}) are not read")
+    return warnings
