@@ -203,6 +203,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
         "--look-path", type=Path, metavar="IMAGES", help="take looks from this folder (or file) of images"
     )
     group.add_argument(
+        "--look-table", type=Path, metavar="CSV", help="table with columns 'mask' and 'look': the look of each mask"
+    )
+    group.add_argument(
         "--look-index",
         type=non_negative_int,
         metavar="N",

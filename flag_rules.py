@@ -37,7 +37,7 @@ def _is_adaptive(method: str) -> bool:
 
 
 JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
-LOOK_FLAGS = ("look", "look_path", "look_index", "look_group", "balance_groups")
+LOOK_FLAGS = ("look", "look_path", "look_index", "look_group", "balance_groups", "look_table")
 NEEDS = (
     Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
     Need(
@@ -54,6 +54,10 @@ NEEDS = (
     Need(("data_path",), "reads_images", bool, "without --likelihood, --reverse or --look same: leave it out"),
     Need(LOOK_FLAGS, "on_real", lambda on: not on, "with --likelihood or --reverse: each image has its own look"),
     Need(("look",), "look_path", lambda path: path is None, "with --look-path, which says whose looks: leave it out"),
+    Need(
+        ("look", "look_index", "look_group", "balance_groups"), "look_table", lambda path: path is None,
+        "with --look-table, which names a look for each mask: leave it out",
+    ),
     Need(
         ("time_mean", "time_std"), "time_sampling", lambda name: name != "uniform",
         "with uniform times: give --time-sampling logit-normal",

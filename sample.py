@@ -105,7 +105,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: the result is written as {suffix}.")
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: its folder does not exist.")
-    inputs = (args.mask_path, args.data_path, args.ckpt, args.look_path)
+    inputs = (args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table)
     if args.likelihood:
         check_output_table(args.output, LIKELIHOOD_COLUMNS, inputs)
     else:
@@ -126,6 +126,8 @@ def main(args: argparse.Namespace) -> None:
     trained = load_checkpoint(args, machine)
     looks = look_choice(args, trained)
     masks = open_masks(args, trained.data)
+    if looks is not None:
+        looks.check_masks(masks.names)
     logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     if args.likelihood:

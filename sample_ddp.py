@@ -208,6 +208,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     with machine.main_first("check the masks"):  # the others reuse its checks
         masks = open_masks(args, trained.data, progress=machine.is_main)
+    if looks is not None:
+        looks.check_masks(masks.names)
     exports = [name for name in args.export if name != "plain"]
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)

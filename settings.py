@@ -197,8 +197,9 @@ def look_choice(args: argparse.Namespace, trained: TrainedModel) -> LookChoice |
     if trained.looks is None:
         return None
     return choose_looks(
-        trained.looks, trained.data, args.look, args.look_path, args.look_index, args.look_group, args.balance_groups
-    )
+        trained.looks, trained.data, args.look, args.look_path, args.look_index, args.look_group, args.balance_groups,
+        args.look_table,
+    )  # fmt: skip
 
 
 def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.disk import file_sha256
-from common.errors import InputError
+from common.disk import file_sha256, read_csv
+from common.errors import InputError, list_some
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig
-from dataset.files import FileError, find_files, read_image
+from dataset.files import MASK_SUFFIXES, FileError, find_files, read_image
 from dataset.gray import fit_channels
 from dataset.looks import Looks, measure_file, measure_tensor
 from dataset.mask_folder import MaskItem
+from dataset.names import bare_mask_name
 
 LOOK_SOURCES = (TRAINING, SAME, NOBODY) = ("training", "same", "none")
 PATH = "path"  # looks of given images
+TABLE = "table"  # a look for each mask
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,13 @@ class LookChoice:
     """How each image gets its look. The choice depends on the seed of the set and the index of the image.
 
     Attributes:
-        source: one of LOOK_SOURCES, or PATH.
+        source: one of LOOK_SOURCES, PATH or TABLE.
         looks: looks to choose from. For SAME and NOBODY, looks of the training images, which give the scale.
         config: how images become tensors.
         number: number of one look for all images. None: choose at random.
         balanced: choose each group of looks equally often.
         origin: entry for settings.json.
+        table: name of a mask -> number of its look, for TABLE.
     """
 
     source: str
@@ -43,11 +46,22 @@ class LookChoice:
     number: int | None
     origin: dict[str, Any]
     balanced: bool = False
+    table: Mapping[str, int] = field(default_factory=dict)
+
+    def check_masks(self, names: Iterable[str]) -> None:
+        """Refuse masks that have no look in the table.
+
+        Raises:
+            InputError: names some of them.
+        """
+        without = [name for name in names if name not in self.table] if self.source == TABLE else []
+        if without:
+            raise InputError(f"look_table: {len(without)} masks have no look: {list_some(without)}.", "look_table")
 
     def columns(self, seed: int, index: int, mask_name: str) -> dict[str, str]:
         """Columns of the manifest about the look of image ``index``."""
         names = {NOBODY: "", SAME: mask_name}
-        name = names[self.source] if self.source in names else self.looks.names[self._number(seed, index)]
+        name = names[self.source] if self.source in names else self.looks.names[self._number(seed, index, mask_name)]
         return {"look_source": self.source, "look_image": name}
 
     def batch(self, seed: int, indices: Sequence[int], items: Sequence[MaskItem]) -> Tensor | None:
@@ -57,7 +71,8 @@ class LookChoice:
         if self.source == SAME:
             images = [item.image for item in items if item.image is not None]
             return self.of_images(images)
-        numbers = self.looks.numbers[[self._number(seed, index) for index in indices]]
+        chosen = [self._number(seed, index, item.name) for index, item in zip(indices, items, strict=True)]
+        numbers = self.looks.numbers[chosen]
         return torch.from_numpy(self.looks.standardise(numbers))
 
     def of_images(self, images: Sequence[np.ndarray] | Tensor) -> Tensor:
@@ -65,7 +80,9 @@ class LookChoice:
         numbers = np.stack([measure_tensor(np.asarray(image), self.config) for image in images])
         return torch.from_numpy(self.looks.standardise(numbers))
 
-    def _number(self, seed: int, index: int) -> int:
+    def _number(self, seed: int, index: int, mask_name: str) -> int:
+        if self.source == TABLE:
+            return self.table[mask_name]
         return self.looks.draw(seed, index, self.balanced) if self.number is None else self.number
 
 
@@ -77,6 +94,7 @@ def choose_looks(
     look_index: int | None,
     groups: Sequence[str] = (),
     balanced: bool = False,
+    table_path: Path | None = None,
 ) -> LookChoice:
     """Make the choice from settings, and check them.
 
@@ -88,6 +106,7 @@ def choose_looks(
         look_index: number of one look for all images.
         groups: only use looks of these groups of training images. Empty: use all.
         balanced: choose each group equally often.
+        table_path: table of masks and their looks, see :func:`read_look_table`.
 
     Raises:
         InputError: unusable images, no look of this number, no such group, or a setting without effect.
@@ -96,12 +115,18 @@ def choose_looks(
     origin: dict[str, Any] = {}
     if look_path is not None:
         source, (looks, origin) = PATH, _measure_files(look_path, training, config)
+    table: dict[str, int] = {}
+    if table_path is not None:
+        if source in LOOK_SOURCES:
+            raise InputError("look_table names a look for each mask: leave look out.", "look_table", "look")
+        source, table = TABLE, read_look_table(table_path, looks.names)
+        origin = origin | {"table_sha256": file_sha256(table_path)}
     source = source or TRAINING
-    for field, value in (("look_group", groups), ("balance_groups", balanced)):
+    for name, value in (("look_group", groups), ("balance_groups", balanced)):
         if value and source != TRAINING:
-            raise InputError(f"{field} has no effect on look {source}: it chooses training images.", field)
+            raise InputError(f"{name} has no effect on look {source}: it chooses training images.", name)
         if value and not training.groups:
-            raise InputError(f"{field} has no effect: the looks of this checkpoint have no groups.", field)
+            raise InputError(f"{name} has no effect: the looks of this checkpoint have no groups.", name)
     if groups:
         looks, origin = training.of_groups(groups), {"groups": sorted(groups)}
     if balanced:
@@ -114,7 +139,38 @@ def choose_looks(
             "look_index",
         )
     origin = {"source": source, "index": look_index, **origin}
-    return LookChoice(source, looks, config, look_index, origin, balanced)
+    return LookChoice(source, looks, config, look_index, origin, balanced, table)
+
+
+def read_look_table(path: Path, looks: Sequence[str]) -> dict[str, int]:
+    """Number of the look of every mask, from a table with the columns ``mask`` and ``look`` (names of files).
+
+    Args:
+        path: CSV file. Names may have a suffix.
+        looks: names of the looks.
+
+    Raises:
+        InputError: a column is missing, or a look is not one of ``looks``.
+    """
+    columns, rows = read_csv(path)
+    missing = [name for name in ("mask", "look") if name not in columns]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}", "look_table")
+    numbers = {name: number for number, name in reversed(list(enumerate(looks)))}  # of equal names, the first
+    known = {_stem(row["mask"]): _stem(row["look"]) for row in rows}
+    unknown = sorted({look for look in known.values() if look not in numbers})
+    if unknown:
+        raise InputError(
+            f"{path}: {len(unknown)} looks are not among the {len(looks)} to choose from: {list_some(unknown)}.",
+            "look_table",
+        )
+    found = {mask: numbers[look] for mask, look in known.items()}
+    return {bare_mask_name(mask): number for mask, number in found.items()} | found
+
+
+def _stem(name: str) -> str:
+    """Name of a file without the suffix of an image or mask."""
+    return Path(name).stem if Path(name).suffix.lower() in MASK_SUFFIXES else name
 
 
 def _measure_files(path: Path, training: Looks, config: DataConfig) -> tuple[Looks, dict[str, Any]]:

@@ -64,7 +64,9 @@ COLUMNS = (
     Column("window_low", "gray value of -1, one number or one per channel"),
     Column("window_high", "gray value of 1, one number or one per channel"),
     Column("cfg_scale", "classifier-free guidance; 1 is none"),
-    Column("look_source", "source of the look: training, path, same or none; empty if the model has no look input"),
+    Column(
+        "look_source", "source of the look: training, path, table, same or none; empty if the model has no look input"
+    ),
     Column("look_image", "name of the image that gave the look"),
     Column("look_scale", "guidance on the look; 1 is none"),
     Column("guidance_interval", "times at which guidance was on"),

@@ -134,6 +134,31 @@ def test_looks_come_from_given_images_the_own_image_one_image_or_nobody(lab, tmp
     assert all((left != right).any() for number, left in enumerate(sets) for right in sets[:number])
 
 
+def test_a_table_names_the_look_of_each_mask(lab, tmp_path):
+    looks = ["new_cell_2", "cell_0", "cell_0", "new_cell_1", "cell_4"]
+    table = tmp_path / "looks.csv"
+    lines = [f"cell_{number}_mask.png,{look}.png" for number, look in enumerate(looks)]
+    table.write_text("\n".join(["mask,look", *lines]))
+    make_set(lab, tmp_path / "set", "--look-table", table)
+    found = rows(tmp_path / "set")
+    assert [row["look_image"] for row in found] == looks and {row["look_source"] for row in found} == {"table"}
+    make_set(lab, tmp_path / "one", "--look-index", 6)  # that of new_cell_1, which the table gives to cell_3
+    same = (pixels(tmp_path / "set") == pixels(tmp_path / "one")).all(axis=(1, 2))
+    assert [number for number, equal in enumerate(same) if equal] == [3]
+
+    said = make_set(lab, tmp_path / "s", "--look-table", table, "--look", "training", code=2)
+    assert "--look has no effect with --look-table" in said
+    table.write_text("\n".join(["mask,look", *lines[:3]]))
+    assert "--look-table: 2 masks have no look: cell_3, cell_4" in make_set(
+        lab, tmp_path / "s", "--look-table", table, code=2
+    )
+    table.write_text("\n".join(["mask,look", *lines[:4], "cell_4,nobody"]))
+    said = make_set(lab, tmp_path / "s", "--look-table", table, code=2)
+    assert "1 looks are not among the 8 to choose from: nobody" in said
+    table.write_text("mask,image\n")
+    assert "has no column look" in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
+
+
 def test_a_set_is_finished_with_the_looks_it_was_begun_with(lab, tmp_path):
     make_set(lab, tmp_path / "set", "--look-path", lab / "others")
     whole = pixels(tmp_path / "set")
