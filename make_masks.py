@@ -25,7 +25,6 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 import argparse
-import re
 import sys
 from collections import Counter
 from dataclasses import fields
@@ -36,7 +35,9 @@ import numpy as np
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
-from dataset.annotations.convert import FORMATS, MAPS, ConvertSettings, convert, unpack_images
+from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_images
+from dataset.annotations.formats import FORMATS
+from dataset.annotations.stacks import ARRAYS
 from dataset.groups import TABLE, gather_groups
 from dataset.microscopes import PROJECTIONS, Choice, flatten_folder
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
@@ -129,16 +130,13 @@ def run_recombine(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     """Run the subcommand ``convert``."""
     images = args.images
-    in_array = images.is_file() and images.suffix.lower() == ".npy"
+    in_array = images.is_file() and images.suffix.lower() in ARRAYS
     if in_array != (args.images_output is not None):
         raise InputError("--images-output says where the images of an array (--images FILE.npy) go: give both, or none")
-    if args.class_colours and args.class_colours != ["cells"]:
-        wrong = [word for word in args.class_colours if not re.fullmatch("[0-9a-fA-F]{6}", word)]
-        if wrong:
-            raise InputError(f"--class-colours {wrong[0]}: a colour is RRGGBB, such as ff0000")
     if in_array:
         images = unpack_images(images, args.images_output)
-    settings = ConvertSettings(args.format, args.kind, args.classes or (), args.class_colours or ())
+    colours = tuple(colour.lower() for colour in args.class_colours or ())
+    settings = ConvertSettings(args.format, args.kind, args.classes or (), colours)
     result = convert(args.input, images, args.output, settings)
     say("\n".join([*result.lines(), f"written: {args.output}"]))
 

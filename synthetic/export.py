@@ -109,7 +109,10 @@ def label_image(pair: ExportedPair) -> np.ndarray:
         cells = without_gaps(cells)
         logger.info("%s: some ids are above %d, so its cells are numbered from 1", pair.name, most)
     if cells.max(initial=0) > most:
-        raise InputError(f"{pair.name}: {cells.max()} cells, and a label image of 16 bits holds at most {most}.")
+        raise InputError(
+            f"{pair.name}: {cells.max()} cells, and a label image of 16 bits holds at most {most}. Export coco, roi or "
+            "geojson, which have no such limit, or cut the image into tiles."
+        )
     return cells.astype(np.uint16)
 
 

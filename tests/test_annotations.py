@@ -22,10 +22,11 @@ from script_helpers import run_here
 
 import make_masks
 from common.errors import InputError
-from dataset.annotations import cellpose
+from dataset.annotations import cellpose, coco
 from dataset.annotations.cells import Cell, draw_cells, rings_to_cell
 from dataset.annotations.convert import ConvertSettings, convert, unpack_images
 from dataset.annotations.outlines import outlines
+from dataset.annotations.plain_arrays import Call, NotPlain
 from dataset.files import FileError, read_mask
 from dataset.masks import MaskRule
 from synthetic.export import EXPORTS, export_set, instances_of
@@ -240,10 +241,81 @@ def test_a_poisoned_seg_runs_nothing(tmp_path, protocol, poison):
 
 
 def test_nothing_but_plain_data_can_be_asked_for_by_name():
-    assert {name.partition(".")[0] for name in cellpose.PLAIN} == {"numpy"}
+    assert {name.partition(".")[0] for name in cellpose.PLAIN} == {"numpy", "pathlib", "_codecs"}
+    for stand_in in cellpose.PLAIN.values():  # ours: nothing of these modules is called, and no pickle can change it
+        assert type(stand_in) is Call and not hasattr(stand_in, "__dict__")
+        with pytest.raises(NotPlain):
+            stand_in.__setstate__({"_function": eval})
     for module, name in (("builtins", "eval"), ("os", "system"), ("numpy", "load"), ("numpy.testing", "runstring")):
         with pytest.raises(pickle.UnpicklingError):
             cellpose.PlainUnpickler(io.BytesIO()).find_class(module, name)
+
+
+class FalseType:
+    """A data type with an object in it that says it holds none, or holds one without being a list."""
+
+    def __init__(self, flags: int) -> None:
+        self.flags = flags
+
+    def __reduce__(self):
+        fields = {"a": (np.dtype("O"), 0)}
+        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, self.flags)
+
+
+class FalseArray:
+    def __init__(self, flags: int) -> None:
+        self.flags = flags
+
+    def __reduce__(self):
+        state = (1, (4,), FalseType(self.flags), False, b"\x41" * 32)
+        return np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
+
+
+@pytest.mark.parametrize("flags", [0, 1, 27, 63])
+def test_bytes_of_a_file_are_never_taken_for_addresses(tmp_path, flags):
+    """NumPy itself follows them and ends the process (flags 1), or keeps them for the next one who looks (0)."""
+    path = tmp_path / "a_seg.npy"
+    write_seg(path, {"masks": drawn(), "other": FalseArray(flags)})
+    assert np.array_equal(cellpose.read_seg(path)["masks"], drawn())
+    write_seg(path, {"masks": FalseArray(flags)})
+    with pytest.raises(FileError, match="holds something else than numbers"):
+        cellpose.read_seg(path)
+
+
+def write_seg(path: Path, content: dict, protocol: int = 4) -> None:
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        pickle.dump(content, file, protocol=protocol)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_what_cellpose_and_its_users_keep_in_a_seg_is_read(tmp_path, images, protocol):
+    folder = folder_of(tmp_path)
+    content = {
+        "masks": np.asfortranarray(drawn().astype(">u4"))[None], "filename": Path("/data/a.png"), "ismanual": [True],
+        "flows": [np.zeros((3, 4), np.uint8), [], None], "est_diam": np.float32(3), "colors": np.zeros((5, 3)),
+        "changes": [["01/02/2024, 10:00:00", "deleted mask", [3]]], "diameter": np.nan, "names": np.array(["a", "b"]),
+    }  # fmt: skip
+    write_seg(folder / "a_seg.npy", content, protocol)
+    label, _ = converted(tmp_path, images, folder)
+    assert np.array_equal(label, drawn())
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        (drawn().astype(int) - 1, "negative or broken numbers"),
+        (drawn() + 0.5, "negative or broken numbers"),
+        (np.stack([drawn()] * 3), "shape .3 x 40 x 52.: one flat label image"),
+        (drawn() > 0, "masks of bool"),
+        (drawn().tolist(), "it has no masks"),
+    ],
+)
+def test_masks_of_cellpose_that_are_no_labels_are_refused(tmp_path, images, masks, words):
+    source = folder_of(tmp_path)
+    np.save(source / "a_seg.npy", {"masks": masks})
+    with pytest.raises(InputError, match=words):
+        converted(tmp_path, images, source)
 
 
 def test_qupath_holes_pieces_classes_and_what_is_no_area(tmp_path, images):
@@ -584,3 +656,403 @@ def test_cells_of_labels_of_any_type_are_exported_with_whole_ids(dtype):
     rule = MaskRule("instances", 2, 1.0, "")
     cells = instances_of(drawn().astype(dtype), rule)
     assert cells.dtype.kind in "ui" and np.array_equal(cells, drawn())
+
+
+# ----------------------------------------------------------------------------------- odd members of every kind of file
+
+
+def roi(left: float, top: float, side: float = 6, **given) -> roifile.ImagejRoi:
+    corners = np.array([[left, top], [left + side, top], [left + side, top + side], [left, top + side]], float)
+    return roifile.ImagejRoi.frompoints(corners, **given)
+
+
+def written(folder: Path, content: object, name: str = "a.geojson") -> Path:
+    """A folder with one JSON file."""
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def feature(left: float, top: float, side: float, **properties: object) -> dict:
+    return {"type": "Feature", "geometry": polygon(left, top, side), "properties": properties}
+
+
+def test_annotations_beside_their_images_are_read_and_the_images_are_none(tmp_path, images):
+    np.save(images / "a_seg.npy", {"masks": drawn()})
+    Image.fromarray(drawn()).save(images / "a_cp_masks.png")
+    label, result = converted(tmp_path, images, images)
+    assert np.array_equal(label, drawn()) and not result.without and not result.lonely
+    (images / "a_seg.npy").unlink()
+    (images / "a_cp_masks.png").unlink()
+    shape = {"label": "cell", "points": [[2, 2], [8, 2], [8, 8], [2, 8]]}
+    written(images, {"shapes": [shape], "imagePath": "a.png"}, "a.json")
+    convert(images, images, tmp_path / "labelme", ConvertSettings())
+    assert np.count_nonzero(read_mask(tmp_path / "labelme" / "a.tif")) == 36
+    source = folder_of(tmp_path)
+    for file in images.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())  # copies of the images beside the annotations
+    convert(source, images, tmp_path / "copies", ConvertSettings())
+    assert np.count_nonzero(read_mask(tmp_path / "copies" / "a.tif")) == 36
+
+
+def test_texts_and_pictures_of_an_overlay_are_no_cells(tmp_path, images):
+    source = folder_of(tmp_path)
+    box = {"roitype": roifile.ROI_TYPE.RECT, "left": 30, "top": 20, "right": 45, "bottom": 30}
+    overlay = [
+        roifile.ImagejRoi(subtype=getattr(roifile.ROI_SUBTYPE, one), name=one, **box) for one in ("TEXT", "IMAGE")
+    ]
+    roifile.roiwrite(source / "a.zip", [roi(2, 2, name="cell"), *overlay])
+    label, result = converted(tmp_path, images, source)
+    assert np.count_nonzero(label == 1) == np.count_nonzero(label) == 36
+    assert result.counts["a"].dropped == {"a picture": 1, "a text": 1}
+
+
+@pytest.mark.parametrize("names", [("001", "1"), ("20231124123059", "20231124123100"), ("0", "1"), ("7", "a/b")])
+def test_names_that_are_no_ids_number_the_rois(tmp_path, images, names):
+    source = folder_of(tmp_path)
+    roifile.roiwrite(source / "a.zip", [roi(2, 2, name=names[0]), roi(20, 2, name=names[1])])
+    written(source, [feature(2, 2, 6, name=names[0]), feature(20, 2, 6, name=names[1])], "b.geojson")
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "b.png")
+    label, _ = converted(tmp_path, images, source)
+    assert label[4, 4] == 1 and label[4, 22] == 2 and np.count_nonzero(label) == 72
+    assert np.array_equal(read_mask(tmp_path / "out" / "b.tif"), label)
+
+
+def test_groups_of_rois_are_classes_and_rois_of_all_slices_go_with_those_of_one(tmp_path, images):
+    source = folder_of(tmp_path)
+    rois = [roi(2, 2, name="x"), roi(20, 2, name="y", position=0)]
+    rois[0].group, rois[1].group = 3, 1
+    roifile.roiwrite(source / "a.zip", rois)
+    label, _ = converted(tmp_path, images, source, kind="classes", classes=["group 1", "group 3"])
+    assert label[4, 4] == 2 and label[4, 22] == 1
+    (source / "a.zip").unlink()
+    roifile.roiwrite(source / "a.zip", [roi(2, 2, name="x", c=0), roi(20, 2, name="y", c=1)])
+    with pytest.raises(InputError, match="ROIs of 2 channels: save those of one channel"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+def test_an_archive_without_rois_is_an_image_without_cells(tmp_path, images):
+    source = folder_of(tmp_path)
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "b.png")
+    roifile.roiwrite(source / "a.zip", [roi(2, 2, name="4")])
+    zipfile.ZipFile(source / "b.zip", "w").close()
+    converted(tmp_path, images, source)
+    assert not read_mask(tmp_path / "out" / "b.tif").any()
+
+
+def test_curves_of_a_composite_are_dropped_with_what_to_do(tmp_path, images):
+    source = folder_of(tmp_path)
+    path = np.array([0, 2, 2, 2, 12, 2, 12, 12, 1, 2, 12, 4], np.float32)
+    curved = roifile.ImagejRoi(
+        roitype=roifile.ROI_TYPE.RECT, name="curved", left=0, top=0, right=10, bottom=10, shape_roi_size=len(path),
+        multi_coordinates=path,
+    )  # fmt: skip
+    roifile.roiwrite(source / "a.zip", [roi(20, 2, name="cell"), curved])
+    label, result = converted(tmp_path, images, source)
+    assert np.count_nonzero(label) == 36 and "Interpolate" in str(result.counts["a"].dropped)
+
+
+@pytest.mark.parametrize("start", [2.5, 3.0])
+def test_cells_that_share_an_edge_share_no_pixel(tmp_path, images, start):
+    source = written(folder_of(tmp_path), [feature(start + 6 * k % 12, start + 6 * (k // 2), 6) for k in range(4)])
+    label, result = converted(tmp_path, images, source)
+    assert [np.count_nonzero(label == k) for k in (1, 2, 3, 4)] == [36] * 4 and not result.counts["a"].overlapping
+
+
+def test_outlines_of_a_whole_slide_take_no_more_memory_than_the_image(tmp_path, images):
+    far = {"type": "MultiPolygon", "coordinates": [polygon(9, 9, 4)["coordinates"], polygon(9e5, 2, 5)["coordinates"]]}
+    source = written(
+        folder_of(tmp_path),
+        [feature(-6e5, -6e5, 9e6), {"type": "Feature", "geometry": far, "properties": {}}, feature(7e6, 7e6, 9)],
+    )
+    label, result = converted(tmp_path, images, source)
+    assert (label == 2).sum() == 16 and (label == 1).sum() == label.size - 16
+    assert result.counts["a"].outside == 3 and result.counts["a"].dropped == {"outside of the image": 1}
+    roifile.roiwrite(source / "a.zip", [roifile.ImagejRoi(
+        roitype=roifile.ROI_TYPE.OVAL, name="1", left=-4000, top=-4000, right=4000, bottom=4000)])  # fmt: skip
+    (source / "a.geojson").unlink()
+    convert(source, images, tmp_path / "oval", ConvertSettings())
+    assert read_mask(tmp_path / "oval" / "a.tif").all()
+
+
+def test_classes_that_qupath_ignores_and_cores_of_microarrays_are_no_cells(tmp_path, images):
+    names = [{"name": "Region*", "colorRGB": -1}, {"name": "Ignore*"}, {"name": "Tumor"}]
+    features = [feature(2 + 10 * k, 2, 6, classification=one) for k, one in enumerate(names)]
+    source = written(folder_of(tmp_path), [*features, feature(0, 0, 38, objectType="tma_core")])
+    label, result = converted(tmp_path, images, source)
+    assert set(np.unique(label)) == {0, 3} and len(result.counts["a"].dropped) == 3
+
+
+def test_a_cell_around_several_others_is_pointed_out(tmp_path, images):
+    source = written(folder_of(tmp_path), [feature(0, 0, 40), *(feature(2 + 9 * k, 2, 5) for k in range(4))])
+    _, result = converted(tmp_path, images, source)
+    assert any("region of interest" in line for line in result.lines())
+    written(source, [feature(0, 0, 20), feature(2, 2, 5), feature(10, 2, 5)])  # a cell, its nucleus and a vacuole
+    result = convert(source, images, tmp_path / "other", ConvertSettings())
+    assert not any("region of interest" in line for line in result.lines())
+
+
+def test_a_class_that_no_cell_has_is_named_with_those_that_there_are(tmp_path, images):
+    source = written(
+        folder_of(tmp_path), [feature(2, 2, 6, classification="Tumor"), feature(20, 2, 6, classification="Immune")]
+    )
+    _, result = converted(tmp_path, images, source, kind="classes", classes=["Tumor", "Imune"])
+    assert "no cell has the class Imune: the files hold Immune, Tumor" in result.lines()
+    for names, words in (
+        (["tumour"], "no cell .* the files hold the classes Immune, Tumor"),
+        (["A", "A"], "given twice"),
+    ):
+        with pytest.raises(InputError, match=words):
+            convert(source, images, tmp_path / "other", ConvertSettings("auto", "classes", names))
+
+
+def test_ids_of_coco_may_be_text_and_names_may_be_of_a_mac(tmp_path, images):
+    (images / "a.png").rename(images / "Zölle.png")
+    path = coco_file(
+        tmp_path, [{"segmentation": square(2)}, {"segmentation": [square(20)]}], file_name="Zo\u0308lle.JPG"
+    )
+    content = json.loads(path.read_text())
+    content["annotations"][0]["image_id"], content["annotations"][1]["image_id"] = "1", 1.0
+    content["images"][0] |= {"height": "40", "width": None}
+    content["annotations"][0]["iscrowd"] = "0"
+    path.write_text(json.dumps(content))
+    convert(path, images, tmp_path / "out", ConvertSettings())
+    assert np.count_nonzero(read_mask(tmp_path / "out" / "Zölle.tif")) == 72
+
+
+@pytest.mark.parametrize(
+    "counts", [[5, 10], [5, 10, 10**7], [-5, 10, 2075], "5 10 2065", "o" * 22, "P" * 2000, "short"],
+)  # fmt: skip
+def test_run_lengths_that_do_not_fill_the_image_are_refused(tmp_path, images, counts):
+    from pycocotools import mask as rle
+
+    whole = rle.encode(np.asfortranarray((drawn() == 9).astype(np.uint8)))["counts"].decode()
+    counts = whole[:-3] if counts == "short" else counts
+    path = coco_file(tmp_path, [{"id": 1, "segmentation": {"size": list(SIZE), "counts": counts}}])
+    with pytest.raises(InputError, match="an outline of a.png that cannot be read"):
+        convert(path, images, tmp_path / "out", ConvertSettings())
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40))
+@settings(max_examples=20, deadline=None)
+def test_run_lengths_are_those_of_pycocotools(runs):
+    from pycocotools import mask as rle
+
+    pixels = np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8)
+    pixels = np.append(pixels, np.uint8(0)).reshape(1, -1)
+    code = rle.encode(np.asfortranarray(pixels))
+    found = coco._filled({"size": list(pixels.shape), "counts": code["counts"].decode()}, pixels.shape)
+    assert np.array_equal(found, pixels.astype(bool))
+
+
+def test_coco_counts_what_reaches_beyond_the_image_and_refuses_names_that_are_alike(tmp_path, images):
+    annotations = [{"id": k + 1, "segmentation": [square(left)]} for k, left in enumerate((48, -20, 20))]
+    label, result = converted(tmp_path, images, coco_file(tmp_path, annotations))
+    assert (label == 1).sum() == 24 and result.counts["a"].outside == 2
+    assert result.counts["a"].dropped == {"outside of the image": 1}
+    path = coco_file(tmp_path, [])
+    content = json.loads(path.read_text())
+    for other, words in (
+        ({"id": 2, "file_name": "a.tif"}, "two images alike"),
+        ({"id": 1, "file_name": "b.png"}, "one id"),
+    ):
+        path.write_text(json.dumps(content | {"images": [*content["images"], other]}))
+        with pytest.raises(InputError, match=words):
+            convert(path, images, tmp_path / "other", ConvertSettings())
+
+
+def test_broken_shapes_of_labelme_are_dropped_or_refused_before_they_fill_the_memory(tmp_path, images):
+    bomb = io.BytesIO()
+    Image.fromarray(np.zeros((3000, 3000), np.uint8)).save(bomb, format="PNG")
+    good = {"label": "cell", "points": [[2, 2], [8, 2], [8, 8], [2, 8]], "shape_type": None}
+    shapes = [
+        {"label": "cell", "points": [[1, 1]], "shape_type": "circle"},
+        {"label": "cell", "points": [], "shape_type": "polygon"},
+        {"label": "cell", "points": [[float("nan"), 2], [3, 3], [2, 5]]},
+        good,
+    ]
+    source = written(folder_of(tmp_path), {"shapes": shapes, "imageHeight": "40", "imageWidth": None}, "a.json")
+    label, result = converted(tmp_path, images, source)
+    assert np.count_nonzero(label == 4) == np.count_nonzero(label) == 36 and len(result.counts["a"].dropped) == 3
+    painted = {
+        "label": "cell",
+        "points": [[2, 2]],
+        "shape_type": "mask",
+        "mask": base64.b64encode(bomb.getvalue()).decode(),
+    }
+    written(source, {"shapes": [painted]}, "a.json")
+    with pytest.raises(InputError, match="a mask of 3000 x 3000 pixels"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+def picture(labels: np.ndarray, background: int = 0) -> Image.Image:
+    """Each id in a colour of its own."""
+    table = np.stack([(np.arange(400) * k + 90) % 255 + 1 for k in (37, 91, 151)], axis=1).astype(np.uint8)
+    table[0] = background
+    return Image.fromarray(table[labels])
+
+
+def test_pictures_in_which_colours_are_no_cells_are_refused(tmp_path, images):
+    source = folder_of(tmp_path)
+    picture(drawn(), background=255).save(source / "a.png")
+    with pytest.raises(InputError, match="no black, and ffffff covers most of it"):
+        converted(tmp_path, images, source, class_colours=["cells"])
+    picture(drawn()).resize((416, 320), Image.Resampling.NEAREST).resize(
+        (52, 40), Image.Resampling.LANCZOS, (1, 1, 410, 310)
+    ).save(source / "a.png")
+    with pytest.raises(InputError, match="most of them in a few pixels.*antialiasing"):
+        converted(tmp_path, images, source, class_colours=["cells"])
+    with pytest.raises(InputError, match="000000 is given twice"):
+        converted(tmp_path, images, source, class_colours=["000000", "000000"])
+    table = Image.fromarray(np.pad(drawn() % 7, 3).astype(np.uint8), "P")
+    table.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9, 8, 8, 8, 1, 2, 3])
+    table.save(source / "a.png")
+    with pytest.raises(InputError, match="58 x 46 pixels, but its image 52 x 40"):
+        converted(tmp_path, images, source)
+
+
+def pages_of_cells() -> np.ndarray:
+    pages = np.zeros((3, *SIZE), np.uint8)
+    for number in range(3):
+        pages[number, 2:8, 2 + 8 * number : 8 + 8 * number] = 255
+    return pages
+
+
+def test_stacks_in_every_file_and_what_is_none(tmp_path, images):
+    source = folder_of(tmp_path)
+    pages = pages_of_cells()
+    ways = {
+        "a.npz": lambda path: np.savez_compressed(path, pages),
+        "a.tif": lambda path: tifffile.imwrite(path, pages, imagej=True, truncate=True),
+        "a.npy": lambda path: np.save(path, pages > 0),
+    }
+    for name, write in ways.items():
+        write(source / name)
+        convert(source, images, tmp_path / f"out of {name}", ConvertSettings())
+        label = read_mask(tmp_path / f"out of {name}" / "a.tif")
+        assert [np.count_nonzero(label == k) for k in (1, 2, 3)] == [36] * 3
+        (source / name).unlink()
+    refused = {
+        "mostly cell": 255 - pages,
+        "the type complex128": pages.astype(complex),
+        "the type <U3": pages.astype(str),
+        "Python objects": pages.astype(object),
+        "its cells must be the first axis": pages.transpose(1, 2, 0),
+    }
+    for words, array in refused.items():
+        np.save(source / "a.npy", array)
+        with pytest.raises(InputError, match=words):
+            converted(tmp_path, images, source)
+
+
+def planes_of_classes(background: int, count: int = 3) -> np.ndarray:
+    """(N, H, W, 4): ids of three classes, and the background in the given plane."""
+    planes = np.zeros((count, *SIZE, 4), np.int32)
+    places = [place for place in range(4) if place != background]
+    for number, place in enumerate(places):
+        planes[:, 2:9, 3 + 12 * number : 9 + 12 * number, place] = 5 + number
+        planes[:, 20:26, 3 + 12 * number : 9 + 12 * number, place] = 15 + number
+    planes[..., background] = ~planes.any(axis=3)
+    return planes
+
+
+@pytest.mark.parametrize("background", [0, 3])
+def test_the_background_of_planes_may_be_the_first_or_the_last(tmp_path, images, background):
+    for name in "bcd":
+        Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / f"{name}.png")
+    planes = planes_of_classes(background, 4)
+    planes[1, 0, :5, background] = 0  # a few pixels of no plane
+    planes[2], planes[3] = 0, 0
+    planes[3, ..., background] = 1
+    np.save(tmp_path / "masks.npy", planes)
+    convert(tmp_path / "masks.npy", images, tmp_path / "out", ConvertSettings())
+    for name, ids in {"a": 7, "b": 7, "c": 1, "d": 1}.items():
+        assert len(np.unique(read_mask(tmp_path / "out" / f"{name}.tif"))) == ids
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_planes_of_ids_and_classes_are_told_from_planes_of_ids(tmp_path, images, order):
+    planes = np.stack([drawn().astype(np.int32), np.where(drawn() > 0, 1 + drawn() % 3, 0)][::order], axis=2)[None]
+    np.save(tmp_path / "labels.npy", planes)
+    label, _ = converted(tmp_path, images, tmp_path / "labels.npy")
+    assert np.array_equal(label, drawn())
+    given = ConvertSettings(kind="classes", classes=["class 1", "class 2", "class 3"])
+    convert(tmp_path / "labels.npy", images, tmp_path / "classes", given)
+    assert np.array_equal(read_mask(tmp_path / "classes" / "a.tif"), np.where(drawn() > 0, 1 + drawn() % 3, 0))
+
+
+def test_planes_whose_meaning_is_unclear_are_refused(tmp_path, images):
+    (images / "a.png").rename(images / "im2.png")
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "im10.png")
+    np.save(tmp_path / "masks.npy", planes_of_classes(3, 2))
+    with pytest.raises(InputError, match="im10, im2 by letters, im2, im10 by numbers"):
+        convert(tmp_path / "masks.npy", images, tmp_path / "out", ConvertSettings())
+    (images / "im10.png").unlink()
+    cell = drawn()[None, ..., None] > 0
+    wrong = {
+        "can both be the background": np.concatenate([cell, ~cell], axis=3).astype(np.uint8),
+        "fractions, negative or very large": np.where(planes_of_classes(3, 1) == 5, np.inf, planes_of_classes(3, 1)),
+        "its classes must be the last axis": planes_of_classes(3, 1).transpose(0, 3, 1, 2),
+    }
+    for words, array in wrong.items():
+        np.save(tmp_path / "masks.npy", array)
+        with pytest.raises(InputError, match=words):
+            convert(tmp_path / "masks.npy", images, tmp_path / "out", ConvertSettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.xml", "<?xml version='1.0'?>", "export COCO from CVAT"),
+        ("shapes.csv", "index,shape-type", "in napari a labels layer"),
+        ("a.geojson.gz", "x", "unpack it"),
+        ("a.json", '{"objects": [], "size": {}}', "of Supervisely"),
+        ("a.json", '{"nuc": {}}', "of HoVer-Net"),
+        ("a.json", '{"_via_img_metadata": {}}', "of VIA"),
+        ("a.json", '[{"data": {}, "annotations": []}]', "of Label Studio"),
+        ("a.json", "null", "no GeoJSON"),
+    ],
+)
+def test_files_of_other_programs_are_refused_with_what_to_do(tmp_path, images, name, content, words):
+    source = folder_of(tmp_path)
+    (source / name).write_text(content)
+    for place in (source, source / name):
+        with pytest.raises(InputError, match=words):
+            convert(place, images, tmp_path / "out", ConvertSettings())
+
+
+def test_a_format_that_is_given_takes_its_own_files_only(tmp_path, images):
+    source = written(folder_of(tmp_path), [feature(2, 2, 6)])
+    np.save(source / "a_seg.npy", {"masks": drawn()})
+    label, _ = converted(tmp_path, images, source, format_name="qupath")
+    assert np.count_nonzero(label) == 36
+    with pytest.raises(InputError, match="no annotations of the format imagej"):
+        convert(source, images, tmp_path / "other", ConvertSettings("imagej"))
+    with pytest.raises(InputError, match="two annotations of a"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+def test_names_with_the_ending_of_annotations_pair_too(tmp_path, images):
+    (images / "a.png").rename(images / "well_rois.png")
+    source = folder_of(tmp_path)
+    roifile.roiwrite(source / "well_rois.zip", [roi(2, 2, name="4")])
+    convert(source, images, tmp_path / "out", ConvertSettings())
+    assert (read_mask(tmp_path / "out" / "well_rois.tif") == 4).sum() == 36
+    (source / "well_rois.zip").unlink()
+    roi(2, 2, name="4").tofile(source / "0001-0002.roi")
+    with pytest.raises(InputError, match="zip them as NAME.zip"):
+        convert(source, images, tmp_path / "other", ConvertSettings())
+
+
+def test_a_set_with_odd_cells_comes_back_from_every_export(tmp_path):
+    odd = {"leer µ": drawn() * 0, "voll": drawn() * 0 + 7, "all": np.arange(1, drawn().size + 1).reshape(SIZE)}
+    for folder in ("images", "masks"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for name, label in odd.items():
+        Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "set" / "images" / f"{name}.png")
+        Image.fromarray(label.astype(np.uint16)).save(tmp_path / "set" / "masks" / f"{name}.png")
+    paths = sorted((tmp_path / "set" / "images").iterdir())
+    for layout, part in (("roi", "rois"), ("geojson", "annotations"), ("coco", "annotations.json")):
+        folder = export_set(tmp_path / "set", paths, MaskRule("instances", 2, 1, ""), layout)
+        convert(folder / part, folder / "images", tmp_path / layout, ConvertSettings())
+        for name, label in odd.items():
+            assert np.array_equal(read_mask(tmp_path / layout / f"{name}.tif"), label)

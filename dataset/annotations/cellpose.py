@@ -9,32 +9,24 @@ from typing import Any
 import numpy as np
 
 from dataset.annotations.cells import Cell, labels_to_cells
+from dataset.annotations.plain_arrays import PLAIN, Array, NotPlain
 from dataset.decode import MAX_DECODED_BYTES, FileError
 
-# All names in a pickle of dicts, lists, strings, numbers and numpy arrays. None has side effects. The module names of
-# numpy's functions differ between its versions.
-_FUNCTIONS = {
-    "multiarray._reconstruct": np.zeros(0).__reduce__()[0],
-    "multiarray.scalar": np.float64(0).__reduce__()[0],
-    "numeric._frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-}
-PLAIN = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype} | {
-    f"numpy.{core}.{name}": function for core in ("core", "_core") for name, function in _FUNCTIONS.items()
-}
+_MEND = "save the masks as PNG or TIFF in Cellpose"
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Refuses everything but :data:`PLAIN`."""
+    """Refuses every name but those of :data:`PLAIN`, and takes what stands for them."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The object of this name. Raises UnpicklingError if it is not in :data:`PLAIN`."""
+        """What stands for this name. Raises UnpicklingError if it is no plain data."""
         if f"{module}.{name}" not in PLAIN:
             raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
         return PLAIN[f"{module}.{name}"]
 
 
 def read_seg(path: Path) -> dict[str, Any]:
-    """The dict of a ``_seg.npy``.
+    """The dict of a ``_seg.npy``. Its masks are an array; other arrays are not read.
 
     Raises:
         FileError: the file is no ``_seg.npy``, or holds more than plain data.
@@ -46,29 +38,36 @@ def read_seg(path: Path) -> dict[str, Any]:
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = header(file)
-            if shape != () or not dtype.hasobject:
+            if shape not in ((), (1,)) or dtype.kind != "O":
                 raise FileError(path, "is no _seg.npy of Cellpose: it holds an array, and no dict")
             content = PlainUnpickler(file).load()
-        content = content.item() if isinstance(content, np.ndarray) else content
+        if isinstance(content, Array) and content.objects:
+            content = content.objects[0]
+        if not isinstance(content, dict) or not isinstance(content.get("masks"), Array):
+            raise FileError(path, "is no _seg.npy of Cellpose: it has no masks")
+        return {**content, "masks": content["masks"].plain()}
     except FileError:
         raise
-    except pickle.UnpicklingError as error:
-        raise FileError(
-            path, "holds something else than numbers, strings and arrays, and is not read", str(error)
-        ) from None
+    except (pickle.UnpicklingError, NotPlain) as error:
+        words = f"holds something else than numbers, strings and arrays, and is not read: {_MEND}"
+        raise FileError(path, words, str(error)) from None
     except Exception as error:  # noqa: BLE001 - on damaged bytes an unpickler raises nearly any type
         raise FileError(path, "cannot be read, it is damaged or no _seg.npy", str(error)[:120]) from None
-    if not isinstance(content, dict) or not isinstance(content.get("masks"), np.ndarray):
-        raise FileError(path, "is no _seg.npy of Cellpose: it has no masks")
-    return content
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
-    """The cells of a ``_seg.npy``; their ids are kept."""
+    """The cells of a ``_seg.npy``; their ids are kept.
+
+    Raises:
+        FileError: the masks are no label image of this size.
+    """
     masks = read_seg(path)["masks"]
-    if masks.ndim != 2 or masks.dtype.kind not in "ui" or (masks.size and masks.min() < 0):
+    masks = masks[0] if masks.ndim == 3 and len(masks) == 1 else masks
+    if masks.ndim != 2 or masks.dtype.kind not in "uif":
         shape = " x ".join(map(str, masks.shape))
         raise FileError(path, f"holds masks of {masks.dtype} and shape ({shape}): one flat label image is needed")
+    if masks.size and not (masks.min() >= 0 and (masks == np.floor(masks)).all() and masks.max() < 2**63):
+        raise FileError(path, f"holds masks with negative or broken numbers, which are no ids of cells: {_MEND}")
     if masks.shape != size:
         raise FileError(path, f"has {masks.shape[1]} x {masks.shape[0]} pixels, but its image {size[1]} x {size[0]}")
     return labels_to_cells(masks)

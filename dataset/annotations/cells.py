@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -14,6 +15,9 @@ from skimage.draw import polygon2mask
 from common.cells import are_noise, distinct
 
 LARGEST_ID = 2**31 - 1
+MANY_INSIDE = 3  # an entry that encloses so many other cells may be a region of interest
+# The centre of a pixel that lies exactly on an outline belongs to one of the two sides, not to both.
+_BESIDE_THE_LINE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class CellCounts:
         written: cells in the label image.
         overlapping: cells that share a pixel with another cell.
         outside: cells that reach beyond the image.
+        enclosing: cells with several other cells inside, which may be regions.
         dropped: reason -> number of entries that are not in the label image.
     """
 
@@ -57,10 +62,13 @@ class CellCounts:
     written: int = 0
     overlapping: int = 0
     outside: int = 0
+    enclosing: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def rings_to_cell(rings: Sequence[np.ndarray], number: int | None = None, name: str = "") -> Cell:
+def rings_to_cell(
+    rings: Sequence[np.ndarray], number: int | None = None, name: str = "", size: tuple[int, int] | None = None
+) -> Cell:
     """A cell of the pixels with their centre inside the outline. A ring inside another ring is a hole.
 
     Args:
@@ -68,6 +76,7 @@ def rings_to_cell(rings: Sequence[np.ndarray], number: int | None = None, name: 
             QuPath.
         number: id of the cell.
         name: name of its class.
+        size: height and width of the image. Only one pixel beyond it is drawn of a large outline. None: all is drawn.
     """
     rings = [np.asarray(ring, np.float64) for ring in rings if len(ring) >= 3]
     points = np.concatenate(rings) if rings else np.zeros((0, 2))
@@ -77,9 +86,15 @@ def rings_to_cell(rings: Sequence[np.ndarray], number: int | None = None, name: 
         return Cell.none("coordinates that no image has")
     left, top = (math.floor(value) for value in points.min(axis=0))
     right, bottom = (math.ceil(value) for value in points.max(axis=0))
+    if size is not None:
+        if top > size[0] or left > size[1] or bottom < 0 or right < 0:
+            row, column = min(max(top, -2), size[0] + 1), min(max(left, -2), size[1] + 1)  # any place outside
+            return Cell(row, column, np.ones((1, 1), bool), number, name)
+        top, left = max(top, -1), max(left, -1)
+        bottom, right = min(bottom, size[0] + 1), min(right, size[1] + 1)
     mask = np.zeros((max(bottom - top, 1), max(right - left, 1)), bool)
     for ring in rings:
-        mask ^= polygon2mask(mask.shape, ring[:, ::-1] - (top + 0.5, left + 0.5))
+        mask ^= polygon2mask(mask.shape, ring[:, ::-1] - (top + 0.5 + _BESIDE_THE_LINE, left + 0.5 + _BESIDE_THE_LINE))
     return Cell(top, left, mask, number, name)
 
 
@@ -101,6 +116,13 @@ def labels_to_cells(labels: np.ndarray, names: Mapping[int, str] | None = None) 
         Cell(place[0].start, place[1].start, compact[place] == index, int(number), (names or {}).get(int(number), ""))
         for index, (number, place) in enumerate(zip(numbers[1:], ndimage.find_objects(compact), strict=True), start=1)
     ]
+
+
+def ids_of_names(names: Sequence[str]) -> list[int]:
+    """Ids of cells: their names, if these are different whole numbers that fit a label image, else 1..n."""
+    numbers = [int(name) if name.isdecimal() and len(name) < 20 else 0 for name in names]
+    fit = len(set(numbers)) == len(numbers) and all(0 < number <= LARGEST_ID for number in numbers)
+    return numbers if fit else list(range(1, len(names) + 1))
 
 
 def numbered(cells: Sequence[Cell]) -> list[int]:
@@ -162,11 +184,29 @@ def draw_cells(
     left = np.bincount(drawn.ravel(), minlength=len(placed) + 1)[1:]
     dropped["covered by smaller cells"] = int(np.count_nonzero(left == 0))
     counts.written = int(np.count_nonzero(left))
+    counts.enclosing = sum(_encloses_many(drawn, place, one, left) for place, one in enumerate(placed, start=1))
     counts.dropped = {reason: count for reason, count in sorted(dropped.items()) if count}
     values = {name: place for place, name in enumerate(names or (), start=1)}
     table = [0] + [values[cell.name] if as_classes else number for number, cell, _, _ in placed]
     dtype = np.uint16 if max(table) < 2**16 else np.int32
     return np.array(table, dtype)[drawn], counts
+
+
+def _encloses_many(drawn: np.ndarray, place: int, one: tuple[Any, ...], counts: np.ndarray) -> bool:
+    """Whether all visible pixels of several other cells lie in this one.
+
+    Args:
+        drawn: (H, W) places of the cells in their list, from 1.
+        place: place of this cell.
+        one: id, cell, part of the image, and mask within this part.
+        counts: visible pixels of each cell.
+    """
+    _, _, part, inside = one
+    found = drawn[part][inside]
+    if (found == place).all():
+        return False
+    numbers, pixels = np.unique(found[(found > 0) & (found != place)], return_counts=True)
+    return int(np.count_nonzero(pixels == counts[numbers - 1])) >= MANY_INSIDE
 
 
 def _inside(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:

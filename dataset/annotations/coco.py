@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import list_some
-from dataset.annotations.cells import LARGEST_ID, Cell
-from dataset.annotations.geojson import read_json
+from dataset.annotations.cells import LARGEST_ID, Cell, rings_to_cell
+from dataset.annotations.geojson import read_json, union
 from dataset.decode import FileError
 
 LEAST_COORDINATES = 6  # of a polygon; pycocotools takes four numbers for a box
@@ -27,36 +28,48 @@ def sources(path: Path) -> dict[str, Callable[[tuple[int, int]], list[Cell]]]:
     """
     content = read_json(path)
     try:
-        names = {one["id"]: str(one["name"]) for one in content.get("categories", [])}
-        by_image: dict[Any, list[dict[str, Any]]] = {one["id"]: [] for one in content["images"]}
-        unknown = sorted({str(one["image_id"]) for one in content["annotations"] if one["image_id"] not in by_image})
+        names = {_key(one["id"]): str(one["name"]) for one in content.get("categories") or []}
+        by_image: dict[str, list[dict[str, Any]]] = {_key(one["id"]): [] for one in content["images"]}
+        if len(by_image) < len(content["images"]):
+            raise FileError(path, "gives one id to two images: give each an id of its own")
+        unknown = sorted({_key(one["image_id"]) for one in content["annotations"]} - set(by_image))
         if unknown:
             raise FileError(path, f"has annotations of images that it does not list: image_id {list_some(unknown)}")
         for one in content["annotations"]:
             if "segments_info" in one:
                 raise FileError(path, "is for panoptic PNGs: convert these, and say that each colour is a cell")
-            by_image[one["image_id"]].append(one)
-        images = {Path(str(one["file_name"]).replace("\\", "/")).name: one for one in content["images"]}
+            by_image[_key(one["image_id"])].append(one)
+        images = {_stem(str(one["file_name"])): one for one in content["images"]}
         if len(images) < len(content["images"]):
-            raise FileError(path, "names two images alike in different folders: give each folder a file of its own")
-        return {
-            Path(name).stem.removesuffix(".ome"): _Image(path, one, by_image[one["id"]], names)
-            for name, one in images.items()
-        }
+            raise FileError(
+                path, "names two images alike, in different folders or with different suffixes: give each a file of "
+                "its own",
+            )  # fmt: skip
+        return {name: _Image(path, one, by_image[_key(one["id"])], names) for name, one in images.items()}
     except KeyError as error:
         raise FileError(path, f"is no COCO file: {error} is missing") from None
     except (TypeError, AttributeError) as error:
         raise FileError(path, "is no COCO file", f"{type(error).__name__}: {error}"[:120]) from None
 
 
+def _key(value: Any) -> str:
+    """An id as text. Some programs write the same id as 1, 1.0 and "1"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _stem(file_name: str) -> str:
+    """Name of an image without folder and suffix, as ``dataset.files.find_files`` gives it."""
+    return unicodedata.normalize("NFC", Path(file_name.replace("\\", "/")).stem.removesuffix(".ome"))
+
+
 class _Image:
     """One image of a COCO file."""
 
-    def __init__(self, path: Path, image: dict[str, Any], annotations: list[dict[str, Any]], names: dict[Any, str]):
+    def __init__(self, path: Path, image: dict[str, Any], annotations: list[dict[str, Any]], names: dict[str, str]):
         self._path, self._image, self._annotations, self._names = path, image, annotations, names
 
     def __call__(self, size: tuple[int, int]) -> list[Cell]:
-        stated = (self._image.get("height", size[0]), self._image.get("width", size[1]))
+        stated = tuple(int(self._image.get(side) or own) for side, own in zip(("height", "width"), size, strict=True))
         name = self._image["file_name"]
         if stated != size:
             raise FileError(
@@ -79,27 +92,80 @@ class _Image:
     def _cell(self, annotation: dict[str, Any], number: int | None, size: tuple[int, int]) -> Cell:
         from pycocotools import mask as rle
 
-        outline, name = annotation.get("segmentation"), self._names.get(annotation.get("category_id"), "")
-        if annotation.get("iscrowd"):
+        outline, name = annotation.get("segmentation"), self._names.get(_key(annotation.get("category_id")), "")
+        if _key(annotation.get("iscrowd") or 0) not in ("0", "False"):
             return Cell.none("a crowd: iscrowd is 1")
         if not outline:
             return Cell.none("a box without an outline")
         if isinstance(outline, list):
-            outline = [ring for ring in outline if len(ring) >= LEAST_COORDINATES]
+            outline = _rings(outline)
             if not outline:
                 return Cell.none("an outline of less than three corners")
-            if not all(np.isfinite(ring).all() for ring in outline):
+            if any(len(ring) % 2 for ring in outline):
+                return Cell.none("an outline with half a corner")
+            if not all(np.isfinite(ring).all() and np.abs(ring).max() < 2**24 for ring in outline):
                 return Cell.none("coordinates that no image has")
-            code = rle.merge(rle.frPyObjects(outline, *size))
-        elif isinstance(outline["counts"], list):
-            code = rle.frPyObjects(outline, *outline["size"])
+            if any(_is_beyond(ring, size) for ring in outline):  # pycocotools cuts it without a word
+                parts = [rings_to_cell([np.reshape(ring, (-1, 2))], size=size) for ring in outline]
+                return union(parts, number, name)
+            mask = rle.decode(rle.merge(rle.frPyObjects(outline, *size))).astype(bool)
         else:
-            code = {"size": outline["size"], "counts": outline["counts"].encode()}
-        if tuple(code["size"]) != size:
-            raise ValueError(f"run lengths of a field of {code['size']}")
-        mask = rle.decode(code).astype(bool)
+            mask = _filled(outline, size)
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if not len(rows):
             return Cell(0, 0, np.zeros((1, 1), bool), number, name)
         top, left = int(rows[0]), int(columns[0])
         return Cell(top, left, mask[top : rows[-1] + 1, left : columns[-1] + 1], number, name)
+
+
+def _rings(outline: list[Any]) -> list[list[float]]:
+    """Rings x, y, x, y, ... with three corners or more. One ring, and corners in pairs, are read, too."""
+    if not isinstance(outline[0], list):
+        outline = [outline]
+    rings = [
+        [value for corner in ring for value in (corner if isinstance(corner, list) else [corner])] for ring in outline
+    ]
+    return [ring for ring in rings if len(ring) >= LEAST_COORDINATES]
+
+
+def _is_beyond(ring: list[float], size: tuple[int, int]) -> bool:
+    """Whether an outline reaches beyond the image by a pixel or more."""
+    x, y = ring[::2], ring[1::2]
+    return min(*x, *y) <= -1 or max(x) >= size[1] + 1 or max(y) >= size[0] + 1
+
+
+def _filled(outline: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Mask (H, W) of run lengths, which fill the columns with 0 and 1 by turns.
+
+    Raises:
+        ValueError: they do not fill the image exactly.
+    """
+    counts = outline["counts"]
+    runs = list(map(int, counts)) if isinstance(counts, list) else _unpacked(str(counts))
+    if tuple(outline["size"]) != size:
+        raise ValueError(f"run lengths of a field of {outline['size']}")
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise ValueError(f"run lengths that do not fill {size[0]} x {size[1]} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F")
+
+
+def _unpacked(text: str) -> list[int]:
+    """Run lengths of their text: 5 bits a character from "0" on, the lowest first; the 6th bit says that more follow.
+
+    From the fourth number on, the text holds the difference to the number before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"run lengths with the character {character!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # a set sign bit
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("run lengths that end in the middle of a number")
+    return runs

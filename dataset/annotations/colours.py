@@ -12,6 +12,7 @@ from dataset.annotations.cells import Cell, labels_to_cells
 from dataset.files import FileError, read_image, read_mask_and_table
 
 MANY_COLOURS = 16
+SMALL_PIXELS = 4  # most regions of this size are blends of two colours at an edge
 EACH_A_CELL = "cells"
 
 
@@ -30,10 +31,10 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
     """
     table = read_mask_table(path) if not colours else None
     if table is not None:
+        _check_size(path, table, size)
         return labels_to_cells(table, {number: f"class {number}" for number in np.unique(table).tolist()})
     image = read_image(path)
-    if image.shape[:2] != size:
-        raise FileError(path, f"has {image.shape[1]} x {image.shape[0]} pixels, but its image {size[1]} x {size[0]}")
+    _check_size(path, image, size)
     if not colours and image.shape[2] == 1:
         raise FileError(path, "is a gray mask already: train on it as it is, or say which gray value is which class")
     if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
@@ -43,16 +44,43 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
     if not colours:
         raise InputError(_which_colours(path, values, counts), "class_colours")
     if list(colours) == [EACH_A_CELL]:
+        _check_cells(path, values, counts)
         return labels_to_cells(np.where(packed > 0, np.searchsorted(values, packed) + (values[0] > 0), 0))
     known = [int(colour, 16) for colour in colours]
     others = [f"{value:06x}" for value in values.tolist() if value not in known]
     if others:
-        hint = "; JPEG changes colours at edges: save PNG" if len(others) > MANY_COLOURS else ""
+        blends = "; JPEG and smooth edges mix colours: save PNG without smoothing (antialiasing)"
+        hint = blends if len(others) > MANY_COLOURS else ""
         raise FileError(path, f"holds {len(others)} colours that are not given: {list_some(others)}{hint}")
     classes = np.zeros(size, np.int64)
     for number, value in enumerate(known):
         classes[packed == value] = number
     return labels_to_cells(classes, {number: f"class {number}" for number in range(len(known))})
+
+
+def _check_size(path: Path, array: np.ndarray, size: tuple[int, int]) -> None:
+    if array.shape[:2] != size:
+        raise FileError(path, f"has {array.shape[1]} x {array.shape[0]} pixels, but its image {size[1]} x {size[0]}")
+
+
+def _check_cells(path: Path, values: np.ndarray, counts: np.ndarray) -> None:
+    """Refuse pictures in which each colour cannot be a cell.
+
+    Raises:
+        FileError: the background is not black, or colours are mixed at the edges.
+    """
+    most = int(counts.argmax())
+    if values[0] != 0 and counts[most] * 2 > counts.sum():
+        raise FileError(
+            path, f"has no black, and {int(values[most]):06x} covers most of it: paint the background black, so that "
+            "it is no cell",
+        )  # fmt: skip
+    small = int(np.count_nonzero(counts <= SMALL_PIXELS))
+    if small > MANY_COLOURS and small * 2 > len(values):
+        raise FileError(
+            path, f"holds {len(values)} colours, most of them in a few pixels, which are no cells: save PNG without "
+            "smoothing (antialiasing), and not JPEG",
+        )  # fmt: skip
 
 
 def read_mask_table(path: Path) -> np.ndarray | None:

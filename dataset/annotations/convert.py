@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,16 +17,15 @@ from common.disk import write_bytes, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
+from dataset.annotations.formats import READ, SUFFIXES, format_of, other_program
 from dataset.files import IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
-from dataset.names import IMAGE_ENDING, is_litter
+from dataset.names import IMAGE_ENDING, is_litter, split_together
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
-FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
 MAPS = ("instances", "classes")
 REPORT = "report.csv"
 # Endings that programs add to the name of the image. Longer ones come first.
 ENDINGS = ("_annotations", "_cp_masks", "_RoiSet", "_labels", "_masks", "_rois", "_mask", "_seg")
-_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".roi", ".zip", ".json", ".geojson")
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,15 @@ class Conversion:
         counts: image -> counts of its cells.
         without: images without annotations.
         lonely: annotations without an image.
+        unused: classes that were asked for, and that no cell has.
+        found: classes of the cells.
     """
 
     counts: dict[str, CellCounts] = field(default_factory=dict)
     without: list[str] = field(default_factory=list)
     lonely: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
 
     def lines(self, most: int = 20) -> list[str]:
         """The report: totals, and the images with dropped, overlapping or cut cells."""
@@ -75,6 +78,14 @@ class Conversion:
             if one.dropped or one.overlapping or one.outside
         ]
         lines += odd[:most] + ([f"and {len(odd) - most} more images, see {REPORT}"] if len(odd) > most else [])
+        regions = [name for name, one in self.counts.items() if one.enclosing]
+        if regions:
+            lines.append(
+                f"{len(regions)} images have a cell with several other cells inside: {list_some(regions)}. If it is a "
+                "region of interest, delete it in the annotations"
+            )
+        if self.unused:
+            lines.append(f"no cell has the class {list_some(self.unused)}: the files hold {list_some(self.found, 8)}")
         if self.without:
             lines.append(f"{len(self.without)} images have no annotations: {list_some(self.without)}")
         if self.lonely:
@@ -110,15 +121,18 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
         raise InputError(f"{output} is not empty: give a new folder")
     if settings.kind == "classes" and not settings.classes:
         raise InputError(_which_classes(source, images, settings), "classes")
+    _check(settings)
     result, labels, errors = Conversion(), {}, []
-    paths = {"image": images} if images.is_file() else find_files(images, "image")
+    names: set[str] = set()
+    paths = _images(source, images)
     pairs, result.without, result.lonely = _pair(source, images, paths, settings)
     for name, load in tqdm(pairs.items(), desc="converting", unit="image", disable=None):
         try:
             size = read_image(paths[name]).shape[:2]
-            label, result.counts[name] = draw_cells(
-                load(size), size, settings.classes or None, as_classes=settings.kind == "classes"
-            )
+            cells = load(size)
+            names |= {cell.name for cell in cells if cell.name}
+            as_classes = settings.kind == "classes"
+            label, result.counts[name] = draw_cells(cells, size, settings.classes or None, as_classes)
             labels[name] = encode_tiff(label)
         except FileError as error:
             errors.append(str(error))
@@ -129,12 +143,25 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
     if errors:
         raise InputError(f"{len(errors)} of {len(pairs)} annotations cannot be used: {list_some(errors)}")
     if not any(one.written for one in result.counts.values()):
-        raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}")
+        held = f"; the files hold the classes {list_some(sorted(names), 8)}" if settings.classes and names else ""
+        raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}{held}")
+    result.unused, result.found = [name for name in settings.classes if name not in names], sorted(names)
     output.mkdir(parents=True, exist_ok=True)
     for name, content in labels.items():
         write_bytes(output / f"{paths[name].name.rpartition('.')[0]}.tif", content)
     _write_report(result, output / REPORT)
     return result
+
+
+def _check(settings: ConvertSettings) -> None:
+    """Refuse classes and colours that are given twice, and words that are no colour."""
+    for field_name, values in (("classes", settings.classes), ("class_colours", settings.class_colours)):
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        if twice:
+            raise InputError(f"{field_name}: {twice[0]} is given twice", field_name)
+    wrong = [colour for colour in settings.class_colours if not re.fullmatch("[0-9a-fA-F]{6}", colour)]
+    if wrong and list(settings.class_colours) != [colours.EACH_A_CELL]:
+        raise InputError(f"class_colours {wrong[0]}: a colour is RRGGBB, such as ff0000", "class_colours")
 
 
 def _write_report(result: Conversion, path: Path) -> None:
@@ -159,15 +186,17 @@ def _pair(
     source: Path, images: Path, paths: Mapping[str, Path], settings: ConvertSettings
 ) -> tuple[dict[str, Load], list[str], list[str]]:
     """Annotations by the name of their image, images without annotations, annotations without an image."""
-    files = _files(source)
     loads: dict[str, Load] = {}
-    for file in files:
+    for file in _files(source, paths, settings.format_name):
         for name, load in _loads(file, paths, settings).items():
+            if name in loads and _is_copy(file, name):
+                continue
             if name in loads:
                 raise InputError(f"{source} holds two annotations of {name}: keep one of them")
             loads[name] = load
     if not loads:
-        raise InputError(f"{source} holds no annotations{_others(source)}: {' '.join(_SUFFIXES)} are read")
+        kind = "" if settings.format_name == "auto" else f" of the format {settings.format_name}"
+        raise InputError(f"{source} holds no annotations{kind}{_others(source)}; {READ}")
     if images.is_file() and len(loads) == 1:  # one of each: whatever their names
         return {"image": next(iter(loads.values()))}, [], []
     by_name = {stem: stem for stem in paths} | {stem.removesuffix(IMAGE_ENDING): stem for stem in paths}
@@ -177,49 +206,87 @@ def _pair(
     if not pairs:
         raise InputError(
             f"no annotation of {source} has the name of an image in {images}: annotations are named "
-            f"{list_some(list(loads))}, images {list_some(list(paths))}"
+            f"{list_some(list(loads))}, images {list_some(list(paths))}{_single_rois(source)}"
         )
     lonely = sorted(name for name in loads if name not in by_name)
     return dict(sorted(pairs.items())), sorted(set(paths) - set(pairs)), lonely
 
 
-def _files(source: Path) -> list[Path]:
+def _images(source: Path, images: Path) -> dict[str, Path]:
+    """Images by their names. Masks that lie beside them, and annotations, are none."""
+    if images.is_file():
+        return {"image": images}
+    paths = find_files(images, "image")
+    if not source.is_dir() or not source.samefile(images):
+        return paths
+    stems, _ = split_together(paths)
+    return {stem: path for stem, path in paths.items() if stem in stems} or paths
+
+
+def _files(source: Path, images: Mapping[str, Path], format_name: str) -> list[Path]:
+    """Files of a format, without the images themselves. Pictures come last: they may be copies of the images."""
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
-    return sorted(
+    own = {path.resolve() for path in images.values()}
+    found = [
         path
-        for path in source.iterdir()
-        if path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.name.lower().endswith(SUFFIXES[format_name])
+        and not path.name.startswith(".")
+        and path.resolve() not in own
+    ]
+    return sorted(found, key=_is_picture)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _is_copy(path: Path, name: str) -> bool:
+    """Whether a picture beside the annotations of an image is the image, or what Cellpose draws from its _seg.npy."""
+    stem = unicodedata.normalize("NFC", path.name.removesuffix(path.suffix).removesuffix(".ome"))
+    return _is_picture(path) and (stem == name or stem.endswith("_cp_masks"))
 
 
 def _others(source: Path) -> str:
     """What a folder without annotations holds instead."""
     kinds = Counter(path.suffix.lower() for path in source.iterdir() if path.is_file() and not is_litter(path.name))
-    return "".join(f" but {count} {kind}" for kind, count in kinds.most_common(1) if kind)
+    if kinds:
+        return "".join(f" but {count} {kind}{other_program(kind)}" for kind, count in kinds.most_common(1) if kind)
+    inner = [path for path in sorted(source.iterdir()) if path.is_dir() and not is_litter(path.name)]
+    rois = inner and any(path.suffix.lower() == ".roi" for path in inner[0].iterdir())
+    mend = "zip the ROIs of each image as NAME.zip" if rois else f"did you mean {inner[0]}?" if inner else ""
+    return f" but folders: {mend}" if inner else ""
 
 
-def _stem(path: Path) -> str:
-    """The name of the image that a file of annotations belongs to."""
+def _single_rois(source: Path) -> str:
+    """What to do with a folder of single ROIs, which have names of their own."""
+    single = source.is_dir() and any(path.suffix.lower() == ".roi" for path in source.iterdir())
+    return ". If they are ROIs of one image, zip them as NAME.zip" if single else ""
+
+
+def _stem(path: Path, names: Container[str] = ()) -> str:
+    """The name of the image that a file of annotations belongs to. If there are images of these names, one of them."""
     stem = path.name.removesuffix(path.suffix)
     for suffix in IMAGE_SUFFIXES:  # NAME.tif.geojson
         stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
-    stem = stem.removesuffix(".ome")
-    ending = next((one for one in ENDINGS if stem.endswith(one) and stem != one), "")
-    return unicodedata.normalize("NFC", stem.removesuffix(ending))
+    stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))
+    ending = next((one for one in ENDINGS if stem.lower().endswith(one.lower()) and len(stem) > len(one)), "")
+    return stem if stem in names else stem[: len(stem) - len(ending)]
 
 
 def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> dict[str, Load]:
     """Name of the image -> function that reads its cells. A file of many images gives many names."""
-    name = _format_of(path) if settings.format_name == "auto" else settings.format_name
+    name = format_of(path) if settings.format_name == "auto" else settings.format_name
     if name == "coco":
         return coco.sources(path)
     if name == "planes":
         return _planes(path, list(paths))
     if name == "colours":
-        return {_stem(path): partial(colours.cells_of, path, colours=settings.class_colours)}
+        return {_stem(path, paths): partial(colours.cells_of, path, colours=settings.class_colours)}
     readers = {
         "cellpose": cellpose.cells_of,
         "imagej": imagej.cells_of,
@@ -227,51 +294,19 @@ def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> 
         "labelme": labelme.cells_of,
         "pages": stacks.cells_of,
     }
-    stem = _stem_of_labelme(path, paths) if name == "labelme" else _stem(path)
+    stem = _stem_of_labelme(path, paths) if name == "labelme" else _stem(path, paths)
     return {stem: partial(readers[name], path)}
 
 
 def _stem_of_labelme(path: Path, paths: Mapping[str, Path]) -> str:
     """The name of the image: that of the file, or the one in it if there is no such image."""
-    stem, named = _stem(path), labelme.image_name(path)
-    inner = _stem(Path(named)) if named else stem
+    stem, named = _stem(path, paths), labelme.image_name(path)
+    inner = _stem(Path(named), paths) if named else stem
     if stem in paths and inner in paths and inner != stem:
         raise FileError(
             path, f"says that its image is {named}, and there is {paths[stem].name}, too: rename one of them"
         )
     return inner if inner in paths else stem
-
-
-def _format_of(path: Path) -> str:
-    """The format of a file, by its suffix. If several formats have this suffix, also by its content."""
-    suffix = path.suffix.lower()
-    if path.name.endswith("_seg.npy"):
-        return "cellpose"
-    if suffix in (".roi", ".zip"):
-        return "imagej"
-    if suffix == ".geojson":
-        return "qupath"
-    if suffix == ".json":
-        content = geojson.read_json(path)
-        return _format_of_json(path, content)
-    if suffix == ".npy":
-        return "planes" if stacks.is_image_stack(path) else "pages"
-    return "pages" if suffix in (".tif", ".tiff") and stacks.has_pages(path) else "colours"
-
-
-def _format_of_json(path: Path, content: Any) -> str:
-    """Which of the programs wrote a JSON file."""
-    keys = set(content) if isinstance(content, dict) else set()
-    if "shapes" in keys:
-        return "labelme"
-    if {"images", "annotations"} <= keys:
-        return "coco"
-    first = content[0] if isinstance(content, list) and content else content
-    if content == [] or (isinstance(first, dict) and "type" in first):
-        return "qupath"
-    via = keys and all(isinstance(one, dict) and "regions" in one for one in content.values())
-    hint = ": it is of VIA, which exports COCO, too" if via else ""
-    raise FileError(path, f"is no GeoJSON and no file of COCO or LabelMe{hint}")
 
 
 def _planes(path: Path, names: Sequence[str]) -> dict[str, Load]:
@@ -280,18 +315,33 @@ def _planes(path: Path, names: Sequence[str]) -> dict[str, Load]:
     if array.ndim != 4 or len(array) != len(names):
         shape = " x ".join(map(str, array.shape))
         raise FileError(path, f"has the shape {shape}: ({len(names)}, height, width, classes) is needed, one per image")
+    ordered = sorted(names)
+    if ordered != sorted(names, key=_by_number):
+        raise FileError(
+            path, f"belongs to images in an order that their names do not tell: {list_some(ordered)} by letters, "
+            f"{list_some(sorted(names, key=_by_number))} by numbers. Rename them with as many digits each",
+        )  # fmt: skip
+    background = stacks.background_of(path, array)
 
     def load(index: int, size: tuple[int, int]) -> list[Cell]:
         if array.shape[1:3] != size:
-            raise FileError(path, f"has {array.shape[2]} x {array.shape[1]} pixels, but an image {size[1]} x {size[0]}")
-        return stacks.cells_of_planes(path, np.asarray(array[index]))
+            first = ": its classes must be the last axis" if array.shape[2:4] == size else ""
+            raise FileError(
+                path, f"has {array.shape[2]} x {array.shape[1]} pixels, but an image {size[1]} x {size[0]}{first}"
+            )
+        return stacks.cells_of_planes(path, np.asarray(array[index]), background)
 
-    return {name: partial(load, index) for index, name in enumerate(sorted(names))}
+    return {name: partial(load, index) for index, name in enumerate(ordered)}
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Key that sorts a9 before a10."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _which_classes(source: Path, images: Path, settings: ConvertSettings) -> str:
     """What to give: the names of all classes, the most frequent first."""
-    paths = {"image": images} if images.is_file() else find_files(images, "image")
+    paths = _images(source, images)
     pairs, *_ = _pair(source, images, paths, settings)
     names = Counter(cell.name for cell in _all_cells(pairs, paths) if not cell.unusable)
     found = " ".join(f"{name!r}" if " " in name else name for name, _ in names.most_common() if name)

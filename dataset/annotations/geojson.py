@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset.annotations.cells import Cell, rings_to_cell
+from dataset.annotations.cells import Cell, ids_of_names, rings_to_cell
 from dataset.decode import FileError
 
 DETECTIONS = ("detection", "cell")
+NO_CELLS = {"tile": "a tile", "tma_core": "a core of a microarray", "root": "the whole image"}
+IGNORED = "*"  # QuPath ignores classes with this ending, such as Region* and Ignore*
 
 
 def read_json(path: Path) -> Any:
@@ -30,16 +32,16 @@ def read_json(path: Path) -> Any:
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     """The objects of a GeoJSON file. Ids are the names of the objects if these are different whole numbers, else 1..n.
 
-    An annotation of QuPath that holds detections or cells is a region, not a cell.
+    An annotation of QuPath that holds detections or cells is a region, not a cell. So is an object of a class that
+    QuPath ignores, such as Region*.
 
     Raises:
         FileError: the file is no GeoJSON of polygons.
     """
     try:
         features = list(_features(read_json(path)))
-        names = [str((one.get("properties") or {}).get("name", "")) for one in features]
-        by_name = all(name.isdecimal() and int(name) > 0 for name in names) and len(set(names)) == len(names)
-        cells = [_cell(one, int(names[k]) if by_name else k + 1) for k, one in enumerate(features)]
+        numbers = ids_of_names([str((one.get("properties") or {}).get("name", "")) for one in features])
+        cells = [_cell(one, number, size) for one, number in zip(features, numbers, strict=True)]
         return _without_regions(cells, [_kind(one) for one in features])
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         if isinstance(error, FileError):
@@ -62,15 +64,20 @@ def _features(content: Any) -> Iterator[dict[str, Any]]:
         yield {"geometry": content, "properties": {}}
 
 
-def _cell(feature: dict[str, Any], number: int) -> Cell:
+def _cell(feature: dict[str, Any], number: int, size: tuple[int, int]) -> Cell:
     geometry, properties = feature.get("geometry"), feature.get("properties") or {}
     kind = "nothing" if geometry is None else geometry["type"]
     polygons = list(_polygons(geometry)) if geometry else []
     if kind not in ("Polygon", "MultiPolygon") and not polygons:
-        return Cell.none(f"a {kind}")
+        return Cell.none("nothing" if kind == "nothing" else f"a {kind}")
     named = properties.get("classification") or {}
     name = str(named.get("name") or ": ".join(named.get("names", ()))) if isinstance(named, dict) else str(named)
-    parts = [rings_to_cell([np.array(ring, float)[:, :2] for ring in polygon]) for polygon in polygons]
+    if name.endswith(IGNORED):
+        return Cell.none(f"of the class {name}, which QuPath ignores")
+    parts = [
+        rings_to_cell([np.array(ring, float)[:, :2] for ring in polygon if len(ring)], size=size)
+        for polygon in polygons
+    ]
     return union([part for part in parts if not part.unusable], number, name)
 
 
@@ -94,23 +101,25 @@ def _kind(feature: dict[str, Any]) -> str:
 
 
 def _without_regions(cells: list[Cell], kinds: Sequence[str]) -> list[Cell]:
-    """Mark tiles, and annotations that hold a detection or a cell, as entries that are no cells."""
+    """Mark tiles and the like, and annotations that hold a detection or a cell, as entries that are no cells."""
     inner = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in DETECTIONS and cell.mask.any()]
+    first = np.array([np.argwhere(cell.mask)[0] + (cell.top, cell.left) for cell in inner], int).reshape(-1, 2)
     kept = []
     for cell, kind in zip(cells, kinds, strict=True):
-        if kind == "tile":
-            cell = Cell.none("a tile")
-        elif kind == "annotation" and any(_holds(cell, one) for one in inner):
+        if kind in NO_CELLS:
+            cell = Cell.none(NO_CELLS[kind])
+        elif kind == "annotation" and _holds(cell, first):
             cell = Cell.none("a region with cells in it")
         kept.append(cell)
     return kept
 
 
-def _holds(region: Cell, cell: Cell) -> bool:
-    """Whether the first pixel of a cell belongs to a region."""
-    row, column = np.argwhere(cell.mask)[0] + (cell.top - region.top, cell.left - region.left)
+def _holds(region: Cell, pixels: np.ndarray) -> bool:
+    """Whether one of the pixels (n, 2), row and column in the image, belongs to a region."""
+    rows, columns = (pixels - (region.top, region.left)).T
     height, width = region.mask.shape
-    return bool(0 <= row < height and 0 <= column < width and region.mask[row, column])
+    within = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return bool(region.mask[rows[within], columns[within]].any())
 
 
 def union(parts: list[Cell], number: int | None, name: str) -> Cell:

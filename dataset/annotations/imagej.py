@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import roifile
 
-from dataset.annotations.cells import Cell, rings_to_cell
+from common.errors import list_some
+from dataset.annotations.cells import Cell, ids_of_names, rings_to_cell
 from dataset.decode import FileError
 from dataset.names import is_litter
 
+NO_CELLS = {"TEXT": "a text", "IMAGE": "a picture", "NOROI": "an empty ROI"}
 AREAS = ("POLYGON", "FREEHAND", "TRACED", "RECT", "OVAL")
 MOST_BYTES = 2**26  # of one ROI
 
@@ -20,21 +22,33 @@ MOST_BYTES = 2**26  # of one ROI
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     """The cells of a ROI file. Ids are the names of the ROIs if these are different whole numbers, else 1..n.
 
+    A group of ImageJ is the class "group 1", "group 2", ...
+
     Raises:
         FileError: the file is unreadable, or the ROIs lie on several slices of a stack.
     """
     try:
         rois = _read_zip(path) if path.suffix.lower() == ".zip" else [roifile.ImagejRoi.frombytes(path.read_bytes())]
-        slices = {(roi.position, roi.c_position, roi.z_position, roi.t_position) for roi in rois}
-        if len(slices) > 1:
-            raise FileError(path, f"holds ROIs of {len(slices)} slices of a stack: save those of one slice")
-        names = [roi.name for roi in rois]
-        by_name = all(name.isdecimal() and int(name) > 0 for name in names) and len(set(names)) == len(names)
-        return [_cell(roi, int(roi.name) if by_name else index) for index, roi in enumerate(rois, start=1)]
+        _check_places(path, rois)
+        if not rois:
+            return [Cell.none("nothing: the archive holds no ROIs")]
+        return [
+            _cell(roi, number, size) for roi, number in zip(rois, ids_of_names([roi.name for roi in rois]), strict=True)
+        ]
     except FileError:
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the reader raises nearly any type
         raise FileError(path, "cannot be read, it is damaged or holds no ROIs", str(error)[:120]) from None
+
+
+def _check_places(path: Path, rois: Sequence[roifile.ImagejRoi]) -> None:
+    """Refuse ROIs of several channels, slices or moments. A ROI without such a place, 0, belongs to all of them."""
+    axes = {"channels": "c_position", "slices": "z_position", "moments": "t_position", "slices of a stack": "position"}
+    for what, name in axes.items():
+        places = {getattr(roi, name) for roi in rois} - {0}
+        if len(places) > 1:
+            one = what.partition(" ")[0].removesuffix("s")
+            raise FileError(path, f"holds ROIs of {len(places)} {what}: save those of one {one}")
 
 
 def _read_zip(path: Path) -> list[roifile.ImagejRoi]:
@@ -49,8 +63,9 @@ def _read_zip(path: Path) -> list[roifile.ImagejRoi]:
                 rois.append(roifile.ImagejRoi.frombytes(archive.read(member)))
             except Exception as error:  # noqa: BLE001 - on damaged bytes the reader raises nearly any type
                 raise FileError(path, f"holds a damaged ROI ({member.filename})", str(error)[:120]) from None
-    if not rois:
-        raise FileError(path, "holds no ROIs")
+        others = [one.filename for one in archive.infolist() if not one.is_dir()]
+    if not rois and others:
+        raise FileError(path, f"holds no ROIs but {list_some(others, 1)}: unpack it")
     return rois
 
 
@@ -73,19 +88,31 @@ def roi_of(rings: Sequence[np.ndarray], name: str) -> roifile.ImagejRoi:
     )  # fmt: skip
 
 
-def _cell(roi: roifile.ImagejRoi, number: int) -> Cell:
+def _cell(roi: roifile.ImagejRoi, number: int, size: tuple[int, int]) -> Cell:
+    kind = roi.subtype.name if roi.subtype.name in NO_CELLS else roi.roitype.name
+    name = f"group {roi.group}" if roi.group else ""
+    if kind in NO_CELLS:
+        return Cell.none(NO_CELLS[kind])
     if roi.multi_coordinates is not None:
-        return rings_to_cell(list(roi.coordinates(multi=True)), number)
-    if roi.roitype.name not in AREAS:
-        return Cell.none(f"a {roi.roitype.name.lower()}")
-    if roi.roitype.name == "OVAL":
-        return _oval(roi, number)
-    return rings_to_cell([np.asarray(roi.coordinates())], number)
+        try:
+            rings = list(roi.coordinates(multi=True))
+        except (ValueError, NotImplementedError):  # roifile reads straight lines only
+            return Cell.none("a shape with curves: Edit > Selection > Interpolate of ImageJ makes straight lines")
+        return rings_to_cell(rings, number, name, size)
+    if kind not in AREAS:
+        return Cell.none(f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind.lower()}")
+    if kind == "OVAL":
+        return _oval(roi, number, name, size)
+    return rings_to_cell([np.asarray(roi.coordinates())], number, name, size)
 
 
-def _oval(roi: roifile.ImagejRoi, number: int) -> Cell:
+def _oval(roi: roifile.ImagejRoi, number: int, name: str, size: tuple[int, int]) -> Cell:
     """A cell of the pixels whose centre lies in the ellipse in the ROI's box."""
     height, width = max(roi.bottom - roi.top, 0), max(roi.right - roi.left, 0)
-    rows, columns = np.indices((height, width)) + 0.5
-    mask = ((rows / max(height, 1) - 0.5) ** 2 + (columns / max(width, 1) - 0.5) ** 2) <= 0.25
-    return Cell(int(roi.top), int(roi.left), mask, number)
+    top, left = max(int(roi.top), -1), max(int(roi.left), -1)  # one pixel beyond the image tells that it is cut
+    rows = np.arange(top, min(int(roi.bottom), size[0] + 1)) + 0.5 - roi.top
+    columns = np.arange(left, min(int(roi.right), size[1] + 1)) + 0.5 - roi.left
+    mask = (rows[:, None] / max(height, 1) - 0.5) ** 2 + (columns / max(width, 1) - 0.5) ** 2 <= 0.25
+    if not mask.size and height and width:
+        return Cell(-1, -1, np.ones((1, 1), bool), number, name)  # all of it is outside
+    return Cell(top, left, mask, number, name)

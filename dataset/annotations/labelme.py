@@ -15,6 +15,7 @@ from dataset.annotations.geojson import read_json, union
 from dataset.decode import FileError
 
 CIRCLE_CORNERS = 90
+LEAST_POINTS = {"polygon": 3, "rotation": 3, "rectangle": 2, "circle": 2, "mask": 1}
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
@@ -25,18 +26,20 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     """
     content = read_json(path)
     try:
-        stated = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
+        stated = (int(content.get("imageHeight") or size[0]), int(content.get("imageWidth") or size[1]))
         if stated != size:
             raise FileError(path, f"is of {stated[1]} x {stated[0]} pixels, but its image has {size[1]} x {size[0]}")
         groups: dict[Any, list[Cell]] = {}
         for place, shape in enumerate(content["shapes"]):
             group = shape.get("group_id")
             key = (place,) if group is None else (group, shape["label"])
-            groups.setdefault(key, []).append(_shape(shape))
+            groups.setdefault(key, []).append(_shape(shape, size))
     except FileError:
         raise
     except Exception as error:  # noqa: BLE001 - odd values raise nearly any type
-        raise FileError(path, "is no LabelMe file", f"{type(error).__name__}: {error}"[:120]) from None
+        raise FileError(
+            path, "is no LabelMe file, or has a broken shape", f"{type(error).__name__}: {error}"[:120]
+        ) from None
     cells: list[Cell] = []
     for parts in groups.values():
         usable = [one for one in parts if not one.unusable]
@@ -51,19 +54,29 @@ def image_name(path: Path) -> str:
     return str(name or "").replace("\\", "/").rpartition("/")[2]
 
 
-def _shape(shape: dict[str, Any]) -> Cell:
-    kind, points, name = shape.get("shape_type", "polygon"), np.array(shape["points"], float), str(shape["label"])
-    if kind == "polygon":
-        return rings_to_cell([points], name=name)
+def _shape(shape: dict[str, Any], size: tuple[int, int]) -> Cell:
+    kind, name = shape.get("shape_type") or "polygon", str(shape["label"])
+    points = np.array(shape["points"], float).reshape(-1, 2)
+    if kind in LEAST_POINTS and len(points) < LEAST_POINTS[kind]:
+        return Cell.none(f"a {kind} of {len(points)} points")
+    if not np.isfinite(points).all():
+        return Cell.none("coordinates that no image has")
+    if kind in ("polygon", "rotation"):
+        return rings_to_cell([points], name=name, size=size)
     if kind == "rectangle":
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
-        return rings_to_cell([np.array([[left, top], [right, top], [right, bottom], [left, bottom]])], name=name)
+        return rings_to_cell(
+            [np.array([[left, top], [right, top], [right, bottom], [left, bottom]])], name=name, size=size
+        )
     if kind == "circle":
         angles = np.arange(CIRCLE_CORNERS) * (2 * np.pi / CIRCLE_CORNERS)
         radius = np.hypot(*(points[1] - points[0]))
-        return rings_to_cell([points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)], name=name)
+        ring = points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return rings_to_cell([ring], name=name, size=size)
     if kind == "mask":
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"])), formats=["PNG"]) as picture:
+            if picture.height > size[0] or picture.width > size[1] or picture.mode not in ("1", "L", "P"):
+                raise ValueError(f"a mask of {picture.width} x {picture.height} pixels and colours {picture.mode}")
             mask = np.array(picture) > 0
         left, top = np.floor(points.min(axis=0)).astype(int)
         return Cell(int(top), int(left), mask, name=name)

@@ -1,0 +1,101 @@
+"""Which program wrote a file of annotations, and what to do with files of other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dataset.annotations import geojson, stacks
+from dataset.files import IMAGE_SUFFIXES, FileError
+
+FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
+SUFFIXES = {
+    "cellpose": ("_seg.npy",),
+    "imagej": (".roi", ".zip"),
+    "qupath": (".geojson", ".json"),
+    "coco": (".json",),
+    "labelme": (".json",),
+    "colours": IMAGE_SUFFIXES,
+    "pages": (".tif", ".tiff", *stacks.ARRAYS),
+    "planes": stacks.ARRAYS,
+}
+SUFFIXES["auto"] = tuple(dict.fromkeys(suffix for name in SUFFIXES for suffix in SUFFIXES[name]))
+READ = (
+    "read are _seg.npy of Cellpose, .roi and .zip of ImageJ, .geojson of QuPath, .json of COCO and LabelMe, pictures "
+    "in colours, and stacks .tif .npy .npz"
+)
+# What to do with files of other programs, by suffix.
+_OTHERS = {
+    ".xml": "export COCO from CVAT, or GeoJSON from QuPath for annotations of Aperio and ASAP",
+    ".csv": "save the labels as TIFF, in napari a labels layer",
+    ".txt": "export COCO or GeoJSON from the program that wrote them",
+    ".mat": "save the label image in it as TIFF",
+    ".h5": "save the label image in it as TIFF",
+    ".hdf5": "save the label image in it as TIFF",
+    ".zarr": "save the label image in it as TIFF",
+    ".ndjson": "export COCO",
+    ".gz": "unpack it",
+    ".tar": "unpack it",
+    ".7z": "unpack it",
+    ".qpdata": "export GeoJSON from QuPath",
+    ".xcf": "save it as PNG",
+    ".psd": "save it as PNG",
+    ".svg": "save it as PNG",
+}
+# Keys of JSON files of other programs.
+_JSON = (
+    ({"_via_img_metadata"}, "of VIA, which exports COCO, too"),
+    ({"objects", "size"}, "of Supervisely, which exports COCO, too"),
+    ({"item", "annotations"}, "of Darwin, which exports COCO, too"),
+    ({"data", "annotations"}, "of Label Studio, which exports COCO, too"),
+    ({"nuc"}, "of HoVer-Net: save inst_map of its .mat as TIFF"),
+    ({"images"}, "of COCO and has no annotations"),
+)
+
+
+def other_program(suffix: str) -> str:
+    """What to do with files of this suffix, which are not read; empty if nothing is known."""
+    mend = _OTHERS.get(suffix.lower())
+    return f": {mend}" if mend else ""
+
+
+def format_of(path: Path) -> str:
+    """The format of a file, by its suffix. If several formats have this suffix, also by its content.
+
+    Raises:
+        FileError: the file is of no such format.
+    """
+    suffix = path.suffix.lower()
+    if path.name.lower().endswith("_seg.npy"):
+        return "cellpose"
+    if suffix in SUFFIXES["imagej"]:
+        return "imagej"
+    if suffix == ".geojson":
+        return "qupath"
+    if suffix == ".json":
+        return _format_of_json(path, geojson.read_json(path))
+    if suffix in stacks.ARRAYS:
+        return "planes" if stacks.is_image_stack(path) else "pages"
+    if suffix not in IMAGE_SUFFIXES:
+        raise FileError(path, f"is of no format that is read{other_program(suffix)}; {READ}")
+    return "pages" if suffix in (".tif", ".tiff") and stacks.has_pages(path) else "colours"
+
+
+def _format_of_json(path: Path, content: Any) -> str:
+    """Which of the programs wrote a JSON file."""
+    first = content[0] if isinstance(content, list) and content else content
+    keys = set(first) if isinstance(first, dict) else set()
+    if isinstance(content, dict) and "shapes" in keys:
+        return "labelme"
+    if isinstance(content, dict) and {"images", "annotations"} <= keys:
+        return "coco"
+    if content == [] or "type" in keys:
+        return "qupath"
+    known = next((f"it is {words}" for marks, words in _JSON if marks <= keys), "")
+    if (
+        keys
+        and isinstance(content, dict)
+        and all(isinstance(one, dict) and "regions" in one for one in content.values())
+    ):
+        known = "it is of VIA, which exports COCO, too"
+    raise FileError(path, f"is no GeoJSON and no file of COCO or LabelMe{f': {known}' if known else ''}")
