@@ -315,11 +315,11 @@ def _planes(path: Path, names: Sequence[str]) -> dict[str, Load]:
     if array.ndim != 4 or len(array) != len(names):
         shape = " x ".join(map(str, array.shape))
         raise FileError(path, f"has the shape {shape}: ({len(names)}, height, width, classes) is needed, one per image")
-    ordered = sorted(names)
-    if ordered != sorted(names, key=_by_number):
+    ordered, by_number = sorted(names), sorted(names, key=_by_number)
+    if ordered != by_number:
         raise FileError(
             path, f"belongs to images in an order that their names do not tell: {list_some(ordered)} by letters, "
-            f"{list_some(sorted(names, key=_by_number))} by numbers. Rename them with as many digits each",
+            f"{list_some(by_number)} by numbers. Rename them with as many digits each",
         )  # fmt: skip
     background = stacks.background_of(path, array)
 

@@ -51,7 +51,7 @@ class NumberType:
         """The type of NumPy. Raises NotPlain if it is not one of numbers or text."""
         if not isinstance(self.code, str) or not _PLAIN_TYPE.fullmatch(self.code) or self.order not in tuple("<>=|"):
             raise NotPlain(f"an array of {str(self.code)[:20]} is no plain data")
-        return np.dtype(self.code).newbyteorder(self.order)
+        return np.dtype(self.order + self.code)
 
 
 class Array:
