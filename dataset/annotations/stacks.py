@@ -131,7 +131,7 @@ def cells_of_planes(path: Path, planes: np.ndarray, background: int | None) -> l
     Raises:
         FileError: the planes hold fractions or negative values.
     """
-    whole = planes.dtype.kind in "bui" or (planes.dtype.kind == "f" and np.isfinite(planes).all())
+    whole = planes.dtype.kind in "uib" or (planes.dtype.kind == "f" and np.isfinite(planes).all())
     if not whole or (planes < 0).any() or (planes != np.round(planes)).any() or planes.max(initial=0) > LARGEST_ID:
         raise FileError(path, "holds fractions, negative or very large values, no ids")
     labels = planes.astype(np.int64)
