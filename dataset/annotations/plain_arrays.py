@@ -80,6 +80,10 @@ class Array:
         return values.reshape(self.shape, order="F" if self.fortran else "C")
 
 
+def _from_buffer(content: Any, kind: Any, shape: Any, order: str, *_: Any) -> Array:
+    return Array(content, kind, shape, order)
+
+
 def _scalar(kind: NumberType, content: bytes = b"") -> Any:
     return Array(content, kind, ()).plain().item()
 
@@ -96,7 +100,7 @@ def _bytes(text: str, encoding: str = "latin1") -> bytes:
 _FUNCTIONS = {
     "multiarray._reconstruct": Call(lambda *_: Array()),
     "multiarray.scalar": Call(_scalar),
-    "numeric._frombuffer": Call(Array),
+    "numeric._frombuffer": Call(_from_buffer),
 }
 # All names in a pickle of dicts, lists, strings, numbers and numpy arrays, and what stands for them. File names may be
 # paths, and old pickles keep bytes as text.
