@@ -150,12 +150,18 @@ def read_look_table(path: Path, looks: Sequence[str]) -> dict[str, int]:
         looks: names of the looks.
 
     Raises:
-        InputError: a column is missing, or a look is not one of ``looks``.
+        InputError: a column or a name is missing, a mask is there twice, or a look is not one of ``looks``.
     """
     columns, rows = read_csv(path)
     missing = [name for name in ("mask", "look") if name not in columns]
     if missing:
         raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}", "look_table")
+    masks = [row["mask"] for row in rows]
+    if not all(row["mask"] and row["look"] for row in rows):
+        raise InputError(f"{path}: a row has no mask or no look", "look_table")
+    if len(set(masks)) < len(masks):
+        twice = sorted({mask for mask in masks if masks.count(mask) > 1})
+        raise InputError(f"{path}: masks with more than one look: {list_some(twice)}", "look_table")
     numbers = {name: number for number, name in reversed(list(enumerate(looks)))}  # of equal names, the first
     known = {_stem(row["mask"]): _stem(row["look"]) for row in rows}
     unknown = sorted({look for look in known.values() if look not in numbers})
