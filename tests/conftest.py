@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from engine.run_folder import RunFolder
-from models import SiT
+from models import SiT, SiT_models
 
 # H, W, C, K and the width differ from each other and from every batch size of the tests: a swap of axes shows.
 TINY_SIT = {
@@ -32,6 +33,27 @@ TINY_SIT = {
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests, and the commands that they start, keep out of the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread, as in the processes that tests start: with more threads, sums may have other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_block() -> Iterator[None]:
+    """SiT-Ti with one block, for commands that run inside this process: training takes a third of the time.
+
+    The width stays, because what the model predicts depends on it.
+    """
+    whole = {name: build for name, build in SiT_models.items() if name.startswith("SiT-Ti/")}
+    SiT_models.update({name: partial(build, depth=1, mlp_ratio=1.0) for name, build in whole.items()})
+    yield
+    SiT_models.update(whole)
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def counter(monkeypatch) -> CompileCounter:
     return counter
 
 
+@pytest.mark.usefixtures("one_block")
 def test_every_part_writes_numbers_a_table_and_a_plot(tmp_path, counter):
     parts = ["modulation", "training", "sampling", "scaling"]
     words = ["--preset", "tiny", "--device", "cpu", "--parts", *parts, "--output", str(tmp_path / "out" / "tiny")]

@@ -29,6 +29,8 @@ from engine.checkpoint import read_checkpoint
 from evaluation.data_report import survey
 from synthetic.export import export_set
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 
 def two_channel_pairs(folder: Path) -> tuple[Path, Path]:
     """``write_pairs`` with 16-bit images of two channels: the cells, and their negative a hundred times as bright."""

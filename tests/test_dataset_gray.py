@@ -141,7 +141,7 @@ def test_what_cannot_be_written_back_is_refused():
 
 
 @pytest.fixture(scope="module", params=["uint16", "float32"])
-def trained(request, tmp_path_factory) -> tuple[str, Path, Path, Path]:
+def trained(request, one_block, tmp_path_factory) -> tuple[str, Path, Path, Path]:
     """Kind of gray values, checkpoint, images and masks of a run on images of very different exposure."""
     folder = tmp_path_factory.mktemp(request.param)
     images, masks = write_pairs(folder / "pairs")

@@ -177,6 +177,7 @@ def last_weights(results: Path, name: str, step: int) -> dict[str, torch.Tensor]
     return read_checkpoint(results / name / "checkpoints" / f"{step:07d}.pt")["model"]
 
 
+@pytest.mark.usefixtures("one_block")
 def test_training_resumes_bit_for_bit_and_equals_online_encoding(disk_pairs, autoencoder_folder, tmp_path):
     cache = ("--latent-cache", str(tmp_path / "kept"))
     plan = [("whole", 4, cache), ("halves", 2, cache), ("halves", 4, cache), ("online", 4, ("--latent-cache", "none"))]
@@ -192,6 +193,7 @@ def test_training_resumes_bit_for_bit_and_equals_online_encoding(disk_pairs, aut
     assert "latents" not in (tmp_path / "online" / "log.txt").read_text().split("command", 1)[1].split("\n", 1)[1]
 
 
+@pytest.mark.usefixtures("one_block")
 def test_short_run_encodes_online_and_says_so(disk_pairs, autoencoder_folder, tmp_path):
     train.main(train.parse_args(words(disk_pairs, tmp_path, "short", 1, autoencoder_folder)[1:]))
     assert "encoded at each step" in (tmp_path / "short" / "log.txt").read_text()

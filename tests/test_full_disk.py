@@ -24,6 +24,7 @@ import sample_ddp
 import train
 from engine.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_block")
 STEPS = 4
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -184,7 +185,7 @@ def fill_until_done(disk: Path, command: ModuleType, words: list[object], sizes:
 
 @pytest.mark.slow
 def test_training_on_a_full_disk_goes_on_when_there_is_space(disk, pairs, whole_run):
-    sizes = [pages * PAGE for pages in (0, 1, 2, 3, 5)] + [megabytes * 2**20 for megabytes in (60, 160)]
+    sizes = [pages * PAGE for pages in (0, 1, 2, 3, 5)] + [megabytes * 2**20 for megabytes in (6, 16)]
     said = fill_until_done(disk, train, training(pairs, disk), sizes)
     print("\n".join(said))
     assert len(said) >= 6 and any("checkpoints/" in line for line in said)

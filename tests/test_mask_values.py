@@ -16,6 +16,8 @@ import sample_ddp
 import train
 from engine.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> tuple[Path, Path, Path]:

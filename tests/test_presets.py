@@ -42,6 +42,7 @@ def test_an_unknown_preset_is_refused_with_the_list():
     assert code == 2 and all(name in lines[-1] for name in train.PRESETS)
 
 
+@pytest.mark.usefixtures("one_block")
 def test_a_run_says_what_its_preset_set_and_continues_by_the_same_command(tmp_path):
     images, masks = write_pairs(tmp_path / "pairs")
     words = ["--data-path", images, "--mask-path", masks, "--results-dir", tmp_path, "--run-name", "run"]

@@ -13,6 +13,7 @@ from script_helpers import run_here, train_arguments, write_pairs
 import train
 from engine.checkpoint import read_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_block")
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
