@@ -288,47 +288,67 @@ def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path
     shown = f"values up to {largest:g}, {max(one.distinct for one in stats)} different ones in one mask"
     if values is not None and len(values) <= 8:
         shown = "the values " + ", ".join(f"{value:g}" for value in sorted(values))
-    one_value = values is not None and len(values - {0}) == 1
-    scales = values is not None and not one_value and all(len(one.values - {0}) <= 1 for one in stats)
-    patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
-    soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.75 and values is None
-    void = values is not None and largest == 255 and len(values) > 2 and max(values - {255}) == len(values) - 2
-    binary = "" if num_classes == 2 else " num_classes=2"
-    likely = []
-    if one_value:
-        likely.append(f"one class of cells (mask_type=binary{binary})")
-    elif scales:
-        likely.append("one class of cells, saved with different values (save all with the same two)")
-    elif soft_edges:
-        likely.append(f"two values with soft or JPEG edges (mask_type=binary{binary}, cut at half)")
-    if patchy and not one_value and largest < 2 * FEW_VALUES:
-        likely.append(f"class ids (mask_type=classes num_classes={int(largest) + 1})")
-    if patchy and not soft_edges and largest not in (255, 65535):
-        count = "" if num_classes <= 3 else " with num_classes=2 or num_classes=3"
-        likely.append(f"numbered cells (mask_type=instances{count})")
-    if all(one.name.lower().endswith((".jpg", ".jpeg")) for one in stats) and not (one_value or soft_edges):
-        likely.append("numbers of classes or cells that JPEG has blurred: export them anew as PNG or TIFF")
-    if not patchy:
-        likely.append(f"gray probabilities (mask_type=probability{binary})")
-        likely.append("images instead of masks")
-    classes = sorted(values) if values is not None else []
-    from_one = bool(classes) and classes[0] > 0
-    if from_one and len(classes) > 1 or len(classes) > 2 and largest >= max(num_classes, 2 * len(classes)):
-        count = f" num_classes={len(classes)}" * (len(classes) != num_classes)
-        likely.insert(
-            len(likely) if scales else 0,
-            f"{len(classes)} classes {'without a 0' if from_one else 'with gray values for display'} "
-            f"(mask_values={_listed(classes)}{count}, the value of the background first)",
-        )
-    if void:
-        likely.append("255 for pixels to ignore, and there is no such class: write 0 (background) or an id there")
+    likely = _likely_types(stats, num_classes, largest, values)
     if not likely:
-        likely.append("none of the known types (class ids 0..K-1, numbered cells, 0 and 255): look at the masks")
+        likely = ["none of the known types (class ids 0..K-1, numbered cells, 0 and 255): look at the masks"]
     first = next(one.name for one in stats if one.maximum == largest)
     return (
         f"masks in {where} have {shown} (as in {first}), which is unclear for num_classes={num_classes}. "
         f"Likely: {', or '.join(likely)}. Give what fits"
     )
+
+
+def _likely_types(
+    stats: Sequence[MaskStats], num_classes: int, largest: float, values: frozenset[float] | None
+) -> list[str]:
+    """What unclear masks may be, each with the setting that says so, the likeliest first.
+
+    Args:
+        stats: facts about every mask.
+        num_classes: the setting.
+        largest: largest value of all masks.
+        values: all values of the masks; None if there are many.
+    """
+    one_value = values is not None and len(values - {0}) == 1
+    one_value_each = values is not None and not one_value and all(len(one.values - {0}) <= 1 for one in stats)
+    patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
+    soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.75 and values is None
+    jpeg = all(one.name.lower().endswith((".jpg", ".jpeg")) for one in stats)
+    ignored = values is not None and largest == 255 and len(values) > 2 and max(values - {255}) == len(values) - 2
+    classes = "" if values is None else _likely_classes(sorted(values), num_classes)
+    binary = "mask_type=binary" if num_classes == 2 else "mask_type=binary num_classes=2"
+    probability = binary.replace("binary", "probability")
+    ids = f"mask_type=classes num_classes={int(largest) + 1}"
+    instances = "mask_type=instances" + ("" if num_classes <= 3 else " with num_classes=2 or num_classes=3")
+    table = [
+        (bool(classes) and not one_value_each, classes),
+        (one_value, f"one class of cells ({binary})"),
+        (one_value_each, "one class of cells, saved with different values (save all with the same two)"),
+        (soft_edges, f"two values with soft or JPEG edges ({binary}, cut at half)"),
+        (patchy and not one_value and largest < 2 * FEW_VALUES, f"class ids ({ids})"),
+        (patchy and not soft_edges and largest not in (255, 65535), f"numbered cells ({instances})"),
+        (
+            jpeg and not one_value and not soft_edges,
+            "numbers of classes or cells that JPEG has blurred: export them anew as PNG or TIFF",
+        ),
+        (not patchy, f"gray probabilities ({probability})"),
+        (not patchy, "images instead of masks"),
+        (bool(classes) and one_value_each, classes),
+        (ignored, "255 for pixels to ignore, and there is no such class: write 0 (background) or an id there"),
+    ]
+    return [text for holds, text in table if holds]
+
+
+def _likely_classes(values: list[float], num_classes: int) -> str:
+    """Text for masks that hold one gray value per class, with the ``mask_values`` to give. Empty for other masks."""
+    count = len(values)
+    without_0 = count > 1 and values[0] > 0
+    for_display = count > 2 and values[-1] >= max(num_classes, 2 * count)
+    if not (without_0 or for_display):
+        return ""
+    how = "without a 0" if without_0 else "with gray values for display"
+    setting = f"mask_values={_listed(values)}" + (f" num_classes={count}" if count != num_classes else "")
+    return f"{count} classes {how} ({setting}, the value of the background first)"
 
 
 # ------------------------------------------------------------------------------------------------------ type given

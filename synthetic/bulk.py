@@ -80,21 +80,14 @@ def _draw_round(
     for first in range(0, len(todo), size):
         batch = todo[first : first + size]
         items = [writer.load(job) for job, _ in batch]
-        seeds = [image_seed(writer.seed, job.index, number) for job, number in batch]
-        indices = [job.index for job, _ in batch]
-        looks = None if writer.looks is None else writer.looks.batch(writer.seed, indices, items)
-        images = _draw(sampler, items, seeds, batch_size, looks, is_field=writer.masks.whole_scale is not None)
+        images = _draw(writer, sampler, batch, items, batch_size)
         for (job, number), item, image in zip(batch, items, images, strict=True):
-            attempt = None
-            if judge is not None:
-                before = writer.attempt(job) if number > 1 else None
-                shown = to_gray_values(image, None, np.dtype(np.uint8))
-                attempt = judge(before, np.asarray(item.prob_map), shown, number)
-            if attempt is None or attempt.number == number:
+            attempt = None if judge is None else _judged(writer, judge, job, number, item, image)
+            if attempt is None or attempt.number == number:  # this draw is the best so far
                 pending.append(threads.submit(writer.write_pair, job, item, image, attempt))
             else:
                 writer.write_attempt(job, attempt)
-            if attempt is None or judge is None or judge.is_done(attempt):
+            if judge is None or attempt is None or judge.is_done(attempt):
                 bar.update()
             else:
                 again.append((job, number + 1))
@@ -107,17 +100,27 @@ def _draw_round(
     return again
 
 
+def _judged(writer: SetWriter, judge: Judge, job: Job, number: int, item: MaskItem, image: np.ndarray) -> Attempt:
+    """The better of this draw, with its number, and the best one before it."""
+    before = writer.attempt(job) if number > 1 else None
+    shown = to_gray_values(image, None, np.dtype(np.uint8))
+    return judge(before, np.asarray(item.prob_map), shown, number)
+
+
 def _draw(
+    writer: SetWriter,
     sampler: ImageSampler,
+    batch: Sequence[tuple[Job, int]],
     items: Sequence[MaskItem],
-    seeds: Sequence[int],
     batch_size: int,
-    looks: torch.Tensor | None,
-    is_field: bool,
 ) -> np.ndarray:
-    """Images (n, C, H, W) in [-1, 1]; n is 1 for a field."""
+    """Images (n, C, H, W) in [-1, 1] of jobs and their masks. A field comes alone: n is 1."""
+    seeds = [image_seed(writer.seed, job.index, number) for job, number in batch]
+    looks = None
+    if writer.looks is not None:
+        looks = writer.looks.batch(writer.seed, [job.index for job, _ in batch], items)
     prob_maps = torch.stack([torch.as_tensor(item.prob_map) for item in items])  # (n, K, H, W)
-    if is_field:
+    if writer.masks.whole_scale is not None:
         look = None if looks is None else looks[0]
         return sampler.draw_field(prob_maps[0], seeds[0], batch_size, look)[None].cpu().numpy()
     return sampler(prob_maps, seeds, batch_size=batch_size, looks=looks).cpu().numpy()

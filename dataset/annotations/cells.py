@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -167,46 +166,57 @@ def draw_cells(
     if names is not None:
         dropped["another class"] = sum(cell.name not in names for cell in usable)
         usable = [cell for cell in usable if cell.name in names]
-    ids = numbered(usable)
-    drawn = np.zeros(shape, np.int32)  # place of the cell in ``placed``, from 1
-    claims = np.zeros(shape, np.uint16)
-    placed = []
-    for number, cell in sorted(zip(ids, usable, strict=True), key=lambda one: -np.count_nonzero(one[1].mask)):
-        part, inside = _inside(cell, shape)
-        counts.outside += int(np.count_nonzero(inside) < np.count_nonzero(cell.mask))
-        if not inside.any():
+    # The largest cell first. The smaller ones are drawn over it.
+    in_order = sorted(zip(numbered(usable), usable, strict=True), key=lambda one: -np.count_nonzero(one[1].mask))
+    placed: list[_Placed] = []
+    for number, cell in in_order:
+        one = _Placed(number, cell.name, *_inside(cell, shape))
+        counts.outside += int(np.count_nonzero(one.inside) < np.count_nonzero(cell.mask))
+        if one.inside.any():
+            placed.append(one)
+        else:
             dropped["outside of the image" if cell.mask.any() else "no pixel"] += 1
-            continue
-        placed.append((number, cell, part, inside))
-        claims[part] += inside
-        drawn[part][inside] = len(placed)
-    counts.overlapping = sum(bool((claims[part][inside] > 1).any()) for _, _, part, inside in placed)
-    left = np.bincount(drawn.ravel(), minlength=len(placed) + 1)[1:]
-    dropped["covered by smaller cells"] = int(np.count_nonzero(left == 0))
-    counts.written = int(np.count_nonzero(left))
-    counts.enclosing = sum(_encloses_many(drawn, place, one, left) for place, one in enumerate(placed, start=1))
+    drawn = np.zeros(shape, np.int32)  # place in ``placed`` of the cell that is seen, from 1
+    claims = np.zeros(shape, np.uint16)  # number of cells with this pixel
+    for place, one in enumerate(placed, start=1):
+        drawn[one.part][one.inside] = place
+        claims[one.part] += one.inside
+    seen = np.bincount(drawn.ravel(), minlength=len(placed) + 1)[1:]  # visible pixels of each placed cell
+    counts.written = int(np.count_nonzero(seen))
+    counts.overlapping = sum(bool((claims[one.part][one.inside] > 1).any()) for one in placed)
+    counts.enclosing = sum(_encloses_many(drawn, place, one, seen) for place, one in enumerate(placed, start=1))
+    dropped["covered by smaller cells"] = len(placed) - counts.written
     counts.dropped = {reason: count for reason, count in sorted(dropped.items()) if count}
-    values = {name: place for place, name in enumerate(names or (), start=1)}
-    table = [0] + [values[cell.name] if as_classes else number for number, cell, _, _ in placed]
-    dtype = np.uint16 if max(table) < 2**16 else np.int32
-    return np.array(table, dtype)[drawn], counts
+    classes = {name: number for number, name in enumerate(names or (), start=1)}
+    values = [0, *(classes[one.name] if as_classes else one.number for one in placed)]
+    dtype = np.uint16 if max(values) < 2**16 else np.int32
+    return np.array(values, dtype)[drawn], counts
 
 
-def _encloses_many(drawn: np.ndarray, place: int, one: tuple[Any, ...], counts: np.ndarray) -> bool:
+@dataclass(frozen=True)
+class _Placed:
+    """A cell on the image: its id, its class, the part of the image under its mask, and the mask within this part."""
+
+    number: int
+    name: str
+    part: tuple[slice, slice]
+    inside: np.ndarray
+
+
+def _encloses_many(drawn: np.ndarray, place: int, one: _Placed, seen: np.ndarray) -> bool:
     """Whether all visible pixels of several other cells lie in this one.
 
     Args:
-        drawn: (H, W) places of the cells in their list, from 1.
+        drawn: (H, W) place of the cell that is seen, from 1.
         place: place of this cell.
-        one: id, cell, part of the image, and mask within this part.
-        counts: visible pixels of each cell.
+        one: this cell.
+        seen: visible pixels of each cell.
     """
-    _, _, part, inside = one
-    found = drawn[part][inside]
+    found = drawn[one.part][one.inside]
     if (found == place).all():
         return False
-    numbers, pixels = np.unique(found[(found > 0) & (found != place)], return_counts=True)
-    return int(np.count_nonzero(pixels == counts[numbers - 1])) >= MANY_INSIDE
+    places, pixels = np.unique(found[(found > 0) & (found != place)], return_counts=True)
+    return int(np.count_nonzero(pixels == seen[places - 1])) >= MANY_INSIDE
 
 
 def _inside(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
