@@ -3,14 +3,13 @@
     python benchmarks/solver_error.py
     python benchmarks/solver_error.py --ckpt CKPT.pt --mask-path MASKS --output bench/solver_error
 
-The first one prints the markdown tables of docs/transport.md (about ten seconds on one core). The second one draws the
+The first one prints the tables of benchmarks/solver_error.md (about ten seconds on one core). The second one draws the
 same images from the same noise with few and with many calls, and writes OUTPUT.json and OUTPUT.png: the root mean
 square difference to --reference-calls of Heun, in gray values of 255. About a thousand network calls.
 
-The exact data: 0.5 N(-1, 0.25^2) +
-0.5 N(1, 0.25^2), one number per sample. In one dimension the probability flow keeps every value's quantile, so that the
-exact end of each sample comes from the two distribution functions, without a solver. A row's number is the root mean
-square error over 4096 values of x0 that are spread like a normal sample.
+The exact data: 0.5 N(-1, 0.25^2) + 0.5 N(1, 0.25^2), one number per sample. In one dimension, the probability flow
+keeps the quantile of every value. So the exact end of each sample follows from the two distribution functions, without
+a solver. The error is the root mean square over 4096 values of x0 that are spread like a normal sample.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def print_exact_tables() -> None:
         for method in FIXED_STEP:
             runs = [measure(path_type, prediction, method, steps_within(method, b)) for b in BUDGETS]
             print(f"| {method} | " + " | ".join(f"{error:.4f}" for error, _ in runs) + " |")
-        print("\n| method (error at its own number of calls) | " + " | ".join(f"rtol {r:g}" for r in TOLERANCES) + " |")
+        print("\n| method | " + " | ".join(f"rtol {r:g}" for r in TOLERANCES) + " |")
         print("|---" * (len(TOLERANCES) + 1) + "|")
         for method in adaptive:
             runs = [measure(path_type, prediction, method, rtol=rtol) for rtol in TOLERANCES]

@@ -154,6 +154,22 @@ def test_every_page_is_reached_from_the_readme():
     assert set(PAGES) - reached == set()
 
 
+def test_every_source_file_has_its_row_in_the_architecture():
+    """By its name, or by that of its folder."""
+    text = text_of(ROOT / "docs" / "architecture.md")
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", text[text.index("## The layers") :])
+    packages = {path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")}
+    whole = {"transport/", "dataset/annotations/", "evaluation/experiments/", "page/"}  # their folders have the row
+    files = [*ROOT.glob("*.py"), *(path for package in packages for path in package.rglob("*.py"))]
+    unnamed = {
+        name
+        for name in (by_name(path) for path in files if path.name != "__init__.py")
+        if name not in named and not any(name.startswith(folder) for folder in whole & set(named))
+    }
+    assert unnamed - {f"evaluation/{name}.py" for name in ("data_report", *evaluate.MEASURES)} == set()
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_citation_file_is_a_citation_of_the_licensed_software():
     yaml = pytest.importorskip("yaml")
     content = yaml.safe_load(text_of(ROOT / "CITATION.cff"))

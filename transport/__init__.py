@@ -1,7 +1,8 @@
 """Paths from noise (t = 0) to data (t = 1), training losses on them, and solvers that run along them.
 
 Numerics only: ``path`` (coefficients, conversions) -> ``transport`` (losses) -> ``integrators`` (one step)
--> ``sampler`` and ``likelihood`` (whole runs). See docs/transport.md for a plain explanation and a table of errors.
+-> ``sampler`` and ``likelihood`` (whole runs). docs/transport.md explains it.
+benchmarks/solver_error.md holds the errors of the solvers.
 
     transport = create_transport("Linear", "velocity")
     loss = transport.training_losses(model, x1, {"y": y})["loss"].mean()
