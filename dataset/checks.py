@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, list_some
 from dataset.config import DataConfig
+from dataset.decode import LAST_AXIS
 from dataset.files import FileError, Pair, read_image_and_kind, read_mask_and_table, read_size
 from dataset.gray import fit_channels
 from dataset.views import view_of_file
@@ -100,7 +101,7 @@ def check_same_size(image: Sequence[int], mask: Sequence[int], mask_path: Path) 
     if tuple(image) == size:
         return
     if tuple(mask[:2]) == tuple(image):
-        raise FileError(mask_path, "has its classes in the last axis (H, W, K): store them in the first (K, H, W)")
+        raise FileError(mask_path, LAST_AXIS)
     hint = "they must agree; was one of them cropped or padded?"
     if size == (width, height):
         hint = "are its rows and columns swapped?"

@@ -19,8 +19,11 @@ from common.errors import InputError, list_some
 MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
 ORIENTATION_TAG = 274  # of EXIF and TIFF; 1 is upright
 ROTATED = "carries a rotation tag (EXIF or TIFF orientation): save it upright, so that image and mask agree"
+LAST_AXIS = "has its classes in the last axis (H, W, K): store them in the first (K, H, W)"
 CHANNELS = "channels"  # several planes that the file does not call colours, such as stains
-TABLES = ("gray", "coloured")  # a gray table is read as its gray values, a coloured one as the numbers in the file
+# A gray table is read as its gray values, a coloured one as the numbers in the file. The colours in use may follow.
+TABLES = ("gray", "coloured")
+MOST_COLOURS = 16  # of a table that are kept
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # What lies in place of the file, by its first bytes in lower case.
@@ -73,8 +76,9 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     """Decode by content; every fault of a decoder becomes a FileError.
 
     Returns:
-        the array; one of :data:`TABLES` if the pixels of a mask are numbers of a colour table; :data:`CHANNELS` for an
-        image whose planes are no colours; else "".
+        the array; one of :data:`TABLES` if the pixels of a mask are numbers of a colour table, followed by the colours
+        if they are few (``coloured 0:000000 1:ff0000``); :data:`CHANNELS` for an image whose planes are no colours;
+        else "".
     """
     table = ""
     try:
@@ -143,7 +147,9 @@ def _palette_mask(indices: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray,
     files of one folder share a table and use different parts of it."""
     if len(palette) and (palette == palette[:, :1]).all():
         return palette[:, 0][np.minimum(indices, len(palette) - 1)], "gray"
-    return indices, "coloured"
+    used = np.unique(indices)
+    colours = [f" {index}:{''.join(f'{one:02x}' for one in palette[index])}" for index in used if index < len(palette)]
+    return indices, "coloured" + "".join(colours if len(used) <= MOST_COLOURS else [])
 
 
 def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:

@@ -21,12 +21,13 @@ from PIL import Image
 
 from common.cells import connected_cells
 from common.errors import InputError, list_some
-from dataset.decode import CHANNELS, JPEG_START, PNG_START, FileError, decode
+from dataset.decode import CHANNELS, JPEG_START, LAST_AXIS, PNG_START, FileError, decode
 from dataset.folder_hints import BY_PRODUCTS, IMAGE_SUFFIXES, MASK_SUFFIXES, files_in, no_folder, what_instead
 from dataset.names import is_litter, is_split, name_hints, odd_names, partners, split_together
 
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
 _FLOWS_ENDING = "_flows"
+MOST_LAST = 16  # a last axis as short as this holds classes, and not columns
 TWO_FORMS = " (they look alike: the accents are stored in two forms, NFC and NFD)"
 
 
@@ -249,15 +250,18 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def read_mask_and_table(path: str | Path) -> tuple[np.ndarray, str]:
-    """:func:`read_mask`, and "gray" or "coloured" if a colour table says what the stored numbers are, else ""."""
+    """:func:`read_mask`, and its colour table, if one says what the stored numbers are: see :func:`decode.decode`."""
     path = Path(path)
     if path.is_dir():
         return _read_nuclei(path), ""
     array, table = decode(path, as_mask=True)
     if array.ndim == 3 and len(array) == 1:  # a flat mask with an axis too many, as networks give it
         array = array[0]
-    if array.ndim == 3 and path.suffix.lower() not in (".npy", ".npz") and array.dtype.kind != "f":
+    is_array = path.suffix.lower() in (".npy", ".npz")
+    if array.ndim == 3 and not is_array and array.dtype.kind != "f":
         array = _gray_channel(array, path)
+    if is_array and array.ndim == 3 and array.shape[2] <= MOST_LAST < min(array.shape[:2]):
+        raise FileError(path, LAST_AXIS)
     return _checked(np.ascontiguousarray(array), path), table
 
 

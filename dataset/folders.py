@@ -20,6 +20,8 @@ from torch import Tensor
 from common.disk import file_sha256
 from common.errors import InputError, list_some
 from common.randomness import derived_seed
+from common.spread import evenly
+from dataset.agreement import MOST_PAIRS, agreement_warnings, mask_signature, signature
 from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
@@ -32,6 +34,7 @@ from dataset.gray import (
     image_window,
     narrow_channels_warning,
     percentile_windows,
+    robust_maximum,
     to_tensor,
 )
 from dataset.looks import measure_draw, measure_spread
@@ -41,6 +44,7 @@ from dataset.masks import decide_mask_rule
 from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file
 
 logger = logging.getLogger(__name__)
+NARROW_IMAGE = 0.02  # of the common gray range
 
 
 class _Checked(NamedTuple):
@@ -51,6 +55,7 @@ class _Checked(NamedTuple):
     channels: int
     brightest: float
     darkest: float
+    bright: float  # without hot pixels
     dtype: str
     nbytes: int  # of the pixels as decoded
     has_channels: bool  # the file says that its planes are no colours
@@ -126,6 +131,8 @@ class PairedFolder(torch.utils.data.Dataset):
         self._images: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._samples: list[np.ndarray] = []  # (n, C) some gray values of each image, for a window over all images
+        self._compared = {self.pairs[index].name for index in evenly(len(self.pairs), MOST_PAIRS)}
+        self._signatures: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of pairs that were decoded now
         checked = self._read_all(f"pairs of {image_dir} and {mask_dir}", memory_gb * 2**30, progress)
         stats = [one.stats for one in checked]
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values)
@@ -145,7 +152,12 @@ class PairedFolder(torch.utils.data.Dataset):
             self._samples = []
             self.windows = [window] * len(self.pairs)
         _hint_at_window(checked, self.config)
-        _warn_of_odd_images(checked, self.pairs, image_dir)
+        _warn_of_odd_images(checked, self.pairs, image_dir, self.config)
+        compared = dict(sorted(self._signatures.items()))
+        small = [one[0] for one in compared.values()], [one[1] for one in compared.values()]
+        for warning in agreement_warnings(list(compared), *small):
+            logger.warning("%s and %s: %s", image_dir, mask_dir, warning)
+        self._signatures = {}
         narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
         if narrow:
             logger.warning("images in %s: %s", image_dir, narrow)
@@ -212,12 +224,20 @@ class PairedFolder(torch.utils.data.Dataset):
             config = dataclasses.replace(config, window_channels=channels)
         # A window over all images is found when all are read.
         window = ((0.0, 1.0),) if self._seeks_common_window else image_window(image, config)
-        brightest, nbytes = float(image.max()), image.nbytes + mask.nbytes
-        shares = channel_shares(image)
-        darkest = float(image.min())
         facts = _Checked(
-            stats, window, image.shape[2], brightest, darkest, str(image.dtype), nbytes, has_channels, shares
+            stats=stats,
+            window=window,
+            channels=image.shape[2],
+            brightest=float(image.max()),
+            darkest=float(image.min()),
+            bright=robust_maximum(image),
+            dtype=str(image.dtype),
+            nbytes=image.nbytes + mask.nbytes,
+            has_channels=has_channels,
+            channel_shares=channel_shares(image),
         )
+        if pair.name in self._compared:
+            self._signatures[pair.name] = signature(image), mask_signature(mask)
         return self._prepare_image(image, view), mask, facts, self._sample(image)
 
     def _sample(self, image: np.ndarray) -> np.ndarray | None:
@@ -361,16 +381,24 @@ def _common_window(samples: Sequence[np.ndarray], config: DataConfig) -> Window:
 
 def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
     """Warn about dark 8-bit images. They keep their range by default, and a network learns them badly."""
-    brightest = float(np.median([one.brightest for one in checked]))
+    brightest = float(np.median([one.bright for one in checked]))
     if config.window is None and config.window_values is None and checked[0].dtype == "uint8" and brightest < 128:
         hint = "half of the images stay below gray %g of 255; window=(%g, %g) would stretch each to the full range"
         logger.warning(hint, brightest, *ROBUST_PERCENTILES)
 
 
-def _warn_of_odd_images(checked: Sequence[_Checked], pairs: Sequence[Pair], where: str | Path) -> None:
-    """Warn about images of a single gray value, and about files of several data types."""
-    named = zip(checked, pairs, strict=True)
+def _warn_of_odd_images(
+    checked: Sequence[_Checked], pairs: Sequence[Pair], where: str | Path, config: DataConfig
+) -> None:
+    """Warn about images of a single gray value, files of several data types, and images dark in the common range."""
+    named = list(zip(checked, pairs, strict=True))
     blank = [pair.image_path.name for one, pair in named if one.brightest == one.darkest]
+    if config.window_values is not None:
+        least = NARROW_IMAGE * max(high - low for low, high in config.window_values)
+        narrow = [pair.image_path.name for one, pair in named if 0 < one.brightest - one.darkest < least]
+        if narrow:
+            text = "images in %s: %d use less than 2 %% of the common gray range: %s. Have they another scale?"
+            logger.warning(text, where, len(narrow), list_some(narrow))
     if blank:
         logger.warning("images in %s: %d hold a single gray value: %s", where, len(blank), list_some(blank))
     kinds = sorted({one.dtype for one in checked})

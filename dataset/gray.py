@@ -46,6 +46,11 @@ def default_window_channels(channels: int, has_channels: bool | None = None) -> 
     return "separate" if channels not in (1, 3) or (channels == 3 and has_channels) else "joint"
 
 
+def robust_maximum(image: np.ndarray) -> float:
+    """Gray value below which nearly all pixels lie, so that a hot pixel does not count. Of some pixels."""
+    return float(np.percentile(image.ravel()[:: max(1, image.size // _SAMPLED_PIXELS)], ROBUST_PERCENTILES[1]))
+
+
 def channel_shares(image: np.ndarray) -> tuple[float, ...]:
     """Fraction of the common gray range that each channel uses, between robust percentiles. Empty for gray images.
 

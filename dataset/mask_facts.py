@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +14,8 @@ from common.cells import are_noise, connected_cells, distinct
 from dataset.decode import FileError
 
 FEW_VALUES = 16
+MAX_UNEQUAL_SHARE = 0.2  # of the pairs of pixels above 0, in masks of constant pieces
+RIM = 0.9  # fraction of the pixels of a rim that have both a lower and a higher value beside them
 BAND_PIXELS = 2**18  # looked at together
 
 
@@ -31,6 +33,8 @@ class MaskStats:
     distinct: int
     values: frozenset[float]  # the distinct values if they are few, else empty
     near_ends: float = 1.0  # fraction of pixels close to 0 or to the largest value
+    gray_share: float = 0.0  # fraction of the pixels clearly above 0 that are clearly below the largest value
+    gray_flat: float = 0.0  # the same, of those whose four neighbours have the same value
     sum_error: float = 0.0  # stacks: largest |sum over K - 1|
     pairs: int = 0
     unequal_pairs: int = 0
@@ -45,6 +49,7 @@ class MaskStats:
     checksum: int = 0  # of the pixels
     filled: float = 1.0  # area with holes filled, as a multiple of the area
     pieces: int = 0  # masks of one id: its pieces, without crumbs
+    rims: tuple[float, ...] = ()  # few values: those that only form thin rims between lower and higher ones
 
     def to_plain(self) -> dict[str, Any]:
         """Plain types for JSON. Leaves out fields with their default value."""
@@ -87,10 +92,10 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         total = mask.sum(axis=0, dtype=np.float64) / certainty(mask.dtype, facts["maximum"])
         facts["sum_error"] = float(np.abs(total - 1).max())
     elif facts["is_whole"] and len(values) > 2 and values[0] >= 0:
-        near = facts["maximum"] / 16
-        ends = sum(int(np.count_nonzero((rows <= near) | (rows >= 15 * near))) for _, rows in _bands(mask))
-        facts["near_ends"] = ends / mask.size
+        facts.update(_grays(mask, facts["maximum"] / 16))
         facts.update(_label_evidence(mask, values))
+        if len(values) <= FEW_VALUES:
+            facts["rims"] = _rims(mask, values)
     facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask).data)
     if mask.ndim == 2:
         facts.update(_frame(mask))
@@ -98,6 +103,35 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
             facts["filled"] = _filled(mask)
             facts["pieces"] = _pieces(mask) if len(values) == 2 else 0
     return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
+
+
+def _grays(mask: np.ndarray, near: float) -> dict[str, float]:
+    """Facts that tell soft edges and blurred numbers from hard masks. Values within ``near`` of an end are not gray."""
+    above = grays = flat = 0
+    for start, rows in _bands(mask):
+        gray = (rows > near) & (rows < 15 * near)
+        above += int(np.count_nonzero(rows > near))
+        grays += int(np.count_nonzero(gray))
+        around = mask[max(start - 1, 0) : start + len(rows) + 1]  # a row of overlap, so that all pixels are looked at
+        middle = around[1:-1, 1:-1]
+        same = (middle > near) & (middle < 15 * near)
+        for beside in (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]):
+            same &= middle == beside
+        flat += int(np.count_nonzero(same))
+    return {"near_ends": 1 - grays / mask.size, "gray_share": grays / max(above, 1), "gray_flat": flat / max(above, 1)}
+
+
+def _rims(mask: np.ndarray, values: np.ndarray) -> tuple[float, ...]:
+    """Values that a smoothing resize leaves between two others: never 3 pixels wide, lower and higher ones beside."""
+    flat = scipy.ndimage.minimum_filter(mask, 3) == scipy.ndimage.maximum_filter(mask, 3)
+    lowest, highest = scipy.ndimage.minimum_filter(mask, 5), scipy.ndimage.maximum_filter(mask, 5)
+    rims = []
+    for value in values[1:-1]:
+        here = mask == value
+        between = (lowest < value) & (highest > value) & here
+        if not (here & flat).any() and between.sum() > RIM * here.sum():
+            rims.append(float(value))
+    return tuple(rims)
 
 
 def _frame(mask: np.ndarray) -> dict[str, float]:
@@ -172,6 +206,21 @@ def _regions(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         new = first_pixels[found] < 0
         first_pixels[found[new]] = at[new] + start * pieces.shape[1]
     return areas[1:], first_pixels[1:]
+
+
+def are_patchy(stats: Sequence[MaskStats]) -> bool:
+    """Whether the masks consist of pieces of constant value."""
+    return sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
+
+
+def few_values(stats: Sequence[MaskStats]) -> frozenset[float] | None:
+    """The distinct values of all masks. None if a mask has many values."""
+    return frozenset().union(*(one.values for one in stats)) if all(one.values for one in stats) else None
+
+
+def listed(values: Sequence[float]) -> str:
+    """Values as a Python tuple."""
+    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def full_scale(largest: float) -> float:

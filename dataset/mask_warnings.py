@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import InputError
-from dataset.mask_facts import MaskStats
+from common.errors import InputError, list_some
+from dataset.mask_facts import MaskStats, are_patchy, listed
 
 if TYPE_CHECKING:  # make_masks.py does without torch
     from dataset.masks import MaskRule
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # make_masks.py does without torch
 HOLLOW = 1.5  # area with holes filled, as a multiple of the area
 MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
 SOME = 0.1  # fraction of the masks that must look inverted for a warning
+MOST_GRAY = 0.75  # of the pixels of cells; above it, the edges of a mask are too soft to be cut at half unseen
 SEVERAL_PIECES = 3  # of one id; a cell that is cut in two is common
 
 
@@ -62,19 +63,50 @@ def refuse_no_labels(stats: Sequence[MaskStats], where: str | Path) -> None:
         )
 
 
+def refuse_other_colours(stats: Sequence[MaskStats], mask_type: str, where: str | Path) -> None:
+    """Refuse files whose colour tables do not agree: a number then means another class in each of them.
+
+    Colours of numbered cells have no meaning, so they are not compared. Neither are files that have one colour under
+    two numbers.
+
+    Raises:
+        InputError: one colour has two numbers, or, in masks of classes, one number has two colours.
+    """
+    number_of: dict[str, tuple[str, str]] = {}
+    colour_of: dict[str, tuple[str, str]] = {}
+    mend = "make_masks.py convert turns colours into numbers, each colour into the same one"
+    for one in stats:
+        used = [entry.split(":") for entry in one.table.split()[1:]]
+        if mask_type not in ("binary", "classes") or len({colour for _, colour in used}) < len(used):
+            continue
+        for number, colour in used:
+            known, name = number_of.setdefault(colour, (number, one.name))
+            if known != number:
+                raise InputError(
+                    f"masks in {where} have colour tables of different order: the colour {colour} is {known} in {name} "
+                    f"and {number} in {one.name}. {mend}"
+                )
+            shown, name = colour_of.setdefault(number, (colour, one.name))
+            if shown != colour and mask_type == "classes":
+                raise InputError(
+                    f"masks in {where} have different colour tables: {number} is the colour {shown} in {name} and "
+                    f"{colour} in {one.name}. {mend}"
+                )
+
+
 def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
     """Warnings that do not stop training: missing classes, and masks that look inverted, copied or not filled."""
     hard = rule.mask_type in ("binary", "instances")
-    framed = [one for one in stats if hard and _is_framed(one)]
+    full = [one for one in stats if hard and one.minimum > 0]
+    framed = [one for one in stats if hard and _is_framed(one) and one.minimum == 0]
     hollow = [one for one in stats if hard and one.filled > HOLLOW]
     lumped = [one for one in stats if rule.mask_type == "instances" and one.pieces >= SEVERAL_PIECES]
-    warnings = []
-    found = _classes_found(stats, rule)
-    absent = [] if found is None or len(found) < 2 else sorted(set(range(rule.num_classes)) - found)
-    if found == {0}:
-        warnings.append("no mask has a cell")
-    elif absent:
-        warnings.append(f"no mask has a pixel of class {', '.join(map(str, absent))}, so the model cannot learn it")
+    warnings = _class_warnings(stats, rule)
+    if full:
+        warnings.append(
+            f"{len(full)} of {len(stats)} masks have no background: every pixel is a cell (as in {full[0].name}). Are "
+            "the cells black on white?"
+        )
     if len(framed) > SOME * len(stats):
         warnings.append(
             f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
@@ -91,6 +123,43 @@ def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
         warnings.append(
             f"in {len(lumped)} of {len(stats)} masks, all cells have one number (as in {lumped[0].name}): is it a "
             "binary mask among numbered cells? Every cell needs its own number"
+        )
+    soft = [one for one in stats if one.gray_share > MOST_GRAY and not are_patchy([one])]
+    if rule.mask_type == "binary" and soft:
+        warnings.append(
+            f"in {len(soft)} of {len(stats)} masks, most pixels of the cells are gray (as in {soft[0].name}): cut at "
+            "half, cells may shrink or vanish. If these are probabilities, say so with mask_type=probability"
+        )
+    return warnings
+
+
+def _class_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
+    """Warnings about classes that are missing, that only lie between others, or that may be numbers of cells."""
+    warnings = []
+    found = _classes_found(stats, rule) or set()
+    absent = sorted(set(range(rule.num_classes)) - found) if len(found) > 1 else []
+    if found == {0}:
+        warnings.append("no mask has a cell")
+    elif absent:
+        given = f"mask_values={listed(sorted(found))} num_classes={len(found)}"
+        first = f". If the background has another number, put it first in {given}" if absent[0] == 0 else ""
+        warnings.append(f"no mask has a pixel of class {list_some(absent, 8)}, so the model cannot learn it{first}")
+    if rule.mask_type != "classes":
+        return warnings
+    present = {value for one in stats for value in one.values}
+    rims = sorted(v for v in present if all(v in one.rims for one in stats if v in one.values))
+    if rims:
+        example = next(one.name for one in stats if rims[0] in one.rims)
+        warnings.append(
+            f"the number {rims[0]:g} only forms thin rims between lower and higher numbers (as in {example}): were the "
+            "masks resized with smoothing? Resize them by nearest neighbour. Nothing is wrong if this class is a border"
+        )
+    several = [one for one in stats if one.ids > 1]
+    apart = sum(one.unequal_pairs == 0 for one in several)
+    if len(several) > 2 and 2 * apart > len(several) and all(one.main_area == one.area for one in several):
+        warnings.append(
+            f"every number is a single piece in each mask (as in {several[0].name}): are these numbered cells? Then "
+            "give mask_type=instances"
         )
     return warnings
 

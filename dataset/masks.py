@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError, list_some
-from dataset.mask_facts import FEW_VALUES, MaskStats, certainty, full_scale
+from dataset.mask_facts import MaskStats, are_patchy, certainty, few_values, full_scale, listed
+from dataset.mask_warnings import refuse_other_colours
+from dataset.unclear_masks import why_unclear
 from dataset.views import View
 
 MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
@@ -25,7 +27,6 @@ SUM_TOLERANCE = 0.01
 # Thresholds for masks of numbered cells: pieces have constant values, each id is one piece except for small crumbs, and
 # there are too many ids for classes. Checked by test_thresholds_of_automatic_have_room_on_real_labels.
 MIN_IDS = 8
-MAX_UNEQUAL_SHARE = 0.2
 MAX_SCATTERED_SHARE = 0.2
 MAX_STEP_SHARE = 0.9
 
@@ -169,7 +170,7 @@ def decide_mask_rule(
     if len(planes) > 1:
         kinds = ", ".join(f"stacks of {count}" if count else "flat" for count in planes)
         raise InputError(f"masks in {where} are of different kinds ({kinds}): give each kind its own folder")
-    tables = {one.table: one.name for one in stats if one.table}
+    tables = {one.table.partition(" ")[0]: one.name for one in stats if one.table}
     if len(tables) > 1:
         raise InputError(
             f"masks in {where} have colour tables of two kinds: with a gray table the gray values count (as in "
@@ -179,6 +180,7 @@ def decide_mask_rule(
     if values is not None:
         rule = _rule_of_values(stats, num_classes, mask_type, where, values)
         if rule is not None:
+            refuse_other_colours(stats, rule.mask_type, where)
             return rule
     why = "given as mask_type"
     if mask_type == "auto":
@@ -190,6 +192,7 @@ def decide_mask_rule(
             "numbers of classes and cells at every edge: export them anew as PNG or TIFF"
         )
     maximum = _check_type(stats, num_classes, mask_type, where, normalize)
+    refuse_other_colours(stats, mask_type, where)
     meaning = {
         "binary": f"{maximum / 2:g} and above means cell",
         "classes": f"ids 0..{num_classes - 1}",
@@ -203,7 +206,7 @@ def _rule_of_values(
     stats: Sequence[MaskStats], num_classes: int, mask_type: str, where: str | Path, values: Sequence[int]
 ) -> MaskRule | None:
     """Rule for classes with given stored values. None if the masks hold class ids 0..K-1 instead."""
-    given = f"mask_values={_listed(values)}"
+    given = f"mask_values={listed(values)}"
     if len(values) != num_classes or len(set(values)) != num_classes or mask_type not in ("auto", "classes"):
         raise InputError(
             f"{given} does not fit num_classes={num_classes} and mask_type={mask_type}: give a different value for "
@@ -212,8 +215,8 @@ def _rule_of_values(
     others = {one.name: sorted(one.values - set(values)) for one in stats if not one.values <= set(values)}
     many = [one.name for one in stats if not one.values]
     if not others and not many:
-        listed = ", ".join(f"{value} is {k}" for k, value in enumerate(values))
-        reason = f"masks are classes: {listed} (given as mask_values)"
+        meaning = ", ".join(f"{value} is {k}" for k, value in enumerate(values))
+        reason = f"masks are classes: {meaning} (given as mask_values)"
         return MaskRule("classes", num_classes, 1.0, reason, values=tuple(values))
     if max(one.maximum for one in stats) < num_classes and all(one.is_whole for one in stats):
         return None
@@ -222,11 +225,6 @@ def _rule_of_values(
         f"{len(others) + len(many)} of {len(stats)} masks in {where} hold other values than {given}: "
         f"{list_some(shown + many)}"
     )
-
-
-def _listed(values: Sequence[float]) -> str:
-    """Values as a Python tuple."""
-    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 # ------------------------------------------------------------------------------------------------------- automatic
@@ -249,7 +247,7 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
             f"masks in {where} have fractions up to {largest:g}: probabilities are in 0..1, and ids are whole numbers."
             f"{scale} If numbers of cells or classes were resized, resize them by nearest neighbour"
         )
-    values = _few_values(stats)
+    values = few_values(stats)
     if num_classes == 2 and values is not None:
         full = 65535 if all(one.dtype == np.uint16 for one in stats) else 255
         for top in (1, 255, full):
@@ -259,12 +257,7 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
         return "classes", f"whole numbers up to {largest:g}"
     if num_classes <= 3 and _looks_like_instances(stats):
         return "instances", f"pieces of constant value, up to {max(one.ids for one in stats)} in one mask"
-    raise InputError(_why_unclear(stats, num_classes, where), "mask_type")
-
-
-def _few_values(stats: Sequence[MaskStats]) -> frozenset[float] | None:
-    """The distinct values of all masks. None if a mask has many values."""
-    return frozenset().union(*(one.values for one in stats)) if all(one.values for one in stats) else None
+    raise InputError(why_unclear(stats, num_classes, where), "mask_type")
 
 
 def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
@@ -275,80 +268,10 @@ def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
     graded = unequal > 0.02 * pairs and steps > MAX_STEP_SHARE * unequal
     return (
         max(one.ids for one in stats) >= MIN_IDS
-        and unequal <= MAX_UNEQUAL_SHARE * pairs
+        and are_patchy(stats)
         and sum(one.main_area for one in stats) >= (1 - MAX_SCATTERED_SHARE) * sum(one.area for one in stats)
         and not graded
     )
-
-
-def _why_unclear(stats: Sequence[MaskStats], num_classes: int, where: str | Path) -> str:
-    """Message for unclear masks: what was found, the likely types, and the setting that decides."""
-    largest = max(one.maximum for one in stats)
-    values = _few_values(stats)
-    shown = f"values up to {largest:g}, {max(one.distinct for one in stats)} different ones in one mask"
-    if values is not None and len(values) <= 8:
-        shown = "the values " + ", ".join(f"{value:g}" for value in sorted(values))
-    likely = _likely_types(stats, num_classes, largest, values)
-    if not likely:
-        likely = ["none of the known types (class ids 0..K-1, numbered cells, 0 and 255): look at the masks"]
-    first = next(one.name for one in stats if one.maximum == largest)
-    return (
-        f"masks in {where} have {shown} (as in {first}), which is unclear for num_classes={num_classes}. "
-        f"Likely: {', or '.join(likely)}. Give what fits"
-    )
-
-
-def _likely_types(
-    stats: Sequence[MaskStats], num_classes: int, largest: float, values: frozenset[float] | None
-) -> list[str]:
-    """What unclear masks may be, each with the setting that says so, the likeliest first.
-
-    Args:
-        stats: facts about every mask.
-        num_classes: the setting.
-        largest: largest value of all masks.
-        values: all values of the masks; None if there are many.
-    """
-    one_value = values is not None and len(values - {0}) == 1
-    one_value_each = values is not None and not one_value and all(len(one.values - {0}) <= 1 for one in stats)
-    patchy = sum(one.unequal_pairs for one in stats) <= MAX_UNEQUAL_SHARE * sum(one.pairs for one in stats)
-    soft_edges = largest >= 128 and min(one.near_ends for one in stats) > 0.75 and values is None
-    jpeg = all(one.name.lower().endswith((".jpg", ".jpeg")) for one in stats)
-    ignored = values is not None and largest == 255 and len(values) > 2 and max(values - {255}) == len(values) - 2
-    classes = "" if values is None else _likely_classes(sorted(values), num_classes)
-    binary = "mask_type=binary" if num_classes == 2 else "mask_type=binary num_classes=2"
-    probability = binary.replace("binary", "probability")
-    ids = f"mask_type=classes num_classes={int(largest) + 1}"
-    instances = "mask_type=instances" + ("" if num_classes <= 3 else " with num_classes=2 or num_classes=3")
-    table = [
-        (bool(classes) and not one_value_each, classes),
-        (one_value, f"one class of cells ({binary})"),
-        (one_value_each, "one class of cells, saved with different values (save all with the same two)"),
-        (soft_edges, f"two values with soft or JPEG edges ({binary}, cut at half)"),
-        (patchy and not one_value and largest < 2 * FEW_VALUES, f"class ids ({ids})"),
-        (patchy and not soft_edges and largest not in (255, 65535), f"numbered cells ({instances})"),
-        (
-            jpeg and not one_value and not soft_edges,
-            "numbers of classes or cells that JPEG has blurred: export them anew as PNG or TIFF",
-        ),
-        (not patchy, f"gray probabilities ({probability})"),
-        (not patchy, "images instead of masks"),
-        (bool(classes) and one_value_each, classes),
-        (ignored, "255 for pixels to ignore, and there is no such class: write 0 (background) or an id there"),
-    ]
-    return [text for holds, text in table if holds]
-
-
-def _likely_classes(values: list[float], num_classes: int) -> str:
-    """Text for masks that hold one gray value per class, with the ``mask_values`` to give. Empty for other masks."""
-    count = len(values)
-    without_0 = count > 1 and values[0] > 0
-    for_display = count > 2 and values[-1] >= max(num_classes, 2 * count)
-    if not (without_0 or for_display):
-        return ""
-    how = "without a 0" if without_0 else "with gray values for display"
-    setting = f"mask_values={_listed(values)}" + (f" num_classes={count}" if count != num_classes else "")
-    return f"{count} classes {how} ({setting}, the value of the background first)"
 
 
 # ------------------------------------------------------------------------------------------------------ type given
@@ -391,7 +314,7 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
     largest = max(one.maximum for one in stats)
     if largest == 0:
         return 255.0
-    values = _few_values(stats)
+    values = few_values(stats)
     if values is not None and len(values - {0}) == 1:  # any single value means cell
         return largest
     full = full_scale(largest)
@@ -400,6 +323,11 @@ def _check_binary(stats: Sequence[MaskStats], num_classes: int, where: str | Pat
         raise InputError(
             f"{len(other_scale)} of {len(stats)} masks in {where} mark cells with a value below half of {full:g}, "
             f"others with {largest:g}: {list_some(other_scale)}. Save all with the same two values"
+        )
+    if largest < full / 2 and not are_patchy(stats):
+        raise InputError(
+            f"masks in {where} have {max(one.distinct for one in stats)} values up to {largest:g}, below half of "
+            f"{full:g}: cut at half, no cell would be left. Likely: gray probabilities (mask_type=probability)"
         )
     if largest < full / 2:
         raise InputError(

@@ -19,6 +19,7 @@ from common.cells import connected_cells
 from common.disk import write_json
 from common.errors import InputError, fields_as_flags, list_some, settings_as_flags
 from common.spread import evenly
+from dataset.agreement import MOST_PAIRS, agreement_warnings, mask_signature
 from dataset.checks import check_same_size
 from dataset.config import DataConfig
 from dataset.files import (
@@ -43,6 +44,7 @@ from evaluation.output import new_figure, save_figure, show_image
 logger = logging.getLogger(__name__)
 SHEET_IMAGES = 12
 DARK = 128  # gray value; images that stay below it count as dark
+MANY_CLASSES = 12  # with more, only those that occur are listed
 MUCH_LOST = 0.2  # fraction of a typical image that the center crop may lose before a remark
 
 
@@ -108,8 +110,10 @@ class DataReport:
         if self.mask_type is not None:
             lines.append(self.mask_reason)
         if self.class_shares:
-            shares = ", ".join(f"class {k}: {share * 100:.1f} %" for k, share in enumerate(self.class_shares))
-            lines.append(f"fraction of the pixels: {shares}")
+            shares = [f"class {k}: {share * 100:.1f} %" for k, share in enumerate(self.class_shares)]
+            if len(shares) > MANY_CLASSES:
+                shares = [line for line, share in zip(shares, self.class_shares, strict=True) if share > 0]
+            lines.append(f"fraction of the pixels: {list_some(shares, MANY_CLASSES)}")
         if self.instances:
             lines.append(
                 f"cells per image: {min(self.instances)} to {max(self.instances)}, median "
@@ -161,6 +165,7 @@ def survey(
     Raises:
         InputError: a folder is missing or empty.
     """
+    DataConfig(image_size or 1, num_classes, crop)  # refuses what training refuses
     images, masks = find_images_and_masks(image_dir, mask_dir)
     pairs, without_mask, without_image = match_names(images, masks)
     facts, image_errors = _read_all(images, image_facts, "reading images", progress)
@@ -195,6 +200,9 @@ def survey(
     rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize, mask_values)
     if rule is not None:
         _count_cells(report, usable, rule, progress)
+        some = [usable[index] for index in evenly(len(usable), MOST_PAIRS)]
+        small = [facts[pair.image_path].signature for pair in some], [stats[pair.mask_path][2] for pair in some]
+        report.remarks += agreement_warnings([pair.name for pair in some], *small)
     _find_remarks(report, list(facts.values()))
     if crop == "center":
         _find_remarks_on_center_crop(report, list(facts.values()), image_size)
@@ -221,9 +229,9 @@ def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
     return sorted(path.name for path in found - known if not is_litter(path.name))
 
 
-def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, ...]]:
+def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, ...], np.ndarray]:
     mask, table = read_mask_and_table(path)
-    return mask_stats(path.name, mask, path.is_dir(), table), mask.shape
+    return mask_stats(path.name, mask, path.is_dir(), table), mask.shape, mask_signature(mask)
 
 
 def common_channels(facts: Sequence[ImageFacts]) -> int:
@@ -321,7 +329,7 @@ def _decide(
         refuse_one_class(stats, rule, where)
     except InputError as error:
         report.problems.append(str(error))
-    report.remarks += mask_warnings(stats, rule)
+    report.remarks += [settings_as_flags(warning) for warning in mask_warnings(stats, rule)]
     return rule
 
 
@@ -354,7 +362,7 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
         )
     absent = [str(k) for k, share in enumerate(report.class_shares) if share == 0]
     if absent and report.mask_type == "probability":  # other types have a warning of their own
-        report.remarks.append(f"no pixel has class {', '.join(absent)}, so the model cannot learn it")
+        report.remarks.append(f"no pixel has class {list_some(absent, 8)}, so the model cannot learn it")
     if report.duplicates:
         names = [f"{one} and {other}" for one, other, _ in report.duplicates]
         report.remarks.append(
@@ -382,10 +390,10 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     elif all(one.is_gray for one in facts):
         report.remarks.append("all images are gray: if you train on pixels (--vae none), use --in-channels 1")
     _remark_on_narrow_channels(report, facts)
-    bytes_ = [one.maximum for one in facts if one.dtype == "uint8"]
+    bytes_ = [one.bright for one in facts if one.dtype == "uint8"]
     if bytes_ and np.median(bytes_) < DARK:
         report.remarks.append(
-            f"half of the 8-bit images have no pixel above gray {np.median(bytes_):g} of 255: --window 0.1 99.9 "
+            f"half of the 8-bit images have hardly a pixel above gray {np.median(bytes_):g} of 255: --window 0.1 99.9 "
             "stretches the contrast of each image"
         )
     if report.pairs < 20:

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
+from dataset.agreement import signature
 from dataset.files import read_image_and_kind
-from dataset.gray import channel_shares
+from dataset.gray import channel_shares, robust_maximum
 
-SIGNATURE_SIDE = 32
 BLOCK = 1024  # images compared with all others at once: bounds the memory
 NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
 
@@ -30,6 +28,7 @@ class ImageFacts:
     dtype: str
     minimum: float
     maximum: float
+    bright: float  # without hot pixels
     is_gray: bool  # one channel, or RGB of equal channels
     has_channels: bool  # the file says that its channels are not colours
     channel_shares: tuple[float, ...]
@@ -49,29 +48,13 @@ def image_facts(path: Path) -> ImageFacts:
         dtype=str(image.dtype),
         minimum=float(image.min()),
         maximum=float(image.max()),
+        bright=robust_maximum(image),
         is_gray=channels in (1, 3) and bool((image == image[:, :, :1]).all()),
         has_channels=has_channels,
         channel_shares=channel_shares(image),
         digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
         signature=signature(image),
     )
-
-
-def signature(image: np.ndarray) -> np.ndarray:
-    """Small gray version of an image, zero mean and unit length, so that a dot product is a correlation.
-
-    Args:
-        image: (H, W, C) of any type.
-
-    Returns:
-        (SIGNATURE_SIDE ** 2,) float32; all 0 for an image of one gray value.
-    """
-    gray = torch.from_numpy(image.mean(axis=-1, dtype=np.float32))[None, None]
-    small = F.adaptive_avg_pool2d(gray, SIGNATURE_SIDE)[0, 0].numpy().ravel().astype(np.float64)
-    small -= small.mean()
-    length = np.linalg.norm(small)
-    scale = max(1.0, abs(float(image.max())))
-    return (small / length if length > 1e-4 * scale else np.zeros_like(small)).astype(np.float32)
 
 
 def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[str, str, float]]:

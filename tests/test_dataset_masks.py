@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from PIL import Image
 
 from common.errors import InputError, settings_as_flags
 from dataset.annotations.cells import labels_to_cells
 from dataset.files import read_mask
-from dataset.mask_facts import mask_stats
+from dataset.mask_facts import MAX_UNEQUAL_SHARE, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import (
     MASK_TYPES,
     MAX_SCATTERED_SHARE,
-    MAX_UNEQUAL_SHARE,
     MaskRule,
     decide_mask_rule,
     to_prob_map,
@@ -475,3 +475,106 @@ def test_noise_is_refused_before_it_takes_memory(dtype):
         labels_to_cells(noise)
     few = np.arange(900, dtype=np.int32).reshape(30, 30)
     assert mask_stats("m.tif", few).ids == 899  # a small file fits into any memory
+
+
+def drawn(levels: tuple[int, ...], smooth: float = 0.0) -> np.ndarray:
+    """(96, 96) uint8: disks of the given values apart from each other, smoothed by a Gaussian."""
+    rows, columns = np.mgrid[:96, :96]
+    mask = np.zeros((96, 96))
+    for index, level in enumerate(levels):
+        row, column = 16 + 32 * (index // 3), 16 + 32 * (index % 3)
+        mask[(rows - row) ** 2 + (columns - column) ** 2 <= 90] = level
+    return scipy.ndimage.gaussian_filter(mask, smooth).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words", "absent"),
+    [
+        (drawn((255,) * 9, 0.7), r"Likely: two values with soft or JPEG edges", "display"),
+        (
+            drawn((255,) * 9, 4),
+            r"Likely: gray probabilities .*, or cells with very soft edges \(mask_type=binary",
+            "resize",
+        ),
+        (drawn(tuple(range(20, 200, 20)), 0.7), "Likely: numbers of classes or cells, blurred by a resize", "binary"),
+        (drawn((127, 255) * 4, 0.7), "Likely: numbers of classes or cells, blurred by a resize", "binary"),
+        (drawn((1, 3)), r"Likely: 3 classes whose numbers have gaps \(mask_values=\(0, 1, 3\)", "display"),
+        (
+            np.where(drawn((255,) * 4) > 0, 248, 0).astype(np.uint8) + (np.arange(96) % 8).astype(np.uint8),
+            "Likely: two values with soft or JPEG edges",
+            "display",
+        ),
+    ],
+)
+def test_soft_edges_and_blurred_numbers_are_told_apart(mask, words, absent):
+    with pytest.raises(InputError, match=words) as caught:
+        decide_mask_rule([mask_stats("a.png", mask)], 3 if mask.max() == 3 else 2, "auto", "masks")
+    assert absent not in str(caught.value)
+
+
+def test_very_soft_edges_that_are_cut_at_half_are_warned_about():
+    stats = [mask_stats("a.png", drawn((255,) * 9, 4))]
+    rule = decide_mask_rule(stats, 2, "binary", "masks")
+    assert any("cells may shrink or vanish" in warning for warning in mask_warnings(stats, rule))
+    sharp = [mask_stats("a.png", drawn((255,) * 9, 0.7))]
+    assert mask_warnings(sharp, decide_mask_rule(sharp, 2, "binary", "masks")) == []
+    with pytest.raises(InputError, match="cut at half, no cell would be left. Likely: gray probabilities"):
+        decide_mask_rule([mask_stats("a.png", drawn((255,) * 9, 11))], 2, "binary", "masks")
+
+
+def test_colour_tables_of_different_order_are_refused_for_classes_and_not_for_numbered_cells():
+    tables = (
+        "coloured 0:000000 1:ff0000 2:00ff00",
+        "coloured 0:ff0000 1:000000 2:00ff00",
+        "coloured 0:000000 1:00ff00",
+    )
+    classes = [mask_stats(f"{index}.png", drawn((1, 2)), table=table) for index, table in enumerate(tables)]
+    with pytest.raises(InputError, match=r"different order: the colour ff0000 is 1 in 0.png and 0 in 1.png"):
+        decide_mask_rule(classes[:2], 3, "auto", "masks")
+    with pytest.raises(InputError, match="the colour 00ff00 is 2 in 0.png and 1 in 2.png"):
+        decide_mask_rule([classes[0], classes[2]], 3, "auto", "masks", values=(0, 1, 2))
+    other = mask_stats("b.png", drawn((1, 2)), table="coloured 0:000000 1:ff0000 2:0000ff")
+    with pytest.raises(InputError, match="2 is the colour 00ff00 in 0.png and 0000ff in b.png"):
+        decide_mask_rule([classes[0], other], 3, "auto", "masks")
+    assert decide_mask_rule(classes, 2, "instances", "masks").mask_type == "instances"
+    padded = mask_stats(
+        "c.png", drawn((1, 2)), table="coloured 0:000000 1:ff0000 2:000000"
+    )  # a table that tells nothing
+    assert decide_mask_rule([classes[0], padded], 3, "auto", "masks").mask_type == "classes"
+
+
+def test_a_class_that_a_smoothing_resize_made_is_warned_about():
+    smooth = np.asarray(
+        Image.fromarray(drawn((2,) * 9)).resize((48, 48), Image.BILINEAR).resize((96, 96), Image.BILINEAR)
+    )
+    sharp = drawn((2, 1, 2, 1, 2, 1, 2, 1, 2))
+    for mask, warned in ((smooth, True), (sharp, False)):
+        stats = [mask_stats("a.png", mask)]
+        warnings = mask_warnings(stats, decide_mask_rule(stats, 3, "auto", "masks"))
+        assert any("1 only forms thin rims" in warning for warning in warnings) == warned
+
+
+def test_few_cells_with_numbers_that_are_read_as_classes_are_warned_about():
+    def warnings(levels):
+        stats = [mask_stats(f"{seed}.png", np.roll(drawn(levels), 9 * seed)) for seed in range(3)]
+        return mask_warnings(stats, decide_mask_rule(stats, 3, "auto", "masks"))
+
+    assert any("are these numbered cells?" in warning for warning in warnings((1, 2)))
+    assert warnings((1, 2, 1, 2)) == []
+
+
+def test_a_missing_background_and_masks_without_one_are_warned_about():
+    stats = [mask_stats("a.png", drawn((1, 2)) + 1)]
+    warning = mask_warnings(stats, decide_mask_rule(stats, 4, "auto", "masks"))[0]
+    assert "put it first in mask_values=(1, 2, 3) num_classes=3" in warning
+    stats = [*(mask_stats(f"{n}.png", drawn((255,) * n)) for n in range(1, 30)), mask_stats("b.png", drawn(()) + 255)]
+    rule = decide_mask_rule(stats, 2, "auto", "masks")
+    assert mask_warnings(stats, rule) == [
+        "1 of 30 masks have no background: every pixel is a cell (as in b.png). Are the cells black on white?"
+    ]
+
+
+def test_a_stack_with_its_classes_in_the_last_axis_is_refused_for_sampling_too(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((40, 30, 3), np.float32))
+    with pytest.raises(InputError, match="classes in the last axis"):
+        read_mask(tmp_path / "a.npy")

@@ -89,7 +89,7 @@ def read_mask_table(path: Path) -> np.ndarray | None:
         mask, table = read_mask_and_table(path)
     except FileError:
         return None  # colours without a table
-    return mask if table == "coloured" else None
+    return mask if table.startswith("coloured") else None
 
 
 def _which_colours(path: Path, values: np.ndarray, counts: np.ndarray) -> str:

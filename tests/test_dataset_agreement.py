@@ -1,0 +1,82 @@
+"""Pairs that do not belong together are warned about in training and in the data report; good sets are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.agreement import agreement_warnings, mask_signature, signature
+from dataset.config import DataConfig
+from dataset.files import pair_files, read_image, read_mask
+from dataset.folders import PairedFolder
+from evaluation.data_report import survey
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data in ../shared/data are absent")
+COUNT, SIDE = 12, 64
+
+
+def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and mask (64, 64) uint8: bright disks with noise on dark ground."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    for row, column in rng.uniform(6, SIDE - 6, (5, 2)):
+        mask[(rows - row) ** 2 + (columns - column) ** 2 <= 30] = 255
+    return np.clip(np.where(mask, 170, 50) + rng.normal(0, 8, mask.shape), 0, 255).astype(np.uint8), mask
+
+
+def warnings_of(pairs) -> list[str]:
+    names = [f"f{index}" for index in range(len(pairs))]
+    return agreement_warnings(
+        names, [signature(i[:, :, None]) for i, _ in pairs], [mask_signature(m) for _, m in pairs]
+    )
+
+
+GOOD = [drawn(seed) for seed in range(COUNT)]
+
+
+def test_good_pairs_are_not_warned_about():
+    assert warnings_of(GOOD) == [] == warnings_of([(255 - image, mask) for image, mask in GOOD]) == warnings_of([])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([(255 - i if n == 4 else i, m) for n, (i, m) in enumerate(GOOD)], "in 1 of 12 pairs, the cells are darker"),
+        ([(i, 255 - m if n == 4 else m) for n, (i, m) in enumerate(GOOD)], "(as in f4)"),
+        ([(i, m.T) for i, m in GOOD], "12 of 12 masks fit their image only if they are turned"),
+        ([(i, m[::-1] if n % 2 else m) for n, (i, m) in enumerate(GOOD)], "6 of 12 masks fit their image only if"),
+        ([(i, GOOD[n - 1][1]) for n, (i, _) in enumerate(GOOD)], "(as f0, which fits that of f1)"),
+        ([(GOOD[0][0], m) for _, m in GOOD], "all 12 images are equal"),
+    ],
+)
+def test_pairs_that_do_not_belong_together_are_named(pairs, words):
+    assert any(words in warning for warning in warnings_of(pairs))
+
+
+def test_stacks_of_probabilities_have_their_background_in_the_first_plane():
+    mask = GOOD[0][1] > 0
+    assert np.allclose(mask_signature(np.stack([~mask, mask]).astype(np.float32)), mask_signature(mask), atol=1e-5)
+
+
+def test_training_and_the_data_report_give_the_same_warning(tmp_path, caplog):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for index, (image, mask) in enumerate(GOOD):
+        Image.fromarray(image).save(tmp_path / "images" / f"f{index}.png")
+        Image.fromarray(np.ascontiguousarray(mask.T)).save(tmp_path / "masks" / f"f{index}.png")
+    PairedFolder(tmp_path / "images", tmp_path / "masks", DataConfig(image_size=32))
+    (remark,) = (one for one in survey(tmp_path / "images", tmp_path / "masks")[0].remarks if "turned" in one)
+    assert remark in caplog.text
+
+
+@needs_data
+@pytest.mark.parametrize(("kind", "prefix"), [("nuclei", "fluo_"), ("histology", ""), ("leukocytes", "")])
+def test_real_sets_are_not_warned_about(kind, prefix):
+    folder = DATA / kind / "val"
+    pairs = [pair for pair in pair_files(folder / "images", folder / "masks") if pair.name.startswith(prefix)]
+    assert warnings_of([(read_image(p.image_path).mean(axis=2), read_mask(p.mask_path)) for p in pairs]) == []
