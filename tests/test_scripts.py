@@ -1,4 +1,7 @@
-"""The commands as processes: interrupted runs and sets end like uninterrupted ones, for any number of processes."""
+"""The commands: interrupted runs and sets end like uninterrupted ones, for any number of processes.
+
+A process of its own costs seconds of imports. Each command runs in one at least once; else it runs inside this process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_helpers import FEW_STEPS, call, run, train_arguments, write_pairs
+from script_helpers import FEW_STEPS, call, run, run_here, train_arguments, write_pairs
 
 import evaluate
 import sample
@@ -29,6 +32,7 @@ from engine.checkpoint import read_checkpoint
 from synthetic.reader import SampleSet
 from synthetic.writer import SetWriter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 6
 
 
@@ -88,7 +92,7 @@ def test_training_changes_the_model_and_its_ema(checkpoint):
 
 
 def test_resume_continues_bit_for_bit(pairs, trained, checkpoint):
-    run(*train_arguments(*pairs, trained.parent, "halves", 3))
+    call(train, *train_arguments(*pairs, trained.parent, "halves", 3)[1:])
     result = run(*train_arguments(*pairs, trained.parent, "halves", STEPS))
     assert "continuing after step 3" in result.stderr
     assert_equal_weights(trained.parent / "halves" / "checkpoints" / checkpoint.name, checkpoint)
@@ -109,18 +113,18 @@ def metrics_with_cut(folder: Path) -> list[dict[str, float]]:
 
 def test_ckpt_resumes_from_a_file_into_a_new_folder(pairs, trained, checkpoint):
     start = trained / "checkpoints" / "0000003.pt"
-    run(*train_arguments(*pairs, trained.parent, "branch", STEPS), "--ckpt", start)
+    call(train, *train_arguments(*pairs, trained.parent, "branch", STEPS)[1:], "--ckpt", start)
     assert_equal_weights(trained.parent / "branch" / "checkpoints" / checkpoint.name, checkpoint)
 
 
 def test_damaged_newest_checkpoint_falls_back_and_says_so(pairs, trained, checkpoint):
-    folder = trained.parent / "damaged" / "checkpoints"
-    run(*train_arguments(*pairs, trained.parent, "damaged", STEPS), "--ckpt-every", "3")
+    folder = shutil.copytree(trained, trained.parent / "damaged") / "checkpoints"
     content = (folder / checkpoint.name).read_bytes()
     (folder / checkpoint.name).write_bytes(content[: len(content) // 2])
-    result = run(*train_arguments(*pairs, trained.parent, "damaged", STEPS), "--ckpt-every", "3")
-    assert "Falling back" in result.stderr
-    assert "continuing after step 3" in result.stderr
+    code, lines = run_here(train, *train_arguments(*pairs, trained.parent, "damaged", STEPS)[1:], "--ckpt-every", "3")
+    assert code == 0
+    assert any("Falling back" in line for line in lines)
+    assert any("continuing after step 3" in line for line in lines)
     assert_equal_weights(folder / checkpoint.name, checkpoint)
 
 
@@ -130,17 +134,19 @@ def test_flags_that_contradict_the_checkpoint_are_refused(monkeypatch, capsys, p
 
 
 def test_init_from_starts_a_new_run_from_the_averaged_weights(pairs, trained, checkpoint):
-    result = run(*train_arguments(*pairs, trained.parent, "new", 1), "--init-from", checkpoint, "--lr", "1e-12")
+    words = [*train_arguments(*pairs, trained.parent, "new", 1)[1:], "--init-from", checkpoint, "--lr", "1e-12"]
+    code, lines = run_here(train, *words)
+    said = "\n".join(lines)
     start, end = read_checkpoint(checkpoint), read_checkpoint(trained.parent / "new" / "checkpoints" / "0000001.pt")
-    assert end["step"] == 1
-    assert "kept:" in result.stderr and "warning" not in result.stderr
+    assert code == 0 and end["step"] == 1
+    assert "kept:" in said and "warning" not in said
     name = "blocks.0.attn.qkv.weight"
     assert torch.allclose(end["model"][name], start["ema"][name], atol=1e-6)
 
 
 def test_latent_space_and_native_crops_from_training_to_bulk_set(autoencoder_folder, pairs, tmp_path):
-    arguments = train_arguments(*pairs, tmp_path, "latent", 2)
-    run(*arguments, "--vae", autoencoder_folder, "--model", "SiT-Ti/2", "--crop", "random", "--window", "1", "99")
+    words = [*train_arguments(*pairs, tmp_path, "latent", 2)[1:], "--vae", autoencoder_folder, "--model", "SiT-Ti/2"]
+    call(train, *words, "--crop", "random", "--window", "1", "99")
     path = tmp_path / "latent" / "checkpoints" / "0000002.pt"
     config = read_checkpoint(path)["config"]
     assert config["transport"]["prediction"] == "velocity" and config["model"]["in_channels"] == 5
@@ -156,10 +162,13 @@ def test_latent_space_and_native_crops_from_training_to_bulk_set(autoencoder_fol
 
 
 def test_two_ranks_train_and_resume_bit_for_bit(pairs, tmp_path):
-    run(*train_arguments(*pairs, tmp_path, "whole", 4), ranks=2)
-    run(*train_arguments(*pairs, tmp_path, "halves", 2), ranks=2)
-    run(*train_arguments(*pairs, tmp_path, "halves", 4), ranks=2)
+    """A run that is killed after step 2 leaves what the uninterrupted one had then."""
     name = Path("checkpoints") / "0000004.pt"
+    words = [*train_arguments(*pairs, tmp_path, "whole", 4), "--ckpt-every", "2"]
+    run(*words, ranks=2)
+    (shutil.copytree(tmp_path / "whole", tmp_path / "halves") / name).unlink()
+    words[words.index("whole")] = "halves"
+    assert "continuing after step 2" in run(*words, ranks=2).stderr
     assert_equal_weights(tmp_path / "whole" / name, tmp_path / "halves" / name)
 
 
@@ -175,11 +184,13 @@ def test_sample_writes_a_grid_with_the_mask_first(pairs, checkpoint, tmp_path):
     assert not np.array_equal(tiles[2:18, 20:36], tiles[2:18, 38:54])  # two seeds, two images
 
 
-def sample_set(checkpoint: Path, masks: Path, folder: Path, *more: object, ranks: int = 1) -> dict[str, bytes]:
-    """Make a set; its files by name, without the picture of the set."""
-    fixed = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps", 2, "--per-proc-batch-size", 4]
-    paths = ["--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder]
-    run("sample_ddp.py", "ODE", *paths, *fixed, *more, ranks=ranks)
+def sample_set(checkpoint: Path, masks: Path, folder: Path, *more: object, ranks: int = 0) -> dict[str, bytes]:
+    """Make a set inside this process, or in one or more processes; its files by name."""
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", masks, "--sample-dir", folder, *FEW_STEPS, *more]
+    if ranks:
+        run("sample_ddp.py", *words, ranks=ranks)
+    else:
+        call(sample_ddp, *words)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
 
 
@@ -187,7 +198,7 @@ def sample_set(checkpoint: Path, masks: Path, folder: Path, *more: object, ranks
 def whole_set(checkpoint, pairs, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     folder = tmp_path_factory.mktemp("sets") / "whole"
     more = ("--data-path", pairs[0], "--cfg-scale", 2, "--npz", "--samples-per-mask", 2)
-    return folder, sample_set(checkpoint, pairs[1], folder, *more)
+    return folder, sample_set(checkpoint, pairs[1], folder, *more, ranks=1)
 
 
 def test_bulk_set_has_images_labels_and_a_complete_manifest(whole_set, pairs):
@@ -413,14 +424,16 @@ def test_exported_weights_sample_like_the_checkpoint(checkpoint, trained, pairs,
 
 def test_sde_makes_images_too(checkpoint, pairs, tmp_path):
     folder = tmp_path / "sde"
-    run("sample_ddp.py", "SDE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder,
-        "--num-samples", 2, "--num-sampling-steps", 3)  # fmt: skip
+    call(sample_ddp, "SDE", "--ckpt", checkpoint, "--mask-path", pairs[1], "--sample-dir", folder,
+         "--num-samples", 2, "--num-sampling-steps", 3)  # fmt: skip
     assert len(list((folder / "images").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "sample_ddp.py"])
-def test_help_works_without_anything_else(script):
-    assert "usage" in run(script, "--help").stdout
+@pytest.mark.parametrize("command", [train, sample, sample_ddp])
+def test_help_works_without_anything_else(capsys, command):
+    code, lines = run_here(command, "--help")
+    assert code == 0 and lines == []
+    assert f"usage: {command.__name__}.py" in capsys.readouterr().out
 
 
 def error_line(monkeypatch, capsys, command: ModuleType, *words: object) -> str:
