@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
+from common.disk import new_folder
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_images
@@ -133,11 +134,13 @@ def run_convert(args: argparse.Namespace) -> None:
     in_array = images.is_file() and images.suffix.lower() in ARRAYS
     if in_array != (args.images_output is not None):
         raise InputError("--images-output says where the images of an array (--images FILE.npy) go: give both, or none")
-    if in_array:
-        images = unpack_images(images, args.images_output)
     colours = tuple(colour.lower() for colour in args.class_colours or ())
     settings = ConvertSettings(args.format, args.kind, args.classes or (), colours)
-    result = convert(args.input, images, args.output, settings)
+    if in_array:  # its images are only kept if the annotations are good
+        with new_folder(args.images_output) as folder:
+            result = convert(args.input, unpack_images(images, folder), args.output, settings)
+    else:
+        result = convert(args.input, images, args.output, settings)
     say("\n".join([*result.lines(), f"written: {args.output}"]))
 
 

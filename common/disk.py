@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import fcntl
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +61,39 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; see :func:`write_atomically`."""
     write_atomically(path, lambda file: file.write(content))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a new or empty folder, whole or not at all, so that the same command can run again after a full disk.
+
+    The files are written into a folder within it, and moved up at the end. So the folder may be a volume of a
+    container.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        InputError: the folder is a file or holds something.
+    """
+    check_folder(folder)
+    existed = folder.is_dir()
+    temporary = folder / f".sit-{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            path.replace(folder / path.name)
+        temporary.rmdir()
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno:
+            name = str(error.filename or folder).replace(f"/{temporary.name}", "")
+            raise OSError(error.errno, error.strerror, name) from error
+        raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.faults import fault_of_machine, write_bug_report
+from common.faults import fault_of_machine, package_fault, write_bug_report
 
 EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
@@ -106,10 +107,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr and exit code 2. Under torchrun, only the first process prints."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks_first():
             line = f"{self.prog}: error: {message}{self._meant(message)}; see --help"
             print(printable(line), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help. The reader may have seen enough, as in ``--help | head``."""
+        with contextlib.suppress(BrokenPipeError):
+            super()._print_message(message, file)
+            (file or sys.stderr).flush()
+            return
+        forget_stdout()
 
     def _meant(self, message: str) -> str:
         """Suggest the flag that a misspelt one resembles."""
@@ -119,6 +128,9 @@ class CommandParser(argparse.ArgumentParser):
         return f" (did you mean {', '.join(names)}?)" if names else ""
 
 
+# A path of Windows, and what to do with it. The commands run in WSL there.
+_WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\")
+WSL_PATH = r" In WSL, C:\data is /mnt/c/data."
 # Characters that change what a terminal shows: controls, directions of writing, and bytes that are no text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -180,15 +192,29 @@ def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) ->
     return fields_as_flags(message, [field for field in fields if FLAGS.get(field, field) in vars(args)])
 
 
+def speaks_first() -> bool:
+    """Whether this is the first process of its machine. A LOCAL_RANK that is left over in a shell does not count."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def forget_stdout() -> None:
+    """Send what is still printed nowhere, as nobody reads it. Otherwise, Python complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def end_at_interrupt() -> None:
     """Let Ctrl-C end this process in one line. Commands call this before their imports, which take seconds.
 
-    It also opens the streams that the caller has closed, so that nothing else is written into a file in their place,
-    and refuses a current folder that was deleted, which would end the imports without a word about it.
+    A package that is missing, damaged or too old ends it in one line, too. Characters that stdout cannot show are
+    escaped. It also opens the streams that the caller has closed, so that nothing else is written into a file in their
+    place, and refuses a current folder that was deleted, which would end the imports without a word about it.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - it takes the number of the closed stream
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
+    sys.excepthook = _end_at_import
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -199,8 +225,19 @@ def end_at_interrupt() -> None:
         signal.signal(signal.SIGINT, _end_now)
 
 
+def _end_at_import(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Explain a failed import; show other errors as Python does."""
+    message = package_fault(error)
+    if message is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    if speaks_first():
+        print(printable(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr, flush=True)
+    os._exit(EXIT_BAD_INPUT)
+
+
 def _end_now(*_: object) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks_first():
         os.write(2, f"{Path(sys.argv[0]).name}: interrupted\n".encode())
     os._exit(EXIT_INTERRUPTED)
 
@@ -236,7 +273,8 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
             if not isinstance(error, (InputError, OSError, FloatingPointError)):
                 _end_on_bug(program, error)
             message = with_flags(one_line(error), getattr(error, "fields", ()), args)
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+            message += WSL_PATH if _WINDOWS_PATH.search(message) else ""
+        if not speaks_first():
             _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)
         print(printable(f"{program}: error{_where(rank)}: {message}"), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

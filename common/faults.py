@@ -43,6 +43,8 @@ def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | N
     """
     text = f"{type(error).__name__} {error}"
     no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if isinstance(error, ImportError):
+        return package_fault(error)
     if not isinstance(error, (RuntimeError, MemoryError, OSError)):
         return None
     if isinstance(error, RuntimeError) and _NO_SHARED_MEMORY.search(text):
@@ -59,6 +61,18 @@ def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | N
     if no_memory or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         return _out_of_memory(text, values)
     return None
+
+
+def package_fault(error: BaseException) -> str | None:
+    """One line about a package that cannot be imported. None if the error is of another kind."""
+    library = isinstance(error, OSError) and ".so" in str(error)  # such as the libraries of CUDA
+    if not isinstance(error, ImportError) and not library:
+        return None
+    name = str(getattr(error, "name", None) or "").partition(".")[0]
+    missing = isinstance(error, ModuleNotFoundError)
+    what = f"the package {name} is missing" if missing else f"{name or 'a package'} is damaged, or too old or too new"
+    words = "" if missing else f" ({' '.join(str(error).split())[:200]})"
+    return f"{what}{words}: in this project's folder, run {sys.executable} -m pip install --upgrade -r requirements.txt"
 
 
 def _no_shared_memory() -> str:
@@ -102,12 +116,13 @@ def write_bug_report(error: BaseException) -> Path | None:
     ]
     content = without_secrets("\n".join(lines))
     name = f"bug_report_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.txt"
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+    for place in (os.getcwd, tempfile.gettempdir):
         try:
-            (folder / name).write_text(content, encoding="utf-8", errors="backslashreplace")
-        except OSError:
+            path = Path(place()) / name
+            path.write_text(content, encoding="utf-8", errors="backslashreplace")
+        except OSError:  # also if there is no such folder
             continue
-        return folder / name
+        return path
     return None
 
 

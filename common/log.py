@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from common.errors import printable
+from common.errors import forget_stdout, printable
 
 
 class LogFile(logging.FileHandler):
@@ -32,8 +32,11 @@ class PlainFormatter(logging.Formatter):
 
 
 def say(text: str) -> None:
-    """Print a result of a command on stdout, without control characters."""
-    print(printable(text, keep="\n\t"))
+    """Print a result of a command on stdout, without control characters. Nobody need read it: ``| head`` is fine."""
+    try:
+        print(printable(text, keep="\n\t"), flush=True)
+    except BrokenPipeError:
+        forget_stdout()
 
 
 def start_logging(is_main: bool, log_file: Path | None = None) -> None:

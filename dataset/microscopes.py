@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from common.disk import write_bytes
+from common.disk import new_folder, write_bytes
 from common.errors import InputError, list_some
 from dataset.decode import MAX_DECODED_BYTES, FileError, check_page
 from dataset.files import encode_tiff
@@ -229,11 +229,10 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     if twice:
         raise InputError(f"{source} has two files with one name: {list_some(twice)}. Keep one of each")
     contents = [_content(path, choice) for path in files]
-    output.mkdir(parents=True, exist_ok=True)
-    written = [output / f"{name}.tif" for name in names]
-    for path, content in zip(written, contents, strict=True):
-        write_bytes(path, content)
-    return written
+    with new_folder(output) as folder:
+        for name, content in zip(names, contents, strict=True):
+            write_bytes(folder / f"{name}.tif", content)
+    return [output / f"{name}.tif" for name in names]
 
 
 def _content(path: Path, choice: Choice) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ def check_compiler() -> None:
         raise InputError(
             f"compile: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.", "compile"
         )
+    _name_the_cache()
     reason = _compiler_fault(compiler)
     if reason:
         raise InputError(
@@ -53,6 +55,15 @@ def check_compiler() -> None:
             "leave it out.",
             "compile",
         )
+
+
+def _name_the_cache() -> None:
+    """Name a folder for compiled code, if torch cannot: it asks for the name of the user, who may have none."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _compiler_fault(compiler: str) -> str:
@@ -259,6 +270,9 @@ def _world_size() -> int:
     rank = os.environ.get("RANK", "0")
     if not rank.isdecimal() or int(rank) >= int(count):
         raise InputError(f"RANK={rank} in the environment does not fit WORLD_SIZE={count}: {mend}")
+    local = os.environ.get("LOCAL_RANK", "0")
+    if not local.isdecimal() or int(local) >= int(count):
+        raise InputError(f"LOCAL_RANK={local} in the environment does not fit WORLD_SIZE={count}: {mend}")
     return int(count)
 
 

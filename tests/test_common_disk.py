@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.disk import LOCK_FILE, check_folder, lock_folder, read_csv, write_atomically, write_csv
+from common.disk import LOCK_FILE, check_folder, lock_folder, new_folder, read_csv, write_atomically, write_csv
 from common.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -165,3 +165,20 @@ def test_a_lock_is_waited_for_as_long_as_asked(tmp_path, caplog):
     with holding(tmp_path, 1.0) as process:
         lock_folder(tmp_path, "wait", wait_seconds=30).close()
     assert f"waiting up to 30 s for another process ({process.pid})" in caplog.text
+
+
+def test_a_new_folder_is_filled_whole_or_not_at_all(tmp_path):
+    for folder in (tmp_path / "new" / "out", tmp_path / "empty"):
+        if folder.name == "empty":
+            folder.mkdir()
+        with pytest.raises(OSError, match="No space left") as failed, new_folder(folder) as inner:
+            (inner / "a.tif").write_bytes(b"1")
+            raise OSError(errno.ENOSPC, "No space left on device", str(inner / "b.tif"))
+        assert failed.value.filename == str(folder / "b.tif")  # as the user knows it
+        assert folder.exists() == (folder.name == "empty") and not list(folder.glob("*"))
+        with new_folder(folder) as inner:
+            (inner / "a.tif").write_bytes(b"1")
+            assert not (folder / "a.tif").exists()
+        assert [path.name for path in folder.iterdir()] == ["a.tif"]
+        with pytest.raises(InputError, match="is not empty"), new_folder(folder):
+            pass

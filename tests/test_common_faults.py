@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import CommandParser, InputError, run_command
-from common.faults import fault_of_machine, without_secrets
+from common.faults import fault_of_machine, without_secrets, write_bug_report
 from engine.machine import check_compiler, start_machine
 from evaluation.output import new_figure
 
@@ -129,6 +129,8 @@ def test_windows_is_told_of_wsl_at_once():
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set in the environment, but not RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four in the environment is no number"),
         ({"RANK": "1"}, "RANK=1 in the environment does not fit WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 in the environment does not fit WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "abc"}, "LOCAL_RANK=abc in the environment does not fit WORLD_SIZE=1"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 .* WORLD_SIZE=2"),
     ],
 )
@@ -202,3 +204,99 @@ def test_a_wrong_backend_of_matplotlib_does_no_harm(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://that_is_not_there")
     new_figure(1, 1)
     assert os.environ["MPLBACKEND"] == "agg"
+
+
+HIDDEN = """
+import os, sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["HIDE"]:
+            if os.environ["HOW"] == "missing":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if os.environ["HOW"] == "old":
+                raise ImportError(f"cannot import name 'new_function' from {name!r}", name=name)
+            raise OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
+sys.meta_path.insert(0, Hide())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", "the package numpy is missing: "),
+        ("old", "numpy is damaged, or too old or too new (cannot import name 'new_function'"),
+        ("library", "a package is damaged, or too old or too new (libcudart.so.12: cannot open"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_ends_in_one_line_with_the_command_that_helps(tmp_path, how, words):
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HIDE": "numpy", "HOW": how}
+    command = [sys.executable, ROOT / "make_masks.py", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert words in done.stderr and f"{sys.executable} -m pip install --upgrade -r requirements.txt" in done.stderr
+
+
+def test_a_package_that_is_only_needed_later_is_named_too(monkeypatch, capsys, tmp_path):
+    error = ModuleNotFoundError("No module named 'pycocotools'", name="pycocotools")
+    code, text = end(monkeypatch, capsys, tmp_path, error)
+    assert code == 2 and "the package pycocotools is missing" in text and len(text.splitlines()) == 1
+
+
+def test_a_wrong_flag_is_said_although_a_launcher_left_its_variables(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit):
+        CommandParser(prog="train.py").parse_args(["--nope"])
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        CommandParser(prog="train.py").parse_args(["--nope"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_path_of_windows_is_translated(monkeypatch, capsys, tmp_path):
+    _, text = end(monkeypatch, capsys, tmp_path, InputError(r"C:\lab\images: not found"))
+    assert text.endswith(r"not found In WSL, C:\data is /mnt/c/data." + "\n")
+    _, text = end(monkeypatch, capsys, tmp_path, InputError("a:b, abc:\\n: not found"))
+    assert "WSL" not in text
+
+
+SAY = "import sys; from common.log import say; say('Zölle µ'); say('more'); print('end', file=sys.stderr)"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1"])
+def test_characters_that_stdout_cannot_show_are_escaped(encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", START + SAY], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith(b"Z") and done.stderr == b"end\n"
+
+
+def test_nobody_need_read_the_results(tmp_path):
+    for rest in (SAY, "from common.errors import CommandParser; CommandParser().parse_args(['--help'])"):
+        program = f"import time; time.sleep(0.3); {START}{rest}"
+        script = f'{sys.executable} -c "$0" | true; exit ${{PIPESTATUS[0]}}'
+        done = subprocess.run(["bash", "-c", script, program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Broken" not in done.stderr, done.stderr
+
+
+def test_a_bug_report_needs_no_folder(monkeypatch):
+    def missing() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("os.getcwd", missing)
+    monkeypatch.setattr("tempfile.gettempdir", missing)
+    assert write_bug_report(KeyError("x")) is None
+
+
+def test_a_user_without_a_name_gets_a_folder_for_compiled_code(monkeypatch):
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("engine.machine.has_compiler", lambda: True)
+    monkeypatch.setattr("engine.machine._compiler_fault", lambda compiler: "")
+    check_compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith(f"torchinductor_{os.getuid()}")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

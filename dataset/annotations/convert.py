@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.disk import write_bytes, write_csv
+from common.disk import new_folder, write_bytes, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
@@ -146,10 +146,10 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
         held = f"; the files hold the classes {list_some(sorted(names), 8)}" if settings.classes and names else ""
         raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}{held}")
     result.unused, result.found = [name for name in settings.classes if name not in names], sorted(names)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, content in labels.items():
-        write_bytes(output / f"{paths[name].name.rpartition('.')[0]}.tif", content)
-    _write_report(result, output / REPORT)
+    with new_folder(output) as folder:
+        for name, content in labels.items():
+            write_bytes(folder / f"{paths[name].name.rpartition('.')[0]}.tif", content)
+        _write_report(result, folder / REPORT)
     return result
 
 
