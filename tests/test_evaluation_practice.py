@@ -150,7 +150,7 @@ def test_synthetic_images_are_recommended_only_if_they_gain_more_than_two_errors
     good = recommend({"real": real, "round 0": results([0.45, 0.56, 0.66]), "round 1": results([0.5, 0.62, 0.7])})
     assert good["use"] and good["variant"] == "round 1" and good["gain"] == pytest.approx(0.32 / 3)
     unsure = recommend({"real": real, "round 0": results([0.44, 0.5, 0.65])})  # 0.030 ± 0.0153: 1.96 errors
-    assert not unsure["use"] and "do not help here" in unsure["reason"]
+    assert not unsure["use"] and "do not show a smaller one" in unsure["reason"]
     worse = recommend({"real": real, "round 0, nothing ignored": results([0.1, 0.2, 0.1])})
     assert not worse["use"] and worse["gain"] < 0 and "harm here" in worse["reason"]
     unknown = recommend({"real": results([None]), "round 0": results([None])})

@@ -54,7 +54,7 @@ def recommend(results: Mapping[str, Sequence[dict]]) -> dict:
     assert gain is not None  # both have scores of the same folds
     words = {
         HELPS: "That is a clear gain.",
-        UNCLEAR: f"A clear gain is above {AHEAD:g} standard errors. Synthetic images do not help here.",
+        UNCLEAR: f"A clear gain is above {AHEAD:g} standard errors. Few labels do not show a smaller one.",
         HARMS: "Synthetic images harm here.",
         UNKNOWN: "One fold does not tell whether that is a gain.",
     }
@@ -201,8 +201,13 @@ def _notes(content: dict) -> list[str]:
     advice = content["recommended"]
     use = TOGETHER if advice["use"] else ALONE
     decision = "use the synthetic images" if advice["use"] else "do not use synthetic images"
+    unsure = advice["verdict"] in (UNCLEAR, UNKNOWN)
+    compare = (
+        f"To find out, train with {TRAINING_SETS}/{ALONE} and {TRAINING_SETS}/{TOGETHER}, and test on other images."
+    )
     lines = [
-        f"Recommendation: {decision}. {advice['reason']}",
+        f"Recommendation: {decision}{' yet' if unsure else ''}. {advice['reason']}",
+        *([compare] if unsure else []),
         *([content["stopped"]] if "stopped" in content else []),
         f"Train with {TRAINING_SETS}/{use}. {WHY} says for every image why it is there.",
     ]
