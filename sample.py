@@ -95,8 +95,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.on_real and args.data_path is None:
         raise InputError("--likelihood and --reverse work on real images: give --data-path IMAGES.")
     if not args.on_real and not args.mask_path.is_file():
+        what = "this is a folder" if args.mask_path.is_dir() else "no such file"
         raise InputError(
-            f"--mask-path {args.mask_path}: no such file. sample.py takes one mask, sample_ddp.py a folder."
+            f"--mask-path {args.mask_path}: {what}. sample.py takes one mask file, sample_ddp.py a folder of masks."
         )
     if args.likelihood and args.compile:
         raise InputError("--compile is not offered for --likelihood, which differentiates the network: leave it out.")

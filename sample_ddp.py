@@ -224,12 +224,12 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
         "with its own shard and copy the folders into one.", "sample_dir", "shard",
     )  # fmt: skip
     log_provenance(machine, args.seed)
-    logger.info("%d masks, %s: %s", len(masks.names), masks.rule.mask_type, masks.rule.reason)
 
     number, count = args.shard or (1, 1)
     mine = jobs[number - 1 :: count][machine.rank :: machine.world_size]
     todo = writer.missing(mine)
-    logger.info("%d images to make, %d are there already (counts of this process)", len(todo), len(mine) - len(todo))
+    whose = " (counts of this process)" if machine.world_size > 1 else ""
+    logger.info("%d images to make, %d are there already%s", len(todo), len(mine) - len(todo), whose)
     again = machine.to_main([writer.image_name(job) for job, _ in todo], "look at what is there")
     on_main(machine, lambda: writer.forget(again), "correct the manifest")
     draw_missing(writer, sampler, todo, args.per_proc_batch_size, redraw, machine.is_main and sys.stderr.isatty())

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.disk import write_bytes
-from common.errors import InputError
+from common.errors import InputError, one_line
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
 from dataset.unlabelled import UnlabelledFolder
@@ -91,7 +91,7 @@ class LatentPairs(torch.utils.data.Dataset):
             machine.barrier("encode images")
         except OSError as error:
             raise InputError(
-                f"latent_cache {self.folder}: {error}. Give another folder, or none.", "latent_cache"
+                f"latent_cache {self.folder}: {one_line(error)} Give another folder, or none.", "latent_cache"
             ) from error
         where = "in memory" if self._fits else "read from their files"
         logger.info(

@@ -21,14 +21,17 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from common.errors import InputError, LostProcess, list_some, one_line
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MEETING_SECONDS = 300.0  # until all processes have started; imports from a shared disk take minutes
 BEAT_SECONDS = 2.0  # between signs of life
@@ -36,7 +39,8 @@ SILENT_SECONDS = 120.0  # without a sign of life a process counts as gone
 STANDSTILL_SECONDS = 7200.0  # a living process may work so long without a sign of progress
 REMINDER_SECONDS = 300.0  # between lines that say who is waited for
 LOOK_SECONDS = 10.0  # in which a failed exchange finds out who is gone
-STORE_TIMEOUT = timedelta(minutes=2)  # of one request to the store
+STORE_TIMEOUT = timedelta(minutes=2)  # until the store is found
+ANSWER_SECONDS = 120.0  # of one request to the store
 # What gloo, nccl and the store say of a connection.
 EXCHANGE_FAILED = r"gloo|NCCL|nccl|DistNetwork|DistStore|TCPStore|store"
 TIMED_OUT = r"[Tt]imed? ?out|[Tt]imeout"
@@ -66,6 +70,61 @@ def join_peers() -> Peers:
     return Peers(fresh, rank, hosts)
 
 
+class Requests:
+    """Requests to the store, each with an end.
+
+    torch waits without end for an answer if the machine of the store falls silent, or if the store's process stands
+    still. After one request without an answer, all later ones fail at once.
+
+    Args:
+        store: of the launch, or a part of it.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._silent = False
+
+    def set(self, key: str, value: str) -> None:
+        self._within(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> str:
+        """The value of a key that is there."""
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: Sequence[str]) -> list[str]:
+        return [value.decode() for value in self._within(lambda: self._store.multi_get(list(keys)))]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all keys are there."""
+        return self._within(lambda: self._store.check(list(keys)))
+
+    def _within(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, done in a thread that is left behind if it takes too long.
+
+        Raises:
+            RuntimeError: no answer in time, or what the request met.
+        """
+        answers: SimpleQueue[tuple[T | None, RuntimeError | None]] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((work(), None))
+            except RuntimeError as error:
+                answers.put((None, error))
+
+        if not self._silent:
+            threading.Thread(target=ask, daemon=True, name="request to the store").start()
+            try:
+                found, error = answers.get(timeout=ANSWER_SECONDS)
+            except Empty:
+                self._silent = True
+            else:
+                if error is not None:
+                    raise error
+                return found  # type: ignore[return-value]
+        raise RuntimeError(f"the store gives no answer in {_minutes(ANSWER_SECONDS)}")
+
+
 def meet(store: dist.Store, rank: int, world_size: int) -> tuple[dist.Store, list[str]]:
     """Agree with the living processes on a part of the store that no dead one has written to.
 
@@ -83,17 +142,17 @@ def meet(store: dist.Store, rank: int, world_size: int) -> tuple[dist.Store, lis
     Raises:
         LostProcess: not all came in time.
     """
-    name, host = secrets.token_hex(8), socket.gethostname()
+    name, host, requests = secrets.token_hex(8), socket.gethostname(), Requests(store)
     if rank == 0:
-        return dist.PrefixStore(name, store), _gather(store, name, host, world_size)
-    store.set(f"hello/{rank}", f"{name} {host}")
-    token = _read(store, f"answer/{name}", MEETING_SECONDS)
+        return dist.PrefixStore(name, store), _gather(requests, name, host, world_size)
+    requests.set(f"hello/{rank}", f"{name} {host}")
+    token = _read(requests, f"answer/{name}", MEETING_SECONDS)
     if token is None:
         raise LostProcess(
             f"no word from process 0 in {_minutes(MEETING_SECONDS)}; it never started, or is on another network"
         )
-    store.set(f"{token}/here/{rank}", host)
-    verdict = _read(store, f"{token}/all", MEETING_SECONDS + LOOK_SECONDS)  # rank 0 is the first to give up
+    requests.set(f"{token}/here/{rank}", host)
+    verdict = _read(requests, f"{token}/all", MEETING_SECONDS + LOOK_SECONDS)  # rank 0 is the first to give up
     if verdict is None:
         raise LostProcess("process 0 is gone: it answered, and said nothing more")
     found = json.loads(verdict)
@@ -102,43 +161,43 @@ def meet(store: dist.Store, rank: int, world_size: int) -> tuple[dist.Store, lis
     return dist.PrefixStore(token, store), found["hosts"]
 
 
-def _gather(store: dist.Store, token: str, host: str, world_size: int) -> list[str]:
+def _gather(requests: Requests, token: str, host: str, world_size: int) -> list[str]:
     """Rank 0's part of ``meet``: answer whoever asks until all have confirmed. Returns the hosts."""
     hosts, deadline = {0: host}, time.monotonic() + MEETING_SECONDS
     while len(hosts) < world_size and time.monotonic() < deadline:
         for other in range(1, world_size):
             if other in hosts:
                 continue
-            if store.check([f"{token}/here/{other}"]):
-                hosts[other] = store.get(f"{token}/here/{other}").decode()
-            elif store.check([f"hello/{other}"]):  # of this launch, or of a dead process: both get an answer
-                store.set(f"answer/{store.get(f'hello/{other}').decode().split()[0]}", token)
+            if requests.check([f"{token}/here/{other}"]):
+                hosts[other] = requests.get(f"{token}/here/{other}")
+            elif requests.check([f"hello/{other}"]):  # of this launch, or of a dead process: both get an answer
+                requests.set(f"answer/{requests.get(f'hello/{other}').split()[0]}", token)
         time.sleep(0.02)
     problem = ""
     missing = [other for other in range(world_size) if other not in hosts]
     if missing:
-        problem = f"no word from {_missing(store, missing)} in {_minutes(MEETING_SECONDS)}"
+        problem = f"no word from {_missing(requests, missing)} in {_minutes(MEETING_SECONDS)}"
     ordered = [hosts.get(other, "") for other in range(world_size)]
-    store.set(f"{token}/all", json.dumps({"hosts": ordered, "problem": problem}))
+    requests.set(f"{token}/all", json.dumps({"hosts": ordered, "problem": problem}))
     if problem:
         raise LostProcess(problem)
     return ordered
 
 
-def _missing(store: dist.Store, ranks: Iterable[int]) -> str:
+def _missing(requests: Requests, ranks: Iterable[int]) -> str:
     """Ranks, with the host that each had in an earlier attempt of this launch."""
-    before = {rank: store.get(f"hello/{rank}").decode().split()[-1] for rank in ranks if store.check([f"hello/{rank}"])}
+    before = {rank: requests.get(f"hello/{rank}").split()[-1] for rank in ranks if requests.check([f"hello/{rank}"])}
     return list_some([f"process {rank}" + (f" (it was on {before[rank]})" if rank in before else "") for rank in ranks])
 
 
-def _read(store: dist.Store, key: str, seconds: float) -> str | None:
+def _read(requests: Requests, key: str, seconds: float) -> str | None:
     """The value of a key, as soon as it is there; None after so many seconds."""
     deadline = time.monotonic() + seconds
-    while not store.check([key]):
+    while not requests.check([key]):
         if time.monotonic() > deadline:
             return None
         time.sleep(0.02)
-    return store.get(key).decode()
+    return requests.get(key)
 
 
 class Peers:
@@ -152,10 +211,10 @@ class Peers:
 
     def __init__(self, store: dist.Store, rank: int, hosts: list[str]) -> None:
         self.store, self.rank, self.hosts = store, rank, hosts
+        self._requests = Requests(store)
         self._progress = 0
         self._waits = 0
         self._left = threading.Event()
-        self._store_is_gone: str | None = None
         threading.Thread(target=self._beat, daemon=True, name="signs of life").start()
 
     @property
@@ -181,8 +240,7 @@ class Peers:
             number += 1
             try:
                 self.store.set(f"beat/{self.rank}", f"{number} {self._progress}")
-            except RuntimeError as error:
-                self._store_is_gone = _brief(error)
+            except RuntimeError:  # whoever needs the store says so
                 return
 
     def leave(self, words: str = "") -> None:
@@ -190,7 +248,7 @@ class Peers:
         self._left.set()
         if words:
             with contextlib.suppress(RuntimeError):
-                self.store.set(f"words/{self.rank}", words)
+                self._requests.set(f"words/{self.rank}", words)
 
     # ------------------------------------------------------------------------------------------------------- waiting
 
@@ -198,7 +256,7 @@ class Peers:
         """Say that this process has come to the next point where all meet; returns the keys of all for this point."""
         self._waits += 1
         keys = [f"wait/{self._waits}/{rank}" for rank in range(len(self.hosts))]
-        self.store.set(keys[self.rank], "")
+        self._requests.set(keys[self.rank], "")
         return keys
 
     def wait_for_all(self, what: str) -> None:
@@ -213,8 +271,8 @@ class Peers:
         watch = _Watch(self, what)
         try:
             keys, pause = self.arrive(), 0.001
-            while not self.store.check(keys):
-                watch.look([rank for rank, key in enumerate(keys) if not self.store.check([key])])
+            while not self._requests.check(keys):
+                watch.look([rank for rank, key in enumerate(keys) if not self._requests.check([key])])
                 time.sleep(pause)
                 pause = min(0.25, pause * 1.5)
         except RuntimeError as error:
@@ -226,20 +284,19 @@ class Peers:
     def gather(self, text: str, what: str) -> list[str]:
         """The texts of all processes, by rank; ``what`` as in ``wait_for_all``, which says what it raises."""
         number = self._waits + 1
-        self.store.set(f"text/{number}/{self.rank}", text)
+        self._requests.set(f"text/{number}/{self.rank}", text)
         self.wait_for_all(what)
-        found = self.store.multi_get([f"text/{number}/{rank}" for rank in range(len(self.hosts))])
-        return [one.decode() for one in found]
+        return self._requests.multi_get([f"text/{number}/{rank}" for rank in range(len(self.hosts))])
 
     def words_of(self, rank: int) -> str:
         """What a process ended on; empty while it lives."""
         key = f"words/{rank}"
-        return self.store.get(key).decode() if self.store.check([key]) else ""
+        return self._requests.get(key) if self._requests.check([key]) else ""
 
     def beat_of(self, rank: int) -> tuple[str, str]:
         """The last sign of life, and how far its process is; two texts that change."""
         key = f"beat/{rank}"
-        number, _, progress = (self.store.get(key).decode() if self.store.check([key]) else "").partition(" ")
+        number, _, progress = (self._requests.get(key) if self._requests.check([key]) else "").partition(" ")
         return number, progress
 
     # ---------------------------------------------------------------------------------------------- what went wrong

@@ -258,6 +258,7 @@ def load_or_train_judge(
             return Judge(network, device, pairs.config.image_size), key, True
         except Exception as error:  # a damaged file can raise anything
             logger.warning("%s is damaged (%s): training the judge again", path, type(error).__name__)
+    logger.info("training the judge, a small segmenter, on these %d pairs: %d steps", len(pairs), config.steps)
     network = train_judge(pairs, config, device, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu() for name, value in network.state_dict().items()}

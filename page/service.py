@@ -283,7 +283,9 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         try:
             self.send_response(status)
-            for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            own = {"Content-Type": kind, "Content-Length": str(len(content))}
+            own["X-Checkpoint"] = self.server.drawer.trained.sha256  # a page of an earlier service finds out
+            for name, value in {**HEADERS, **own}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
@@ -301,6 +303,7 @@ def describe(drawer: Drawer) -> dict[str, Any]:
     return {
         "model": trained.config["model"].get("name", "SiT"),
         "step": trained.step,
+        "checkpoint": trained.sha256,
         "image_size": trained.data.image_size,
         "num_classes": trained.data.num_classes,
         "channels": trained.data.channels,

@@ -18,6 +18,7 @@ from script_helpers import call
 from test_app import FLAGS, cells, checkpoint_of, serving
 
 import sample
+from dataset.files import encode_image
 from dataset.masks import MaskRule
 from page.service import Service
 
@@ -86,6 +87,63 @@ def test_every_stroke_is_a_cell_and_undo_takes_the_last_one_back(page):
     assert label_of(page).max() == 1
     page.click("#redo")
     assert label_of(page).max() == 2
+
+
+def test_another_size_keeps_the_cells_and_undo_brings_the_old_size_back(page):
+    page.drag("#mask", STROKE)
+    before = label_of(page)
+    page.run("byId('size').value = '32 × 32'; byId('size').dispatchEvent(new Event('change'))")
+    page.wait(IS_DONE)
+    after = label_of(page)
+    assert after.shape == (32, 32) and np.array_equal(after[8:24, 8:24], before)
+    assert np.count_nonzero(after) == np.count_nonzero(before) > 0
+    page.click("#undo")
+    assert np.array_equal(label_of(page), before)
+    assert page.run("return byId('size').value") == "16 × 16"
+    page.wait(IS_DONE)
+
+
+def test_a_second_finger_draws_nothing(page):
+    page.run(
+        "const { canvas } = editor; const box = canvas.getBoundingClientRect(); canvas.setPointerCapture = () => {};"
+        "const send = (kind, pointerId, x, y) => canvas.dispatchEvent(new PointerEvent(kind, { pointerId,"
+        " clientX: box.left + x * box.width, clientY: box.top + y * box.height }));"
+        "send('pointerdown', 1, 0.2, 0.2); send('pointerdown', 2, 0.9, 0.9); send('pointermove', 2, 0.8, 0.9);"
+        "send('pointerup', 2, 0.8, 0.9); send('pointermove', 1, 0.4, 0.2); send('pointerup', 1, 0.4, 0.2);"
+        "delete canvas.setPointerCapture"
+    )
+    label = label_of(page)
+    assert label[3, 3:7].all() and not label[8:].any()
+    assert page.run("return editor.stroke") is None
+    page.wait(IS_DONE)
+
+
+def test_a_file_dropped_beside_the_canvas_is_loaded_and_a_drawing_is_not_lost_unasked(page):
+    content = base64.b64encode(encode_image(np.eye(16, dtype=np.uint8)[:, :, None] * 255)).decode()
+    assert page.run("return editor.isSaved = true")
+    page.run(
+        "const files = new DataTransfer(); files.items.add(new File([fromBase64(arguments[0])], 'a.png'));"
+        "document.querySelector('header').dispatchEvent(new DragEvent('drop', { dataTransfer: files, bubbles: true }))",
+        content,
+    )
+    page.wait("editor.label.some((value) => value)")
+    page.wait(IS_DONE)
+    leave = "const event = new Event('beforeunload', { cancelable: true }); window.dispatchEvent(event);"
+    leave += "return event.defaultPrevented"
+    assert page.run(leave) is False
+    page.drag("#mask", STROKE)
+    assert page.run(leave) is True
+    page.run("editor.isSaved = true")
+    page.wait(IS_DONE)
+
+
+def test_a_service_with_another_checkpoint_is_noticed(page):
+    page.run("model.before = model.checkpoint; model.checkpoint = 'another'")
+    page.click("#next")
+    page.wait("!byId('error').hidden")
+    assert "another checkpoint" in page.run("return byId('error').textContent")
+    page.run("model.checkpoint = model.before; changed()")
+    page.wait(IS_DONE)
 
 
 def test_what_an_outline_encloses_becomes_a_cell(page):

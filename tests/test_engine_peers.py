@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,8 @@ from settings import resolve
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Everything that takes minutes takes tenths of a second."""
-    for name, seconds in (("MEETING", 1.0), ("BEAT", 0.02), ("SILENT", 0.4), ("LOOK", 0.3), ("STANDSTILL", 0.8)):
+    bounds = {"MEETING": 1.0, "BEAT": 0.02, "SILENT": 0.4, "LOOK": 0.3, "STANDSTILL": 0.8, "ANSWER": 0.4}
+    for name, seconds in bounds.items():
         monkeypatch.setattr(peers, f"{name}_SECONDS", seconds)
 
 
@@ -192,6 +194,35 @@ def test_a_connection_that_times_out_at_the_start_names_the_variables_of_the_net
     with launch("nodea", "nodeb") as (first, _), pytest.raises(LostProcess) as caught, first.sharing_errors():
         raise RuntimeError(f"[/gloo/transport/tcp/device.cc:81] {torch_says}")
     assert "timed out, and every process lives" in str(caught.value) and "GLOO_SOCKET_IFNAME" in str(caught.value)
+
+
+class StoreOfASilentMachine:
+    """A store that gives no answer once it is silent; torch sets no end to such a request."""
+
+    def __init__(self) -> None:
+        self.store, self.is_silent, self.end = dist.HashStore(), False, threading.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def request(*values: object) -> object:
+            if self.is_silent:
+                self.end.wait(20)
+            return getattr(self.store, name)(*values)
+
+        return request
+
+
+@pytest.mark.parametrize("moment", ["wait", "exchange"])
+def test_a_silent_machine_of_the_store_ends_every_wait_in_words(moment):
+    store = StoreOfASilentMachine()
+    one = Peers(store, 1, ["nodea", "nodeb"])
+    store.is_silent = True
+    begun = time.monotonic()
+    with pytest.raises(LostProcess, match="network is down .the store gives no answer in 0 s"), one.sharing_errors():
+        if moment == "wait":
+            one.wait_for_all("work")
+        raise RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1ms for send")
+    assert time.monotonic() - begun < 1.2  # one request has to wait, and not each of them
+    store.end.set()
 
 
 def test_an_error_of_our_own_is_no_lost_process():

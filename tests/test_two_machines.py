@@ -13,15 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from script_helpers import FEW_STEPS, call, run, train_arguments, write_pairs
+from script_helpers import FEW_STEPS, ROOT, call, run, train_arguments, write_pairs
 from test_faults import kill_rank, wait_for_new_file
-from two_machines import MAY_RETURN, Node, end_of, said_by, two_machines, wait_until_said, why_not
+from two_machines import DEVICE, MAY_RETURN, Node, end_of, said_by, two_machines, wait_until_said, why_not
 
 import sample_ddp
 from engine.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 OFTEN = ["--ckpt-every", "5", "--log-every", "7"]
+# train.py with seconds in place of the minutes after which a silent machine counts as lost.
+IMPATIENT = """
+import datetime, train
+from engine import machine, peers
+machine.EXCHANGE_TIMEOUT = datetime.timedelta(seconds=8)
+peers.SILENT_SECONDS, peers.ANSWER_SECONDS, peers.LOOK_SECONDS = 8, 6, 5
+train.run()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,22 @@ def test_after_a_restart_the_death_of_the_first_machine_ends_the_other_and_one_m
     newest = max(int(path.stem) for path in (tmp_path / "run" / "checkpoints").glob("*.pt"))
     said = second.run(*train_arguments(*pairs, tmp_path, "run", newest + 3))
     assert f"continuing after step {newest}" in said and "world_size: 2 -> 1" in said
+
+
+def test_a_machine_that_falls_silent_ends_all_processes_in_words(nodes, pairs, tmp_path):
+    """Its network device goes down, and every connection stays open: no packet says that the other one is gone."""
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    words = [script, *train_arguments(*pairs, tmp_path, "run", 100_000)[1:], "--ckpt-every", "5"]
+    one, other = (node.launch(*words, PYTHONPATH=str(ROOT)) for node in nodes)
+    wait_for_new_file(one, tmp_path / "run" / "checkpoints" / "*.pt")
+    nodes[1].do("link", "set", DEVICE, "down")
+    wait_until_said(one, "process 0 on nodea ends: process 1 on nodeb is gone without a word", seconds=60)
+    wait_until_said(other, "process 1 on nodeb ends: the launch has ended, or its network is down", seconds=60)
+    assert end_of(one, 60)[0] != 0  # torchrun on the other machine waits until the system closes its connection
+    commands = [command for node in nodes for command in node.commands()]
+    assert not [command for command in commands if "impatient.py" in command and "torch.distributed.run" not in command]
+    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
 
 
 def test_results_folders_that_are_not_shared_are_refused_before_the_first_step(nodes, pairs, tmp_path):

@@ -101,6 +101,11 @@ class Node:
         """Ids of the processes of this machine."""
         return ip("netns", "pids", self.namespace).stdout.split()
 
+    def commands(self) -> list[str]:
+        """Command lines of the processes of this machine."""
+        files = [Path("/proc", pid, "cmdline") for pid in self.processes()]
+        return [file.read_text().replace("\0", " ") for file in files if file.exists()]
+
     def kill(self) -> None:
         """Every process of this machine ends at once."""
         while pids := self.processes():

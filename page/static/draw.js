@@ -18,6 +18,7 @@ class LabelCanvas {
     this.currentClass = 1;
     this.classColors = [[0, 0, 0], [255, 255, 255]];
     this.hasBoundary = false; // show pixels of cells that touch another cell as class 2
+    this.isSaved = true; // nothing was drawn by hand since the label was saved
     this.store = document.createElement("canvas"); // one pixel per label pixel
     this.pointer = null;
     this.stroke = null;
@@ -25,7 +26,7 @@ class LabelCanvas {
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
     canvas.addEventListener("pointerup", (event) => this.up(event));
-    canvas.addEventListener("pointercancel", () => this.cancel());
+    canvas.addEventListener("pointercancel", (event) => this.cancel(event));
     canvas.addEventListener("pointerleave", () => { this.pointer = null; this.paint(); });
     canvas.addEventListener("keydown", (event) => this.key(event));
     canvas.addEventListener("blur", () => { this.pointer = null; this.paint(); });
@@ -37,22 +38,42 @@ class LabelCanvas {
 
   /** Begin anew with a label map of this size. */
   setLabel(width, height, label) {
-    [this.width, this.height, this.label] = [width, height, label];
-    [this.store.width, this.store.height] = [width, height];
-    this.pixels = this.store.getContext("2d").createImageData(width, height);
     [this.past, this.future] = [[], []];
+    this.put({ width, height, label });
     this.fit();
   }
 
-  /** Replace the label by one of the same size; undo brings the old one back. */
-  replace(label) {
+  put({ width, height, label }) {
+    const isOtherSize = width !== this.width || height !== this.height;
+    [this.width, this.height, this.label] = [width, height, label];
+    if (!isOtherSize) return;
+    [this.store.width, this.store.height] = [width, height];
+    this.pixels = this.store.getContext("2d").createImageData(width, height);
+    this.fit();
+  }
+
+  /** Replace the label, also by one of another size; undo brings the old one back. */
+  replace(label, width = this.width, height = this.height) {
     this.remember();
-    this.label = label;
+    this.put({ width, height, label });
     this.finish();
   }
 
+  /** Change the size and keep what is drawn, in the middle. */
+  resizeTo(width, height) {
+    const label = new Uint16Array(width * height);
+    const [down, right] = [Math.floor((height - this.height) / 2), Math.floor((width - this.width) / 2)];
+    this.label.forEach((value, index) => {
+      const [row, column] = [Math.floor(index / this.width) + down, (index % this.width) + right];
+      if (row >= 0 && column >= 0 && row < height && column < width) label[row * width + column] = value;
+    });
+    this.replace(label, width, height);
+  }
+
+  state() { return { width: this.width, height: this.height, label: this.label.slice() }; }
+
   remember() {
-    this.past.push(this.label.slice());
+    this.past.push(this.state());
     if (this.past.length > MOST_UNDO) this.past.shift();
     this.future = [];
   }
@@ -63,8 +84,8 @@ class LabelCanvas {
 
   step(from, to) {
     if (!from.length || this.stroke) return;
-    to.push(this.label);
-    this.label = from.pop();
+    to.push(this.state());
+    this.put(from.pop());
     this.finish();
   }
 
@@ -108,10 +129,14 @@ class LabelCanvas {
     const [x, y] = this.place(event);
     if (event.button === 1 || event.shiftKey) {
       this.stroke = { pan: true, left: this.left - event.clientX, top: this.top - event.clientY };
-      return;
+    } else if (event.button === 0) {
+      this.begin(x, y);
     }
-    if (event.button === 0) this.begin(x, y);
+    if (this.stroke) this.stroke.pointer = event.pointerId;
   }
+
+  /** Whether an event comes from a second finger, or from the hand beside the pen. */
+  isOther(event) { return this.stroke && this.stroke.pointer !== event.pointerId; }
 
   begin(x, y) {
     this.calls.onStart();
@@ -133,6 +158,7 @@ class LabelCanvas {
   }
 
   move(event) {
+    if (this.isOther(event)) return;
     const [x, y] = this.place(event);
     this.pointer = [x, y];
     const stroke = this.stroke;
@@ -148,7 +174,7 @@ class LabelCanvas {
   }
 
   up(event) {
-    if (!this.stroke) return;
+    if (!this.stroke || this.isOther(event)) return;
     if (this.stroke.pan) this.stroke = null;
     else this.end(...this.place(event));
   }
@@ -182,7 +208,8 @@ class LabelCanvas {
     this.paint();
   }
 
-  cancel() {
+  cancel(event) {
+    if (this.isOther(event)) return;
     const stroke = this.stroke;
     this.stroke = null;
     if (stroke && !stroke.pan) this.close(stroke);
@@ -194,6 +221,7 @@ class LabelCanvas {
       this.label = stroke.before;
       this.remember();
       this.label = drawn;
+      this.isSaved = false;
     }
     this.finish();
   }

@@ -25,11 +25,18 @@ async function ask(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The page's service broke off its answer. Does app.py still run?");
   }
+  const checkpoint = response.headers.get("X-Checkpoint");
+  if (model && checkpoint && checkpoint !== model.checkpoint) {
+    throw new Error("app.py runs with another checkpoint now. Save the label that you drew (Label PNG), then reload this page.");
+  }
   if (!response.ok) throw new Error(values.error);
   return values;
 }
 
-const post = (path, values, signal) => ask(path, { method: "POST", body: JSON.stringify(values), signal });
+/** Send a file, or values as JSON. */
+function post(path, values, signal) {
+  return ask(path, { method: "POST", body: values instanceof Blob ? values : JSON.stringify(values), signal });
+}
 
 function toBase64(bytes) {
   let text = "";
@@ -159,14 +166,14 @@ async function draw(isPreview) {
 }
 
 /** Ask for something that any later request replaces. `done` gets the answer; `failed` comes before the message. */
-async function onlyRequest(state, path, body, done, failed = () => {}) {
+async function onlyRequest(state, path, body, done, failed = () => {}, query = {}) {
   const own = new AbortController();
   running = own;
   setState(state);
   const ticket = crypto.getRandomValues(new Uint32Array(4)).join("-");
   watch(own, ticket, state);
   try {
-    const values = await post(`${path}?${new URLSearchParams({ ticket })}`, body, own.signal);
+    const values = await post(`${path}?${new URLSearchParams({ ...query, ticket })}`, body, own.signal);
     if (running !== own) return;
     running = null;
     done(values);
@@ -326,26 +333,15 @@ async function loadReference(file) {
 
 /** Show a label that the service gives. */
 function take(values) {
-  const label = unpackLabel(values.label);
-  if (values.width === editor.width && values.height === editor.height) {
-    editor.replace(label);
-    return;
-  }
-  editor.setLabel(values.width, values.height, label);
-  showSizes();
-  changed();
+  editor.replace(unpackLabel(values.label), values.width, values.height);
 }
 
 async function load(file) {
   if (!file) return;
-  const query = new URLSearchParams({
+  stop();
+  await onlyRequest("mask", "/api/mask", file, take, undefined, {
     name: file.name, kind: editor.kind, mask_type: byId("mask_type").value, whole: byId("whole").checked ? 1 : 0,
   });
-  try {
-    take(await ask(`/api/mask?${query}`, { method: "POST", body: file }));
-  } catch (error) {
-    showError(error.message);
-  }
 }
 
 async function randomLayout() {
@@ -478,6 +474,7 @@ function download(what) {
     sheet: [reply.sheet, "samples.png"],
   };
   save(...files[what]);
+  if (what !== "image" && what !== "sheet") editor.isSaved = true;
 }
 
 // ------------------------------------------------------------------------------------------------------- start
@@ -506,8 +503,7 @@ function listen() {
   byId("kind").addEventListener("change", () => setKind(byId("kind").value));
   byId("size").addEventListener("change", () => {
     const [width, height] = byId("size").value.split(" × ").map(Number);
-    editor.setLabel(width, height, new Uint16Array(width * height));
-    changed();
+    editor.resizeTo(width, height);
   });
   byId("choose_file").addEventListener("click", () => byId("file").click());
   byId("choose_look_file").addEventListener("click", () => byId("look_file").click());
@@ -519,18 +515,26 @@ function listen() {
   });
   byId("file").addEventListener("change", () => { load(byId("file").files[0]); byId("file").value = ""; });
   for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
-  byId("mask").addEventListener("drop", (event) => load(event.dataTransfer.files[0]));
-  byId("looks_card").addEventListener("drop", (event) => loadReference(event.dataTransfer.files[0]));
+  document.addEventListener("drop", (event) => {
+    const [file] = event.dataTransfer.files;
+    if (event.target.closest("#looks_card")) loadReference(file); else load(file);
+  });
   byId("look_file").addEventListener("change", () => { loadReference(byId("look_file").files[0]); byId("look_file").value = ""; });
   byId("renew_looks").addEventListener("click", () => { stop(); loadLooks(); });
   byId("downloads").addEventListener("click", (event) => { if (event.target.dataset.file) download(event.target.dataset.file); });
   byId("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText(reply.command);
+    try {
+      await navigator.clipboard.writeText(reply.command);
+    } catch (error) {
+      showError("This browser does not let the page copy. Select the command and copy it by hand.");
+      return;
+    }
     byId("copy").textContent = "Copied";
     setTimeout(() => { byId("copy").textContent = "Copy command"; }, 1500);
   });
   byId("error").addEventListener("click", () => { byId("error").hidden = true; });
   document.addEventListener("keydown", onKey);
+  window.addEventListener("beforeunload", (event) => { if (!editor.isSaved) event.preventDefault(); });
   new ResizeObserver(showOutlines).observe(byId("picture"));
 }
 
@@ -595,7 +599,7 @@ async function start() {
   const side = model.image_size;
   const images = { 1: "gray", 3: "RGB" }[model.channels] || `${model.channels} channels`;
   byId("model").textContent = `${model.model} · step ${model.step} · ${side} px, ${images}, ${model.num_classes} classes · on this machine only`;
-  editor = new LabelCanvas(byId("mask"), { onStart: stop, onChange: changed });
+  editor = new LabelCanvas(byId("mask"), { onStart: stop, onChange: () => { showSizes(); changed(); } });
   editor.kind = model.kinds[0];
   editor.classColors = model.class_colors;
   editor.hasBoundary = model.num_classes === 3;
@@ -613,7 +617,7 @@ async function start() {
   setOptions("mask_type", model.mask_types, "auto");
   byId("looks_card").hidden = !model.looks;
   byId("masks_card").hidden = !model.masks;
-  if (model.masks) byId("masks_hint").textContent = "Or drop it on the canvas.";
+  if (model.masks) byId("masks_hint").textContent = "Or drop it anywhere on the page.";
   listen();
   showLooks();
   setTool("brush");
