@@ -255,9 +255,10 @@ def run_split(args: argparse.Namespace) -> None:
         args.output, args.data_path, args.mask_path, args.shares, args.test_share, args.seed,
         args.test_data_path, args.test_mask_path, args.instances,
     )  # fmt: skip
-    say(f"{len(plan.test)} test pairs: {plan.part(None)}")
+    say(f"{len(plan.test)} test pairs in {plan.part(None)}")
     for share, names in plan.shares.items():
-        say(f"{share:>3} %: {len(names)} pairs: {plan.part(share)}")
+        pairs = "pair" if len(names) == 1 else "pairs"
+        say(f"{share:>3} %: {len(names)} {pairs} in {plan.part(share)}")
 
 
 def run_utility(args: argparse.Namespace) -> None:
