@@ -187,6 +187,32 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
     return array.astype(array.dtype.newbyteorder("="), copy=False), table
 
 
+def colour_note(path: Path) -> str:
+    """What the header of an image says about its pixels that a person should know: transparency or a lookup table.
+
+    Returns:
+        "transparency", "colour table" (one with colours), or "".
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+            file.seek(0)
+            if start in TIFF_STARTS:
+                with tifffile.TiffFile(file, _multifile=False) as tiff:
+                    page = tiff.pages.first
+                    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+                        is_gray = (np.asarray(page.colormap) == page.colormap[:1]).all()
+                        return "" if is_gray or len(tiff.pages) > 1 else "colour table"
+                    return "transparency" if {1, 2} & set(page.extrasamples) else ""
+            with Image.open(file, formats=["PNG", "BMP"]) as image:
+                if image.mode == "P":
+                    table = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+                    return "" if (table == table[:, :1]).all() else "colour table"
+                return "transparency" if image.mode in ("LA", "PA", "RGBA") else ""
+    except Exception:  # noqa: BLE001 - what is wrong with the file is said when it is decoded
+        return ""
+
+
 def check_page(page: tifffile.TiffPage, is_bool: bool, path: Path) -> None:
     """Refuse pages of a TIFF that programs show in different ways.
 

@@ -20,6 +20,7 @@ _ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
 _MICROSCOPES = (".nd2", ".czi", ".lif")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _NOTES = {"", ".txt", ".csv", ".tsv", ".md", ".json", ".xml", ".yaml", ".yml", ".log", ".xlsx", ".pdf", ".db", ".ini"}
+_MASK_WORD = re.compile(r"mask|label|seg|anno", re.IGNORECASE)
 MOST_LEVELS = 3  # of sub-folders that are searched for files
 
 
@@ -83,7 +84,8 @@ def _which_folder(folder: Path, what: str, inner: Sequence[str], suffixes: Seque
     path = deepest[wanted] or folder / wanted
     below = files_in(path, suffixes)
     kept = [name for name in full if files_in(folder / name, suffixes)]
-    if len(kept) > 1 and len(below) == 2 and all(len(files_in(folder / name, suffixes)) == 2 for name in kept):
+    has_mask = any(_MASK_WORD.search(file.name) for file in below)
+    if len(kept) > 1 and len(below) == 2 and has_mask and not parts:
         return (
             f", but folders of two files (as {below[0].relative_to(folder)} and {below[1].name}). If these are one "
             "image and its mask: put all images into one folder, all masks into another, each named after its folder"

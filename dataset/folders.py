@@ -30,6 +30,7 @@ from dataset.folder_hints import other_files_warnings, sub_folder_warnings
 from dataset.gray import (
     ROBUST_PERCENTILES,
     channel_shares,
+    colour_warnings,
     default_window_channels,
     image_window,
     narrow_channels_warning,
@@ -159,8 +160,9 @@ class PairedFolder(torch.utils.data.Dataset):
             logger.warning("%s and %s: %s", image_dir, mask_dir, warning)
         self._signatures = {}
         narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
-        if narrow:
-            logger.warning("images in %s: %s", image_dir, narrow)
+        notes = colour_warnings([pair.image_path for pair in self.pairs], self.stored_channels)
+        for warning in ([narrow] if narrow else []) + notes:
+            logger.warning("images in %s: %s", image_dir, warning)
         for index, mask in enumerate(self._masks):
             self._masks[index] = self._prepare_mask(mask)
         where = "in memory" if self.in_memory else "read again at each access"

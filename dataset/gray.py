@@ -22,6 +22,7 @@ from common.pictures import to_uint8
 from common.randomness import derived_seed
 from common.spread import evenly
 from dataset.config import DataConfig, Window
+from dataset.decode import colour_note
 from dataset.files import FileError, encode_image, image_suffix
 
 ROBUST_PERCENTILES = (0.1, 99.9)
@@ -29,6 +30,7 @@ ROBUST_PERCENTILES = (0.1, 99.9)
 
 NARROW_SHARE = 0.1  # a channel that uses less than this fraction of the common gray range is narrow
 _SAMPLED_PIXELS = 2**14
+_NOTED_IMAGES = 20  # whose headers are looked at
 
 
 def default_window_channels(channels: int, has_channels: bool | None = None) -> str | None:
@@ -88,6 +90,29 @@ def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfi
         f"{', '.join(narrow)} of the common gray range of the {max(counts)} channels (median of {len(shares)} "
         f"images), so a model hardly sees it; window_channels=separate{window} gives every channel its own range"
     )
+
+
+def colour_warnings(paths: Sequence[Path], channels: int) -> list[str]:
+    """Warnings about channels that are no gray values of the microscope: transparency, and colours of a lookup table.
+
+    Args:
+        paths: images. A few, spread over all of them, are looked at.
+        channels: largest number of channels of these images, as they are read.
+    """
+    notes = {paths[index]: colour_note(paths[index]) for index in evenly(len(paths), _NOTED_IMAGES)}
+    clear = next((path.name for path, note in notes.items() if note == "transparency"), None)
+    tinted = next((path.name for path, note in notes.items() if note == "colour table"), None)
+    warnings = []
+    if clear and channels in (2, 4):
+        warnings.append(
+            f"channel {channels} is transparency (as in {clear}): if it holds no stain, save the images without it"
+        )
+    if tinted:
+        warnings.append(
+            f"images have a colour table (as in {tinted}) and are read in its colours: if it only tints gray values, "
+            "as lookup tables of Fiji do, save them as gray (Image > Lookup Tables > Grays)"
+        )
+    return warnings
 
 
 def image_window(image: np.ndarray, config: DataConfig) -> Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ HOLLOW = 1.5  # area with holes filled, as a multiple of the area
 MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which a mask may be inverted
 SOME = 0.1  # fraction of the masks that must look inverted for a warning
 MOST_GRAY = 0.75  # of the pixels of cells; above it, the edges of a mask are too soft to be cut at half unseen
+SEVERAL_EQUAL = 3
 SEVERAL_PIECES = 3  # of one id; a cell that is cut in two is common
 
 
@@ -112,8 +114,11 @@ def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
             f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
             f"(as in {framed[0].name}): are the cells black on white? Background must be 0"
         )
-    if len(stats) > 2 and len({one.checksum for one in stats}) == 1 and stats[0].distinct > 1:
-        warnings.append(f"all {len(stats)} masks are equal, pixel by pixel: was one file copied under every name?")
+    (checksum, equal), *_ = Counter(one.checksum for one in stats if one.distinct > 1).most_common(1) or [(0, 0)]
+    if equal >= SEVERAL_EQUAL and 2 * equal > len(stats):
+        first = next(one.name for one in stats if one.checksum == checksum)
+        count = f"all {equal} masks" if equal == len(stats) else f"{equal} of {len(stats)} masks (as {first})"
+        warnings.append(f"{count} are equal, pixel by pixel: was one file copied under several names?")
     if 2 * len(hollow) > len(stats):
         warnings.append(
             f"in {len(hollow)} of {len(stats)} masks the cells are hollow (as in {hollow[0].name}): are these "

@@ -32,7 +32,7 @@ from dataset.files import (
     read_mask_and_table,
 )
 from dataset.folder_hints import sub_folder_warnings
-from dataset.gray import default_window_channels, image_window, narrow_channels_warning, to_display
+from dataset.gray import colour_warnings, default_window_channels, image_window, narrow_channels_warning, to_display
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import MaskRule, decide_mask_rule
@@ -204,6 +204,7 @@ def survey(
         small = [facts[pair.image_path].signature for pair in some], [stats[pair.mask_path][2] for pair in some]
         report.remarks += agreement_warnings([pair.name for pair in some], *small)
     _find_remarks(report, list(facts.values()))
+    report.remarks += colour_warnings(list(facts), max((one.channels for one in facts.values()), default=1))
     if crop == "center":
         _find_remarks_on_center_crop(report, list(facts.values()), image_size)
     return report, usable, rule

@@ -540,3 +540,18 @@ def test_files_and_sub_folders_that_are_not_read_are_warned_about(folders, caplo
     assert "files in the sub-folder more (1) are not read" in caplog.text
     assert "files of a kind that is not read: y.gif" in caplog.text and "notes.txt" not in caplog.text
     assert any("sub-folder more" in remark for remark in survey(images, masks)[0].remarks)
+
+
+def test_transparency_and_lookup_tables_are_warned_about(tmp_path, caplog):
+    fire = np.stack([np.arange(256), np.arange(256) // 2, np.zeros(256)]).astype(np.uint16) * 257
+    for name in "abc":
+        mask = save(tmp_path / "masks" / f"{name}.png", np.where(cells(40, 40, 9, ord(name)), 255, 0).astype(np.uint8))
+        gray = np.asarray(Image.open(mask)) // 2 + 40
+        save(tmp_path / "clear" / f"{name}.png", np.dstack([gray, gray, gray, gray]))
+        (tmp_path / "tinted").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / "tinted" / f"{name}.tif", gray, photometric="palette", colormap=fire)
+    for folder, channels, words in (("clear", 4, "channel 4 is transparency"), ("tinted", 3, "have a colour table")):
+        PairedFolder(tmp_path / folder, tmp_path / "masks", DataConfig(16, channels=channels))
+        assert words in caplog.text
+        assert any(words in remark for remark in survey(tmp_path / folder, tmp_path / "masks")[0].remarks)
+        caplog.clear()

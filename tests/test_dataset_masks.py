@@ -567,10 +567,10 @@ def test_a_missing_background_and_masks_without_one_are_warned_about():
     stats = [mask_stats("a.png", drawn((1, 2)) + 1)]
     warning = mask_warnings(stats, decide_mask_rule(stats, 4, "auto", "masks"))[0]
     assert "put it first in mask_values=(1, 2, 3) num_classes=3" in warning
-    stats = [*(mask_stats(f"{n}.png", drawn((255,) * n)) for n in range(1, 30)), mask_stats("b.png", drawn(()) + 255)]
+    stats = [*(mask_stats(f"{n}.png", drawn((255,) * n)) for n in range(1, 10)), mask_stats("b.png", drawn(()) + 255)]
     rule = decide_mask_rule(stats, 2, "auto", "masks")
     assert mask_warnings(stats, rule) == [
-        "1 of 30 masks have no background: every pixel is a cell (as in b.png). Are the cells black on white?"
+        "1 of 10 masks have no background: every pixel is a cell (as in b.png). Are the cells black on white?"
     ]
 
 
@@ -578,3 +578,13 @@ def test_a_stack_with_its_classes_in_the_last_axis_is_refused_for_sampling_too(t
     np.save(tmp_path / "a.npy", np.zeros((40, 30, 3), np.float32))
     with pytest.raises(InputError, match="classes in the last axis"):
         read_mask(tmp_path / "a.npy")
+
+
+def test_a_mask_under_most_names_is_warned_about_and_repeated_layouts_are_not():
+    def warnings(copies):
+        masks = [drawn((255,) * 5)] * copies + [np.roll(drawn((255,) * 4), 9 * seed) for seed in range(4)]
+        stats = [mask_stats(f"{index}.png", mask) for index, mask in enumerate(masks)]
+        return mask_warnings(stats, decide_mask_rule(stats, 2, "auto", "masks"))
+
+    assert any("6 of 10 masks (as 0.png) are equal" in warning for warning in warnings(6))
+    assert warnings(4) == []

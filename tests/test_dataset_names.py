@@ -181,7 +181,8 @@ def test_two_names_that_look_alike_are_explained(tmp_path):
 def test_what_is_given_in_place_of_a_folder_of_images_is_answered_with_what_to_give(tmp_path, path, words):
     for name in (
         "masks.zip", "table.csv", "hidden/._a.png", "deep/images/train/a.png", "parts/holdout/a.png",
-        "parts/train_set/b.png", "fields/1/image.png", "fields/1/mask.png", "fields/2/image.png", "fields/2/mask.png",
+        "parts/holdout/b.png", "parts/train_set/b.png", "parts/train_set/c.png",
+        "fields/1/image.png", "fields/1/mask.png", "fields/2/image.png", "fields/2/mask.png",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
