@@ -130,7 +130,7 @@ class CommandParser(argparse.ArgumentParser):
 
 # A path of Windows, and what to do with it. The commands run in WSL there.
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\")
-WSL_PATH = r" In WSL, C:\data is /mnt/c/data."
+WSL_PATH = r". In WSL, C:\data is /mnt/c/data."
 # Characters that change what a terminal shows: controls, directions of writing, and bytes that are no text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -273,7 +273,7 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
             if not isinstance(error, (InputError, OSError, FloatingPointError)):
                 _end_on_bug(program, error)
             message = with_flags(one_line(error), getattr(error, "fields", ()), args)
-            message += WSL_PATH if _WINDOWS_PATH.search(message) else ""
+            message = message.rstrip(".") + WSL_PATH if _WINDOWS_PATH.search(message) else message
         if not speaks_first():
             _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)
         print(printable(f"{program}: error{_where(rank)}: {message}"), file=sys.stderr)

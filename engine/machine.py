@@ -267,6 +267,9 @@ def _world_size() -> int:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if int(count) > 1 and missing:
         raise InputError(f"WORLD_SIZE={count} is set in the environment, but not {', '.join(missing)}: {mend}")
+    port = os.environ.get("MASTER_PORT", "")
+    if int(count) > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise InputError(f"MASTER_PORT={port} in the environment is no port: {mend}")
     rank = os.environ.get("RANK", "0")
     if not rank.isdecimal() or int(rank) >= int(count):
         raise InputError(f"RANK={rank} in the environment does not fit WORLD_SIZE={count}: {mend}")

@@ -129,6 +129,7 @@ def test_windows_is_told_of_wsl_at_once():
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set in the environment, but not RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four in the environment is no number"),
         ({"RANK": "1"}, "RANK=1 in the environment does not fit WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT=x .* is no port"),
         ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 in the environment does not fit WORLD_SIZE=1"),
         ({"LOCAL_RANK": "abc"}, "LOCAL_RANK=abc in the environment does not fit WORLD_SIZE=1"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 .* WORLD_SIZE=2"),
@@ -257,7 +258,7 @@ def test_a_wrong_flag_is_said_although_a_launcher_left_its_variables(monkeypatch
 
 def test_a_path_of_windows_is_translated(monkeypatch, capsys, tmp_path):
     _, text = end(monkeypatch, capsys, tmp_path, InputError(r"C:\lab\images: not found"))
-    assert text.endswith(r"not found In WSL, C:\data is /mnt/c/data." + "\n")
+    assert text.endswith(r"not found. In WSL, C:\data is /mnt/c/data." + "\n")
     _, text = end(monkeypatch, capsys, tmp_path, InputError("a:b, abc:\\n: not found"))
     assert "WSL" not in text
 
