@@ -48,6 +48,7 @@ def happen(what):
 
 
 def worker(name, what, place, victim, words):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a command of torchrun; torch raises an error in functions
     # What the processes say goes into a file of the launch.
     log = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
