@@ -89,7 +89,9 @@ def test_a_damaged_file_is_found_at_every_start_and_the_rest_is_remembered(pairs
 def test_a_folder_of_nuclei_is_decoded_again_when_one_of_its_files_changed(tmp_path, reads):
     for name in ("a", "b"):
         (tmp_path / "nuclei" / name).mkdir(parents=True)
-        Image.fromarray(np.eye(20, dtype=np.uint8)).save(tmp_path / "nuclei" / name / "1.png")
+        for number in (1, 2):  # a single file would be the mask of the whole image
+            nucleus = np.eye(20, k=5 * number, dtype=np.uint8)
+            Image.fromarray(nucleus).save(tmp_path / "nuclei" / name / f"{number}.png")
     MaskFolder(tmp_path / "nuclei", CONFIG)
     reads.clear()
     inner = tmp_path / "nuclei" / "b" / "1.png"

@@ -538,7 +538,7 @@ def test_a_colour_table_with_white_background_gives_the_numbers_in_every_file(tm
         image.putpalette(table.ravel().tolist())
         image.save(path)
     mask, kind = read_mask_and_table(path)
-    assert np.array_equal(mask, labels) and kind == "coloured"
+    assert np.array_equal(mask, labels) and kind.split()[0] == "coloured" and " 0:ffffff" in kind
 
 
 def test_a_rotation_tag_is_refused_in_tiff_and_16_bit_colour_png(tmp_path):
