@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from common.errors import forget_stdout, printable
+from common.errors import forget_stdout, printable, settings_as_flags
 
 
 class LogFile(logging.FileHandler):
@@ -25,10 +25,11 @@ class LogFile(logging.FileHandler):
 
 
 class PlainFormatter(logging.Formatter):
-    """Escapes control characters, which names of files may hold. Line ends stay."""
+    """Escapes control characters, which names of files may hold. Line ends stay. Warnings name flags, not settings."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
+        text = super().format(record)
+        return printable(settings_as_flags(text) if record.levelno == logging.WARNING else text, keep="\n\t")
 
 
 def say(text: str) -> None:

@@ -104,3 +104,12 @@ def test_the_log_escapes_what_names_hold():
     record = logging.LogRecord("x", logging.INFO, "x.py", 1, "reading %s\nnext line", (HOSTILE,), None)
     line = PlainFormatter("%(message)s").format(record)
     assert line == rf"reading {printable(HOSTILE)}" + "\nnext line"
+
+
+def test_warnings_name_flags_and_other_lines_stay():
+    said = "no mask has a pixel of class 0: give mask_values=(1, 2) num_classes=2"
+    lines = [
+        PlainFormatter("%(message)s").format(logging.LogRecord("dataset", level, "f.py", 1, said, None, None))
+        for level in (logging.WARNING, logging.INFO)
+    ]
+    assert lines == ["no mask has a pixel of class 0: give --mask-values 1 2 --num-classes 2", said]
