@@ -60,18 +60,29 @@ class LookChoice:
 
     def columns(self, seed: int, index: int, mask_name: str) -> dict[str, str]:
         """Columns of the manifest about the look of image ``index``."""
-        names = {NOBODY: "", SAME: mask_name}
-        name = names[self.source] if self.source in names else self.looks.names[self._number(seed, index, mask_name)]
+        if self.source in (NOBODY, SAME):
+            name = mask_name if self.source == SAME else ""
+        else:
+            name = self.looks.names[self.table[mask_name] if self.source == TABLE else self._number(seed, index)]
         return {"look_source": self.source, "look_image": name}
 
     def batch(self, seed: int, indices: Sequence[int], items: Sequence[MaskItem]) -> Tensor | None:
-        """Standardised looks (n, N) of images ``indices`` with masks ``items``. None for no look."""
+        """Standardised looks (n, N) of images ``indices``. None for no look.
+
+        Args:
+            seed: of the set.
+            indices: of the images in the set.
+            items: their masks, which SAME and TABLE need.
+        """
         if self.source == NOBODY:
             return None
         if self.source == SAME:
             images = [item.image for item in items if item.image is not None]
             return self.of_images(images)
-        chosen = [self._number(seed, index, item.name) for index, item in zip(indices, items, strict=True)]
+        if self.source == TABLE:
+            chosen = [self.table[item.name] for item in items]
+        else:
+            chosen = [self._number(seed, index) for index in indices]
         numbers = self.looks.numbers[chosen]
         return torch.from_numpy(self.looks.standardise(numbers))
 
@@ -80,9 +91,7 @@ class LookChoice:
         numbers = np.stack([measure_tensor(np.asarray(image), self.config) for image in images])
         return torch.from_numpy(self.looks.standardise(numbers))
 
-    def _number(self, seed: int, index: int, mask_name: str) -> int:
-        if self.source == TABLE:
-            return self.table[mask_name]
+    def _number(self, seed: int, index: int) -> int:
         return self.looks.draw(seed, index, self.balanced) if self.number is None else self.number
 
 
