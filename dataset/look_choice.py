@@ -60,10 +60,8 @@ class LookChoice:
 
     def columns(self, seed: int, index: int, mask_name: str) -> dict[str, str]:
         """Columns of the manifest about the look of image ``index``."""
-        if self.source in (NOBODY, SAME):
-            name = mask_name if self.source == SAME else ""
-        else:
-            name = self.looks.names[self.table[mask_name] if self.source == TABLE else self._number(seed, index)]
+        names = {NOBODY: "", SAME: mask_name}
+        name = names[self.source] if self.source in names else self.looks.names[self._number(seed, index, mask_name)]
         return {"look_source": self.source, "look_image": name}
 
     def batch(self, seed: int, indices: Sequence[int], items: Sequence[MaskItem]) -> Tensor | None:
@@ -79,10 +77,8 @@ class LookChoice:
         if self.source == SAME:
             images = [item.image for item in items if item.image is not None]
             return self.of_images(images)
-        if self.source == TABLE:
-            chosen = [self.table[item.name] for item in items]
-        else:
-            chosen = [self._number(seed, index) for index in indices]
+        masks = [item.name for item in items] if self.source == TABLE else [""] * len(indices)
+        chosen = [self._number(seed, index, mask) for index, mask in zip(indices, masks, strict=True)]
         numbers = self.looks.numbers[chosen]
         return torch.from_numpy(self.looks.standardise(numbers))
 
@@ -91,7 +87,10 @@ class LookChoice:
         numbers = np.stack([measure_tensor(np.asarray(image), self.config) for image in images])
         return torch.from_numpy(self.looks.standardise(numbers))
 
-    def _number(self, seed: int, index: int) -> int:
+    def _number(self, seed: int, index: int, mask_name: str) -> int:
+        """Number of the look of an image. Only TABLE needs the name of its mask."""
+        if self.source == TABLE:
+            return self.table[mask_name]
         return self.looks.draw(seed, index, self.balanced) if self.number is None else self.number
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.annotations.cells import Cell, labels_to_cells
+from dataset.annotations.cells import Cell, check_size, labels_to_cells
 from dataset.annotations.plain_arrays import PLAIN, Array, NotPlain
 from dataset.decode import MAX_DECODED_BYTES, FileError
 
@@ -68,6 +68,5 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         raise FileError(path, f"holds masks of {masks.dtype} and shape ({shape}): one flat label image is needed")
     if masks.size and not (masks.min() >= 0 and (masks == np.floor(masks)).all() and masks.max() < 2**63):
         raise FileError(path, f"holds masks with negative or broken numbers, which are no ids of cells: {_MEND}")
-    if masks.shape != size:
-        raise FileError(path, f"has {masks.shape[1]} x {masks.shape[0]} pixels, but its image {size[1]} x {size[0]}")
+    check_size(path, masks, size)
     return labels_to_cells(masks)

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
 from common.cells import are_noise, distinct
+from dataset.decode import FileError
 
 LARGEST_ID = 2**31 - 1
 MANY_INSIDE = 3  # an entry that encloses so many other cells may be a region of interest
@@ -95,6 +97,16 @@ def rings_to_cell(
     for ring in rings:
         mask ^= polygon2mask(mask.shape, ring[:, ::-1] - (top + 0.5 + _BESIDE_THE_LINE, left + 0.5 + _BESIDE_THE_LINE))
     return Cell(top, left, mask, number, name)
+
+
+def check_size(path: Path, array: np.ndarray, size: tuple[int, int]) -> None:
+    """Refuse a label image (H, W) or (H, W, C) of another height and width than its image.
+
+    Raises:
+        FileError: the sizes differ.
+    """
+    if array.shape[:2] != size:
+        raise FileError(path, f"has {array.shape[1]} x {array.shape[0]} pixels, but its image {size[1]} x {size[0]}")
 
 
 def labels_to_cells(labels: np.ndarray, names: Mapping[int, str] | None = None) -> list[Cell]:

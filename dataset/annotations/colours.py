@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, list_some
-from dataset.annotations.cells import Cell, labels_to_cells
+from dataset.annotations.cells import Cell, check_size, labels_to_cells
 from dataset.files import FileError, read_image, read_mask_and_table
 
 MANY_COLOURS = 16
@@ -31,10 +31,10 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
     """
     table = read_mask_table(path) if not colours else None
     if table is not None:
-        _check_size(path, table, size)
+        check_size(path, table, size)
         return labels_to_cells(table, {number: f"class {number}" for number in np.unique(table).tolist()})
     image = read_image(path)
-    _check_size(path, image, size)
+    check_size(path, image, size)
     if not colours and image.shape[2] == 1:
         raise FileError(path, "is a gray mask already: train on it as it is, or say which gray value is which class")
     if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
@@ -56,11 +56,6 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
     for number, value in enumerate(known):
         classes[packed == value] = number
     return labels_to_cells(classes, {number: f"class {number}" for number in range(len(known))})
-
-
-def _check_size(path: Path, array: np.ndarray, size: tuple[int, int]) -> None:
-    if array.shape[:2] != size:
-        raise FileError(path, f"has {array.shape[1]} x {array.shape[0]} pixels, but its image {size[1]} x {size[0]}")
 
 
 def _check_cells(path: Path, values: np.ndarray, counts: np.ndarray) -> None:
