@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,14 @@ TINY_SIT = {
     "num_classes": 3,
     "mask_pixels": 4,
 }
+
+
+def pytest_sessionstart() -> None:
+    """A disk that is nearly full fails tests far from the cause, so no test starts."""
+    folder, needed = tempfile.gettempdir(), 3
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < needed:
+        pytest.exit(f"{folder} has {free:.1f} GiB free, the tests need {needed}: delete files or set TMPDIR", 2)
 
 
 @pytest.fixture(autouse=True, scope="session")
