@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data import Sampler as BatchSampler
 
-from common.errors import InputError, one_line
+from common.errors import STOP_SIGNALS, InputError, one_line
 from dataset.groups import members_of
 
 Batch = dict[str, Any]
@@ -142,8 +143,18 @@ def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory
     """Loader of the batches, with ``workers`` processes. With 0, this process loads them."""
     return DataLoader(
         CarefulDataset(dataset), batch_sampler=batches, collate_fn=collate,
-        num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
+        num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0, worker_init_fn=outlive_signals,
     )  # fmt: skip
+
+
+def outlive_signals(worker: int) -> None:
+    """Ignore signals that ask a run to end, in a loader process.
+
+    torchrun and Slurm send them to all processes of a run. The run needs batches until it has saved. Then it ends its
+    loader processes. If it is killed, they end by themselves within seconds.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import wandb_utils
 from common.disk import write_atomically
-from common.errors import EXIT_INTERRUPTED
+from common.errors import EXIT_INTERRUPTED, STOP_SIGNALS
 from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from dataset.folders import PairedFolder
 from dataset.unlabelled import Mixture, Source, UnlabelledFolder
@@ -37,17 +37,18 @@ LOADER_PROCESSES = 4
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 (Slurm's warning, torchrun's restart) or Ctrl-C, so that the loop saves and ends.
+    """Remembers a signal that asks the run to end, so that the loop saves and ends.
 
     A second Ctrl-C ends at once. It must come some seconds later, because torchrun sends its processes the first Ctrl-C
-    again.
+    again. What is ignored at the start stays so: Ctrl-C in the background of a script, and SIGHUP under nohup.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._since = math.inf
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and time.monotonic() > self._since + SAME_CTRL_C_SECONDS:

@@ -20,7 +20,8 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 PREVIEW_GRID = "preview/grid"  # metric of a preview: how far the patches show in it
 CONFIG, LOG = "config.json", "log.txt"
-REQUEUE_SECONDS = 120.0  # a requeued job waits this long for the lock of its earlier process on a network disk
+REQUEUE_SECONDS = 120.0  # a restarted run waits this long for the lock of its earlier process on a network disk
+RESTARTED = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # variables that count the restarts of a run
 LAST_NUMBER = ".last_run"  # file in the results folder that holds the highest number of a run
 
 
@@ -106,7 +107,7 @@ class RunFolder:
         Raises:
             InputError: another process trains in this folder.
         """
-        patience = REQUEUE_SECONDS if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
+        patience = REQUEUE_SECONDS if any(os.environ.get(name, "0") != "0" for name in RESTARTED) else 0.0
         self._lock = lock_folder(
             self.path,
             "choose another name for this run",

@@ -391,6 +391,7 @@ class ImageSampler:
 
     def _predict(self, x: Tensor, t: Tensor, y: Any) -> Tensor:
         """The prediction of the model with guidance. Outside of the guidance interval, without guidance."""
+        self.machine.progress()
         if self.before_call is not None:
             self.before_call(float(t[0]))
         scale, (low, high) = self.settings.cfg_scale, self.settings.guidance_interval

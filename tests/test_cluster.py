@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -50,28 +51,58 @@ def processes_of(parent: int) -> list[int]:
     return [*children, *(below for child in children for below in processes_of(child))]
 
 
-def test_a_job_at_its_time_limit_saves_is_requeued_and_continues(pairs, slurm, tmp_path):
-    words = [str(word) for word in train_arguments(*pairs, tmp_path / "jobs", "cells", 60)[1:]]
-    script = ["bash", "cluster/train.sbatch", *words, "--ckpt-every", "1000"]
-    job = subprocess.Popen(script, cwd=ROOT, env=slurm, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "jobs" / "cells" / "metrics.jsonl"
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def stopped_job(script: list[str], environment: dict[str, str], metrics: Path, number: signal.Signals) -> str:
+    """Start a job, and send a signal to its processes when it has written a line of metrics. What it says.
+
+    SIGUSR1 is the warning before the time limit, which the shell of the job does not get. SIGTERM ends a job for a more
+    urgent one, with its shell.
+    """
+    before = lines_of(metrics)
+    job = subprocess.Popen(script, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
-    while not metrics.exists():
+    while lines_of(metrics) <= before:
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    for process in processes_of(job.pid):
-        os.kill(process, signal.SIGUSR1)
-    _, said = job.communicate(timeout=100)
-    assert job.returncode != 0 and "leaving at step" in said
-    assert (tmp_path / "requeued").read_text() == "4711\n"
-    (saved,) = (tmp_path / "jobs" / "cells" / "checkpoints").glob("*.pt")
-    assert 0 < int(saved.stem) < 60
+    processes = processes_of(job.pid)
+    for process in [job.pid, *processes] if number == signal.SIGTERM else processes:
+        with contextlib.suppress(ProcessLookupError):  # torchrun was faster to end it
+            os.kill(process, number)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode != 0 and "leaving at step" in said and "Traceback" not in said.partition("leaving at")[0]
+    deadline = time.monotonic() + 60
+    while left := [process for process in processes if Path(f"/proc/{process}/stat").exists()]:
+        assert time.monotonic() < deadline, f"{left} stay behind"
+        time.sleep(0.1)
+    return said
 
-    again = subprocess.run(script, cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=300, check=False)
+
+def test_a_job_that_is_stopped_saves_is_requeued_and_continues(pairs, slurm, tmp_path):
+    """At its time limit, then for a more urgent job. Loader processes get the signals, too."""
+    words = [str(word) for word in train_arguments(*pairs, tmp_path / "jobs", "cells", 120)[1:]]
+    script = ["bash", "cluster/train.sbatch", *words, "--ckpt-every", "1000", "--num-workers", "1"]
+    folder, requeued = tmp_path / "jobs" / "cells", tmp_path / "requeued"
+    stopped_job(script, slurm, folder / "metrics.jsonl", signal.SIGUSR1)
+    assert requeued.read_text() == "4711\n"
+    (saved,) = (folder / "checkpoints").glob("*.pt")
+    assert 0 < int(saved.stem) < 120
+
+    said = stopped_job(script, slurm | {"SLURM_RESTART_COUNT": "1"}, folder / "metrics.jsonl", signal.SIGTERM)
+    assert f"continuing after step {int(saved.stem)}" in said
+    assert requeued.read_text() == "4711\n"
+    newest = max(folder.glob("checkpoints/*.pt"))
+    assert int(saved.stem) < int(newest.stem) < 120
+
+    last = {**slurm, "SLURM_RESTART_COUNT": "2"}
+    again = subprocess.run(script, cwd=ROOT, env=last, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
-    assert f"continuing after step {int(saved.stem)}" in again.stderr
-    run(*train_arguments(*pairs, tmp_path / "whole", "cells", 60), ranks=2)
-    one, other = (read_checkpoint(tmp_path / name / "cells/checkpoints/0000060.pt") for name in ("whole", "jobs"))
+    assert f"continuing after step {int(newest.stem)}" in again.stderr
+    assert requeued.read_text() == "4711\n"
+    run(*train_arguments(*pairs, tmp_path / "whole", "cells", 120), ranks=2)
+    one, other = (read_checkpoint(tmp_path / name / "cells/checkpoints/0000120.pt") for name in ("whole", "jobs"))
     assert all(torch.equal(one[part][key], other[part][key]) for part in ("model", "ema") for key in one[part])
 
 
@@ -82,6 +113,17 @@ def test_a_job_that_fails_at_once_is_not_requeued(pairs, slurm, tmp_path):
     failed = subprocess.run(script, cwd=ROOT, env=job, capture_output=True, text=True, timeout=200, check=False)
     assert failed.returncode != 0 and "absent" in failed.stderr
     assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_is_not_requeued_without_end(slurm, tmp_path):
+    """Such as a run whose weights blow up after each start."""
+    (tmp_path / "tools" / "torchrun").write_text("#!/bin/bash\nexit 1\n")
+    for restarts, requeues in (("0", 1), ("49", 2), ("50", 2)):
+        job = slurm | {"SLURM_RESTART_COUNT": restarts}
+        failed = subprocess.run(["bash", "cluster/train.sbatch"], cwd=ROOT, env=job, capture_output=True, text=True)
+        assert failed.returncode == 1
+        assert lines_of(tmp_path / "requeued") == requeues
+    assert "not requeued: this job was restarted 50 times" in failed.stderr
 
 
 def test_the_tasks_of_an_array_make_a_whole_set(pairs, slurm, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from common.errors import InputError
+from common.errors import STOP_SIGNALS, InputError
 from dataset.batches import StepBatches, WaitingClock, make_loader, prefetch
 from dataset.files import FileError
 
@@ -80,6 +81,27 @@ def test_a_file_that_goes_missing_is_one_line_whoever_reads_it(workers):
     loader = make_loader(Torn(), StepBatches(4, 4, range(1), 0, 0, 1), workers, pin_memory=False)
     with pytest.raises(InputError, match=r"^image\.png: no such file$"):
         list(prefetch(loader, lambda batch: batch))
+
+
+class Loaders(Dataset):
+    """Each item is the id of the process that loads it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_a_loader_process_leaves_the_batches_to_the_run(number):
+    """torchrun and Slurm send a signal to every process of a run. The run still needs batches until it has saved."""
+    loader = make_loader(Loaders(), StepBatches(1, 1, range(40), 0, 0, 1), workers=1, pin_memory=False)
+    batches = iter(loader)
+    child = next(batches).item()
+    assert child != os.getpid()
+    os.kill(child, number)
+    assert [batch.item() for batch in batches] == [child] * 39
 
 
 def test_prefetch_works_while_a_batch_is_used():

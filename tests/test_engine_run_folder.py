@@ -180,7 +180,8 @@ def test_two_unnamed_starts_at_the_same_moment_get_a_folder_each(tmp_path):
     assert choose_run_folder(tmp_path, None, "SiT").name == "001-SiT"
 
 
-def test_a_requeued_job_waits_for_the_lock_of_its_earlier_self(tmp_path, monkeypatch):
+@pytest.mark.parametrize("counter", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_restarted_run_waits_for_the_lock_of_its_earlier_self(tmp_path, monkeypatch, counter):
     waited = []
 
     def lock_folder(*_, wait_seconds, **__):
@@ -189,6 +190,6 @@ def test_a_requeued_job_waits_for_the_lock_of_its_earlier_self(tmp_path, monkeyp
 
     monkeypatch.setattr("engine.run_folder.lock_folder", lock_folder)
     for restarts in ("0", "1"):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        monkeypatch.setenv(counter, restarts)
         RunFolder(tmp_path, 3).lock()
     assert waited == [0, 120]

@@ -7,13 +7,16 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
 from engine.autoencoder import PixelSpace, load_space
 from engine.machine import Machine
+from engine.peers import Peers
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
 from synthetic.writer import Job, plan_jobs
 from transport import create_transport
@@ -47,6 +50,17 @@ def masks(count: int, seed: int = 0) -> torch.Tensor:
 
 
 SEEDS = [image_seed(5, index) for index in range(5)]
+
+
+@torch.inference_mode()
+def test_every_network_call_is_a_sign_of_progress_for_the_processes_that_wait(sampler):
+    """Without one, they would take hours of sampling for a standstill."""
+    draw = sampler()
+    peers = Peers(dist.HashStore(), 0, ["nodea"])
+    draw.machine = replace(CPU, peers=peers)
+    draw(masks(2), SEEDS[:2])
+    peers.leave()
+    assert peers._progress == draw.nfe > 0
 
 
 @torch.inference_mode()

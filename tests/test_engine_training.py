@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import torch
 from script_helpers import TINY, run, train_arguments, write_pairs
 
 import train
+from common.errors import STOP_SIGNALS
 from dataset.batches import Batch
 from engine.autoencoder import PixelSpace
 from engine.checkpoint import read_checkpoint
-from engine.loop import duration, limit_workers
+from engine.loop import StopRequest, duration, limit_workers
 from engine.machine import Machine, usable_cores
 from engine.training import Training
 from settings import resolve
@@ -199,3 +201,25 @@ def test_more_loader_processes_than_the_cores_can_serve_are_not_started(caplog):
     assert limit_workers(0) == 0 and limit_workers(4) == 4 and not caplog.text
     assert limit_workers(1000) == 8 * usable_cores() < 1000
     assert "num_workers 1000" in caplog.text
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Puts the handlers back that pytest had."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_asks_the_loop_to_save_and_end_unless_it_was_ignored_before(own_signals, number):
+    """A script runs commands in the background with Ctrl-C ignored, and nohup ignores SIGHUP."""
+    signal.signal(number, signal.SIG_IGN)
+    stop = StopRequest()
+    signal.raise_signal(number)
+    assert stop.signal is None
+    signal.signal(number, signal.SIG_DFL)
+    stop = StopRequest()
+    signal.raise_signal(number)
+    assert stop.signal == number and stop.exit_code == (130 if number == signal.SIGINT else 143)

@@ -137,6 +137,60 @@ def test_a_signal_to_a_launch_reaches_its_ranks(tmp_path):
         time.sleep(0.05)
 
 
+def assert_gone(pids: list[int], seconds: float = 60) -> None:
+    """Every process ends soon."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]:
+        assert time.monotonic() < deadline, f"processes {left} stay behind"
+        time.sleep(0.05)
+
+
+def end_of_launch(launch: subprocess.Popen[str], seen: Path, *numbers: int, pause: float = 0.3) -> str:
+    """Send signals to torchrun alone, one after the other, as soon as there is a new file. What the launch says."""
+    wait_for_new_file(launch, seen)
+    processes = descendants(launch.pid)
+    for number in numbers:
+        assert launch.poll() is None, launch.communicate()[1]
+        launch.send_signal(number)
+        time.sleep(pause)
+    _, said = launch.communicate(timeout=120)
+    assert launch.returncode != 0
+    assert_gone(processes)
+    return said
+
+
+def test_a_signal_to_torchrun_saves_and_leaves_no_process_behind(pairs, tmp_path):
+    """Ctrl-C, Ctrl-C twice, SIGTERM, a closed terminal. Loader processes get the signals, too."""
+    flags = ["--ckpt-every", "20", "--num-workers", "1"]
+    words = [*train_arguments(*pairs, tmp_path, "stopped", 1000), *flags]
+    checkpoints, last = tmp_path / "stopped" / "checkpoints" / "*.pt", 0
+    for numbers in ([signal.SIGINT], [signal.SIGINT] * 2, [signal.SIGTERM], [signal.SIGHUP]):
+        said = end_of_launch(start(*words, ranks=2), checkpoints, *numbers)
+        assert "leaving at step" in said and "DataLoader" not in said, said
+        assert f"continuing after step {last}" in said or not last
+        saved = max(int(path.stem) for path in checkpoints.parent.glob("*.pt"))
+        assert f"leaving at step {saved}" in said and saved > last
+        last = saved
+    last += 10
+    run(*words, "--max-steps", last, ranks=2)
+    run(*train_arguments(*pairs, tmp_path, "whole", last), *flags, ranks=2)
+    one, other = (read_checkpoint(tmp_path / name / "checkpoints" / f"{last:07d}.pt") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[part][key], other[part][key]) for part in ("model", "ema") for key in one[part])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_sampling_goes_on_after_a_signal_to_torchrun(pairs, tmp_path, number):
+    words = sample_unbroken(pairs, tmp_path, samples_per_mask=20)
+    broken = tmp_path / "broken"
+    said = end_of_launch(start(*words, "--sample-dir", broken, ranks=2), broken / "images" / "*.png", number)
+    assert "a bug of ours" not in said, said
+    run(*words, "--sample-dir", broken)
+    files = [
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path / "whole", broken)
+    ]
+    assert files[1] == files[0]
+
+
 def test_killed_sampling_of_two_ranks_ends_with_the_bytes_of_an_unbroken_one(pairs, tmp_path):
     words = sample_unbroken(pairs, tmp_path, samples_per_mask=6)
     broken = tmp_path / "broken"
