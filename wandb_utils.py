@@ -190,7 +190,7 @@ def log(metrics: Mapping[str, float], step: int) -> None:
     A killed run repeats the steps since its last checkpoint, with the same numbers.
     """
     if _run is not None and step >= _run.step:
-        _run.log(dict(metrics), step=step)
+        _log(dict(metrics), step)
 
 
 def log_image(name: str, path: str | os.PathLike, step: int) -> None:
@@ -198,7 +198,19 @@ def log_image(name: str, path: str | os.PathLike, step: int) -> None:
     if _run is not None and step >= _run.step:
         import wandb
 
-        _run.log({name: wandb.Image(str(path))}, step=step)
+        _log({name: wandb.Image(str(path))}, step)
+
+
+def _log(values: dict[str, Any], step: int) -> None:
+    """Log values. If that fails, as when the process of wandb was killed, the training goes on without wandb."""
+    global _run
+    assert _run is not None
+    try:
+        _run.log(values, step=step)
+    except Exception as error:  # noqa: BLE001 - metrics.jsonl has the same numbers; wandb has many exceptions
+        reason = without_key(" ".join(str(error).split()) or type(error).__name__)[:300]
+        logger.warning("wandb: no more is logged there (%s); metrics.jsonl has all metrics", reason)
+        _run = None
 
 
 def finish(exit_code: int = 0) -> None:
