@@ -272,7 +272,8 @@ class Peers:
         try:
             keys, pause = self.arrive(), 0.001
             while not self._requests.check(keys):
-                watch.look([rank for rank, key in enumerate(keys) if not self._requests.check([key])])
+                if watch.is_due():
+                    watch.look([rank for rank, key in enumerate(keys) if not self._requests.check([key])])
                 time.sleep(pause)
                 pause = min(0.25, pause * 1.5)
         except RuntimeError as error:
@@ -364,12 +365,13 @@ class _Watch:
         self.begun = self.looked = self.said = time.monotonic()
         self._seen: dict[int, tuple[tuple[str, str], float, float]] = {}  # sign of life, when it and progress changed
 
+    def is_due(self) -> bool:
+        """Whether the last look was a second ago. A look at many processes takes many requests."""
+        return time.monotonic() >= self.looked + min(1.0, SILENT_SECONDS / 4)
+
     def look(self, missing: list[int]) -> None:
-        """Once a second: refuse to wait for a process that has ended, is silent or stands still."""
-        now = time.monotonic()
-        if now < self.looked + min(1.0, SILENT_SECONDS / 4):
-            return
-        self.looked = now
+        """Refuse to wait for a process that has ended, is silent or stands still."""
+        self.looked = now = time.monotonic()
         for rank in missing:
             name = self.peers.name(rank)
             if words := self.peers.words_of(rank):

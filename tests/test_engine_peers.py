@@ -111,6 +111,16 @@ def test_a_wait_lasts_as_long_as_the_others_get_on():
         assert together(lambda: first.wait_for_all("work"), lambda: work(second)) == [None, None]
 
 
+def test_a_wait_for_many_asks_the_store_for_each_once_a_second_only(monkeypatch):
+    """All ask the same store: as many requests as processes, for each of them."""
+    monkeypatch.setattr(peers, "SILENT_SECONDS", 120.0)
+    requests, check = [], peers.Requests.check
+    monkeypatch.setattr(peers.Requests, "check", lambda self, keys: requests.append(keys) or check(self, keys))
+    with launch(*("nodea" for _ in range(16))) as (first, *others):
+        together(lambda: first.wait_for_all("work"), late(0.5, lambda: [one.arrive() for one in others]))
+    assert len(requests) < 40
+
+
 def test_who_waits_hears_what_another_process_ended_on():
     def fail(one: Peers) -> None:
         with one.sharing_errors():
