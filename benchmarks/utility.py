@@ -32,9 +32,9 @@ logger = logging.getLogger("benchmarks.utility")
 GENERATOR = "--vae none --model SiT-Ti/8 --image-size 64 --global-batch-size 32 --lr 1e-3"
 SAMPLER = "--sampling-method ab2 --num-sampling-steps 16"
 ARMS = (
-    "real", "copy-paste", "self-training", "real + synthetic", "real + synthetic, ignore", "real + synthetic, practise",
-    "real + synthetic, both rules", "copy-paste + synthetic, both rules", "synthetic then real",
-    "synthetic then real, both rules", "80 % synthetic", "80 % synthetic, both rules",
+    "real", "real, longer", "copy-paste", "self-training", "real + synthetic", "real + synthetic, ignore",
+    "real + synthetic, practise", "real + synthetic, both rules", "copy-paste + synthetic, both rules",
+    "synthetic then real", "synthetic then real, both rules", "80 % synthetic", "80 % synthetic, both rules",
 )  # fmt: skip
 SAVING_SECONDS = 60  # for children to save after SIGTERM
 STAGES = ("split", "practise", "utility")
@@ -209,7 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labels", type=positive_int, nargs="+", metavar="N", help="numbers to run now (all)")
     parser.add_argument("--selections", type=non_negative_int, nargs="+", metavar="N", help="to run now (all)")
     parser.add_argument("--selections-made", type=positive_int, default=5, help="random selections of the split (5)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="of evaluate.py utility (12)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="of evaluate.py utility (13)")
     parser.add_argument("--seeds", type=positive_int, default=1, help="trainings of every arm (1)")
     parser.add_argument("--steps", type=positive_int, default=600, help="of every segmenter (600)")
     parser.add_argument("--generator-steps", type=positive_int, default=1500, help="of every generator (1500)")

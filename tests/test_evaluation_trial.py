@@ -171,11 +171,11 @@ def test_bad_group_tables_and_test_images_among_the_training_images_are_refused(
 # --- arms and numbers ------------------------------------------------------------------------------------------------
 
 
-def test_arms_are_three_without_and_sixteen_with_synthetic_images():
-    assert sum(arm.is_synthetic for arm in ARMS.values()) == 16 and len(ARMS) == 19
+def test_arms_are_four_without_and_sixteen_with_synthetic_images():
+    assert sum(arm.is_synthetic for arm in ARMS.values()) == 16 and len(ARMS) == 20
     assert arm_of("synthetic then real, both rules") == Arm("synthetic then real", "both rules")
     assert Arm("80 % synthetic", "ignore").ignores and not Arm("80 % synthetic", "ignore").practises
-    with pytest.raises(InputError, match="choose from real; copy-paste"):
+    with pytest.raises(InputError, match="choose from real; real, longer; copy-paste"):
         arm_of("reel")
 
 
@@ -230,6 +230,26 @@ def test_report_recommends_what_helps_and_warns_of_what_harms():
     assert "by group, 5 labels, real: a 0.5000, b 0.2500" in text
     gains = next(one["gains"] for one in content["summary"] if one["arm"] == "80 % synthetic")
     assert gains == {"0": pytest.approx(-0.1), "1": pytest.approx(-0.09), "2": pytest.approx(-0.1)}
+
+
+def test_report_says_whether_the_segmenters_are_trained_out():
+    alone, made = {(5, "real"): [0.40, 0.50]}, {(5, "real + synthetic"): [0.45, 0.56]}
+    risen = summarize_trial(rows_of(alone | made | {(5, "real, longer"): [0.48, 0.60]}), 7)
+    text = "\n".join(trial_notes(risen))
+    assert (
+        "3 times the steps change the AP of real images alone by +0.0900 ± 0.010. The segmenters are not trained"
+        in text
+    )
+    assert "Do not use synthetic images here: real, longer is better." in text
+    fallen = trial_notes(summarize_trial(rows_of(alone | made | {(5, "real, longer"): [0.40, 0.49]}), 7))
+    assert "5 labels: 3 times the steps change the AP of real images alone by -0.00500 ± 0.0050." in fallen
+    assert not any("harmful" in line for line in fallen)
+
+
+def test_longer_training_has_three_times_the_steps(split):
+    case = Case(read_selections(split)[0], 0, 2, None, TrialSettings((), (2,), steps=5, config=CONFIG))
+    factors = [ARMS[name].step_factor for name in ("real", "real, longer", "self-training")]
+    assert [case.segmenter(0, factor).steps for factor in factors] == [5, 15, 5]
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The arms of the utility experiment: what a segmenter trains on. All arms have the same number of steps."""
+"""The arms of the utility experiment: what a segmenter trains on. All but one have the same number of steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from evaluation.experiments.segmenter import Phase
 from evaluation.experiments.sources import CopyPaste, Labelled
 from evaluation.fidelity import LabelledImage
 
-REAL, COPY_PASTE, SELF_TRAINING = "real", "copy-paste", "self-training"
-WITHOUT_SYNTHETIC = (REAL, COPY_PASTE, SELF_TRAINING)
+REAL, LONGER, COPY_PASTE, SELF_TRAINING = "real", "real, longer", "copy-paste", "self-training"
+WITHOUT_SYNTHETIC = (REAL, LONGER, COPY_PASTE, SELF_TRAINING)
+LONGER_FACTOR = 3  # on the steps of the arm ``LONGER``
 WAYS = ("real + synthetic", "copy-paste + synthetic", "synthetic then real", "80 % synthetic")
 PRETRAINING = 0.5  # share of the steps on synthetic images alone
 RULES = {"": (False, False), "ignore": (True, False), "practise": (False, True), "both rules": (True, True)}
@@ -43,6 +44,11 @@ class Arm:
     def practises(self) -> bool:
         """Whether hard masks are drawn more often."""
         return RULES[self.rules][1]
+
+    @property
+    def step_factor(self) -> int:
+        """Factor on the number of steps that the other arms have."""
+        return LONGER_FACTOR if self.way == LONGER else 1
 
     @property
     def is_synthetic(self) -> bool:
@@ -81,7 +87,7 @@ def phases_of(
         pseudo: images with pseudo-labels, for self-training.
     """
     own = Labelled(real)
-    if arm.way == REAL:
+    if arm.way in (REAL, LONGER):
         return [Phase(1, [(own, 1)])]
     if arm.way == COPY_PASTE:
         return [Phase(1, [(own, 0.5), (CopyPaste(real, groups), 0.5)])]

@@ -1,8 +1,8 @@
 """The utility experiment by numbers of labels. It can be interrupted and continued after each training.
 
 There is one training per selection, number of labels, arm and seed. Generator, masks and segmenters may use the labels
-of their own selection only. The other training images count as unlabelled. All arms have the same number of steps and
-the same augmentation.
+of their own selection only. The other training images count as unlabelled. All arms have the same augmentation, and the
+same number of steps, except real images trained longer.
 """
 
 from __future__ import annotations
@@ -159,11 +159,10 @@ class Case:
         """Look or patient of an image."""
         return self.plan.groups.get(name.replace("__", "/", 1) if name.startswith("test__") else name, "")
 
-    def segmenter(self, seed: int) -> SegmenterConfig:
-        """Settings of the segmenters."""
-        return SegmenterConfig(
-            self.num_classes, judged_channels(self.config), self.settings.crop, self.settings.steps, seed=seed
-        )
+    def segmenter(self, seed: int, step_factor: int = 1) -> SegmenterConfig:
+        """Settings of a segmenter."""
+        steps = self.settings.steps * step_factor
+        return SegmenterConfig(self.num_classes, judged_channels(self.config), self.settings.crop, steps, seed=seed)
 
     def stamp(self, arm: Arm) -> dict[str, object]:
         """Facts that the score of an arm depends on. A stored score with other facts is computed again."""
@@ -298,7 +297,8 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
     if arm.way == REAL:
         network = _teacher(case, seed, output, device)
     else:
-        network = train_segmenter(phases_of(arm, real, groups, made, pseudo), case.segmenter(seed), device)
+        config = case.segmenter(seed, arm.step_factor)
+        network = train_segmenter(phases_of(arm, real, groups, made, pseudo), config, device)
     tested = [(one.item, case.group(one.name)) for one in case.test]
     score, by_group = score_segmenter(Segmenter([network], device), tested, case.num_classes)
     return TrialRow(

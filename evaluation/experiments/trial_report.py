@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from common.disk import write_csv, write_json
-from evaluation.experiments.arms import ARMS, REAL, WITHOUT_SYNTHETIC
+from evaluation.experiments.arms import ARMS, LONGER, LONGER_FACTOR, REAL, WITHOUT_SYNTHETIC
 from evaluation.experiments.trial import TRIAL_VERSION, TrialRow
 from evaluation.output import Table, new_figure, number, save_figure, with_spread
 
@@ -209,7 +209,7 @@ def trial_table(content: dict) -> Table:
 
 def trial_notes(content: dict) -> list[str]:
     """Sentences below the table: what is best, what to do, and scores by class and group."""
-    lines = [f"{content['steps']} steps in every arm, the same augmentation."]
+    lines = [f"{content['steps']} steps in every arm ({LONGER}: {LONGER_FACTOR} times as many), the same augmentation."]
     for one in content["comparisons"]:
         shown = with_spread(one["mean"], one["error"], "+")
         error = "" if one["error"] is None else " (standard error)"
@@ -220,8 +220,9 @@ def trial_notes(content: dict) -> list[str]:
         )
         gains = [f"{name} {with_spread(gain['mean'], gain['error'], '+')}" for name, gain in one["groups"].items()]
         lines += [f"{one['labels']} labels, the same difference by group: {', '.join(gains)}"] if gains else []
+    lines += [longer_note(one) for one in content["summary"] if one["arm"] == LONGER and one["gain"] is not None]
     for one in content["summary"]:
-        if one["gain"] is not None and one["gain"]["verdict"] == HARMS:
+        if one["gain"] is not None and one["gain"]["verdict"] == HARMS and one["arm"] != LONGER:
             lines.append(f"{one['labels']} labels: {one['arm']} is harmful: it is behind real images alone.")
     for one in content["summary"]:
         if len(one["class_dice"]) > 1:
@@ -231,6 +232,16 @@ def trial_notes(content: dict) -> list[str]:
         scores = ", ".join(f"{name or 'no group'} {number(value)}" for name, value in one["ap50"].items())
         lines.append(f"AP 0.5 by group, {one['labels']} labels, {one['arm']}: {scores}")
     return lines
+
+
+def longer_note(entry: dict) -> str:
+    """What more steps give real images alone, and whether the other gains can be believed."""
+    mean, error = entry["gain"]["mean"], entry["gain"]["error"]
+    shown = with_spread(mean, error, "+")
+    text = f"{entry['labels']} labels: {LONGER_FACTOR} times the steps change the AP of real images alone by {shown}."
+    if mean <= (error or 0):
+        return text
+    return f"{text} The segmenters are not trained out, so another gain may only be faster learning: give more steps."
 
 
 def advice(comparison: dict) -> str:

@@ -156,7 +156,7 @@ def _notes(content: dict) -> list[str]:
 SECTION = Section(
     "utility",
     "Does it help: a segmenter trained on it, tested on real images",
-    "The same number of steps in every arm; tested on real images that nothing was trained on.",
+    "Tested on real images that nothing was trained on.",
     _table,
     _notes,
     ("utility.png",),
