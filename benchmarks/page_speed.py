@@ -29,7 +29,7 @@ from page.drawing import Drawer  # noqa: E402
 from page.labels import pack, random_label  # noqa: E402
 from page.service import Service  # noqa: E402
 
-SETTINGS = {f"{steps} steps": {"method": "ab2", "num_steps": steps} for steps in (4, 6, 8)}
+SETTINGS = {f"{steps} steps": {"method": "ab2", "num_steps": steps} for steps in (2, 4, 6, 8)}
 SETTINGS["full setting"] = {"method": "heun", "num_steps": 25}
 
 

@@ -90,12 +90,26 @@ CLASS_COLORS = (
     (90, 190, 90),
     (240, 190, 60),
     (160, 90, 200),
+    (60, 205, 205),
+    (245, 150, 195),
+    (150, 105, 65),
+    (185, 230, 80),
+    (20, 125, 105),
+    (140, 140, 150),
+    (250, 165, 115),
+    (95, 85, 215),
+    (185, 30, 95),
 )
+
+
+def class_color(number: int) -> tuple[int, int, int]:
+    """Colour of a class. Background alone is black; the others repeat after fifteen."""
+    return CLASS_COLORS[1 + (number - 1) % (len(CLASS_COLORS) - 1)] if number else CLASS_COLORS[0]
 
 
 def mask_picture(prob_map: Tensor) -> Tensor:
     """(K, H, W) class probabilities -> (3, H, W) in [-1, 1]: background black, cells white, others coloured."""
-    colors = torch.tensor([CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(len(prob_map))], dtype=torch.float32)
+    colors = torch.tensor([class_color(k) for k in range(len(prob_map))], dtype=torch.float32)
     return torch.einsum("khw,kc->chw", prob_map.float().cpu(), colors / 127.5 - 1)
 
 

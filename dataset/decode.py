@@ -6,6 +6,9 @@ import logging
 import math
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +27,7 @@ CHANNELS = "channels"  # several planes that the file does not call colours, suc
 # A gray table is read as its gray values, a coloured one as the numbers in the file. The colours in use may follow.
 TABLES = ("gray", "coloured")
 MOST_COLOURS = 16  # of a table that are kept
+_most_bytes: ContextVar[int] = ContextVar("most_bytes", default=MAX_DECODED_BYTES)
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # What lies in place of the file, by its first bytes in lower case.
@@ -286,12 +290,24 @@ def _read_array(file: Any, path: Path) -> np.ndarray:
         ) from None
 
 
+@contextmanager
+def decoding_at_most(bytes_: int) -> Iterator[None]:
+    """Inside the block, files of more decoded bytes are refused before they are decoded. Larger ones than
+    :data:`MAX_DECODED_BYTES` are always refused."""
+    token = _most_bytes.set(bytes_)
+    try:
+        yield
+    finally:
+        _most_bytes.reset(token)
+
+
 def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> None:
     """Refuse before decoding what would fill the memory (a damaged header, a decompression bomb, a whole slide)."""
     size = math.prod(int(n) for n in shape) * bytes_per_value
-    if size > MAX_DECODED_BYTES or min(shape) < 1:
+    most = min(MAX_DECODED_BYTES, _most_bytes.get())
+    if size > most or min(shape) < 1:
         raise FileError(
             path,
             f"claims {' x '.join(map(str, shape))} values ({size / 2**30:.3g} GiB), at least one and at most "
-            f"{MAX_DECODED_BYTES / 2**30:g} GiB are read: cut it into tiles",
+            f"{most / 2**30:.3g} GiB are read: cut it into tiles",
         )

@@ -58,6 +58,7 @@ class DrawRequest:
         num_steps: its steps.
         cfg_scale: guidance; 1 is none.
         look: whose look the images take; None if the model knows no looks.
+        only: number of the one image to draw, for a quick look; None draws all.
     """
 
     label: np.ndarray
@@ -69,6 +70,7 @@ class DrawRequest:
     num_steps: int
     cfg_scale: float
     look: LookChoice | None = None
+    only: int | None = None
 
     def __post_init__(self) -> None:
         bounds = {
@@ -83,6 +85,13 @@ class DrawRequest:
                 raise InputError(f"{name} {getattr(self, name):g}: give {low:g} to {high:g}.")
         if self.method not in METHODS:
             raise InputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if self.only is not None and not 0 <= self.only < self.count:
+            raise InputError(f"only {self.only}: give 0 to {self.count - 1}.")
+
+    @property
+    def indices(self) -> list[int]:
+        """Numbers of the images to draw."""
+        return list(range(self.count)) if self.only is None else [self.only]
 
 
 @dataclass(frozen=True)
@@ -181,14 +190,15 @@ class Drawer:
 
         if not self._line.acquire(blocking=False):
             raise TooManyRequests(f"{MOST_IN_LINE} requests wait already. Try again in a moment.")
+        future = self._worker.submit(begin)
         try:
-            future = self._worker.submit(begin)
             while not wait([future], SECONDS_BETWEEN_CHECKS).done:
                 if errand.gone() and future.cancel():
                     raise Cancelled
             return future.result()
         finally:
             self._line.release()
+            del future  # else an error keeps this frame and all that the work held, such as a large mask
 
     @torch.no_grad()
     def draw(self, request: DrawRequest, errand: Errand) -> Drawing:
@@ -203,9 +213,10 @@ class Drawer:
             Cancelled: nobody waits.
         """
         mask, sampler = self.mask_file(request), self._sampler(request, errand)
-        errand.expect(self._runs(request, request.count))
-        indices = range(request.count)
-        images = sampler.samples(mask.prob_map, self._seeds(request), BATCH, self._looks(request, indices))
+        indices = request.indices
+        errand.expect(self._runs(request, len(indices)))
+        seeds = [image_seed(request.seed, index) for index in indices]
+        images = sampler.samples(mask.prob_map, seeds, BATCH, self._looks(request, indices))
         verdicts = []
         if self.judge is not None:
             truth = mask.prob_map.numpy().argmax(axis=0) > 0
@@ -220,7 +231,7 @@ class Drawer:
         mask, sampler = self.mask_file(request), self._sampler(request, errand)
         looks = self._looks(request, [index])
         look = None if looks is None else looks[0]
-        return list(sampler.trajectory(mask.prob_map, self._seeds(request)[index], BATCH, most, look).cpu())
+        return list(sampler.trajectory(mask.prob_map, image_seed(request.seed, index), BATCH, most, look).cpu())
 
     @torch.no_grad()
     def look_pictures(self, request: DrawRequest, errand: Errand) -> list[tuple[int, Tensor]]:
@@ -294,9 +305,6 @@ class Drawer:
     def _runs(self, request: DrawRequest, count: int) -> int:
         """Runs of the solver that this many images take: large canvases are drawn one by one."""
         return count if self._is_field(request) else -(-count // BATCH)
-
-    def _seeds(self, request: DrawRequest) -> Sequence[int]:
-        return [image_seed(request.seed, index) for index in range(request.count)]
 
     def _looks(self, request: DrawRequest, indices: Sequence[int]) -> Tensor | None:
         """Standardised looks (n, N) of the images; None for no look."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from common.cells import connected_cells, without_gaps
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.decode import decoding_at_most
 from dataset.files import MASK_SUFFIXES, read_mask_and_table
 from dataset.mask_facts import mask_stats
 from dataset.masks import MASK_TYPES, MaskRule, decide_mask_rule
@@ -20,6 +22,8 @@ from page.uploads import uploaded
 
 LEAST_SIDE, MOST_SIDE = 16, 1024  # pixels of a canvas
 LARGEST_LABEL = 65535
+MOST_DECODED = 2**26  # bytes of an uploaded mask: a few seconds of work; others wait meanwhile
+BEST_COVER = 0.3  # of a large mask, the square is taken whose cover by cells is nearest to this
 CELLS, CLASSES = "cells", "classes"  # a label holds cell numbers, or class numbers
 
 
@@ -97,17 +101,47 @@ def read_label(
         (H, W) uint16. A soft mask becomes its most probable classes.
 
     Raises:
-        InputError: the file cannot be read, is unclear, or too large for a canvas.
+        InputError: the file cannot be read, is unclear, decodes to more than :data:`MOST_DECODED` bytes, or is too
+            large for a canvas.
     """
     if mask_type not in MASK_TYPES:
         raise InputError(f"mask type {mask_type!r} is unknown; choose one of {', '.join(MASK_TYPES)}.")
-    with uploaded(content, name, MASK_SUFFIXES) as path:
+    with uploaded(content, name, MASK_SUFFIXES) as path, decoding_at_most(MOST_DECODED):
         mask, table = read_mask_and_table(path)
         facts = [mask_stats(name, mask, False, table)]
         rule = decide_mask_rule(facts, config.num_classes, mask_type, name, normalize, config.mask_values)
-        return label_of_mask(
-            mask, rule, kind, whole_view(*mask.shape[-2:]) if whole else view_of(mask.shape[-2:], config)
-        )
+        return label_of_mask(mask, rule, kind, view_on_canvas(mask, rule, config, whole))
+
+
+def view_on_canvas(mask: np.ndarray, rule: MaskRule, config: DataConfig, whole: bool) -> View:
+    """The part of a mask that a drawing begins with: all of it, or the square that the model sees.
+
+    For models of squares at native scale, this is the square that shows cells best: large masks have many empty ones.
+
+    Raises:
+        InputError: all of the mask is too large for a canvas, or the mask is smaller than the square.
+    """
+    shape = mask.shape[-2:]
+    if whole:
+        if max(shape) > MOST_SIDE:
+            raise InputError(
+                f"The mask has {shape[1]} x {shape[0]} pixels, and a canvas at most {MOST_SIDE} a side. Load the "
+                "square that the model sees, or cut the mask into pieces first."
+            )
+        return whole_view(*shape)
+    view, side = view_of(shape, config), config.image_size
+    if config.crop != "random":
+        return view
+    step = max(1, side // 16)
+    cells = _sums_of_rows(_sums_of_rows(rule.class_map(mask) > 0, side, step).T, side, step).T  # of each square
+    row, column = np.unravel_index(np.abs(cells / side**2 - BEST_COVER).argmin(), cells.shape)
+    return replace(view, top=step * int(row), left=step * int(column))
+
+
+def _sums_of_rows(values: np.ndarray, side: int, step: int) -> np.ndarray:
+    """(H, W) -> (1 + (H - side) // step, W): sums of ``side`` rows, from every ``step``-th row on."""
+    sums = np.pad(values.cumsum(axis=0, dtype=np.int32), ((1, 0), (0, 0)))
+    return sums[side::step] - sums[:-side:step]
 
 
 def label_of_mask(mask: np.ndarray, rule: MaskRule, kind: str, view: View) -> np.ndarray:

@@ -11,9 +11,11 @@ import torch
 from common.errors import InputError
 from common.spread import evenly
 from dataset.config import DataConfig
+from dataset.decode import decoding_at_most
 from dataset.files import IMAGE_SUFFIXES
 from dataset.look_choice import NOBODY, PATH, TRAINING, LookChoice, choose_looks
 from dataset.looks import Looks, look_count
+from page.labels import MOST_DECODED
 from page.uploads import uploaded
 
 MOST_SHOWN = 12  # looks as thumbnails
@@ -64,7 +66,7 @@ def measure_reference(content: bytes, name: str, training: Looks | None, config:
     """
     if training is None:
         raise InputError("This model was trained without looks, so it takes no reference image.")
-    with uploaded(content, name, IMAGE_SUFFIXES) as path:
+    with uploaded(content, name, IMAGE_SUFFIXES) as path, decoding_at_most(MOST_DECODED):
         choice = choose_looks(training, config, None, path, None)
     return {"name": name, "numbers": choice.looks.numbers[0].tolist()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from common.pictures import mask_picture
 from dataset.config import DataConfig
 from dataset.files import read_mask
 from dataset.mask_folder import MaskFolder
-from dataset.views import View, view_of, whole_view
-from page.labels import label_of_mask
+from page.labels import label_of_mask, view_on_canvas
 
 MOST_AT_ONCE = 15  # thumbnails of one answer
 THUMBNAIL_SIDE = 96  # pixels, at most
-BEST_COVER = 0.3  # of a large mask, the square is taken whose cover by cells is nearest to this
 
 
 class StartMasks:
@@ -50,7 +47,8 @@ class StartMasks:
         shown = []
         for number in numbers:
             mask = self._read(number)
-            prob_map = self.folder.rule.prob_map(mask, self._square(number, mask))
+            rule, config = self.folder.rule, self.folder.config
+            prob_map = rule.prob_map(mask, view_on_canvas(mask, rule, config, whole=False))
             picture = mask_picture(torch.from_numpy(np.ascontiguousarray(prob_map)))
             step = -(-max(picture.shape[1:]) // THUMBNAIL_SIDE)
             shown.append(({"index": number, "name": self.names[number]}, picture[:, ::step, ::step]))
@@ -64,21 +62,8 @@ class StartMasks:
         """
         if not 0 <= number < len(self.names):
             raise InputError(f"index {number}: there are {len(self.names)} masks, counted from 0.")
-        mask = self._read(number)
-        view = whole_view(*mask.shape[-2:]) if whole else self._square(number, mask)
-        return label_of_mask(mask, self.folder.rule, kind, view)
+        mask, rule = self._read(number), self.folder.rule
+        return label_of_mask(mask, rule, kind, view_on_canvas(mask, rule, self.folder.config, whole))
 
     def _read(self, number: int) -> np.ndarray:
         return read_mask(self.folder.paths[self.names[number]])
-
-    def _square(self, number: int, mask: np.ndarray) -> View:
-        """A square of the training size that shows cells: large masks have many empty ones."""
-        config, side = self.folder.config, self.folder.config.image_size
-        view = view_of(mask.shape[-2:], config)
-        if config.crop != "random":
-            return view
-        sums = np.pad((self.folder.rule.class_map(mask) > 0).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-        cells = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]  # of each square
-        distance = np.abs(cells / side**2 - BEST_COVER)
-        top, left = np.unravel_index(distance.argmin(), distance.shape)
-        return replace(view, top=int(top), left=int(left))

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from common.errors import InputError, one_line
 from common.faults import fault_of_machine
-from common.pictures import CLASS_COLORS, as_rgb, mask_picture, to_uint8
+from common.pictures import as_rgb, class_color, mask_picture, to_uint8
 from common.plain import parse_json
-from dataset.files import encode_image, encode_tiff, image_suffix
+from dataset.files import encode_image, image_suffix
 from dataset.masks import MASK_TYPES
 from page.drawing import (
     METHODS,
@@ -57,6 +57,7 @@ FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/draw.js": ("draw.js", "text/javascript; charset=utf-8"),
+    "/files.js": ("files.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
 }
 HEADERS = {
@@ -218,8 +219,6 @@ class Handler(BaseHTTPRequestHandler):
             ],
             "mask_picture": encode64(encode_image(to_uint8(mask_picture(drawing.mask.prob_map)))),
             "mask": {"name": drawing.mask.name, "content": encode64(drawing.mask.content)},
-            "label_png": encode64(encode_image(request.label[:, :, None])),
-            "label_tif": encode64(encode_tiff(request.label)),
             "sheet": encode64(drawing.sheet()),
             "command": drawing.command,
             "nfe": drawing.nfe,
@@ -315,9 +314,10 @@ def describe(drawer: Drawer) -> dict[str, Any]:
         "looks": 0 if trained.looks is None else len(trained.looks.names),
         "methods": METHODS,
         "mask_types": MASK_TYPES,
-        "class_colors": [CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(trained.data.num_classes)],
+        "class_colors": [class_color(k) for k in range(trained.data.num_classes)],
         "most": {
             "side": MOST_SIDE,
+            "bytes": MOST_BYTES,
             "steps": MOST_STEPS,
             "images": MOST_IMAGES,
             "guidance": MOST_GUIDANCE,
@@ -338,6 +338,7 @@ def read_request(values: dict[str, Any], drawer: Drawer) -> DrawRequest:
         num_steps=whole(values, "num_steps"),
         cfg_scale=number(values, "cfg_scale"),
         look=read_look(values.get("look"), drawer.trained.looks, drawer.trained.data),
+        only=None if values.get("only") is None else whole(values, "only"),
     )
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from common.disk import write_bytes
-from common.pictures import CLASS_COLORS, as_rgb
+from common.pictures import as_rgb, class_color
 from common.spread import evenly
 from synthetic.manifest import ATTEMPT_FIDELITY, FIDELITY_COLUMN
 from synthetic.reader import Sample, SampleSet
@@ -91,7 +91,7 @@ def _pair(samples: SampleSet, number: int, fidelity: float | None) -> Shown:
 def mask_colours(samples: SampleSet, sample: Sample) -> np.ndarray:
     """The label as (H, W, 3) uint8: classes in their colours, a black line between touching cells."""
     classes = samples.class_map(sample)
-    picture = np.array([CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(256)], np.uint8)[classes]
+    picture = np.array([class_color(k) for k in range(256)], np.uint8)[classes]
     cells = samples.instance_map(sample)
     if cells is not None:
         line = np.zeros(cells.shape, bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import struct
 import threading
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,13 +224,18 @@ def test_the_image_beside_the_sheet_is_the_same_image(two):
     assert np.array_equal(image, sheet[2:18, 2 + 2 * 18 : 18 + 2 * 18, 0])
 
 
-def test_a_label_comes_back_in_sixteen_bits(two):
-    _, reply = ask(two, "/api/draw", order(cells(), count=1))
-    png = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["label_png"]))))
-    tiff = tifffile.imread(io.BytesIO(base64.b64decode(reply["label_tif"])))
-    assert np.array_equal(png, cells())
-    assert np.array_equal(tiff, cells())
-    assert tiff.dtype == np.uint16
+@pytest.mark.parametrize(("name", "label"), [("two", cells(17, 30)), ("looking", cells())])
+def test_one_image_alone_is_that_of_all(name, label, request):
+    service = request.getfixturevalue(name)
+    _, all_of_them = ask(service, "/api/draw", order(label, count=3, method="ab2"))
+    status, alone = ask(service, "/api/draw", order(label, count=3, method="ab2", only=2))
+    assert (status, len(alone["images"])) == (200, 1)
+    drawn = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(one["file"])))).astype(int)
+        for one in (all_of_them["images"][2], alone["images"][0])
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1  # of another batch size
+    assert all_of_them["images"][1]["file"] != alone["images"][0]["file"]
 
 
 def test_the_boundary_is_that_of_training(three):
@@ -270,6 +277,13 @@ def claims_to_be_large() -> bytes:
     return png(np.zeros((1, 1), np.uint8)).replace(size, large)
 
 
+def large_label() -> bytes:
+    """A label TIFF of 70 KB that fills 72 MB."""
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, np.zeros((6000, 6000), np.uint16), compression="zlib")
+    return buffer.getvalue()
+
+
 def poisoned_array() -> bytes:
     """A .npy file that would run code if it were unpickled."""
 
@@ -280,6 +294,13 @@ def poisoned_array() -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.array([Evil()], dtype=object), allow_pickle=True)
     return buffer.getvalue()
+
+
+def test_a_large_mask_gives_a_square_with_cells(two):
+    mask = np.zeros((200, 300), np.uint8)
+    mask[10:20, 30:40] = 255  # far from the middle
+    _, reply = ask(two, "/api/mask?name=mask.png", png(mask))
+    assert np.count_nonzero(unpack(reply["height"], reply["width"], reply["label"])) == 80  # nearest to 0.3 of 256
 
 
 def test_a_label_file_keeps_its_cells(two):
@@ -312,7 +333,9 @@ def test_a_large_mask_gives_the_square_that_sample_takes():
         (b"no picture", "cells.png", "cells.png"),
         (png(np.zeros((8, 8), np.uint8)), "cells.exe", "kinds .png"),
         (png(np.arange(400, dtype=np.uint8).reshape(20, 20)), "ramp.png", "unclear"),
-        (png(np.zeros((2000, 20), np.uint8)), "long.png&whole=1", "16 to 1024 pixels"),
+        (png(np.zeros((2000, 20), np.uint8)), "long.png&whole=1", "20 x 2000 pixels, and a canvas at most 1024"),
+        (png(np.zeros((8, 20), np.uint8)), "low.png&whole=1", "16 to 1024 pixels"),
+        (large_label(), "slide.tif", "6000 x 6000"),
         (b"PK\x03\x04 broken", "../../etc/passwd.npz", "passwd.npz"),
         (b"", "empty.tif", "empty.tif"),
         (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "cells.png", "cells.png"),
@@ -359,6 +382,8 @@ def test_files_from_the_browser_leave_nothing_behind(two, tmp_path, monkeypatch)
         ({"blur": 1e9}, "blur"),
         ({"method": "dopri5"}, "method"),
         ({"kind": "classes"}, "kind"),
+        ({"only": 2}, "only"),
+        ({"only": "0"}, "only"),
     ],
 )
 def test_a_wrong_value_is_named(two, changes, part):
@@ -466,6 +491,29 @@ def test_the_line_is_bounded_and_two_visitors_get_their_own_images(two, monkeypa
     sheets = [json.load(connection.getresponse())["sheet"] for connection in waiting]
     monkeypatch.undo()
     assert sheets == [ask(two, "/api/draw", order(cells(), seed=seed, count=1))[1]["sheet"] for seed in (1, 2)]
+
+
+def test_an_error_keeps_nothing_of_the_work(two):
+    """Such as a large mask, until the garbage collection."""
+
+    class Large:
+        pass
+
+    kept: list[weakref.ref] = []
+
+    def work() -> None:
+        large = Large()
+        kept.append(weakref.ref(large))
+        raise InputError("of no use")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(InputError):
+            two.drawer.in_turn(work, Errand(lambda: False))
+        two.drawer.in_turn(lambda: None, Errand(lambda: False))  # the worker has let go of it, too
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_who_leaves_the_line_makes_room(two):

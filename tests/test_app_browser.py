@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import shlex
 import threading
 import urllib.parse
@@ -324,20 +325,133 @@ def test_a_mask_of_the_folder_starts_a_drawing_and_the_page_says_when_the_servic
         page.click("#next")
         page.wait("!byId('error').hidden")
         assert "does not answer" in page.run("return byId('error').textContent")
+        assert page.run("return [byId('busy').hidden, byId('busy_text').textContent]") == [False, "Not drawn"]
+        saved = Image.open(downloaded(page, "label_png", "label.png"))
+        assert np.array_equal(np.asarray(saved), label_of(page))
 
 
-def test_downloads_are_the_image_and_its_label(page):
-    page.drag("#mask", STROKE)
-    page.wait(IS_DONE)
-    page.click("[data-file='label_tif']")
-    path = page.downloads / "label.tif"
+def downloaded(page: Browser, what: str, name: str) -> Path:
+    """The file that a button saves."""
+    page.click(f"[data-file='{what}']")
     for _ in range(100):
-        if path.is_file():
+        if (page.downloads / name).is_file():
             break
         threading.Event().wait(0.1)
-    label = tifffile.imread(path)
-    assert label.dtype == np.uint16
-    assert np.array_equal(label, label_of(page))
+    return page.downloads / name
+
+
+def test_downloads_are_the_image_and_its_label_in_sixteen_bits(page):
+    page.run("editor.replace(Uint16Array.from(arguments[0]))", cells().ravel().tolist())
+    page.wait(IS_DONE)
+    tiff = tifffile.imread(downloaded(page, "label_tif", "label.tif"))
+    png = Image.open(downloaded(page, "label_png", "label.png"))
+    assert tiff.dtype == np.uint16 and png.mode == "I;16"
+    assert np.array_equal(tiff, cells()) and np.array_equal(np.asarray(png), cells())
+    assert page.run("return editor.isSaved")
+    image = Image.open(downloaded(page, "image", "image_0_0.png"))
+    shown = page.run("return reply.images[0].file")
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(base64.b64decode(shown)))))
+
+
+def test_files_of_an_older_drawing_are_not_offered(page):
+    page.run("editor.replace(editor.label.map(() => 1))")
+    assert page.run("return [...document.querySelectorAll('[data-file]')].map((one) => one.disabled)") == [
+        True, False, False, True, True
+    ]  # fmt: skip
+    page.wait(IS_DONE)
+    assert page.run("return [...document.querySelectorAll('[data-file]')].every((one) => !one.disabled)")
+
+
+def test_a_reload_keeps_the_drawing_and_its_settings(service, tmp_path):
+    with Browser(tmp_path) as page:
+        page.open(service.url)
+        page.wait(IS_DONE)
+        page.run("byId('steps').value = 3; byId('seed').value = 8; editor.clear()")
+        page.run("editor.replace(Uint16Array.from(arguments[0]))", cells().ravel().tolist())
+        page.wait(IS_DONE)
+        page.open(service.url)
+        page.wait(IS_DONE)
+        assert np.array_equal(label_of(page), cells())
+        assert page.run("return [byId('steps').value, byId('seed').value, reply.nfe]") == ["3", "8", 6]
+
+
+def test_a_preview_that_takes_long_comes_after_a_sketch_of_the_image_shown(page):
+    page.run(
+        "window.asked = []; window.before = onlyRequest;"
+        "onlyRequest = (state, path, body, ...others) => {"
+        " asked.push([state, body.num_steps, body.only]); return before(state, path, body, ...others); }"
+    )
+    page.click("[data-count='4']")
+    page.wait(IS_DONE)
+    page.click("#thumbs button:nth-child(3)")
+    page.run("asked.length = 0; pace = 1")
+    page.click("#next")
+    page.wait(IS_DONE)
+    assert page.run("return asked") == [["sketch", 2, 2], ["preview", 6, None], ["full", 25, None]]
+    assert page.run("return byId('which').textContent") == "3 of 4"
+    page.run("onlyRequest = before")
+    page.click("[data-count='1']")
+    page.wait(IS_DONE)
+
+
+def test_the_image_follows_the_zoom_of_the_canvas(page):
+    page.click("#zoom_in")
+    page.wait("byId('image').style.transform.includes('scale(1.5)')")
+    left = page.run("return editor.left")
+    page.run("setTool('move')")
+    page.drag("#mask", [(0.5, 0.5), (0.6, 0.5)])
+    assert page.run("return editor.left") > left
+    assert not label_of(page).any()
+    page.run("setTool('brush')")
+    page.click("#zoom_fit")
+    page.wait("byId('image').style.transform === 'none'")
+
+
+def test_the_other_end_of_a_pen_erases(page):
+    page.run("editor.replace(editor.label.map(() => 1))")
+    page.run(
+        "const { canvas } = editor; const box = canvas.getBoundingClientRect(); canvas.setPointerCapture = () => {};"
+        "const send = (kind) => canvas.dispatchEvent(new PointerEvent(kind, { pointerId: 1, pointerType: 'pen',"
+        " button: 5, clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 }));"
+        "send('pointerdown'); send('pointerup'); delete canvas.setPointerCapture"
+    )
+    label = label_of(page)
+    assert label[8, 8] == 0 and label[0, 0] == 1
+    page.wait(IS_DONE)
+
+
+def test_a_file_that_is_too_large_is_not_sent(page):
+    page.run("load(new File([new Uint8Array(model.most.bytes + 1)], 'slide.tif'))")
+    assert "slide.tif has 33 MiB" in page.run("return byId('error_text').textContent")
+    page.click("#error_close")
+    assert page.run("return byId('error').hidden")
+
+
+def test_the_tab_key_stops_once_in_every_group_of_choices(page):
+    page.click("[data-count='4']")
+    page.wait(IS_DONE)
+    groups = page.run(
+        "const groups = [...document.querySelectorAll('[role=radiogroup]')].filter((one) => one.children.length);"
+        "return groups.map((one) => one.querySelectorAll('button[tabindex=\"0\"]').length)"
+    )
+    assert len(groups) >= 3 and set(groups) == {1}
+    page.click("[data-count='1']")
+    page.wait(IS_DONE)
+
+
+def test_undo_brings_cells_back_that_became_classes(tmp_path):
+    checkpoint = checkpoint_of(tmp_path / "three.pt", 3)
+    with serving(checkpoint) as service, Browser(tmp_path / "browser") as page:
+        page.open(service.url)
+        page.wait(IS_DONE)
+        page.run("editor.replace(Uint16Array.from(arguments[0]))", cells().ravel().tolist())
+        page.run("byId('kind').value = 'classes'; byId('kind').dispatchEvent(new Event('change'))")
+        assert np.array_equal(label_of(page), cells() > 0)
+        assert page.run("return byId('classes').children.length") == 3
+        page.click("#undo")
+        assert np.array_equal(label_of(page), cells())
+        assert page.run("return [byId('kind').value, byId('classes').children.length]") == ["cells", 0]
+        page.wait(IS_DONE)
 
 
 def test_the_command_line_of_the_page_is_that_of_its_own_flags(page):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.pictures import captioned_sheet, from_uint8, grid_image, mask_picture, to_uint8
+from common.pictures import captioned_sheet, class_color, from_uint8, grid_image, mask_picture, to_uint8
 
 
 @pytest.mark.parametrize(("value", "byte"), [(-1.0, 0), (1.0, 255), (0.0, 128), (-3.0, 0), (7.0, 255)])
@@ -49,3 +49,9 @@ def test_every_row_has_its_caption():
     sheet = captioned_sheet(("mask", "real", "synthetic"), [[picture] * 3])[..., 0]
     rows = np.flatnonzero((sheet < 128).any(axis=1))
     assert len(np.split(rows, np.flatnonzero(np.diff(rows) > 60) + 1)) == 3
+
+
+def test_no_two_of_sixteen_classes_look_alike_and_the_background_alone_is_black():
+    colors = [class_color(number) for number in range(16)]
+    assert len(set(colors)) == 16
+    assert class_color(0) == (0, 0, 0) and all(max(class_color(number)) > 100 for number in range(1, 256))

@@ -3,11 +3,13 @@
 
 const MOST_UNDO = 40;
 const LARGEST_LABEL = 65535;
+const PEN_ERASER = 5; // button of a pointer event: the other end of the pen
 
 class LabelCanvas {
   /**
    * @param {HTMLCanvasElement} canvas
-   * @param {{onStart: function(), onChange: function()}} calls onStart: a stroke begins; onChange: the label changed.
+   * @param {{onStart: function(), onChange: function(), onView: function()}} calls onStart: a stroke begins; onChange:
+   *   the label changed; onView: another part is shown, or at another scale.
    */
   constructor(canvas, calls) {
     this.canvas = canvas;
@@ -37,25 +39,25 @@ class LabelCanvas {
   // ------------------------------------------------------------------------------------------------ label
 
   /** Begin anew with a label map of this size. */
-  setLabel(width, height, label) {
+  setLabel(width, height, label, kind = this.kind) {
     [this.past, this.future] = [[], []];
-    this.put({ width, height, label });
+    this.put({ width, height, label, kind });
     this.fit();
   }
 
-  put({ width, height, label }) {
+  put({ width, height, label, kind }) {
     const isOtherSize = width !== this.width || height !== this.height;
-    [this.width, this.height, this.label] = [width, height, label];
+    [this.width, this.height, this.label, this.kind] = [width, height, label, kind];
     if (!isOtherSize) return;
     [this.store.width, this.store.height] = [width, height];
     this.pixels = this.store.getContext("2d").createImageData(width, height);
     this.fit();
   }
 
-  /** Replace the label, also by one of another size; undo brings the old one back. */
-  replace(label, width = this.width, height = this.height) {
+  /** Replace the label, also by one of another size or kind; undo brings the old one back. */
+  replace(label, width = this.width, height = this.height, kind = this.kind) {
     this.remember();
-    this.put({ width, height, label });
+    this.put({ width, height, label, kind });
     this.finish();
   }
 
@@ -70,7 +72,7 @@ class LabelCanvas {
     this.replace(label, width, height);
   }
 
-  state() { return { width: this.width, height: this.height, label: this.label.slice() }; }
+  state() { return { width: this.width, height: this.height, label: this.label.slice(), kind: this.kind }; }
 
   remember() {
     this.past.push(this.state());
@@ -127,10 +129,10 @@ class LabelCanvas {
     if (this.stroke) return;
     this.canvas.setPointerCapture(event.pointerId);
     const [x, y] = this.place(event);
-    if (event.button === 1 || event.shiftKey) {
+    if (event.button === 1 || event.shiftKey || this.tool === "move") {
       this.stroke = { pan: true, left: this.left - event.clientX, top: this.top - event.clientY };
-    } else if (event.button === 0) {
-      this.begin(x, y);
+    } else if (event.button === 0 || event.button === PEN_ERASER) {
+      this.begin(x, y, event.button === PEN_ERASER ? "eraser" : this.tool);
     }
     if (this.stroke) this.stroke.pointer = event.pointerId;
   }
@@ -138,22 +140,22 @@ class LabelCanvas {
   /** Whether an event comes from a second finger, or from the hand beside the pen. */
   isOther(event) { return this.stroke && this.stroke.pointer !== event.pointerId; }
 
-  begin(x, y) {
+  begin(x, y, tool) {
     this.calls.onStart();
     const before = this.label.slice();
     const index = this.at(x, y);
-    this.stroke = { before, x, y, startX: x, startY: y, id: this.strokeId(index), points: [[x, y]] };
-    if (this.tool === "brush" || this.tool === "eraser") this.stamp(x, y, x, y);
-    if (this.tool === "fill" && index >= 0) this.fill(index);
-    if (this.tool === "remove" && index >= 0) this.removeAt(index);
+    this.stroke = { tool, before, x, y, startX: x, startY: y, id: this.strokeId(tool, index), points: [[x, y]] };
+    if (tool === "brush" || tool === "eraser") this.stamp(x, y, x, y);
+    if (tool === "fill" && index >= 0) this.fill(index);
+    if (tool === "remove" && index >= 0) this.removeAt(index);
     this.paint();
   }
 
-  strokeId(index) {
-    if (this.tool === "eraser") return 0;
+  strokeId(tool, index) {
+    if (tool === "eraser") return 0;
     if (this.kind === "classes") return this.currentClass;
     const under = index >= 0 ? this.label[index] : 0;
-    const adds = this.tool === "brush" || this.tool === "outline";
+    const adds = tool === "brush" || tool === "outline";
     return adds && under ? under : this.freeId();
   }
 
@@ -163,11 +165,11 @@ class LabelCanvas {
     this.pointer = [x, y];
     const stroke = this.stroke;
     if (stroke && stroke.pan) {
-      [this.left, this.top] = [stroke.left + event.clientX, stroke.top + event.clientY];
+      this.pan(stroke.left + event.clientX, stroke.top + event.clientY);
     } else if (stroke) {
-      if (this.tool === "brush" || this.tool === "eraser") this.stamp(stroke.x, stroke.y, x, y);
-      if (this.tool === "ellipse") this.ellipse(stroke, x, y);
-      if (this.tool === "outline") this.polygon(stroke, x, y);
+      if (stroke.tool === "brush" || stroke.tool === "eraser") this.stamp(stroke.x, stroke.y, x, y);
+      if (stroke.tool === "ellipse") this.ellipse(stroke, x, y);
+      if (stroke.tool === "outline") this.polygon(stroke, x, y);
       [stroke.x, stroke.y] = [x, y];
     }
     this.paint();
@@ -182,7 +184,7 @@ class LabelCanvas {
   end(x, y) {
     const stroke = this.stroke;
     this.stroke = null;
-    if (this.tool === "ellipse" && Math.hypot(x - stroke.startX, y - stroke.startY) < 1) {
+    if (stroke.tool === "ellipse" && Math.hypot(x - stroke.startX, y - stroke.startY) < 1) {
       const half = this.brush; // a click makes a round cell of twice the brush
       this.ellipse({ ...stroke, startX: x - half, startY: y - half }, x + half, y + half);
     }
@@ -195,6 +197,10 @@ class LabelCanvas {
     const move = moves[event.key];
     if (!(move || event.key === " ") || this.stroke || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
+    if (this.tool === "move") {
+      if (move) this.pan(this.left - 24 * move[0], this.top - 24 * move[1]);
+      return;
+    }
     const [x, y] = this.pointer || [Math.floor(this.width / 2) + 0.5, Math.floor(this.height / 2) + 0.5];
     this.pointer = [x, y];
     if (move) {
@@ -202,7 +208,7 @@ class LabelCanvas {
       const within = (value, side) => Math.min(side - 0.5, Math.max(0.5, value));
       this.pointer = [within(x + step * move[0], this.width), within(y + step * move[1], this.height)];
     } else {
-      this.begin(x, y);
+      this.begin(x, y, this.tool);
       this.end(x, y);
     }
     this.paint();
@@ -376,6 +382,15 @@ class LabelCanvas {
     this.paint();
   }
 
+  /** Move the label; some of it stays in sight. */
+  pan(left, top) {
+    const within = (value, side, shown) => Math.min(side - 20, Math.max(20 - shown, value));
+    this.left = within(left, this.canvas.clientWidth, this.scale * this.width);
+    this.top = within(top, this.canvas.clientHeight, this.scale * this.height);
+    this.isFit = false;
+    this.paint();
+  }
+
   wheel(event) {
     event.preventDefault();
     const box = this.canvas.getBoundingClientRect();
@@ -388,23 +403,37 @@ class LabelCanvas {
     requestAnimationFrame(() => { this.waits = false; this.paintNow(); });
   }
 
-  paintNow() {
-    const colors = new Map();
-    const { data } = this.pixels;
+  paintLabel() {
+    const words = new Uint32Array(this.pixels.data.buffer); // a pixel each
+    const wordOf = (color) => new Uint32Array(Uint8Array.of(...color, 255).buffer)[0];
+    const boundary = this.hasBoundary ? wordOf(this.classColors[2]) : 0;
+    const known = new Map();
+    let [latest, word] = [-1, 0];
     for (let index = 0; index < this.label.length; index += 1) {
       const value = this.label[index];
-      if (!colors.has(value)) colors.set(value, value ? this.color(value) : [26, 32, 40]);
-      const [red, green, blue] = this.isBoundary(index) ? this.classColors[2] : colors.get(value);
-      data.set([red, green, blue, 255], 4 * index);
+      if (value !== latest) {
+        if (!known.has(value)) known.set(value, wordOf(value ? this.color(value) : [26, 32, 40]));
+        [latest, word] = [value, known.get(value)];
+      }
+      words[index] = this.isBoundary(index) ? boundary : word;
     }
     this.store.getContext("2d").putImageData(this.pixels, 0, 0);
+  }
+
+  paintNow() {
+    this.paintLabel();
     const context = this.canvas.getContext("2d");
     const ratio = this.canvas.width / (this.canvas.clientWidth || 1);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.canvas.clientWidth, this.canvas.clientHeight);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.store, this.left, this.top, this.scale * this.width, this.scale * this.height);
-    if (this.pointer) {
+    const view = [this.left, this.top, this.scale].join();
+    if (view !== this.shownView) {
+      this.shownView = view;
+      this.calls.onView();
+    }
+    if (this.pointer && this.tool !== "move") {
       const radius = this.tool === "brush" || this.tool === "eraser" ? this.scale * this.brush / 2 : 0;
       const [x, y] = [this.left + this.scale * this.pointer[0], this.top + this.scale * this.pointer[1]];
       context.beginPath();
@@ -417,27 +446,34 @@ class LabelCanvas {
 }
 
 /**
- * Draw the borders of label maps on a canvas that shows all of them.
+ * Draw the borders of label maps of one size, each over a dark line, so that they show on bright images, too.
  * @param {HTMLCanvasElement} canvas
  * @param {{width: number, height: number, label: Uint16Array, color: string}[]} maps
+ * @param {{left: number, top: number, scale: number}} view place and scale of the maps, in pixels of the page
  */
-function showBorders(canvas, maps) {
+function showBorders(canvas, maps, view) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
   canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
   const context = canvas.getContext("2d");
-  for (const { width, height, label, color } of maps) {
-    const scale = Math.min(canvas.width / width, canvas.height / height);
-    const [left, top] = [(canvas.width - scale * width) / 2, (canvas.height - scale * height) / 2];
-    context.beginPath();
+  const [left, top, scale] = [ratio * view.left, ratio * view.top, ratio * view.scale];
+  const lines = maps.map(({ width, label, color }) => {
+    const path = new Path2D();
     for (let index = 0; index < label.length; index += 1) {
       const [column, row] = [index % width, Math.floor(index / width)];
       const [x, y] = [left + scale * column, top + scale * row];
-      if (column && label[index] !== label[index - 1]) { context.moveTo(x, y); context.lineTo(x, y + scale); }
-      if (row && label[index] !== label[index - width]) { context.moveTo(x, y); context.lineTo(x + scale, y); }
+      if (column && label[index] !== label[index - 1]) { path.moveTo(x, y); path.lineTo(x, y + scale); }
+      if (row && label[index] !== label[index - width]) { path.moveTo(x, y); path.lineTo(x + scale, y); }
     }
-    context.strokeStyle = color;
-    context.lineWidth = 1.5 * ratio;
-    context.stroke();
+    return { path, color };
+  });
+  context.lineCap = "square";
+  for (const { path } of lines) {
+    [context.strokeStyle, context.lineWidth] = ["#0008", 3.5 * ratio];
+    context.stroke(path);
+  }
+  for (const { path, color } of lines) {
+    [context.strokeStyle, context.lineWidth] = [color, 1.5 * ratio];
+    context.stroke(path);
   }
 }

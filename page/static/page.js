@@ -3,10 +3,13 @@
 
 const REST_MS = 600; // the pen rests that long before the full setting is drawn
 const WATCH_MS = 500; // between looks at the progress
+const SKETCH_STEPS = 2; // of a first, rough look at one image
+const LONG_PREVIEW = 1; // seconds; a preview that takes longer comes after a sketch
 const byId = (id) => document.getElementById(id);
 let model, editor, reply, shownIndex = 0, count = 1, frames = null;
-let running = null, restTimer = 0, changeTime = 0;
-let look = null, looks = null, reference = null; // chosen look, training images' looks with pictures, own image's look
+let running = null, restTimer = 0, changeTime = 0, isFresh = false; // fresh: the image belongs to the mask and settings
+let pace = 0; // seconds per network call and pixel, of the latest drawing
+let look = null, looks = null, reference = null, referencePicture = ""; // chosen look, training images' looks with pictures, own image's look
 
 // ---------------------------------------------------------------------------------------------------- service
 
@@ -27,7 +30,7 @@ async function ask(path, options = {}) {
   }
   const checkpoint = response.headers.get("X-Checkpoint");
   if (model && checkpoint && checkpoint !== model.checkpoint) {
-    throw new Error("app.py runs with another checkpoint now. Save the label that you drew (Label PNG), then reload this page.");
+    throw new Error("app.py runs with another checkpoint now. Reload this page to use it: your drawing stays.");
   }
   if (!response.ok) throw new Error(values.error);
   return values;
@@ -46,31 +49,54 @@ function toBase64(bytes) {
   return btoa(text);
 }
 
-const fromBase64 = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+function fromBase64(text) {
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let index = 0; index < bytes.length; index += 1) bytes[index] = letters.charCodeAt(index);
+  return bytes;
+}
 
 /** 16-bit numbers, low byte first, whatever this machine's own order is. */
 function packLabel(label) {
   const bytes = new Uint8Array(2 * label.length);
-  label.forEach((value, index) => { bytes[2 * index] = value & 255; bytes[2 * index + 1] = value >> 8; });
+  for (let index = 0; index < label.length; index += 1) {
+    bytes[2 * index] = label[index] & 255;
+    bytes[2 * index + 1] = label[index] >> 8;
+  }
   return toBase64(bytes);
 }
 
 function unpackLabel(text) {
   const bytes = fromBase64(text);
-  return Uint16Array.from({ length: bytes.length / 2 }, (_, index) => bytes[2 * index] | (bytes[2 * index + 1] << 8));
+  const label = new Uint16Array(bytes.length / 2);
+  for (let index = 0; index < label.length; index += 1) label[index] = bytes[2 * index] | (bytes[2 * index + 1] << 8);
+  return label;
 }
 
 // ---------------------------------------------------------------------------------------------------- drawing
 
-function request(isPreview) {
+const STAGES = { // of a drawing, one after another; `words` for the user
+  sketch: { next: "preview", words: "Rough sketch" },
+  preview: { next: "full", words: "Preview" },
+  full: { next: null, words: "Final image" },
+};
+
+function solverOf(stage) {
+  if (stage === "full") return { method: byId("method").value, num_steps: wholeOf("steps") };
+  return { method: "ab2", num_steps: stage === "sketch" ? SKETCH_STEPS : wholeOf("preview") };
+}
+
+function request(stage) {
   return {
     width: editor.width, height: editor.height, label: packLabel(editor.label), kind: editor.kind,
-    blur: Number(byId("blur").value), seed: wholeOf("seed"), count,
-    method: isPreview ? "ab2" : byId("method").value,
-    num_steps: wholeOf(isPreview ? "preview" : "steps"),
+    blur: Number(byId("blur").value), seed: wholeOf("seed"), count, ...solverOf(stage),
     cfg_scale: model.has_guidance ? Number(byId("guidance").value) : 1, look,
+    only: stage === "sketch" ? Math.min(shownIndex, count - 1) : null,
   };
 }
+
+/** Seconds that a preview is likely to take. */
+function previewSeconds() { return pace * (wholeOf("preview") + 1) * count * editor.label.length; }
 
 /** A number field as a whole number within its own bounds. */
 function wholeOf(id) {
@@ -90,12 +116,11 @@ function setState(state) {
   document.body.dataset.state = state;
   document.body.dataset.busy = running ? 1 : 0;
   byId("busy").hidden = true;
-  byId("progress").removeAttribute("style");
+  for (const name of ["style", "aria-valuenow"]) byId("progress").removeAttribute(name);
 }
 
-const WORDS = {
-  preview: "Preview", full: "Full setting", way: "From noise to image", looks: "Looks", layout: "Random layout", mask: "Mask",
-};
+const WORDS = { way: "From noise to image", looks: "Looks", layout: "Random layout", mask: "Mask" };
+for (const [stage, { words }] of Object.entries(STAGES)) WORDS[stage] = words;
 
 /** Show how far a request is, until it ends or another one replaces it. */
 async function watch(own, ticket, state) {
@@ -119,7 +144,9 @@ function showProgress(what, { state, share, seconds }) {
   byId("busy_text").textContent = [what, ...parts].join(" · ");
   byId("stop").textContent = "Stop";
   byId("busy").hidden = false;
-  if (share > 0) byId("progress").style.setProperty("--share", share);
+  if (!(share > 0)) return;
+  byId("progress").style.setProperty("--share", share);
+  byId("progress").ariaValueNow = Math.round(100 * share);
 }
 
 /** The user does not want to wait; the button draws after all. */
@@ -129,20 +156,41 @@ function stopOrDraw() {
     return;
   }
   stop();
-  byId("busy_text").textContent = "Stopped";
+  offerToDraw("Stopped");
+}
+
+/** What was asked for in place of a drawing has failed. */
+function offerIfUnfinished() {
+  if (byId("copy").disabled) offerToDraw("Stopped");
+}
+
+function offerToDraw(why) {
+  byId("busy_text").textContent = why;
+  byId("status").textContent = why;
   byId("stop").textContent = "Draw";
   byId("busy").hidden = false;
 }
 
-/** Something that decides the image has changed: a preview at once, then the full setting. */
+/** Something that decides the image has changed: a preview at once, after a sketch if it takes long, then all steps. */
 function changed() {
   stop();
   changeTime = performance.now();
   forgetWay();
-  byId("way").disabled = true; // until the full setting is there
+  setFresh(false);
   showCount();
   showOutlines();
-  draw(true);
+  keep();
+  hideError();
+  draw(previewSeconds() > LONG_PREVIEW ? "sketch" : "preview");
+}
+
+/** Whether the image belongs to the mask and the settings. An older one is shown pale, if it stays for long. */
+function setFresh(value, isFinal = false) {
+  isFresh = value;
+  for (const id of ["picture", "thumbs", "verdict"]) byId(id).classList.toggle("stale", !value);
+  byId("way").disabled = !isFinal;
+  for (const id of ["image", "mask", "sheet"]) document.querySelector(`[data-file="${id}"]`).disabled = !isFinal;
+  byId("copy").disabled = !isFinal;
 }
 
 function forgetWay() {
@@ -156,17 +204,23 @@ function changedSoon() {
   changeTimer = setTimeout(changed, 150);
 }
 
-async function draw(isPreview) {
-  await onlyRequest(isPreview ? "preview" : "full", "/api/draw", request(isPreview), (values) => {
-    show(values, isPreview);
-    if (isPreview) restTimer = setTimeout(() => draw(false), Math.max(0, REST_MS - (performance.now() - changeTime)));
-    setState(isPreview ? "previewed" : "done");
-    if (!isPreview && model.looks && looks === null) loadLooks();
-  });
+async function draw(stage) {
+  await onlyRequest(stage, "/api/draw", request(stage), (values) => {
+    pace = values.seconds / values.nfe / values.images.length / editor.label.length;
+    if (stage === "sketch") {
+      showSketch(values);
+      draw("preview");
+      return;
+    }
+    show(values, stage);
+    setState(stage === "preview" ? "previewed" : "done");
+    if (stage === "preview") restTimer = setTimeout(() => draw("full"), Math.max(0, REST_MS - (performance.now() - changeTime)));
+    else if (model.looks && looks === null) loadLooks();
+  }, () => offerToDraw("Not drawn"));
 }
 
 /** Ask for something that any later request replaces. `done` gets the answer; `failed` comes before the message. */
-async function onlyRequest(state, path, body, done, failed = () => {}, query = {}) {
+async function onlyRequest(state, path, body, done, failed = offerIfUnfinished, query = {}) {
   const own = new AbortController();
   running = own;
   setState(state);
@@ -185,19 +239,45 @@ async function onlyRequest(state, path, body, done, failed = () => {}, query = {
   }
 }
 
-function show(values, isPreview) {
+function show(values, stage) {
   reply = values;
   shownIndex = Math.min(shownIndex, values.images.length - 1);
+  setFresh(true, stage === "full");
   showImage();
+  const hadFocus = byId("thumbs").contains(document.activeElement);
   const thumbs = values.images.length > 1 ? values.images.map(thumbOf) : [];
   byId("thumbs").replaceChildren(...thumbs);
   byId("thumbs").classList.toggle("many", thumbs.length > 6);
+  choose(byId("thumbs"), thumbs[shownIndex]);
+  if (hadFocus && thumbs.length) thumbs[shownIndex].focus();
+  showSeen(values);
+  showCommand(values.command);
+  showStage(stage, values);
+}
+
+/** A rough image in place of the one that is shown; the others stay pale. */
+function showSketch(values) {
+  setFresh(true);
+  byId("thumbs").classList.add("stale");
+  byId("image").src = `data:image/png;base64,${values.images[0].picture}`;
+  byId("image").hidden = false;
+  byId("image").alt = "Rough sketch of the image";
+  byId("verdict").hidden = true;
+  showOutlines();
+  showSeen(values);
+  showStage("sketch", values);
+}
+
+function showSeen(values) {
   byId("sees").src = `data:image/png;base64,${values.mask_picture}`;
   byId("sees").hidden = false;
-  showCommand(values.command);
-  const all = values.images.length > 1 ? ` of ${values.images.length} images` : "";
-  byId("status").textContent = `${isPreview ? "Preview" : "Full setting"}${all}: ${values.nfe} network calls, ${values.seconds.toFixed(2)} s`;
-  for (const control of [...byId("downloads").querySelectorAll("button"), byId("way")]) control.disabled = isPreview;
+}
+
+function showStage(stage, values) {
+  const { method, num_steps: steps } = solverOf(stage);
+  const words = STAGES[stage].words + (values.images.length > 1 ? `, ${values.images.length} images` : "");
+  byId("status").textContent = `${words} · ${steps} steps (${method}) · ${values.seconds.toFixed(1)} s`;
+  byId("status").title = `${values.nfe} network calls`;
 }
 
 /** A command line that breaks between its words only, not at their hyphens. */
@@ -216,9 +296,9 @@ function showImage() {
   byId("image").alt = all > 1 ? `Image ${shownIndex + 1} of ${all}` : "Image of the mask";
   byId("which").textContent = `${shownIndex + 1} of ${all}`;
   byId("which").hidden = all === 1;
-  showOutlines();
   const verdict = reply.verdicts[shownIndex];
-  byId("verdict").hidden = !verdict;
+  byId("verdict").hidden = !verdict || !isFresh;
+  showOutlines();
   if (!verdict) return;
   const keys = ["drawn", "found"].map((name) => {
     const key = document.createElement("span");
@@ -232,9 +312,26 @@ function showImage() {
 /** Outlines over the image: of the drawn mask and, with a judge, of what it finds. */
 function showOutlines() {
   const maps = [{ width: editor.width, height: editor.height, label: editor.label, color: "#ffd34d" }];
-  const verdict = reply && reply.verdicts[shownIndex];
+  const verdict = isFresh && !byId("verdict").hidden && reply.verdicts[shownIndex];
   if (verdict) maps.push({ ...verdict, label: unpackLabel(verdict.label), color: "#4dd2ff" });
-  showBorders(byId("outline"), maps);
+  showBorders(byId("outline"), maps, viewOfImage());
+}
+
+/** The place and scale of the canvas, in pixels of the image's square: both show the same part. */
+function viewOfImage() {
+  const ratio = byId("outline").clientWidth / (editor.canvas.clientWidth || 1);
+  return { left: ratio * editor.left, top: ratio * editor.top, scale: ratio * editor.scale };
+}
+
+/** The image follows the zoom of the canvas. */
+function followView() {
+  const { left, top, scale } = viewOfImage();
+  const [width, height] = [byId("outline").clientWidth, byId("outline").clientHeight];
+  const fit = Math.min(width / editor.width, height / editor.height) || 1;
+  const zoom = scale / fit;
+  const [right, down] = [left - zoom * (width - fit * editor.width) / 2, top - zoom * (height - fit * editor.height) / 2];
+  byId("image").style.transform = editor.isFit ? "none" : `translate(${right}px, ${down}px) scale(${zoom})`;
+  showOutlines();
 }
 
 function thumbOf(image, index) {
@@ -245,10 +342,9 @@ function thumbOf(image, index) {
   button.title = `Image ${index + 1} of ${reply.images.length}${verdict ? `, Dice ${verdict.dice.toFixed(3)}` : ""}`;
   picture.alt = button.title;
   button.append(picture);
-  button.classList.toggle("on", index === shownIndex);
   button.addEventListener("click", () => {
     shownIndex = index;
-    [...byId("thumbs").children].forEach((other, place) => other.classList.toggle("on", place === index));
+    choose(byId("thumbs"), button);
     forgetWay();
     showImage();
   });
@@ -262,7 +358,7 @@ async function showWay() {
     return;
   }
   stop();
-  await onlyRequest("way", "/api/trajectory", { ...request(false), index: shownIndex }, (values) => {
+  await onlyRequest("way", "/api/trajectory", { ...request("full"), index: shownIndex }, (values) => {
     const way = byId("way");
     frames = values.frames;
     const share = way.value / way.max;
@@ -284,7 +380,7 @@ function showFrame() {
 
 /** Pictures of the present mask in the looks of some training images. */
 async function loadLooks() {
-  await onlyRequest("looks", "/api/looks", { ...request(true), look: null }, (values) => {
+  await onlyRequest("looks", "/api/looks", { ...request("preview"), look: null }, (values) => {
     looks = values.looks;
     showLooks();
     setState("done");
@@ -295,8 +391,9 @@ function showLooks() {
   const choices = [
     { value: null, title: "Of a training image that the seed draws", text: "by seed" },
     { value: "none", title: "No look", text: "none" },
-    ...(reference ? [{ value: reference, title: reference.name, text: "reference" }] : []),
-    ...(looks || []).map((one) => ({ value: one.index, title: `Training image ${one.name}`, picture: one.picture })),
+    ...(reference ? [{ value: reference, title: `Reference image ${reference.name}`, text: "reference", picture: referencePicture }] : []),
+    ...(looks || []).map((one) => (
+      { value: one.index, title: `Training image ${one.name}`, text: one.name, picture: `data:image/png;base64,${one.picture}` })),
   ];
   byId("looks").replaceChildren(...choices.map(({ value, title, text, picture }) => {
     const button = document.createElement("button");
@@ -304,8 +401,9 @@ function showLooks() {
     button.setAttribute("aria-label", title);
     if (picture) {
       const image = document.createElement("img");
-      image.src = `data:image/png;base64,${picture}`;
+      image.src = picture;
       image.alt = "";
+      image.addEventListener("error", () => image.replaceWith(text)); // a browser shows no TIFF
       button.append(image);
     } else {
       button.append(text);
@@ -317,13 +415,15 @@ function showLooks() {
 }
 
 async function loadReference(file) {
-  if (!file) return;
+  if (!file || isTooLarge(file)) return;
   try {
     reference = await ask(`/api/look?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
   } catch (error) {
     showError(error.message);
     return;
   }
+  URL.revokeObjectURL(referencePicture);
+  referencePicture = URL.createObjectURL(file);
   look = reference;
   showLooks();
   changed();
@@ -336,8 +436,16 @@ function take(values) {
   editor.replace(unpackLabel(values.label), values.width, values.height);
 }
 
+/** Say so if the service would not take a file, before it is sent. */
+function isTooLarge(file) {
+  const mebibytes = (bytes) => Math.ceil(bytes / 2 ** 20);
+  if (file.size <= model.most.bytes) return false;
+  showError(`${file.name} has ${mebibytes(file.size)} MiB. The page takes at most ${mebibytes(model.most.bytes)} MiB: cut it into pieces.`);
+  return true;
+}
+
 async function load(file) {
-  if (!file) return;
+  if (!file || isTooLarge(file)) return;
   stop();
   await onlyRequest("mask", "/api/mask", file, take, undefined, {
     name: file.name, kind: editor.kind, mask_type: byId("mask_type").value, whole: byId("whole").checked ? 1 : 0,
@@ -389,16 +497,16 @@ async function startFrom(index, button) {
 // ----------------------------------------------------------------------------------------------------- showing
 
 function showError(message) {
-  byId("error").textContent = message;
+  byId("error_text").textContent = message;
   byId("error").hidden = false;
-  clearTimeout(showError.timer);
-  showError.timer = setTimeout(() => { byId("error").hidden = true; }, 12000);
 }
+
+function hideError() { byId("error").hidden = true; }
 
 function showCount() {
   const found = editor.count();
   const word = editor.kind === "cells" ? (found === 1 ? "cell" : "cells") : (found === 1 ? "class" : "classes");
-  const hint = editor.kind === "cells" ? "Each stroke is a cell. Start inside a cell to add to it." : "Paint with the class below.";
+  const hint = editor.kind === "cells" ? "Each stroke is a cell. Start inside a cell to add to it." : "Paint with the chosen class.";
   byId("count").textContent = `${found} ${word} · ${editor.width} × ${editor.height} px · ${hint}`;
   byId("undo").disabled = !editor.past.length;
   byId("redo").disabled = !editor.future.length;
@@ -413,25 +521,31 @@ function showSizes() {
   setOptions("size", names, own);
 }
 
-function setOptions(id, names, chosen) {
-  byId(id).replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+function setOptions(id, names, chosen, words = {}) {
+  byId(id).replaceChildren(...names.map((name) => new Option(words[name] || name, name, false, name === chosen)));
 }
 
+/** Mark one button of a group. The Tab key reaches only this one, or the first; arrow keys go to the others. */
 function choose(group, button) {
-  for (const other of group.querySelectorAll("button")) {
+  [...group.querySelectorAll("button")].forEach((other, place) => {
     other.classList.toggle("on", other === button);
     other.setAttribute("aria-checked", other === button);
     other.setAttribute("role", "radio");
-  }
+    other.tabIndex = other === button || (!button && place === 0) ? 0 : -1;
+  });
 }
 
 function setTool(name) {
   editor.tool = name;
+  byId("mask").classList.toggle("move", name === "move");
   choose(byId("tools"), byId("tools").querySelector(`[data-tool="${name}"]`));
   editor.paint();
 }
 
 function showClasses() {
+  byId("kind").value = editor.kind;
+  if (showClasses.kind === editor.kind) return;
+  showClasses.kind = editor.kind;
   const buttons = editor.kind === "cells" ? [] : model.class_colors.map((color, number) => {
     const button = document.createElement("button");
     const swatch = document.createElement("span");
@@ -456,25 +570,56 @@ function showNumbers() {
 
 // --------------------------------------------------------------------------------------------------- downloads
 
-function save(content, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([fromBase64(content)]));
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}
-
-function download(what) {
+async function download(what) {
+  if (what === "label_png" || what === "label_tif") {
+    const drawn = editor.state();
+    save(await (what === "label_png" ? labelPng : labelTiff)(drawn), what === "label_png" ? "label.png" : "label.tif");
+    editor.isSaved = true;
+    return;
+  }
   const image = reply.images[shownIndex];
   const files = {
     image: [image.file, `image_${wholeOf("seed")}_${shownIndex}${image.suffix}`],
-    label_png: [reply.label_png, "label.png"],
-    label_tif: [reply.label_tif, "label.tif"],
     mask: [reply.mask.content, reply.mask.name],
     sheet: [reply.sheet, "samples.png"],
   };
-  save(...files[what]);
-  if (what !== "image" && what !== "sheet") editor.isSaved = true;
+  const [content, name] = files[what];
+  save(new Blob([fromBase64(content)]), name);
+}
+
+// ------------------------------------------------------------------------------------------------------ reload
+
+const KEPT = "drawing"; // in the memory of this tab
+const KEPT_FIELDS = ["seed", "guidance", "blur", "steps", "method", "preview"];
+
+/** Remember the drawing and its settings for a reload of the page. */
+function keep() {
+  const fields = Object.fromEntries(KEPT_FIELDS.map((id) => [id, byId(id).value]));
+  const { width, height, label, kind, isSaved } = editor;
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify({ width, height, kind, isSaved, fields, label: packLabel(label) }));
+  } catch (error) {
+    sessionStorage.removeItem(KEPT); // too large: better none than an old one
+  }
+}
+
+/** Bring back what an earlier load of the page drew, if this model can take it. Returns whether it did. */
+function recall() {
+  let kept, label;
+  try {
+    kept = JSON.parse(sessionStorage.getItem(KEPT));
+    label = unpackLabel(kept.label);
+  } catch (error) {
+    return false; // nothing is kept
+  }
+  const { width, height, kind } = kept;
+  if (!model.kinds.includes(kind) || label.length !== width * height || Math.max(width, height) > model.most.side) return false;
+  if (kind === "classes" && label.some((value) => value >= model.num_classes)) return false;
+  editor.setLabel(width, height, label, kind);
+  editor.isSaved = kept.isSaved;
+  for (const id of KEPT_FIELDS) if (kept.fields[id]) byId(id).value = kept.fields[id];
+  if (!byId("method").value) byId("method").value = "heun";
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------------------- start
@@ -515,13 +660,16 @@ function listen() {
   });
   byId("file").addEventListener("change", () => { load(byId("file").files[0]); byId("file").value = ""; });
   for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
+  document.addEventListener("dragover", () => document.body.classList.add("dropping"));
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
   document.addEventListener("drop", (event) => {
+    document.body.classList.remove("dropping");
     const [file] = event.dataTransfer.files;
     if (event.target.closest("#looks_card")) loadReference(file); else load(file);
   });
   byId("look_file").addEventListener("change", () => { loadReference(byId("look_file").files[0]); byId("look_file").value = ""; });
   byId("renew_looks").addEventListener("click", () => { stop(); loadLooks(); });
-  byId("downloads").addEventListener("click", (event) => { if (event.target.dataset.file) download(event.target.dataset.file); });
+  for (const button of document.querySelectorAll("[data-file]")) button.addEventListener("click", () => download(button.dataset.file));
   byId("copy").addEventListener("click", async () => {
     try {
       await navigator.clipboard.writeText(reply.command);
@@ -532,10 +680,10 @@ function listen() {
     byId("copy").textContent = "Copied";
     setTimeout(() => { byId("copy").textContent = "Copy command"; }, 1500);
   });
-  byId("error").addEventListener("click", () => { byId("error").hidden = true; });
+  byId("error_close").addEventListener("click", hideError);
   document.addEventListener("keydown", onKey);
   window.addEventListener("beforeunload", (event) => { if (!editor.isSaved) event.preventDefault(); });
-  new ResizeObserver(showOutlines).observe(byId("picture"));
+  new ResizeObserver(followView).observe(byId("picture"));
 }
 
 function nextSeed() {
@@ -543,21 +691,25 @@ function nextSeed() {
   changed();
 }
 
+/** Cells become class 1; undo brings them back. */
 function setKind(kind) {
-  editor.kind = kind;
-  if (kind === "classes") editor.label = editor.label.map((value) => Math.min(value, 1));
-  editor.setLabel(editor.width, editor.height, editor.label);
-  showClasses();
-  changed();
+  const label = kind === "classes" ? editor.label.map((value) => Math.min(value, 1)) : editor.label;
+  editor.replace(label, editor.width, editor.height, kind);
 }
 
-const KEYS = { b: "brush", o: "outline", e: "ellipse", f: "fill", x: "eraser", r: "remove" };
+const MASK_WORDS = {
+  auto: "find out", binary: "cell or not", classes: "class numbers", probability: "probabilities", instances: "cell numbers",
+};
+const KEYS = { b: "brush", o: "outline", e: "ellipse", f: "fill", x: "eraser", r: "remove", m: "move" };
 
 function onKey(event) {
   const typing = event.target.matches("input:not([type=range]):not([type=checkbox]), select");
   if (typing || event.altKey) return;
   const key = event.key.toLowerCase();
-  if (key === "escape" && running) stopOrDraw();
+  if (key === "escape") {
+    if (!byId("error").hidden) hideError();
+    else if (running) stopOrDraw();
+  }
   if (key.startsWith("arrow")) chooseBeside(event);
   if (event.ctrlKey || event.metaKey) {
     if (key === "z") { event.preventDefault(); if (event.shiftKey) editor.redo(); else editor.undo(); }
@@ -599,7 +751,7 @@ async function start() {
   const side = model.image_size;
   const images = { 1: "gray", 3: "RGB" }[model.channels] || `${model.channels} channels`;
   byId("model").textContent = `${model.model} · step ${model.step} · ${side} px, ${images}, ${model.num_classes} classes · on this machine only`;
-  editor = new LabelCanvas(byId("mask"), { onStart: stop, onChange: () => { showSizes(); changed(); } });
+  editor = new LabelCanvas(byId("mask"), { onStart: stop, onChange: () => { showSizes(); showClasses(); changed(); }, onView: followView });
   editor.kind = model.kinds[0];
   editor.classColors = model.class_colors;
   editor.hasBoundary = model.num_classes === 3;
@@ -614,7 +766,7 @@ async function start() {
   byId("kind_row").hidden = model.kinds.length < 2;
   setOptions("method", model.methods, "heun");
   setOptions("kind", model.kinds, model.kinds[0]);
-  setOptions("mask_type", model.mask_types, "auto");
+  setOptions("mask_type", model.mask_types, "auto", MASK_WORDS);
   byId("looks_card").hidden = !model.looks;
   byId("masks_card").hidden = !model.masks;
   if (model.masks) byId("masks_hint").textContent = "Or drop it anywhere on the page.";
@@ -622,12 +774,14 @@ async function start() {
   showLooks();
   setTool("brush");
   choose(byId("counts"), byId("counts").querySelector("[data-count='1']"));
+  const isRecalled = recall();
   showSizes();
   showClasses();
   showNumbers();
   showCount();
-  if (model.masks) showMasks(false);
-  await randomLayout(); // a page that shows at once what it does
+  if (isRecalled) changed();
+  else await randomLayout(); // a page that shows at once what it does
+  if (model.masks) showMasks(false); // after the first preview
 }
 
 start();
