@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 130
 FIRST_RANK_SPEAKS_SECONDS = 3.0
 # What asks a command to end: a job's end, Ctrl-C, a closed terminal, and Slurm's warning before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-_FULL = "Free some space and run the same command again: what was made so far is kept"
+_FULL = "Free some space and run the same command again: nothing that was finished is lost"
 _CLOSED = "Give a folder that may be written to"
 MENDS = {
     errno.ENOSPC: _FULL,

@@ -7,12 +7,15 @@ shown to a person. Nothing is refused: two kinds of microscopy in one set are co
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.errors import InputError
 from dataset.mask_facts import certainty
 from dataset.views import SYMMETRIES, turn
 
@@ -21,6 +24,9 @@ MOST_PAIRS = 512  # compared with each other, spread over the set
 CLEAR = 0.3  # correlation of image and mask above which cells are clearly brighter or darker
 CLOSE = 0.5  # correlation above which a turned mask, or that of another image, fits
 BETTER = 0.5  # of this correlation: the mask as it is must fit less well than that
+MOSTLY_FLAT = 0.9  # of the pixels of pieces have the value of their neighbour; in images of a microscope, noise is seen
+MOST_PIXELS = 2**18  # of an image that are looked at for this
+_MIX = np.array([1, 3.1, 9.7, 29.3, 88.1])  # makes one number of the channels of a pixel
 LEAST, SOME = 3, 0.05  # pairs, and fraction of the pairs, for a warning about turned and swapped masks
 
 
@@ -45,6 +51,59 @@ def mask_signature(mask: np.ndarray) -> np.ndarray:
     """:func:`signature` of the cells of a mask (H, W), or (K, H, W) with the background in plane 0."""
     cells = mask > 0 if mask.ndim == 2 else 1 - mask[0] / certainty(mask.dtype, float(mask.max()))
     return signature(cells.astype(np.float32)[:, :, None])
+
+
+def is_flat(image: np.ndarray) -> bool:
+    """Whether an image consists of pieces of one gray value or colour, as a mask does.
+
+    Pixels of the most frequent value do not count, because the background of an image may be saturated.
+
+    Args:
+        image: (H, W, C) of any type. The middle rows are looked at, at most :data:`MOST_PIXELS`.
+    """
+    rows = min(len(image), max(1, MOST_PIXELS // image.shape[1]))
+    part = image[(len(image) - rows) // 2 :, :, : len(_MIX)][:rows]
+    code = part.astype(np.float64) @ _MIX[: part.shape[2]]
+    values, counts = np.unique(code.ravel()[:: max(1, code.size // 2**14)], return_counts=True)
+    inside = code != values[counts.argmax()]
+    both = inside[:, 1:] & inside[:, :-1]
+    return bool(both.any() and (code[:, 1:] == code[:, :-1])[both].mean() > MOSTLY_FLAT)
+
+
+def gray_checksum(image: np.ndarray) -> int:
+    """Checksum of a gray image (H, W, C), as ``MaskStats`` has one of a mask. 0 if it has colours or one value only."""
+    gray = image[:, :, 0]
+    is_gray = image.shape[2] in (1, 3) and (image == image[:, :, :1]).all() and (gray != gray[0, 0]).any()
+    return zlib.crc32(np.ascontiguousarray(gray).data) if is_gray else 0
+
+
+def refuse_masks_as_images(equal: Sequence[bool], image_dir: str | Path, mask_dir: str | Path) -> None:
+    """Refuse a set in which most images are their own masks.
+
+    Args:
+        equal: whether an image equals its mask, pixel by pixel, for each pair.
+        image_dir: folder of images, for the message.
+        mask_dir: folder of masks.
+
+    Raises:
+        InputError: more than half of the images do.
+    """
+    if 2 * sum(equal) > len(equal):
+        raise InputError(
+            f"{sum(equal)} of {len(equal)} images in {image_dir} equal their masks in {mask_dir}, pixel by pixel: give "
+            "the folder of the images as data_path", "data_path",
+        )  # fmt: skip
+
+
+def flat_warning(names: Sequence[str], flat: Sequence[bool]) -> list[str]:
+    """A warning if most images look like masks, see :func:`is_flat`."""
+    found = [name for name, one in zip(names, flat, strict=True) if one]
+    if 2 * len(found) <= len(names):
+        return []
+    return [
+        f"{len(found)} of {len(names)} images consist of pieces of one gray value, as masks do (as {found[0]}): are "
+        "the folders of images and masks swapped, or were masks given as images?"
+    ]
 
 
 def agreement_warnings(names: Sequence[str], images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[str]:

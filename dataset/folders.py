@@ -21,7 +21,16 @@ from common.disk import file_sha256
 from common.errors import InputError, list_some
 from common.randomness import derived_seed
 from common.spread import evenly
-from dataset.agreement import MOST_PAIRS, agreement_warnings, mask_signature, signature
+from dataset.agreement import (
+    MOST_PAIRS,
+    agreement_warnings,
+    flat_warning,
+    gray_checksum,
+    is_flat,
+    mask_signature,
+    refuse_masks_as_images,
+    signature,
+)
 from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
@@ -70,6 +79,15 @@ class _Checked(NamedTuple):
     def from_plain(cls, plain: list[Any]) -> _Checked:
         """The inverse of :meth:`to_plain`."""
         return cls(MaskStats.from_plain(plain[0]), tuple(map(tuple, plain[1])), *plain[2:])
+
+
+class _Compared(NamedTuple):
+    """What tells whether an image and its mask belong together."""
+
+    image: np.ndarray  # signature
+    mask: np.ndarray  # signature
+    is_flat: bool  # the image consists of pieces of one gray value
+    is_equal: bool  # the image is its own mask
 
 
 class PairedFolder(torch.utils.data.Dataset):
@@ -133,8 +151,12 @@ class PairedFolder(torch.utils.data.Dataset):
         self._masks: list[np.ndarray] = []
         self._samples: list[np.ndarray] = []  # (n, C) some gray values of each image, for a window over all images
         self._compared = {self.pairs[index].name for index in evenly(len(self.pairs), MOST_PAIRS)}
-        self._signatures: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of pairs that were decoded now
+        self._compared_now: dict[str, _Compared] = {}  # of pairs that were decoded now
         checked = self._read_all(f"pairs of {image_dir} and {mask_dir}", memory_gb * 2**30, progress)
+        compared = dict(sorted(self._compared_now.items()))
+        refuse_masks_as_images([one.is_equal for one in compared.values()], image_dir, mask_dir)
+        for warning in flat_warning(list(compared), [one.is_flat for one in compared.values()]):
+            logger.warning("%s", warning)
         stats = [one.stats for one in checked]
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values)
         refuse_one_class(stats, self.rule, mask_dir)
@@ -154,11 +176,10 @@ class PairedFolder(torch.utils.data.Dataset):
             self.windows = [window] * len(self.pairs)
         _hint_at_window(checked, self.config)
         _warn_of_odd_images(checked, self.pairs, image_dir, self.config)
-        compared = dict(sorted(self._signatures.items()))
-        small = [one[0] for one in compared.values()], [one[1] for one in compared.values()]
+        small = [one.image for one in compared.values()], [one.mask for one in compared.values()]
         for warning in agreement_warnings(list(compared), *small):
             logger.warning("%s and %s: %s", image_dir, mask_dir, warning)
-        self._signatures = {}
+        self._compared_now = {}
         narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
         notes = colour_warnings([pair.image_path for pair in self.pairs], self.stored_channels)
         for warning in ([narrow] if narrow else []) + notes:
@@ -239,7 +260,8 @@ class PairedFolder(torch.utils.data.Dataset):
             channel_shares=channel_shares(image),
         )
         if pair.name in self._compared:
-            self._signatures[pair.name] = signature(image), mask_signature(mask)
+            is_equal = gray_checksum(image) == stats.checksum
+            self._compared_now[pair.name] = _Compared(signature(image), mask_signature(mask), is_flat(image), is_equal)
         return self._prepare_image(image, view), mask, facts, self._sample(image)
 
     def _sample(self, image: np.ndarray) -> np.ndarray | None:

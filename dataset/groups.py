@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.disk import check_folder, link_or_copy, read_csv, write_csv
+from common.disk import check_folder, link_or_copy, new_folder, read_csv, write_csv
 from common.errors import InputError, list_some
 from dataset.files import IMAGE_SUFFIXES, MASK_SUFFIXES, Pair, find_files, pair_files
 from dataset.names import is_split
@@ -90,13 +90,14 @@ def gather_groups(
     twice = [name for name, count in Counter(name for _, name in (*pairs, *others)).items() if count > 1]
     if twice:
         raise InputError(f"two images would get one name: {list_some(twice)}. Rename groups or images")
-    files = [(output / IMAGES, name, pair.image_path) for (_, name), pair in pairs.items()]
-    files += [(output / MASKS, name, pair.mask_path) for (_, name), pair in pairs.items()]
-    files += [(output / UNLABELLED, name, path) for (_, name), path in others.items()]
-    for folder, name, path in files:
-        folder.mkdir(parents=True, exist_ok=True)
-        link_or_copy(path, folder / (name if path.is_dir() else f"{name}{path.suffix}"))
-    write_csv(output / TABLE, ("name", "group"), rows)
+    files = [(IMAGES, name, pair.image_path) for (_, name), pair in pairs.items()]
+    files += [(MASKS, name, pair.mask_path) for (_, name), pair in pairs.items()]
+    files += [(UNLABELLED, name, path) for (_, name), path in others.items()]
+    with new_folder(output) as folder:
+        for kind, name, path in files:
+            (folder / kind).mkdir(exist_ok=True)
+            link_or_copy(path, folder / kind / (name if path.is_dir() else f"{name}{path.suffix}"))
+        write_csv(folder / TABLE, ("name", "group"), rows)
     return dict(sorted(Counter(group for _, group in rows).items()))
 
 

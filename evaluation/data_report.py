@@ -19,7 +19,7 @@ from common.cells import connected_cells
 from common.disk import write_json
 from common.errors import InputError, fields_as_flags, list_some, settings_as_flags
 from common.spread import evenly
-from dataset.agreement import MOST_PAIRS, agreement_warnings, mask_signature
+from dataset.agreement import MOST_PAIRS, agreement_warnings, flat_warning, mask_signature, refuse_masks_as_images
 from dataset.checks import check_same_size
 from dataset.config import DataConfig
 from dataset.files import (
@@ -194,6 +194,7 @@ def survey(
         except FileError as error:
             report.mismatched.append(str(error))
             del stats[pair.mask_path]
+    _look_for_masks_as_images(report, usable, facts, stats, (image_dir, mask_dir))
     hints = name_hints(without_mask, without_image, [pair.name for pair in pairs])
     _find_problems(report, hints, list(facts.values()), image_dir, mask_dir, image_size, crop)
     report.remarks += sub_folder_warnings([image_dir, mask_dir], [*images.values(), *masks.values()])
@@ -307,6 +308,19 @@ def _find_problems(
                 f"{len(small)} images are smaller than --image-size {image_size}, which --crop random needs: "
                 f"{list_some(small)}"
             )
+
+
+def _look_for_masks_as_images(
+    report: DataReport, pairs: Sequence[Pair], facts: dict[Path, ImageFacts], stats: dict[Path, tuple], where: tuple
+) -> None:
+    """Add a problem if images equal their masks, and a remark if they look like masks."""
+    images = [facts[pair.image_path] for pair in pairs]
+    sums = [stats[pair.mask_path][0].checksum for pair in pairs]
+    try:
+        refuse_masks_as_images([one.gray_checksum == own for one, own in zip(images, sums, strict=True)], *where)
+    except InputError as error:
+        report.problems.append(fields_as_flags(str(error), error.fields))
+    report.remarks += flat_warning([pair.name for pair in pairs], [one.is_flat for one in images])
 
 
 def _decide(

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.disk import SETTINGS, check_folder, write_csv, write_json
+from common.disk import SETTINGS, new_folder, write_csv, write_json
 from common.errors import InputError, list_some
 from common.plain import read_json
 from evaluation.output import Section, Table
@@ -170,24 +170,24 @@ def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
 
 
 def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
-    """Copy the kept images into a new set. The manifest is written last: without it, a partial copy is not a set.
+    """Copy the kept images into a new set, whole or not at all.
 
     Raises:
         InputError: ``output`` exists and is not an empty folder, or lies inside the set.
     """
-    check_folder(output)
     if output.resolve().is_relative_to(samples.folder.resolve()):
         raise InputError(f"{output} lies inside the set {samples.folder}; name a folder beside it")
     rows = []
-    for sample in result.kept:
-        for name, path in (("image", sample.image_path), ("label", sample.label_path)):
-            target = output / sample.columns[name]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        outside = {"real_image": sample.real_path, "source_mask": sample.source_mask}
-        moved = {name: relative_to_set(path, output) for name, path in outside.items() if path is not None}
-        rows.append(sample.columns | moved)
-    write_json(output / SETTINGS, samples.settings | {"filter": filter_note(samples, result, output)})
-    dropped = [[sample.columns["image"], sample.columns[FIDELITY_COLUMN], why] for sample, why in result.dropped]
-    write_csv(output / DROPPED, ["image", FIDELITY_COLUMN, "reason"], dropped)
-    write_manifest(output, rows)
+    with new_folder(output) as folder:
+        for sample in result.kept:
+            for name, path in (("image", sample.image_path), ("label", sample.label_path)):
+                target = folder / sample.columns[name]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            outside = {"real_image": sample.real_path, "source_mask": sample.source_mask}
+            moved = {name: relative_to_set(path, output) for name, path in outside.items() if path is not None}
+            rows.append(sample.columns | moved)
+        write_json(folder / SETTINGS, samples.settings | {"filter": filter_note(samples, result, output)})
+        dropped = [[sample.columns["image"], sample.columns[FIDELITY_COLUMN], why] for sample, why in result.dropped]
+        write_csv(folder / DROPPED, ["image", FIDELITY_COLUMN, "reason"], dropped)
+        write_manifest(folder, rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.agreement import signature
+from dataset.agreement import gray_checksum, is_flat, signature
 from dataset.files import read_image_and_kind
 from dataset.gray import channel_shares, robust_maximum
 
@@ -33,6 +33,8 @@ class ImageFacts:
     has_channels: bool  # the file says that its channels are not colours
     channel_shares: tuple[float, ...]
     digest: str
+    is_flat: bool  # consists of pieces of one gray value, as a mask does
+    gray_checksum: int
     signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
 
 
@@ -53,6 +55,8 @@ def image_facts(path: Path) -> ImageFacts:
         has_channels=has_channels,
         channel_shares=channel_shares(image),
         digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
+        is_flat=is_flat(image),
+        gray_checksum=gray_checksum(image),
         signature=signature(image),
     )
 

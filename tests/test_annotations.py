@@ -25,6 +25,7 @@ from common.errors import InputError
 from dataset.annotations import cellpose, coco
 from dataset.annotations.cells import Cell, draw_cells, rings_to_cell
 from dataset.annotations.convert import ConvertSettings, convert, unpack_images
+from dataset.annotations.imagej import roi_of
 from dataset.annotations.outlines import outlines
 from dataset.annotations.plain_arrays import Call, NotPlain
 from dataset.files import FileError, read_mask
@@ -739,16 +740,56 @@ def test_an_archive_without_rois_is_an_image_without_cells(tmp_path, images):
     assert not read_mask(tmp_path / "out" / "b.tif").any()
 
 
-def test_curves_of_a_composite_are_dropped_with_what_to_do(tmp_path, images):
-    source = folder_of(tmp_path)
-    path = np.array([0, 2, 2, 2, 12, 2, 12, 12, 1, 2, 12, 4], np.float32)
-    curved = roifile.ImagejRoi(
-        roitype=roifile.ROI_TYPE.RECT, name="curved", left=0, top=0, right=10, bottom=10, shape_roi_size=len(path),
-        multi_coordinates=path,
+def shape_roi(path: list[float]) -> roifile.ImagejRoi:
+    """A shape of ImageJ, whose path has numbers for each segment: its kind, then its points."""
+    return roifile.ImagejRoi(
+        roitype=roifile.ROI_TYPE.RECT, name="7", left=0, top=0, right=30, bottom=30, shape_roi_size=len(path),
+        multi_coordinates=np.array(path, np.float32),
     )  # fmt: skip
-    roifile.roiwrite(source / "a.zip", [roi(20, 2, name="cell"), curved])
+
+
+def test_curves_of_a_shape_are_drawn(tmp_path, images):
+    k = 9 * 0.5523  # control points of four curves that make a circle of radius 9 around (20, 20)
+    circle = [0, 29, 20, 3, 29, 20 + k, 20 + k, 29, 20, 29, 3, 20 - k, 29, 11, 20 + k, 11, 20]
+    circle += [3, 11, 20 - k, 20 - k, 11, 20, 11, 3, 20 + k, 11, 29, 20 - k, 29, 20, 4]
+    parabola = [0, 32, 2, 2, 42, 2, 42, 12, 1, 32, 12, 4]
+    source = folder_of(tmp_path)
+    roifile.roiwrite(source / "a.zip", [shape_roi([*circle, *parabola])])
+    label, _ = converted(tmp_path, images, source)
+    rows, columns = np.indices(SIZE) + 0.5
+    inside = (rows - 20) ** 2 + (columns - 20) ** 2
+    assert (label[inside < 8.7**2] == 7).all() and not label[:, :32][inside[:, :32] > 9.3**2].any()
+    assert abs(np.count_nonzero(label[:, 32:]) - (50 + 100 / 3)) < 4  # a triangle, and the segment of a parabola
+
+
+def test_a_shape_of_unknown_segments_is_refused(tmp_path, images):
+    source = folder_of(tmp_path)
+    roifile.roiwrite(source / "a.zip", [shape_roi([0, 2, 2, 9, 12, 12])])
+    with pytest.raises(InputError, match="segment of the kind 9"):
+        converted(tmp_path, images, source)
+
+
+@pytest.mark.parametrize("offset", [0, 40_000, 60_534, 70_000])
+def test_outlines_far_from_the_corner_keep_their_place(offset):
+    ring = outlines(np.ones((3, 4), bool))[0][0] + (offset, 0)
+    again = roifile.ImagejRoi.frombytes(roi_of([ring], "1").tobytes())
+    rings = [again.coordinates()] if again.multi_coordinates is None else again.coordinates(multi=True)
+    assert {tuple(point) for point in np.asarray(rings[0]).tolist()} == {tuple(point) for point in ring.tolist()}
+
+
+def test_spots_in_the_cells_of_qupath_are_no_cells_and_nuclei_are_mentioned(tmp_path, images):
+    def feature(kind: str, place: tuple[int, int, int], name: str = "") -> dict:
+        properties = {"objectType": kind} | ({"classification": {"name": name}} if name else {})
+        return {"type": "Feature", "geometry": polygon(*place), "properties": properties}
+
+    cell = feature("cell", (2, 2, 10)) | {"nucleusGeometry": polygon(4, 4, 4)}
+    features = [cell, feature("detection", (5, 5, 2)), feature("detection", (30, 5, 4))]
+    features.append(feature("detection", (40, 20, 2), "Subcellular spot: Channel 2 object"))
+    source = written(folder_of(tmp_path), features)
     label, result = converted(tmp_path, images, source)
-    assert np.count_nonzero(label) == 36 and "Interpolate" in str(result.counts["a"].dropped)
+    assert [np.count_nonzero(label == number) for number in (1, 2, 3, 4)] == [100, 0, 16, 0]
+    assert result.counts["a"].dropped == {"a spot in a cell": 2}
+    assert any("1 cells have an outline of their nucleus" in line for line in result.lines())
 
 
 @pytest.mark.parametrize("start", [2.5, 3.0])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.agreement import agreement_warnings, mask_signature, signature
+from common.cells import connected_cells
+from common.errors import InputError
+from dataset.agreement import agreement_warnings, is_flat, mask_signature, signature
 from dataset.config import DataConfig
 from dataset.files import pair_files, read_image, read_mask
 from dataset.folders import PairedFolder
@@ -80,3 +82,55 @@ def test_real_sets_are_not_warned_about(kind, prefix):
     folder = DATA / kind / "val"
     pairs = [pair for pair in pair_files(folder / "images", folder / "masks") if pair.name.startswith(prefix)]
     assert warnings_of([(read_image(p.image_path).mean(axis=2), read_mask(p.mask_path)) for p in pairs]) == []
+
+
+def written(folder: Path, kind: str, arrays: list[np.ndarray]) -> Path:
+    (folder / kind).mkdir(parents=True)
+    for number, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / kind / f"f{number}.png")
+    return folder / kind
+
+
+def numbered(seed: int) -> np.ndarray:
+    """(64, 64) uint16 cells with ids."""
+    return (connected_cells(drawn(seed)[1]) * 3).astype(np.uint16)
+
+
+@pytest.mark.parametrize("mask", [lambda seed: drawn(seed)[1], numbered])
+def test_masks_given_as_images_are_refused(tmp_path, mask):
+    arrays = [mask(seed) for seed in range(6)]
+    images, masks = written(tmp_path, "images", arrays), written(tmp_path, "masks", arrays)
+    with pytest.raises(InputError, match="6 of 6 images .* equal their masks") as error:
+        PairedFolder(images, masks, DataConfig(16, 2, channels=1), "instances")
+    assert error.value.fields == ("data_path",)
+    report, *_ = survey(images, masks, mask_type="instances")
+    assert any("equal their masks" in problem and "--data-path" in problem for problem in report.problems)
+
+
+def test_images_that_look_like_masks_are_warned_about_in_training_and_in_the_report(tmp_path, caplog):
+    images = written(tmp_path, "images", [numbered(seed) for seed in range(6)])
+    masks = written(tmp_path, "masks", [drawn(seed)[1] for seed in range(6)])
+    PairedFolder(images, masks, DataConfig(16, 2, channels=1))
+    report, *_ = survey(images, masks)
+    for lines in ([record.getMessage() for record in caplog.records], report.remarks):
+        assert any("6 of 6 images consist of pieces of one gray value" in line for line in lines)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7])
+def test_noise_saturated_ground_and_smooth_images_are_not_flat(channels):
+    image, mask = drawn(1)
+    saturated = np.where(mask, image, 255)
+    rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    smooth = np.sin(rows / 20) * columns
+    blank = np.zeros_like(image)
+    for one, expected in ((image, False), (saturated, False), (smooth, False), (blank, False), (mask, True)):
+        assert is_flat(np.dstack([one] * channels)) == expected
+
+
+@needs_data
+@pytest.mark.parametrize("folder", ["nuclei/train", "leukocytes/train", "histology/train"])
+def test_real_images_are_not_flat_and_their_masks_are(folder):
+    paths = sorted((DATA / folder / "images").iterdir())[:40]
+    masks = sorted((DATA / folder / "masks").iterdir())[:40]
+    assert sum(is_flat(read_image(path)) for path in paths) == 0
+    assert all(is_flat(read_mask(path)[:, :, None]) for path in masks if np.ptp(read_mask(path)))

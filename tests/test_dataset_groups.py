@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +84,23 @@ def test_what_is_unclear_is_refused_before_anything_is_written(lab, tmp_path, ch
     with pytest.raises(InputError, match=words):
         gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
     assert not (tmp_path / "flat").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_same_call_works_later(lab, tmp_path, monkeypatch):
+    calls = []
+
+    def full(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        shutil.copy(source, target)
+
+    monkeypatch.setattr("dataset.groups.link_or_copy", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
+    assert not (tmp_path / "flat").exists() and ".tmp" not in error.value.filename
+    gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
+    assert (tmp_path / "flat" / "groups.csv").is_file()
 
 
 def test_two_images_of_one_name_are_refused(lab, tmp_path):

@@ -31,6 +31,7 @@ class Cell:
         number: its id in the file, or None.
         name: name of its class, or empty.
         unusable: why the entry is no cell, such as "a line". Empty for a cell.
+        has_nucleus: the file also holds an outline of its nucleus, which is not drawn.
     """
 
     top: int
@@ -39,6 +40,7 @@ class Cell:
     number: int | None = None
     name: str = ""
     unusable: str = ""
+    has_nucleus: bool = False
 
     @classmethod
     def none(cls, unusable: str) -> Cell:
@@ -56,6 +58,7 @@ class CellCounts:
         overlapping: cells that share a pixel with another cell.
         outside: cells that reach beyond the image.
         enclosing: cells with several other cells inside, which may be regions.
+        with_nucleus: cells with an outline of their nucleus, which is not drawn.
         dropped: reason -> number of entries that are not in the label image.
     """
 
@@ -64,6 +67,7 @@ class CellCounts:
     overlapping: int = 0
     outside: int = 0
     enclosing: int = 0
+    with_nucleus: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
 
@@ -175,6 +179,7 @@ def draw_cells(
     counts = CellCounts(read=len(everything))
     dropped: Counter[str] = Counter(cell.unusable for cell in everything if cell.unusable)
     usable = [cell for cell in everything if not cell.unusable]
+    counts.with_nucleus = sum(cell.has_nucleus for cell in usable)
     if names is not None:
         dropped["another class"] = sum(cell.name not in names for cell in usable)
         usable = [cell for cell in usable if cell.name in names]

@@ -84,6 +84,9 @@ class Conversion:
                 f"{len(regions)} images have a cell with several other cells inside: {list_some(regions)}. If it is a "
                 "region of interest, delete it in the annotations"
             )
+        nuclei = sum(one.with_nucleus for one in self.counts.values())
+        if nuclei:
+            lines.append(f"{nuclei} cells have an outline of their nucleus, too: that of the whole cell is drawn")
         if self.unused:
             lines.append(f"no cell has the class {list_some(self.unused)}: the files hold {list_some(self.found, 8)}")
         if self.without:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from dataset.decode import FileError
 
 DETECTIONS = ("detection", "cell")
 NO_CELLS = {"tile": "a tile", "tma_core": "a core of a microarray", "root": "the whole image"}
+SUBCELLULAR = "Subcellular"  # how QuPath begins the classes of spots and clusters that it finds in cells
 IGNORED = "*"  # QuPath ignores classes with this ending, such as Region* and Ignore*
 
 
@@ -74,11 +76,14 @@ def _cell(feature: dict[str, Any], number: int, size: tuple[int, int]) -> Cell:
     name = str(named.get("name") or ": ".join(named.get("names", ()))) if isinstance(named, dict) else str(named)
     if name.endswith(IGNORED):
         return Cell.none(f"of the class {name}, which QuPath ignores")
+    if name.startswith(SUBCELLULAR):
+        return Cell.none("a spot in a cell")
     parts = [
         rings_to_cell([np.array(ring, float)[:, :2] for ring in polygon if len(ring)], size=size)
         for polygon in polygons
     ]
-    return union([part for part in parts if not part.unusable], number, name)
+    cell = union([part for part in parts if not part.unusable], number, name)
+    return dataclasses.replace(cell, has_nucleus=feature.get("nucleusGeometry") is not None)
 
 
 def _polygons(geometry: dict[str, Any]) -> Iterator[list[Any]]:
@@ -101,17 +106,26 @@ def _kind(feature: dict[str, Any]) -> str:
 
 
 def _without_regions(cells: list[Cell], kinds: Sequence[str]) -> list[Cell]:
-    """Mark tiles and the like, and annotations that hold a detection or a cell, as entries that are no cells."""
+    """Mark entries that are no cells: tiles and the like, annotations that hold detections or cells, and detections in
+    a cell, which are parts of it."""
     inner = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in DETECTIONS and cell.mask.any()]
-    first = np.array([np.argwhere(cell.mask)[0] + (cell.top, cell.left) for cell in inner], int).reshape(-1, 2)
+    first = np.array([_first_pixel(cell) for cell in inner], int).reshape(-1, 2)
+    whole = [cell for cell, kind in zip(cells, kinds, strict=True) if kind == "cell"]
     kept = []
     for cell, kind in zip(cells, kinds, strict=True):
         if kind in NO_CELLS:
             cell = Cell.none(NO_CELLS[kind])
         elif kind == "annotation" and _holds(cell, first):
             cell = Cell.none("a region with cells in it")
+        elif kind == "detection" and cell.mask.any() and any(_holds(one, _first_pixel(cell)[None]) for one in whole):
+            cell = Cell.none("a spot in a cell")
         kept.append(cell)
     return kept
+
+
+def _first_pixel(cell: Cell) -> np.ndarray:
+    """(2,) row and column in the image of a pixel of a cell."""
+    return np.argwhere(cell.mask)[0] + (cell.top, cell.left)
 
 
 def _holds(region: Cell, pixels: np.ndarray) -> bool:

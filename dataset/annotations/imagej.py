@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ from dataset.names import is_litter
 NO_CELLS = {"TEXT": "a text", "IMAGE": "a picture", "NOROI": "an empty ROI"}
 AREAS = ("POLYGON", "FREEHAND", "TRACED", "RECT", "OVAL")
 MOST_BYTES = 2**26  # of one ROI
+LARGEST_WHOLE = 60_535  # ImageJ reads a larger 16-bit number as a negative one
+# A shape is a path of segments: the kind, then this many numbers. 0 moves, 1 draws a line, 2 and 3 a curve, 4 closes.
+PATH_NUMBERS = {0: 2, 1: 2, 2: 4, 3: 6, 4: 0}
+CURVE_POINTS = 16  # corners in place of one curve
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
@@ -70,10 +75,13 @@ def _read_zip(path: Path) -> list[roifile.ImagejRoi]:
 
 
 def roi_of(rings: Sequence[np.ndarray], name: str) -> roifile.ImagejRoi:
-    """A ROI of these rings (n, 2) of corners x, y: a traced outline, or a composite if there are holes or pieces."""
+    """A ROI of these rings (n, 2) of corners x, y: a traced outline, or a composite if there are holes or pieces.
+
+    A corner beyond :data:`LARGEST_WHOLE` makes a composite, too, whose corners are floats. Its box then ends there.
+    """
     points = np.concatenate(rings)
-    (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
-    if len(rings) == 1:
+    (left, top), (right, bottom) = (np.minimum(one, LARGEST_WHOLE) for one in (points.min(axis=0), points.max(axis=0)))
+    if len(rings) == 1 and points.max() <= LARGEST_WHOLE:
         roi = roifile.ImagejRoi.frompoints(rings[0], name=name)
         roi.roitype, roi.right, roi.bottom = roifile.ROI_TYPE.TRACED, int(right), int(bottom)
         return roi
@@ -94,16 +102,46 @@ def _cell(roi: roifile.ImagejRoi, number: int, size: tuple[int, int]) -> Cell:
     if kind in NO_CELLS:
         return Cell.none(NO_CELLS[kind])
     if roi.multi_coordinates is not None:
-        try:
-            rings = list(roi.coordinates(multi=True))
-        except (ValueError, NotImplementedError):  # roifile reads straight lines only
-            return Cell.none("a shape with curves: Edit > Selection > Interpolate of ImageJ makes straight lines")
-        return rings_to_cell(rings, number, name, size)
+        return rings_to_cell(_rings_of_path(np.asarray(roi.multi_coordinates)), number, name, size)
     if kind not in AREAS:
         return Cell.none(f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind.lower()}")
     if kind == "OVAL":
         return _oval(roi, number, name, size)
     return rings_to_cell([np.asarray(roi.coordinates())], number, name, size)
+
+
+def _rings_of_path(path: np.ndarray) -> list[np.ndarray]:
+    """Rings, each (n, 2), x and y of the corners, of the path of a shape: see :data:`PATH_NUMBERS`.
+
+    Raises:
+        ValueError: the path is damaged.
+    """
+    rings: list[list[np.ndarray]] = []
+    place = 0
+    while place < len(path):
+        kind = int(path[place])
+        if kind not in PATH_NUMBERS or (kind and not rings):
+            raise ValueError(f"a shape with a segment of the kind {path[place]:g}")
+        points = path[place + 1 : place + 1 + PATH_NUMBERS[kind]].reshape(-1, 2)
+        place += 1 + PATH_NUMBERS[kind]
+        if kind == 0:
+            rings.append([points])
+        elif len(points):
+            rings[-1].append(points if kind == 1 else _curve(np.concatenate([rings[-1][-1][-1:], points])))
+    return [np.concatenate(ring) for ring in rings]
+
+
+def _curve(points: np.ndarray) -> np.ndarray:
+    """(CURVE_POINTS, 2) corners along a Bezier curve after its start, by the algorithm of de Casteljau.
+
+    Args:
+        points: (3, 2) or (4, 2) start, control points and end.
+    """
+    t = np.linspace(0, 1, CURVE_POINTS + 1)[1:, None]
+    between = list(points)
+    while len(between) > 1:
+        between = [(1 - t) * one + t * other for one, other in pairwise(between)]
+    return between[0]
 
 
 def _oval(roi: roifile.ImagejRoi, number: int, name: str, size: tuple[int, int]) -> Cell:
