@@ -8,9 +8,8 @@ can run code or fill the memory. What the values of masks mean is decided in ``m
 from __future__ import annotations
 
 import io
-import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,16 @@ from PIL import Image
 from common.cells import connected_cells
 from common.errors import InputError, list_some
 from dataset.decode import CHANNELS, JPEG_START, LAST_AXIS, PNG_START, FileError, decode
-from dataset.folder_hints import BY_PRODUCTS, IMAGE_SUFFIXES, MASK_SUFFIXES, files_in, no_folder, what_instead
-from dataset.names import is_litter, is_split, name_hints, odd_names, partners, split_together
+from dataset.folder_hints import (
+    BY_PRODUCTS,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    Listing,
+    files_in,
+    list_folder,
+    what_instead,
+)
+from dataset.names import is_split, name_hints, odd_names, partners, split_together
 
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
 _FLOWS_ENDING = "_flows"
@@ -43,7 +50,7 @@ class Pair:
 # ---------------------------------------------------------------------------------------------------- find and pair
 
 
-def find_files(folder: str | Path, what: str) -> dict[str, Path]:
+def find_files(folder: str | Path, what: str, listing: Listing | None = None) -> dict[str, Path]:
     """Image or mask files of one folder, by stem; hidden files and by-products of Cellpose are left out.
 
     A folder without files may hold one folder per image instead, as the 2018 Data Science Bowl does:
@@ -53,6 +60,7 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
     Args:
         folder: where to look; nothing below it is searched except in the layout above.
         what: what is looked for, for messages. All but "image" may be .npy and .npz or in folders of nuclei, too.
+        listing: names in the folder, if they were read already.
 
     Returns:
         stem -> path, sorted by stem. ``NAME.ome.tif`` has the stem ``NAME``.
@@ -62,23 +70,21 @@ def find_files(folder: str | Path, what: str) -> dict[str, Path]:
     """
     folder = Path(folder)
     suffixes = IMAGE_SUFFIXES if what.startswith("image") else MASK_SUFFIXES
-    if not folder.is_dir():
-        raise FileError(folder, f"is no folder of {what} files: {no_folder(folder)}")
+    listing = listing or list_folder(folder, what)
     found: dict[str, Path] = {}
     twice, others, by_products = [], [], []
-    with os.scandir(folder) as entries:  # no stat per file: 100,000 names take well under a second
-        for name in sorted(entry.name for entry in entries if not is_litter(entry.name)):
-            stem, dot, suffix = name.rpartition(".")
-            if not stem or dot + suffix.lower() not in suffixes:
-                others.append(name)
-            elif BY_PRODUCTS.search(name):
-                by_products.append(name)
-            else:
-                stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))  # a Mac writes accents as letters apart
-                if stem in found:
-                    alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found[stem].name)
-                    twice.append(f"{found[stem].name} and {name}{TWO_FORMS if alike else ''}")
-                found[stem] = folder / name
+    for name in sorted((*listing.files, *listing.folders)):
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or dot + suffix.lower() not in suffixes:
+            others.append(name)
+        elif BY_PRODUCTS.search(name):
+            by_products.append(name)
+        else:
+            stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))  # a Mac writes accents as letters apart
+            if stem in found:
+                alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found[stem].name)
+                twice.append(f"{found[stem].name} and {name}{TWO_FORMS if alike else ''}")
+            found[stem] = folder / name
     odd = odd_names((*found, *others))
     if odd:  # they end in tables, in messages and on a terminal
         raise FileError(folder, odd)
@@ -137,9 +143,16 @@ def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[P
     return [Pair(name, images[a], masks[b]) for name, (a, b) in sorted(pairs.items())], lonely_images, lonely_masks
 
 
-def find_images_and_masks(image_dir: str | Path, mask_dir: str | Path) -> tuple[dict[str, Path], dict[str, Path]]:
+def list_folders(image_dir: str | Path, mask_dir: str | Path) -> tuple[Listing, Listing]:
+    """Names in a folder of images and in one of masks."""
+    return list_folder(image_dir, "image"), list_folder(mask_dir, "mask")
+
+
+def find_images_and_masks(
+    image_dir: str | Path, mask_dir: str | Path, listings: Sequence[Listing | None] = (None, None)
+) -> tuple[dict[str, Path], dict[str, Path]]:
     """:func:`find_files` of both folders; one folder for both is split by the words in the names."""
-    images, masks = find_files(image_dir, "image"), find_files(mask_dir, "mask")
+    images, masks = find_files(image_dir, "image", listings[0]), find_files(mask_dir, "mask", listings[1])
     first = next(iter(masks.values()))
     together = Path(image_dir).samefile(mask_dir) and first.is_file() and first.parent == Path(mask_dir)
     if together:
@@ -159,8 +172,15 @@ def _seg_hint(folder: Path) -> str:
     return f"; {segs} _seg.npy of Cellpose are no masks yet: make_masks.py convert makes label images" if segs else ""
 
 
-def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
+def pair_files(
+    image_dir: str | Path, mask_dir: str | Path, listings: Sequence[Listing | None] = (None, None)
+) -> list[Pair]:
     """Every image with its mask, by name over mixed suffixes.
+
+    Args:
+        image_dir: folder of images.
+        mask_dir: folder of masks.
+        listings: names in the two folders, if they were read already.
 
     Returns:
         pairs sorted by name.
@@ -168,7 +188,7 @@ def pair_files(image_dir: str | Path, mask_dir: str | Path) -> list[Pair]:
     Raises:
         InputError: a file without partner (all of them in one message), a missing or empty folder.
     """
-    images, masks = find_images_and_masks(image_dir, mask_dir)
+    images, masks = find_images_and_masks(image_dir, mask_dir, listings)
     pairs, lonely_images, lonely_masks = match_names(images, masks)
     faults = []
     if lonely_images:

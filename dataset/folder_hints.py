@@ -8,8 +8,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import list_some
+from dataset.decode import FileError
 from dataset.names import is_litter
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -22,6 +24,42 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _NOTES = {"", ".txt", ".csv", ".tsv", ".md", ".json", ".xml", ".yaml", ".yml", ".log", ".xlsx", ".pdf", ".db", ".ini"}
 _MASK_WORD = re.compile(r"mask|label|seg|anno", re.IGNORECASE)
 MOST_LEVELS = 3  # of sub-folders that are searched for files
+
+
+class Listing(NamedTuple):
+    """Names in a folder, sorted. Hidden ones and those that systems leave everywhere are left out."""
+
+    folder: Path
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+def list_folder(folder: str | Path, what: str) -> Listing:
+    """Read the names in a folder. On a network disk with many files this takes seconds, so it is done once.
+
+    Args:
+        folder: the folder.
+        what: what it holds, for the message.
+
+    Raises:
+        FileError: no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileError(folder, f"is no folder of {what} files: {no_folder(folder)}")
+    names: dict[bool, list[str]] = {False: [], True: []}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_litter(entry.name):
+                names[_is_folder(entry)].append(entry.name)
+    return Listing(folder, tuple(sorted(names[False])), tuple(sorted(names[True])))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
@@ -115,38 +153,35 @@ def _holds_rois(path: Path) -> bool:
         return False
 
 
-def other_files_warnings(folders: Sequence[str | Path]) -> list[str]:
+def other_files_warnings(listings: Sequence[Listing]) -> list[str]:
     """Warnings about files that look like data and are of a kind that is not read, such as .gif and .jp2."""
     warnings = []
-    for folder in dict.fromkeys(map(Path, folders)):
-        with os.scandir(folder) as entries:
-            kept = sorted(entry.name for entry in entries if not is_litter(entry.name) and not entry.is_dir())
+    for listing in dict.fromkeys(listings):
         others = [
             name
-            for name in kept
+            for name in listing.files
             if Path(name).suffix.lower() not in _NOTES.union(MASK_SUFFIXES) and not BY_PRODUCTS.search(name)
         ]
         if others:
-            warnings.append(f"{folder}: files of a kind that is not read: {list_some(others)}")
+            warnings.append(f"{listing.folder}: files of a kind that is not read: {list_some(others)}")
     return warnings
 
 
-def sub_folder_warnings(folders: Sequence[str | Path], known: Iterable[Path]) -> list[str]:
+def sub_folder_warnings(listings: Sequence[Listing], known: Iterable[Path]) -> list[str]:
     """Warnings about sub-folders with files that are not read, beside files that are.
 
     Args:
-        folders: folders of images and of masks.
+        listings: folders of images and of masks.
         known: files, or folders of nuclei, that are read.
     """
+    folders = [listing.folder for listing in listings]
     used = [os.path.abspath(path) for path in (*folders, *known)]  # noqa: PTH100 - many files: strings are quicker
     warnings = []
-    for folder in dict.fromkeys(map(Path, folders)):
-        start = os.path.join(os.path.abspath(folder), "")  # noqa: PTH100, PTH118
+    for listing in dict.fromkeys(listings):
+        start = os.path.join(os.path.abspath(listing.folder), "")  # noqa: PTH100, PTH118
         tops = {path[len(start) :].partition(os.sep)[0] for path in used if path.startswith(start)}
-        with os.scandir(folder) as entries:
-            inner = sorted(one.name for one in entries if one.is_dir() and not is_litter(one.name))
-        for name in inner:
-            count = 0 if name in tops else len(files_in(folder / name, MASK_SUFFIXES))
+        for name in listing.folders:
+            count = 0 if name in tops else len(files_in(listing.folder / name, MASK_SUFFIXES))
             if count:
-                warnings.append(f"{folder}: files in the sub-folder {name} ({count}) are not read")
+                warnings.append(f"{listing.folder}: files in the sub-folder {name} ({count}) are not read")
     return warnings

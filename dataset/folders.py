@@ -34,7 +34,7 @@ from dataset.agreement import (
 from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
-from dataset.files import FileError, Pair, pair_files, read_mask
+from dataset.files import FileError, Pair, list_folders, pair_files, read_mask
 from dataset.folder_hints import other_files_warnings, sub_folder_warnings
 from dataset.gray import (
     ROBUST_PERCENTILES,
@@ -138,10 +138,10 @@ class PairedFolder(torch.utils.data.Dataset):
         Raises:
             InputError: files are unusable. The message names them all.
         """
-        pairs = pair_files(image_dir, mask_dir)
+        listings = list_folders(image_dir, mask_dir)
+        pairs = pair_files(image_dir, mask_dir, listings)
         known = [path for pair in pairs for path in (pair.image_path, pair.mask_path)]
-        folders = (image_dir, mask_dir)
-        for warning in other_files_warnings(folders) + sub_folder_warnings(folders, known):
+        for warning in other_files_warnings(listings) + sub_folder_warnings(listings, known):
             logger.warning("%s", warning)
         self.pairs = _keep_names(pairs, names, image_dir)
         self.config, self.augment, self.seed = config, augment, seed

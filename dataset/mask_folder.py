@@ -20,7 +20,7 @@ from dataset.files import (
     match_names,
     read_mask_and_table,
 )
-from dataset.folder_hints import other_files_warnings, sub_folder_warnings
+from dataset.folder_hints import Listing, list_folder, other_files_warnings, sub_folder_warnings
 from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings
@@ -93,11 +93,12 @@ class MaskFolder:
             raise ValueError("window_scope 'dataset' needs window_values: take the config of the training data set")
         self.config = config
         self.whole_scale = whole_scale
-        self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir)
+        listing = list_folder(mask_path, "mask") if Path(mask_path).is_dir() else None
+        self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir, listing)
         self.names = sorted(self.paths)
-        if Path(mask_path).is_dir():
-            for warning in other_files_warnings([mask_path]) + sub_folder_warnings([mask_path], self.paths.values()):
-                logger.warning("%s", warning)
+        listings = [listing] if listing else []
+        for warning in other_files_warnings(listings) + sub_folder_warnings(listings, self.paths.values()):
+            logger.warning("%s", warning)
         checked = self._read_all(f"masks of {mask_path}", progress)
         self._sizes = {name: size for name, (_, size) in checked.items()}
         stats = [checked[name][0] for name in self.names]
@@ -178,12 +179,14 @@ class MaskFolder:
         return MaskItem(name, self.paths[name], view, label.copy(), prob, tensor, window)
 
 
-def _find_masks(mask_path: Path, image_dir: str | Path | None) -> tuple[dict[str, Path], dict[str, Path] | None]:
+def _find_masks(
+    mask_path: Path, image_dir: str | Path | None, listing: Listing | None
+) -> tuple[dict[str, Path], dict[str, Path] | None]:
     """Masks by name, and images by name if ``image_dir`` is given. Then masks without an image are left out."""
-    if mask_path.is_dir() and image_dir is not None:
-        images, masks = find_images_and_masks(image_dir, mask_path)
+    if listing and image_dir is not None:
+        images, masks = find_images_and_masks(image_dir, mask_path, (None, listing))
     else:
-        masks = find_files(mask_path, "mask") if mask_path.is_dir() else {mask_path.stem: mask_path}
+        masks = find_files(mask_path, "mask", listing) if listing else {mask_path.stem: mask_path}
         images = find_files(image_dir, "image") if image_dir is not None else {}
     if image_dir is not None:
         pairs, _, lonely = match_names(images, masks)

@@ -26,17 +26,18 @@ from dataset.files import (
     FileError,
     Pair,
     find_images_and_masks,
+    list_folders,
     match_names,
     read_image_and_kind,
     read_mask,
     read_mask_and_table,
 )
-from dataset.folder_hints import sub_folder_warnings
+from dataset.folder_hints import Listing, sub_folder_warnings
 from dataset.gray import colour_warnings, default_window_channels, image_window, narrow_channels_warning, to_display
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import MaskRule, decide_mask_rule
-from dataset.names import is_litter, name_hints
+from dataset.names import name_hints
 from dataset.views import native_view
 from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
 from evaluation.output import new_figure, save_figure, show_image
@@ -166,7 +167,8 @@ def survey(
         InputError: a folder is missing or empty.
     """
     DataConfig(image_size or 1, num_classes, crop)  # refuses what training refuses
-    images, masks = find_images_and_masks(image_dir, mask_dir)
+    listings = list_folders(image_dir, mask_dir)
+    images, masks = find_images_and_masks(image_dir, mask_dir, listings)
     pairs, without_mask, without_image = match_names(images, masks)
     facts, image_errors = _read_all(images, image_facts, "reading images", progress)
     stats, mask_errors = _read_all(masks, _mask_facts, "reading masks", progress)
@@ -180,7 +182,7 @@ def survey(
         without_image=without_image,
         without_mask=without_mask,
         unreadable=image_errors + mask_errors,
-        left_out=_others([image_dir, mask_dir], {*images.values(), *masks.values()}),
+        left_out=_others(listings, {*images.values(), *masks.values()}),
         duplicates=near_duplicates(list(facts.values())),
     )
     usable = []
@@ -197,7 +199,7 @@ def survey(
     _look_for_masks_as_images(report, usable, facts, stats, (image_dir, mask_dir))
     hints = name_hints(without_mask, without_image, [pair.name for pair in pairs])
     _find_problems(report, hints, list(facts.values()), image_dir, mask_dir, image_size, crop)
-    report.remarks += sub_folder_warnings([image_dir, mask_dir], [*images.values(), *masks.values()])
+    report.remarks += sub_folder_warnings(listings, [*images.values(), *masks.values()])
     rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize, mask_values)
     if rule is not None:
         _count_cells(report, usable, rule, progress)
@@ -225,10 +227,10 @@ def _read_all(files: dict[str, Path], read, title: str, progress: bool) -> tuple
     return found, errors
 
 
-def _others(folders: Sequence[str | Path], known: set[Path]) -> list[str]:
+def _others(listings: Sequence[Listing], known: set[Path]) -> list[str]:
     """Names of all other files in the folders, except hidden files."""
-    found = {path for folder in folders for path in Path(folder).iterdir() if path.is_file()}
-    return sorted(path.name for path in found - known if not is_litter(path.name))
+    found = {listing.folder / name for listing in listings for name in listing.files}
+    return sorted(path.name for path in found - known)
 
 
 def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, ...], np.ndarray]:
