@@ -503,10 +503,13 @@ def test_a_hundred_thousand_names_pair_in_seconds(tmp_path, monkeypatch):
         def __init__(self, name):
             self.name = name
 
+        def is_dir(self):
+            return False
+
     listing = Listing(Entry(name) for name in names)
     for folder in ("i", "m"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(files.os, "scandir", lambda _: listing)
+    monkeypatch.setattr("os.scandir", lambda _: listing)
     monkeypatch.setattr(Path, "is_file", lambda _: True)
     start = time.process_time()
     assert len(pair_files(tmp_path / "i", tmp_path / "m")) == 100_000
