@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import InputError
-from dataset import decode, files
+from dataset import decode
 from dataset.decode import FileError
 from dataset.files import find_files, pair_files, read_image, read_mask, read_mask_and_table
 
