@@ -308,6 +308,10 @@ def _check_size(shape: tuple[int, ...], bytes_per_value: int, path: Path) -> Non
     if size > most or min(shape) < 1:
         raise FileError(
             path,
-            f"claims {' x '.join(map(str, shape))} values ({size / 2**30:.3g} GiB), at least one and at most "
-            f"{most / 2**30:.3g} GiB are read: cut it into tiles",
+            f"claims {' x '.join(map(str, shape))} values ({_bytes(size)}), at least one and at most {_bytes(most)} "
+            "are read: cut it into tiles",
         )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -223,6 +223,9 @@ def test_a_broken_file_is_a_message_on_the_page(page, tmp_path):
     page.give_file("#file", path)
     page.wait("!byId('error').hidden")
     assert "broken.png" in page.run("return byId('error').textContent")
+    path.write_bytes(encode_image(np.arange(256, dtype=np.uint8).reshape(16, 16, 1) // 90))
+    page.give_file("#file", path)
+    page.wait("byId('error').textContent.includes('File holds: cell numbers')")
     page.drag("#mask", STROKE)
     page.wait(IS_DONE)
 
@@ -397,6 +400,13 @@ def test_a_preview_that_takes_long_comes_after_a_sketch_of_the_image_shown(page)
 def test_the_image_follows_the_zoom_of_the_canvas(page):
     page.click("#zoom_in")
     page.wait("byId('image').style.transform.includes('scale(1.5)')")
+    box = "byId('{}').getBoundingClientRect()"
+    image, square = box.format("image"), box.format("picture")
+    left, top, width = page.run(
+        f"const [a, b] = [{image}, {square}]; return [a.left - b.left, a.top - b.top, a.width / b.width]"
+    )
+    assert abs(width - 1.5) < 0.01
+    assert np.allclose([left, top], page.run("return [editor.left, editor.top]"), atol=1)
     left = page.run("return editor.left")
     page.run("setTool('move')")
     page.drag("#mask", [(0.5, 0.5), (0.6, 0.5)])

@@ -405,7 +405,7 @@ class LabelCanvas {
 
   paintLabel() {
     const words = new Uint32Array(this.pixels.data.buffer); // a pixel each
-    const wordOf = (color) => new Uint32Array(Uint8Array.of(...color, 255).buffer)[0];
+    const wordOf = (color = [255, 0, 255]) => new Uint32Array(Uint8Array.of(...color, 255).buffer)[0];
     const boundary = this.hasBoundary ? wordOf(this.classColors[2]) : 0;
     const known = new Map();
     let [latest, word] = [-1, 0];

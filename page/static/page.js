@@ -496,8 +496,9 @@ async function startFrom(index, button) {
 
 // ----------------------------------------------------------------------------------------------------- showing
 
+/** Show a message. Where it names a type of mask, it says how to choose this here. */
 function showError(message) {
-  byId("error_text").textContent = message;
+  byId("error_text").textContent = message.replace(/mask_type=(\w+)/g, (all, name) => `File holds: ${MASK_WORDS[name] || name}`);
   byId("error").hidden = false;
 }
 
