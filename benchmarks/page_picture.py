@@ -25,7 +25,7 @@ from browser import CHROMIUM, DRIVER, MISSING, Browser  # noqa: E402
 from common.arguments import non_negative_int, positive_int  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 
-WIDTH, MARGIN = 1440, 18  # pixels
+WIDTH, MARGIN = 1440, 8  # pixels
 DONE = "document.body.dataset.state === 'done' && looks !== null && document.body.dataset.state"
 
 
@@ -43,7 +43,7 @@ def take_picture(page: Browser, mask: int) -> bytes:
     page.wait(DONE)
     bottom = page.run("return byId('masks_card').getBoundingClientRect().bottom + window.scrollY")
     page.resize(WIDTH, round(bottom) + MARGIN)
-    page.run("window.scrollTo(0, 0); document.activeElement.blur()")
+    page.run("document.documentElement.style.overflow = 'hidden'; window.scrollTo(0, 0); document.activeElement.blur()")
     time.sleep(0.5)  # the browser paints
     return page.screenshot()
 
