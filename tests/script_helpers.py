@@ -19,6 +19,8 @@ from PIL import Image
 from common.errors import run_command
 
 ROOT = Path(__file__).parents[1]
+# Seconds after which a process hangs. It takes seconds alone, and minutes if others use the machine.
+PATIENCE = 900
 TINY = ["--vae", "none", "--model", "SiT-Ti/8", "--image-size", "16", "--global-batch-size", "4", "--device", "cpu"]
 TINY += ["--precision", "float32", "--warmup-steps", "2", "--lr", "1e-3"]
 
@@ -47,7 +49,9 @@ def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (24, 20), 
     return images, masks
 
 
-def run(*words: object, ranks: int = 1, check: bool = True, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: object, ranks: int = 1, check: bool = True, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
     """Run ``python SCRIPT ...``, or under torchrun with several ranks; one thread each."""
     words = tuple(str(word) for word in words)
     launcher = [sys.executable]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script_helpers import FEW_STEPS, ROOT, run, train_arguments, write_pairs
+from script_helpers import FEW_STEPS, PATIENCE, ROOT, run, train_arguments, write_pairs
 
 from engine.checkpoint import read_checkpoint
 
@@ -63,7 +63,7 @@ def stopped_job(script: list[str], environment: dict[str, str], metrics: Path, n
     """
     before = lines_of(metrics)
     job = subprocess.Popen(script, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while lines_of(metrics) <= before:
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -71,7 +71,7 @@ def stopped_job(script: list[str], environment: dict[str, str], metrics: Path, n
     for process in [job.pid, *processes] if number == signal.SIGTERM else processes:
         with contextlib.suppress(ProcessLookupError):  # torchrun was faster to end it
             os.kill(process, number)
-    _, said = job.communicate(timeout=200)
+    _, said = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0 and "leaving at step" in said and "Traceback" not in said.partition("leaving at")[0]
     deadline = time.monotonic() + 60
     while left := [process for process in processes if Path(f"/proc/{process}/stat").exists()]:
@@ -97,7 +97,7 @@ def test_a_job_that_is_stopped_saves_is_requeued_and_continues(pairs, slurm, tmp
     assert int(saved.stem) < int(newest.stem) < 120
 
     last = {**slurm, "SLURM_RESTART_COUNT": "2"}
-    again = subprocess.run(script, cwd=ROOT, env=last, capture_output=True, text=True, timeout=300, check=False)
+    again = subprocess.run(script, cwd=ROOT, env=last, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert again.returncode == 0, again.stderr
     assert f"continuing after step {int(newest.stem)}" in again.stderr
     assert requeued.read_text() == "4711\n"
@@ -110,7 +110,7 @@ def test_a_job_that_fails_at_once_is_not_requeued(pairs, slurm, tmp_path):
     words = [str(word) for word in train_arguments(*pairs, tmp_path / "jobs", "cells", 60)[1:]]
     script = ["bash", "cluster/train.sbatch", *words, "--data-path", str(tmp_path / "absent")]
     job = {**slurm, "REQUEUE_AFTER_SECONDS": "600"}
-    failed = subprocess.run(script, cwd=ROOT, env=job, capture_output=True, text=True, timeout=200, check=False)
+    failed = subprocess.run(script, cwd=ROOT, env=job, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert failed.returncode != 0 and "absent" in failed.stderr
     assert not (tmp_path / "requeued").exists()
 
@@ -133,5 +133,5 @@ def test_the_tasks_of_an_array_make_a_whole_set(pairs, slurm, tmp_path):
         array = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "3"}
         script = ["bash", "cluster/sample.sbatch", *map(str, words), "--sample-dir", str(tmp_path / "set")]
         assert not (tmp_path / "set" / "manifest.csv").exists()
-        subprocess.run(script, cwd=ROOT, env=slurm | array, check=True, timeout=200)
+        subprocess.run(script, cwd=ROOT, env=slurm | array, check=True, timeout=PATIENCE)
     assert len((tmp_path / "set" / "manifest.csv").read_text().splitlines()) == 7

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from script_helpers import ROOT
+from script_helpers import PATIENCE, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +65,6 @@ def test_a_launch_goes_on_after_every_restart_whoever_dies_whenever_and_whoever_
     """torchrun keeps the addresses of dead processes: without a fresh start, about half of the restarts fail."""
     (tmp_path / "restarts.py").write_text(RESTARTS)
     words = [sys.executable, tmp_path / "restarts.py", "50"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split("\n")) == ["", "done 0", "done 1"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script_helpers import ROOT, train_arguments, write_pairs
+from script_helpers import PATIENCE, ROOT, train_arguments, write_pairs
 
 from engine.checkpoint import read_checkpoint
 
@@ -102,7 +102,6 @@ MOMENTS = {
     "ends": ("engine.loop:export_weights", 0),
 }
 FLAGS = ["--max-steps", "6", "--log-every", "1", "--ckpt-every", "3", "--look", "reference"]
-LONGEST_SECONDS = 240
 
 
 class Launches:
@@ -136,12 +135,12 @@ class Launches:
             file=self.process.stdin,
             flush=True,
         )
-        timer = threading.Timer(LONGEST_SECONDS, self.process.kill)
+        timer = threading.Timer(PATIENCE, self.process.kill)
         timer.start()
         line = self.process.stdout.readline()
         timer.cancel()
         said = (self.folder / name).read_text()
-        assert line, f"no end after {LONGEST_SECONDS} s:\n{said}"
+        assert line, f"no end after {PATIENCE} s:\n{said}"
         code, seconds = json.loads(line)
         return code, seconds, said
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from script_helpers import ROOT
+from script_helpers import PATIENCE, ROOT
 
 DEVICE, PORT = "eth0", 29400
 # torchrun 2.14 lets no new agent join a launch otherwise: it waits 60 s for an address that nobody writes, and all end.
@@ -119,7 +119,7 @@ def said_by(process: subprocess.Popen[str]) -> str:
     return process.log.read_text(errors="replace")  # type: ignore[attr-defined]
 
 
-def end_of(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+def end_of(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str]:
     """Exit code, and what it said."""
     try:
         code = process.wait(seconds)
@@ -128,7 +128,7 @@ def end_of(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
     return code, said_by(process)
 
 
-def wait_until_said(process: subprocess.Popen[str], words: str, times: int = 1, seconds: float = 120) -> None:
+def wait_until_said(process: subprocess.Popen[str], words: str, times: int = 1, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while said_by(process).count(words) < times:
         assert process.poll() is None and time.monotonic() < deadline, f"no {words!r}:\n{said_by(process)}"
