@@ -56,7 +56,7 @@ def sampling(whole_run: Path, pairs: tuple[Path, Path], sample_dir: Path) -> lis
 
 @pytest.fixture(scope="module")
 def whole_set(whole_run, pairs, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sets") / "set"
+    folder = tmp_path_factory.mktemp("sets") / "disk" / "set"  # as deep as those of the tests: its paths are relative
     assert run_here(sample_ddp, *sampling(whole_run, pairs, folder))[0] == 0
     assert run_here(evaluate, "threshold", folder)[0] == 0
     return folder
@@ -123,7 +123,8 @@ def test_training_that_may_write_small_files_only_goes_on_later(pairs, whole_run
 
 
 def test_sampling_that_may_write_small_files_only_goes_on_later(pairs, whole_run, whole_set, tmp_path):
-    words = sampling(whole_run, pairs, tmp_path / "set")
+    folder = tmp_path / "disk" / "set"
+    words = sampling(whole_run, pairs, folder)
     for size in (100, 3_000, 8_500):  # settings.json, manifest.csv, set.npz as things stand
         with largest_file(size):
             code, lines = run_here(sample_ddp, *words)
@@ -131,11 +132,11 @@ def test_sampling_that_may_write_small_files_only_goes_on_later(pairs, whole_run
         assert str(tmp_path) in lines[-1]
         assert not list(tmp_path.rglob("*.tmp"))
     with largest_file(500):
-        code, lines = run_here(evaluate, "threshold", tmp_path / "set")
+        code, lines = run_here(evaluate, "threshold", folder)
     assert_one_line(code, lines, "File too large")
-    assert run_here(evaluate, "threshold", tmp_path / "set")[0] == 0
+    assert run_here(evaluate, "threshold", folder)[0] == 0
     assert run_here(sample_ddp, *words)[0] == 0
-    assert_same_set(tmp_path / "set", whole_set)
+    assert_same_set(folder, whole_set)
 
 
 # ------------------------------------------------------------------------------------------------- a small real disk
