@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import JUDGE_CACHE, JUDGE_STEPS, add_checkpoint_arguments, add_judge_arguments, add_machine_arguments
+from cli import add_checkpoint_arguments, add_judge_arguments, add_machine_arguments
 from common.arguments import non_negative_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -32,7 +32,7 @@ from flag_rules import check_needs
 from page.drawing import Drawer, JudgeCall
 from page.masks import StartMasks
 from page.service import Service
-from settings import load_checkpoint
+from settings import load_checkpoint, own_judge_request
 
 logger = logging.getLogger("app")
 LARGEST_PORT = 65535
@@ -95,10 +95,8 @@ def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machin
     from evaluation.fidelity import fidelity_of  # seconds to import
     from evaluation.judge import judge_of_folders
 
-    judge = judge_of_folders(
-        args.judge_images, args.judge_masks, trained.data, args.judge_cache or JUDGE_CACHE, machine.device,
-        args.judge_mask_type or "auto", trained.normalize_masks, steps=args.judge_steps or JUDGE_STEPS, progress=True,
-    ).judge  # fmt: skip
+    request = own_judge_request(args, machine.device)
+    judge = judge_of_folders(request, trained.data, trained.normalize_masks).judge
 
     def find_cells(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
         found = judge.class_maps([repeat_gray(image)])[0] > 0

@@ -58,7 +58,7 @@ from experiments import (
     run_sweep,
     run_utility,
 )
-from settings import judge_settings
+from settings import judge_request
 from synthetic.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -243,8 +243,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
     from evaluation.fidelity import SECTION, score_fidelity, write_fidelity_report
 
     samples = _open_set(args)
-    where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
-    report = score_fidelity(samples, *where, device=device, **judge_settings(args))
+    report = score_fidelity(samples, judge_request(args, resolve_device(args.device)))
     folder = write_fidelity_report(samples, report)
     written = f"{folder}/fidelity.json, and the column fidelity_dice of {samples.folder / MANIFEST}"
     _show(SECTION, report.to_dict(), written, samples)
@@ -287,9 +286,8 @@ def run_realism(args: argparse.Namespace) -> None:
     elif args.mask_path is None:
         raise InputError("give --inception-weights FILE for FID, or --mask-path MASKS to use the judge's features")
     else:
-        where, device = (args.data_path, args.mask_path, args.cache_dir), resolve_device(args.device)
-        prepared = prepare_judge(samples, *where, device=device, **judge_settings(args))
-        extract, features = prepared.judge.features, f"deepest layer of judge {prepared.key[:12]}"
+        found, _ = prepare_judge(samples, judge_request(args, resolve_device(args.device)))
+        extract, features = found.judge.features, f"deepest layer of judge {found.key[:12]}"
     inception = args.inception_weights is not None
     report = score_realism(samples, args.data_path, extract, features, inception, splits=args.splits, seed=args.seed)
     folder = write_realism_report(samples, report)

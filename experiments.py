@@ -36,7 +36,7 @@ from common.log import say
 from common.outputs import check_output_folder
 from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device, start_machine
-from settings import judge_settings, load_checkpoint
+from settings import judge_request, load_checkpoint
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -365,10 +365,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     trained = replace(trained, data=trained.data.with_mask_values(args.mask_values))
-    data = load_sweep_data(
-        trained, args.data_path, args.mask_path, images=args.images, cache_dir=args.cache_dir, device=machine.device,
-        **judge_settings(args),
-    )  # fmt: skip
+    data = load_sweep_data(trained, judge_request(args, machine.device), args.images)
     draw = sampler_draw(trained, machine, data.items, args.seed, args.batch_size)
     classes = trained.data.num_classes
     report = run_sweep(draw, grid, data.real, data.judge, classes, data.separated, args.seed, progress=True)

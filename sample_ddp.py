@@ -39,8 +39,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cli import (
-    JUDGE_CACHE,
-    JUDGE_STEPS,
     add_judge_arguments,
     add_machine_arguments,
     add_mask_arguments,
@@ -58,7 +56,7 @@ from engine.agreement import agree_on_file
 from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
-from settings import load_checkpoint, look_choice, open_masks, sampling_settings
+from settings import load_checkpoint, look_choice, open_masks, own_judge_request, sampling_settings
 from synthetic.bulk import draw_missing
 from synthetic.export import EXPORTS, check_export, export_set
 from synthetic.gallery import GALLERY, write_gallery
@@ -270,10 +268,7 @@ def load_redraw(
     from evaluation.redraw import Redraw, TrainedJudge, portable_judge
 
     def train() -> TrainedJudge:
-        found = judge_of_folders(
-            args.judge_images, args.judge_masks, trained.data, args.judge_cache or JUDGE_CACHE, machine.device,
-            args.judge_mask_type or "auto", args.normalize_masks, steps=args.judge_steps or JUDGE_STEPS, progress=True,
-        )  # fmt: skip
+        found = judge_of_folders(own_judge_request(args, machine.device), trained.data, args.normalize_masks)
         return portable_judge(found, args.min_fidelity, args.max_attempts or MAX_ATTEMPTS)
 
     with torch.inference_mode(False):  # training needs gradients

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
+from cli import JUDGE_CACHE, JUDGE_STEPS
 from common.errors import InputError, as_flag
 from dataset.config import DataConfig
 from dataset.gray import default_window_channels
@@ -27,6 +30,9 @@ from engine.config import (
 from engine.machine import Machine
 from engine.sampling import TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
 from flag_rules import LOOK_FLAGS, check_needs
+
+if TYPE_CHECKING:
+    from evaluation.judge import JudgeRequest
 
 logger = logging.getLogger(__name__)
 SDE_STEPS = 250
@@ -240,6 +246,20 @@ def check_fields(args: argparse.Namespace, sizes: set[tuple[int, int]], side: in
         raise InputError(f"--tile-overlap {args.tile_overlap:g}: a tile has {side} pixels. Give fewer, or a fraction.")
 
 
-def judge_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """How the judge is trained, from the flags of ``add_judge_training``."""
-    return {"mask_type": args.mask_type, "steps": args.steps, "seed": args.seed, "progress": True}
+def judge_request(args: argparse.Namespace, device: torch.device) -> JudgeRequest:
+    """The judge of a measure, from the flags of ``add_real_pairs`` and ``add_judge_training``."""
+    from evaluation.judge import JudgeRequest  # seconds to import
+
+    return JudgeRequest(
+        args.data_path, args.mask_path, args.cache_dir, device, args.mask_type, args.steps, args.seed, progress=True
+    )
+
+
+def own_judge_request(args: argparse.Namespace, device: torch.device) -> JudgeRequest:
+    """The judge of a command that samples, from the flags of ``add_judge_arguments``."""
+    from evaluation.judge import JudgeRequest  # seconds to import
+
+    return JudgeRequest(
+        args.judge_images, args.judge_masks, args.judge_cache or JUDGE_CACHE, device, args.judge_mask_type or "auto",
+        args.judge_steps or JUDGE_STEPS, progress=True,
+    )  # fmt: skip

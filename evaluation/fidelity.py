@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from dataset.folders import PairedFolder
 from dataset.mask_folder import MaskFolder, MaskItem
 from dataset.masks import MaskRule
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
-from evaluation.judge import Judge, judge_of_folders
+from evaluation.judge import FolderJudge, Judge, JudgeRequest, judge_of_folders
 from evaluation.output import Section, Table, results_folder
 from synthetic.reader import SampleSet
 
@@ -257,7 +256,7 @@ class Split:
     masks_seen: int
 
 
-def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) -> Split:
+def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
     """Choose the judge's training pairs, so that it is evaluated on images that it has not seen.
 
     1. If the set names its real images, the judge is trained on the pairs whose mask is not in the set. The real images
@@ -268,15 +267,17 @@ def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) ->
     Raises:
         InputError: there are fewer than two pairs.
     """
-    pairs = pair_files(image_dir, mask_dir)
+    pairs = pair_files(request.images, request.masks)
     used = {sample.columns.get("source_mask_sha256", "") for sample in samples.samples} - {""}
     hashes = {pair.name: file_sha256(pair.mask_path) for pair in pairs}
     free = [pair.name for pair in pairs if hashes[pair.name] not in used]
     if samples.has_real and used and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
         return Split(free, [], 0)
     if len(pairs) < 2:
-        raise InputError(f"{image_dir} holds one pair; the judge needs at least two: one for training and one held out")
-    names = shuffled_by_hash(hashes, seed)
+        raise InputError(
+            f"{request.images} holds one pair; the judge needs at least two: one for training and one held out"
+        )
+    names = shuffled_by_hash(hashes, request.seed)
     held_out = max(1, round(HELD_OUT_SHARE * len(names)))
     known = {hashes[name] for name in names[held_out:]}
     seen = sum(sample.columns.get("source_mask_sha256") in known for sample in samples.samples)
@@ -286,38 +287,16 @@ def split_pairs(samples: SampleSet, image_dir: str, mask_dir: str, seed: int) ->
 # --- the measure -----------------------------------------------------------------------------------------------------
 
 
-def score_fidelity(
-    samples: SampleSet,
-    image_dir: str,
-    mask_dir: str,
-    cache_dir: str | os.PathLike,
-    mask_type: str = "auto",
-    steps: int = 400,
-    seed: int = 0,
-    device: torch.device | None = None,
-    progress: bool = False,
-) -> FidelityReport:
+def score_fidelity(samples: SampleSet, request: JudgeRequest) -> FidelityReport:
     """Train or load the judge, and compare its segmentation with the masks, for synthetic and real images.
-
-    Args:
-        samples: the synthetic set.
-        image_dir: real images.
-        mask_dir: their masks.
-        cache_dir: folder that keeps trained judges.
-        mask_type: one of ``MASK_TYPES``.
-        steps: training steps of the judge.
-        seed: seed of the judge's training and of the choice of held-out pairs.
-        device: None uses the GPU if there is one.
-        progress: show a progress bar.
 
     Raises:
         InputError: unusable files, or a set without settings.
     """
-    prepared = prepare_judge(samples, image_dir, mask_dir, cache_dir, mask_type, steps, seed, device, progress)
-    judge, pairs, split = prepared.judge, prepared.pairs, prepared.split
+    (judge, key, cached, pairs), split = prepare_judge(samples, request)
     separated = pairs.rule.has_boundary
     if split.held_out:
-        real_images = held_out_images(image_dir, mask_dir, pairs, split.held_out, seed, samples.whole_scale)
+        real_images = held_out_images(request, pairs, split.held_out, samples.whole_scale)
         real_are = "held-out pairs"
     else:
         real_images, real_are = set_images(samples, real=True), "those of the same masks"
@@ -326,48 +305,20 @@ def score_fidelity(
         real=_judge(judge, real_images, samples.num_classes, separated),
         real_images_are=real_are + ", which the judge has not seen",
         judge_pairs=len(pairs),
-        judge_key=prepared.key,
-        judge_cached=prepared.cached,
+        judge_key=key,
+        judge_cached=cached,
         masks_seen_by_judge=split.masks_seen,
         provenance=samples.provenance(),
         judge_images_sha256=[file_sha256(pair.image_path) for pair in pairs.pairs],
-        chosen_by_this_judge=samples.chosen_by(prepared.key),
+        chosen_by_this_judge=samples.chosen_by(key),
     )
 
 
-class PreparedJudge(NamedTuple):
-    """A trained judge and its training pairs."""
-
-    judge: Judge
-    key: str
-    cached: bool
-    pairs: PairedFolder
-    split: Split
-
-
-def prepare_judge(
-    samples: SampleSet,
-    image_dir: str,
-    mask_dir: str,
-    cache_dir: str | os.PathLike,
-    mask_type: str = "auto",
-    steps: int = 400,
-    seed: int = 0,
-    device: torch.device | None = None,
-    progress: bool = False,
-) -> PreparedJudge:
-    """Choose the judge's pairs by :func:`split_pairs`, then load the judge from the cache or train it.
-
-    The arguments are those of :func:`score_fidelity`.
-    """
+def prepare_judge(samples: SampleSet, request: JudgeRequest) -> tuple[FolderJudge, Split]:
+    """Choose the judge's pairs by :func:`split_pairs`, then load the judge from the cache or train it."""
     config = samples.require_config()
-    split = split_pairs(samples, image_dir, mask_dir, seed)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = judge_of_folders(
-        image_dir, mask_dir, config, cache_dir, device,
-        mask_type, samples.normalizes, split.train, steps, seed, progress,
-    )  # fmt: skip
-    return PreparedJudge(*found, split)
+    split = split_pairs(samples, request)
+    return judge_of_folders(request, config, samples.normalizes, split.train), split
 
 
 def _judge(judge: Judge, images: Iterator[LabelledImage], num_classes: int, separated: bool) -> AgreementScore:
@@ -386,16 +337,17 @@ def set_images(samples: SampleSet, real: bool) -> Iterator[LabelledImage]:
 
 
 def held_out_images(
-    image_dir: str, mask_dir: str, pairs: PairedFolder, names: Sequence[str], seed: int, whole_scale: float | None
+    request: JudgeRequest, pairs: PairedFolder, names: Sequence[str], whole_scale: float | None
 ) -> Iterator[LabelledImage]:
     """Held-out real pairs, read like the judge's training data. Every call gives the same crops.
 
     If ``whole_scale`` is given (a set of whole fields), the real images are whole fields, too.
     """
+    rule = pairs.rule
     folder = MaskFolder(
-        mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=pairs.rule.normalize, whole_scale=whole_scale
+        request.masks, pairs.config, rule.mask_type, request.images, normalize=rule.normalize, whole_scale=whole_scale
     )
-    yield from folder_images(folder, names, seed)
+    yield from folder_images(folder, names, request.seed)
 
 
 def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterator[LabelledImage]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -187,6 +186,31 @@ def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, prog
     return network
 
 
+@dataclass(frozen=True)
+class JudgeRequest:
+    """A judge that a command asks for: its real pairs, its training, and the folder that keeps it.
+
+    Attributes:
+        images: folder of real images.
+        masks: folder of their masks.
+        cache: folder that keeps trained judges.
+        device: where to train.
+        mask_type: one of ``MASK_TYPES``.
+        steps: training steps.
+        seed: of the training, its crops and the choice of held-out pairs.
+        progress: show progress bars.
+    """
+
+    images: str | Path
+    masks: str | Path
+    cache: str | Path
+    device: torch.device
+    mask_type: str = "auto"
+    steps: int = 400
+    seed: int = 0
+    progress: bool = False
+
+
 class FolderJudge(NamedTuple):
     """A judge and the pairs that it learned from.
 
@@ -204,45 +228,31 @@ class FolderJudge(NamedTuple):
 
 
 def judge_of_folders(
-    image_dir: str | Path,
-    mask_dir: str | Path,
-    config: DataConfig,
-    cache_dir: str | os.PathLike,
-    device: torch.device,
-    mask_type: str = "auto",
-    normalize_masks: bool = False,
-    names: Sequence[str] | None = None,
-    steps: int = 400,
-    seed: int = 0,
-    progress: bool = False,
+    request: JudgeRequest, config: DataConfig, normalize_masks: bool, names: Sequence[str] | None = None
 ) -> FolderJudge:
-    """Load the judge of these pairs from the cache, or train it.
+    """Load the judge from the cache, or train it.
 
     Args:
-        image_dir: real images.
-        mask_dir: their masks.
+        request: pairs and training.
         config: data settings of the generator. The judge reads images in the same way.
-        cache_dir: folder that keeps trained judges.
-        device: where to train.
-        mask_type: one of ``MASK_TYPES``.
         normalize_masks: divide soft masks by their sum.
         names: pairs to use; None uses all.
-        steps: training steps.
-        seed: of the training and its crops.
-        progress: show progress bars.
 
     Raises:
         InputError: files are unusable.
     """
     pairs = PairedFolder(
-        image_dir, mask_dir, config, mask_type, seed=seed, progress=progress, names=names, normalize=normalize_masks
+        request.images, request.masks, config, request.mask_type, seed=request.seed, progress=request.progress,
+        names=names, normalize=normalize_masks,
+    )  # fmt: skip
+    judge_config = JudgeConfig(config.num_classes, judged_channels(config), request.steps, seed=request.seed)
+    return FolderJudge(
+        *load_or_train_judge(pairs, judge_config, request.cache, request.device, request.progress), pairs
     )
-    judge_config = JudgeConfig(config.num_classes, judged_channels(config), steps, seed=seed)
-    return FolderJudge(*load_or_train_judge(pairs, judge_config, cache_dir, device, progress), pairs)
 
 
 def load_or_train_judge(
-    pairs: PairedFolder, config: JudgeConfig, cache_dir: str | os.PathLike, device: torch.device, progress: bool = False
+    pairs: PairedFolder, config: JudgeConfig, cache_dir: str | Path, device: torch.device, progress: bool = False
 ) -> tuple[Judge, str, bool]:
     """Load the judge of these pairs and settings from the cache, or train it.
 

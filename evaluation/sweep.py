@@ -28,7 +28,7 @@ from dataset.mask_folder import MaskFolder, MaskItem
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
-from evaluation.judge import Judge, judge_of_folders
+from evaluation.judge import Judge, JudgeRequest, judge_of_folders
 from evaluation.output import Section, Table, new_figure, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
@@ -252,35 +252,23 @@ class SweepData:
     separated: bool
 
 
-def load_sweep_data(
-    trained: TrainedModel,
-    image_dir: str | Path,
-    mask_dir: str | Path,
-    mask_type: str,
-    images: int,
-    cache_dir: str | Path,
-    device: torch.device,
-    steps: int = 400,
-    seed: int = 0,
-    progress: bool = False,
-) -> SweepData:
+def load_sweep_data(trained: TrainedModel, request: JudgeRequest, images: int) -> SweepData:
     """Choose ``images`` pairs by a hash of seed and name, and train the judge on the others.
 
     Raises:
         InputError: files are unusable, or there are too few pairs for masks and judge.
     """
-    order = shuffled_by_hash((pair.name for pair in pair_files(image_dir, mask_dir)), seed)
+    order = shuffled_by_hash((pair.name for pair in pair_files(request.images, request.masks)), request.seed)
     if len(order) < 2 * LEAST_IMAGES:
         raise InputError(
-            f"{image_dir} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
+            f"{request.images} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
         )
     chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
     normalize = trained.normalize_masks
-    judge, _, _, pairs = judge_of_folders(
-        image_dir, mask_dir, trained.data, cache_dir, device, mask_type, normalize, rest, steps, seed, progress
-    )
-    masks = MaskFolder(mask_dir, pairs.config, pairs.rule.mask_type, image_dir, normalize=normalize)
-    items = [masks.load(name, rng=np.random.default_rng([seed, place])) for place, name in enumerate(sorted(chosen))]
+    judge, _, _, pairs = judge_of_folders(request, trained.data, normalize, rest)
+    masks = MaskFolder(request.masks, pairs.config, pairs.rule.mask_type, request.images, normalize=normalize)
+    seeds = [np.random.default_rng([request.seed, place]) for place in range(len(chosen))]
+    items = [masks.load(name, rng=rng) for name, rng in zip(sorted(chosen), seeds, strict=True)]
     return SweepData(items, [labelled_image(item, masks.rule) for item in items], judge, pairs.rule.has_boundary)
 
 

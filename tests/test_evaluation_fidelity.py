@@ -29,7 +29,16 @@ from evaluation.fidelity import (
     write_fidelity_report,
 )
 from evaluation.instances import dice
-from evaluation.judge import Judge, JudgeConfig, build_network, judge_key, load_or_train_judge, predict, train_judge
+from evaluation.judge import (
+    Judge,
+    JudgeConfig,
+    JudgeRequest,
+    build_network,
+    judge_key,
+    load_or_train_judge,
+    predict,
+    train_judge,
+)
 from synthetic.reader import SampleSet
 
 SIZE = 32
@@ -90,8 +99,12 @@ def make_set(folder: Path, masks: list[int], images: list[int], with_real: bool 
     return SampleSet(folder)
 
 
+def request_for(real: Path, cache: Path, steps: int = 400, seed: int = 0) -> JudgeRequest:
+    return JudgeRequest(real / "images", real / "masks", cache, CPU, steps=steps, seed=seed)
+
+
 def score(samples: SampleSet, real: Path, cache: Path, steps: int = 160):
-    return score_fidelity(samples, real / "images", real / "masks", cache, steps=steps, device=CPU)
+    return score_fidelity(samples, request_for(real, cache, steps))
 
 
 # --- agreement -------------------------------------------------------------------------------------------------------
@@ -212,18 +225,18 @@ def test_training_the_judge_leaves_the_random_stream_alone(real, tmp_path):
 
 def test_masks_of_the_set_are_kept_from_the_judge_when_their_real_images_are_known(real, tmp_path):
     samples = make_set(tmp_path / "set", [0, 1, 2], [0, 1, 2], with_real=True)
-    split = split_pairs(samples, real / "images", real / "masks", seed=0)
+    split = split_pairs(samples, request_for(real, tmp_path))
     assert split.held_out == [] and split.masks_seen == 0
     assert split.train == [f"real_{seed:02d}" for seed in range(3, 20)]
 
 
 def test_without_real_images_a_fifth_is_held_out_and_known_masks_are_counted(real, tmp_path):
     samples = make_set(tmp_path / "set", list(range(20)), list(range(20)))
-    split = split_pairs(samples, real / "images", real / "masks", seed=0)
+    split = split_pairs(samples, request_for(real, tmp_path))
     assert len(split.held_out) == 4 and len(split.train) == 16
     assert not set(split.train) & set(split.held_out) and split.masks_seen == 16
-    assert split == split_pairs(samples, real / "images", real / "masks", seed=0)
-    assert split != split_pairs(samples, real / "images", real / "masks", seed=1)
+    assert split == split_pairs(samples, request_for(real, tmp_path))
+    assert split != split_pairs(samples, request_for(real, tmp_path, seed=1))
 
 
 # --- the measure -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ LAYERS = [
     {"synthetic"},
     {"evaluation"},
     {"flag_rules"},
-    {"cli", "settings"},
+    {"cli"},
+    {"settings"},
     {"experiments", "page"},
     {"app", "train", "sample", "sample_ddp", "evaluate", "make_masks"},
 ]
