@@ -281,8 +281,8 @@ def run_utility(args: argparse.Namespace) -> None:
     for samples in sets.values():
         samples.config = samples.require_config().with_mask_values(args.mask_values)
     report = score_utility(
-        read_split(args.split), sets, dict(args.ckpt), args.shares, args.mask_type, args.steps, range(args.seeds),
-        resolve_device(args.device), progress=True,
+        read_split(args.split), sets, resolve_device(args.device), dict(args.ckpt), args.shares, args.mask_type,
+        args.steps, range(args.seeds), progress=True,
     )  # fmt: skip
     written = write_utility_report(report, args.output)
     say("\n".join([*SECTION.lines(report.to_dict()), written_line(written)]))

@@ -53,7 +53,7 @@ from layouts.recombine import (
     read_sources,
     source_digest,
 )
-from layouts.statistics import measure, summarize, write_statistics, write_summary
+from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
 from layouts.writer import label_files, make_set, open_set, record_of
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -73,20 +73,23 @@ def run_simulate(args: argparse.Namespace) -> None:
             files["images"] = render_image(instance_map, level, settings.cell_size, rng)
         return files
 
-    kinds = (["images"] if settings.render else []) + ["masks", "instances"]
     asked = {
         "foreground share, mean": settings.density,
         "foreground share, standard deviation": settings.density * settings.density_spread,
         "cell diameter in pixels, mean": settings.cell_size,
         "elongation, mean": settings.elongation,
     }
+    kinds = (["images"] if settings.render else []) + ["masks", "instances"]
     with open_set(args.output, record_of("simulate", settings)):
-        measurements = make_set(args.output, "sim", args.count, kinds, make_image)
-        write_statistics(args.output / "statistics.csv", measurements)
-        columns = {"made": summarize(measurements.values()), "asked for": asked}
-        summary = write_summary(args.output / "summary.csv", columns)
-    say(summary)
-    say(f"{len(measurements)} images in {args.output}")
+        made = make_set(args.output, "sim", args.count, kinds, make_image)
+        finish_set(args.output, made, {"asked for": asked})
+
+
+def finish_set(output: Path, made: dict[str, Measurement], others: dict[str, dict[str, float]]) -> None:
+    """Write the statistics of a set, and its summary beside ``others``. Print the summary."""
+    write_statistics(output / "statistics.csv", made)
+    say(write_summary(output / "summary.csv", {"made": summarize(made.values())} | others))
+    say(f"{len(made)} images in {output}")
 
 
 def run_recombine(args: argparse.Namespace) -> None:
@@ -117,15 +120,11 @@ def run_recombine(args: argparse.Namespace) -> None:
     with open_set(args.output, record_of("recombine", settings)):
         layouts = Layouts(sources, settings)
         source = {name: measure(item) for name, item in maps.items()}
-        measurements = make_set(
+        made = make_set(
             args.output, "mix", args.count, ["masks", "instances"], lambda index: label_files(layouts.field(index))
         )
-        write_statistics(args.output / "statistics.csv", measurements)
         write_statistics(args.output / "source_statistics.csv", source)
-        columns = {"made": summarize(measurements.values()), "source": summarize(source.values())}
-        summary = write_summary(args.output / "summary.csv", columns)
-    say(summary)
-    say(f"{len(measurements)} images in {args.output}")
+        finish_set(args.output, made, {"source": summarize(source.values())})
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from engine.config import (
     choose_transport,
 )
 from engine.machine import Machine
-from engine.sampling import TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
+from engine.sampling import ODE_ONLY, SDE_ONLY, TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
 from flag_rules import LOOK_FLAGS, check_needs
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SDE_STEPS = 250
-SDE_FLAGS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
 # ------------------------------------------------------------------------------------------------------------ training
 
@@ -159,7 +158,7 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
     if low >= high:
         raise InputError(f"--guidance-interval {low:g} {high:g}: the first time must be below the second.")
     check_needs(args)
-    names = ("atol", "rtol") if args.mode == "ODE" else SDE_FLAGS
+    names = ODE_ONLY if args.mode == "ODE" else SDE_ONLY
     solver = {name: getattr(args, name) for name in names}
     solver["num_steps"] = args.num_sampling_steps or (SDE_STEPS if args.mode == "SDE" else None)
     overlap = TILE_OVERLAP if args.tile_overlap is None else args.tile_overlap

@@ -53,7 +53,7 @@ from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity, window_columns
 from dataset.groups import groups_of, read_groups
 from dataset.looks import LOOKS, NO_LOOK
-from dataset.unlabelled import UnlabelledFolder, image_names, read_unlabelled, refuse_shared_images
+from dataset.unlabelled import ImageFolder, read_unlabelled, refuse_shared_images
 from engine.agreement import agree_on_checkpoint, agree_on_run
 from engine.autoencoder import check_same_space, load_space
 from engine.checkpoint import read_checkpoint
@@ -297,7 +297,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
 
 def prepare(
     args: argparse.Namespace, machine: Machine, run: RunFolder
-) -> tuple[Training, PairedFolder, list[UnlabelledFolder | PairedFolder]]:
+) -> tuple[Training, PairedFolder, list[ImageFolder]]:
     """Do everything that can refuse the user's input.
 
     Returns:
@@ -323,7 +323,7 @@ def prepare(
     unlabelled = read_unlabelled(
         config.train.unlabelled_path, config.train.unlabelled_mask_path, dataset, progress=machine.is_main
     )
-    names = [name for one in (dataset, *unlabelled) for name in image_names(one)]
+    names = [name for one in (dataset, *unlabelled) for name in one.names]
     table, column = config.train.groups, config.train.group_column
     groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
     agree_on_run(machine, config, dataset, unlabelled, groups)
@@ -423,9 +423,7 @@ def set_weights(training: Training, state: dict[str, Any] | None) -> None:
             logger.info("%s", line)
 
 
-def note_data(
-    training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder], run: RunFolder
-) -> None:
+def note_data(training: Training, dataset: PairedFolder, unlabelled: Sequence[ImageFolder], run: RunFolder) -> None:
     """Record facts about the training images in checkpoint and run folder, and cut metrics after the present step."""
     training.note_images(dataset, unlabelled)
     training.intensity = SourceIntensity.of(

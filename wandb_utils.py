@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from common.disk import write_bytes
 from common.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,7 @@ def run_id(run_folder: str | os.PathLike) -> str:
             raise InputError(f"{file} does not hold a wandb run id; delete it to log to a new run")
         return identity
     identity = secrets.token_hex(8)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
-    temporary.write_text(identity + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_bytes(file, f"{identity}\n".encode())
     return identity
 
 

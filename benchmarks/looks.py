@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -299,7 +299,7 @@ class Fold:
             segmenter = self.teacher() if (arm, seed) == (TEACHER, 0) else self.train_arm(arm, seed)
             score, _ = score_segmenter(segmenter, test, self.config.num_classes)
             path.parent.mkdir(exist_ok=True)
-            write_json(path, score.to_dict())
+            write_json(path, asdict(score))
             logger.info("%s, %s, seed %d: AP50 %s, Dice %s", self.folder.name, arm, seed, score.ap50, score.dice)
         return json.loads(path.read_text())
 

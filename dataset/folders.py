@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,49 @@ class _Compared(NamedTuple):
     is_equal: bool  # the image is its own mask
 
 
-class PairedFolder(torch.utils.data.Dataset):
+class TrainingImages(torch.utils.data.Dataset, ABC):
+    """Images of a training set by number: what folders with masks and folders without masks share.
+
+    Attributes:
+        names: names of the images, sorted.
+        image_paths: their files.
+        config: how they are read.
+        windows: gray window of each image.
+        seed: decides every random choice, together with a draw.
+        in_memory: whether all files fit into memory.
+    """
+
+    names: list[str]
+    image_paths: list[Path]
+    config: DataConfig
+    windows: list[Window]
+    seed: int
+    in_memory: bool
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    @cached_property
+    def image_hashes(self) -> list[str]:
+        """SHA-256 of every image file."""
+        return list(for_all(file_sha256, self.image_paths, "hashing images", progress=False))
+
+    @abstractmethod
+    def _kept_image(self, index: int) -> np.ndarray:
+        """An image (H, W, C) as stored. With crop "center", the resized square."""
+
+    def look_draw(self, index: int, draw: int) -> np.ndarray:
+        """Look numbers (N,) of a random window of the image. It is not the window of the example of this draw."""
+        rng = np.random.default_rng(derived_seed(self.seed, draw, 1))
+        return measure_draw(self._kept_image(index), self.windows[index], self.config, rng)
+
+    def look_windows(self, index: int) -> np.ndarray:
+        """Look numbers (n, N) of windows spread over the image."""
+        return measure_spread(self._kept_image(index), self.windows[index], self.config)
+
+
+class PairedFolder(TrainingImages):
     """Images and masks for training, paired by name. All are checked before the first step.
 
     Every file is decoded once at the start. If all files fit into ``memory_gb``, they stay in memory as stored (with
@@ -101,11 +144,9 @@ class PairedFolder(torch.utils.data.Dataset):
         pairs: the pairs, sorted by name.
         config: as given, with ``window_channels`` decided, and ``window_values`` set if the scope is "dataset".
         rule: how the masks are read.
-        windows: gray window of each image.
         dtypes: data type of each image file.
         stored_channels: largest number of channels of a file; 1 if all are gray.
         colours: whether three channels are RGB. False if the files say that they are not.
-        in_memory: whether all files fit into memory.
     """
 
     def __init__(
@@ -144,6 +185,8 @@ class PairedFolder(torch.utils.data.Dataset):
         for warning in other_files_warnings(listings) + sub_folder_warnings(listings, known):
             logger.warning("%s", warning)
         self.pairs = _keep_names(pairs, names, image_dir)
+        self.names = [pair.name for pair in self.pairs]
+        self.image_paths = [pair.image_path for pair in self.pairs]
         self.config, self.augment, self.seed = config, augment, seed
         self.in_memory = True
         self._latest: tuple[int, np.ndarray, np.ndarray] | None = None  # read last: index, image, mask
@@ -181,7 +224,7 @@ class PairedFolder(torch.utils.data.Dataset):
             logger.warning("%s and %s: %s", image_dir, mask_dir, warning)
         self._compared_now = {}
         narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
-        notes = colour_warnings([pair.image_path for pair in self.pairs], self.stored_channels)
+        notes = colour_warnings(self.image_paths, self.stored_channels)
         for warning in ([narrow] if narrow else []) + notes:
             logger.warning("images in %s: %s", image_dir, warning)
         for index, mask in enumerate(self._masks):
@@ -297,14 +340,8 @@ class PairedFolder(torch.utils.data.Dataset):
             self._latest = latest = (index, image, self._prepare_mask(mask))
         return latest[1:]
 
-    @cached_property
-    def image_hashes(self) -> list[str]:
-        """SHA-256 of every image file."""
-        return list(for_all(file_sha256, [pair.image_path for pair in self.pairs], "hashing images", progress=False))
-
-    def __len__(self) -> int:
-        """Number of pairs."""
-        return len(self.pairs)
+    def _kept_image(self, index: int) -> np.ndarray:
+        return self._load(index)[0]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """One example. Every random choice depends on (seed, draw) only.
@@ -347,15 +384,6 @@ class PairedFolder(torch.utils.data.Dataset):
             "image": to_tensor(image, self.windows[index], self.config.channels),
             "mask": torch.from_numpy(np.array(mask)),  # a copy: callers may write
         }
-
-    def look_draw(self, index: int, draw: int) -> np.ndarray:
-        """Look numbers (N,) of a random window of the image. It is not the window of :meth:`__getitem__`."""
-        rng = np.random.default_rng(derived_seed(self.seed, draw, 1))
-        return measure_draw(self._load(index)[0], self.windows[index], self.config, rng)
-
-    def look_windows(self, index: int) -> np.ndarray:
-        """Look numbers (n, N) of windows spread over the image."""
-        return measure_spread(self._load(index)[0], self.windows[index], self.config)
 
 
 def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Path) -> list[Pair]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,15 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.disk import file_sha256
 from common.errors import InputError, list_some
 from common.randomness import derived_seed
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, find_files, read_image
-from dataset.folders import PairedFolder
+from dataset.folders import PairedFolder, TrainingImages
 from dataset.gray import fit_channels, image_window, to_tensor
-from dataset.looks import Looks, measure_draw, measure_spread
+from dataset.looks import Looks
 from dataset.masks import to_prob_map
 from dataset.views import SYMMETRIES, native_view, turn, view_of_file
 
@@ -30,23 +28,10 @@ MEMORY_GB = 4.0  # most memory for decoded images; if they need more, each acces
 PSEUDO_MASK_SHARE = 0.5  # fraction of draws that keep the pseudo-mask of an unlabelled image
 
 
-class UnlabelledFolder(torch.utils.data.Dataset):
-    """Images without masks, read like those of a :class:`PairedFolder`. All are checked at the start.
+class UnlabelledFolder(TrainingImages):
+    """Images without masks, read like those of a :class:`PairedFolder`. All are checked at the start."""
 
-    Attributes:
-        names: names of the images, sorted.
-        config: as given.
-        windows: gray window of each image.
-        in_memory: whether all images fit.
-    """
-
-    def __init__(
-        self,
-        image_dir: str | Path,
-        config: DataConfig,
-        seed: int,
-        progress: bool,
-    ) -> None:
+    def __init__(self, image_dir: str | Path, config: DataConfig, seed: int, progress: bool) -> None:
         """Read and check all images.
 
         Args:
@@ -58,15 +43,15 @@ class UnlabelledFolder(torch.utils.data.Dataset):
         Raises:
             InputError: files are unusable. The message names them all.
         """
-        self.paths = find_files(image_dir, "image")
-        self.names = list(self.paths)
+        files = find_files(image_dir, "image")
+        self.names, self.image_paths = list(files), list(files.values())
         self.config, self.seed = config, seed
-        self.windows: list[Window] = []
+        self.windows = []
         self._images: list[np.ndarray] = []
         self._latest: tuple[int, np.ndarray] | None = None  # read last
         self.in_memory = True
         errors, used = [], 0.0
-        for result in for_all(or_error(self._read), self.names, "reading unlabelled images", progress):
+        for result in for_all(or_error(self._read), self.image_paths, "reading unlabelled images", progress):
             if isinstance(result, FileError):
                 errors.append(result)
                 continue
@@ -82,30 +67,20 @@ class UnlabelledFolder(torch.utils.data.Dataset):
         where = "in memory" if self.in_memory else "read again at each access"
         logger.info("%d unlabelled images from %s, %s", len(self.names), image_dir, where)
 
-    def _read(self, name: str) -> tuple[np.ndarray, Window]:
+    def _read(self, path: Path) -> tuple[np.ndarray, Window]:
         """An image as kept in memory (with crop "center", the square), and its window."""
-        path = self.paths[name]
         image = fit_channels(read_image(path), self.config.channels, path)
         view = view_of_file(path, image.shape, self.config)
         window = image_window(image, self.config)
         return np.ascontiguousarray(view.apply_image(image)) if self.config.crop == "center" else image, window
 
-    def _load(self, index: int) -> np.ndarray:
+    def _kept_image(self, index: int) -> np.ndarray:
         if self.in_memory:
             return self._images[index]
         latest = self._latest
         if latest is None or latest[0] != index:  # the look of an example comes from the same image
-            self._latest = latest = (index, self._read(self.names[index])[0])
+            self._latest = latest = (index, self._read(self.image_paths[index])[0])
         return latest[1]
-
-    @cached_property
-    def image_hashes(self) -> list[str]:
-        """SHA-256 of every image file."""
-        return list(for_all(file_sha256, list(self.paths.values()), "hashing images", progress=False))
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """One example, as in ``PairedFolder``. Its mask is all background."""
@@ -130,27 +105,18 @@ class UnlabelledFolder(torch.utils.data.Dataset):
         return {"image": self._image(index, None, 0), "mask": self.mask(index, 0)}
 
     def _image(self, index: int, rng: np.random.Generator | None, symmetry: int) -> Tensor:
-        image = self._load(index)
+        image = self._kept_image(index)
         if self.config.crop == "random":
             image = native_view(image.shape[0], image.shape[1], self.config.image_size, rng).cut(image)
         return to_tensor(turn(image, (0, 1), symmetry), self.windows[index], self.config.channels)
 
-    def look_draw(self, index: int, draw: int) -> np.ndarray:
-        """Numbers (N,) of the look of a random window of the image, another one than :meth:`__getitem__` draws."""
-        rng = np.random.default_rng(derived_seed(self.seed, draw, 1))
-        return measure_draw(self._load(index), self.windows[index], self.config, rng)
 
-    def look_windows(self, index: int) -> np.ndarray:
-        """Numbers (n, N) of the looks of windows spread over the image."""
-        return measure_spread(self._load(index), self.windows[index], self.config)
+ImageFolder = PairedFolder | UnlabelledFolder
 
 
 def read_unlabelled(
-    image_dirs: Sequence[str | Path],
-    mask_dirs: Sequence[str | Path],
-    labelled: PairedFolder,
-    progress: bool,
-) -> list[UnlabelledFolder | PairedFolder]:
+    image_dirs: Sequence[str | Path], mask_dirs: Sequence[str | Path], labelled: PairedFolder, progress: bool
+) -> list[ImageFolder]:
     """Read folders of unlabelled images, and with ``mask_dirs`` a folder of soft pseudo-masks for each.
 
     Raises:
@@ -176,7 +142,7 @@ def read_unlabelled(
 
 def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: PairedFolder) -> None:
     """Raise InputError if images of an unlabelled folder have the names of labelled ones."""
-    shared = sorted({pair.name for pair in labelled.pairs} & set(paths))
+    shared = sorted(set(labelled.names) & set(paths))
     if shared:
         raise InputError(
             f"unlabelled_path {folder}: {len(shared)} images have the names of labelled ones: {list_some(shared)}. "
@@ -185,22 +151,17 @@ def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: Pa
         )
 
 
-def refuse_shared_images(unlabelled: Sequence[UnlabelledFolder | PairedFolder], labelled: PairedFolder) -> None:
+def refuse_shared_images(unlabelled: Sequence[ImageFolder], labelled: PairedFolder) -> None:
     """Raise InputError if an unlabelled image has the same file content as a labelled one."""
     known = set(labelled.image_hashes)
     for source in unlabelled:
-        shared = [name for name, one in zip(image_names(source), source.image_hashes, strict=True) if one in known]
+        shared = [name for name, one in zip(source.names, source.image_hashes, strict=True) if one in known]
         if shared:
             raise InputError(
                 f"unlabelled_path: {len(shared)} images are labelled ones under other names: {list_some(shared)}. "
                 "Leave them out.",
                 "unlabelled_path",
             )
-
-
-def image_names(source: UnlabelledFolder | PairedFolder) -> list[str]:
-    """Names of a folder's images, in the order of their numbers."""
-    return source.names if isinstance(source, UnlabelledFolder) else [pair.name for pair in source.pairs]
 
 
 class Source(Protocol):

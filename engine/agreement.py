@@ -10,7 +10,7 @@ from pathlib import Path
 from common.disk import file_sha256
 from common.weights import archive_checksum
 from dataset.folders import PairedFolder
-from dataset.unlabelled import UnlabelledFolder, image_names
+from dataset.unlabelled import ImageFolder
 from engine.config import LOCAL, RunConfig
 from engine.machine import Machine
 from engine.run_folder import RunFolder
@@ -75,7 +75,7 @@ def agree_on_run(
     machine: Machine,
     config: RunConfig,
     dataset: PairedFolder,
-    unlabelled: Sequence[UnlabelledFolder | PairedFolder],
+    unlabelled: Sequence[ImageFolder],
     groups: Sequence[str] = (),
 ) -> None:
     """Refuse to train with different settings, files or groups, such as by two commands on two machines.
@@ -97,7 +97,7 @@ def agree_on_run(
     machine_has = OF_A_MACHINE | {name for name, saved in config.flags().items() if saved.resume == LOCAL}
     settings = {name: str(saved.value) for name, saved in config.flags().items() if name not in machine_has}
     names = [f"{pair.image_path.name} {pair.mask_path.name}" for pair in dataset.pairs]
-    others = [name for source in unlabelled for name in image_names(source)]
+    others = [name for source in unlabelled for name in source.names]
     found: dict[str, object] = settings | {
         "number of pairs": len(names),
         "names of the pairs": _checksum(names),

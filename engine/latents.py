@@ -29,8 +29,7 @@ from tqdm import tqdm
 from common.disk import write_bytes
 from common.errors import InputError, one_line
 from dataset.config import DataConfig
-from dataset.folders import PairedFolder
-from dataset.unlabelled import UnlabelledFolder
+from dataset.unlabelled import ImageFolder
 from dataset.views import SYMMETRIES, turn
 from engine.autoencoder import LatentSpace
 from engine.machine import Machine
@@ -53,7 +52,7 @@ class LatentPairs(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        pairs: PairedFolder | UnlabelledFolder,
+        pairs: ImageFolder,
         space: LatentSpace,
         folder: Path,
         image_hashes: Sequence[str],

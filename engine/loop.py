@@ -18,7 +18,7 @@ from common.disk import write_atomically
 from common.errors import EXIT_INTERRUPTED, STOP_SIGNALS
 from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from dataset.folders import PairedFolder
-from dataset.unlabelled import Mixture, Source, UnlabelledFolder
+from dataset.unlabelled import ImageFolder, Mixture, Source
 from dataset.views import SYMMETRIES
 from engine.autoencoder import LatentSpace
 from engine.checkpoint import export_safetensors
@@ -65,7 +65,7 @@ def run_loop(
     training: Training,
     dataset: PairedFolder,
     run: RunFolder,
-    unlabelled: Sequence[UnlabelledFolder | PairedFolder] = (),
+    unlabelled: Sequence[ImageFolder] = (),
 ) -> None:
     """Take the remaining steps. Write metrics, previews and checkpoints."""
     machine, batch_size = training.machine, training.config.optimiser.global_batch_size
@@ -125,7 +125,7 @@ def take_steps(
 
 
 def mix(
-    training: Training, dataset: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]
+    training: Training, dataset: PairedFolder, unlabelled: Sequence[ImageFolder]
 ) -> PairedFolder | LatentPairs | Mixture:
     """The data set of the steps: labelled pairs, or a mixture with unlabelled images and looks."""
     labelled = encode_once(dataset, training) or dataset
@@ -138,7 +138,7 @@ def mix(
     return Mixture(labelled, others, training.looks, config.data.num_classes, config.optimiser.seed, pseudo_masks, soft)
 
 
-def encode_once(pairs: PairedFolder | UnlabelledFolder, training: Training) -> LatentPairs | None:
+def encode_once(pairs: ImageFolder, training: Training) -> LatentPairs | None:
     """The data set as latents, encoded now if they are missing. None if images are encoded at each step."""
     machine, space, settings = training.machine, training.space, training.config.train
     if not isinstance(space, LatentSpace) or settings.latent_cache == NO_CACHE:

@@ -416,31 +416,15 @@ def create_solver(
     Raises:
         InputError: the settings do not fit the transport.
     """
+    sampler, names = Sampler(transport), ODE_ONLY if settings.mode == "ODE" else SDE_ONLY
+    own: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    own |= {"num_steps": settings.num_steps, "trajectory": trajectory}
     try:
-        return _solver(Sampler(transport), settings, reverse, trajectory)
+        if settings.mode == "ODE":
+            return sampler.sample_ode(settings.method, reverse=reverse, **own)
+        return sampler.sample_sde(settings.method, **own)
     except ValueError as error:
         raise InputError(f"solver: {error}") from error
-
-
-def _solver(sampler: Sampler, settings: SamplingSettings, reverse: bool, trajectory: bool) -> Solver:
-    if settings.mode == "ODE":
-        return sampler.sample_ode(
-            sampling_method=settings.method,
-            num_steps=settings.num_steps,
-            atol=settings.atol,
-            rtol=settings.rtol,
-            reverse=reverse,
-            trajectory=trajectory,
-        )
-    return sampler.sample_sde(
-        sampling_method=settings.method,
-        num_steps=settings.num_steps,
-        diffusion_form=settings.diffusion_form,
-        diffusion_norm=settings.diffusion_norm,
-        last_step=settings.last_step,
-        last_step_size=settings.last_step_size,
-        trajectory=trajectory,
-    )
 
 
 def fill_batch(batch: Tensor, size: int) -> Tensor:

@@ -29,7 +29,7 @@ from dataset.checks import for_all
 from dataset.folders import PairedFolder
 from dataset.looks import MOST_LOOKS, Looks, measure_tensor
 from dataset.masks import to_prob_map
-from dataset.unlabelled import UnlabelledFolder, image_names
+from dataset.unlabelled import ImageFolder, UnlabelledFolder
 from download import PUBLISHED_URLS, find_weights
 from engine.autoencoder import LatentSpace, Space, space_config
 from engine.config import RunConfig
@@ -149,7 +149,7 @@ class Training:
             lines.append("warning: SiT's weights were trained with a time scale of 1, and this run is not")
         return lines
 
-    def note_images(self, labelled: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
+    def note_images(self, labelled: PairedFolder, unlabelled: Sequence[ImageFolder]) -> None:
         """Record the images that the model has seen, so that evaluate.py can find leaks.
 
         They are unknown if the run started from the weights of another run. Published weights have seen ImageNet only.
@@ -165,7 +165,7 @@ class Training:
             labels = {one for folder in (labelled, *unlabelled) for one in _labels_behind(folder, labelled)}
             self.labelled_on = sorted(labels.union(self.labelled_on or ()))
 
-    def measure_looks(self, labelled: PairedFolder, unlabelled: Sequence[UnlabelledFolder | PairedFolder]) -> None:
+    def measure_looks(self, labelled: PairedFolder, unlabelled: Sequence[ImageFolder]) -> None:
         """Measure the looks of all images, for a model that knows looks. A continued run keeps those it began with."""
         if not self.config.model.look_numbers:
             if unlabelled:
@@ -173,7 +173,7 @@ class Training:
             return
         if self.looks is not None:
             return
-        images = [(folder, i, name) for folder in (labelled, *unlabelled) for i, name in enumerate(image_names(folder))]
+        images = [(folder, i, name) for folder in (labelled, *unlabelled) for i, name in enumerate(folder.names)]
         kept = evenly(len(images), MOST_LOOKS)
         chosen = [images[number] for number in kept]
         groups = [self.groups[number] for number in kept] if self.groups else []
@@ -329,7 +329,7 @@ class Training:
         raise InputError(f"step {self.step}: {problem} at learning rate {rate:g}. {good} with a lower lr.", "lr")
 
 
-def _labels_behind(folder: UnlabelledFolder | PairedFolder, labelled: PairedFolder) -> list[str]:
+def _labels_behind(folder: ImageFolder, labelled: PairedFolder) -> list[str]:
     """SHA-256 of the images whose labels a folder's masks show.
 
     Pseudo-masks show the labels that taught their segmenter, if their settings say so. Else they may be true masks.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -259,21 +259,39 @@ def load_or_train_judge(
     Returns:
         The judge, its key (a hash of data and settings) and whether it came from the cache.
     """
+
+    def train() -> nn.Module:
+        logger.info("training the judge, a small segmenter, on these %d pairs: %d steps", len(pairs), config.steps)
+        return train_judge(pairs, config, device, progress)
+
     key = judge_key(pairs, config)
-    path = Path(cache_dir) / f"judge-{key[:24]}.pt"
     network = build_network(config.num_classes, channels=config.channels)
+    network, cached = load_or_train(Path(cache_dir) / f"judge-{key[:24]}.pt", network, train)
+    return Judge(network, device, pairs.config.image_size), key, cached
+
+
+def load_or_train(path: Path, network: nn.Module, train: Callable[[], nn.Module]) -> tuple[nn.Module, bool]:
+    """A trained network from its file. If there is none, or a damaged one, train it and write it to the file.
+
+    Args:
+        path: file of the weights.
+        network: a network of the same shape, which takes the weights of the file.
+        train: returns the trained network.
+
+    Returns:
+        The network, and whether it came from the file.
+    """
     if path.is_file():
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            return Judge(network, device, pairs.config.image_size), key, True
+            return network, True
         except Exception as error:  # a damaged file can raise anything
-            logger.warning("%s is damaged (%s): training the judge again", path, type(error).__name__)
-    logger.info("training the judge, a small segmenter, on these %d pairs: %d steps", len(pairs), config.steps)
-    network = train_judge(pairs, config, device, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
+            logger.warning("%s is damaged (%s): training it again", path, type(error).__name__)
+    network = train()
     weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: torch.save(weights, file))
-    return Judge(network, device, pairs.config.image_size), key, False
+    return network, False
 
 
 def judge_key(pairs: PairedFolder, config: JudgeConfig) -> str:

@@ -87,6 +87,13 @@ def number(value: object, digits: int = 4, sign: str = "") -> str:
     return format(value, f"{sign}.{max(digits - 1 - magnitude, 0)}f")
 
 
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation of the values that are not None. A single value has no spread."""
+    known = [value for value in values if value is not None]
+    spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return (float(np.mean(known)) if known else None), spread
+
+
 def with_spread(mean: float | None, spread: float | None, sign: str = "") -> str:
     """Text "mean ± standard deviation". Only the mean if there is no spread, a dash if there is no mean."""
     text = number(mean, 3, sign)

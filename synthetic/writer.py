@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +21,11 @@ from common.errors import InputError, list_some
 from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gray
 from common.plain import build, read_json
 from common.randomness import derived_seed
+from common.spread import evenly
 from dataset.files import FileError, read_image
 from dataset.gray import ImageFormat, to_display, window_columns
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder, MaskItem
-from synthetic.contact_sheet import CAPTIONS, choose_pairs
 from synthetic.manifest import (
     ATTEMPT_COLUMNS,
     ATTEMPTS,
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 PARTS = (IMAGES, LABELS, ATTEMPTS)  # folders of a set that are locked with it
 MOST_IMAGES = 10_000_000
+MOST_SHOWN = 8  # pairs of the contact sheet
+MOST_LOOKED_AT = 64  # pairs that are read to find some with cells
 MOST_NAME_BYTES = 230  # file systems end at 255; a number and a suffix come behind
 # Settings that may differ when a set is continued. They follow from checkpoint or masks, or they only change speed and
 # rounding.
@@ -350,7 +352,9 @@ class SetWriter:
         Chosen masks are read twice. Keeping all candidates in memory would need gigabytes for large fields.
         """
         chosen = choose_pairs(len(self.jobs), lambda number: bool(self.load(self.jobs[number]).prob_map[1:].any()))
-        sheet = Image.fromarray(captioned_sheet(CAPTIONS, [self._pictures(self.jobs[number]) for number in chosen]))
+        sheet = Image.fromarray(
+            captioned_sheet(("mask", "synthetic", "real"), [self._pictures(self.jobs[number]) for number in chosen])
+        )
         write_atomically(self.folder / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
 
     def _pictures(self, job: Job) -> list[torch.Tensor]:
@@ -377,6 +381,15 @@ class SetWriter:
         path = folder.with_name(f"{folder.name}.npz")
         write_atomically(path, write)
         logger.info("%s: %d images", path, len(self.jobs))
+
+
+def choose_pairs(count: int, has_cells: Callable[[int], bool]) -> list[int]:
+    """Numbers of the pairs to show, spread over the set. Pairs without a cell are shown only if others are too few."""
+    looked_at = evenly(count, MOST_LOOKED_AT)
+    with_cells = [number for number in looked_at if has_cells(number)]
+    empty = [number for number in looked_at if number not in with_cells]
+    chosen = [with_cells[place] for place in evenly(len(with_cells), MOST_SHOWN)]
+    return sorted(chosen + [empty[place] for place in evenly(len(empty), MOST_SHOWN - len(chosen))])
 
 
 def label_bytes(label: np.ndarray) -> tuple[bytes, str]:

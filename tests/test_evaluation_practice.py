@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_every_image_is_held_out_once_and_a_mask_stays_in_its_fold():
 
 def results(values: list[float | None]) -> list[dict]:
     scores = [InstanceScore(value, value, value, None, value, value, [value]) for value in values]
-    return [{"fold": number, "score": one.to_dict(), "hardness": {}} for number, one in enumerate(scores)]
+    return [{"fold": number, "score": asdict(one), "hardness": {}} for number, one in enumerate(scores)]
 
 
 def test_synthetic_images_are_recommended_only_if_they_gain_more_than_two_errors():

@@ -303,7 +303,7 @@ def test_leaks_are_refused_in_one_message_before_any_training(split, tmp_path):
     with pytest.raises(InputError, match=r"leaks at 25 % .*masks of the test set.*outside of the share"):
         refuse_leaks(split, 25, samples)
     with pytest.raises(InputError, match="leaks at 25 %"):
-        score_utility(split, {25: samples}, steps=10**9)
+        score_utility(split, {25: samples}, CPU, steps=10**9)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_set_that_follows_its_masks_teaches_and_one_that_ignores_them_does_not(s
     good, bad = faithful_and_ignoring(split, tmp_path)
     found = {}
     for name, samples in (("good", good), ("bad", bad)):
-        report = score_utility(split, {100: samples}, steps=80, seeds=[0], device=CPU)
+        report = score_utility(split, {100: samples}, CPU, steps=80, seeds=[0])
         found[name] = {entry["arm"]: entry for entry in report.summary()}
     assert found["good"]["real"]["dice"] == found["bad"]["real"]["dice"] > 0.85
     assert found["good"]["synthetic"]["dice"] > 0.85
@@ -360,7 +360,7 @@ def test_set_that_follows_its_masks_teaches_and_one_that_ignores_them_does_not(s
 
 def test_report_is_written_with_a_row_per_training(split, tmp_path):
     samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=seen(split, 25))
-    report = score_utility(split, {25: samples}, shares=[25, 100], steps=2, seeds=[0, 1], device=CPU)
+    report = score_utility(split, {25: samples}, CPU, shares=[25, 100], steps=2, seeds=[0, 1])
     write_utility_report(report, tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out" / "utility.csv").open()))
     arms = ["real", "real", "synthetic", "synthetic", "real + synthetic", "real + synthetic", "real", "real"]
@@ -390,13 +390,13 @@ def test_unknown_shares_and_sets_made_differently_are_refused(split, tmp_path):
     masks, images = files_of(split, 25, "masks"), seen(split, 25)
     samples = set_of(tmp_path / "a", masks, trained_on=images)
     with pytest.raises(InputError, match="no share of 10 %"):
-        score_utility(split, {10: samples})
+        score_utility(split, {10: samples}, CPU)
     other = set_of(tmp_path / "b", masks, trained_on=images)
     settings = json.loads((other.folder / "settings.json").read_text())
     settings["data_config"]["window"] = [1, 99]
     (other.folder / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="different sizes, classes, crops or windows"):
-        score_utility(split, {25: samples, 100: SampleSet(other.folder)})
+        score_utility(split, {25: samples, 100: SampleSet(other.folder)}, CPU)
 
 
 def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):

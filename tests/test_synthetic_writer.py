@@ -22,7 +22,7 @@ from evaluation.redraw import Redraw
 from synthetic.bulk import draw_missing
 from synthetic.manifest import COLUMNS, FIDELITY_COLUMN, read_manifest, write_column
 from synthetic.reader import SampleSet
-from synthetic.writer import Attempt, SetWriter, plan_jobs
+from synthetic.writer import MOST_SHOWN, Attempt, SetWriter, choose_pairs, plan_jobs
 
 
 class NoisyDrawings:
@@ -208,3 +208,23 @@ def test_a_set_of_an_earlier_version_is_continued(masks, tmp_path):
     assert {name: now[name] for name in now if not name.startswith("attempts")} == {
         name: files[name] for name in files if not name.startswith("attempts")
     }
+
+
+@pytest.mark.parametrize(
+    ("count", "with_cells", "chosen"),
+    [
+        (3, {0, 1, 2}, [0, 1, 2]),
+        (10, {1, 4}, [0, 1, 2, 4, 5, 6, 8, 9]),
+        (20, set(range(8, 16)), list(range(8, 16))),
+        (640, set(range(640)), [0, 91, 183, 274, 365, 456, 548, 639]),
+    ],
+)
+def test_pairs_with_cells_come_first_and_are_spread_over_the_set(count, with_cells, chosen):
+    found = choose_pairs(count, with_cells.__contains__)
+    assert found == chosen and len(found) <= MOST_SHOWN
+
+
+def test_few_pairs_of_a_large_set_are_read():
+    read = []
+    choose_pairs(100_000, lambda number: read.append(number) or True)
+    assert len(read) == 64

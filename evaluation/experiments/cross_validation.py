@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -51,13 +51,9 @@ class FoldResult:
     score: InstanceScore
     hardness: dict[str, float]
 
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, content: dict) -> FoldResult:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of ``dataclasses.asdict``."""
         return cls(content["fold"], InstanceScore(**content["score"]), content["hardness"])
 
 

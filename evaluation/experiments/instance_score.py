@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,10 +31,6 @@ class InstanceScore:
     pq: float | None
     dice: float | None
     class_dice: list[float | None]
-
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
 
 
 @dataclass

@@ -65,7 +65,8 @@ from evaluation.experiments.practice_rules import (
 )
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
-from evaluation.judge import build_network, judged_channels
+from evaluation.instances import mean_of_known
+from evaluation.judge import build_network, judged_channels, load_or_train
 from evaluation.output import number as show_number
 from synthetic.reader import SampleSet, read_whole
 
@@ -252,16 +253,8 @@ class Practice:
 
     def _kept_network(self, name: str, train: Callable[[], nn.Module]) -> nn.Module:
         """A segmenter from its file, or trained and written to it."""
-        path = self.folder / "segmenters" / f"{name}.pt"
-        if path.is_file():
-            network = build_network(self.num_classes + 1, channels=self.segmenter_config.channels)
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            return network
-        network = train()
-        weights = {name: value.cpu() for name, value in network.state_dict().items()}
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, lambda file: torch.save(weights, file))
-        return network
+        network = build_network(self.num_classes + 1, channels=self.segmenter_config.channels)
+        return load_or_train(self.folder / "segmenters" / f"{name}.pt", network, train)[0]
 
     @cached_property
     def mean_losses(self) -> list[float]:
@@ -292,7 +285,7 @@ class Practice:
     def _keep(self, variant: str, fold: Fold, result: FoldResult) -> None:
         path = self._result_path(variant, fold)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, result.to_dict())
+        write_json(path, asdict(result))
 
     # --- masks --------------------------------------------------------------------------------------------------------
 
@@ -314,7 +307,7 @@ class Practice:
                 raise InputError("the labelled images hold too few whole cells to make new layouts of them")
         place.mkdir(exist_ok=True)
         kinds = merge_masks([*self._copied_masks(found, place), *self._new_layouts(statistics, place)], place)
-        write_json(note, {"kinds": kinds, "statistics": None if statistics is None else statistics.to_dict()})
+        write_json(note, {"kinds": kinds, "statistics": None if statistics is None else asdict(statistics)})
         return kinds, statistics
 
     def _copied_masks(self, found: Sequence[tuple[str, np.ndarray]], place: Path) -> list[Path]:
@@ -382,7 +375,7 @@ class Practice:
         means = [value if math.isfinite(value) else None for value in self.mean_losses]
         content |= {"checkpoint": str(self.checkpoint), "mean_losses": means, "rounds": []}
         kinds, statistics = self.make_masks()
-        content["statistics"] = None if statistics is None else statistics.to_dict()
+        content["statistics"] = None if statistics is None else asdict(statistics)
         content["masks"] = kinds
         results = {REAL: self.cross_validate(REAL, [])}
         draws, drawn = dict.fromkeys(kinds, 1), dict.fromkeys(kinds, 0)
@@ -410,7 +403,7 @@ class Practice:
                 stopped = "all masks were drawn as often as planned"
                 break
         content["stopped"] = f"Rounds ended: {stopped}."
-        content["results"] = {name: [one.to_dict() for one in found] for name, found in results.items()}
+        content["results"] = {name: [asdict(one) for one in found] for name, found in results.items()}
         return content
 
     def _draw(self, folder: str, draws: Mapping[str, int], drawn: Mapping[str, int], seed: int) -> list[Made]:
@@ -456,8 +449,7 @@ def _numbered(name: str, number: int) -> str:
 
 def _mean_ap(results: Sequence[FoldResult]) -> float:
     """Mean AP at 0.5 over the folds; 0 if no fold has cells."""
-    known = [one.score.ap50 for one in results if one.score.ap50 is not None]
-    return float(np.mean(known)) if known else 0.0
+    return mean_of_known([one.score.ap50 for one in results]) or 0.0
 
 
 def _made_masks(content: dict[str, Any]) -> tuple[dict[str, str], LayoutStatistics | None]:

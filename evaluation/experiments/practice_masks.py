@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +49,6 @@ class LayoutStatistics:
     touching: float
     scale: float
     labelled_touching: float
-
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
 
 
 def layout_statistics(

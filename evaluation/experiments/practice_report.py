@@ -15,7 +15,7 @@ from evaluation.experiments.practice_folder import PRACTICE_FILE, ignored
 from evaluation.experiments.segmenter import IGNORE
 from evaluation.experiments.trial_report import AHEAD, HARMS, HELPS, UNCLEAR, UNKNOWN, difference
 from evaluation.fidelity import LabelledImage
-from evaluation.output import Section, Table, new_figure, number, save_figure, show_image, with_spread
+from evaluation.output import Section, Table, mean_and_spread, new_figure, number, save_figure, show_image, with_spread
 from synthetic.export import EXPORTS, ExportedPair
 from synthetic.reader import SampleSet
 
@@ -182,19 +182,14 @@ def _table(content: dict) -> Table:
     for name, results in content["results"].items():
         total += counts.get(name, 0)
         images = 0 if name == REAL else counts["round 0"] if name == PLAIN else total
-        scores = [_with_spread(list(fold_scores(results, score).values())) for score in ("ap50", "ap75", "dice")]
+        known = [list(fold_scores(results, score).values()) for score in ("ap50", "ap75", "dice")]
+        scores = [with_spread(*mean_and_spread(values)) for values in known]
         gain = None if name == REAL else difference(fold_scores(results), real)
         shown = None if gain is None else with_spread(gain.mean, gain.error, "+")
         rows.append([name, *scores, shown, images])
     return Table(
         ["trained on real and", "AP 0.5", "AP 0.75", "Dice", "gain in AP 0.5 ± error", "synthetic images"], rows
     )
-
-
-def _with_spread(values: Sequence[float]) -> str:
-    if not values:
-        return number(None)
-    return with_spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def _notes(content: dict) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
+from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_json
 from common.errors import InputError
 from common.plain import read_as, read_json
 from dataset.config import DataConfig
@@ -33,7 +33,7 @@ from evaluation.experiments.segmenter import Segmenter, SegmenterConfig, train_s
 from evaluation.experiments.sources import pseudo_label
 from evaluation.experiments.split import SplitPlan
 from evaluation.fidelity import LabelledImage
-from evaluation.judge import build_network, judged_channels
+from evaluation.judge import build_network, judged_channels, load_or_train
 from evaluation.output import number
 from synthetic.manifest import MANIFEST
 
@@ -311,15 +311,12 @@ def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Mo
     key = hashlib.sha256(json.dumps(case.stamp(Arm(REAL)), sort_keys=True).encode()).hexdigest()[:8]
     path = output / NETWORKS / f"{_slug(case.selection, case.labels, REAL, seed)}_{key}.pt"
     config = case.segmenter(seed)
-    network = build_network(config.num_classes + 1, channels=config.channels)
-    if path.is_file():
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return network.to(device).eval()
-    groups = [case.group(one.name) for one in case.real]
-    network = train_segmenter(phases_of(Arm(REAL), [one.item for one in case.real], groups), config, device)
-    weights = {name: value.cpu() for name, value in network.state_dict().items()}
-    write_atomically(path, lambda file: torch.save(weights, file))
-    return network
+
+    def train() -> nn.Module:
+        groups = [case.group(one.name) for one in case.real]
+        return train_segmenter(phases_of(Arm(REAL), [one.item for one in case.real], groups), config, device)
+
+    return load_or_train(path, build_network(config.num_classes + 1, channels=config.channels), train)[0]
 
 
 def _pseudo_labelled(case: Case, seed: int, output: Path, device: torch.device) -> list[LabelledImage]:

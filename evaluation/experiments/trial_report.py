@@ -14,7 +14,8 @@ from scipy import stats
 from common.disk import write_csv, write_json
 from evaluation.experiments.arms import ARMS, LONGER, LONGER_FACTOR, REAL, WITHOUT_SYNTHETIC
 from evaluation.experiments.trial import TRIAL_VERSION, TrialRow
-from evaluation.output import Table, new_figure, number, save_figure, with_spread
+from evaluation.instances import mean_of_known
+from evaluation.output import Table, mean_and_spread, new_figure, number, save_figure, with_spread
 
 CONFIDENCE = 0.95  # of the intervals
 AHEAD, BEHIND = 2.0, 1.0  # standard errors: a gain beyond the first helps, a loss beyond the second harms
@@ -129,11 +130,9 @@ def _entry(
     own = [row for row in rows if (row.labels, row.arm) == (labels, arm)]
     entry: dict = {"labels": labels, "arm": arm, "trainings": len(own), "selections": len({r.selection for r in own})}
     for score in SCORES:
-        values = list(by_selection(rows, labels, arm, score).values())
-        entry[score] = float(np.mean(values)) if values else None
-        entry[f"{score}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        entry[score], entry[f"{score}_std"] = mean_and_spread(list(by_selection(rows, labels, arm, score).values()))
     classes = [row.score.class_dice for row in own]
-    entry["class_dice"] = [_mean([one[k] for one in classes]) for k in range(len(classes[0]))]
+    entry["class_dice"] = [mean_of_known([one[k] for one in classes]) for k in range(len(classes[0]))]
     gain = difference(by_selection(rows, labels, arm), real) if arm != REAL else None
     entry["gain"] = None if gain is None else asdict(gain) | {"verdict": gain.verdict}
     scores = by_selection(rows, labels, arm)
@@ -143,11 +142,6 @@ def _entry(
         entry["worth"] = labels_worth(real_curve, entry["ap50"])[1]
     entry["images"] = f"{own[0].real_images} + {round(np.mean([row.synthetic_images for row in own]))}"
     return entry
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return float(np.mean(found)) if found else None
 
 
 def _best_against_best(rows: Sequence[TrialRow], labels: int, entries: Sequence[dict]) -> dict | None:
@@ -182,7 +176,7 @@ def _group_table(rows: Sequence[TrialRow]) -> list[dict]:
     found = []
     for labels, arm in dict.fromkeys((row.labels, row.arm) for row in rows if names):
         own = [row for row in rows if (row.labels, row.arm) == (labels, arm)]
-        scores = {name: _mean([row.groups[name].ap50 for row in own if name in row.groups]) for name in names}
+        scores = {name: mean_of_known([row.groups[name].ap50 for row in own if name in row.groups]) for name in names}
         found.append({"labels": labels, "arm": arm, "ap50": scores})
     return found
 

@@ -31,7 +31,7 @@ from evaluation.experiments.split import SplitPlan
 from evaluation.experiments.trial_report import NOTE, trial_notes, trial_table
 from evaluation.fidelity import LabelledImage, folder_images, score_agreement
 from evaluation.judge import Examples, Judge, JudgeConfig, judged_channels, train_judge
-from evaluation.output import Section, Table, new_figure, number, save_figure, with_spread
+from evaluation.output import Section, Table, mean_and_spread, new_figure, number, save_figure, with_spread
 from synthetic.reader import SampleSet
 
 logger = logging.getLogger(__name__)
@@ -119,10 +119,10 @@ class UtilityReport:
             rows = [row for row in self.rows if (row.share, row.arm) == (share, arm)]
             entry = {"share": share, "arm": arm, "seeds": len(rows)}
             for metric in METRICS:
-                entry[metric], entry[f"{metric}_std"] = _mean_and_std([getattr(row, metric) for row in rows])
+                entry[metric], entry[f"{metric}_std"] = mean_and_spread([getattr(row, metric) for row in rows])
             pairs = [(row.dice, alone.get((share, row.seed))) for row in rows]
             gains = [None if dice is None or real is None else dice - real for dice, real in pairs]
-            entry["gain"], entry["gain_std"] = _mean_and_std(gains)
+            entry["gain"], entry["gain_std"] = mean_and_spread(gains)
             found.append(entry | {"real_images": rows[0].real_images, "synthetic_images": rows[0].synthetic_images})
         return found
 
@@ -163,22 +163,15 @@ SECTION = Section(
 )
 
 
-def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation of what is known; a single value has no spread."""
-    known = [value for value in values if value is not None]
-    spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return (float(np.mean(known)) if known else None), spread
-
-
 def score_utility(
     split: SplitPlan,
     sets: Mapping[int, SampleSet],
+    device: torch.device,
     checkpoints: Mapping[int, Path] | None = None,
     shares: Sequence[int] | None = None,
     mask_type: str = "auto",
     steps: int = 400,
     seeds: Sequence[int] = (0, 1, 2),
-    device: torch.device | None = None,
     progress: bool = False,
 ) -> UtilityReport:
     """Train and test every arm at every share; leaks are refused before anything is trained.
@@ -186,12 +179,12 @@ def score_utility(
     Args:
         split: test pairs and shares.
         sets: percent -> the synthetic set of that share.
+        device: where to train.
         checkpoints: percent -> checkpoint of the set's generator, where its settings do not say what it has seen.
         shares: percents to run; those of ``sets`` when not given. A share without a set trains on real images only.
         mask_type: what the real masks hold.
         steps: of every training.
         seeds: one training each.
-        device: None takes the GPU where there is one.
         progress: show a progress bar.
 
     Raises:
@@ -205,7 +198,6 @@ def score_utility(
     any_set = next(iter(sets.values()))
     for share, samples in sets.items():
         refuse_leaks(split, share, samples, (checkpoints or {}).get(share))
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     jobs = [(share, arm) for share in shares for arm in (ARMS if share in sets else ARMS[:1])]
     rows: list[UtilityRow] = []
     bar = tqdm(total=len(jobs) * len(seeds), desc="trainings", disable=None if progress else True)
