@@ -44,7 +44,6 @@ def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | No
     """The configuration of a run: from the command line, else the checkpoint, else defaults that depend on others.
 
     Args:
-        args: arguments of train.py.
         world_size: number of processes that share a batch.
         saved: configuration in the checkpoint that the run continues.
 

@@ -53,13 +53,14 @@ from benchmarks.workloads import (  # noqa: E402
     modes_of,
     sd_autoencoder,
 )
+from cli import add_device_argument  # noqa: E402
 from common.arguments import positive_float, positive_int
 from common.disk import write_atomically, write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from dataset.masks import to_prob_map  # noqa: E402
 from engine.autoencoder import PixelSpace, Space  # noqa: E402
 from engine.checkpoint import read_checkpoint  # noqa: E402
-from engine.machine import DEVICES, Machine, has_compiler, start_machine, stop_machine
+from engine.machine import Machine, has_compiler, start_machine, stop_machine
 from layers.mask import MaskCondition  # noqa: E402
 from models import SiT, build_model  # noqa: E402
 
@@ -151,9 +152,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("bench/result"), help="output files, without suffix (default: bench/result)"
     )
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)"
-    )
+    add_device_argument(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one rank of the part "ranks"
     return parser.parse_args(argv)
 

@@ -38,7 +38,6 @@ def sit_flops(model: SiT, batch: int, rows: int | None = None, with_mask: bool =
     """FLOP of one call of the network.
 
     Args:
-        model: its sizes count.
         batch: images B.
         rows: rows of the modulation: B T for one condition per token (the default), fewer for distinct rows, B for one
             condition per image.

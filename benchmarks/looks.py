@@ -65,7 +65,6 @@ class Benchmark:
 
     Attributes:
         column: of index.csv: what tells the looks.
-        num_classes: K.
         crop: as of train.py.
         mask_type: what the masks hold.
         per_mask: synthetic images of each mask, unless the command line says another number.

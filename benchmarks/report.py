@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from common.disk import write_atomically
 from engine.machine import Machine, commit
+from evaluation.output import new_figure, save_figure
 
 Row = dict[str, Any]
 
@@ -60,11 +60,6 @@ def markdown(report: Row) -> str:
 
 def plot(report: Row, path: Path) -> None:
     """Bars of the time that each mode takes beside ours, and the scaling of a training step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     compared = [row for part in ("training", "sampling") for row in report["parts"].get(part, [])]
     compared = [row for row in compared if row["slower_than_ours"]]
     setups = list(dict.fromkeys(row["setup"] for row in compared))
@@ -72,7 +67,8 @@ def plot(report: Row, path: Path) -> None:
     panels = len(setups) + bool(scaling)
     if not panels:
         return
-    figure, axes = pyplot.subplots(panels, 1, figsize=(9, 3.2 * panels), layout="constrained", squeeze=False)
+    figure = new_figure(9, 3.2 * panels)
+    axes = figure.subplots(panels, 1, squeeze=False)
     for axis, setup in zip(axes[:, 0], setups, strict=False):
         rows = [row for row in reversed(compared) if row["setup"] == setup]
         middle, low, high = zip(*(row["slower_than_ours"] for row in rows), strict=True)
@@ -89,5 +85,4 @@ def plot(report: Row, path: Path) -> None:
         axis.set(title="a training step", xscale="log", yscale="log", ylabel="seconds")
         axis.set_xlabel("images per batch, or tokens per image")
         axis.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -21,12 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import add_checkpoint_arguments, add_device_argument  # noqa: E402
 from common.arguments import non_negative_float, positive_int
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
 from common.pictures import to_uint8
 from dataset.mask_folder import MaskFolder  # noqa: E402
-from engine.machine import DEVICES, Machine, has_compiler, start_machine
+from engine.machine import Machine, has_compiler, start_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
 from settings import load_checkpoint
 
@@ -84,11 +85,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="the trained network")
-    parser.add_argument(
-        "--raw-weights", action="store_true", help="use the last weights instead of their average (EMA)"
-    )
-    parser.add_argument("--vae", help="new place of the autoencoder, if it has moved since training")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--mask-path", type=Path, required=True, metavar="MASKS", help="folder of masks")
     parser.add_argument(
         "--num-images", type=positive_int, default=32, help="number of images, one per mask (default: 32)"
@@ -96,9 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-sampling-steps", type=positive_int, default=25, help="steps of Heun (default: 25)")
     parser.add_argument("--cfg-scale", type=non_negative_float, default=1.0, help="guidance scale (default: 1, none)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)"
-    )
+    add_device_argument(parser)
     return parser.parse_args(argv)
 
 

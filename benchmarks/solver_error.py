@@ -25,13 +25,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import add_device_argument  # noqa: E402
 from common.arguments import non_negative_float, positive_int
-from common.disk import write_atomically, write_json  # noqa: E402
+from common.disk import write_json  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging
 from dataset.mask_folder import MaskFolder  # noqa: E402
-from engine.machine import DEVICES, Machine, commit, start_machine
+from engine.machine import Machine, commit, start_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
+from evaluation.output import new_figure, save_figure  # noqa: E402
 from settings import load_checkpoint
 from transport import ODE_METHODS, Sampler, create_transport  # noqa: E402
 
@@ -140,20 +142,15 @@ def curve(args: argparse.Namespace, trained: TrainedModel, machine: Machine) -> 
 
 def plot_curve(found: dict[str, list[dict[str, float]]], reference_calls: int, path: Path) -> None:
     """Plot error against network calls, both logarithmic. Leaves out the reference, whose error is 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
+    axis = figure.subplots()
     for method, rows in found.items():
         rows = [row for row in rows if row["error"] > 0]
         axis.plot([row["calls"] for row in rows], [row["error"] for row in rows], marker="o", label=method)
     axis.set(xscale="log", yscale="log", xlabel="network calls")
     axis.set_ylabel(f"difference to {reference_calls} calls of Heun\n(root mean square, gray values of 255)")
     axis.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -196,9 +193,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--reference-calls", type=positive_int, default=100, help="network calls of the reference, Heun (default: 100)"
     )
     parser.add_argument("--output", type=Path, default=Path("bench/solver_error"), help="output files, without suffix")
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (auto: GPU if there is one)"
-    )
+    add_device_argument(parser)
     return parser.parse_args(argv)
 
 

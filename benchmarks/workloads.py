@@ -198,8 +198,6 @@ class TrainingBench:
     """Training steps of one network. All modes share its weights, so that they fit the memory together.
 
     Args:
-        setup: network and data.
-        machine: device.
         space: where the images are; an autoencoder, or None, for latents.
         folder: an empty folder for the data set.
     """
@@ -358,10 +356,8 @@ class SamplingBench:
 
     Args:
         setup: network and data; ``steps`` are the solver's.
-        machine: device.
         space: where the images are.
         folder: an empty folder for the images.
-        guidance: scale.
         model: a trained network instead of one with random weights.
     """
 

@@ -257,7 +257,6 @@ def lock_folder(
     because another process may be writing them.
 
     Args:
-        folder: the folder. Its lock is the file LOCK_FILE.
         mend: what else the user can do, for the message.
         parts: subfolders that belong to the same work. Temporary files are only removed from the folder and from these,
             because another process may work in other subfolders.

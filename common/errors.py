@@ -141,7 +141,6 @@ def printable(text: object, keep: str = "") -> str:
     """Text in which control characters are escaped, so that a file name cannot change what a terminal shows.
 
     Args:
-        text: what to show.
         keep: control characters to keep, such as line ends.
     """
 

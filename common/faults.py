@@ -38,7 +38,6 @@ def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | N
     """One line about a fault of the machine. None if the error is of another kind.
 
     Args:
-        error: the error that ended the command.
         values: values of the command's flags. The line names the sizes that the command used and flags to change.
     """
     text = f"{type(error).__name__} {error}"

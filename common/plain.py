@@ -52,7 +52,6 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Args:
-        path: the file.
         mend: what the user can do if the file is damaged, such as "run the measure again".
 
     Raises:
@@ -72,11 +71,6 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
 def read_as(path: Path, convert: Callable[[dict[str, Any]], Any], mend: str) -> Any:
     """Read a JSON file and convert its content.
 
-    Args:
-        path: the file.
-        convert: makes the result from the content.
-        mend: see :func:`read_json`.
-
     Raises:
         InputError: the file is missing or damaged, or ``convert`` finds a value missing or of the wrong type.
     """
@@ -93,10 +87,6 @@ def check_fields(kind: type, values: object) -> dict[str, Any]:
     """Compare values with the types of a dataclass's fields. Missing and unknown names are allowed.
 
     Numbers must be finite and whole numbers at most 2^64. A list may stand for a tuple, and text for a path.
-
-    Args:
-        kind: the dataclass.
-        values: field name -> plain value.
 
     Returns:
         The same values.

@@ -110,7 +110,6 @@ def agreement_warnings(names: Sequence[str], images: Sequence[np.ndarray], masks
     """Warnings about pairs that may not belong together.
 
     Args:
-        names: of the pairs.
         images: :func:`signature` of each image.
         masks: :func:`mask_signature` of each mask.
     """

@@ -66,7 +66,6 @@ class FileError(InputError):
     """One file cannot be used.
 
     Attributes:
-        path: the file.
         reason: our own words, without the path and without a decoder's text. Files of one reason are named together.
     """
 

@@ -144,7 +144,6 @@ class PairedFolder(TrainingImages):
         pairs: the pairs, sorted by name.
         config: as given, with ``window_channels`` decided, and ``window_values`` set if the scope is "dataset".
         rule: how the masks are read.
-        dtypes: data type of each image file.
         stored_channels: largest number of channels of a file; 1 if all are gray.
         colours: whether three channels are RGB. False if the files say that they are not.
     """
@@ -165,14 +164,11 @@ class PairedFolder(TrainingImages):
         """Read and check all pairs.
 
         Args:
-            image_dir: folder of images.
-            mask_dir: folder of masks.
             config: sizes, classes, crop, window.
             mask_type: one of :data:`MASK_TYPES`.
             augment: flip and turn at random, in the same way for image and mask.
             seed: decides every random choice, together with the draw of :meth:`__getitem__`.
             memory_gb: most memory for decoded files.
-            progress: show a progress bar.
             names: use these pairs only. None: all.
             normalize: divide soft maps by their sum. If False, refuse those that do not sum to one.
 

@@ -37,7 +37,6 @@ def default_window_channels(channels: int, has_channels: bool | None = None) -> 
     """Gray and RGB images have one window. Other channels are stains with different brightness, one window each.
 
     Args:
-        channels: number of channels of the images.
         has_channels: whether the files say that their channels are not colours. None if no file was read yet.
 
     Returns:
@@ -74,7 +73,6 @@ def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfi
 
     Args:
         shares: :func:`channel_shares` of every image.
-        config: how the images are read.
         dtype: type of the gray values in the files.
     """
     counts = [len(one) for one in shares if one]
@@ -95,9 +93,7 @@ def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfi
 def colour_warnings(paths: Sequence[Path], channels: int) -> list[str]:
     """Warnings about channels that are no gray values of the microscope: transparency, and colours of a lookup table.
 
-    Args:
-        paths: images. A few, spread over all of them, are looked at.
-        channels: largest number of channels of these images, as they are read.
+    Looks at the headers of a few images. ``channels`` is the largest number of channels, as the images are read.
     """
     notes = {paths[index]: colour_note(paths[index]) for index in evenly(len(paths), _NOTED_IMAGES)}
     clear = next((path.name for path, note in notes.items() if note == "transparency"), None)
@@ -213,14 +209,7 @@ class SourceIntensity:
     def of(
         cls, windows: Sequence[Window], dtypes: Sequence[np.dtype], channels: int, colours: bool = True
     ) -> SourceIntensity:
-        """Collect the gray values of all training images.
-
-        Args:
-            windows: window of every image, in any order.
-            dtypes: type of gray values of every file.
-            channels: largest number of channels of a file.
-            colours: whether three channels are RGB.
-        """
+        """Collect the gray values of all training images."""
         most = max(map(len, windows))  # gray and RGB images can be mixed
         windows = [window * most if len(window) == 1 else window for window in windows]
         ordered = sorted(windows, key=lambda window: (window[0][1] - window[0][0], window))
@@ -292,7 +281,6 @@ def choose_format(
     Args:
         intensity: one of ``INTENSITIES``.
         source_window: one of ``SOURCE_WINDOWS``. None means "draw".
-        data: data settings of the checkpoint.
         source: gray values of the training images, from the checkpoint. None if the checkpoint lacks them.
 
     Raises:
@@ -322,7 +310,6 @@ def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) ->
     Args:
         image: (C, H, W) in [-1, 1].
         window: gray values for -1 and 1. None means 0 and 255.
-        dtype: type of the result.
 
     Returns:
         (H, W, C).

@@ -37,10 +37,6 @@ def read_groups(path: Path, column: str) -> dict[str, str]:
 def groups_of(names: Sequence[str], groups: Mapping[str, str]) -> list[str]:
     """Group of each image.
 
-    Args:
-        names: of images, without suffix.
-        groups: see :func:`read_groups`.
-
     Raises:
         InputError: an image has no group.
     """
@@ -68,12 +64,6 @@ def gather_groups(
     ``image_dir/GROUP/NAME.png`` becomes ``output/images/GROUP_NAME.png``; so do masks in ``output/masks`` and images
     without masks in ``output/unlabelled``. ``output/groups.csv`` has the columns ``name`` and ``group``. Files are hard
     links, which need no space, or copies if the disk has no links.
-
-    Args:
-        output: new or empty folder.
-        image_dir: labelled images, one sub-folder for each group.
-        mask_dir: their masks, in sub-folders of the same names.
-        unlabelled_dir: images without masks, one sub-folder for each group.
 
     Returns:
         Number of images of each group, sorted by name.
@@ -121,7 +111,6 @@ def group_folders(folder: Path, what: str) -> dict[str, Path]:
     """Sub-folders that stand for groups, by name. Hidden ones are left out.
 
     Args:
-        folder: where to look.
         what: "image" or "mask".
 
     Raises:

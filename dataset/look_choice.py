@@ -68,8 +68,6 @@ class LookChoice:
         """Standardised looks (n, N) of images ``indices``. None for no look.
 
         Args:
-            seed: of the set.
-            indices: of the images in the set.
             items: their masks, which SAME and TABLE need.
         """
         if self.source == NOBODY:
@@ -108,7 +106,6 @@ def choose_looks(
 
     Args:
         training: looks of the checkpoint.
-        config: data settings of the checkpoint.
         source: one of LOOK_SOURCES. None: PATH if a path is given, else TRAINING.
         look_path: folder or file of images to take looks from.
         look_index: number of one look for all images.

@@ -102,8 +102,6 @@ def measure_draw(image: np.ndarray, window: Window, config: DataConfig, rng: np.
     Args:
         image: (H, W, C) as stored, or the resized square with crop "center".
         window: gray values that become -1 and 1.
-        config: how training reads images.
-        rng: chooses the crop.
     """
     view = native_view(image.shape[0], image.shape[1], _fitting_side(image, config), rng)
     return measure_window(to_tensor(view.cut(image), window, config.channels).numpy())
@@ -167,13 +165,7 @@ class Looks:
 
     @classmethod
     def of(cls, names: Sequence[str], windows: Sequence[np.ndarray], groups: Sequence[str] = ()) -> Looks:
-        """Looks of training images.
-
-        Args:
-            names: of the images.
-            windows: for each image (n, N), from :func:`measure_spread`.
-            groups: of the images; empty if they have none.
-        """
+        """Looks of training images. For each image, ``windows`` has what :func:`measure_spread` returns."""
         together = np.concatenate(windows).astype(np.float64)
         numbers = np.stack([one.mean(axis=0) for one in windows])
         mean, spread = together.mean(axis=0), np.maximum(together.std(axis=0), LEAST_SPREAD)
@@ -208,8 +200,6 @@ class Looks:
         """Number of the look that image ``index`` of a set drawn with ``seed`` takes.
 
         Args:
-            seed: of the set.
-            index: of the image.
             balanced: all groups are equally likely, instead of all looks.
         """
         if balanced:

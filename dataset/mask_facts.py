@@ -66,7 +66,6 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
     """Facts about one mask.
 
     Args:
-        name: for messages.
         mask: (H, W) or (K, H, W) from ``read_mask``.
         from_folder: whether the mask was put together from one file per nucleus.
         table: kind of the file's colour table.

@@ -62,7 +62,6 @@ class MaskFolder:
         paths: name -> mask file (or folder of nuclei).
         image_paths: name -> real image. None without ``image_dir``.
         rule: how the masks are read.
-        config: as given.
     """
 
     def __init__(
@@ -79,10 +78,8 @@ class MaskFolder:
 
         Args:
             mask_path: folder of masks, or one mask file.
-            config: data settings of the checkpoint.
             mask_type: one of :data:`MASK_TYPES`.
             image_dir: use only masks that have an image here.
-            progress: show a progress bar.
             normalize: as in :class:`PairedFolder`.
             whole_scale: use whole masks, at this scale, instead of one square.
 

@@ -41,10 +41,6 @@ def refuse_one_class(stats: Sequence[MaskStats], rule: MaskRule, where: str | Pa
 def refuse_no_labels(stats: Sequence[MaskStats], where: str | Path) -> None:
     """Refuse files that should number cells and clearly do not.
 
-    Args:
-        stats: facts of every file.
-        where: folder, for messages.
-
     Raises:
         InputError: JPEG files, a background that is not 0, numbers of classes, or gray values.
     """

@@ -37,7 +37,6 @@ class MaskRule:
 
     Attributes:
         mask_type: one of :data:`MASK_TYPES`, never "auto".
-        num_classes: K.
         maximum: gray value that means "certainly cell" (binary and probability; 1 otherwise).
         reason: one sentence for the log.
         normalize: divide soft maps by their sum. If False, refuse those that do not sum to one.
@@ -144,9 +143,7 @@ def decide_mask_rule(
 
     Args:
         stats: facts of every mask, from :func:`mask_stats`.
-        num_classes: K.
         mask_type: one of :data:`MASK_TYPES`.
-        where: folder or file, for messages.
         normalize: accept soft maps that do not sum to one, and divide them by their sum.
         values: stored value of each class, in the order of the classes. Masks with only these values are classes. Masks
             of ids 0..K-1 are also accepted.

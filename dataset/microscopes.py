@@ -207,11 +207,6 @@ def _reduce(
 def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     """Write one flat TIFF for every file; all are read before the first is written.
 
-    Args:
-        source: a file, or a folder of files.
-        output: new folder.
-        choice: which part of each file.
-
     Returns:
         The files.
 

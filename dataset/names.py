@@ -129,13 +129,7 @@ def _by_words(stem: str, by_bare: dict[str, list[str]]) -> tuple[str | None, str
 
 
 def name_hints(images: Sequence[str], masks: Sequence[str], paired: Iterable[str] = ()) -> list[str]:
-    """Why names of images and masks without a partner may not agree.
-
-    Args:
-        images: stems of images without a mask.
-        masks: stems of masks without an image.
-        paired: names of the pairs.
-    """
+    """Why names of images and masks without a partner may not agree."""
     names = set(paired)
     second = [stem for stem in masks if bare_mask_name(stem) in names]
     if second:

@@ -35,10 +35,8 @@ class UnlabelledFolder(TrainingImages):
         """Read and check all images.
 
         Args:
-            image_dir: folder of images.
             config: settings of the labelled images, with ``window_values`` if the scope is "dataset".
             seed: decides every random choice, together with the draw of :meth:`__getitem__`.
-            progress: show a progress bar.
 
         Raises:
             InputError: files are unusable. The message names them all.
@@ -184,7 +182,6 @@ class Mixture(torch.utils.data.Dataset):
         labelled: labelled pairs.
         unlabelled: folders of images without masks, or with pseudo-masks.
         looks: scale of the looks. None for a model without looks.
-        num_classes: K.
         seed: decides which draws of an image keep its pseudo-mask.
         pseudo_masks: whether the unlabelled folders have pseudo-masks.
         soft: return all masks as probabilities, because some are.

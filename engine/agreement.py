@@ -23,10 +23,7 @@ OF_A_MACHINE = {"vae", "latent_cache", "init_from", "unlabelled_path", "unlabell
 def agree_on_checkpoint(machine: Machine, run: RunFolder, path: Path | None) -> None:
     """Refuse to go on if a process does not see the checkpoint that rank 0 continues from, or sees another one.
 
-    Args:
-        machine: this process.
-        run: folder of the run.
-        path: the checkpoint, as rank 0 says; None for a new run.
+    ``path`` is that checkpoint, as rank 0 says. None for a new run.
 
     Raises:
         InputError: on every rank.
@@ -58,7 +55,6 @@ def agree_on_file(machine: Machine, path: Path, what: str, mend: str, *fields: s
     """Refuse to go on if a process does not see the file that rank 0 sees.
 
     Args:
-        machine: this process.
         path: the file; rank 0 has it.
         what: the file in words.
         mend: what to do if a process does not see it.
@@ -83,10 +79,6 @@ def agree_on_run(
     Names are compared by all processes. If there are several machines, one process of each also compares the content.
 
     Args:
-        machine: this process.
-        config: settings of the run.
-        dataset: the pairs.
-        unlabelled: images without masks.
         groups: of all images, labelled ones first; empty without groups.
 
     Raises:

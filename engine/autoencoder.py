@@ -143,7 +143,6 @@ def check_space(vae: str, channels: int = 3) -> SpaceShape:
 
     Args:
         vae: see ``load_space``.
-        channels: image channels.
 
     Raises:
         InputError: there is no such folder, it holds no autoencoder, or the number of channels differs.

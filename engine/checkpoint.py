@@ -149,11 +149,8 @@ def build_trained(config: dict[str, Any], weights: dict[str, Any]) -> SiT:
     """Build the model of a checkpoint and load its weights.
 
     The sizes in the configuration are compared with the weights first, because a configuration of a few bytes could
-    ask for a model that fills the memory. The weights are never larger than their file.
-
-    Args:
-        config: section "model" of the checkpoint's configuration.
-        weights: its state dict.
+    ask for a model that fills the memory. The weights are never larger than their file. ``config`` is the section
+    "model" of the checkpoint's configuration.
 
     Raises:
         ValueError: the configuration does not fit the weights.

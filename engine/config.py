@@ -156,7 +156,6 @@ def choose_transport(given: Mapping[str, Any], model: str, channels: int, in_pix
     Args:
         given: a value, or None, for every field of ``TransportConfig``.
         model: SiT-SIZE/PATCH.
-        channels: channels of the images.
         in_pixels: the model works on pixels, not on latents.
 
     Raises:

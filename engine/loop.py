@@ -215,8 +215,6 @@ def log_progress(training: Training, run: RunFolder, steps: int, seconds: float,
     """Write the metrics since the last line, and stop a run that has diverged. All ranks must call this together.
 
     Args:
-        training: the run.
-        run: its folder.
         steps: number of steps since the last line.
         seconds: duration of these steps.
         waiting: fraction of this time that this process waited for data.

@@ -168,10 +168,8 @@ class ImageSampler:
 
     Args:
         model: in evaluation mode, on the machine's device.
-        transport: transport of the checkpoint.
         space: space of the checkpoint, on the machine's device.
         machine: device and precision of model and decoder. The solver's state is always float32.
-        settings: solver and guidance.
         compiled: compile the blocks of ``model``, in place. Other masks need no new compilation.
         before_call: called with the time t before every network call. Its exceptions end the sampling.
     """
@@ -406,12 +404,6 @@ def create_solver(
     transport: Transport, settings: SamplingSettings, reverse: bool = False, trajectory: bool = False
 ) -> Solver:
     """The transport's solver for these settings.
-
-    Args:
-        transport: transport of the checkpoint.
-        settings: solver and its steps.
-        reverse: run an ODE from data to noise.
-        trajectory: return every state, not only the final one.
 
     Raises:
         InputError: the settings do not fit the transport.

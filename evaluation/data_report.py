@@ -72,7 +72,6 @@ class DataReport:
         mismatched: pairs whose image and mask differ in size.
         duplicates: (name, other name, correlation). 1.0 means equal pixels.
         problems: faults that stop training.
-        remarks: warnings.
     """
 
     images: int
@@ -150,14 +149,10 @@ def survey(
     """Read every file of a data set once and report on it.
 
     Args:
-        image_dir: folder of images.
-        mask_dir: folder of masks.
-        num_classes: K.
         mask_type: one of ``MASK_TYPES``.
         image_size: side of the training images. With ``crop`` "random", no image may be smaller.
         crop: same as in training.
         normalize: whether soft maps may have sums other than one.
-        progress: show progress bars.
         mask_values: stored value of each class, if these are not 0..K-1.
 
     Returns:
@@ -465,14 +460,7 @@ def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule 
 
 
 def draw_contact_sheet(pairs: Sequence[Pair], rule: MaskRule, notes: Sequence[str], path: Path) -> None:
-    """Draw a few pairs spread over the set: images in the gray range of training, with the outlines of the masks.
-
-    Args:
-        pairs: pairs of the set.
-        rule: how to read the masks.
-        notes: sentences above the pictures.
-        path: PNG file to write.
-    """
+    """Draw a few pairs spread over the set below the notes: images in the gray range of training, masks as outlines."""
     chosen = [pairs[index] for index in evenly(len(pairs), SHEET_IMAGES)]
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)

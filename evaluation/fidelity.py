@@ -60,7 +60,6 @@ class AgreementScore:
     """Agreement of the judge with the masks of one set of images. None: not defined for this set.
 
     Attributes:
-        images: number of images.
         dice: foreground Dice, mean over the images whose mask has a cell.
         iou: IoU per class, over all pixels of the set.
         ap: IoU threshold -> average precision of single cells.
@@ -159,7 +158,6 @@ def score_agreement(
     Args:
         segment: list of uint8 (S, S, C) -> (B, S, S) uint8 class ids (``Judge.class_maps``).
         images: images with their labels.
-        num_classes: K.
         separated: whether class 2 is the border between touching cells (instances with K = 3).
 
     Raises:

@@ -126,8 +126,6 @@ def write_filter_report(samples: SampleSet, result: FilterResult, output: Path |
     """Write ``kept.csv``, ``dropped.csv`` and ``filter.json``. If ``output`` is given, copy the kept images there.
 
     Args:
-        samples: the set.
-        result: result of :func:`filter_set`.
         output: new folder for copies of the kept images with their labels, manifest and settings.
 
     Returns:

@@ -51,7 +51,6 @@ class Judge:
 
     Args:
         network: (B, C, H, W) in [-1, 1] -> (B, K, H, W) logits, H and W multiples of ``STRIDE``.
-        device: where it runs.
         side: side of its training squares in pixels. Larger images are segmented in overlapping windows of this side.
     """
 
@@ -153,9 +152,6 @@ def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, prog
 
     Args:
         pairs: real images and masks, read as for the generator.
-        config: network, steps and seed.
-        device: where to train.
-        progress: show a progress bar.
 
     Returns:
         The network, on ``device``.
@@ -215,7 +211,6 @@ class FolderJudge(NamedTuple):
     """A judge and the pairs that it learned from.
 
     Attributes:
-        judge: the trained segmenter.
         key: hash of data and settings, see :func:`judge_key`.
         cached: it was trained by an earlier command.
         pairs: its training pairs.
@@ -233,8 +228,6 @@ def judge_of_folders(
     """Load the judge from the cache, or train it.
 
     Args:
-        request: pairs and training.
-        config: data settings of the generator. The judge reads images in the same way.
         normalize_masks: divide soft masks by their sum.
         names: pairs to use; None uses all.
 
@@ -273,10 +266,7 @@ def load_or_train_judge(
 def load_or_train(path: Path, network: nn.Module, train: Callable[[], nn.Module]) -> tuple[nn.Module, bool]:
     """A trained network from its file. If there is none, or a damaged one, train it and write it to the file.
 
-    Args:
-        path: file of the weights.
-        network: a network of the same shape, which takes the weights of the file.
-        train: returns the trained network.
+    ``network`` takes the weights of the file. ``train`` returns a trained network of the same shape.
 
     Returns:
         The network, and whether it came from the file.

@@ -91,7 +91,6 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksRepor
     """Measure the looks of the set and of real images.
 
     Args:
-        samples: the synthetic set.
         image_dir: real images. None: those that the manifest names.
 
     Raises:
@@ -145,13 +144,7 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, halves: Sequence[Sequence[np.
 
 
 def write_looks_report(samples: SampleSet, report: LooksReport, image_dir: Path | None = None) -> Path:
-    """Write ``looks.json``, and ``looks.png`` if the manifest names looks. Returns the folder.
-
-    Args:
-        samples: the synthetic set.
-        report: of :func:`score_looks`.
-        image_dir: real images; the picture shows those whose look it shows.
-    """
+    """Write ``looks.json``, and ``looks.png`` (with real images of ``image_dir``) if the manifest names looks."""
     folder = results_folder(samples)
     write_json(folder / "looks.json", report.to_dict())
     if report.looks:

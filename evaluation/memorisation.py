@@ -125,11 +125,9 @@ def score_memorisation(
     """Find the nearest training image of every synthetic image, and of every reference image.
 
     Args:
-        samples: the synthetic set.
         train_dir: training images of the generator.
         held_out_dir: real images that were not used in training.
         train_mask_dir: training masks. If given, images made from them are counted separately.
-        progress: show a progress bar.
 
     Returns:
         The report, the closest pairs (index of the synthetic image, match) and the training files.

@@ -30,7 +30,6 @@ class Match:
 
     Attributes:
         distance: sqrt(2 (1 - r)), in [0, 2].
-        index: index of the training image.
         symmetry: number of the ``turn`` that maps the training picture to the query.
         top: first row of the matching crop, in pixels of the reduced training picture.
         left: first column of the matching crop.
@@ -85,7 +84,6 @@ class NearestTraining:
         Args:
             queries: (side, side) float64 each.
             skip: for every query the index of a training picture to skip (the query itself).
-            progress: show a progress bar.
         """
         found: list[Match | None] = [None] * len(queries)
         shown = [index for index, query in enumerate(queries) if query.std() >= FLAT]

@@ -52,7 +52,6 @@ class Section:
 
     Attributes:
         name: name of the measure and of its JSON file.
-        title: heading.
         note: what the numbers mean.
         table: content -> table of numbers.
         notes: content -> sentences about this result.
@@ -75,7 +74,6 @@ def number(value: object, digits: int = 4, sign: str = "") -> str:
     """A value as text: a dash for None, floats with ``digits`` significant digits, other values unchanged.
 
     Args:
-        value: value of a table.
         digits: significant digits of a float.
         sign: "+" also shows the sign of positive floats.
     """
@@ -132,7 +130,6 @@ def show_image(axis: Axes, image: np.ndarray, title: str, cells: np.ndarray | No
     """Show one picture of a grid.
 
     Args:
-        axis: place in the figure.
         image: (H, W, C) uint8, or (H, W) bool.
         title: plain text. May contain file names with any characters.
         cells: (H, W) bool. If given, outline these cells.

@@ -100,8 +100,6 @@ class QuantityScore:
 
     Attributes:
         title: name with the unit.
-        synthetic_values: number of synthetic values.
-        real_values: number of real values.
         synthetic_mean, real_mean, synthetic_std, real_std: mean and standard deviation of the values.
         distance: Wasserstein distance of synthetic and real values, in the quantity's unit.
         relative: distance divided by the standard deviation of the real values.
@@ -195,9 +193,7 @@ def score_population(
     """Measure the cells of the set and of real pairs.
 
     Args:
-        samples: the synthetic set.
         image_dir: real images. None: those that the manifest names.
-        mask_dir: their masks.
         mask_type: one of ``MASK_TYPES``.
 
     Returns:

@@ -179,7 +179,6 @@ def compare_with_splits(
         synthetic: (N, D).
         real: (M, D).
         groups: (M,) image that each real row was cropped from. A split uses one crop of each image.
-        splits: number of random splits.
         seed: seed of the splits and of the choice of synthetic images.
         partners: (N,) group of the real image of each synthetic image's mask, -1 if there is none.
 
@@ -337,10 +336,8 @@ def score_realism(
     Args:
         samples: the synthetic set. Inception needs gray or RGB images.
         image_dir: real images, preferably ones that the generator has not seen.
-        extract: images to features.
         features: text that names the features.
         inception: whether the features are Inception's. If so, compute FID and KID; if not, :data:`JUDGE_DISTANCE`.
-        splits: number of random splits.
         seed: seed of the splits and crops.
     """
     config = samples.require_config()

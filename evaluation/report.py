@@ -80,9 +80,7 @@ def write_page(title: str, sections: Sequence[tuple[Section, dict, Path]], path:
     """Write one HTML file with results that compare several sets.
 
     Args:
-        title: heading.
         sections: (section, content, folder of its pictures) each.
-        path: HTML file to write.
 
     Returns:
         ``path``.

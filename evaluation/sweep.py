@@ -183,13 +183,10 @@ def run_sweep(
 
     Args:
         draw: function that samples one image for the mask of each entry of ``real``.
-        grid: settings to compare.
         real: real images of the masks, with the masks.
         judge: segmenter that has seen none of these images.
-        num_classes: K.
         separated: whether class 2 is the border between cells.
         seed: seed of the splits of the real images.
-        progress: show a progress bar.
 
     Raises:
         InputError: there are fewer than four masks.

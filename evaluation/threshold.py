@@ -170,9 +170,6 @@ SECTION = Section(
 def score_by_threshold(samples: SampleSet) -> ThresholdScore:
     """Dice of the thresholded images with their masks, for synthetic and real images.
 
-    Args:
-        samples: the set.
-
     Returns:
         Means over the images whose mask has both cell and background, and one row per image.
 

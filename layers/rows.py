@@ -110,7 +110,6 @@ def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> Ma
 
     Args:
         class_maps: (B, H, W) class ids 0..K-1 on the CPU; H and W are multiples of the grid.
-        num_classes: K.
         grid: (gh, gw) tokens.
 
     Returns:

@@ -94,8 +94,6 @@ def simulate_field(
     """Place nuclei on field number `index`.
 
     Args:
-        settings: sizes and layout.
-        index: of the field.
         before_piece: see :func:`layouts.placing.fill`.
 
     Returns:
@@ -133,7 +131,6 @@ def render_image(instance_map: np.ndarray, level: np.ndarray, cell_size: float, 
         instance_map: (H, W) int32.
         level: (H, W) float32, from `simulate_field`.
         cell_size: mean diameter in pixels. Textures and blur scale with it.
-        rng: random generator.
 
     Returns:
         (H, W) uint8.

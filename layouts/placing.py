@@ -112,9 +112,6 @@ def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: 
     """Try uniformly random positions. Positions across the border count, too, so that no pixel is preferred.
 
     Args:
-        field: the field to place on.
-        piece: the piece to place.
-        rng: random generator of the positions.
         alone: only accept positions where the piece covers no other piece, even if the field's rules allow overlap.
     """
     height, width = field.instance_map.shape

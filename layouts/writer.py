@@ -58,7 +58,6 @@ def make_set(
     Args:
         output: folder of the set.
         prefix: first part of every name.
-        count: number of images to make.
         kinds: subfolders with one file per image. "instances" is the last.
         make_image: index -> array by kind.
     """

@@ -49,8 +49,6 @@ def draw_missing(
     The set notes after every image which draw is kept, so an interrupted command can continue.
 
     Args:
-        writer: the set.
-        sampler: draws the images.
         todo: jobs, each with the number of its next draw.
         batch_size: images per network call; for large fields, tiles per network call.
         judge: None keeps every first draw.

@@ -48,10 +48,6 @@ class Shown:
 def write_gallery(samples: SampleSet, path: Path) -> int:
     """Write the gallery.
 
-    Args:
-        samples: a complete set.
-        path: HTML file to write.
-
     Returns:
         How many pairs it shows: at most :data:`MOST_PAIRS`, and fewer if :data:`MOST_BYTES` hold fewer.
     """

@@ -44,7 +44,6 @@ class Sample:
     """One row of a manifest.
 
     Attributes:
-        image_path: the synthetic image.
         label_path: the label that it was made from. Both have the same height and width.
         real_path: the real image of the label, or None.
         source_mask: the mask file that the label was cut from, or None if the manifest does not name it.

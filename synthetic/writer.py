@@ -125,7 +125,6 @@ class SetWriter:
     """A set that is being made. Knows what is missing, and writes every file of the set.
 
     Args:
-        folder: folder of the set.
         masks: masks that it is made from.
         form: type and gray values of its images.
         jobs: all images of the set.

@@ -20,7 +20,6 @@ def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_b
     Args:
         velocity: dx/dt as a function of (x, t).
         x: (B, ...) state at t.
-        t: time.
         h: step size. A negative step goes backwards.
         v: velocity(x, t), computed by the caller because every solver needs it.
         v_before: velocity one step of the same size earlier. None at the first step.
@@ -138,7 +137,6 @@ def sde_euler_step(
         drift: function of (x, t).
         diffusion: function of t.
         x: (B, ...) state at t.
-        t: time.
         h: step size, above 0.
         noise: (B, ...) standard normal.
 

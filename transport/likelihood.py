@@ -61,7 +61,6 @@ class LikelihoodSolver:
             model: called as ``model(x, t, **model_kwargs)``.
             noise_fn: ``noise_fn(x)`` returns standard normal noise with the shape of x. Its signs are a probe. The
                 default is torch.randn_like.
-            **model_kwargs: further arguments of the model.
 
         Raises:
             FloatingPointError: the result is not finite.

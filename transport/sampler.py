@@ -145,7 +145,6 @@ def reach_data(
     Every end is a combination of estimates of the data, so no noise is left.
 
     Args:
-        field: the model.
         row: the method.
         x: (B, ...) state at t.
         t: time of the last call.
@@ -235,7 +234,6 @@ class SdeSolver:
             model: called as ``model(x, t, **model_kwargs)``.
             noise_fn: ``noise_fn(x)`` returns standard normal noise with the shape of x. Called once per step. The
                 default is torch.randn_like.
-            **model_kwargs: further arguments of the model.
         """
         x = x0 if x0.dtype == torch.float64 else x0.float()
         field = ModelField(self.transport, model, model_kwargs)
@@ -288,8 +286,6 @@ class Sampler:
             sampling_method: key of ``ODE_METHODS``, any case.
             num_steps: number of steps of a fixed-step method. Adaptive methods choose their own steps. For them, it is
                 the number of intervals between the stored states of a trajectory.
-            atol: absolute tolerance of adaptive methods.
-            rtol: relative tolerance of adaptive methods.
             reverse: whether to go from data to noise.
             trajectory: whether to return every state, not only the final one.
         """
@@ -343,8 +339,6 @@ class Sampler:
         Args:
             sampling_method: key of ``ODE_METHODS``, any case.
             num_steps: number of steps of a fixed-step method. Adaptive methods choose their own steps.
-            atol: absolute tolerance of adaptive methods.
-            rtol: relative tolerance of adaptive methods.
             probes: number of Rademacher probes per image for the divergence. They are chosen once per run; their
                 results are averaged.
         """

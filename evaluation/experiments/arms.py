@@ -80,8 +80,6 @@ def phases_of(
     """The training phases of an arm.
 
     Args:
-        arm: the arm.
-        real: labelled images.
         groups: group (look, patient) of each labelled image.
         synthetic: synthetic images, for arms that use them.
         pseudo: images with pseudo-labels, for self-training.

@@ -89,10 +89,7 @@ def run_fold(
 
     Args:
         fold: images to train on and to hold out.
-        count: number of folds.
         made: synthetic images. Without any, the segmenter trains on real images alone.
-        config: budget and seed.
-        device: where to train.
     """
     mine = [one for one in made if fold_of_mask(one.mask, count, config.seed) == fold.number]
     others = [one.item for one in made if fold_of_mask(one.mask, count, config.seed) != fold.number]

@@ -76,7 +76,6 @@ def score_segmenter(
     Args:
         segment: a whole uint8 image (H, W, C) -> what is found.
         images: each with the name of its group (look, patient).
-        num_classes: K.
 
     Returns:
         The score over all images, and the score of each group.

@@ -64,8 +64,6 @@ def choose(groups: Mapping[str, str], settings: SelectionSettings, selection: in
 
     Args:
         groups: name -> group of the pairs that may be chosen.
-        settings: numbers.
-        selection: number of the selection.
 
     Returns:
         (test names: those of ``test_groups``, number of labels -> labelled names).
@@ -107,10 +105,6 @@ def make_selections(
     """Write the folders of all selections; files are links to one copy if the disk can do that.
 
     Args:
-        output: new folder.
-        image_dir: real images.
-        mask_dir: their masks.
-        settings: how to choose.
         test_dirs: images and masks to test on; None takes some of the pairs.
         instance_dir: instance labels of the pairs, copied along.
         test_instance_dir: instance labels of the test pairs.

@@ -56,13 +56,7 @@ class LabelledFolders(NamedTuple):
 
 
 def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -> list[Named]:
-    """All pairs, whole at native scale; the resized middle square under crop "center".
-
-    Args:
-        folders: where they are.
-        config: how images are read.
-        num_classes: K of the segmenter.
-    """
+    """All pairs, whole at native scale; the resized middle square under crop "center"."""
     own = dataclasses.replace(config, num_classes=num_classes)
     scale = 1.0 if config.crop == "random" else None
     masks = MaskFolder(folders.masks, own, folders.mask_type, folders.images, whole_scale=scale)

@@ -41,7 +41,6 @@ def find_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
     Args:
         split: shares and test pairs.
         share: percent of the labels.
-        samples: the synthetic set.
         checkpoint: checkpoint of the generator. Only needed if the set's settings do not name its training images.
 
     Returns:

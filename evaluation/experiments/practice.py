@@ -137,9 +137,6 @@ class Practice:
         folders: the labelled images.
         unlabelled: folder of images without labels, or None.
         settings: budget and rules.
-        tools: the other commands.
-        folder: folder for all files.
-        device: where segmenters are trained.
     """
 
     def __init__(

@@ -107,8 +107,6 @@ def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float,
     """Plan recombined and simulated layouts at every level of density.
 
     Args:
-        statistics: statistics to follow.
-        count: total number of masks.
         simulated_share: fraction of the masks to simulate, in [0, 1].
         side: side of a mask, pixels.
     """
@@ -193,12 +191,7 @@ def write_pseudo_masks(
 
 
 def note_pseudo_masks(folder: Path, seen: Sequence[str]) -> None:
-    """Note in ``settings.json`` whose labels are behind pseudo-masks, for the check of leaks.
-
-    Args:
-        folder: holds the folder of masks.
-        seen: sha256 of the images that taught the segmenter.
-    """
+    """Note in ``settings.json`` whose labels are behind pseudo-masks, for the check of leaks."""
     write_json(folder / SETTINGS, {"command": "pseudo", "segmenter_images_sha256": list(seen)})
 
 
@@ -229,7 +222,6 @@ def on_whole_image(mask: np.ndarray, size: tuple[int, int], config: DataConfig) 
     Args:
         mask: (K, h, w) uint8 of :func:`soft_mask`.
         size: height and width of the file.
-        config: how images are read.
 
     Returns:
         (K, H, W) uint8. Pixels outside of that part are background.

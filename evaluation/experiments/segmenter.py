@@ -168,8 +168,6 @@ def train_segmenter(phases: Sequence[Phase], config: SegmenterConfig, device: to
 
     Args:
         phases: one after the other; their shares of the steps sum to 1.
-        config: budget and seed.
-        device: where to train.
 
     Returns:
         The network, on ``device``: (B, C, H, W) in [-1, 1] -> (B, K + 1, H, W) logits.
@@ -227,12 +225,7 @@ class Found(NamedTuple):
 
 
 class Segmenter:
-    """Trained networks of one kind; several vote by their mean probability.
-
-    Args:
-        networks: of :func:`train_segmenter`.
-        device: where they run.
-    """
+    """Trained networks of one kind; several vote by their mean probability."""
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         self.networks = [network.to(device).eval() for network in networks]

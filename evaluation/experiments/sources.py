@@ -67,7 +67,6 @@ class CopyPaste(Labelled):
     Source: Ghiasi et al. 2021, "Simple Copy-Paste", arXiv 2012.07177. Pasted cells are turned and hide what is below.
 
     Args:
-        images: labelled images.
         groups: look of each image; cells stay in their look.
     """
 

@@ -118,9 +118,6 @@ def make_split(
     """Copy pairs into ``output``.
 
     Args:
-        output: new folder.
-        image_dir: real images.
-        mask_dir: their masks.
         shares: percent of the training pairs, 1..100.
         test_share: share of the pairs that is tested on; not used where test folders are given.
         seed: of the choice.

@@ -48,7 +48,6 @@ class TrialSettings:
     """Settings that decide a score, besides the data.
 
     Attributes:
-        arms: arms to compare.
         labels: numbers of labels.
         seeds: number of trainings of every arm and selection.
         steps: steps of every training.
@@ -104,11 +103,8 @@ class Case:
     """One selection at one number of labels. Images are read at their first use.
 
     Args:
-        plan: the selection.
-        selection: number of the selection.
         labels: number of labels, a key of ``plan.shares``.
         synthetic: practice folder or synthetic set of this case, or None.
-        settings: settings of the experiment.
 
     Raises:
         InputError: a leak.
@@ -187,9 +183,7 @@ def run_trial(
     Args:
         plans: the selections.
         synthetic: folder with ``selection_SS/labels_NNN`` for every case. None: arms without synthetic images only.
-        settings: arms, labels, budget.
         output: folder for the results, a file per training.
-        device: where to train.
         selections: numbers of the selections to run now. None: all.
 
     Returns:

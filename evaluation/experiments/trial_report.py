@@ -84,9 +84,7 @@ def by_selection(
 def labels_worth(curve: Mapping[int, float], value: float) -> tuple[float, str]:
     """Number of labels at which real images alone reach a score, read off the real curve on a logarithmic axis.
 
-    Args:
-        curve: labels -> score of real images alone, two points at least.
-        value: score.
+    ``curve`` maps two or more numbers of labels to the score of real images alone.
 
     Returns:
         The number and its words; outside of the curve its end, "fewer than" or "more than".

@@ -44,10 +44,6 @@ class SyntheticPairs:
 
     Images lie in the folder as training saw the real ones, so they get no window and no crop of their own; a larger
     field is several examples, squares that cover it.
-
-    Args:
-        samples: the set.
-        seed: of the flips and turns.
     """
 
     def __init__(self, samples: SampleSet, seed: int = 0) -> None:
@@ -177,15 +173,10 @@ def score_utility(
     """Train and test every arm at every share; leaks are refused before anything is trained.
 
     Args:
-        split: test pairs and shares.
         sets: percent -> the synthetic set of that share.
-        device: where to train.
         checkpoints: percent -> checkpoint of the set's generator, where its settings do not say what it has seen.
         shares: percents to run; those of ``sets`` when not given. A share without a set trains on real images only.
         mask_type: what the real masks hold.
-        steps: of every training.
-        seeds: one training each.
-        progress: show a progress bar.
 
     Raises:
         InputError: a leak, a share that the split does not have, or sets of different sizes or classes.
