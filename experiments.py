@@ -238,23 +238,21 @@ def run_split(args: argparse.Namespace) -> None:
 
     if (args.test_data_path is None) != (args.test_mask_path is None):
         raise InputError("--test-data-path and --test-mask-path go together: give both, or none")
+    folders = (args.data_path, args.mask_path)
+    tested = (args.test_data_path, args.test_mask_path) if args.test_data_path else None
     if args.labels:
         settings = SelectionSettings(
             args.labels, args.selections, args.seed, args.test_share, args.whole_groups, args.test_groups
         )
-        tested = (args.test_data_path, args.test_mask_path) if args.test_data_path else None
         plans = make_selections(
-            args.output, args.data_path, args.mask_path, settings, tested, args.instances, args.test_instances,
+            args.output, folders, settings, tested, args.instances, args.test_instances,
             read_groups(args.groups, args.group_column) if args.groups else None,
         )  # fmt: skip
         for plan in plans:
             counts = ", ".join(f"{count}: {len(names)} images" for count, names in plan.shares.items())
             say(f"{plan.folder}: {len(plan.test)} test pairs; labels {counts}")
         return
-    plan = make_split(
-        args.output, args.data_path, args.mask_path, args.shares, args.test_share, args.seed,
-        args.test_data_path, args.test_mask_path, args.instances,
-    )  # fmt: skip
+    plan = make_split(args.output, folders, args.shares, args.test_share, args.seed, tested, args.instances)
     say(f"{len(plan.test)} test pairs in {plan.part(None)}")
     for share, names in plan.shares.items():
         pairs = "pair" if len(names) == 1 else "pairs"

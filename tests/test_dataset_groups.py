@@ -59,7 +59,7 @@ def test_sub_folders_become_pairs_of_their_groups(lab, tmp_path):
 def test_a_split_keeps_the_groups_of_sub_folders(lab, tmp_path):
     gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
     plans = make_selections(
-        tmp_path / "split", tmp_path / "flat" / "images", tmp_path / "flat" / "masks",
+        tmp_path / "split", (tmp_path / "flat" / "images", tmp_path / "flat" / "masks"),
         SelectionSettings([1], 2, 0, 0.2, whole_groups=True, test_groups=1),
         groups=read_groups(tmp_path / "flat" / "groups.csv", "group"),
     )  # fmt: skip

@@ -218,7 +218,8 @@ def data(tmp_path_factory) -> Path:
 
 def test_merged_masks_are_no_leak_if_every_part_knows_the_selection_only(data, tmp_path):
     settings = SelectionSettings([2], selections=1, test_share=0.2)
-    plan = make_selections(tmp_path / "split", data / "images", data / "masks", settings, None, data / "instances")[0]
+    folders = (data / "images", data / "masks")
+    plan = make_selections(tmp_path / "split", folders, settings, instance_dir=data / "instances")[0]
     own = [file_sha256(path) for path in (plan.part(2) / "images").iterdir()]
     other = [file_sha256(path) for path in (plan.part(2) / "unlabelled" / "images").iterdir()]
     call(make_masks, "recombine", "--instances", plan.part(2) / "instances", "--count", 2, "--output", tmp_path / "mix")

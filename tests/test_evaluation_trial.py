@@ -159,12 +159,12 @@ def test_patients_are_labelled_and_tested_as_a_whole():
 def test_bad_group_tables_and_test_images_among_the_training_images_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="no column stain; it has name, look"):
         read_groups(data / "index.csv", "stain")
-    folders = [data / "train" / kind for kind in ("images", "masks")]
+    folders = (data / "train" / "images", data / "train" / "masks")
     with pytest.raises(InputError, match="16 images have no group"):
-        make_selections(tmp_path / "a", *folders, SelectionSettings([2]), groups={"x": "y"})
+        make_selections(tmp_path / "a", folders, SelectionSettings([2]), groups={"x": "y"})
     with pytest.raises(InputError, match="a leak"):
-        make_selections(tmp_path / "a", *folders, SelectionSettings([2]), test_dirs=tuple(folders))
-    plans = make_selections(tmp_path / "b", *folders, SelectionSettings([3], selections=1, test_share=0.25))
+        make_selections(tmp_path / "a", folders, SelectionSettings([2]), test_folders=folders)
+    plans = make_selections(tmp_path / "b", folders, SelectionSettings([3], selections=1, test_share=0.25))
     assert len(plans[0].test) == 4 and len(plans[0].unlabelled[3]) == 9
 
 

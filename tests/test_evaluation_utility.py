@@ -67,7 +67,7 @@ def real(tmp_path_factory) -> Path:
 def split(real, tmp_path_factory) -> SplitPlan:
     """Four test pairs; 4 pairs at 25 %, 16 at 100 %."""
     output = tmp_path_factory.mktemp("plan") / "split"
-    make_split(output, real / "images", real / "masks", shares=[25, 100])
+    make_split(output, (real / "images", real / "masks"), shares=[25, 100])
     return read_split(output)
 
 
@@ -115,13 +115,13 @@ def test_shares_are_nested_and_never_meet_the_test_names():
 def test_folders_hold_what_the_plan_says_and_changes_are_noticed(split, real, tmp_path):
     assert len(split.test) == 4 and [len(names) for names in split.shares.values()] == [4, 16]
     assert [path.stem for path in files_of(split, 25, "masks")] == split.shares[25]
-    copy = make_split(tmp_path / "again", real / "images", real / "masks", shares=[25, 100])
+    copy = make_split(tmp_path / "again", (real / "images", real / "masks"), shares=[25, 100])
     assert copy.test == split.test and copy.images == split.images
     (copy.part(25) / "images" / f"{copy.shares[25][0]}.png").unlink()
     with pytest.raises(InputError, match="is not what"):
         read_split(tmp_path / "again")
     with pytest.raises(InputError, match="not empty"):
-        make_split(tmp_path / "again", real / "images", real / "masks")
+        make_split(tmp_path / "again", (real / "images", real / "masks"))
 
 
 def test_near_duplicates_stay_on_one_side(real, tmp_path):
@@ -132,7 +132,7 @@ def test_near_duplicates_stay_on_one_side(real, tmp_path):
             Image.fromarray(array).save(tmp_path / kind / path.name)
             brighter = np.clip(array.astype(int) + 9, 0, 255).astype(np.uint8) if kind == "images" else array
             Image.fromarray(brighter).save(tmp_path / kind / f"copy_{path.name}")
-    plan = make_split(tmp_path / "split", tmp_path / "images", tmp_path / "masks", shares=[100])
+    plan = make_split(tmp_path / "split", (tmp_path / "images", tmp_path / "masks"), shares=[100])
     assert len(plan.test) == 8
     assert {name.removeprefix("copy_") for name in plan.test}.isdisjoint(
         name.removeprefix("copy_") for name in plan.shares[100]
@@ -140,10 +140,10 @@ def test_near_duplicates_stay_on_one_side(real, tmp_path):
 
 
 def test_given_test_images_are_used_and_refused_where_they_are_training_images(real, split, tmp_path):
-    folders = [split.part(25) / kind for kind in ("images", "masks")]
+    folders = (split.part(25) / "images", split.part(25) / "masks")
     output, paths = tmp_path / "bad", (real / "images", real / "masks")
     with pytest.raises(InputError, match="4 images .* leak"):
-        make_split(output, *paths, test_image_dir=folders[0], test_mask_dir=folders[1])
+        make_split(output, paths, test_folders=folders)
     assert not (tmp_path / "bad").exists()
     brighter = tmp_path / "brighter"
     for kind in ("images", "masks"):
@@ -152,9 +152,9 @@ def test_given_test_images_are_used_and_refused_where_they_are_training_images(r
     Image.fromarray(np.clip(image.astype(int) + 9, 0, 255).astype(np.uint8)).save(brighter / "images" / "new.png")
     (brighter / "masks" / "new.png").write_bytes((real / "masks" / "real_03.png").read_bytes())
     with pytest.raises(InputError, match="1 images .* leak: new"):
-        make_split(output, *paths, test_image_dir=brighter / "images", test_mask_dir=brighter / "masks")
-    test = [split.part(None) / kind for kind in ("images", "masks")]
-    plan = make_split(tmp_path / "good", *folders, [50, 100], test_image_dir=test[0], test_mask_dir=test[1])
+        make_split(output, paths, test_folders=(brighter / "images", brighter / "masks"))
+    test = (split.part(None) / "images", split.part(None) / "masks")
+    plan = make_split(tmp_path / "good", folders, [50, 100], test_folders=test)
     assert [len(names) for names in plan.shares.values()] == [2, 4] and len(plan.test) == 4
     assert read_split(tmp_path / "good").test == plan.test
 
@@ -193,7 +193,7 @@ def test_test_mask_in_a_large_field_is_found_in_its_window(tmp_path, real):
         Image.fromarray(noisy(cells, seed)).save(tmp_path / "large" / "images" / f"l{seed}.png")
         Image.fromarray(label_of(cells)).save(tmp_path / "large" / "masks" / f"l{seed}.png")
     folders = [tmp_path / "large" / kind for kind in ("images", "masks")]
-    split = make_split(tmp_path / "split", *folders, shares=[100])
+    split = make_split(tmp_path / "split", tuple(folders), shares=[100])
     made = tmp_path / "made" / "masks"
     made.mkdir(parents=True)
     (made.parent / "settings.json").write_text(json.dumps({"command": "simulate"}))

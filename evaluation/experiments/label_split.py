@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.disk import check_folder, file_sha256, link_or_copy, write_json
-from common.errors import InputError, list_some
+from common.disk import check_folder, link_or_copy, write_json
+from common.errors import InputError
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
-from dataset.files import Pair, pair_files
+from dataset.files import Pair
 from dataset.groups import groups_of
 from evaluation.experiments.split import (
-    SPLIT_FILE,
     SplitPlan,
     copy_pairs,
     group_near_duplicates,
+    hashes_of,
     instances_of,
     plan_shares,
+    read_pairs,
     read_split,
-    shown_in_both,
 )
 
 SELECTIONS_FILE = "selections.json"
@@ -94,10 +94,9 @@ def choose(groups: Mapping[str, str], settings: SelectionSettings, selection: in
 
 def make_selections(
     output: Path,
-    image_dir: str | Path,
-    mask_dir: str | Path,
+    folders: tuple[str | Path, str | Path],
     settings: SelectionSettings,
-    test_dirs: tuple[str | Path, str | Path] | None = None,
+    test_folders: tuple[str | Path, str | Path] | None = None,
     instance_dir: str | Path | None = None,
     test_instance_dir: str | Path | None = None,
     groups: Mapping[str, str] | None = None,
@@ -105,7 +104,8 @@ def make_selections(
     """Write the folders of all selections; files are links to one copy if the disk can do that.
 
     Args:
-        test_dirs: images and masks to test on; None takes some of the pairs.
+        folders: of images and of masks.
+        test_folders: images and masks to test on; None takes some of the pairs.
         instance_dir: instance labels of the pairs, copied along.
         test_instance_dir: instance labels of the test pairs.
         groups: name -> group; None puts all into one.
@@ -115,31 +115,26 @@ def make_selections(
             have no group.
     """
     check_folder(output)
-    pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
-    tested = {f"test/{pair.name}": pair for pair in pair_files(*test_dirs)} if test_dirs else {}
+    pairs, tested = read_pairs(folders, test_folders)
     everything = pairs | tested
     of_group = dict.fromkeys(everything, "")
     if groups is not None:
         stems = [pair.image_path.stem for pair in everything.values()]
         of_group = dict(zip(everything, groups_of(stems, groups), strict=True))
-    both = shown_in_both(pairs.values(), tested.values()) if tested else []
-    if both:
-        raise InputError(f"{len(both)} test images show nearly the same as training images, a leak: {list_some(both)}")
     chosen = _choose_all(pairs, tested, of_group, settings)
-    hashes = {name: (file_sha256(pair.image_path), file_sha256(pair.mask_path)) for name, pair in everything.items()}
-    cells = instances_of(pairs, image_dir, instance_dir)
-    if test_dirs and test_instance_dir:
-        own = instances_of({pair.name: pair for pair in tested.values()}, test_dirs[0], test_instance_dir)
+    hashes = hashes_of(everything)
+    cells = instances_of(pairs, folders[0], instance_dir)
+    if test_folders and test_instance_dir:
+        own = instances_of({pair.name: pair for pair in tested.values()}, test_folders[0], test_instance_dir)
         cells |= {f"test/{name}": path for name, path in own.items()}
     plans: list[SplitPlan] = []
     for number, (test, by_labels) in enumerate(chosen):
         rest = sorted(set(pairs) - set(test))
         plan = SplitPlan(
-            output / f"selection_{number:02d}", settings.seed, test, by_labels,
-            {name: one for name, (one, _) in hashes.items()}, {name: other for name, (_, other) in hashes.items()},
-            "labels", {count: sorted(set(rest) - set(names)) for count, names in by_labels.items()}, of_group,
+            output / f"selection_{number:02d}", settings.seed, test, by_labels, *hashes, "labels",
+            {count: sorted(set(rest) - set(names)) for count, names in by_labels.items()}, of_group,
         )  # fmt: skip
-        _write(plan, everything, cells, plans[0].folder.parent / "pool" if plans else output / "pool")
+        _write(plan, everything, cells, output / "pool")
         plans.append(plan)
     write_json(output / SELECTIONS_FILE, asdict(settings) | {"labels": sorted(set(settings.labels))})
     return plans
@@ -159,9 +154,8 @@ def _choose_all(
 
 def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path], pool: Path) -> None:
     """The folders of one selection; ``pool`` holds the one copy that the others link to."""
-    renamed = {name: _renamed(pair, name) for name, pair in pairs.items()}
     if not pool.is_dir():
-        copy_pairs(renamed.values(), pool, {})
+        copy_pairs([replace(pair, name=_flat(name)) for name, pair in pairs.items()], pool, {})
         for name, path in cells.items():
             (pool / "instances").mkdir(exist_ok=True)
             shutil.copyfile(path, pool / "instances" / f"{_flat(name)}{path.suffix}")
@@ -170,16 +164,12 @@ def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path]
         _link(pool, folder, [_flat(name) for name in names], ("images", "masks", "instances"))
     for count, names in plan.unlabelled.items():
         _link(pool, plan.part(count) / UNLABELLED, [_flat(name) for name in names], ("images",))
-    write_json(plan.folder / SPLIT_FILE, {name: value for name, value in asdict(plan).items() if name != "folder"})
+    plan.write()
 
 
 def _flat(name: str) -> str:
     """The name of a file of a test pair, which may be that of a training pair, too."""
     return name.replace("/", "__")
-
-
-def _renamed(pair: Pair, name: str) -> Pair:
-    return Pair(_flat(name), pair.image_path, pair.mask_path)
 
 
 def _link(pool: Path, folder: Path, names: Iterable[str], kinds: Sequence[str]) -> None:

@@ -385,7 +385,7 @@ class Practice:
             content["rounds"].append({"round": number, "images": len(new), "draws": draws, "hardness": hardness})
             write_json(self.folder / PRACTICE_FILE, content)
             if number == 0:
-                results[PLAIN] = self.cross_validate(PLAIN, self._made("round_0", with_ignored=False))
+                results[PLAIN] = self.cross_validate(PLAIN, self.made("round_0", with_ignored=False))
             results[f"round {number}"] = self.cross_validate(f"round {number}", made)
             before = f"round {number - 1}" if number else REAL
             if _mean_ap(results[f"round {number}"]) <= _mean_ap(results[before]):
@@ -416,14 +416,14 @@ class Practice:
         mask_type = "instances" if self.cells_only else "classes"
         self.tools.sample(self.checkpoint, masks, mask_type, seed, place / "samples")
         self._mark_wrong(folder)
-        return self._made(folder, with_ignored=True)
+        return self.made(folder, with_ignored=True)
 
     def _mark_wrong(self, folder: str) -> None:
         """Write the pixels to ignore, by the segmenter of all labels: those of folds miss a look that has one label."""
         place = self.folder / folder
         (place / "ignore").mkdir(exist_ok=True)
         segmenter = Segmenter([self.teacher], self.device)
-        for one in self._made(folder, with_ignored=False):
+        for one in self.made(folder, with_ignored=False):
             path = place / "ignore" / f"{one.name}.png"
             if path.is_file():
                 continue
@@ -432,7 +432,8 @@ class Practice:
             content = encode_image(np.where(wrong, 255, 0).astype(np.uint8)[..., None])
             write_bytes(path, content)
 
-    def _made(self, folder: str, with_ignored: bool) -> list[Made]:
+    def made(self, folder: str, with_ignored: bool) -> list[Made]:
+        """The synthetic images of a round; pixels that were drawn wrongly are of class ``IGNORE`` if asked for."""
         place = self.folder / folder
         pairs = set_pairs(SampleSet(place / "samples"), self.num_classes)
         items = [ignored(pair, place) if with_ignored else pair.item for pair in pairs]

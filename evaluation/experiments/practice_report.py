@@ -9,15 +9,13 @@ import numpy as np
 
 from common.disk import write_bytes, write_csv, write_json
 from dataset.files import encode_image
-from evaluation.experiments.labelled import set_pairs
 from evaluation.experiments.practice import PLAIN, REAL, Practice
-from evaluation.experiments.practice_folder import PRACTICE_FILE, ignored
+from evaluation.experiments.practice_folder import PRACTICE_FILE
 from evaluation.experiments.segmenter import IGNORE
 from evaluation.experiments.trial_report import AHEAD, HARMS, HELPS, UNCLEAR, UNKNOWN, difference
 from evaluation.fidelity import LabelledImage
 from evaluation.output import Section, Table, mean_and_spread, new_figure, number, save_figure, show_image, with_spread
 from synthetic.export import EXPORTS, ExportedPair
-from synthetic.reader import SampleSet
 
 WHY, TRAINING_SETS = "why.csv", "training_sets"
 ALONE, TOGETHER = "real", "real_and_synthetic"
@@ -88,9 +86,9 @@ def write_practice(practice: Practice, content: dict) -> tuple[dict, list[Path]]
     last, with_ignored = chosen_images(content)
     real = [(f"real_{one.name}", one.item) for one in practice.real]
     made = [
-        (f"made_{round_}_{pair.name}", ignored(pair, folder / f"round_{round_}") if with_ignored else pair.item)
+        (f"made_{round_}_{one.name}", one.item)
         for round_ in range(last + 1)
-        for pair in set_pairs(SampleSet(folder / f"round_{round_}" / "samples"), practice.num_classes)
+        for one in practice.made(f"round_{round_}", with_ignored)
     ]
     write_training_set(folder / TRAINING_SETS / ALONE, real)
     write_training_set(folder / TRAINING_SETS / TOGETHER, [*real, *made])
@@ -104,11 +102,9 @@ def write_why(practice: Practice, content: dict) -> None:
     last, with_ignored = chosen_images(content)
     rows = []
     for one in content["rounds"]:
-        place = practice.folder / f"round_{one['round']}"
         ranked = sorted(one["hardness"], key=lambda mask: -one["hardness"][mask])
-        for pair in set_pairs(SampleSet(place / "samples"), practice.num_classes):
-            mask = pair.name.rpartition("__")[0]
-            share = float((ignored(pair, place).classes == IGNORE).mean())
+        for name, mask, item in practice.made(f"round_{one['round']}", with_ignored=True):
+            share = float((item.classes == IGNORE).mean())
             if not ranked:
                 why = "round 0 draws every mask once"
             else:
@@ -116,7 +112,7 @@ def write_why(practice: Practice, content: dict) -> None:
             best = one["round"] <= last
             hard = one["hardness"].get(mask)
             rows.append(
-                [f"round_{one['round']}/samples/{pair.name}", one["round"], mask, content["masks"].get(mask, ""),
+                [f"round_{one['round']}/samples/{name}", one["round"], mask, content["masks"].get(mask, ""),
                  "" if hard is None else f"{hard:.4f}", f"{share:.4f}", "yes" if best else "no",
                  "yes" if best and with_ignored else "no", why]
             )  # fmt: skip
@@ -150,10 +146,7 @@ def _exported(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> Iter
 
 def draw_practice(practice: Practice, content: dict, path: Path) -> None:
     """Images of the hardest and the easiest masks of round 0, with the outlines of the cells; ignored pixels red."""
-    place = practice.folder / "round_0"
-    pairs = {
-        pair.name.rpartition("__")[0]: pair for pair in set_pairs(SampleSet(place / "samples"), practice.num_classes)
-    }
+    items = {one.mask: one.item for one in practice.made("round_0", with_ignored=True)}
     found = {mask: loss for one in content["results"]["round 0"] for mask, loss in one["hardness"].items()}
     order = sorted(found, key=lambda mask: -found[mask])
     rows = [("hardest", order[:SHOWN]), ("easiest", order[::-1][:SHOWN])]
@@ -163,9 +156,8 @@ def draw_practice(practice: Practice, content: dict, path: Path) -> None:
         axis.set_axis_off()
     for row, (title, masks) in enumerate(rows):
         for column, mask in enumerate(masks):
-            item = ignored(pairs[mask], place)
-            title_ = f"{title}, loss {found[mask]:.2f}"
-            show_image(axes[2 * row, column], item.image, title_, item.cells > 0)
+            item = items[mask]
+            show_image(axes[2 * row, column], item.image, f"{title}, loss {found[mask]:.2f}", item.cells > 0)
             red = item.image.copy()
             red[item.classes == IGNORE] = [255] + [0] * (red.shape[-1] - 1)
             show_image(axes[2 * row + 1, column], red, "red: ignored")

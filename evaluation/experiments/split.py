@@ -59,6 +59,10 @@ class SplitPlan:
         """A share as a message says it."""
         return f"{share} % of the labels" if self.unit == "percent" else f"{share} labels"
 
+    def write(self) -> None:
+        """Write ``split.json``."""
+        write_json(self.folder / SPLIT_FILE, {name: value for name, value in asdict(self).items() if name != "folder"})
+
 
 def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequence[int], seed: int) -> tuple:
     """Names of test and shares; a group of near-duplicates is never divided between test and training.
@@ -104,60 +108,69 @@ def shown_in_both(pairs: Iterable[Pair], test_pairs: Iterable[Pair]) -> list[str
     return sorted({name.removeprefix("test ") for names in crossing for name in names if name.startswith("test ")})
 
 
+def read_pairs(
+    folders: tuple[str | Path, str | Path], test_folders: tuple[str | Path, str | Path] | None
+) -> tuple[dict[str, Pair], dict[str, Pair]]:
+    """(name -> pair, "test/NAME" -> test pair) of folders of images and masks; no test pair for None.
+
+    Raises:
+        InputError: test images among the training images.
+    """
+    pairs = {pair.name: pair for pair in pair_files(*folders)}
+    tested = {f"test/{pair.name}": pair for pair in pair_files(*test_folders)} if test_folders else {}
+    both = shown_in_both(pairs.values(), tested.values()) if test_folders else []
+    if test_folders and both:
+        raise InputError(
+            f"{len(both)} images of {test_folders[0]} show nearly the same as images of {folders[0]}, that is a leak: "
+            f"{list_some(both)}"
+        )
+    return pairs, tested
+
+
 def make_split(
     output: Path,
-    image_dir: str | Path,
-    mask_dir: str | Path,
+    folders: tuple[str | Path, str | Path],
     shares: Sequence[int] = DEFAULT_SHARES,
     test_share: float = 0.2,
     seed: int = 0,
-    test_image_dir: str | Path | None = None,
-    test_mask_dir: str | Path | None = None,
+    test_folders: tuple[str | Path, str | Path] | None = None,
     instance_dir: str | Path | None = None,
 ) -> SplitPlan:
     """Copy pairs into ``output``.
 
     Args:
+        folders: of images and of masks.
         shares: percent of the training pairs, 1..100.
-        test_share: share of the pairs that is tested on; not used where test folders are given.
+        test_share: share of the pairs that is tested on; not used with test folders.
         seed: of the choice.
-        test_image_dir: images to test on.
-        test_mask_dir: their masks.
+        test_folders: images and masks to test on; None takes some of the pairs.
         instance_dir: instance labels of the pairs, copied along for ``make_masks.py recombine``.
 
     Raises:
         InputError: the folder holds something, too few pairs, test images among the training images.
     """
     check_folder(output)
-    pairs = {pair.name: pair for pair in pair_files(image_dir, mask_dir)}
-    test_pairs = {}
-    if test_image_dir is not None and test_mask_dir is not None:
-        test_pairs = {pair.name: pair for pair in pair_files(test_image_dir, test_mask_dir)}
-    given = bool(test_pairs)
-    names, by_share = plan_shares(group_near_duplicates(list(pairs.values())), 0 if given else test_share, shares, seed)
-    test_pairs = test_pairs or {name: pairs[name] for name in names}
-    if not test_pairs or not by_share[max(by_share)]:
-        raise InputError(f"{image_dir} holds {len(pairs)} pairs, too few for test images and shares")
-    plan = SplitPlan(output, seed, sorted(test_pairs), by_share, {}, {})
-    everything = test_pairs if given else {}
-    for name, pair in {**pairs, **{f"test/{name}": pair for name, pair in everything.items()}}.items():
-        plan.images[name], plan.masks[name] = file_sha256(pair.image_path), file_sha256(pair.mask_path)
-    if given:
-        both = shown_in_both(pairs.values(), test_pairs.values())
-        if both:
-            raise InputError(
-                f"{len(both)} images of {test_image_dir} show nearly the same as images of {image_dir}, that is a "
-                f"leak: {list_some(both)}"
-            )
-        plan = SplitPlan(
-            output, seed, [f"test/{name}" for name in sorted(test_pairs)], by_share, plan.images, plan.masks
-        )
-    instances = instances_of(pairs, image_dir, instance_dir)
-    copy_pairs(test_pairs.values(), plan.part(None), {})
+    pairs, tested = read_pairs(folders, test_folders)
+    drawn, by_share = plan_shares(
+        group_near_duplicates(list(pairs.values())), 0 if tested else test_share, shares, seed
+    )
+    test = sorted(tested) or drawn
+    if not test or not by_share[max(by_share)]:
+        raise InputError(f"{folders[0]} holds {len(pairs)} pairs, too few for test images and shares")
+    everything = pairs | tested
+    plan = SplitPlan(output, seed, test, by_share, *hashes_of(everything))
+    instances = instances_of(pairs, folders[0], instance_dir)
+    copy_pairs([everything[name] for name in test], plan.part(None), {})
     for share, chosen in by_share.items():
         copy_pairs([pairs[name] for name in chosen], plan.part(share), instances)
-    write_json(output / SPLIT_FILE, {name: value for name, value in asdict(plan).items() if name != "folder"})
+    plan.write()
     return plan
+
+
+def hashes_of(pairs: Mapping[str, Pair]) -> tuple[dict[str, str], dict[str, str]]:
+    """sha256 of the image and of the mask of every name."""
+    images = {name: file_sha256(pair.image_path) for name, pair in pairs.items()}
+    return images, {name: file_sha256(pair.mask_path) for name, pair in pairs.items()}
 
 
 def instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: str | Path | None) -> dict[str, Path]:

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -126,26 +127,16 @@ class Case:
             )
         self.config = config.with_mask_values(settings.mask_values)
         self.num_classes = segmenter_classes(sets[0] if sets else None, config)
-        self._real: list[Named] | None = None
-        self._test: list[Named] | None = None
 
-    @property
+    @cached_property
     def real(self) -> list[Named]:
         """The labelled images."""
-        if self._real is None:
-            self._real = self._read(self.labels)
-        return self._real
+        return self._read(self.labels)
 
-    @property
+    @cached_property
     def test(self) -> list[Named]:
         """The test images."""
-        if self._test is None:
-            self._test = self._read(None)
-        return self._test
-
-    def forget(self) -> None:
-        """Free the memory of the images."""
-        self._real = self._test = None
+        return self._read(None)
 
     def _read(self, share: int | None) -> list[Named]:
         folders = LabelledFolders.of_part(self.plan.part(share), self.settings.mask_type)
@@ -200,11 +191,11 @@ def run_trial(
         if not (output / SETTINGS).is_file():
             write_json(output / SETTINGS, settings.fixed())
         clock = Clock(len(cases) * settings.seeds * len(settings.arms))
-        for case in cases:
+        while cases:
+            case = cases.pop(0)  # its images leave memory with it
             for seed in range(settings.seeds):
                 for arm in settings.arms:
                     _run_job(case, arm, seed, output, device, clock)
-            case.forget()
     return read_rows(output)
 
 
