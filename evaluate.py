@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -308,7 +308,7 @@ def run_population(args: argparse.Namespace) -> None:
     samples = _open_set(args)
     report, synthetic, real = score_population(samples, args.data_path, args.mask_path, args.mask_type)
     folder = write_population_report(samples, report, synthetic, real)
-    _show(SECTION, report.to_dict(), f"{folder}/population.json, population.csv, population.png", samples)
+    _show(SECTION, asdict(report), f"{folder}/population.json, population.csv, population.png", samples)
 
 
 def run_looks(args: argparse.Namespace) -> None:
@@ -322,7 +322,7 @@ def run_looks(args: argparse.Namespace) -> None:
     samples = _open_set(args)
     report = score_looks(samples, args.data_path)
     folder = write_looks_report(samples, report, args.data_path)
-    _show(SECTION, report.to_dict(), f"{folder}/looks.json{', looks.png' if report.looks else ''}", samples)
+    _show(SECTION, asdict(report), f"{folder}/looks.json{', looks.png' if report.looks else ''}", samples)
 
 
 def run_memorisation(args: argparse.Namespace) -> None:
@@ -335,7 +335,7 @@ def run_memorisation(args: argparse.Namespace) -> None:
     samples = _open_set(args)
     report, closest, paths = score_memorisation(samples, args.data_path, args.held_out, args.mask_path, progress=True)
     folder = write_memorisation_report(samples, report, closest, paths)
-    _show(SECTION, report.to_dict(), f"{folder}/memorisation.json, memorisation.csv, memorisation.png", samples)
+    _show(SECTION, asdict(report), f"{folder}/memorisation.json, memorisation.csv, memorisation.png", samples)
 
 
 def run_report(args: argparse.Namespace) -> None:

@@ -282,19 +282,15 @@ class SiT(nn.Module):
         if y.kept is not None and not (torch.is_grad_enabled() or self.compiled):
             modulation = y.kept(c, layers)
         for block, own in zip(self.blocks, modulation, strict=False):
-            x = self._run_block(block, x, c, y.row_of_token, own)  # (B, T, D)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, c, y.row_of_token, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c, y.row_of_token, own)  # (B, T, D)
         patches, tokens = self.final_layer(x, c, y.row_of_token, modulation[-1])
         x = self.unpatchify(patches)  # (B, C or 2 C, H, W)
         if self.overlap is not None:
             x = x + self.overlap(tokens, noisy)
         return x[:, : self.in_channels]
-
-    def _run_block(
-        self, block: nn.Module, x: Tensor, c: Tensor, row_of_token: Tensor | None, modulation: Tensor | None
-    ) -> Tensor:
-        if self.recompute and self.training:
-            return checkpoint(block, x, c, row_of_token, use_reentrant=False, preserve_rng_state=False)
-        return block(x, c, row_of_token, modulation)
 
     def compile_blocks(self) -> None:
         """Compile the blocks and the final layer.

@@ -94,10 +94,6 @@ class DataReport:
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """The report in plain language."""
         lines = [f"{self.images} images, {self.masks} masks, {self.pairs} pairs"]
@@ -449,7 +445,7 @@ def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule 
         Paths of the written files.
     """
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "data.json", report.to_dict())
+    write_json(output / "data.json", asdict(report))
     (output / "data.txt").write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
     written = [output / "data.json", output / "data.txt"]
     if rule is not None and pairs:

@@ -52,10 +52,6 @@ class LooksReport:
     real_images: int
     looks: int  # different ones in the set, as the manifest says; 0 if it does not
 
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
-
 
 def _table(content: dict) -> Table:
     rows = [
@@ -146,7 +142,7 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, halves: Sequence[Sequence[np.
 def write_looks_report(samples: SampleSet, report: LooksReport, image_dir: Path | None = None) -> Path:
     """Write ``looks.json``, and ``looks.png`` (with real images of ``image_dir``) if the manifest names looks."""
     folder = results_folder(samples)
-    write_json(folder / "looks.json", report.to_dict())
+    write_json(folder / "looks.json", asdict(report))
     if report.looks:
         draw_looks(samples, folder / "looks.png", image_dir)
     return folder

@@ -73,10 +73,6 @@ class MemorisationReport:
     closest: list[dict]
     provenance: dict[str, list[str]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
-
 
 def _table(content: dict) -> Table:
     rows = []
@@ -227,7 +223,7 @@ def write_memorisation_report(
 ) -> Path:
     """Write ``memorisation.json``, ``memorisation.csv`` and ``memorisation.png`` (closest pairs). Return the folder."""
     folder = results_folder(samples)
-    write_json(folder / "memorisation.json", report.to_dict())
+    write_json(folder / "memorisation.json", asdict(report))
     rows = [
         [sample.columns["image"], "" if value is None else f"{value:.5f}"]
         for sample, value in zip(samples.samples, report.samples, strict=True)

@@ -131,10 +131,6 @@ class PopulationReport:
     cells_are: str
     provenance: dict[str, list[str]]
 
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return asdict(self)
-
 
 def _table(content: dict) -> Table:
     names = ("synthetic_mean", "real_mean", "distance", "real_distance", "relative")
@@ -244,7 +240,7 @@ def write_population_report(
 ) -> Path:
     """Write ``population.json``, ``population.csv`` (one row per value) and ``population.png``. Returns the folder."""
     folder = results_folder(samples)
-    write_json(folder / "population.json", report.to_dict())
+    write_json(folder / "population.json", asdict(report))
     rows = []
     for kind, population in (("synthetic", synthetic), ("real", real)):
         for quantity in QUANTITIES:

@@ -80,6 +80,7 @@ COLUMNS = (
     Column("fidelity_reached", "yes or no: whether that Dice reaches the threshold", MIN_FIDELITY),
     Column("fidelity_dice", "Dice of the image with its label, by the judge", FIDELITY),
 )
+# The fields of a View, in their order.
 VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
 # Columns that say how the images were made: a measure without them is not repeatable.
 PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")

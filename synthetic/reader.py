@@ -253,7 +253,7 @@ class SampleSet:
             label_path=self.folder / row["label"],
             real_path=real_path,
             source_mask=path_in_set(mask, self.folder) if mask else None,
-            view=View(**dict(zip(_VIEW_FIELDS, numbers, strict=True))) if numbers else None,
+            view=View(*numbers) if numbers else None,
             mask_type=row.get("mask_type") or "binary",
             columns=row,
         )
@@ -278,9 +278,6 @@ class SampleSet:
                 f"{len(absent)} real images are not there: {list_some(absent)}; say with real_dir where they are now",
                 "real_dir",
             )
-
-
-_VIEW_FIELDS = [name.removeprefix("crop_") for name in VIEW_COLUMNS]  # fields of View
 
 
 def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = None) -> np.ndarray:

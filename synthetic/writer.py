@@ -8,7 +8,7 @@ import math
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,7 @@ from synthetic.manifest import (
     IMAGES,
     LABELS,
     MANIFEST,
+    VIEW_COLUMNS,
     label_path,
     read_manifest,
     relative_to_set,
@@ -311,12 +312,7 @@ class SetWriter:
             "real_image": "" if real is None else relative_to_set(real, self.folder),
             "seed": self.seed,
             "index": job.index,
-            "crop_top": view.top,
-            "crop_left": view.left,
-            "crop_scaled_height": view.scaled_height,
-            "crop_scaled_width": view.scaled_width,
-            "crop_height": view.height,
-            "crop_width": view.width,
+            **dict(zip(VIEW_COLUMNS, astuple(view), strict=True)),
             "tile_overlap": "" if overlap is None else overlap,
             "mask_type": self.masks.rule.mask_type,
             "label_derivation": "same crop, nearest neighbour, source values",
