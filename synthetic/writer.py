@@ -302,7 +302,6 @@ class SetWriter:
         settings, sampling = self.settings, self.settings["sampling"]
         view = self.masks.view(job.mask_name, self._crop_rng(job))
         real = self.masks.image_paths[job.mask_name] if self.masks.image_paths else None
-        overlap = sampling["tile_overlap"]
         attempt = self.attempt(job) if self._judged else None
         return {
             "image": self.image_name(job),
@@ -313,7 +312,7 @@ class SetWriter:
             "seed": self.seed,
             "index": job.index,
             **dict(zip(VIEW_COLUMNS, astuple(view), strict=True)),
-            "tile_overlap": "" if overlap is None else overlap,
+            "tile_overlap": sampling["tile_overlap"],
             "mask_type": self.masks.rule.mask_type,
             "label_derivation": "same crop, nearest neighbour, source values",
             "intensity": settings["intensity"],

@@ -224,6 +224,7 @@ def test_a_set_of_fields_has_every_masks_own_size_and_labels(checkpoint, masks, 
     assert sample_set(checkpoint, masks, tmp_path / "set", "--export", "cellpose") == files
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_make_the_same_fields_as_one(checkpoint, masks, tmp_path):
     files = sample_set(checkpoint, masks, tmp_path / "one")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from script_helpers import FEW_STEPS, TINY, call, run, write_pairs
+from script_helpers import FEW_STEPS, TINY, call, write_pairs
 
 import models
 import sample_ddp
@@ -47,12 +47,14 @@ def test_mask_changes_the_output_and_a_dropped_mask_is_the_null_condition(unets)
     torch.testing.assert_close(model.forward_with_cfg(x, t, y, 2.0), without + 2 * (with_mask - without))
 
 
-def test_unet_trains_and_samples_by_the_commands(unets, tmp_path):
+def test_unet_trains_and_samples_by_the_commands(unets, tmp_path, monkeypatch):
     images, masks = write_pairs(tmp_path)
-    script, results = "benchmarks/unet_baseline.py", tmp_path / "results"
+    results = tmp_path / "results"
     flags = [word if word != "SiT-Ti/8" else "U-Net-tiny" for word in TINY]
-    run(script, "train.py", "--data-path", images, "--mask-path", masks, *flags, "--results-dir", results,
-        "--run-name", "unet", "--max-steps", 2, "--in-channels", 1, "--sample-every", 2)  # fmt: skip
+    words = ["train.py", "--data-path", images, "--mask-path", masks, *flags, "--results-dir", results,
+             "--run-name", "unet", "--max-steps", 2, "--in-channels", 1, "--sample-every", 2]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["unet_baseline.py", *map(str, words)])
+    unet_baseline.main()
     metrics = [json.loads(line) for line in (results / "unet" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in metrics if "train/loss" in line]
     assert losses and all(loss > 0 for loss in losses)

@@ -259,14 +259,10 @@ def write_trial(rows: Sequence[TrialRow], steps: int, output: Path) -> tuple[dic
     content = summarize_trial(rows, steps)
     write_json(output / "utility.json", content)
     names = [one.name for one in dataclasses.fields(TrialRow) if one.name not in ("score", "groups")]
-    table = [[getattr(row, name) for name in names] + [_cell(getattr(row.score, s)) for s in SCORES] for row in rows]
+    table = [[getattr(row, name) for name in names] + [getattr(row.score, s) for s in SCORES] for row in rows]
     write_csv(output / "utility.csv", [*names, *SCORES], table)
     draw_trial(content, output / "utility.png")
     return content, [output / name for name in ("utility.json", "utility.csv", "utility.png")]
-
-
-def _cell(value: float | None) -> object:
-    return "" if value is None else value
 
 
 def draw_trial(content: dict, path: Path) -> None:

@@ -273,8 +273,7 @@ def write_utility_report(report: UtilityReport, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "utility.json", report.to_dict())
     columns = [field.name for field in dataclasses.fields(UtilityRow)]
-    rows = [["" if value is None else value for value in asdict(row).values()] for row in report.rows]
-    write_csv(output / "utility.csv", columns, rows)
+    write_csv(output / "utility.csv", columns, [list(asdict(row).values()) for row in report.rows])
     draw_utility(report, output / "utility.png")
     return [output / name for name in ("utility.json", "utility.csv", "utility.png")]
 
