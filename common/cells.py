@@ -9,6 +9,14 @@ from skimage.segmentation import relabel_sequential
 LEAST_CELL_PIXELS = 4  # a mean cell below this size is noise, and millions of them would fill the memory
 FEW_IDS = 2**16  # so many fit into any memory
 
+# Slices of a map, and of its neighbours to the right, below, below right and below left: all pairs of neighbours.
+NEIGHBOURS = (
+    (np.s_[:, :-1], np.s_[:, 1:]),
+    (np.s_[:-1], np.s_[1:]),
+    (np.s_[:-1, :-1], np.s_[1:, 1:]),
+    (np.s_[:-1, 1:], np.s_[1:, :-1]),
+)
+
 
 def are_noise(count: int, pixels: int) -> bool:
     """Whether so many ids on so many pixels cannot be cells."""
@@ -31,6 +39,12 @@ def connected_cells(mask: np.ndarray) -> np.ndarray:
         (H, W) int32, 0 background, cells 1..n in the order of their first pixel.
     """
     return label(mask != 0, connectivity=2).astype(np.int32, copy=False)
+
+
+def count_pieces(mask: np.ndarray) -> int:
+    """Connected pieces of a mask (H, W) that are no crumbs (a tenth of the largest one)."""
+    areas = np.bincount(connected_cells(mask).ravel())[1:]
+    return int(np.count_nonzero(areas * 10 > areas.max(initial=0)))
 
 
 def without_gaps(labels: np.ndarray) -> np.ndarray:

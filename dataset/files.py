@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from common.cells import connected_cells
+from common.cells import count_pieces
 from common.errors import InputError, list_some
 from dataset.decode import CHANNELS, JPEG_START, LAST_AXIS, PNG_START, FileError, decode
 from dataset.folder_hints import (
@@ -297,7 +297,7 @@ def _read_nuclei(folder: Path) -> np.ndarray:
         if nucleus.shape != instance_map.shape:
             raise FileError(file, f"has {_size(nucleus)} pixels, {files[0].name} beside it {_size(instance_map)}")
         claimed += int(np.count_nonzero(nucleus))
-        many_pieces += _is_scattered(nucleus)
+        many_pieces += count_pieces(nucleus) > 2
         inverted += bool(nucleus.mean() > 0.5 and nucleus[[0, -1]].mean() > 0.9 and nucleus[:, [0, -1]].mean() > 0.9)
         instance_map[nucleus & (instance_map == 0)] = index
     if 2 * inverted > len(files) > 1:
@@ -325,12 +325,6 @@ def _read_nucleus(file: Path) -> np.ndarray:
             f"{file.parent}; gray values {list_some(values.tolist())}",
         )  # fmt: skip
     return nucleus > 0
-
-
-def _is_scattered(nucleus: np.ndarray) -> bool:
-    """Whether a mask has three or more pieces that are no crumbs (a tenth of the largest one)."""
-    areas = np.bincount(connected_cells(nucleus).ravel())[1:]
-    return bool(np.count_nonzero(areas * 10 > areas.max(initial=0)) > 2)
 
 
 def _gray_channel(array: np.ndarray, path: Path) -> np.ndarray:

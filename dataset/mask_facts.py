@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from common.cells import are_noise, connected_cells, distinct
+from common.cells import are_noise, count_pieces, distinct
 from dataset.decode import FileError
 
 FEW_VALUES = 16
@@ -100,7 +100,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         facts.update(_frame(mask))
         if facts["is_whole"] and len(values) > 1 and values[0] == 0:
             facts["filled"] = _filled(mask)
-            facts["pieces"] = _pieces(mask) if len(values) == 2 else 0
+            facts["pieces"] = count_pieces(mask) if len(values) == 2 else 0
     return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
 
 
@@ -152,12 +152,6 @@ def _filled(mask: np.ndarray) -> float:
     areas[edges] = 0  # open to the border, so no hole
     cells = np.count_nonzero(mask)
     return float((cells + areas[1:].sum()) / cells)
-
-
-def _pieces(mask: np.ndarray) -> int:
-    """Connected pieces that are no crumbs (a tenth of the largest one)."""
-    areas = np.bincount(connected_cells(mask).ravel())[1:]
-    return int(np.count_nonzero(areas * 10 > areas.max(initial=0)))
 
 
 def _bands(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

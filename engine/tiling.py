@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,6 +101,12 @@ def spread_starts(length: int, side: int, shared: int) -> list[int]:
     """Evenly spread starts of the fewest tiles that cover ``length`` and overlap by at least ``shared``."""
     count = 1 + math.ceil((length - side) / (side - shared))
     return [round(number * (length - side) / max(1, count - 1)) for number in range(count)]
+
+
+def covering_squares(array: np.ndarray, side: int) -> list[np.ndarray]:
+    """Evenly spread squares that cover an array (H, W, ...); all of it if it is smaller."""
+    rows, columns = (spread_starts(length, min(side, length), 0) for length in array.shape[:2])
+    return [array[row : row + side, column : column + side] for row in rows for column in columns]
 
 
 def hill(side: int, device: torch.device) -> Tensor:

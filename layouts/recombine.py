@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from common.cells import are_noise, connected_cells, touches_border, without_gaps
+from common.cells import NEIGHBOURS, are_noise, connected_cells, touches_border, without_gaps
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.plain import read_json
@@ -79,11 +79,8 @@ class Source:
 
 def touching_pairs(instance_map: np.ndarray) -> np.ndarray:
     """(N, 2) pairs of ids that touch at a side or a corner of a pixel. Each pair is listed once, smaller id first."""
-    height, width = instance_map.shape
     pairs = []
-    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        first = instance_map[: height - down, max(0, -right) : width - max(0, right)]
-        second = instance_map[down:, max(0, right) : width + min(0, right)]
+    for first, second in ((instance_map[one], instance_map[other]) for one, other in NEIGHBOURS):
         meets = (first != second) & (first > 0) & (second > 0)
         pairs.append(np.stack([first[meets], second[meets]], axis=1))
     return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)

@@ -24,7 +24,7 @@ from dataset.files import read_image, read_mask
 from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
 from dataset.masks import MaskRule
 from dataset.views import View, center_view, native_view, whole_view
-from engine.tiling import spread_starts
+from engine.tiling import covering_squares
 from synthetic.manifest import (
     AGAIN,
     FIDELITY_COLUMN,
@@ -192,8 +192,7 @@ class SampleSet:
                 f"{self.folder} holds an image of {width} x {height} pixels, smaller than the squares of {side} x "
                 f"{side} that are compared here; leave such masks out"
             )
-        rows, columns = (spread_starts(length, side, 0) for length in (height, width))
-        return [array[row : row + side, column : column + side] for row in rows for column in columns]
+        return covering_squares(array, side)
 
     def foreground(self, sample: Sample) -> np.ndarray:
         """Pixels of cells in the label, (H, W) bool. Errors as for :meth:`class_map`."""

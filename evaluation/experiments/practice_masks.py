@@ -14,7 +14,7 @@ from dataset.config import DataConfig
 from dataset.files import encode_image, find_files
 from dataset.masks import MaskRule
 from dataset.views import center_view, whole_view
-from engine.tiling import spread_starts
+from engine.tiling import covering_squares
 from evaluation.experiments.segmenter import split_cells
 from layouts.nuclei import HEADROOM
 from layouts.recombine import read_origin
@@ -72,7 +72,7 @@ def layout_statistics(
     if len(areas) < LEAST_CELLS or len(own_areas) < 1:
         return None
     summary, own_summary = summarize(measured), summarize(own)
-    shares = np.array([square.mean() for one in found for square in _squares(one > 0, side)])
+    shares = np.array([square.mean() for one in found for square in covering_squares(one > 0, side)])
     levels = np.quantile(shares[shares >= LEAST_DENSITY], (np.arange(LEVELS) + 0.5) / LEVELS)
     diameters = np.sqrt(4 / math.pi * areas)
     scale = float(np.median(diameters) / np.median(np.sqrt(4 / math.pi * own_areas)))
@@ -86,12 +86,6 @@ def layout_statistics(
         scale=float(np.clip(scale, *SCALE_LIMITS)),
         labelled_touching=float(own_summary["share of cells that touch another"]),
     )
-
-
-def _squares(array: np.ndarray, side: int) -> list[np.ndarray]:
-    """Squares that cover an array (H, W), evenly spread; all of it if it is smaller."""
-    rows, columns = (spread_starts(length, min(side, length), 0) for length in array.shape)
-    return [array[row : row + side, column : column + side] for row in rows for column in columns]
 
 
 @dataclass(frozen=True)
@@ -180,7 +174,7 @@ def write_pseudo_masks(
     (output / "instances").mkdir(parents=True, exist_ok=True)
     made = 0
     for name, array in found:
-        squares = _squares(array, side)
+        squares = covering_squares(array, side)
         square = max(squares, key=lambda one: np.count_nonzero(one))
         if made == count or not square.any():
             continue
