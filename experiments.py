@@ -38,19 +38,27 @@ from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device, start_machine
 from settings import judge_request, load_checkpoint
 
+# What helped five and ten labelled nuclei images on one CPU core (benchmarks/utility.md).
+PRACTISE_TRAINING = "--preset nuclei-64-cpu --in-channels 3 --max-steps 700 --cooldown-steps 175"
+PRACTISE_SAMPLING = "--cfg-scale 2.5 --sampling-method ab2 --num-sampling-steps 16"
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py split``."""
     add_real_pairs(parser, " to divide into test images and labelled images")
-    parser.add_argument("--instances", metavar="FOLDER", help="instance labels of the pairs, copied for recombining")
+    parser.add_argument(
+        "--instances", metavar="FOLDER", help="label images with one id per cell, copied for make_masks.py recombine"
+    )
     parser.add_argument("--test-data-path", metavar="IMAGES", help="images to test on (default: some of --data-path)")
     parser.add_argument("--test-mask-path", metavar="MASKS", help="masks of --test-data-path")
     parser.add_argument("--test-share", type=positive_fraction, default=0.2, help="fraction of the pairs to test on")
     shares = "make one folder for each of these percentages of the labelled pairs"
     parser.add_argument("--shares", type=percent, nargs="+", default=[10, 20, 50, 100], metavar="PERCENT", help=shares)
-    parser.add_argument("--test-instances", metavar="FOLDER", help="instance labels of --test-data-path")
+    parser.add_argument(
+        "--test-instances", metavar="FOLDER", help="label images of --test-data-path with one id per cell"
+    )
     _add_selections(parser)
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="seed of the choice: another seed chooses other pairs"
@@ -87,22 +95,32 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py practise``."""
     add_real_pairs(parser, " with labels, two or more")
     add_mask_values_argument(parser)
-    parser.add_argument("--instances", type=Path, metavar="FOLDER", help="instance labels of the pairs, if there are")
-    parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels, if there are")
+    ids = "label images of the pairs with one id per cell, if you have them; without, touching cells count as one"
+    parser.add_argument("--instances", type=Path, metavar="FOLDER", help=ids)
+    parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels, if you have any")
     parser.add_argument(
         "--output", type=Path, default=Path("practice"), metavar="FOLDER", help="new folder, or one to continue"
     )
-    train = "flags of train.py, in quotes, such as '--preset nuclei-64-cpu --max-steps 2000'"
-    parser.add_argument("--train-flags", type=shlex.split, default=[], metavar="FLAGS", help=train)
-    sample = "flags of sample_ddp.py, in quotes, such as '--cfg-scale 2.5'"
-    parser.add_argument("--sample-flags", type=shlex.split, default=[], metavar="FLAGS", help=sample)
+    train = (
+        f"flags of train.py, in one pair of quotes (default: {PRACTISE_TRAINING}; with --instances also "
+        "--num-classes 3, with --unlabelled-path also --unlabelled-share 0.5)"
+    )
+    parser.add_argument("--train-flags", type=shlex.split, metavar="FLAGS", help=train)
+    sample = "flags of sample_ddp.py, in one pair of quotes"
+    parser.add_argument("--sample-flags", type=shlex.split, default=PRACTISE_SAMPLING, metavar="FLAGS", help=sample)
     group = parser.add_argument_group("masks and rounds")
     group.add_argument(
         "--masks", type=positive_int, default=100, metavar="N", help="number of new masks to make images of"
     )
-    group.add_argument("--simulated-share", type=fraction, default=0.25, help="fraction of the new masks to simulate")
     group.add_argument(
-        "--pseudo-share", type=fraction, default=0.0,
+        "--simulated-share",
+        type=fraction,
+        default=0.25,
+        metavar="FRACTION",
+        help="fraction of the new masks to simulate",
+    )
+    group.add_argument(
+        "--pseudo-share", type=fraction, default=0.0, metavar="FRACTION",
         help="fraction of the new masks to take from a segmentation of the unlabelled images",
     )  # fmt: skip
     group.add_argument(
@@ -111,13 +129,14 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     more = "trainings of the generator; each after the first gets better pseudo-masks from a segmenter of its images"
     group.add_argument("--generators", type=positive_int, default=1, metavar="N", help=more)
-    group.add_argument("--most-rounds", type=non_negative_int, default=3, help="largest number of rounds after round 0")
+    rounds = "largest number of rounds after round 0; 0 makes one image of each mask"
+    group.add_argument("--most-rounds", type=non_negative_int, default=3, metavar="N", help=rounds)
     group.add_argument(
         "--most-draws", type=positive_int, default=20,
         help="number of images of the hardest mask; the others get fewer",
     )  # fmt: skip
     factor = "ignore synthetic pixels whose loss is above this factor times the mean loss of their class on real images"
-    group.add_argument("--ignore-factor", type=positive_float, default=1.25, help=factor)
+    group.add_argument("--ignore-factor", type=positive_float, default=1.25, metavar="FACTOR", help=factor)
     group = parser.add_argument_group("segmenters")
     group.add_argument(
         "--folds", type=positive_int, default=3, help="number of parts of the labels for cross-validation"
@@ -227,10 +246,10 @@ def _trial_config(args: argparse.Namespace) -> DataConfig | None:
 
 
 def run_split(args: argparse.Namespace) -> None:
-    """Copy real pairs into test images and nested shares of the others.
+    """Copy real pairs into test images and parts of the others, for a study with evaluate.py utility.
 
-    Train a generator on every SPLIT/share_NNN and sample from masks of that share (recombined or not) or simulated
-    ones; then run utility.
+    The parts are random selections of some numbers of labelled images (--labels), or shares in percent (--shares).
+    Next, make synthetic images for each part (docs/utility.md says how), and run utility.
     """
     from dataset.groups import read_groups
     from evaluation.experiments.label_split import SelectionSettings, make_selections
@@ -309,6 +328,17 @@ def _run_trial(args: argparse.Namespace) -> None:
     say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 
 
+def _generator_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of train.py for practise: the user's own, or those that were measured."""
+    flags = args.train_flags
+    if flags is None:
+        flags = PRACTISE_TRAINING.split()
+        flags += ["--num-classes", "3"] if args.instances else []
+        flags += ["--num-classes", str(len(args.mask_values))] if args.mask_values else []
+        flags += ["--unlabelled-share", "0.5"] if args.unlabelled_path else []
+    return [*flags, "--mask-values", *map(str, args.mask_values)] if args.mask_values else flags
+
+
 def run_practise(args: argparse.Namespace) -> None:
     """Find out which synthetic images help a few labelled ones, and make them.
 
@@ -325,8 +355,7 @@ def run_practise(args: argparse.Namespace) -> None:
 
     if args.mask_values and (args.instances or len(args.mask_values) == 2):
         raise InputError("--mask-values is for masks of three or more classes without --instances: leave it out.")
-    if args.mask_values:
-        args.train_flags = [*args.train_flags, "--mask-values", *map(str, args.mask_values)]
+    args.train_flags = _generator_flags(args)
     given = vars(args) | {"crop": args.square}
     settings = PracticeSettings(**{one.name: given[one.name] for one in fields(PracticeSettings)})
     folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)

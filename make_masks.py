@@ -89,7 +89,11 @@ def finish_set(output: Path, made: dict[str, Measurement], others: dict[str, dic
     """Write the statistics of a set, and its summary beside ``others``. Print the summary."""
     write_statistics(output / "statistics.csv", made)
     say(write_summary(output / "summary.csv", {"made": summarize(made.values())} | others))
-    say(f"{len(made)} images in {output}")
+    masks = "1 mask" if len(made) == 1 else f"{len(made)} masks"
+    say(
+        f"{masks}: {output / 'instances'} has one id per cell, {output / 'masks'} the same cells as 0 and 255.\n"
+        "summary.csv is the table above, statistics.csv has a row for each mask. sample_ddp.py takes either folder."
+    )
 
 
 def run_recombine(args: argparse.Namespace) -> None:

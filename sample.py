@@ -129,7 +129,6 @@ def main(args: argparse.Namespace) -> None:
     masks = open_masks(args, trained.data)
     if looks is not None:
         looks.check_masks(masks.names)
-    logger.info("%s: %s: %s", args.mask_path, masks.rule.mask_type, masks.rule.reason)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     if args.likelihood:
         write_likelihoods(args, sampler, masks, looks)

@@ -289,7 +289,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
     log_provenance(machine, args.seed)
     logger.info("run folder: %s", run.path)
     if preset := PRESETS.get(args.preset):
-        logger.info("preset %s: %s (%s: Dice ratio %s)", args.preset, preset.flags, preset.record, preset.ratio)
+        logger.info("preset %s: %s", args.preset, preset.flags)
+        logger.info(
+            "your own flags override it; without them it gave a Dice ratio of %s (%s)", preset.ratio, preset.record
+        )
     with run.removed_if_refused():
         training, dataset, unlabelled = prepare(args, machine, run)
     run_loop(training, dataset, run, unlabelled)

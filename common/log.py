@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
+import time
 from pathlib import Path
 
 from common.errors import forget_stdout, printable, settings_as_flags
@@ -38,6 +40,32 @@ def say(text: str) -> None:
         print(printable(text, keep="\n\t"), flush=True)
     except BrokenPipeError:
         forget_stdout()
+
+
+def duration(seconds: float) -> str:
+    """Time as text, such as ``03:04:05`` or ``2 days 03:04:05``."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    days, rest = divmod(int(seconds), 24 * 3600)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days:,} day{'s' if days > 1 else ''} {clock}" if days else clock
+
+
+class Pace:
+    """Rate and time left of long work, for its lines in the log. The clock starts with the object.
+
+    Args:
+        total: how much there is to do.
+        unit: what is counted, such as ``steps``.
+    """
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.total, self.unit, self._started = total, unit, time.perf_counter()
+
+    def __call__(self, done: int) -> str:
+        """Such as ``2.50 steps/s, 00:01:40 left``, if ``done`` of the work is done."""
+        rate = done / max(time.perf_counter() - self._started, 1e-9)
+        return f"{rate:.3g} {self.unit}/s, {duration((self.total - done) / rate if rate else math.inf)} left"
 
 
 def start_logging(is_main: bool, log_file: Path | None = None) -> None:

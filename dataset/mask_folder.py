@@ -102,7 +102,8 @@ class MaskFolder:
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_path, normalize, config.mask_values)
         for warning in mask_warnings(stats, self.rule):
             logger.warning("masks in %s: %s", mask_path, warning)
-        logger.info("%d masks from %s; %s", len(self.names), mask_path, self.rule.reason)
+        count = "1 mask" if len(self.names) == 1 else f"{len(self.names)} masks"
+        logger.info("%s from %s; %s", count, mask_path, self.rule.reason)
 
     def _read_all(self, what: str, progress: bool) -> dict[str, tuple[MaskStats, tuple[int, int]]]:
         """Facts, height and width of every mask. Decodes only new and changed files."""

@@ -191,8 +191,9 @@ def decide_mask_rule(
         )
     maximum = _check_type(stats, num_classes, mask_type, where, normalize)
     refuse_other_colours(stats, mask_type, where)
+    found_out = why != "given as mask_type"
     meaning = {
-        "binary": f"{maximum / 2:g} and above means cell",
+        "binary": f"0 is background, {maximum:g} is cell" if found_out else f"gray {maximum / 2:g} and above is cell",
         "classes": f"ids 0..{num_classes - 1}",
         "probability": "one plane per class" if planes[0] > 1 else f"value / {maximum:g} is the probability of cell",
         "instances": "0 is background, every id is a cell" + (", class 2 where cells touch" * (num_classes == 3)),

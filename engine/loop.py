@@ -16,6 +16,7 @@ from tqdm import tqdm
 import wandb_utils
 from common.disk import write_atomically
 from common.errors import EXIT_INTERRUPTED, STOP_SIGNALS
+from common.log import duration
 from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefetch
 from dataset.folders import PairedFolder
 from dataset.unlabelled import ImageFolder, Mixture, Source
@@ -78,7 +79,10 @@ def run_loop(
     if previews is not None and cut_short:  # killed between a checkpoint and its preview
         save_preview(previews, run, training.step)
     if training.step >= total:
-        logger.info("nothing left to do: the run is at step %d of %d", training.step, total)
+        logger.info(
+            "nothing left to do: the run is at step %d of %d; the checkpoint to sample from is %s",
+            training.step, total, run.checkpoint_path(training.step),
+        )  # fmt: skip
         export_weights(training, run)
         return
     source = mix(training, dataset, unlabelled)
@@ -243,15 +247,6 @@ def record_metrics(training: Training, run: RunFolder, metrics: dict[str, float]
         duration(left), notes,
     )  # fmt: skip
     wandb_utils.log(metrics, step)
-
-
-def duration(seconds: float) -> str:
-    """Time as text, such as ``03:04:05`` or ``2 days 03:04:05``."""
-    if not math.isfinite(seconds):
-        return "unknown time"
-    days, rest = divmod(int(seconds), 24 * 3600)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days:,} day{'s' if days > 1 else ''} {clock}" if days else clock
 
 
 def preview_is_due(training: Training) -> bool:

@@ -106,7 +106,9 @@ class DataReport:
         if self.mask_type is not None:
             lines.append(self.mask_reason)
         if self.class_shares:
-            shares = [f"class {k}: {share * 100:.1f} %" for k, share in enumerate(self.class_shares)]
+            two = ["background", "cells"]
+            names = two if len(self.class_shares) == 2 else [f"class {k}" for k in range(len(self.class_shares))]
+            shares = [f"{name}: {share * 100:.1f} %" for name, share in zip(names, self.class_shares, strict=True)]
             if len(shares) > MANY_CLASSES:
                 shares = [line for line, share in zip(shares, self.class_shares, strict=True) if share > 0]
             lines.append(f"fraction of the pixels: {list_some(shares, MANY_CLASSES)}")
@@ -401,11 +403,14 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     bytes_ = [one.bright for one in facts if one.dtype == "uint8"]
     if bytes_ and np.median(bytes_) < DARK:
         report.remarks.append(
-            f"half of the 8-bit images have hardly a pixel above gray {np.median(bytes_):g} of 255: --window 0.1 99.9 "
-            "stretches the contrast of each image"
+            f"half of the 8-bit images have hardly a pixel above gray {np.median(bytes_):.0f} of 255: train with "
+            "--window 0 99.8, which stretches the contrast of each image"
         )
     if report.pairs < 20:
-        report.remarks.append(f"{report.pairs} pairs are few; about a hundred or more are better")
+        report.remarks.append(
+            f"{report.pairs} pairs are few. About a hundred or more are better; with fewer, evaluate.py practise makes "
+            "synthetic images from them and from images without labels (docs/utility.md)"
+        )
 
 
 def _remark_on_narrow_channels(report: DataReport, facts: Sequence[ImageFacts]) -> None:

@@ -110,7 +110,9 @@ class FidelityReport:
 def _table(content: dict) -> Table:
     sides = content["synthetic"], content["real"]
     rows: list[list[object]] = [["Dice of the cells", *(side["dice"] for side in sides)]]
-    rows += [[f"IoU of class {k}", *both] for k, both in enumerate(zip(*(side["iou"] for side in sides), strict=True))]
+    by_class = list(zip(*(side["iou"] for side in sides), strict=True))
+    names = ["the background", "the cells"] if len(by_class) == 2 else [f"class {k}" for k in range(len(by_class))]
+    rows += [[f"IoU of {name}", *both] for name, both in zip(names, by_class, strict=True)]
     rows += [[f"AP at IoU {least}", *(side["ap"][least] for side in sides)] for least in sides[0]["ap"]]
     others = {
         "pq": "panoptic quality",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.disk import file_sha256, write_atomically
+from common.log import Pace
 from common.pictures import from_uint8
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
@@ -162,6 +163,7 @@ def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, prog
     loss_of = DiceCELoss(softmax=True, batch=True)
     order = np.random.default_rng(config.seed)
     queue: list[int] = []
+    pace = Pace(config.steps, "steps")
     bar = tqdm(range(config.steps), desc="training the judge", disable=None if progress else True)
     for step in bar:
         while len(queue) < config.batch_size:
@@ -178,7 +180,7 @@ def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, prog
         optimizer.step()
         schedule.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
-            logger.info("segmenter: step %d of %d, loss %.4f", step + 1, config.steps, loss.item())
+            logger.info("segmenter: step %d of %d, loss %.4f, %s", step + 1, config.steps, loss.item(), pace(step + 1))
     return network
 
 

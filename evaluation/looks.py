@@ -66,9 +66,10 @@ def _notes(content: dict) -> list[str]:
     mean = float(np.mean([one["distance"] for one in numbers]))
     halves = [one["real_distance"] for one in numbers if one["real_distance"] is not None]
     beside = f", {np.mean(halves):.3f} between halves of the real images" if halves else ""
+    looks = f" of {content['looks']} looks" if content["looks"] else ""
     return [
-        f"mean distance {mean:.3f}{beside}; {content['synthetic_images']} synthetic images of {content['looks']} "
-        f"looks, {content['real_images']} real images"
+        f"mean distance {mean:.3f}{beside}; {content['synthetic_images']} synthetic images{looks}, "
+        f"{content['real_images']} real images"
     ]
 
 

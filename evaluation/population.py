@@ -149,8 +149,8 @@ SECTION = Section(
     "population",
     "Population: are synthetic and real cells alike?",
     "Means, and Wasserstein distances between synthetic and real cells. 'real - real' is the distance between random "
-    "halves of the real images. Numbers and shapes come from the masks; brightness, contrast and texture come from the "
-    "images.",
+    "halves of the real images: the best to expect. The last column gives the distance in standard deviations of the "
+    "real cells. Numbers and shapes come from the masks; brightness, contrast and texture come from the images.",
     _table,
     _notes,
     ("population.png",),

@@ -104,11 +104,12 @@ def write_statistics(path: Path, measurements: dict[str, Measurement]) -> None:
 
 
 def write_summary(path: Path, columns: dict[str, dict[str, float]]) -> str:
-    """Write the summaries side by side. Returns them as text."""
+    """Write the summaries side by side. Returns them as text. What is not known, or not asked for, stays empty."""
     names = list(columns)
-    table = [
-        [measure, *(f"{columns[name][measure]:.4g}" if measure in columns[name] else "" for name in names)]
-        for measure in columns[names[0]]
-    ]
+    table = [[measure, *(_shown(columns[name].get(measure)) for name in names)] for measure in columns[names[0]]]
     write_csv(path, ["measure", *names], table)
     return "\n".join(f"{row[0]:<40}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in [["", *names], *table])
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4g}"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.log import Pace
 from dataset.gray import to_gray_values
 from dataset.mask_folder import MaskItem
 from engine.sampling import ImageSampler, image_seed
@@ -75,6 +76,7 @@ def _draw_round(
     size = batch_size if writer.masks.whole_scale is None else 1  # one field is a batch of tiles
     again: list[tuple[Job, int]] = []
     pending: list[Future[None]] = []
+    pace = Pace(len(todo), "images")
     for first in range(0, len(todo), size):
         batch = todo[first : first + size]
         items = [writer.load(job) for job, _ in batch]
@@ -91,7 +93,8 @@ def _draw_round(
                 again.append((job, number + 1))
         pending = _wait(pending, most_left=4 * size)
         if bar.disable:
-            logger.info("%d of %d images", min(first + size, len(todo)), len(todo))
+            done = min(first + size, len(todo))
+            logger.info("%d of %d images, %s", done, len(todo), pace(done))
     _wait(pending, most_left=0)
     if again:
         logger.info("%d of %d images do not follow their masks well enough and are drawn again", len(again), len(todo))

@@ -19,7 +19,7 @@ from common.errors import STOP_SIGNALS
 from dataset.batches import Batch
 from engine.autoencoder import PixelSpace
 from engine.checkpoint import read_checkpoint
-from engine.loop import StopRequest, duration, limit_workers
+from engine.loop import StopRequest, limit_workers
 from engine.machine import Machine, usable_cores
 from engine.training import Training
 from settings import resolve
@@ -188,13 +188,6 @@ def test_the_velocity_is_learned_where_the_width_carries_a_patch(flags, predicti
     assert (config.transport.prediction, config.transport.time_mean) == (prediction, time_mean)
     assert config.transport.loss_weight == ("velocity" if prediction == "data" else None)
     assert config.model.time_scale == time_scale
-
-
-def test_the_remaining_time_has_days():
-    assert [duration(seconds) for seconds in (59.9, 3 * 3600 + 62, 86400, 2 * 86400 + 3661)] == [
-        "00:00:59", "03:01:02", "1 day 00:00:00", "2 days 01:01:01",
-    ]  # fmt: skip
-    assert duration(float("inf")) == "unknown time"
 
 
 def test_more_loader_processes_than_the_cores_can_serve_are_not_started(caplog):

@@ -17,6 +17,7 @@ from script_helpers import call
 
 import evaluate
 import make_masks
+import sample_ddp
 import train
 from common.cells import connected_cells
 from common.disk import file_sha256
@@ -378,9 +379,27 @@ def test_stored_values_of_classes_reach_the_generator_and_are_refused_for_cells(
     with pytest.raises(SystemExit):
         call(evaluate, *words, "--mask-values", 0, 128, 255, "--train-flags", "--seed 3")
     assert given[0][0] == ["--seed", "3", "--mask-values", "0", "128", "255"]
+    with pytest.raises(SystemExit):
+        call(evaluate, *words, "--mask-values", 0, 128, 255)
+    assert given[1][0][-6:] == ["--num-classes", "3", "--mask-values", "0", "128", "255"]
     for more in (["--mask-values", 0, 255], ["--mask-values", 0, 1, 2, "--instances", data / "instances"]):
         with pytest.raises(InputError, match="three or more classes without --instances"):
             call(evaluate, *words, *more)
+
+
+def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tmp_path):
+    words = ["practise", "--data-path", data / "images", "--mask-path", data / "masks", "--output", tmp_path / "out"]
+    given = []
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    for more in ([], ["--instances", data / "instances", "--unlabelled-path", data / "unlabelled"]):
+        with pytest.raises(SystemExit):
+            call(evaluate, *words, *more)
+    paths = ["--data-path", "images", "--mask-path", "masks"]
+    plain, both = (train.parse_args([*paths, *flags, "--look", "reference"]) for flags, _ in given)
+    assert (plain.vae, plain.max_steps, plain.num_classes, plain.in_channels) == ("none", 700, 2, 3)
+    assert (both.num_classes, both.unlabelled_share) == (3, 0.5)
+    sampling = sample_ddp.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "masks", *given[0][1]])
+    assert (sampling.cfg_scale, sampling.sampling_method, sampling.num_sampling_steps) == (2.5, "ab2", 16)
 
 
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):

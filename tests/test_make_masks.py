@@ -212,11 +212,13 @@ def test_weights_undo_that_the_border_cuts_large_cells_more_often():
     assert counts[30] == pytest.approx(counts[6], rel=0.1)  # equal numbers per area, whatever the size
 
 
-def test_an_empty_field_is_measured_without_warning():
+def test_an_empty_field_is_measured_without_warning_and_shown_without_nan(tmp_path):
     found = statistics.summarize([statistics.measure(np.zeros((20, 30), np.int32))])
     assert found["foreground share, mean"] == 0
     assert found["share of cells that touch another"] == 0
     assert math.isnan(found["elongation, mean"])
+    shown = statistics.write_summary(tmp_path / "summary.csv", {"made": found, "asked for": {}})
+    assert "nan" not in shown + (tmp_path / "summary.csv").read_text()
 
 
 def test_cells_that_meet_at_a_corner_touch():

@@ -36,6 +36,7 @@ from common.disk import (
     write_json,
 )
 from common.errors import InputError
+from common.log import Pace
 from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, read_image
@@ -173,11 +174,15 @@ class Practice:
         if self.unlabelled is None or not self.settings.pseudo_masks:
             if self.settings.generators > 1:
                 raise InputError("more than one generator needs unlabelled images with pseudo-masks", "generators")
+            _announce("train the generator")
             self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "generator")
             return
+        _announce("read all images, in a training of a single step")
         self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "reading", steps=1)
         for number in range(self.settings.generators):
+            _announce("give the unlabelled images pseudo-masks, by a segmenter of the labelled images")
             masks = self._soft_masks(self.unlabelled, number)
+            _announce("train the generator")
             run = self.folder / _numbered("generator", number)
             self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled, masks), run)
 
@@ -341,6 +346,7 @@ class Practice:
             return place / "masks"
         segmenter = Segmenter([self._student(number) if number else self.teacher], self.device)
         files = find_files(images, "image")
+        pace = Pace(len(files), "images")
         for done, (name, path) in enumerate(files.items(), start=1):
             target = place / "masks" / f"{name}.npz"
             if not target.is_file():
@@ -349,7 +355,7 @@ class Practice:
                 whole = on_whole_image(soft, read_image(path).shape[:2], self.config)
                 write_atomically(target, partial(np.savez_compressed, mask=whole))
             if done % 50 == 0 or done == len(files):
-                logger.info("%d of %d unlabelled images have pseudo-masks", done, len(files))
+                logger.info("%d of %d unlabelled images have pseudo-masks, %s", done, len(files), pace(done))
         note_pseudo_masks(place, self.seen)
         return place / "masks"
 
@@ -369,8 +375,10 @@ class Practice:
 
     def _rounds(self) -> dict:
         content: dict = {"version": PRACTICE_VERSION, "settings": asdict(self.settings)}
+        _announce("train a segmenter on real images alone for each fold, to compare with")
         means = [value if math.isfinite(value) else None for value in self.mean_losses]
         content |= {"checkpoint": str(self.checkpoint), "mean_losses": means, "rounds": []}
+        _announce("make new masks")
         kinds, statistics = self.make_masks()
         content["statistics"] = None if statistics is None else asdict(statistics)
         content["masks"] = kinds
@@ -380,10 +388,12 @@ class Practice:
         made: list[Made] = []
         stopped = f"{self.settings.most_rounds + 1} rounds were asked for"
         for number in range(self.settings.most_rounds + 1):
+            _announce(f"round {number}, of {self.settings.most_rounds + 1} at most: make synthetic images")
             new = self._draw(f"round_{number}", draws, drawn, self.settings.seed + number)
             made += new
             content["rounds"].append({"round": number, "images": len(new), "draws": draws, "hardness": hardness})
             write_json(self.folder / PRACTICE_FILE, content)
+            _announce(f"round {number}: train segmenters on real and synthetic images, and score them")
             if number == 0:
                 results[PLAIN] = self.cross_validate(PLAIN, self.made("round_0", with_ignored=False))
             results[f"round {number}"] = self.cross_validate(f"round {number}", made)
@@ -438,6 +448,11 @@ class Practice:
         pairs = set_pairs(SampleSet(place / "samples"), self.num_classes)
         items = [ignored(pair, place) if with_ignored else pair.item for pair in pairs]
         return [Made(pair.name, pair.name.rpartition("__")[0], item) for pair, item in zip(pairs, items, strict=True)]
+
+
+def _announce(stage: str) -> None:
+    """Name the stage in the log, because each stage writes many lines of its own."""
+    logger.info("=== practise: %s ===", stage)
 
 
 def _numbered(name: str, number: int) -> str:

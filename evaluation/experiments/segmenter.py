@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cells import connected_cells, without_gaps
+from common.log import Pace
 from common.pictures import from_uint8
 from common.randomness import derived_seed
 from evaluation.experiments.augmentation import augment
@@ -174,7 +175,7 @@ def train_segmenter(phases: Sequence[Phase], config: SegmenterConfig, device: to
     """
     network = build_network(config.num_classes + 1, config.seed, config.channels).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
-    step = 0
+    step, pace = 0, Pace(config.steps, "steps")
     with tqdm(total=config.steps, desc="training a segmenter", disable=None, leave=False) as bar:
         for number, phase in enumerate(phases):
             last = config.steps if number + 1 == len(phases) else step + round(phase.share * config.steps)
@@ -190,7 +191,7 @@ def train_segmenter(phases: Sequence[Phase], config: SegmenterConfig, device: to
                 step += 1
                 bar.update()
                 if step % LOG_EVERY == 0 or step == config.steps:
-                    logger.info("segmenter: step %d of %d, loss %.4f", step, config.steps, loss.item())
+                    logger.info("segmenter: step %d of %d, loss %.4f, %s", step, config.steps, loss.item(), pace(step))
     return network.eval()
 
 
