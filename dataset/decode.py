@@ -23,6 +23,7 @@ MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A who
 ORIENTATION_TAG = 274  # of EXIF and TIFF; 1 is upright
 ROTATED = "carries a rotation tag (EXIF or TIFF orientation): save it upright, so that image and mask agree"
 LAST_AXIS = "has its classes in the last axis (H, W, K): store them in the first (K, H, W)"
+MOST_LAST = 16  # a last axis as short as this holds classes or channels, and not columns
 CHANNELS = "channels"  # several planes that the file does not call colours, such as stains
 # A gray table is read as its gray values, a coloured one as the numbers in the file. The colours in use may follow.
 TABLES = ("gray", "coloured")
@@ -122,7 +123,7 @@ def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.n
         _check_size((image.height, image.width, len(image.getbands())), value_bytes, path)
         frames = getattr(image, "n_frames", 1)
         if image.format == "PNG" and frames > 1:
-            raise FileError(path, f"is an animation of {frames} frames: {NOT_FLAT}")
+            raise FileError(path, f"is an animation of {frames} frames: save one of them as PNG or TIFF")
         image.load()
         if image.getexif().get(ORIENTATION_TAG, 1) not in (0, 1):
             raise FileError(path, ROTATED)
@@ -170,6 +171,9 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
         if sorted(axes.replace(extra, "")) != ["X", "Y"] or len(extra) > 1:
             raise FileError(path, f"is a stack of shape {' x '.join(map(str, shape))}: {needed}")
         is_soft_stack = as_mask and series.dtype.kind == "f"
+        if extra and extra not in "SC" and not as_mask and shape[-1] <= MOST_LAST < min(shape[:2]):
+            text = " x ".join(map(str, shape))
+            raise FileError(path, f"has its channels in the last axis ({text}): store them in the first, axes CYX")
         if extra and extra not in "SC" and not is_soft_stack:
             channels = "" if as_mask else " (if they are channels, store them as such: axes CYX)"
             raise FileError(path, f"is a 3-D stack of {shape[axes.index(extra)]} planes: {needed}{channels}")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common.cells import count_pieces
 from common.errors import InputError, list_some
-from dataset.decode import CHANNELS, JPEG_START, LAST_AXIS, PNG_START, FileError, decode
+from dataset.decode import CHANNELS, JPEG_START, LAST_AXIS, MOST_LAST, PNG_START, FileError, decode
 from dataset.folder_hints import (
     BY_PRODUCTS,
     IMAGE_SUFFIXES,
@@ -34,7 +34,6 @@ from dataset.names import is_split, name_hints, odd_names, partners, split_toget
 
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
 _FLOWS_ENDING = "_flows"
-MOST_LAST = 16  # a last axis as short as this holds classes, and not columns
 TWO_FORMS = " (they look alike: the accents are stored in two forms, NFC and NFD)"
 
 
@@ -128,6 +127,12 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
             f"{folder / first}",
         )  # fmt: skip
     nuclei = {} if is_image else {name: files_in(path) for name, path in found.items()}
+    of_labelme = [name for name, files in nuclei.items() if {"img.png", "label.png"} <= {file.name for file in files}]
+    if of_labelme:
+        raise FileError(
+            folder, f"holds folders of labelme_json_to_dataset (as {of_labelme[0]}): give the .json files to "
+            "make_masks.py convert",
+        )  # fmt: skip
     if all(len(files) == 1 for files in nuclei.values()):
         found |= {name: files[0] for name, files in nuclei.items()}
     return found

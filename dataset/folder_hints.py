@@ -22,6 +22,24 @@ _ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
 _MICROSCOPES = (".nd2", ".czi", ".lif")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _NOTES = {"", ".txt", ".csv", ".tsv", ".md", ".json", ".xml", ".yaml", ".yml", ".log", ".xlsx", ".pdf", ".db", ".ini"}
+# What to do with files of other programs, by suffix.
+_OTHERS = {
+    ".xml": "export COCO from CVAT, or GeoJSON from QuPath for annotations of Aperio and ASAP",
+    ".csv": "save the labels as TIFF, in napari a labels layer",
+    ".txt": "export COCO or GeoJSON from the program that wrote them",
+    ".mat": "save the label image in it as TIFF",
+    ".h5": "save the label image in it as TIFF",
+    ".hdf5": "save the label image in it as TIFF",
+    ".zarr": "save the label image in it as TIFF",
+    ".ndjson": "export COCO",
+    ".gz": "unpack it",
+    ".tar": "unpack it",
+    ".7z": "unpack it",
+    ".qpdata": "export GeoJSON from QuPath",
+    ".xcf": "save it as PNG",
+    ".psd": "save it as PNG",
+    ".svg": "save it as PNG",
+}
 _MASK_WORD = re.compile(r"mask|label|seg|anno", re.IGNORECASE)
 MOST_LEVELS = 3  # of sub-folders that are searched for files
 
@@ -69,6 +87,12 @@ def files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Pat
     return [folder / name for name in names if Path(name).suffix.lower() in suffixes]
 
 
+def other_program(suffix: str) -> str:
+    """What to do with files of this suffix, which are not read; empty if nothing is known."""
+    mend = _OTHERS.get(suffix.lower())
+    return f": {mend}" if mend else ""
+
+
 def no_folder(path: Path) -> str:
     """What lies at ``path`` in place of a folder, and what to give."""
     if not path.exists():
@@ -76,6 +100,8 @@ def no_folder(path: Path) -> str:
         return f"not found{pattern}"
     if path.suffix.lower() in _ARCHIVES:
         return "it is an archive: unpack it, and give the folder"
+    if path.suffix.lower() in _ANNOTATIONS:
+        return "it is a file of annotations: make_masks.py convert turns it into label images"
     return f"it is a file: give the folder, such as {path.parent}"
 
 
@@ -96,11 +122,16 @@ def what_instead(
     if annotations and not what.startswith("image"):
         first = list_some(annotations, 1)
         return f" but annotations of another program ({first}): make_masks.py convert turns them into label images"
-    inner = [name for name in others if (folder / name).is_dir()]
+    arrays = [name for name in others if name.lower().endswith((".zarr", ".n5"))]
+    if arrays:
+        return f" but arrays ({list_some(arrays, 1)}), which are not read: save them as TIFF"
+    inner = [name for name in others if (folder / name).is_dir() and not _leads_up(folder / name)]
     if inner:
         return _which_folder(folder, what, inner, suffixes)
     kinds = Counter(Path(name).suffix.lower() for name in others)
     kind, count = max(kinds.items(), key=lambda one: one[1]) if kinds else ("", 0)
+    if kind and not what.startswith("image") and other_program(kind):
+        return f" but {count} {kind}, which are not read{other_program(kind)}"
     if kind:
         return f" but {count} {kind}, which are not read: save them as {' '.join(suffixes)}"
     with os.scandir(folder) as entries:
@@ -139,9 +170,18 @@ def _first_with_files(folder: Path, suffixes: Sequence[str], levels: int = MOST_
     if levels == 0:
         return None
     with os.scandir(folder) as entries:
-        inner = sorted(entry.name for entry in entries if entry.is_dir() and not is_litter(entry.name))
+        kept = [entry.name for entry in entries if not is_litter(entry.name) and _is_folder(entry)]
+    inner = sorted(name for name in kept if not _leads_up(folder / name))
     found = (_first_with_files(folder / name, suffixes, levels - 1) for name in inner[:20])
     return next((path for path in found if path is not None), None)
+
+
+def _leads_up(path: Path) -> bool:
+    """Whether a link leads to a folder around itself, or to nothing."""
+    try:
+        return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve(strict=True))
+    except OSError:
+        return True
 
 
 def _holds_rois(path: Path) -> bool:

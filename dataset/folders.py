@@ -39,10 +39,12 @@ from dataset.files import FileError, Pair, list_folders, pair_files, read_mask
 from dataset.folder_hints import other_files_warnings, sub_folder_warnings
 from dataset.gray import (
     ROBUST_PERCENTILES,
+    burnt_in_warning,
     channel_shares,
     colour_warnings,
     default_window_channels,
     image_window,
+    is_burnt_in,
     narrow_channels_warning,
     percentile_windows,
     robust_maximum,
@@ -89,6 +91,7 @@ class _Compared(NamedTuple):
     mask: np.ndarray  # signature
     is_flat: bool  # the image consists of pieces of one gray value
     is_equal: bool  # the image is its own mask
+    is_burnt_in: bool  # a scale bar or text was drawn into the image
 
 
 class TrainingImages(torch.utils.data.Dataset, ABC):
@@ -196,6 +199,8 @@ class PairedFolder(TrainingImages):
         refuse_masks_as_images([one.is_equal for one in compared.values()], image_dir, mask_dir)
         for warning in flat_warning(list(compared), [one.is_flat for one in compared.values()]):
             logger.warning("%s", warning)
+        for warning in burnt_in_warning([n for n, one in compared.items() if one.is_burnt_in], len(compared)):
+            logger.warning("%s", warning)
         stats = [one.stats for one in checked]
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values)
         refuse_one_class(stats, self.rule, mask_dir)
@@ -300,7 +305,9 @@ class PairedFolder(TrainingImages):
         )
         if pair.name in self._compared:
             is_equal = gray_checksum(image) == stats.checksum
-            self._compared_now[pair.name] = _Compared(signature(image), mask_signature(mask), is_flat(image), is_equal)
+            self._compared_now[pair.name] = _Compared(
+                signature(image), mask_signature(mask), is_flat(image), is_equal, is_burnt_in(image)
+            )
         return self._prepare_image(image, view), mask, facts, self._sample(image)
 
     def _sample(self, image: np.ndarray) -> np.ndarray | None:

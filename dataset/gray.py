@@ -25,6 +25,8 @@ from dataset.config import DataConfig, Window
 from dataset.decode import colour_note
 from dataset.files import FileError, encode_image, image_suffix
 
+BURNT_SHARE = 0.001  # of the pixels have the largest value if something was drawn into an image
+BURNT_REST = 0.25  # of the range up to this value are used by all other pixels
 ROBUST_PERCENTILES = (0.1, 99.9)
 
 
@@ -45,6 +47,30 @@ def default_window_channels(channels: int, has_channels: bool | None = None) -> 
     if channels == 3 and has_channels is None:
         return None
     return "separate" if channels not in (1, 3) or (channels == 3 and has_channels) else "joint"
+
+
+def is_burnt_in(image: np.ndarray) -> bool:
+    """Whether pixels are far brighter than all others, as a scale bar or text that was drawn into the image.
+
+    Args:
+        image: (H, W, C) of any type.
+    """
+    top = image.max()
+    rest = image[image < top]
+    if image.size - rest.size < BURNT_SHARE * image.size or not rest.size:
+        return False
+    low, high = float(rest.min()), float(rest.max())
+    return low < high < low + BURNT_REST * (float(top) - low)
+
+
+def burnt_in_warning(names: Sequence[str], count: int) -> list[str]:
+    """A warning if some of ``count`` images are burnt in, see :func:`is_burnt_in`. ``names`` are those that are."""
+    if len(names) < max(1, count // 20):
+        return []
+    return [
+        f"{len(names)} of {count} images have pixels far brighter than all others (as {names[0]}), as a scale bar or "
+        "text has. They make the rest of the image nearly black: crop them off, or choose a gray range without them"
+    ]
 
 
 def robust_maximum(image: np.ndarray) -> float:

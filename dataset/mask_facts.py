@@ -43,12 +43,14 @@ class MaskStats:
     area: int = 0  # pixels above 0
     main_area: int = 0  # pixels in the largest connected piece of each id
     table: str = ""  # kind of the file's colour table, see read_mask_and_table
+    # Of stacks, the pixels count that are no background by plane 0: their value is 1.
     frame: float = 0.0  # fraction of the border's pixels with the border's most frequent value, if this is not 0
     frame_area: float = 0.0  # fraction of all pixels with this value
     frame_value: float = 0.0  # this value
     checksum: int = 0  # of the pixels
     filled: float = 1.0  # area with holes filled, as a multiple of the area
     pieces: int = 0  # masks of one id: its pieces, without crumbs
+    cell_area: float = 0.0  # mean number of pixels of a cell: of an id, or of a piece in masks of one id
     rims: tuple[float, ...] = ()  # few values: those that only form thin rims between lower and higher ones
 
     def to_plain(self) -> dict[str, Any]:
@@ -95,12 +97,17 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         facts.update(_label_evidence(mask, values))
         if len(values) <= FEW_VALUES:
             facts["rims"] = _rims(mask, values)
+        facts["cell_area"] = facts["area"] / max(facts["ids"], 1)
     facts["checksum"] = zlib.crc32(np.ascontiguousarray(mask).data)
     if mask.ndim == 2:
         facts.update(_frame(mask))
         if facts["is_whole"] and len(values) > 1 and values[0] == 0:
             facts["filled"] = _filled(mask)
-            facts["pieces"] = count_pieces(mask) if len(values) == 2 else 0
+            if len(values) == 2:
+                facts["pieces"] = count_pieces(mask)
+                facts["cell_area"] = np.count_nonzero(mask) / max(facts["pieces"], 1)
+    elif len(mask) > 1:
+        facts.update(_frame((mask[0] < certainty(mask.dtype, facts["maximum"]) / 2).astype(np.uint8)))
     return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
 
 

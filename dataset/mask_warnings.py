@@ -18,6 +18,7 @@ MUCH_FRAME = 0.9  # fraction of the border's pixels with one value, above which 
 SOME = 0.1  # fraction of the masks that must look inverted for a warning
 MOST_GRAY = 0.75  # of the pixels of cells; above it, the edges of a mask are too soft to be cut at half unseen
 SEVERAL_EQUAL = 3
+POINT = 4  # pixels; cells smaller than this on average are points
 SEVERAL_PIECES = 3  # of one id; a cell that is cut in two is common
 
 
@@ -96,7 +97,8 @@ def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
     """Warnings that do not stop training: missing classes, and masks that look inverted, copied or not filled."""
     hard = rule.mask_type in ("binary", "instances")
     full = [one for one in stats if hard and one.minimum > 0]
-    framed = [one for one in stats if hard and _is_framed(one) and one.minimum == 0]
+    framed = [one for one in stats if _is_framed(one) and (one.planes > 1 or (hard and one.minimum == 0))]
+    points = [one for one in stats if hard and 0 < one.cell_area < POINT]
     hollow = [one for one in stats if hard and one.filled > HOLLOW]
     lumped = [one for one in stats if rule.mask_type == "instances" and one.pieces >= SEVERAL_PIECES]
     warnings = _class_warnings(stats, rule)
@@ -106,9 +108,16 @@ def mask_warnings(stats: Sequence[MaskStats], rule: MaskRule) -> list[str]:
             "the cells black on white?"
         )
     if len(framed) > SOME * len(stats):
+        plane = "plane 0 must be the background"
+        mend = plane if framed[0].planes else "are the cells black on white? Background must be 0"
         warnings.append(
             f"in {len(framed)} of {len(stats)} masks, one piece covers the border and more than half of the pixels "
-            f"(as in {framed[0].name}): are the cells black on white? Background must be 0"
+            f"(as in {framed[0].name}): {mend}"
+        )
+    if 2 * len(points) > sum(one.maximum > 0 for one in stats):
+        warnings.append(
+            f"in {len(points)} of {len(stats)} masks, cells have less than {POINT} pixels (as in {points[0].name}): "
+            "are these points? Masks must cover the whole cell"
         )
     (checksum, equal), *_ = Counter(one.checksum for one in stats if one.distinct > 1).most_common(1) or [(0, 0)]
     if equal >= SEVERAL_EQUAL and 2 * equal > len(stats):

@@ -86,10 +86,16 @@ def read_stack(path: Path, choice: Choice) -> Stack:
 def _read_tiff(path: Path, choice: Choice) -> Stack:
     with tifffile.TiffFile(path, _multifile=False) as tiff:
         series = [one for one in tiff.series if not one.keyframe.is_reduced]
-        chosen = series[_scene(path, choice, [one.name or str(k) for k, one in enumerate(series, start=1)])]
+        chosen = series[_scene(path, choice, [_series_name(one) for one in series])]
         _check_bytes(path, chosen.nbytes)
         check_page(chosen.keyframe, chosen.dtype == bool, path)
         return Stack(chosen.asarray(maxworkers=1), chosen.axes)
+
+
+def _series_name(series: tifffile.TiffPageSeries) -> str:
+    """Name and size of an image of a file, such as a preview beside the image."""
+    size = " x ".join(map(str, series.shape))
+    return f"{series.name}, {size}" if series.name and series.name != "Generic" else size
 
 
 def _read_nd2(path: Path, choice: Choice) -> Stack:

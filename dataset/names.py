@@ -13,13 +13,14 @@ MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
 IMAGE_ENDING = "_img"
 # Words that labs put before or behind the name of an image, with one of " _.-" between.
 _MASK_WORDS = (  # longer ones come first
-    "binary[ _-]?masks?|masks?[ _-]binary|binary|label[ _-]?(?:img|image|map)s?|labell?ed|cp_masks|masks?|labels?|"
+    "binary[ _-]?masks?|masks?[ _-]binary|binary|label[ _-]?(?:img|image|map)s?|labell?(?:ed|ing)|lblimg|cp_masks|"
+    "masks?|labels?|"
     "simple[ _]segmentation|object[ _](?:identities|predictions)|probabilities|"  # ilastik
     "segmentations?|seg|annotations?|anno|ground_?truth|gt|instances?"
 )
 _IMAGE_WORDS = "images?|img|im|raw|original|orig"
 _MASK_ENDING = re.compile(rf"[ _.-]({_MASK_WORDS})$", re.IGNORECASE)
-_IMAGE_ENDING = re.compile(rf"[ _.-]({_IMAGE_WORDS})$", re.IGNORECASE)
+_IMAGE_ENDING = re.compile(rf"([ _.-]({_IMAGE_WORDS})|_0000)$", re.IGNORECASE)  # nnU-Net ends images with _0000
 # A word in front may also touch a number: mask007, and man_seg007 beside t007 of the Cell Tracking Challenge.
 _MASK_START = re.compile(rf"^(({_MASK_WORDS})([ _.-]|(?=\d+$))|man_(seg|track)_?(?=\d+$))", re.IGNORECASE)
 _IMAGE_START = re.compile(rf"^(({_IMAGE_WORDS})([ _.-]|(?=\d+$))|t(?=\d+$))", re.IGNORECASE)
@@ -32,7 +33,7 @@ _SPLIT = re.compile(
     re.IGNORECASE,
 )
 # Files that systems leave in every folder.
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
+LITTER = {"icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 
 
 def is_split(name: str) -> bool:
@@ -134,6 +135,19 @@ def name_hints(images: Sequence[str], masks: Sequence[str], paired: Iterable[str
     second = [stem for stem in masks if bare_mask_name(stem) in names]
     if second:
         return [f"{second[0]} is a second mask of the image {bare_mask_name(second[0])}: keep one mask for each image"]
+    channels = "if they are channels of one image, save them as one TIFF"
+    for what, longer, of, mend in (
+        (
+            "images",
+            _longer(images, {*masks, *names}),
+            "mask",
+            channels,
+        ),
+        ("masks", _longer(masks, {*images, *names}), "image", "keep one kind of mask in this folder"),
+    ):
+        start, several = max(longer.items(), key=lambda one: len(one[1]), default=("", []))
+        if len(several) > 1:
+            return [f"{len(several)} {what} begin with the name of the {of} {start} ({list_some(several)}): {mend}"]
     image_names, mask_names = ({stem.casefold().strip() for stem in stems} for stems in (images, masks))
     alike = sorted(image_names & mask_names)
     if alike:
@@ -150,6 +164,17 @@ def name_hints(images: Sequence[str], masks: Sequence[str], paired: Iterable[str
         return []
     other = masks[mask_numbers.index(image_numbers[0])]
     return [f"the numbers in the names agree ({images[0]} and {other}): rename one kind after the other"]
+
+
+def _longer(stems: Iterable[str], others: set[str]) -> dict[str, list[str]]:
+    """Stems by the longest other stem that they begin with, before one of " _.-"."""
+    found: dict[str, list[str]] = {}
+    for stem in stems:
+        starts = [stem[: match.start()] for match in re.finditer("[ _.-]", stem)]
+        start = next((one for one in reversed(starts) if one in others), None)
+        if start is not None:
+            found.setdefault(start, []).append(stem)
+    return found
 
 
 def odd_names(names: Iterable[str]) -> str:

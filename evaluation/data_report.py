@@ -39,7 +39,7 @@ from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import MaskRule, decide_mask_rule
 from dataset.names import name_hints
 from dataset.views import native_view
-from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
+from evaluation.image_facts import ImageFacts, drawn_into, image_facts, near_duplicates
 from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)
@@ -363,6 +363,7 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     empty = sum(count == 0 for count in report.instances)
     if empty:
         report.remarks.append(f"{empty} of {len(report.instances)} masks have no cell")
+    report.remarks += drawn_into(facts)
     blank = [one.name for one in facts if one.minimum == one.maximum]
     if blank:
         report.remarks.append(f"{_number(blank, 'image')} of a single gray value: {list_some(blank)}")

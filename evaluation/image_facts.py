@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset.agreement import gray_checksum, is_flat, signature
 from dataset.files import read_image_and_kind
-from dataset.gray import channel_shares, robust_maximum
+from dataset.gray import burnt_in_warning, channel_shares, is_burnt_in, robust_maximum
 
 BLOCK = 1024  # images compared with all others at once: bounds the memory
 NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
@@ -35,6 +35,7 @@ class ImageFacts:
     digest: str
     is_flat: bool  # consists of pieces of one gray value, as a mask does
     gray_checksum: int
+    is_burnt_in: bool  # a scale bar or text was drawn into it
     signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
 
 
@@ -57,8 +58,14 @@ def image_facts(path: Path) -> ImageFacts:
         digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
         is_flat=is_flat(image),
         gray_checksum=gray_checksum(image),
+        is_burnt_in=is_burnt_in(image),
         signature=signature(image),
     )
+
+
+def drawn_into(facts: Sequence[ImageFacts]) -> list[str]:
+    """A warning if a scale bar or text was drawn into images."""
+    return burnt_in_warning([one.name for one in facts if one.is_burnt_in], len(facts))
 
 
 def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[str, str, float]]:

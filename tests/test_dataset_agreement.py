@@ -14,6 +14,7 @@ from dataset.agreement import agreement_warnings, is_flat, mask_signature, signa
 from dataset.config import DataConfig
 from dataset.files import pair_files, read_image, read_mask
 from dataset.folders import PairedFolder
+from dataset.gray import is_burnt_in
 from evaluation.data_report import survey
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -134,3 +135,31 @@ def test_real_images_are_not_flat_and_their_masks_are(folder):
     masks = sorted((DATA / folder / "masks").iterdir())[:40]
     assert sum(is_flat(read_image(path)) for path in paths) == 0
     assert all(is_flat(read_mask(path)[:, :, None]) for path in masks if np.ptp(read_mask(path)))
+
+
+def test_scale_bars_are_warned_about_in_training_and_in_the_report(tmp_path, caplog):
+    images = [GOOD[index][0].astype(np.uint16) * 10 for index in range(6)]
+    assert not any(is_burnt_in(image[:, :, None]) for image in images)
+    for image in images:
+        image[-6:-3, 30:50] = 65535
+    paths = written(tmp_path, "images", images), written(tmp_path, "masks", [mask for _, mask in GOOD[:6]])
+    PairedFolder(*paths, DataConfig(16, 2, channels=1))
+    report, *_ = survey(*paths)
+    for lines in ([record.getMessage() for record in caplog.records], report.remarks):
+        assert any("6 of 6 images have pixels far brighter than all others" in line for line in lines)
+
+
+def test_points_and_stacks_with_the_background_in_another_plane_are_warned_about(tmp_path, caplog):
+    images = written(tmp_path, "images", [image for image, _ in GOOD[:6]])
+    points, stacks = tmp_path / "points", tmp_path / "stacks"
+    for folder in (points, stacks):
+        folder.mkdir()
+    for index, (_, mask) in enumerate(GOOD[:6]):
+        dots = np.zeros_like(mask)
+        dots[5::9, 4::11] = 255
+        Image.fromarray(dots).save(points / f"f{index}.png")
+        np.save(stacks / f"f{index}.npy", np.stack([mask > 0, mask == 0]).astype(np.float32))
+    for folder, words in ((points, "are these points?"), (stacks, "plane 0 must be the background")):
+        caplog.clear()
+        PairedFolder(images, folder, DataConfig(16, 2, channels=1))
+        assert words in caplog.text and any(words in remark for remark in survey(images, folder)[0].remarks)

@@ -775,3 +775,12 @@ def test_faults_of_a_file_have_no_words_of_a_decoder_and_name_its_permissions(tm
     monkeypatch.setattr(Path, "open", refuse)  # root may read every file
     with pytest.raises(FileError, match="may not be read by this user"):
         read_image(tmp_path / "a.png")
+
+
+def test_channels_in_the_last_axis_and_animations_are_refused_with_what_to_do(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((30, 40, 5), np.uint8), photometric="minisblack")
+    frames = [Image.fromarray(np.full((8, 9), value, np.uint8)) for value in (1, 2)]
+    frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
+    for name, words in (("a.tif", "channels in the last axis .30 x 40 x 5.*axes CYX"), ("b.png", "save one of them")):
+        with pytest.raises(FileError, match=words):
+            read_image(tmp_path / name)

@@ -85,6 +85,7 @@ def test_the_data_report_gives_the_hint_of_training(tmp_path):
         (["a.gif", "b.gif"], "but 2 .gif, which are not read: save them as .png"),
         (["a.h5"], "but 1 .h5, which are not read"),
         (["a.czi"], "make_masks.py images"),
+        (["a.ome.zarr", "b.ome.zarr"], r"but arrays \(a.ome.zarr and 1 more\), which are not read: save them as TIFF"),
         (["Thumbs.db", ".DS_Store", "._a.png"], "it must hold .png"),
     ],
 )
@@ -135,6 +136,9 @@ def test_folders_two_levels_up_name_the_folder_to_give(tmp_path):
         ("f1", "f1_Simple Segmentation", "f1"),  # ilastik
         ("f1", "f1_binary_mask", "f1"),
         ("f1", "f1_label_img", "f1"),
+        ("f1", "LblImg_f1", "f1"),  # TrackMate
+        ("f1", "f1-labeling", "f1"),  # Labkit
+        ("f1_0000", "f1", "f1"),  # nnU-Net
     ],
 )
 def test_names_that_programs_and_challenges_give_pair(image, mask, name):
@@ -169,6 +173,7 @@ def test_two_names_that_look_alike_are_explained(tmp_path):
     ("path", "words"),
     [
         ("masks.zip", "it is an archive: unpack it"),
+        ("coco.json", "it is a file of annotations: make_masks.py convert"),
         ("table.csv", "it is a file: give the folder, such as"),
         ("*.png", "not found: give the folder, without a pattern"),
         ("hidden", r"but 1 hidden ones \(as \._a.png\)"),
@@ -180,7 +185,7 @@ def test_two_names_that_look_alike_are_explained(tmp_path):
 )
 def test_what_is_given_in_place_of_a_folder_of_images_is_answered_with_what_to_give(tmp_path, path, words):
     for name in (
-        "masks.zip", "table.csv", "hidden/._a.png", "deep/images/train/a.png", "parts/holdout/a.png",
+        "masks.zip", "coco.json", "table.csv", "hidden/._a.png", "deep/images/train/a.png", "parts/holdout/a.png",
         "parts/holdout/b.png", "parts/train_set/b.png", "parts/train_set/c.png",
         "fields/1/image.png", "fields/1/mask.png", "fields/2/image.png", "fields/2/mask.png",
     ):  # fmt: skip
@@ -194,3 +199,51 @@ def test_what_is_given_in_place_of_a_folder_of_images_is_answered_with_what_to_g
 @pytest.mark.parametrize("name", ["train", "Validation", "test_set", "held-out", "fold1", "fold_2"])
 def test_names_of_parts_of_a_data_set_are_known(name):
     assert names.is_split(name) and not names.is_split("sample1") and not names.is_split("test1")
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "words"),
+    [
+        (["f1_w1", "f1_w2", "f2_w1"], ["f1", "f2"], "2 images begin with the name of the mask f1 (f1_w1, f1_w2): if"),
+        (["f1"], ["f1_nuclei_masks", "f1_cyto_masks"], "2 masks begin with the name of the image f1"),
+    ],
+)
+def test_channels_in_files_of_their_own_and_two_kinds_of_masks_are_named(images, masks, words):
+    (hint,) = names.name_hints(images, masks)
+    assert words in hint
+    assert names.name_hints(images[:1], masks[:1]) != [hint]
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("f1.xml", "GeoJSON from QuPath"), ("f1.mat", "save the label image"), ("f1.txt", "export COCO")],
+)
+def test_labels_of_other_programs_are_answered_with_what_to_export(tmp_path, file, words):
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(InputError, match=words):
+        find_files(tmp_path, "mask")
+
+
+def test_links_to_folders_around_them_are_not_followed(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_bytes(b"x")
+    for name, target in (("up", ".."), ("self", "self"), ("here", ".")):
+        (tmp_path / "images" / name).symlink_to(target)
+    with pytest.raises(InputError, match="holds no image files") as refused:
+        find_files(tmp_path / "images", "image")
+    assert "did you mean" not in str(refused.value)
+
+
+def test_folders_of_labelme_json_to_dataset_are_told_apart_from_nuclei(tmp_path):
+    for name in ("img.png", "label.png", "label_viz.png"):
+        (tmp_path / "f1_json").mkdir(exist_ok=True)
+        (tmp_path / "f1_json" / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"labelme_json_to_dataset \(as f1_json\)"):
+        find_files(tmp_path, "mask")
+
+
+def test_the_icon_of_a_folder_of_macos_is_ignored(tmp_path):
+    for name in ("a.png", "Icon\r"):
+        (tmp_path / name).write_bytes(b"x")
+    assert list(find_files(tmp_path, "image")) == ["a"]

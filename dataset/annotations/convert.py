@@ -17,8 +17,9 @@ from common.disk import new_folder, write_bytes, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
-from dataset.annotations.formats import READ, SUFFIXES, format_of, other_program
+from dataset.annotations.formats import READ, SUFFIXES, format_of
 from dataset.files import IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
+from dataset.folder_hints import other_program
 from dataset.names import IMAGE_ENDING, is_litter, split_together
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells

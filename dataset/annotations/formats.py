@@ -7,6 +7,7 @@ from typing import Any
 
 from dataset.annotations import geojson, stacks
 from dataset.files import IMAGE_SUFFIXES, FileError
+from dataset.folder_hints import other_program
 
 FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
 SUFFIXES = {
@@ -24,24 +25,6 @@ READ = (
     "read are _seg.npy of Cellpose, .roi and .zip of ImageJ, .geojson of QuPath, .json of COCO and LabelMe, pictures "
     "in colours, and stacks .tif .npy .npz"
 )
-# What to do with files of other programs, by suffix.
-_OTHERS = {
-    ".xml": "export COCO from CVAT, or GeoJSON from QuPath for annotations of Aperio and ASAP",
-    ".csv": "save the labels as TIFF, in napari a labels layer",
-    ".txt": "export COCO or GeoJSON from the program that wrote them",
-    ".mat": "save the label image in it as TIFF",
-    ".h5": "save the label image in it as TIFF",
-    ".hdf5": "save the label image in it as TIFF",
-    ".zarr": "save the label image in it as TIFF",
-    ".ndjson": "export COCO",
-    ".gz": "unpack it",
-    ".tar": "unpack it",
-    ".7z": "unpack it",
-    ".qpdata": "export GeoJSON from QuPath",
-    ".xcf": "save it as PNG",
-    ".psd": "save it as PNG",
-    ".svg": "save it as PNG",
-}
 # Keys of JSON files of other programs.
 _JSON = (
     ({"_via_img_metadata"}, "of VIA, which exports COCO, too"),
@@ -51,12 +34,6 @@ _JSON = (
     ({"nuc"}, "of HoVer-Net: save inst_map of its .mat as TIFF"),
     ({"images"}, "of COCO and has no annotations"),
 )
-
-
-def other_program(suffix: str) -> str:
-    """What to do with files of this suffix, which are not read; empty if nothing is known."""
-    mend = _OTHERS.get(suffix.lower())
-    return f": {mend}" if mend else ""
 
 
 def format_of(path: Path) -> str:
