@@ -27,6 +27,7 @@ from dataset.folder_hints import (
     MASK_SUFFIXES,
     Listing,
     files_in,
+    leads_up,
     list_folder,
     what_instead,
 )
@@ -106,7 +107,7 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
     If each folder of masks has a single file, these are the masks of whole images, and not of nuclei.
     """
     found = {}
-    for name in names:
+    for name in (name for name in names if not leads_up(folder / name)):
         kinds = ("images", "image") if is_image else ("masks", "mask")
         inner = next((path for kind in kinds if (path := folder / name / kind).is_dir()), None)
         if inner is not None:

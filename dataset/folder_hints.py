@@ -125,7 +125,7 @@ def what_instead(
     arrays = [name for name in others if name.lower().endswith((".zarr", ".n5"))]
     if arrays:
         return f" but arrays ({list_some(arrays, 1)}), which are not read: save them as TIFF"
-    inner = [name for name in others if (folder / name).is_dir() and not _leads_up(folder / name)]
+    inner = [name for name in others if (folder / name).is_dir() and not leads_up(folder / name)]
     if inner:
         return _which_folder(folder, what, inner, suffixes)
     kinds = Counter(Path(name).suffix.lower() for name in others)
@@ -171,16 +171,16 @@ def _first_with_files(folder: Path, suffixes: Sequence[str], levels: int = MOST_
         return None
     with os.scandir(folder) as entries:
         kept = [entry.name for entry in entries if not is_litter(entry.name) and _is_folder(entry)]
-    inner = sorted(name for name in kept if not _leads_up(folder / name))
+    inner = sorted(name for name in kept if not leads_up(folder / name))
     found = (_first_with_files(folder / name, suffixes, levels - 1) for name in inner[:20])
     return next((path for path in found if path is not None), None)
 
 
-def _leads_up(path: Path) -> bool:
+def leads_up(path: Path) -> bool:
     """Whether a link leads to a folder around itself, or to nothing."""
     try:
         return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve(strict=True))
-    except OSError:
+    except (OSError, RuntimeError):  # nothing is there, or it leads to itself
         return True
 
 
