@@ -311,10 +311,16 @@ def _wait_for_lock(lock: IO[bytes], folder: Path, shared: bool, seconds: float) 
 
 
 def sign_lock(lock: IO[bytes]) -> None:
-    """Write machine and process into a lock file, for the message of a process that finds the folder locked."""
-    lock.truncate(0)
-    lock.write(f"{socket.gethostname()} {os.getpid()}".encode())
-    lock.flush()
+    """Write machine and process into a lock file, for the message of a process that finds the folder locked.
+
+    Raises:
+        OSError: the disk is full. The error names the file.
+    """
+    try:
+        lock.truncate(0)
+        os.write(lock.fileno(), f"{socket.gethostname()} {os.getpid()}".encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(lock.name)) from error
 
 
 def _holder(folder: Path) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cells import connected_cells
-from common.disk import write_json
+from common.disk import write_bytes, write_json
 from common.errors import InputError, fields_as_flags, list_some, settings_as_flags
 from common.spread import evenly
 from dataset.agreement import MOST_PAIRS, agreement_warnings, flat_warning, mask_signature, refuse_masks_as_images
@@ -452,7 +452,7 @@ def write_data_report(report: DataReport, pairs: Sequence[Pair], rule: MaskRule 
     """
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "data.json", asdict(report))
-    (output / "data.txt").write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
+    write_bytes(output / "data.txt", ("\n".join(report.lines()) + "\n").encode())
     written = [output / "data.json", output / "data.txt"]
     if rule is not None and pairs:
         notes = [f"PROBLEM: {line}" for line in report.problems] + [f"remark: {line}" for line in report.remarks]
