@@ -98,7 +98,8 @@ class SweepRow:
         settings = self.settings
         span = "" if settings.guidance_interval == NO_INTERVAL else " in {:g}:{:g}".format(*settings.guidance_interval)
         solver = settings.method if settings.mode == "ODE" else f"sde-{settings.method.lower()}"
-        return f"cfg {settings.cfg_scale:g}{span}, {solver} {settings.num_steps}"
+        steps = "1 step" if settings.num_steps == 1 else f"{settings.num_steps} steps"
+        return f"guidance {settings.cfg_scale:g}{span}, {solver}, {steps}"
 
     def flags(self) -> str:
         """The setting as flags of sample.py and sample_ddp.py."""
@@ -148,7 +149,9 @@ SECTION = Section(
     "fidelity (a fidelity above that of real images counts as theirs), keep those within "
     f"{(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest distance, take the one with the fewest network calls.",
     _table,
-    lambda content: [f"{content['images']} masks; sample with: {content['recommended_flags']}"],
+    lambda content: [
+        f"{content['images']} masks; sample with: sample_ddp.py {content['recommended_flags']} --ckpt ..."
+    ],
     ("sweep.png",),
 )
 
@@ -320,7 +323,7 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
     shown = set()
     for row in report.rows:
         solver = (row.settings.mode, row.settings.method)
-        label = f"cfg {row.settings.cfg_scale:g}, {' '.join(solver)}"
+        label = f"guidance {row.settings.cfg_scale:g}, {' '.join(solver)}"
         axis.scatter(
             row.fidelity,
             row.distance,
