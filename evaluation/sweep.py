@@ -149,9 +149,7 @@ SECTION = Section(
     "fidelity (a fidelity above that of real images counts as theirs), keep those within "
     f"{(DISTANCE_TOLERANCE - 1) * 100:.0f} % of the smallest distance, take the one with the fewest network calls.",
     _table,
-    lambda content: [
-        f"{content['images']} masks; sample with: sample_ddp.py {content['recommended_flags']} --ckpt ..."
-    ],
+    lambda content: [f"{content['images']} masks; sample with: {content['recommended_flags']}"],
     ("sweep.png",),
 )
 
