@@ -211,7 +211,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--selections-made", type=positive_int, default=5, help="random selections of the split (5)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="of evaluate.py utility (13)")
     parser.add_argument("--seeds", type=positive_int, default=1, help="trainings of every arm (1)")
-    parser.add_argument("--steps", type=positive_int, default=600, help="of every segmenter (600)")
+    parser.add_argument("--steps", type=positive_int, default=1500, help="of every segmenter (1500)")
     parser.add_argument("--generator-steps", type=positive_int, default=1500, help="of every generator (1500)")
     parser.add_argument("--train-flags", default="", metavar="FLAGS", help="more flags of train.py, in quotes")
     parser.add_argument("--sample-flags", default="", metavar="FLAGS", help="more flags of sample_ddp.py, in quotes")

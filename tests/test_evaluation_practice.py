@@ -396,7 +396,7 @@ def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tm
             call(evaluate, *words, *more)
     paths = ["--data-path", "images", "--mask-path", "masks"]
     plain, both = (train.parse_args([*paths, *flags, "--look", "reference"]) for flags, _ in given)
-    assert (plain.vae, plain.max_steps, plain.num_classes, plain.in_channels) == ("none", 700, 2, 3)
+    assert (plain.vae, plain.max_steps, plain.num_classes, plain.in_channels) == ("none", 2000, 2, 3)
     assert (both.num_classes, both.unlabelled_share) == (3, 0.5)
     sampling = sample_ddp.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "masks", *given[0][1]])
     assert (sampling.cfg_scale, sampling.sampling_method, sampling.num_sampling_steps) == (2.5, "ab2", 16)

@@ -57,7 +57,7 @@ class SegmenterConfig:
     num_classes: int = 2
     channels: int = 3
     crop: int = 64
-    steps: int = 500
+    steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 2e-3
     seed: int = 0
