@@ -399,7 +399,7 @@ def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tm
     assert (plain.vae, plain.max_steps, plain.num_classes, plain.in_channels) == ("none", 2000, 2, 3)
     assert (both.num_classes, both.unlabelled_share) == (3, 0.5)
     sampling = sample_ddp.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "masks", *given[0][1]])
-    assert (sampling.cfg_scale, sampling.sampling_method, sampling.num_sampling_steps) == (2.5, "ab2", 16)
+    assert (sampling.cfg_scale, sampling.sampling_method, sampling.num_sampling_steps) == (1.5, "ab2", 16)
 
 
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):
