@@ -244,6 +244,13 @@ def test_a_package_that_is_only_needed_later_is_named_too(monkeypatch, capsys, t
     assert code == 2 and "the package pycocotools is missing" in text and len(text.splitlines()) == 1
 
 
+def test_a_library_that_memory_cannot_hold_is_not_called_damaged(monkeypatch, capsys, tmp_path):
+    error = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    code, text = end(monkeypatch, capsys, tmp_path, error)
+    assert code == 2 and "too little memory to load a library (libtorch_cpu.so" in text and "ulimit -v" in text
+    assert "pip" not in text
+
+
 def test_a_wrong_flag_is_said_although_a_launcher_left_its_variables(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
