@@ -110,14 +110,14 @@ def _without_regions(cells: list[Cell], kinds: Sequence[str]) -> list[Cell]:
     a cell, which are parts of it."""
     inner = [cell for cell, kind in zip(cells, kinds, strict=True) if kind in DETECTIONS and cell.mask.any()]
     first = np.array([_first_pixel(cell) for cell in inner], int).reshape(-1, 2)
-    whole = [cell for cell, kind in zip(cells, kinds, strict=True) if kind == "cell"]
+    covered = union([cell for cell, kind in zip(cells, kinds, strict=True) if kind == "cell"], None, "")
     kept = []
     for cell, kind in zip(cells, kinds, strict=True):
         if kind in NO_CELLS:
             cell = Cell.none(NO_CELLS[kind])
         elif kind == "annotation" and _holds(cell, first):
             cell = Cell.none("a region with cells in it")
-        elif kind == "detection" and cell.mask.any() and any(_holds(one, _first_pixel(cell)[None]) for one in whole):
+        elif kind == "detection" and cell.mask.any() and _holds(covered, _first_pixel(cell)[None]):
             cell = Cell.none("a spot in a cell")
         kept.append(cell)
     return kept
