@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 SHARED_MEMORY = Path("/dev/shm")
-_OUT_OF_MEMORY = re.compile(r"out of memory|can(?:'|no)t allocate memory|_STATUS_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
-_NOT_MAPPED = re.compile(r"failed to map segment|cannot allocate memory", re.IGNORECASE)  # a library at its import
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can(?:'|no)t allocate memory|_STATUS_ALLOC_FAILED|bad_alloc|failed to map segment", re.IGNORECASE
+)
 _TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
 _NO_SHARED_MEMORY = re.compile(r"unable to \w+ shared memory|out of shared memory|Bus error", re.IGNORECASE)
 _WORKER_DIED = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: \w+)")
@@ -69,7 +70,7 @@ def package_fault(error: BaseException) -> str | None:
     if not isinstance(error, ImportError) and not library:
         return None
     said = f"({' '.join(str(error).split())[:200]})"
-    if _NOT_MAPPED.search(said):
+    if _OUT_OF_MEMORY.search(said):
         return f"too little memory to load a library {said}: give more, by ulimit -v unlimited or --mem of the job"
     name = str(getattr(error, "name", None) or "").partition(".")[0]
     missing = isinstance(error, ModuleNotFoundError)
