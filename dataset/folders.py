@@ -197,9 +197,9 @@ class PairedFolder(TrainingImages):
         checked = self._read_all(f"pairs of {image_dir} and {mask_dir}", memory_gb * 2**30, progress)
         compared = dict(sorted(self._compared_now.items()))
         refuse_masks_as_images([one.is_equal for one in compared.values()], image_dir, mask_dir)
-        for warning in flat_warning(list(compared), [one.is_flat for one in compared.values()]):
-            logger.warning("%s", warning)
-        for warning in burnt_in_warning([n for n, one in compared.items() if one.is_burnt_in], len(compared)):
+        odd = flat_warning(list(compared), [one.is_flat for one in compared.values()])
+        odd += burnt_in_warning(list(compared), [one.is_burnt_in for one in compared.values()])
+        for warning in odd:
             logger.warning("%s", warning)
         stats = [one.stats for one in checked]
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values)

@@ -63,13 +63,14 @@ def is_burnt_in(image: np.ndarray) -> bool:
     return low < high < low + BURNT_REST * (float(top) - low)
 
 
-def burnt_in_warning(names: Sequence[str], count: int) -> list[str]:
-    """A warning if some of ``count`` images are burnt in, see :func:`is_burnt_in`. ``names`` are those that are."""
-    if len(names) < max(1, count // 20):
+def burnt_in_warning(names: Sequence[str], burnt_in: Sequence[bool]) -> list[str]:
+    """A warning if some images are burnt in, see :func:`is_burnt_in`."""
+    found = [name for name, one in zip(names, burnt_in, strict=True) if one]
+    if len(found) < max(1, len(names) // 20):
         return []
     return [
-        f"{len(names)} of {count} images have pixels far brighter than all others (as {names[0]}), as a scale bar or "
-        "text has. They make the rest of the image nearly black: crop them off, or choose a gray range without them"
+        f"{len(found)} of {len(names)} images have pixels far brighter than all others (as {found[0]}), as a scale bar "
+        "or text has. They make the rest of the image nearly black: crop them off, or choose a gray range without them"
     ]
 
 

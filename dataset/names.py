@@ -135,16 +135,11 @@ def name_hints(images: Sequence[str], masks: Sequence[str], paired: Iterable[str
     second = [stem for stem in masks if bare_mask_name(stem) in names]
     if second:
         return [f"{second[0]} is a second mask of the image {bare_mask_name(second[0])}: keep one mask for each image"]
-    channels = "if they are channels of one image, save them as one TIFF"
-    for what, longer, of, mend in (
-        (
-            "images",
-            _longer(images, {*masks, *names}),
-            "mask",
-            channels,
-        ),
-        ("masks", _longer(masks, {*images, *names}), "image", "keep one kind of mask in this folder"),
+    for what, stems, of, others, mend in (
+        ("images", images, "mask", masks, "if they are channels of one image, save them as one TIFF"),
+        ("masks", masks, "image", images, "keep one kind of mask in this folder"),
     ):
+        longer = _longer(stems, names.union(others))
         start, several = max(longer.items(), key=lambda one: len(one[1]), default=("", []))
         if len(several) > 1:
             return [f"{len(several)} {what} begin with the name of the {of} {start} ({list_some(several)}): {mend}"]

@@ -33,13 +33,20 @@ from dataset.files import (
     read_mask_and_table,
 )
 from dataset.folder_hints import Listing, sub_folder_warnings
-from dataset.gray import colour_warnings, default_window_channels, image_window, narrow_channels_warning, to_display
+from dataset.gray import (
+    burnt_in_warning,
+    colour_warnings,
+    default_window_channels,
+    image_window,
+    narrow_channels_warning,
+    to_display,
+)
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import MaskRule, decide_mask_rule
 from dataset.names import name_hints
 from dataset.views import native_view
-from evaluation.image_facts import ImageFacts, drawn_into, image_facts, near_duplicates
+from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
 from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)
@@ -363,7 +370,7 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
     empty = sum(count == 0 for count in report.instances)
     if empty:
         report.remarks.append(f"{empty} of {len(report.instances)} masks have no cell")
-    report.remarks += drawn_into(facts)
+    report.remarks += burnt_in_warning([one.name for one in facts], [one.is_burnt_in for one in facts])
     blank = [one.name for one in facts if one.minimum == one.maximum]
     if blank:
         report.remarks.append(f"{_number(blank, 'image')} of a single gray value: {list_some(blank)}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset.agreement import gray_checksum, is_flat, signature
 from dataset.files import read_image_and_kind
-from dataset.gray import burnt_in_warning, channel_shares, is_burnt_in, robust_maximum
+from dataset.gray import channel_shares, is_burnt_in, robust_maximum
 
 BLOCK = 1024  # images compared with all others at once: bounds the memory
 NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
@@ -61,11 +61,6 @@ def image_facts(path: Path) -> ImageFacts:
         is_burnt_in=is_burnt_in(image),
         signature=signature(image),
     )
-
-
-def drawn_into(facts: Sequence[ImageFacts]) -> list[str]:
-    """A warning if a scale bar or text was drawn into images."""
-    return burnt_in_warning([one.name for one in facts if one.is_burnt_in], len(facts))
 
 
 def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[str, str, float]]:
