@@ -201,7 +201,9 @@ def trial_table(content: dict) -> Table:
 
 def trial_notes(content: dict) -> list[str]:
     """Sentences below the table: what is best, what to do, and scores by class and group."""
-    lines = [f"{content['steps']} steps in every arm ({LONGER}: {LONGER_FACTOR} times as many), the same augmentation."]
+    longer = [one for one in content["summary"] if one["arm"] == LONGER]
+    exception = f" ({LONGER}: {LONGER_FACTOR} times as many)" if longer else ""
+    lines = [f"{content['steps']} steps in every arm{exception}, the same augmentation."]
     for one in content["comparisons"]:
         shown = with_spread(one["mean"], one["error"], "+")
         error = "" if one["error"] is None else " (standard error)"
@@ -212,7 +214,7 @@ def trial_notes(content: dict) -> list[str]:
         )
         gains = [f"{name} {with_spread(gain['mean'], gain['error'], '+')}" for name, gain in one["groups"].items()]
         lines += [f"{one['labels']} labels, the same difference by group: {', '.join(gains)}"] if gains else []
-    lines += [longer_note(one) for one in content["summary"] if one["arm"] == LONGER and one["gain"] is not None]
+    lines += [longer_note(one) for one in longer if one["gain"] is not None]
     for one in content["summary"]:
         if one["gain"] is not None and one["gain"]["verdict"] == HARMS and one["arm"] != LONGER:
             lines.append(f"{one['labels']} labels: {one['arm']} is harmful: it is behind real images alone.")
