@@ -41,6 +41,7 @@ from settings import judge_request, load_checkpoint
 # The best images for ten labelled nuclei images on one CPU core (benchmarks/utility.md).
 PRACTISE_TRAINING = "--preset nuclei-64-cpu --in-channels 3 --max-steps 2000 --cooldown-steps 500"
 PRACTISE_SAMPLING = "--cfg-scale 1.5 --sampling-method ab2 --num-sampling-steps 16"
+SEGMENTER_STEPS = 1500  # as in SegmenterConfig, which takes seconds to import
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_mask_type_argument(parser)
     add_mask_values_argument(parser)
-    parser.add_argument("--steps", type=positive_int, default=1500, help="training steps of every segmenter")
+    parser.add_argument("--steps", type=positive_int, default=SEGMENTER_STEPS, help="training steps of every segmenter")
     parser.add_argument(
         "--seeds", type=positive_int,
         help="trainings of each, with seeds 0, 1, ... (default: 3, or 1 for numbers of labels)",
@@ -141,7 +142,7 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--folds", type=positive_int, default=3, help="number of parts of the labels for cross-validation"
     )
-    group.add_argument("--steps", type=positive_int, default=1500, help="training steps of every segmenter")
+    group.add_argument("--steps", type=positive_int, default=SEGMENTER_STEPS, help="training steps of every segmenter")
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
     group.add_argument(
         "--unlabelled-images", type=positive_int, default=60,

@@ -45,7 +45,7 @@ from evaluation.experiments.practice_masks import (
 )
 from evaluation.experiments.practice_report import recommend
 from evaluation.experiments.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
-from evaluation.experiments.segmenter import IGNORE, Segmenter
+from evaluation.experiments.segmenter import IGNORE, Segmenter, SegmenterConfig
 from evaluation.experiments.trial_report import UNKNOWN
 from evaluation.fidelity import LabelledImage
 from layouts.recombine import read_origin
@@ -398,6 +398,8 @@ def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tm
     plain, both = (train.parse_args([*paths, *flags, "--look", "reference"]) for flags, _ in given)
     assert (plain.vae, plain.max_steps, plain.num_classes, plain.in_channels) == ("none", 2000, 2, 3)
     assert (both.num_classes, both.unlabelled_share) == (3, 0.5)
+    for few in (["utility", tmp_path], words):
+        assert evaluate.parse_args([*map(str, few)]).steps == SegmenterConfig.steps
     sampling = sample_ddp.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "masks", *given[0][1]])
     assert (sampling.cfg_scale, sampling.sampling_method, sampling.num_sampling_steps) == (1.5, "ab2", 16)
 

@@ -105,7 +105,7 @@ class PracticeSettings:
     most_draws: int = MOST_DRAWS
     ignore_factor: float = IGNORE_FACTOR
     folds: int = 3
-    steps: int = 1500
+    steps: int = SegmenterConfig.steps
     crop: int = 64
     unlabelled_images: int = 60
     seed: int = 0

@@ -62,7 +62,7 @@ class TrialSettings:
     arms: tuple[Arm, ...]
     labels: tuple[int, ...]
     seeds: int = 1
-    steps: int = 1500
+    steps: int = SegmenterConfig.steps
     crop: int = 64
     pseudo_images: int = 60
     mask_type: str = "auto"
