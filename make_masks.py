@@ -40,7 +40,8 @@ from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_i
 from dataset.annotations.formats import FORMATS
 from dataset.annotations.stacks import ARRAYS
 from dataset.groups import TABLE, gather_groups
-from dataset.microscopes import PROJECTIONS, Choice, flatten_folder
+from dataset.microscope_files import PROJECTIONS, Choice
+from dataset.microscopes import flatten_folder
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
     LARGEST_CLUSTER,

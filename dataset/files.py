@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -384,21 +385,24 @@ def encode_image(image: np.ndarray, colours: bool = True) -> bytes:
     return encode_tiff(image, colours=colours)
 
 
-def encode_tiff(image: np.ndarray, planes: bool = True, colours: bool = True) -> bytes:
+def encode_tiff(image: np.ndarray, planes: bool = True, colours: bool = True, pixel_um: float | None = None) -> bytes:
     """(H, W, C) or (H, W) as TIFF, compressed.
 
     With ``colours``, three channels of whole numbers are RGB. Others become one plane per channel (axes CYX), or,
-    without ``planes``, stay the last axis.
+    without ``planes``, stay the last axis. ``pixel_um`` is the width of a pixel in micrometres, if it is known.
     """
     buffer = io.BytesIO()
+    known: dict[str, Any] = (
+        {} if pixel_um is None else {"resolution": (1e4 / pixel_um,) * 2, "resolutionunit": "CENTIMETER"}
+    )
     if colours and image.ndim == 3 and image.shape[2] == 3 and image.dtype.kind == "u":
-        tifffile.imwrite(buffer, image, photometric="rgb", compression="zlib")
+        tifffile.imwrite(buffer, image, photometric="rgb", compression="zlib", **known)
     elif image.ndim == 2 or image.shape[2] == 1:
         plane = image.reshape(image.shape[:2])
-        tifffile.imwrite(buffer, plane, photometric="minisblack", compression="zlib")
+        tifffile.imwrite(buffer, plane, photometric="minisblack", compression="zlib", **known)
     elif planes:
         stack = np.ascontiguousarray(image.transpose(2, 0, 1))
-        tifffile.imwrite(buffer, stack, photometric="minisblack", compression="zlib", metadata={"axes": "CYX"})
+        tifffile.imwrite(buffer, stack, photometric="minisblack", compression="zlib", metadata={"axes": "CYX"}, **known)
     else:
-        tifffile.imwrite(buffer, image, photometric="minisblack", planarconfig="contig", compression="zlib")
+        tifffile.imwrite(buffer, image, photometric="minisblack", planarconfig="contig", compression="zlib", **known)
     return buffer.getvalue()

@@ -54,6 +54,7 @@ from dataset.looks import measure_draw, measure_spread
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import decide_mask_rule
+from dataset.scale import pixel_size, scale_warning
 from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class _Checked(NamedTuple):
     nbytes: int  # of the pixels as decoded
     has_channels: bool  # the file says that its planes are no colours
     channel_shares: tuple[float, ...]
+    pixel_um: float | None  # width of a pixel, if the file says it
 
     def to_plain(self) -> list[Any]:
         """As JSON can hold it."""
@@ -102,6 +104,7 @@ class TrainingImages(torch.utils.data.Dataset, ABC):
         image_paths: their files.
         config: how they are read.
         windows: gray window of each image.
+        pixel_sizes: width of a pixel of each image in micrometres. None for files that do not say it.
         seed: decides every random choice, together with a draw.
         in_memory: whether all files fit into memory.
     """
@@ -110,12 +113,17 @@ class TrainingImages(torch.utils.data.Dataset, ABC):
     image_paths: list[Path]
     config: DataConfig
     windows: list[Window]
+    pixel_sizes: list[float | None]
     seed: int
     in_memory: bool
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.names)
+
+    def sizes_by_name(self) -> dict[str, float | None]:
+        """Width of a pixel by file name."""
+        return {path.name: size for path, size in zip(self.image_paths, self.pixel_sizes, strict=True)}
 
     @cached_property
     def image_hashes(self) -> list[str]:
@@ -225,7 +233,9 @@ class PairedFolder(TrainingImages):
             logger.warning("%s and %s: %s", image_dir, mask_dir, warning)
         self._compared_now = {}
         narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
+        self.pixel_sizes = [one.pixel_um for one in checked]
         notes = colour_warnings(self.image_paths, self.stored_channels)
+        notes += scale_warning(self.sizes_by_name())
         for warning in ([narrow] if narrow else []) + notes:
             logger.warning("images in %s: %s", image_dir, warning)
         for index, mask in enumerate(self._masks):
@@ -302,6 +312,7 @@ class PairedFolder(TrainingImages):
             nbytes=image.nbytes + mask.nbytes,
             has_channels=has_channels,
             channel_shares=channel_shares(image),
+            pixel_um=pixel_size(pair.image_path),
         )
         if pair.name in self._compared:
             is_equal = gray_checksum(image) == stats.checksum

@@ -25,7 +25,7 @@ from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings
 from dataset.masks import decide_mask_rule
-from dataset.names import MASK_ENDINGS, bare_image_name, bare_mask_name, split_together
+from dataset.names import MASK_ENDINGS, bare_image_name, bare_mask_names, split_together
 from dataset.views import View, view_of_file, whole_view
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _find_masks(
     # Cellpose keeps NAME_img and NAME_masks in one folder. Only NAME_masks are masks.
     image_stems, mask_stems = split_together(masks)
     beside = image_stems | {bare_image_name(stem) for stem in image_stems}
-    if mask_stems and beside and all(bare_mask_name(stem) in beside for stem in mask_stems):
+    if mask_stems and beside and all(beside.intersection(bare_mask_names(stem)) for stem in mask_stems):
         masks = {stem: path for stem, path in masks.items() if stem in mask_stems}
     short = {_without_ending(stem): path for stem, path in masks.items()}
     return (short if len(short) == len(masks) else masks), None

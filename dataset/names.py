@@ -13,16 +13,24 @@ MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
 IMAGE_ENDING = "_img"
 # Words that labs put before or behind the name of an image, with one of " _.-" between.
 _MASK_WORDS = (  # longer ones come first
-    "binary[ _-]?masks?|masks?[ _-]binary|binary|label[ _-]?(?:img|image|map)s?|labell?(?:ed|ing)|lblimg|cp_masks|"
-    "masks?|labels?|"
-    "simple[ _]segmentation|object[ _](?:identities|predictions)|probabilities|"  # ilastik
-    "segmentations?|seg|annotations?|anno|ground_?truth|gt|instances?"
+    "binary[ _-]?masks?|masks?[ _-]binary|binary|label[ _-]?(?:img|image|map)s?|labell?(?:ed|ing)|lblimg|lbl|cp_masks|"
+    "(?:cell|nuc|nuclei)?masks?|labels?|"
+    "simple[ _-]segmentation|object[ _-](?:identities|predictions)|probabilities|"  # ilastik
+    "segmentations?|segmented|segm?|annotations?|anno|ground_?truth|gt|instances?|inst(?:ance)?[ _-]?map|"
+    "predictions?|pred"
 )
+# What masks show. Images of one stain have such names, too, so these words count only where none of the others fits.
+_OBJECTS = "nuclei|nucleus|nuclear|nuc|cells?|cytoplasm|cyto|membranes?|objects?|manual|auto"
 _IMAGE_WORDS = "images?|img|im|raw|original|orig"
 _MASK_ENDING = re.compile(rf"[ _.-]({_MASK_WORDS})$", re.IGNORECASE)
 _IMAGE_ENDING = re.compile(rf"([ _.-]({_IMAGE_WORDS})|_0000)$", re.IGNORECASE)  # nnU-Net ends images with _0000
 # A word in front may also touch a number: mask007, and man_seg007 beside t007 of the Cell Tracking Challenge.
-_MASK_START = re.compile(rf"^(({_MASK_WORDS})([ _.-]|(?=\d+$))|man_(seg|track)_?(?=\d+$))", re.IGNORECASE)
+_MASK_START = re.compile(
+    rf"^((count )?({_MASK_WORDS})( of )|({_MASK_WORDS})([ _.-]|(?=\d+$))|man_(seg|track)_?(?=\d+$))", re.IGNORECASE
+)  # Mask of NAME and Count Masks of NAME are Fiji's
+_OBJECT_ENDING = re.compile(rf"[ _.-]({_OBJECTS}|{_MASK_WORDS})$", re.IGNORECASE)
+_OBJECT_START = re.compile(rf"^({_OBJECTS}|{_MASK_WORDS})[ _.-]", re.IGNORECASE)
+MOST_WORDS = 3  # beside a word for masks, in names such as f1_nuclei_manual_mask
 _IMAGE_START = re.compile(rf"^(({_IMAGE_WORDS})([ _.-]|(?=\d+$))|t(?=\d+$))", re.IGNORECASE)
 # Some programs keep the suffix of the image in the name of the mask: f1.jpg.png, f1.ome_cp_masks.png.
 _SUFFIX_INSIDE = re.compile(r"\.(png|jpe?g|tiff?|bmp|gif|jp2|nd2|czi|lif|svs|ome)$", re.IGNORECASE)
@@ -51,6 +59,20 @@ def bare_mask_name(stem: str) -> str:
     return _SUFFIX_INSIDE.sub("", _without(stem, _MASK_ENDING, _MASK_START))
 
 
+def bare_mask_names(stem: str) -> list[str]:
+    """Names of images that a mask may belong to, the nearest first.
+
+    ``f1_nuclei_mask`` -> ``f1_nuclei``, ``f1``. The first is :func:`bare_mask_name`.
+    """
+    names = [bare_mask_name(stem)]
+    for _ in range(MOST_WORDS):
+        name = _SUFFIX_INSIDE.sub("", _without(names[-1], _OBJECT_ENDING, _OBJECT_START))
+        if name == names[-1]:
+            break
+        names.append(name)
+    return names
+
+
 def bare_image_name(stem: str) -> str:
     """``f1_raw``, ``image_f1`` and ``f1.tif`` -> ``f1``. The stem itself if it has no such word."""
     return _SUFFIX_INSIDE.sub("", _without(stem, _IMAGE_ENDING, _IMAGE_START))
@@ -74,6 +96,8 @@ def split_together(stems: Iterable[str]) -> tuple[set[str], set[str]]:
     masks = {stem for stem in stems if stem.endswith(MASK_ENDINGS)}
     if not masks or masks == stems:
         masks = {stem for stem in stems if _without(stem, _MASK_ENDING, _MASK_START) != stem}
+    if not masks:
+        masks = {stem for stem in stems if stems.intersection(bare_mask_names(stem)[1:])}
     return stems - masks, masks
 
 
@@ -88,7 +112,7 @@ def partners(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, tup
     """
     masks = list(masks)
     known = set(masks)
-    by_bare: dict[str, list[str]] | None = None  # most folders do without
+    by_bare: list[dict[str, list[str]]] | None = None  # most folders do without
     pairs: dict[str, tuple[str, str]] = {}
     used: dict[str, str] = {}
     lonely = []
@@ -97,7 +121,7 @@ def partners(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, tup
         keys = (stem, base, *(start + end for start in (base, stem) for end in MASK_ENDINGS))
         key = next((key for key in keys if key in known), None)
         if key is None:
-            by_bare = _by_bare_name(masks) if by_bare is None else by_bare
+            by_bare = _by_bare_names(masks) if by_bare is None else by_bare
             key, base = _by_words(stem, by_bare)
         if key is None:
             lonely.append(stem)
@@ -111,30 +135,33 @@ def partners(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, tup
     return pairs, lonely, [stem for stem in masks if stem not in used]
 
 
-def _by_bare_name(masks: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _by_bare_names(masks: Iterable[str]) -> list[dict[str, list[str]]]:
+    """Masks by the names of :func:`bare_mask_names`: those without one word, without two, and so on."""
+    found: list[dict[str, list[str]]] = [{} for _ in range(MOST_WORDS + 1)]
     for stem in masks:
-        found.setdefault(bare_mask_name(stem), []).append(stem)
+        for level, name in zip(found, bare_mask_names(stem), strict=False):
+            level.setdefault(name, []).append(stem)
     return found
 
 
-def _by_words(stem: str, by_bare: dict[str, list[str]]) -> tuple[str | None, str]:
+def _by_words(stem: str, by_bare: Sequence[dict[str, list[str]]]) -> tuple[str | None, str]:
     """The mask of an image whose name differs in such words only, and the name of the pair."""
-    for name in dict.fromkeys((stem, bare_image_name(stem))):
-        found = by_bare.get(name, [])
-        if len(found) > 1:
-            raise InputError(f"image {stem} has {len(found)} masks: {list_some(found)}. Keep one of them")
-        if found:
-            return found[0], name
+    for level in by_bare:
+        for name in dict.fromkeys((stem, bare_image_name(stem))):
+            found = level.get(name, [])
+            if len(found) > 1:
+                raise InputError(f"image {stem} has {len(found)} masks: {list_some(found)}. Keep one of them")
+            if found:
+                return found[0], name
     return None, stem
 
 
 def name_hints(images: Sequence[str], masks: Sequence[str], paired: Iterable[str] = ()) -> list[str]:
     """Why names of images and masks without a partner may not agree."""
     names = set(paired)
-    second = [stem for stem in masks if bare_mask_name(stem) in names]
+    second = next(((stem, name) for stem in masks for name in bare_mask_names(stem) if name in names), None)
     if second:
-        return [f"{second[0]} is a second mask of the image {bare_mask_name(second[0])}: keep one mask for each image"]
+        return [f"{second[0]} is a second mask of the image {second[1]}: keep one mask for each image"]
     for what, stems, of, others, mend in (
         ("images", images, "mask", masks, "if they are channels of one image, save them as one TIFF"),
         ("masks", masks, "image", images, "keep one kind of mask in this folder"),

@@ -21,6 +21,7 @@ from dataset.folders import PairedFolder, TrainingImages
 from dataset.gray import fit_channels, image_window, to_tensor
 from dataset.looks import Looks
 from dataset.masks import to_prob_map
+from dataset.scale import pixel_size, scale_warning
 from dataset.views import SYMMETRIES, native_view, turn, view_of_file
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class UnlabelledFolder(TrainingImages):
         files = find_files(image_dir, "image")
         self.names, self.image_paths = list(files), list(files.values())
         self.config, self.seed = config, seed
-        self.windows = []
+        self.windows, self.pixel_sizes = [], [pixel_size(path) for path in self.image_paths]
         self._images: list[np.ndarray] = []
         self._latest: tuple[int, np.ndarray] | None = None  # read last
         self.in_memory = True
@@ -129,13 +130,21 @@ def read_unlabelled(
         )
     for folder in image_dirs:
         refuse_shared_names(find_files(folder, "image"), folder, labelled)
+    found: list[ImageFolder]
     if mask_dirs:
         config = dataclasses.replace(labelled.config, mask_values=None)  # probabilities store no class ids
-        return [
+        found = [
             PairedFolder(folder, masks, config, "probability", seed=labelled.seed, progress=progress)
             for folder, masks in zip(image_dirs, mask_dirs, strict=True)
         ]
-    return [UnlabelledFolder(folder, labelled.config, labelled.seed, progress) for folder in image_dirs]
+    else:
+        found = [UnlabelledFolder(folder, labelled.config, labelled.seed, progress) for folder in image_dirs]
+    sizes = labelled.sizes_by_name()
+    for source in found:
+        sizes |= source.sizes_by_name()
+    for warning in scale_warning(sizes, "labelled and unlabelled images"):
+        logger.warning("%s", warning)
+    return found
 
 
 def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: PairedFolder) -> None:

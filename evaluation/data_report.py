@@ -45,6 +45,7 @@ from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import MaskRule, decide_mask_rule
 from dataset.names import name_hints
+from dataset.scale import scale_warning
 from dataset.views import native_view
 from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
 from evaluation.output import new_figure, save_figure, show_image
@@ -397,6 +398,7 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
             "images have different sizes: --crop center scales each image so that its short side fits, --crop random "
             "keeps the scale"
         )
+    report.remarks += scale_warning({one.name: one.pixel_um for one in facts})
     channels = common_channels(facts)
     if channels != 3:
         report.remarks.append(f"images have {channels} channels: train with --vae none --in-channels {channels}")

@@ -12,6 +12,7 @@ import numpy as np
 from dataset.agreement import gray_checksum, is_flat, signature
 from dataset.files import read_image_and_kind
 from dataset.gray import channel_shares, is_burnt_in, robust_maximum
+from dataset.scale import pixel_size
 
 BLOCK = 1024  # images compared with all others at once: bounds the memory
 NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
@@ -36,6 +37,7 @@ class ImageFacts:
     is_flat: bool  # consists of pieces of one gray value, as a mask does
     gray_checksum: int
     is_burnt_in: bool  # a scale bar or text was drawn into it
+    pixel_um: float | None  # width of a pixel, if the file says it
     signature: np.ndarray = field(repr=False)  # (SIGNATURE_SIDE ** 2,) float32, zero mean, unit length, or all 0
 
 
@@ -58,6 +60,7 @@ def image_facts(path: Path) -> ImageFacts:
         digest=hashlib.sha256(f"{image.shape} {image.dtype}".encode() + image.tobytes()).hexdigest(),
         is_flat=is_flat(image),
         gray_checksum=gray_checksum(image),
+        pixel_um=pixel_size(path),
         is_burnt_in=is_burnt_in(image),
         signature=signature(image),
     )

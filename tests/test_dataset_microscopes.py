@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ from script_helpers import run_here
 import make_masks
 from common.errors import InputError
 from dataset.files import read_image_and_kind
-from dataset.microscopes import Choice, flatten_folder
+from dataset.microscope_files import Choice
+from dataset.microscopes import flatten_folder
 
 STACK = np.random.default_rng(0).integers(0, 60_000, (3, 4, 2, 20, 24), dtype=np.uint16)  # T, Z, C, Y, X
 
@@ -108,7 +108,7 @@ def test_rgb_stays_rgb(tmp_path):
     assert not has_channels and np.array_equal(image, picture[3])
 
 
-@pytest.mark.parametrize(("suffix", "package"), [(".nd2", "nd2"), (".czi", "czifile"), (".lif", "liffile")])
+@pytest.mark.parametrize(("suffix", "package"), [(".nd2", "nd2"), (".czi", "pylibCZIrw"), (".lif", "liffile")])
 def test_a_missing_reader_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, suffix, package):
     (tmp_path / f"a{suffix}").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, package, None)
@@ -118,41 +118,10 @@ def test_a_missing_reader_is_named_with_the_way_to_get_it(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("suffix", [".nd2", ".czi", ".lif"])
 def test_damaged_files_end_in_one_line_with_the_installed_reader(tmp_path, suffix):
-    pytest.importorskip({".nd2": "nd2", ".czi": "czifile", ".lif": "liffile"}[suffix])
+    pytest.importorskip({".nd2": "nd2", ".czi": "pylibCZIrw", ".lif": "liffile"}[suffix])
     (tmp_path / f"a{suffix}").write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="damaged or of another kind"):
         flatten_folder(tmp_path / f"a{suffix}", tmp_path / "out", Choice())
-
-
-class Opened:
-    """What a reader's file object offers, for a drawn stack."""
-
-    def __init__(self, _: Path) -> None:
-        self.shape, self.dtype, self.nbytes, self.name = STACK.shape, STACK.dtype, STACK.nbytes, "field"
-        self.sizes = dict(zip("TZCYX", STACK.shape, strict=True))
-        self.dims, self.images = tuple("TZCYX"), [self]
-        self.axes = "TZCYX"
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def asarray(self, **_: object) -> np.ndarray:
-        return STACK
-
-
-@pytest.mark.parametrize(
-    ("suffix", "package", "name"),
-    [(".nd2", "nd2", "ND2File"), (".czi", "czifile", "CziFile"), (".lif", "liffile", "LifFile")],
-)
-def test_what_a_reader_gives_is_taken_by_its_axes(tmp_path, monkeypatch, suffix, package, name):
-    """The readers' own objects cannot be drawn here: no file of these kinds can be written."""
-    (tmp_path / f"a{suffix}").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, package, types.SimpleNamespace(**{name: Opened}))
-    (path,) = flatten_folder(tmp_path / f"a{suffix}", tmp_path / "out", Choice(z="max", time="3"))
-    assert np.array_equal(read_image_and_kind(path)[0], channels_last(STACK[2].max(axis=0)))
 
 
 @pytest.mark.parametrize(

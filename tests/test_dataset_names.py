@@ -55,7 +55,7 @@ def test_the_plain_name_comes_first_and_two_masks_of_one_image_are_refused():
         partners(["f1", "f1_raw"], ["f1_label"])
 
 
-@pytest.mark.parametrize("pattern", ["{}_label", "mask_{}", "{}_masks", "{}-seg"])
+@pytest.mark.parametrize("pattern", ["{}_label", "mask_{}", "{}_masks", "{}-seg", "{}_Nuclei", "Mask of {}"])
 def test_one_folder_for_images_and_masks_is_split_by_the_names(tmp_path, pattern):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 9 * number, np.uint8)).save(tmp_path / f"f{number}.png")
@@ -139,10 +139,48 @@ def test_folders_two_levels_up_name_the_folder_to_give(tmp_path):
         ("f1", "LblImg_f1", "f1"),  # TrackMate
         ("f1", "f1-labeling", "f1"),  # Labkit
         ("f1_0000", "f1", "f1"),  # nnU-Net
+        ("f1", "f1_Nuclei", "f1"),  # CellProfiler
+        ("f1", "f1_Cells", "f1"),
+        ("f1", "f1_NucleiObjects", None),
+        ("f1", "f1_nuclei_labels", "f1"),
+        ("f1", "f1_cell_masks", "f1"),
+        ("f1", "Nuclei_f1", "f1"),
+        ("f1", "f1_Object Predictions", "f1"),  # ilastik
+        ("f1", "f1-Object-Identities", "f1"),
+        ("f1", "f1_Simple-Segmentation", "f1"),
+        ("f1", "Mask of f1.tif", "f1"),  # Fiji
+        ("f1", "Count Masks of f1", "f1"),
+        ("f1", "Segmentation of f1", "f1"),
+        ("f1", "f1-lbl", "f1"),  # MorphoLibJ
+        ("f1", "f1_inst_map", "f1"),
+        ("f1", "f1_segmentation_mask", "f1"),
+        ("f1", "f1_manual_nuclei_mask", "f1"),
+        ("s.svs [d=1,x=0,y=0,w=64,h=64]", "s.svs [d=1,x=0,y=0,w=64,h=64]-labelled", "s.svs [d=1,x=0,y=0,w=64,h=64]"),
+        ("f1_jpg.rf.3ab", "f1_jpg.rf.3ab_mask", "f1_jpg.rf.3ab"),  # Roboflow
+        ("f1_nuclei", "f1_nuclei_mask", "f1_nuclei"),
     ],
 )
 def test_names_that_programs_and_challenges_give_pair(image, mask, name):
-    assert partners([image], [mask]) == ({name: (image, mask)}, [], [])
+    expected = ({}, [image], [mask]) if name is None else ({name: (image, mask)}, [], [])
+    assert partners([image], [mask]) == expected
+
+
+def test_a_nearer_name_comes_first_and_two_kinds_of_masks_of_one_image_are_refused():
+    pairs, *lonely = partners(["f1", "f1_cells"], ["f1_label", "f1_cells_label"])
+    assert pairs == {"f1": ("f1", "f1_label"), "f1_cells": ("f1_cells", "f1_cells_label")} and lonely == [[], []]
+    with pytest.raises(InputError, match="image f1 has 2 masks: f1_Cells, f1_Nuclei. Keep one of them"):
+        partners(["f1"], ["f1_Cells", "f1_Nuclei"])
+    with pytest.raises(InputError, match="images f1_cells and f1 would make one pair"):
+        partners(["f1_cells", "f1"], ["f1_cells_label"])
+    assert names.name_hints([], ["f1_Nuclei"], ["f1"]) == [
+        "f1_Nuclei is a second mask of the image f1: keep one mask for each image"
+    ]
+
+
+def test_masks_named_after_what_they_show_are_told_from_images_beside_them():
+    assert split_together({"f1", "f2", "f1_Nuclei", "f2_Nuclei"}) == ({"f1", "f2"}, {"f1_Nuclei", "f2_Nuclei"})
+    stains = {"f1_nuclei", "f1_cells", "f2_nuclei", "f2_cells"}  # images: none is named after another
+    assert split_together(stains) == (stains, set())
 
 
 def test_frames_of_the_cell_tracking_challenge_in_one_folder_are_told_apart():
