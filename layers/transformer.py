@@ -18,7 +18,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        tokens = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens.contiguous()  # torch 2.14 compiles layers that give NaN gradients for transposed tokens in bf16
 
 
 class Attention(nn.Module):

@@ -15,13 +15,15 @@ import torch
 from script_helpers import TINY, run, train_arguments, write_pairs
 
 import train
-from common.errors import STOP_SIGNALS
+from common.errors import STOP_SIGNALS, InputError
 from dataset.batches import Batch
 from engine.autoencoder import PixelSpace
 from engine.checkpoint import read_checkpoint
 from engine.loop import StopRequest, limit_workers
 from engine.machine import Machine, usable_cores
-from engine.training import Training
+from engine.run_folder import RunFolder
+from engine.training import MOST_SKIPPED_IN_A_ROW, Training
+from models import SiT
 from settings import resolve
 
 BATCH, SIZE = 6, 16
@@ -105,6 +107,37 @@ def test_on_a_cpu_in_bf16_attention_is_plain_and_its_update_that_of_the_fused_on
         found[plain] = take_steps(training, count=1)
     for name, value in found[False].items():
         assert (found[True][name] - value).norm() <= 0.03 * value.norm() + 1e-7, name
+
+
+@pytest.mark.slow  # a minute of C++
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_compiled_training_takes_the_update_of_a_plain_one(make_training, precision):
+    plain, compiled = (
+        take_steps(make_training("--precision", precision, *flags), count=1) for flags in ([], ["--compile"])
+    )
+    for name, value in plain.items():
+        assert (compiled[name] - value).norm() <= 0.03 * value.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "mend"),
+    [
+        ([], "with other images: evaluate.py data checks them"),
+        (["--precision", "bf16"], "with precision float32"),
+        (["--precision", "bf16", "--compile"], "without compile"),
+        (["--init-from", "old.pt"], "without init_from"),
+    ],
+)
+def test_a_run_without_one_good_step_is_not_told_to_lower_its_rate(make_training, tmp_path, flags, mend, monkeypatch):
+    monkeypatch.setattr(SiT, "compile_blocks", lambda model: None)
+    training = make_training(*flags)
+    batch = make_batch()
+    batch["image"][:] = float("nan")
+    for _ in range(MOST_SKIPPED_IN_A_ROW):
+        training.train_step(training.prepare_batch(batch))
+    with pytest.raises(InputError, match=f"step 20: .* not finite 20 times in a row .* Start again {mend}.$"):
+        training.check_finite(RunFolder(tmp_path / "run", keep=1))
 
 
 def test_distinct_rows_give_the_update_of_a_modulation_per_token(make_training, expected):

@@ -33,3 +33,8 @@ def test_mlp_is_timms():
 
 def test_patches_are_timms():
     assert same_output(PatchEmbed(4, 3, 24), TimmPatchEmbed((8, 12), 4, 3, 24), torch.randn(2, 3, 8, 12))
+
+
+def test_tokens_lie_in_memory_one_after_the_other():
+    """Transposed tokens had NaN gradients in compiled layers in bf16 (torch 2.14 on a CPU)."""
+    assert PatchEmbed(4, 3, 24)(torch.randn(2, 3, 8, 12)).is_contiguous()
