@@ -20,6 +20,7 @@ from engine.autoencoder import PIXEL_SPACE, check_space
 from engine.config import (
     FIXED,
     LOCAL,
+    ModelConfig,
     OptimiserConfig,
     RunConfig,
     TrainConfig,
@@ -60,19 +61,22 @@ def resolve(args: argparse.Namespace, world_size: int = 1, saved: RunConfig | No
     transport = choose_transport(given, args.model, args.in_channels, in_pixels)
     vars(args).update(asdict(transport))
     check_needs(args)
+    model = choose_model(
+        args.model,
+        args.image_size,
+        check_space(args.vae, args.in_channels),
+        num_classes=args.num_classes,
+        mask_dropout=args.mask_dropout,
+        mask_detail=not args.no_mask_detail,
+        time_scale=args.time_scale or (1000.0 if in_pixels else 1.0),
+        patch_overlap=not args.no_patch_overlap,
+        look_numbers=look_count(args.in_channels) if args.look == REFERENCE else 0,
+        look_dropout=args.look_dropout,
+    )
+    if saved is not None:
+        _check_same_model(model, saved.model)
     return RunConfig(
-        model=choose_model(
-            args.model,
-            args.image_size,
-            check_space(args.vae, args.in_channels),
-            num_classes=args.num_classes,
-            mask_dropout=args.mask_dropout,
-            mask_detail=not args.no_mask_detail,
-            time_scale=args.time_scale or (1000.0 if in_pixels else 1.0),
-            patch_overlap=not args.no_patch_overlap,
-            look_numbers=look_count(args.in_channels) if args.look == REFERENCE else 0,
-            look_dropout=args.look_dropout,
-        ),
+        model=model,
         transport=transport,
         data=DataConfig(
             image_size=args.image_size,
@@ -123,6 +127,18 @@ def _continue_from(args: argparse.Namespace, saved: RunConfig) -> None:
             f"the checkpoint contradicts {', '.join(contradicted)}. Leave the flag out, or start a new run: give "
             "another --run-name."
         )
+
+
+def _check_same_model(asked: ModelConfig, saved: ModelConfig) -> None:
+    """Raise InputError if the settings of a continued run ask for another model than the checkpoint has.
+
+    It is not built then. Its size may have no bounds.
+    """
+    names = [one.name for one in fields(ModelConfig) if one.metadata.get("resume", FIXED) == FIXED]
+    other = [name for name in names if getattr(asked, name) != getattr(saved, name)]
+    if other:
+        pairs = [f"{name} {getattr(asked, name)} (the checkpoint's model has {getattr(saved, name)})" for name in other]
+        raise InputError(f"the settings of this run ask for another model: {', '.join(pairs)}.")
 
 
 def _shown(value: Any) -> str:

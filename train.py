@@ -56,8 +56,8 @@ from dataset.looks import LOOKS, NO_LOOK
 from dataset.unlabelled import ImageFolder, read_unlabelled, refuse_shared_images
 from engine.agreement import agree_on_checkpoint, agree_on_run
 from engine.autoencoder import check_same_space, load_space
-from engine.checkpoint import read_checkpoint
-from engine.config import NO_CACHE, OptimiserConfig, RunConfig, TrainConfig
+from engine.checkpoint import naming_checkpoint, read_checkpoint, saved_config
+from engine.config import LOCAL, NO_CACHE, OptimiserConfig, RunConfig, TrainConfig
 from engine.loop import run_loop
 from engine.machine import (
     Machine,
@@ -118,7 +118,7 @@ PRESETS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
     group = parser.add_argument_group("data and run")
     group.add_argument(
@@ -306,8 +306,12 @@ def prepare(
     Returns:
         The training at its next step, the labelled pairs, and the folders of unlabelled images.
     """
-    state = find_state(args, run, machine)
-    config = resolve(args, machine.world_size, RunConfig.from_dict(state["config"]) if state else None)
+    path, state = find_state(args, run, machine) or (None, None)
+    with naming_checkpoint(path):
+        saved = saved_config(path, state) if path and state else None
+        if saved is not None:
+            check_saved(saved)
+        config = resolve(args, machine.world_size, saved)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
     run.keep = config.train.keep
     vars(args).update(  # for the message if memory runs out
@@ -316,9 +320,10 @@ def prepare(
         global_batch_size=config.optimiser.global_batch_size,
         accumulate=config.optimiser.accumulate,
     )
-    space = load_space(config.train.vae, config.data.channels).to(machine.device)
-    if state is not None:
-        check_same_space(space, state["config"]["space"])
+    with naming_checkpoint(path):
+        space = load_space(config.train.vae, config.data.channels).to(machine.device)
+        if state is not None:
+            check_same_space(space, state["config"]["space"])
     dataset = PairedFolder(
         config.train.data_path, config.train.mask_path, config.data, config.train.mask_type,
         seed=config.optimiser.seed, progress=machine.is_main, normalize=config.train.normalize_masks,
@@ -337,7 +342,8 @@ def prepare(
     logger.info("%s: %.1f million parameters", config.model.name, count_parameters(training.model) / 1e6)
     if machine.is_main:
         write_json(run.path / CONFIG, training.record)
-    set_weights(training, state)
+    with naming_checkpoint(path):
+        set_weights(training, state)
     training.measure_looks(dataset, unlabelled)
     if machine.is_main:
         note_data(training, dataset, unlabelled, run)
@@ -374,6 +380,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         wandb_utils.check_server()
 
 
+def check_saved(saved: RunConfig) -> None:
+    """Raise InputError if a checkpoint holds a value that its flag refuses."""
+    parser = build_parser()
+    for name, (value, resume) in saved.flags().items():
+        if resume != LOCAL:
+            parser.check_value(name, value)
+
+
 def continues(args: argparse.Namespace) -> bool:
     """Whether there is a checkpoint whose values replace the defaults of flags."""
     named = args.run_name and RunFolder(args.results_dir / args.run_name, args.keep).steps()
@@ -396,8 +410,8 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
     return made or RunFolder(path, args.keep)
 
 
-def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> dict[str, Any] | None:
-    """Read the checkpoint to continue from, the same on every rank. None for a new run. See the top of this file."""
+def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue from and its path, the same on every rank. None for a new run."""
 
     def choose() -> tuple[Path, dict[str, Any]] | None:
         return run.newest() or ((args.ckpt, read_checkpoint(args.ckpt)) if args.ckpt else None)
@@ -412,7 +426,9 @@ def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> di
     path, state = on_main(machine, choose, "look for a checkpoint") or (None, None)
     path = machine.from_main(path, "look for a checkpoint")
     agree_on_checkpoint(machine, run, path)
-    return read_checkpoint(path) if state is None and path is not None else state
+    if path is None:
+        return None
+    return path, read_checkpoint(path) if state is None else state
 
 
 def set_weights(training: Training, state: dict[str, Any] | None) -> None:

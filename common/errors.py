@@ -114,6 +114,22 @@ class CommandParser(argparse.ArgumentParser):
             print(printable(line), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
+    def check_value(self, name: str, value: Any) -> None:
+        """Check a value that comes from a file like one on the command line. Leaves out None and switches.
+
+        Raises:
+            InputError: the flag of this name would refuse the value.
+        """
+        action = next((one for one in self._actions if one.dest == name and one.nargs != 0), None)
+        if action is None or value is None:
+            return
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                known = self._get_value(action, str(one))
+                self._check_value(action, known)
+            except argparse.ArgumentError as error:
+                raise InputError(f"{name} {error.message}", name) from error
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print the help. The reader may have seen enough, as in ``--help | head``."""
         with contextlib.suppress(BrokenPipeError):

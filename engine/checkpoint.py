@@ -9,6 +9,8 @@ top level. ``config`` rebuilds everything that sampling needs, so nothing is gue
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,11 @@ import torch
 
 from common.disk import write_atomically, write_bytes
 from common.errors import InputError, list_some
-from common.plain import check_fields, parse_json
+from common.plain import WRONG, check_fields, parse_json
 from common.weights import WouldRunCode, read_tensor_file
 from dataset.config import DataConfig
 from engine.autoencoder import SpaceTypes
-from engine.config import ModelConfig, TransportConfig
+from engine.config import ModelConfig, RunConfig, TransportConfig
 from models import SiT, SiT_models, build_model
 
 NAMES = ("ckpt", "init_from")  # fields that the errors below name
@@ -129,6 +131,31 @@ def _check_types(state: dict[str, Any]) -> None:
         check_fields(kind, state["config"][part])
 
 
+def saved_config(path: Path, state: dict[str, Any]) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: a setting is missing or has the wrong type.
+    """
+    try:
+        return RunConfig.from_dict(state["config"])
+    except WRONG as error:
+        raise InputError(
+            f"ckpt {path}: not as train.py writes it: {error}. Give another one of the run.", *NAMES
+        ) from error
+
+
+@contextmanager
+def naming_checkpoint(path: Path | None) -> Iterator[None]:
+    """Add the file to errors about values that come from a checkpoint. None: there is no checkpoint."""
+    try:
+        yield
+    except InputError as error:
+        if path is None or str(path) in str(error):
+            raise
+        raise InputError(f"{error} The checkpoint is {path}.", *error.fields) from error
+
+
 def _shape(value: object) -> tuple[int, ...]:
     """Shape of a tensor; () for everything else."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
@@ -165,9 +192,21 @@ def build_trained(config: dict[str, Any], weights: dict[str, Any]) -> SiT:
     wrong += [name for name in weights if name not in shapes]
     if wrong:
         raise ValueError(f"the configuration does not fit the weights: {list_some(wrong)}")
+    check_numbers(weights)
     model = build_model(config)
     model.load_state_dict(weights)
     return model
+
+
+def check_numbers(weights: Mapping[str, Any]) -> None:
+    """Raise ValueError if a weight is not finite or no float. Training saves no such weights."""
+    wrong = [
+        name
+        for name, value in weights.items()
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.isfinite().all()
+    ]
+    if wrong:
+        raise ValueError(f"these weights are not finite numbers: {list_some(wrong)}")
 
 
 def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:

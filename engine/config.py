@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from common.errors import InputError
+from common.plain import check_fields
 from dataset.config import DataConfig
 from dataset.looks import NO_LOOK, REFERENCE
 from engine.autoencoder import SpaceShape
@@ -258,7 +259,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> RunConfig:
-        """The inverse of :meth:`to_dict`. Older runs kept all their flags under "train"."""
+        """The inverse of :meth:`to_dict`. Older runs kept all their flags under "train".
+
+        Raises:
+            ValueError, TypeError: a section or value is missing or of the wrong type.
+        """
         flags = config.get("train", {})
         return cls(
             model=_build(ModelConfig, config["model"]),
@@ -285,6 +290,7 @@ class RunConfig:
 
 def _build(kind: type[Section], values: dict[str, Any]) -> Section:
     """A section from a plain dict. Ignores unknown keys; missing keys get defaults. Lists of JSON become tuples."""
+    check_fields(kind, values)  # type: ignore[arg-type]
     names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     known = {name: value for name, value in values.items() if name in names}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

@@ -25,7 +25,7 @@ from dataset.config import DataConfig
 from dataset.gray import SourceIntensity
 from dataset.looks import Looks
 from engine.autoencoder import Space, load_space
-from engine.checkpoint import build_trained, read_checkpoint
+from engine.checkpoint import build_trained, naming_checkpoint, read_checkpoint
 from engine.machine import Machine
 from engine.tiling import Windows
 from layers.mask import MaskCondition
@@ -126,7 +126,8 @@ def load_trained(
             "cfg_scale 1.",
             "cfg_scale",
         )
-    space = load_space(vae or config["space"]["vae"], config["data"]["channels"])
+    with naming_checkpoint(Path(path)):
+        space = load_space(vae or config["space"]["vae"], config["data"]["channels"])
     if space.fingerprint != config["space"]["fingerprint"]:
         raise InputError(
             f"vae {space.name}: not the autoencoder that {path} was trained with (that was {config['space']['vae']}); "

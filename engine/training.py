@@ -32,6 +32,7 @@ from dataset.masks import to_prob_map
 from dataset.unlabelled import ImageFolder, UnlabelledFolder
 from download import PUBLISHED_URLS, find_weights
 from engine.autoencoder import LatentSpace, Space, space_config
+from engine.checkpoint import check_numbers
 from engine.config import RunConfig
 from engine.init_from import adapt_sit_weights
 from engine.machine import Machine, update_ema
@@ -120,6 +121,8 @@ class Training:
             raise InputError(f"the checkpoint does not fit this run ({reason}). Give another one.") from error
 
     def _load(self, state: dict[str, Any]) -> None:
+        for part in ("model", "ema"):
+            check_numbers(state[part])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["opt"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,62 @@ def test_a_continued_run_is_the_same_run_at_wandb_and_no_file_holds_the_key(pair
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4]
     assert [line["step"] for line in lines if "preview/grid" in line] == [2, 4]
     assert torch.isfinite(newest(run)["sums"]).all()
+
+
+# --- checkpoints that somebody has edited -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("trained")
+    start(pairs, folder, "run", 1)
+    return newest(folder / "run")
+
+
+def edited(state: dict, section: str, **values: object) -> dict:
+    """The checkpoint with other values in one section of its configuration."""
+    return state | {"config": state["config"] | {section: state["config"][section] | values}}
+
+
+def with_bias(state: dict, part: str, change: Callable[[torch.Tensor], object]) -> dict:
+    """The checkpoint with other numbers in one tensor."""
+    name = "x_embedder.proj.bias"
+    return state | {part: state[part] | {name: change(state[part][name])}}
+
+
+EDITS: dict[str, Callable[[dict], dict]] = {
+    "no train": lambda s: s | {"config": {name: part for name, part in s["config"].items() if name != "train"}},
+    "train is a list": lambda s: s | {"config": s["config"] | {"train": [1]}},
+    "keep is text": lambda s: edited(s, "train", keep="x"),
+    "lr is not finite": lambda s: edited(s, "optimiser", lr=float("nan")),
+    "negative steps": lambda s: edited(s, "train", ckpt_every=-1),
+    "unknown type of mask": lambda s: edited(s, "train", mask_type="x"),
+    "seed": lambda s: edited(s, "optimiser", seed=2**63),
+    "image size": lambda s: edited(s, "data", image_size=10**9),
+    "channels": lambda s: edited(s, "data", channels=10**9),
+    "classes": lambda s: edited(s, "data", num_classes=10**9),
+    "classes of the model": lambda s: edited(s, "model", num_classes=10**9),
+    "model": lambda s: edited(s, "model", name="\x1b[31mSiT\x1b[0m"),
+    "path": lambda s: edited(s, "transport", path_type="os.system"),
+    "autoencoder": lambda s: edited(s, "space", fingerprint="\x1b[2J"),
+    "optimiser's state": lambda s: s | {"opt": {"state": 5}},
+    "weights not finite": lambda s: with_bias(s, "model", lambda bias: bias * float("nan")),
+    "averages not finite": lambda s: with_bias(s, "ema", lambda bias: bias * float("inf")),
+    "whole numbers": lambda s: with_bias(s, "model", lambda bias: bias.to(torch.int8)),
+    "text": lambda s: with_bias(s, "ema", lambda bias: "x"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_checkpoint_is_not_continued_and_the_line_names_the_file(pairs, tmp_path, trained, edit):
+    file = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    file.parent.mkdir(parents=True)
+    save_checkpoint(file, edit(trained))
+    before = file.read_bytes()
+    code, said = start(pairs, tmp_path, "run", 2, "--sample-every", 5)
+    (line,) = [line for line in said.splitlines() if "error:" in line]
+    assert code == 2 and line == said.splitlines()[-1] and "Traceback" not in said
+    assert str(file) in line or str(file.parent) in line  # the folder, if it holds no other checkpoint
+    assert line.isprintable()
+    assert [path.name.removesuffix(".damaged") for path in file.parent.iterdir()] == [file.name]
+    assert next(file.parent.iterdir()).read_bytes() == before
