@@ -31,7 +31,7 @@ def slurm(tmp_path) -> dict[str, str]:
     tools.mkdir()
     notes = tmp_path / "requeued"
     scripts = {
-        "srun": 'exec "$@"',
+        "srun": f'while [[ $1 == --* ]]; do echo "$1" >> {tmp_path}/flags_of_srun; shift; done; exec "$@"',
         "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {notes}; else echo localhost; fi',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
         "python": f'exec {sys.executable} "$@"',
@@ -130,8 +130,14 @@ def test_the_tasks_of_an_array_make_a_whole_set(pairs, slurm, tmp_path):
     run(*train_arguments(*pairs, tmp_path, "model", 2))
     words = ["ODE", "--ckpt", tmp_path / "model" / "checkpoints" / "0000002.pt", "--mask-path", pairs[1], *FEW_STEPS]
     for number in (8, 7, 9):
-        array = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "3"}
+        array = {
+            "SLURM_CPUS_PER_TASK": "3",
+            "SLURM_ARRAY_TASK_ID": str(number),
+            "SLURM_ARRAY_TASK_MIN": "7",
+            "SLURM_ARRAY_TASK_COUNT": "3",
+        }
         script = ["bash", "cluster/sample.sbatch", *map(str, words), "--sample-dir", str(tmp_path / "set")]
         assert not (tmp_path / "set" / "manifest.csv").exists()
         subprocess.run(script, cwd=ROOT, env=slurm | array, check=True, timeout=PATIENCE)
     assert len((tmp_path / "set" / "manifest.csv").read_text().splitlines()) == 7
+    assert (tmp_path / "flags_of_srun").read_text().splitlines() == ["--cpus-per-task=3"] * 3
