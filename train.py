@@ -46,7 +46,7 @@ from common.arguments import (
     positive_int,
     seed_number,
 )
-from common.disk import write_csv, write_json
+from common.disk import real_path, write_csv, write_json
 from common.errors import CommandParser, InputError, as_flag, run_command
 from common.log import start_logging
 from dataset.folders import PairedFolder
@@ -417,8 +417,8 @@ def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> tu
         return run.newest() or ((args.ckpt, read_checkpoint(args.ckpt)) if args.ckpt else None)
 
     steps = run.steps()
-    own = args.ckpt is not None and args.ckpt.resolve().parent == run.checkpoints.resolve()
-    if own and steps and args.ckpt.resolve() != run.checkpoint_path(steps[-1]).resolve():
+    own = args.ckpt is not None and real_path(args.ckpt).parent == real_path(run.checkpoints)
+    if own and steps and real_path(args.ckpt) != real_path(run.checkpoint_path(steps[-1])):
         raise InputError(
             f"--ckpt {args.ckpt} is not the newest checkpoint of its run folder (that is {steps[-1]:07d}.pt), and "
             "going back would overwrite what came after: branch off with another --run-name."

@@ -96,6 +96,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def real_path(path: str | Path) -> Path:
+    """The absolute path, with links followed. A loop of links keeps its name, where ``Path.resolve`` may fail."""
+    return Path(os.path.realpath(path))
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make a hard link, or a copy if the disk has no links. An existing file stays. Of a folder, link all its files."""
     if source.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from common.disk import is_passing
+from common.disk import is_passing, real_path
 from common.errors import InputError
 from common.plain import read_json
 
@@ -31,11 +31,11 @@ def check_apart(output: Path, inputs: Iterable[str | Path | None]) -> None:
     Raises:
         InputError: the output is an input, or lies in a folder of inputs.
     """
-    target = output.resolve()
+    target = real_path(output)
     for given in inputs:
         if given is None:
             continue
-        source = Path(given).resolve()
+        source = real_path(given)
         same = target == source or (output.exists() and source.exists() and output.samefile(source))
         if same or (source.is_dir() and source in target.parents):
             raise InputError(f"output {output}: {given} is read by this command. Name another place.", "output")

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.disk import SETTINGS, new_folder, write_csv, write_json
+from common.disk import SETTINGS, new_folder, real_path, write_csv, write_json
 from common.errors import InputError, list_some
 from common.plain import read_json
 from evaluation.output import Section, Table
@@ -173,7 +173,7 @@ def copy_set(samples: SampleSet, result: FilterResult, output: Path) -> None:
     Raises:
         InputError: ``output`` exists and is not an empty folder, or lies inside the set.
     """
-    if output.resolve().is_relative_to(samples.folder.resolve()):
+    if real_path(output).is_relative_to(real_path(samples.folder)):
         raise InputError(f"{output} lies inside the set {samples.folder}; name a folder beside it")
     rows = []
     with new_folder(output) as folder:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.disk import write_json
+from common.disk import real_path, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import find_files
@@ -354,8 +354,8 @@ def score_realism(
     measures = (
         {"FID": frechet_distance, "KID": kernel_inception_distance} if inception else {JUDGE_DISTANCE: frechet_distance}
     )
-    places = {path.resolve(): number for path, number in order.items()}
-    partners = np.array([places.get(one.real_path.resolve(), -1) if one.real_path else -1 for one in samples.samples])
+    places = {real_path(path): number for path, number in order.items()}
+    partners = np.array([places.get(real_path(one.real_path), -1) if one.real_path else -1 for one in samples.samples])
     distances = [
         compare_with_splits(name, distance, synthetic_features, real_features, groups, splits, seed, partners)
         for name, distance in measures.items()

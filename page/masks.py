@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.disk import real_path
 from common.errors import InputError
 from common.pictures import mask_picture
 from dataset.config import DataConfig
@@ -34,7 +35,7 @@ class StartMasks:
 
     def __init__(self, mask_dir: Path, config: DataConfig, mask_type: str, normalize: bool) -> None:
         self.folder = MaskFolder(mask_dir, config, mask_type, progress=True, normalize=normalize)
-        self.name = "/".join(mask_dir.resolve().parts[-2:])
+        self.name = "/".join(real_path(mask_dir).parts[-2:])
         self.names = self.folder.names
 
     def find(self, contains: str, first: int) -> tuple[int, list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from common.disk import write_bytes
+from common.disk import real_path, write_bytes
 from common.pictures import as_rgb, class_color
 from common.spread import evenly
 from synthetic.manifest import ATTEMPT_FIDELITY, FIDELITY_COLUMN
@@ -62,7 +62,7 @@ def write_gallery(samples: SampleSet, path: Path) -> int:
     pairs += [_pair(samples, number, values[number]) for number in chosen[1:]]
     pairs.sort(key=lambda pair: pair.number)
     text = TEMPLATE.render(
-        name=samples.folder.resolve().name, total=len(samples), pairs=pairs, has_fidelity=column is not None
+        name=real_path(samples.folder).name, total=len(samples), pairs=pairs, has_fidelity=column is not None
     )
     write_bytes(path, text.encode())
     return len(pairs)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_atomically, write_json
+from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, real_path, write_atomically, write_json
 from common.errors import InputError, list_some
 from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gray
 from common.plain import build, read_json
@@ -371,7 +371,7 @@ class SetWriter:
                 for job in self.jobs:
                     array.write(repeat_gray(self.displayed(job)).tobytes())
 
-        folder = self.folder.resolve()
+        folder = real_path(self.folder)
         path = folder.with_name(f"{folder.name}.npz")
         write_atomically(path, write)
         logger.info("%s: %d images", path, len(self.jobs))

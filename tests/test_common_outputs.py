@@ -128,3 +128,19 @@ def test_a_refused_start_leaves_the_folder_of_a_run_that_has_begun(pairs, tmp_pa
     (pairs[1] / "cell_3.png").write_bytes(b"damaged")
     assert start_training(pairs, tmp_path / "results", "--run-name", "cells", "--max-steps", 2)[0] == 2
     assert (tmp_path / "results" / "cells" / "checkpoints" / "0000001.pt").is_file()
+
+
+def test_a_loop_of_links_as_input_ends_in_one_line(tmp_path, pairs):
+    loop = tmp_path / "loop.pt"
+    loop.symlink_to(loop.name)
+    few = ["ODE", "--device", "cpu", "--mask-path", pairs[1] / "cell_0.png", "--output", tmp_path / "new.png"]
+    for command, *words in (
+        (sample, *few, "--ckpt", loop),
+        (sample, "ODE", "--device", "cpu", "--mask-path", loop, "--output", tmp_path / "new.png", "--ckpt", pairs[0]),
+        (evaluate, "data", "--data-path", loop, "--mask-path", pairs[1], "--output", tmp_path / "report"),
+        (evaluate, "filter", loop, "--keep-share", 0.5, "--output", tmp_path / "kept"),
+        (train, "--data-path", pairs[0], "--mask-path", loop, "--results-dir", tmp_path / "results", *TINY),
+    ):
+        code, lines = run_here(command, *words)
+        assert code == 2 and len(lines) == 1 and "error:" in lines[0]
+        assert str(loop) in lines[0] or str(pairs[0]) in lines[0]

@@ -40,6 +40,7 @@ FOREIGN_FLAGS = {
     "--rdzv-id": "torchrun",
     "--max-restarts": "torchrun",
     "--signals-to-handle": "torchrun",
+    "--nv": "apptainer",
     "--signal": "sbatch",
     "--array": "sbatch",
     "--ntasks-per-node": "srun",

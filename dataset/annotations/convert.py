@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.disk import new_folder, write_bytes, write_csv
+from common.disk import new_folder, real_path, write_bytes, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
@@ -233,14 +233,14 @@ def _files(source: Path, images: Mapping[str, Path], format_name: str) -> list[P
         return [source]
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
-    own = {path.resolve() for path in images.values()}
+    own = {real_path(path) for path in images.values()}
     found = [
         path
         for path in sorted(source.iterdir())
         if path.is_file()
         and path.name.lower().endswith(SUFFIXES[format_name])
         and not path.name.startswith(".")
-        and path.resolve() not in own
+        and real_path(path) not in own
     ]
     return sorted(found, key=_is_picture)
 
