@@ -91,7 +91,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError) and error.errno:
-            name = str(error.filename or folder).replace(f"/{temporary.name}", "")
+            of_copy = error.filename2 or error.filename  # of a copy, the second is the new file
+            name = str(of_copy or folder).replace(f"/{temporary.name}", "")
             raise OSError(error.errno, error.strerror, name) from error
         raise
 
@@ -104,7 +105,9 @@ def real_path(path: str | Path) -> Path:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make a hard link, or a copy if the disk has no links. An existing file stays. Of a folder, link all its files."""
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
+        target.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            link_or_copy(path, target / path.name)
     elif not target.exists():
         try:
             os.link(source, target)

@@ -23,6 +23,7 @@ import evaluate
 import sample_ddp
 import train
 from engine.checkpoint import read_checkpoint
+from evaluation.experiments.split import read_split
 
 pytestmark = pytest.mark.usefixtures("one_block")
 STEPS = 4
@@ -137,6 +138,31 @@ def test_sampling_that_may_write_small_files_only_goes_on_later(pairs, whole_run
     assert run_here(evaluate, "threshold", folder)[0] == 0
     assert run_here(sample_ddp, *words)[0] == 0
     assert_same_set(folder, whole_set)
+
+
+@pytest.mark.parametrize("choice", [["--shares", 50, 100], ["--labels", 2, "--selections", 2]])
+@pytest.mark.parametrize("kind", ["masks", "nuclei"])
+def test_a_split_that_may_write_small_files_only_leaves_nothing(pairs, tmp_path, choice, kind):
+    masks = pairs[1]
+    if kind == "nuclei":  # a folder of two files for each image
+        masks = tmp_path / "nuclei"
+        for path in pairs[1].iterdir():
+            (masks / path.stem).mkdir(parents=True)
+            shutil.copyfile(path, masks / path.stem / "1.png")
+            shutil.copyfile(path, masks / path.stem / "2.png")
+    output = tmp_path / "split"
+    words = ["split", "--data-path", pairs[0], "--mask-path", masks, "--output", output, *choice]
+    largest = max(path.stat().st_size for path in pairs[0].iterdir())
+    for size in (60, largest + 1):  # the first image or mask; split.json
+        with largest_file(size):
+            code, lines = run_here(evaluate, *words)
+        assert_one_line(code, lines, "File too large")
+        assert str(output) in lines[-1] and ".tmp" not in lines[-1]
+        assert not output.exists()
+    assert run_here(evaluate, *words)[0] == 0
+    folder = output if "--shares" in choice else output / "selection_01"
+    assert len(read_split(folder).images) == 6
+    assert not list(output.rglob("*.tmp"))
 
 
 # ------------------------------------------------------------------------------------------------- a small real disk

@@ -9,12 +9,11 @@ SPLIT/selections.json                            the numbers of labels and of se
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.disk import check_folder, link_or_copy, write_json
+from common.disk import check_folder, link_or_copy, new_folder, write_json
 from common.errors import InputError
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
@@ -22,6 +21,7 @@ from dataset.files import Pair
 from dataset.groups import groups_of
 from evaluation.experiments.split import (
     SplitPlan,
+    copy_files,
     copy_pairs,
     group_near_duplicates,
     hashes_of,
@@ -101,7 +101,7 @@ def make_selections(
     test_instance_dir: str | Path | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> list[SplitPlan]:
-    """Write the folders of all selections; files are links to one copy if the disk can do that.
+    """Write the folders of all selections, or none; files are links to one copy if the disk can do that.
 
     Args:
         folders: of images and of masks.
@@ -134,9 +134,11 @@ def make_selections(
             output / f"selection_{number:02d}", settings.seed, test, by_labels, *hashes, "labels",
             {count: sorted(set(rest) - set(names)) for count, names in by_labels.items()}, of_group,
         )  # fmt: skip
-        _write(plan, everything, cells, output / "pool")
         plans.append(plan)
-    write_json(output / SELECTIONS_FILE, asdict(settings) | {"labels": sorted(set(settings.labels))})
+    with new_folder(output) as folder:
+        for plan in plans:
+            _write(replace(plan, folder=folder / plan.folder.name), everything, cells, folder / "pool")
+        write_json(folder / SELECTIONS_FILE, asdict(settings) | {"labels": sorted(set(settings.labels))})
     return plans
 
 
@@ -158,7 +160,7 @@ def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path]
         copy_pairs([replace(pair, name=_flat(name)) for name, pair in pairs.items()], pool, {})
         for name, path in cells.items():
             (pool / "instances").mkdir(exist_ok=True)
-            shutil.copyfile(path, pool / "instances" / f"{_flat(name)}{path.suffix}")
+            copy_files(path, pool / "instances" / f"{_flat(name)}{'' if path.is_dir() else path.suffix}")
     parts = {plan.part(None): plan.test} | {plan.part(count): names for count, names in plan.shares.items()}
     for folder, names in parts.items():
         _link(pool, folder, [_flat(name) for name in names], ("images", "masks", "instances"))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common.disk import check_folder, file_sha256, write_json
+from common.disk import check_folder, file_sha256, new_folder, write_json
 from common.errors import InputError, list_some
 from common.plain import read_json
 from common.randomness import shuffled_by_hash
@@ -136,7 +136,7 @@ def make_split(
     test_folders: tuple[str | Path, str | Path] | None = None,
     instance_dir: str | Path | None = None,
 ) -> SplitPlan:
-    """Copy pairs into ``output``.
+    """Copy pairs into ``output``, all or none.
 
     Args:
         folders: of images and of masks.
@@ -160,10 +160,12 @@ def make_split(
     everything = pairs | tested
     plan = SplitPlan(output, seed, test, by_share, *hashes_of(everything))
     instances = instances_of(pairs, folders[0], instance_dir)
-    copy_pairs([everything[name] for name in test], plan.part(None), {})
-    for share, chosen in by_share.items():
-        copy_pairs([pairs[name] for name in chosen], plan.part(share), instances)
-    plan.write()
+    with new_folder(output) as folder:
+        growing = replace(plan, folder=folder)
+        copy_pairs([everything[name] for name in test], growing.part(None), {})
+        for share, chosen in by_share.items():
+            copy_pairs([pairs[name] for name in chosen], growing.part(share), instances)
+        growing.write()
     return plan
 
 
@@ -190,10 +192,17 @@ def copy_pairs(pairs: Iterable[Pair], folder: Path, instances: Mapping[str, Path
             if path is None:
                 continue
             (folder / kind).mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.copytree(path, folder / kind / pair.name)
-            else:
-                shutil.copyfile(path, folder / kind / f"{pair.name}{path.suffix}")
+            copy_files(path, folder / kind / f"{pair.name}{'' if path.is_dir() else path.suffix}")
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a file, or the files of a folder."""
+    if source.is_dir():
+        target.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            copy_files(path, target / path.name)
+    else:
+        shutil.copyfile(source, target)
 
 
 def read_split(folder: str | Path) -> SplitPlan:
