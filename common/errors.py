@@ -199,14 +199,20 @@ def one_line(error: Exception) -> str:
 def fields_as_flags(text: str, fields: Sequence[str]) -> str:
     """Replace every field in a library's message by its flag: ``mask_type`` becomes ``--mask-type``."""
     for field in fields:
-        whole_word = rf"(?<![\w./-]){field}(?![\w/-]|\.\w)"
-        text = re.sub(whole_word, as_flag(FLAGS.get(field, field)), text)
+        text = _field_as(text, field, FLAGS.get(field, field))
     return text
+
+
+def _field_as(text: str, field: str, name: str) -> str:
+    return re.sub(rf"(?<![\w./-]){field}(?![\w/-]|\.\w)", as_flag(name), text)
 
 
 def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) -> str:
     """The message with every field replaced by its flag, if this command has the flag."""
-    return fields_as_flags(message, [field for field in fields if FLAGS.get(field, field) in vars(args)])
+    for field in fields:
+        name = next((one for one in (FLAGS.get(field, field), field) if one in vars(args)), None)
+        message = message if name is None else _field_as(message, field, name)
+    return message
 
 
 def speaks_first() -> bool:

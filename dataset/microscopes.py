@@ -45,7 +45,7 @@ def flatten(stack: Stack, choice: Choice, path: Path) -> tuple[np.ndarray, bool]
         array = array[..., [number - 1 for number in choice.channels]]
     projections = {letter: chosen for letter, chosen in (("T", choice.time), ("Z", choice.z)) if letter in axes}
     is_mean = "mean" in projections.values()
-    if stack.is_recording or is_mean:
+    if stack.is_recording or (is_mean and array.dtype.kind != "b"):
         _refuse_empty_planes(array, axes, is_mean, path)
     for letter, projection in projections.items():
         array = _project(np.moveaxis(array, axes.index(letter), 0), projection or "")
@@ -68,7 +68,7 @@ def _refuse_empty_planes(array: np.ndarray, axes: str, is_mean: bool, path: Path
 def _project(planes: np.ndarray, projection: str) -> np.ndarray:
     """(n, ...) -> (...) in the same type."""
     flat = PROJECTIONS[projection](planes)
-    return np.rint(flat).astype(planes.dtype) if planes.dtype.kind in "ui" else flat.astype(planes.dtype)
+    return np.rint(flat).astype(planes.dtype) if planes.dtype.kind in "uib" else flat.astype(planes.dtype)
 
 
 def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:

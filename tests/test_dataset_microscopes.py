@@ -81,6 +81,38 @@ def test_the_command_names_its_flags_and_writes_what_training_reads(tmp_path):
     assert np.array_equal(read_image_and_kind(tmp_path / "out" / "a.tif")[0], channels_last(STACK[0, 1]))
 
 
+def test_a_channel_that_does_not_exist_is_named_with_the_flag_of_this_command(folder):
+    words = ["images", folder, "--output", folder.parent / "out", "--z", "1", "--time", "1", "--channels", "3"]
+    code, lines = run_here(make_masks, *words)
+    assert code == 2 and "--channels 3: " in lines[-1] and lines[-1].endswith(".tif has 2")
+
+
+def test_a_plane_that_does_not_exist_is_refused_in_flat_files_too(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", STACK[0, 0, 0])
+    with pytest.raises(InputError, match="z 3: .*a.tif has one plane"):
+        flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="3"))
+    (path,) = flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="max"))  # a folder may hold both kinds
+    assert np.array_equal(read_image_and_kind(path)[0][..., 0], STACK[0, 0, 0])
+
+
+def test_the_mean_of_bits_is_rounded(tmp_path):
+    planes = np.zeros((4, 8, 9), bool)
+    planes[:1, :4], planes[:3, 4:] = True, True  # a quarter, three quarters
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="minisblack", metadata={"axes": "ZYX"})
+    (path,) = flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="mean"))
+    assert np.array_equal(read_image_and_kind(path)[0][..., 0] > 0, np.arange(8)[:, None].repeat(9, 1) >= 4)
+
+
+def test_empty_planes_do_not_darken_a_mean(tmp_path):
+    planes = STACK[0, :, 0].copy()
+    planes[2] = 0  # filled in, as a recording or a registration does
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="minisblack", metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match="nothing but 0 in channel 1 of the chosen planes"):
+        flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="mean"))
+    (path,) = flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="max"))
+    assert np.array_equal(read_image_and_kind(path)[0][..., 0], planes.max(axis=0))
+
+
 def test_axes_without_a_name_must_be_named(tmp_path):
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "a.tif", STACK[0, :, 0], photometric="minisblack")
