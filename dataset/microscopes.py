@@ -46,16 +46,18 @@ def flatten(stack: Stack, choice: Choice, path: Path) -> tuple[np.ndarray, bool]
     projections = {letter: chosen for letter, chosen in (("T", choice.time), ("Z", choice.z)) if letter in axes}
     is_mean = "mean" in projections.values()
     if stack.is_recording or (is_mean and array.dtype.kind != "b"):
-        _refuse_empty_planes(array, axes, is_mean, path)
+        _refuse_empty_planes(array, axes, colours, is_mean, path)
     for letter, projection in projections.items():
         array = _project(np.moveaxis(array, axes.index(letter), 0), projection or "")
         axes = axes.replace(letter, "")
     return np.ascontiguousarray(array if axes == "YX" else array.swapaxes(0, 1)), colours and array.shape[2] == 3
 
 
-def _refuse_empty_planes(array: np.ndarray, axes: str, is_mean: bool, path: Path) -> None:
+def _refuse_empty_planes(array: np.ndarray, axes: str, colours: bool, is_mean: bool, path: Path) -> None:
     """Refuse planes that are 0 throughout, as programs fill in what was not recorded. A maximum takes no harm."""
-    planes = np.asarray(array.any(axis=(axes.index("Y"), axes.index("X")))).reshape(-1, array.shape[-1])
+    across = (axes.index("Y"), axes.index("X"))
+    planes = np.asarray(array.any(axis=(*across, -1) if colours else across))
+    planes = planes.reshape(-1, 1 if colours else array.shape[-1])
     filled = planes.all(axis=0) if is_mean else planes.any(axis=0)  # (C,)
     if not filled.all():
         channels = [int(place) + 1 for place in np.flatnonzero(~filled)]

@@ -1072,6 +1072,14 @@ def test_a_format_that_is_given_takes_its_own_files_only(tmp_path, images):
         convert(source, images, tmp_path / "other", ConvertSettings())
 
 
+@pytest.mark.parametrize("name", ["a_nuclei", "a_Nuclei_annotations", "a.png", "Mask of a"])
+def test_annotations_may_have_the_words_that_masks_have(tmp_path, images, name):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / f"{name}.geojson").write_text(json.dumps([feature(2, 4, 6)]))
+    label, result = converted(tmp_path, images, tmp_path / "cells")
+    assert np.count_nonzero(label) == 36 and not result.lonely
+
+
 def test_names_with_the_ending_of_annotations_pair_too(tmp_path, images):
     (images / "a.png").rename(images / "well_rois.png")
     source = folder_of(tmp_path)

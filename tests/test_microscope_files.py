@@ -129,6 +129,13 @@ def test_nd2_colours_are_stored_as_blue_green_red(tmp_path):
     assert not has_channels and np.array_equal(image, RGB)
 
 
+def test_a_colour_that_does_not_occur_is_no_missing_plane(tmp_path):
+    pytest.importorskip("nd2", reason="needs nd2")
+    red = RGB * np.array([1, 0, 0], np.uint8)
+    write_nd2(tmp_path / "a.nd2", np.stack([red, red // 2])[..., ::-1], "TYXS", PIXEL_UM)
+    assert np.array_equal(flat(tmp_path / "a.nd2", time="2")[0], red // 2)
+
+
 def test_nd2_planes_that_a_stopped_recording_did_not_reach_are_refused(tmp_path):
     pytest.importorskip("nd2", reason="needs nd2")
     write_nd2(tmp_path / "a.nd2", STACK, "TZCYX", PIXEL_UM, recorded=6)  # one moment and two planes of the next

@@ -20,7 +20,7 @@ from dataset.annotations.cells import Cell, CellCounts, draw_cells
 from dataset.annotations.formats import READ, SUFFIXES, format_of
 from dataset.files import IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
 from dataset.folder_hints import other_program
-from dataset.names import IMAGE_ENDING, is_litter, split_together
+from dataset.names import IMAGE_ENDING, bare_mask_names, is_litter, split_together
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
 MAPS = ("instances", "classes")
@@ -279,7 +279,8 @@ def _stem(path: Path, names: Container[str] = ()) -> str:
         stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
     stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))
     ending = next((one for one in ENDINGS if stem.lower().endswith(one.lower()) and len(stem) > len(one)), "")
-    return stem if stem in names else stem[: len(stem) - len(ending)]
+    shorter = stem[: len(stem) - len(ending)]
+    return next((name for name in (stem, shorter, *bare_mask_names(stem)) if name in names), shorter)
 
 
 def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> dict[str, Load]:
