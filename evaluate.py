@@ -11,7 +11,7 @@
     python evaluate.py memorisation SAMPLE_DIR --data-path TRAINING --held-out OTHERS
     python evaluate.py report SAMPLE_DIR                                            all results in one HTML file
     python evaluate.py sweep --ckpt CKPT.pt --data-path IMAGES --mask-path MASKS    compare guidance and solvers
-    python evaluate.py practise --data-path IMAGES --mask-path MASKS --train-flags FLAGS    make images for few labels
+    python evaluate.py practise --data-path IMAGES --mask-path MASKS                make images for few labels
     python evaluate.py split --data-path IMAGES --mask-path MASKS --output SPLIT    prepare the utility experiment
     python evaluate.py utility SPLIT --sets PRACTISED                               does it help a segmenter?
 
@@ -380,7 +380,7 @@ MEASURES = {
     "memorisation": Measure("does the generator copy its training images?", _add_memorisation, run_memorisation),
     "report": Measure("collect all results of a set in one HTML file", _add_report, run_report),
     "sweep": Measure("which guidance and solver to use for sampling", add_sweep, run_sweep),
-    "split": Measure("divide pairs into test images and shares of the labels, for utility", add_split, run_split),
+    "split": Measure("divide pairs into test images and labelled images, for utility", add_split, run_split),
     "practise": Measure(
         "make synthetic images for a few labels, and say whether they help", add_practise, run_practise
     ),

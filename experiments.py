@@ -85,7 +85,7 @@ def add_utility(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=SEGMENTER_STEPS, help="training steps of every segmenter")
     parser.add_argument(
         "--seeds", type=positive_int,
-        help="trainings of each, with seeds 0, 1, ... (default: 3, or 1 for numbers of labels)",
+        help="trainings of each arm, with seeds 0, 1, ... (default: 3; 1 for a split by numbers of labels)",
     )  # fmt: skip
     _add_trial(parser)
     add_device_argument(parser)

@@ -85,7 +85,7 @@ def read_stack(path: Path, choice: Choice) -> Stack:
     except ImportError:
         raise InputError(
             f"{path}: {suffix} files need the package {PACKAGES[suffix]}: pip install {PACKAGES[suffix]}, or "
-            "pip install .[microscopes] in this project's folder; or save TIFF from the microscope's program"
+            "pip install '.[microscopes]' in this project's folder; or save TIFF from the microscope's program"
         ) from None
     except (InputError, MemoryError):
         raise
