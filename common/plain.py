@@ -16,7 +16,10 @@ from common.errors import InputError
 MOST_NUMBER = 2**64  # seeds have up to 64 bits
 # What code raises if a value is missing or has the wrong type.
 WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
-_NOUNS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
+_NOUNS: dict[Any, str] = {
+    int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null",
+    dict: "a dictionary", Mapping: "a dictionary", list: "a list", tuple: "a list", Sequence: "a list",
+}  # fmt: skip
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -145,7 +148,7 @@ def _is_number(value: object) -> bool:
 
 def _noun(hint: Any) -> str:
     parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    return " or ".join(_NOUNS.get(part, "a list" if typing.get_origin(part) else "text") for part in parts)
+    return " or ".join(_NOUNS.get(part) or _NOUNS.get(typing.get_origin(part), "text") for part in parts)
 
 
 def _shown(value: object) -> str:

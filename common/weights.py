@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import warnings
 import zipfile
@@ -42,8 +43,10 @@ def read_tensor_file(path: Path, allowed: Sequence[type] = ()) -> tuple[Any, dic
     """
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path, allowed), {})
     largest = path.stat().st_size
+    if _written_out(content) > largest:
+        raise DamagedFile("it would unpack to more than its own size")
     for tensor in _tensors(content):
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
             raise DamagedFile(f"it holds a tensor of kind {tensor.device.type}, {tensor.layout}")
         if tensor.numel() * tensor.element_size() > largest:
             raise DamagedFile("it would unpack to more than its own size")
@@ -117,6 +120,27 @@ def _tensors(content: Any) -> Iterable[Tensor]:
         elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:  # a pickle may contain itself
             seen.add(id(item))
             left.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _written_out(content: Any) -> float:
+    """Number of values if every list and dictionary is written out wherever it occurs. Infinite if one holds itself.
+
+    A pickle of a few bytes can hold a list twice in a list that is twice in a list, and so on: its text has no end.
+    """
+    sizes: dict[int, float] = {}
+    left = [(content, False)]
+    while left:
+        item, counted = left.pop()
+        if not isinstance(item, (dict, list, tuple)):
+            continue
+        inside = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+        if counted:
+            sizes[id(item)] = 1.0 + sum(sizes.get(id(one), 1.0) for one in inside)
+        elif id(item) not in sizes:
+            sizes[id(item)] = math.inf  # until all that it holds is counted
+            left.append((item, True))
+            left.extend((one, False) for one in inside)
+    return sizes.get(id(content), 1.0)
 
 
 def _first_line(error: Exception) -> str:

@@ -218,3 +218,29 @@ def test_an_export_holds_the_name_of_the_autoencoder_and_not_its_path(tmp_path):
     assert read_checkpoint(tmp_path / "model.safetensors")["config"]["space"]["vae"] == "tiny"
     assert b"someone" not in (tmp_path / "model.safetensors").read_bytes()
     assert whole["config"]["space"]["vae"] == "/home/someone/tiny"
+
+
+def nested(kind, times: int):
+    """A list (or tuple, or dictionary) that holds the one before twice, and so on."""
+    value = kind(["x"]) if kind is not dict else {"x": 1}
+    for _ in range(times):
+        value = {"a": value, "b": value} if kind is dict else kind([value, value])
+    return value
+
+
+@pytest.mark.parametrize("place", ["depth", "step", "extra", "opt"])
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_a_value_whose_text_has_no_end_is_refused_at_once(tmp_path, kind, place):
+    value = nested(kind, 60)
+    config = state(1)["config"] | {"model": {"name": "SiT-Ti/8", "depth": value}}
+    changed = state(1) | ({"config": config} if place == "depth" else {place: value})
+    assert "wrong.pt" in refused(tmp_path, changed)
+
+
+def test_a_list_that_holds_itself_is_refused_and_one_that_occurs_twice_is_read(tmp_path):
+    endless: list = [1]
+    endless.append(endless)
+    assert "wrong.pt" in refused(tmp_path, state(1) | {"extra": endless})
+    twice = ["a", ("b", 2)]
+    torch.save(state(1) | {"extra": [twice, twice]}, tmp_path / "right.pt")
+    assert read_checkpoint(tmp_path / "right.pt")["extra"] == [twice, twice]
