@@ -273,7 +273,7 @@ def test_command_with_weights_gives_fid_and_kid_and_says_that_they_are_not_the_p
     evaluate.main(evaluate.parse_args([*command, "--inception-weights", str(inception_weights)]))
     printed, logged = capsys.readouterr()
     assert "FID" in printed and "KID" in printed and JUDGE_DISTANCE not in printed
-    assert "which are not the published ones" in printed and "compare with no published FID" in logged
+    assert "which are not the published ones" in printed and "do not compare its numbers with published FIDs" in logged
     content = json.loads((samples.folder / "evaluation" / "realism.json").read_text())
     assert np.isfinite([entry["whole"] for entry in content["distances"]]).all()
 
