@@ -106,11 +106,12 @@ def read_fidelity(samples: SampleSet) -> list[float]:
             f"{samples.folder / MANIFEST} has no column {FIDELITY_COLUMN}; run evaluate.py fidelity on the set first"
         )
     values = [_number_or_nan(sample.columns[FIDELITY_COLUMN]) for sample in samples.samples]
-    bad = [sample.columns["image"] for sample, value in zip(samples.samples, values, strict=True) if math.isnan(value)]
+    rows = zip(samples.samples, values, strict=True)
+    bad = [sample.columns["image"] for sample, value in rows if not 0 <= value <= 1]  # NaN, too
     if bad:
         raise InputError(
-            f"{samples.folder / MANIFEST}: {len(bad)} rows have no number in {FIDELITY_COLUMN}: {list_some(bad)}; "
-            "run evaluate.py fidelity on the set again"
+            f"{samples.folder / MANIFEST}: {len(bad)} rows have no number from 0 to 1 in {FIDELITY_COLUMN}: "
+            f"{list_some(bad)}; run evaluate.py fidelity on the set again"
         )
     return values
 

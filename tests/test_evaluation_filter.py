@@ -116,8 +116,8 @@ def test_filled_output_folder_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_set_without_fidelity_is_sent_to_the_fidelity_command(tmp_path):
-    folder = scored_set(tmp_path / "set", ["0.5", "", "nan"])
-    with pytest.raises(InputError, match=r"2 rows have no number.*cells_01"):
+    folder = scored_set(tmp_path / "set", ["0.5", "", "nan", "inf", "-0.1", "9" * 5000])
+    with pytest.raises(InputError, match=r"5 rows have no number.*cells_01"):
         filter_set(SampleSet(folder), keep_share=0.5)
     cells = disk(24, 10, 11, 5)
     plain = write_set(tmp_path / "plain", [Row(np.where(cells, 255, 0).astype(np.uint8), paint(cells))])
