@@ -35,7 +35,7 @@ def linear(rows: int, inputs: int, outputs: int, input_gradient: bool = True) ->
 
 
 def sit_flops(model: SiT, batch: int, rows: int | None = None, with_mask: bool = True) -> Flops:
-    """FLOP of one call of the network.
+    """FLOP of one call of the network, for images without looks.
 
     Args:
         batch: images B.
@@ -60,6 +60,8 @@ def sit_flops(model: SiT, batch: int, rows: int | None = None, with_mask: bool =
         linear(every, width, heads_out),
         *(len(model.blocks) * block),
     ]
+    if model.overlap is not None:
+        parts.append(linear(every, width, model.overlap.linear.out_features))
     if with_mask:
         parts.append(linear(rows, model.num_classes, width, input_gradient=False))
         if model.mask_detail is not None:

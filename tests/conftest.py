@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def make_model() -> Callable[..., SiT]:
     All weights are moved off their start, where adaLN-Zero and the last layer are zero and the output is, too.
     """
 
-    def make(**arguments: object) -> SiT:
+    def make(**arguments: Any) -> SiT:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = SiT(**{**TINY_SIT, **arguments})

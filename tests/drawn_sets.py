@@ -14,6 +14,12 @@ from dataset.config import DataConfig
 from synthetic.manifest import VIEW_COLUMNS
 
 
+def place(rng: np.random.Generator, low: float, high: float) -> tuple[float, float]:
+    """A random row and column."""
+    row, column = rng.uniform(low, high, 2)
+    return row, column
+
+
 def disk(size: int, row: float, column: float, radius: float) -> np.ndarray:
     """(size, size) bool, True within ``radius`` of the centre of pixel (row, column)."""
     rows, columns = np.mgrid[:size, :size]

@@ -29,7 +29,7 @@ FEW_STEPS = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps"
 
 def state(step: int) -> dict:
     """A checkpoint with nothing in it but a few numbers that tell the step."""
-    config = {"model": {}, "transport": {}, "space": {}, "data": {}}
+    config: dict[str, dict] = {"model": {}, "transport": {}, "space": {}, "data": {}}
     return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
 
 
@@ -53,17 +53,23 @@ def run(
     *words: object, ranks: int = 1, check: bool = True, timeout: float = PATIENCE
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python SCRIPT ...``, or under torchrun with several ranks; one thread each."""
-    words = tuple(str(word) for word in words)
+    script, *flags = (str(word) for word in words)
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     result = subprocess.run(
-        [*launcher, ROOT / words[0], *words[1:]], env=environment, capture_output=True, text=True, timeout=timeout
+        [*launcher, str(ROOT / script), *flags], env=environment, capture_output=True, text=True, timeout=timeout
     )
     if check and result.returncode:
-        raise AssertionError(f"{words} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+        raise AssertionError(f"{script} {flags} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def exit_code(end: SystemExit) -> int:
+    """The exit code of a command, which is always a number: Python would print anything else."""
+    assert isinstance(end.code, int)
+    return end.code
 
 
 def call(command: ModuleType, *words: object) -> None:
@@ -84,7 +90,7 @@ def run_here(command: ModuleType, *words: object) -> tuple[int, list[str]]:
             run_command(command.main, command.parse_args)
             code = 0
         except SystemExit as end:
-            code = end.code
+            code = exit_code(end)
         finally:
             logging.basicConfig(force=True, handlers=[logging.NullHandler()])  # closes the run's log file
     return code, text.getvalue().splitlines()

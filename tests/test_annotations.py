@@ -579,7 +579,7 @@ def test_a_missing_entry_of_coco_is_named(tmp_path, images):
         convert(path, images, tmp_path / "out", ConvertSettings())
 
 
-def polygon(left: int, top: int, side: int) -> dict:
+def polygon(left: float, top: float, side: float) -> dict:
     ring = [[left, top], [left + side, top], [left + side, top + side], [left, top + side], [left, top]]
     return {"type": "Polygon", "coordinates": [ring]}
 

@@ -16,6 +16,7 @@ import urllib.request
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +40,13 @@ SIDE = 16
 FLAGS = ["--device", "cpu", "--precision", "float32"]
 
 
-def checkpoint_of(path: Path, num_classes: int, looks: int = 0, **data: object) -> Path:
+def checkpoint_of(path: Path, num_classes: int, looks: int = 0, **data: Any) -> Path:
     """A small model of 16 gray pixels. With ``looks``, it knows those of so many images."""
     config, sizes, known = DataConfig(SIDE, num_classes, channels=1, **data), {"num_heads": 2}, None
     if looks:
         sizes["look_numbers"] = look_count(1)
         windows = np.random.default_rng(0).normal(size=(looks, 3, look_count(1))).astype(np.float32)
-        known = Looks.of([f"image_{number}" for number in range(looks)], windows).to_dict()
+        known = Looks.of([f"image_{number}" for number in range(looks)], list(windows)).to_dict()
     return write_checkpoint(path, config, step=7, looks=known, **sizes)
 
 
@@ -451,7 +452,7 @@ def test_a_large_body_is_refused_before_it_is_read(two, length, status):
 
 def post_and_leave(service: Service, body: dict) -> http.client.HTTPConnection:
     """Send a request without waiting for its answer."""
-    connection = http.client.HTTPConnection(*service.server_address, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", service.server_port, timeout=60)
     connection.request("POST", "/api/draw", json.dumps(body))
     return connection
 

@@ -7,13 +7,14 @@ import contextlib
 import io
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
 import pytest
+from script_helpers import exit_code
 
 import app
 import evaluate
@@ -28,9 +29,12 @@ from settings import resolve, sampling_settings
 
 COMMANDS = (app, evaluate, make_masks, sample, sample_ddp, train)
 WORDS = (None, Path, str.lower, str.capitalize, shlex.split)  # types of flags that take no number
-PARTS = {part: "{}/2", interval: "{}:1", by_share: "{}=folder"}  # types whose text has a number in it
-NO_NUMBER = ("", "one", "nan", "inf", "-inf", "1e400", "9" * 5000, "1" + "0" * 39 + ".0e9", "1_000", " 1", "1 ", "0x10")
-NO_NUMBER += ("\uff11", "\u00b2", "1,5", "1e", "--1", "1\n", "\x1b[2J1")
+# Types whose text has a number in it.
+PARTS: dict[object, str] = {part: "{}/2", interval: "{}:1", by_share: "{}=folder"}
+NO_NUMBER = (
+    "", "one", "nan", "inf", "-inf", "1e400", "9" * 5000, "1" + "0" * 39 + ".0e9", "1_000", " 1", "1 ", "0x10",
+    "\uff11", "\u00b2", "1,5", "1e", "--1", "1\n", "\x1b[2J1",
+)  # fmt: skip
 NO_COUNT = ("-1", "0.5", "1e3", "1e-320", str(2**70), str(10**25))
 # Flags for which these values mean something.
 NEGATIVE = {"--time-mean"}
@@ -73,7 +77,7 @@ def flags_of(
             yield before, action
 
 
-def form_of(kind: Callable[[str], object]) -> str:
+def form_of(kind: object) -> str:
     return PARTS.get(kind, "{}")
 
 
@@ -82,6 +86,7 @@ def numbers_of(command: ModuleType) -> list[tuple[tuple[str, ...], argparse.Acti
 
 
 def is_count(action: argparse.Action) -> bool:
+    assert action.type is not None and hasattr(action.type, "__name__")
     return action.type is not interval and action.type.__name__ in ("whole number", "part", "by_share")
 
 
@@ -95,7 +100,7 @@ def parse(command: ModuleType, before: tuple[str, ...], action: argparse.Action,
             values = getattr(args, action.dest)
         except SystemExit as end:
             missed = "the following arguments are required" in said.getvalue()
-            return -1 if missed else end.code, said.getvalue()
+            return -1 if missed else exit_code(end), said.getvalue()
     assert values is not None
     return -1, ""
 

@@ -31,9 +31,9 @@ def counted(work) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("learn_sigma", [False, True])
-def test_arithmetic_of_training_is_what_torch_counts(make_model, learn_sigma):
-    model = make_model(learn_sigma=learn_sigma)
+@pytest.mark.parametrize("layer", [{}, {"learn_sigma": True}, {"patch_overlap": True}])
+def test_arithmetic_of_training_is_what_torch_counts(make_model, layer):
+    model = make_model(**layer)
     x, t = torch.randn(5, 4, 12, 8), torch.rand(5)
     class_maps = torch.zeros(5, 24, 16, dtype=torch.uint8)
     y = torch.nn.functional.one_hot(class_maps.long(), 3).permute(0, 3, 1, 2).float()

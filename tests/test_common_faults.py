@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from script_helpers import exit_code
 
 from common.errors import CommandParser, InputError, run_command
 from common.faults import fault_of_machine, without_secrets, write_bug_report
@@ -34,7 +35,7 @@ def end(monkeypatch, capsys, tmp_path, error: Exception, args: argparse.Namespac
     monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", "images"])
     with pytest.raises(SystemExit) as ended:
         run_command(main, lambda: args)
-    return ended.value.code, capsys.readouterr().err
+    return exit_code(ended.value), capsys.readouterr().err
 
 
 def test_memory_that_really_runs_out_is_known_by_its_text():

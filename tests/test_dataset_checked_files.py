@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +39,13 @@ def pairs(tmp_path):
 def reads(monkeypatch) -> list[str]:
     """Names of the masks decoded so far."""
     names: list[str] = []
+
+    def read(path: Path) -> Any:
+        names.append(path.name)
+        return read_mask_and_table(path)
+
     for module in (checks, mask_folder):
-        monkeypatch.setattr(
-            module, "read_mask_and_table", lambda path: names.append(path.name) or read_mask_and_table(path)
-        )
+        monkeypatch.setattr(module, "read_mask_and_table", read)
     return names
 
 

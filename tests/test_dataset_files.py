@@ -10,6 +10,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -37,7 +38,7 @@ def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     return rng.integers(np.iinfo(dtype).max, size=shape, dtype=dtype, endpoint=True)
 
 
-def save(path: Path, array: np.ndarray, **options: object) -> Path:
+def save(path: Path, array: np.ndarray, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.startswith(".tif"):
         tifffile.imwrite(path, array, **options)
@@ -303,12 +304,12 @@ def test_folders_of_nuclei_that_do_not_fit_are_refused(tmp_path):
 def sample_bytes() -> dict[str, bytes]:
     gray, colour = noise(19, 23), noise(19, 23, 3)
     deep = noise(19, 23, dtype=np.uint16)
-    samples = {}
+    samples: dict[str, bytes] = {}
     for name, array in (("gray.png", gray), ("colour.png", colour), ("colour.jpg", colour), ("gray.bmp", gray)):
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, Image.registered_extensions()[name[-4:]])
         samples[name] = buffer.getvalue()
-    tiff_options = {
+    tiff_options: dict[str, dict[str, Any]] = {
         "raw.tif": {},
         "zlib.tif": {"compression": "zlib", "predictor": True},
         "lzw.tif": {"compression": "lzw", "rowsperstrip": 5},
@@ -322,7 +323,7 @@ def sample_bytes() -> dict[str, bytes]:
         buffer = io.BytesIO()
         write(buffer, np.stack([gray, gray]).astype(np.float32))
         samples[name] = buffer.getvalue()
-    samples["deep.png"] = imagecodecs.png_encode(noise(19, 23, 3, dtype=np.uint16))
+    samples["deep.png"] = bytes(imagecodecs.png_encode(noise(19, 23, 3, dtype=np.uint16)))
     return samples
 
 

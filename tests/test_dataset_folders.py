@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -457,7 +458,7 @@ def paired(folder: Path, **config) -> PairedFolder:
     return PairedFolder(folder / "images", folder / "masks", DataConfig(image_size=32, **config))
 
 
-def write_masks(folder: Path, make: object, suffix: str = ".png") -> Path:
+def write_masks(folder: Path, make: Callable[[np.ndarray, int], np.ndarray], suffix: str = ".png") -> Path:
     """Five images, and for each the mask that ``make(cells, index)`` gives."""
     for index in range(5):
         labels = cells(40, 44, 12, index)

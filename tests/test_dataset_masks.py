@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import scipy.ndimage
 import torch
@@ -42,7 +43,7 @@ def decide(masks: list[np.ndarray], num_classes: int = 2, mask_type: str = "auto
     return decide_mask_rule(stats, num_classes, mask_type, "masks/", normalize)
 
 
-def disks(radius: float = 6, dtype: type = np.uint8) -> np.ndarray:
+def disks(radius: float = 6, dtype: npt.DTypeLike = np.uint8) -> np.ndarray:
     """Instance map of 20 disks in a grid; from radius 10 on they touch."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     labels = np.zeros((HEIGHT, WIDTH), dtype)

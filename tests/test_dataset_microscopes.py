@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ STACK = np.random.default_rng(0).integers(0, 60_000, (3, 4, 2, 20, 24), dtype=np
 def folder(tmp_path, request) -> Path:
     """One hyperstack of ImageJ, or one OME-TIFF."""
     (tmp_path / "in").mkdir()
-    options = {"imagej": True} if request.param == "a.tif" else {"ome": True}
+    options: dict[str, Any] = {"imagej": True} if request.param == "a.tif" else {"ome": True}
     tifffile.imwrite(tmp_path / "in" / request.param, STACK, metadata={"axes": "TZCYX"}, **options)
     return tmp_path / "in"
 

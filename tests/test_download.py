@@ -354,6 +354,7 @@ def hold_lock(path: Path) -> subprocess.Popen:
             print("held", flush=True)
             sys.stdin.read()"""
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
     holder.stdout.readline()
     return holder
 

@@ -28,7 +28,9 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def space(autoencoder_folder: Path) -> LatentSpace:
-    return load_space(str(autoencoder_folder))
+    space = load_space(str(autoencoder_folder))
+    assert isinstance(space, LatentSpace)
+    return space
 
 
 @pytest.fixture

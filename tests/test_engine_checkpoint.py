@@ -137,7 +137,7 @@ def test_hash_of_a_folder_follows_its_files(tmp_path):
 # --- values of the wrong kind ----------------------------------------------------------------------------------------
 
 
-WRONG_STATES = {
+WRONG_STATES: dict[str, list] = {
     "step": ["x", -5, 10**30, None, torch.tensor([1, 2]), True],
     "ema": [None, [1]],
     "opt": [None, [1]],

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ ALONE = Machine(0, 1, torch.device("cpu"), "float32")
 
 @pytest.fixture
 def space(autoencoder_folder: Path) -> LatentSpace:
-    return load_space(str(autoencoder_folder))
+    space = load_space(str(autoencoder_folder))
+    assert isinstance(space, LatentSpace)
+    return space
 
 
 @pytest.fixture
@@ -38,14 +41,24 @@ def pairs(disk_pairs: Path) -> PairedFolder:
     return PairedFolder(disk_pairs / "images", disk_pairs / "masks", DataConfig(SIZE))
 
 
+class ListingLatents(LatentPairs):
+    """Lists the images that it encodes."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.encoded: list[int] = []
+
+    def encode(self, index: int) -> Any:
+        self.encoded.append(index)
+        return super().encode(index)
+
+
 @pytest.fixture
-def make_latents(pairs: PairedFolder, space: LatentSpace, tmp_path: Path) -> Callable[..., LatentPairs]:
+def make_latents(pairs: PairedFolder, space: LatentSpace, tmp_path: Path) -> Callable[..., ListingLatents]:
     """Latents of the six pairs, prepared; ``encoded`` of the result lists the images that were encoded for it."""
 
-    def make(pairs: PairedFolder = pairs) -> LatentPairs:
-        latents = LatentPairs(pairs, space, tmp_path / "latents", pairs.image_hashes)
-        latents.encoded, encode = [], latents.encode
-        latents.encode = lambda index: latents.encoded.append(index) or encode(index)
+    def make(pairs: PairedFolder = pairs) -> ListingLatents:
+        latents = ListingLatents(pairs, space, tmp_path / "latents", pairs.image_hashes)
         latents.prepare(ALONE)
         return latents
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -281,8 +282,9 @@ DATA = DataConfig(image_size=16, crop="random", channels=1)
 WORDS = ["--data-path", "i", "--mask-path", "m", "--vae", "none", "--image-size", "16", "--model", "SiT-Ti/8"]
 
 
-def agree(tmp_path: Path, *others: dict[str, object]) -> list[str]:
+def agree(tmp_path: Path, *others: dict[str, Any]) -> list[str]:
     """What every process says; each has its own flags, groups, and files of other seeds. The last two share a host."""
+    usual: dict[str, Any]
     usual = {"flags": [], "groups": ["a", "b", "b"] * 3, "seed": 0, "count": 6, "new": 1, "unlabelled": 3}
     runs = []
     for number, own in enumerate(others):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float
 def sampler(model) -> Callable[..., ImageSampler]:
     """Builds a sampler of the small model with other settings than three Heun steps."""
 
-    def make(**settings: object) -> ImageSampler:
-        settings = SamplingSettings(**{"num_steps": 3, **settings})
-        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, settings)
+    def make(**settings: Any) -> ImageSampler:
+        own = SamplingSettings(**{"num_steps": 3, **settings})
+        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, own)
 
     return make
 
@@ -113,10 +114,10 @@ def partly_noise(count: int, height: int) -> torch.Tensor:
 def large_sampler(make_model) -> Callable[..., ImageSampler]:
     """Builds a sampler of 24 x 16 tokens, four mask pixels each way."""
 
-    def make(compiled: bool, **settings: object) -> ImageSampler:
+    def make(compiled: bool, **settings: Any) -> ImageSampler:
         model = make_model(input_size=(48, 32), mask_pixels=4).requires_grad_(False)
-        settings = SamplingSettings(method="euler", num_steps=2, **settings)
-        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, settings, compiled)
+        own = SamplingSettings(method="euler", num_steps=2, **settings)
+        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, own, compiled)
 
     return make
 

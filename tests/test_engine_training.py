@@ -65,6 +65,7 @@ def take_steps(training: Training, count: int = 2) -> dict[str, torch.Tensor]:
     for step in range(count):
         training.train_step(training.prepare_batch(make_batch(step)))
         for name, parameter in training.model.named_parameters():
+            assert parameter.grad is not None
             seen[f"{step} {name}"] = parameter.grad.clone()
     return {**seen, "sums": training.sums.clone()}
 

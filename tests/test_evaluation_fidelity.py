@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
 
 import evaluate
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 def cells_at(seed: int) -> np.ndarray:
     """Two disks at places that follow from the seed, (SIZE, SIZE) bool."""
     rng = np.random.default_rng(seed)
-    first, second = (disk(SIZE, *rng.uniform(5, SIZE - 5, 2), rng.uniform(4, 6)) for _ in range(2))
+    first, second = (disk(SIZE, *place(rng, 5, SIZE - 5), rng.uniform(4, 6)) for _ in range(2))
     return first | second
 
 

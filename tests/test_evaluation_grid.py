@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_flat_images_and_single_patches_have_no_ratio():
         image_steps(ramp(), 1)
 
 
-def drawn_set(folder: Path, **settings: object) -> Path:
+def drawn_set(folder: Path, **settings: Any) -> Path:
     rows = [Row(one_label(), with_grid(strength), ramp()) for strength in (2, 4)]
     return write_set(folder / "set", rows, **settings)
 

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
 
 import evaluate
@@ -106,7 +106,7 @@ def population_of(radius: float, cell: int, count: int = 12, seed: int = 0):
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
-        cells = disk(SIZE, *rng.uniform(25, 38, 2), radius)
+        cells = disk(SIZE, *place(rng, 25, 38), radius)
         images.append(item_of(cells.astype(int), paint(cells, cell)))
     return measure_population(images)
 

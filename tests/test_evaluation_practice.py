@@ -262,7 +262,8 @@ class Drawing:
     """A generator that is a drawing: faithful, or with ``shift`` one that draws the masks of other images."""
 
     def __init__(self, shift: int = 0) -> None:
-        self.shift, self.calls = shift, []
+        self.shift = shift
+        self.calls: list = []
 
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
         self.calls.append("train" if steps is None else f"train {steps}")

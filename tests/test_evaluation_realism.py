@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -43,7 +43,7 @@ def gaussian(count: int, dims: int, seed: int) -> np.ndarray:
 def gray_image(level: int, seed: int) -> np.ndarray:
     """A noisy image of a mean gray value and a disk somewhere, uint8 (SIZE, SIZE, 3)."""
     rng = np.random.default_rng(seed)
-    cells = disk(SIZE, *rng.uniform(6, SIZE - 6, 2), 5)
+    cells = disk(SIZE, *place(rng, 6, SIZE - 6), 5)
     return np.clip(paint(cells, level + 60, level) + rng.normal(0, 6, (SIZE, SIZE, 1)), 0, 255).astype(np.uint8)
 
 

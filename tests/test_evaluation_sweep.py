@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_sets import disk, paint
+from drawn_sets import disk, paint, place
 from PIL import Image
 
 import evaluate
@@ -41,7 +41,7 @@ class DrawnJudge:
 def real() -> list[LabelledImage]:
     items = []
     for seed in range(10):
-        cells = disk(SIZE, *np.random.default_rng(seed).uniform(7, SIZE - 7, 2), 5)
+        cells = disk(SIZE, *place(np.random.default_rng(seed), 7, SIZE - 7), 5)
         items.append(LabelledImage(paint(cells), cells.astype(np.uint8), cells.astype(int)))
     return items
 
@@ -163,7 +163,7 @@ def checkpoint(tmp_path: Path, make_model) -> Path:
     from engine.checkpoint import save_checkpoint
     from models import build_model
 
-    config = {
+    config: dict[str, dict] = {
         "model": {
             "name": "SiT-Ti/8",
             "input_size": SIZE,
@@ -188,7 +188,7 @@ def test_command_draws_with_a_checkpoint_and_leaves_the_sweeps_masks_to_no_judge
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
     for seed in range(10):
-        cells = disk(SIZE, *np.random.default_rng(seed).uniform(7, SIZE - 7, 2), 5)
+        cells = disk(SIZE, *place(np.random.default_rng(seed), 7, SIZE - 7), 5)
         Image.fromarray(paint(cells)).save(tmp_path / "images" / f"r{seed}.png")
         Image.fromarray(np.where(cells, 255, 0).astype(np.uint8)).save(tmp_path / "masks" / f"r{seed}.png")
     command = [

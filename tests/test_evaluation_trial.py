@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
 from script_helpers import call
 
@@ -45,7 +45,7 @@ def cells_at(seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     cells = np.zeros((SIZE, SIZE), np.uint8)
     for number in (1, 2):
-        cells[disk(SIZE, *rng.uniform(6, SIZE - 6, 2), rng.uniform(4, 6))] = number
+        cells[disk(SIZE, *place(rng, 6, SIZE - 6), rng.uniform(4, 6))] = number
     return cells
 
 

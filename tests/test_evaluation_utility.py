@@ -6,11 +6,12 @@ import csv
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
 
 import evaluate
@@ -39,7 +40,7 @@ CPU = torch.device("cpu")
 
 def cells_at(seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return disk(SIZE, *rng.uniform(5, SIZE - 5, 2), rng.uniform(4, 6)) | disk(SIZE, *rng.uniform(5, SIZE - 5, 2), 5)
+    return disk(SIZE, *place(rng, 5, SIZE - 5), rng.uniform(4, 6)) | disk(SIZE, *place(rng, 5, SIZE - 5), 5)
 
 
 def noisy(cells: np.ndarray, seed: int) -> np.ndarray:
@@ -76,12 +77,12 @@ def set_of(
     masks: list[Path],
     images: list[np.ndarray] | None = None,
     trained_on: list[str] | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> SampleSet:
     """A synthetic set drawn from mask files; ``images`` in place of faithful drawings."""
     labels = [np.array(Image.open(path)) for path in masks]
     images = images or [noisy(label > 0, 500 + number) for number, label in enumerate(labels)]
-    known = {} if trained_on is None else {"trained_on": trained_on}
+    known: dict[str, Any] = {} if trained_on is None else {"trained_on": trained_on}
     write_set(folder, [Row(label, image) for label, image in zip(labels, images, strict=True)], **known, **settings)
     samples = SampleSet(folder)
     rows = [

@@ -7,6 +7,7 @@ import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from engine.autoencoder import PixelSpace, load_space
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, mirror_to
 from engine.tiling import Windows
+from models import SiT
 from transport import create_transport
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
@@ -36,9 +38,9 @@ SDE = {"mode": "SDE", "method": "Euler"}
 def sampler(model) -> Callable[..., ImageSampler]:
     """Builds a sampler of the small model: windows of 12 x 8, half of which neighbours share."""
 
-    def make(**settings: object) -> ImageSampler:
-        settings = SamplingSettings(**{"num_steps": 3, "tile_overlap": 0.5, **settings})
-        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, settings)
+    def make(**settings: Any) -> ImageSampler:
+        own = SamplingSettings(**{"num_steps": 3, "tile_overlap": 0.5, **settings})
+        return ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, own)
 
     return make
 
@@ -133,10 +135,10 @@ class PixelwiseModel:
         return y + gain * (x - t * y)
 
 
-def draw_field(mask: torch.Tensor, disagreement: float = 0.0, overlap: float = 0.5, **settings: object) -> torch.Tensor:
-    settings = SamplingSettings(**{"num_steps": 8, "tile_overlap": overlap, **settings})
+def draw_field(mask: torch.Tensor, disagreement: float = 0.0, overlap: float = 0.5, **settings: Any) -> torch.Tensor:
+    own = SamplingSettings(**{"num_steps": 8, "tile_overlap": overlap, **settings})
     sampler = ImageSampler(
-        PixelwiseModel(disagreement), create_transport(prediction="data"), PixelSpace(1), CPU, settings
+        cast(SiT, PixelwiseModel(disagreement)), create_transport(prediction="data"), PixelSpace(1), CPU, own
     )
     return sampler.draw_field(mask, 3, 4)[0]
 
@@ -154,7 +156,8 @@ def test_tiles_that_agree_equal_one_network_for_the_whole_field(settings):
 
 def border_gradient(image: torch.Tensor, windows: Windows) -> float:
     """Mean absolute difference of pixels across the windows' borders, over that of all other neighbours."""
-    across, inside = [], []
+    across: list[float] = []
+    inside: list[float] = []
     for axis in (0, 1):
         steps = image.diff(dim=axis).abs().mean(dim=1 - axis)
         starts, side, length = windows.starts[axis], windows.window[axis], windows.field[axis]

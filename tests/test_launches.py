@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 def test_a_launch_goes_on_after_every_restart_whoever_dies_whenever_and_whoever_is_late(tmp_path: Path):
     """torchrun keeps the addresses of dead processes: without a fresh start, about half of the restarts fail."""
     (tmp_path / "restarts.py").write_text(RESTARTS)
-    words = [sys.executable, tmp_path / "restarts.py", "50"]
+    words = [sys.executable, str(tmp_path / "restarts.py"), "50"]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split("\n")) == ["", "done 0", "done 1"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_sets import disk
+from drawn_sets import disk, place
 from PIL import Image
 from script_helpers import run_here
 
@@ -23,7 +23,7 @@ def draw_field(rng: np.random.Generator, cell: float, background: float) -> tupl
     """Image (SIDE, SIDE) uint8 with three disks, and its mask bool. Brightness differs from image to image."""
     mask = np.zeros((SIDE, SIDE), bool)
     for _ in range(3):
-        mask |= disk(SIDE, *rng.uniform(6, SIDE - 6, 2), rng.uniform(5, 8))
+        mask |= disk(SIDE, *place(rng, 6, SIDE - 6), rng.uniform(5, 8))
     image = np.where(mask, cell, background) + rng.normal(0, 10) + rng.normal(0, 6, mask.shape)
     return image.clip(0, 255).astype(np.uint8), mask
 

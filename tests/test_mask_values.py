@@ -48,7 +48,9 @@ def checkpoint(pairs, tmp_path_factory) -> Path:
 
 def flags_in(line: str) -> list[str]:
     """The flag that a message gives to copy."""
-    return re.search(r"--mask-values(?: \d+)+", line)[0].split()
+    found = re.search(r"--mask-values(?: \d+)+", line)
+    assert found is not None, line
+    return found[0].split()
 
 
 def test_training_prints_the_flag_and_takes_it(pairs, tmp_path):

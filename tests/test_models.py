@@ -208,7 +208,7 @@ def test_training_drops_whole_samples_at_the_given_rate(make_model):
 
 
 def test_masks_are_dropped_in_training_only(make_model):
-    x, t, y = *inputs(), hard_masks()
+    (x, t), y = inputs(), hard_masks()
     always = make_model(class_dropout_prob=1.0)
     null = always(x, t, always.embed_mask(y, drop=torch.ones(B, dtype=torch.bool)))
     kept = always(x, t, always.embed_mask(y))

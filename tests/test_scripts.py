@@ -42,7 +42,7 @@ def pairs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def trained(pairs, tmp_path_factory) -> Path:
+def trained(pairs: tuple[Path, Path], tmp_path_factory) -> Path:
     """Run folder of an uninterrupted run."""
     results = tmp_path_factory.mktemp("results")
     often = ["--sample-every", "4", "--ckpt-every", "3", "--export-safetensors"]

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def imports(node: ast.AST, package: str) -> Iterator[str]:
         if isinstance(child, ast.Import):
             yield from (alias.name.split(".")[0] for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
-            yield package if child.level else child.module.split(".")[0]
+            yield package if child.level else (child.module or "").split(".")[0]
 
 
 @cache
@@ -68,7 +68,7 @@ def calls(node: ast.AST) -> list[tuple[str, ast.Call]]:
     return [(ast.unparse(child.func), child) for child in ast.walk(node) if isinstance(child, ast.Call)]
 
 
-def places(paths: list[Path], wrong: object) -> list[str]:
+def places(paths: list[Path], wrong: Callable[[str, ast.Call], bool]) -> list[str]:
     """file:line of every call that ``wrong(name, call)`` is true for."""
     return [
         f"{path.relative_to(ROOT)}:{call.lineno}"

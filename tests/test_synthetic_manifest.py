@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from synthetic.reader import SampleSet
 ROOT = Path(__file__).parents[1]
 
 
-def small_set(folder: Path, count: int = 2, relative: bool = True, **settings: object) -> Path:
+def small_set(folder: Path, count: int = 2, relative: bool = True, **settings: Any) -> Path:
     """A scored set; its real images lie in a folder beside it."""
     cells = disk(24, 10, 11, 5)
     row = Row(np.where(cells, 255, 0).astype(np.uint8), paint(cells), paint(cells))

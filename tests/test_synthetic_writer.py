@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.gray import ImageFormat
 from dataset.mask_folder import MaskFolder
-from engine.sampling import SamplingSettings
+from engine.sampling import ImageSampler, SamplingSettings
 from evaluation.redraw import Redraw
 from synthetic.bulk import draw_missing
 from synthetic.manifest import COLUMNS, FIDELITY_COLUMN, read_manifest, write_column
@@ -78,7 +79,7 @@ def make(folder: Path, masks: MaskFolder, redraw: Redraw | None = None) -> int:
     writer, sampler = writer_of(folder, masks, redraw), NoisyDrawings()
     todo = writer.missing(writer.jobs)
     writer.forget([writer.image_name(job) for job, _ in todo])
-    draw_missing(writer, sampler, todo, batch_size=4, judge=redraw)
+    draw_missing(writer, cast(ImageSampler, sampler), todo, batch_size=4, judge=redraw)
     writer.write_manifest()
     writer.close()
     return sampler.drawn

@@ -27,7 +27,8 @@ class GaussianModel:
     ) -> None:
         self.path = PATHS[path]() if isinstance(path, str) else path
         self.prediction, self.mean, self.std, self.low, self.high = prediction, mean, std, low, high
-        self.calls, self.times = 0, []
+        self.calls = 0
+        self.times: list = []
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         assert t.shape == (len(x),) and t.dtype == x.dtype
