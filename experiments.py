@@ -31,7 +31,7 @@ from common.arguments import (
     positive_int,
     seed_number,
 )
-from common.errors import InputError
+from common.errors import InputError, as_flag
 from common.log import say
 from common.outputs import check_output_folder
 from dataset.config import CROPS, DataConfig
@@ -204,7 +204,7 @@ def _add_selections(parser: argparse.ArgumentParser) -> None:
 
 def _add_trial(parser: argparse.ArgumentParser) -> None:
     """The experiment on such selections, for evaluate.py utility."""
-    group = parser.add_argument_group("a split by numbers of labels")
+    group = parser.add_argument_group("training, and a split by numbers of labels")
     sets = (
         "folder that holds selection_00/labels_005 and so on: each a folder of evaluate.py practise or a synthetic set"
     )
@@ -218,7 +218,8 @@ def _add_trial(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--arms", nargs="+", default=[], metavar="ARM",
-        help="arms to run, such as real 'real + synthetic, ignore' (default: all, without --sets those of real images)",
+        help="arms to run, such as real 'real + synthetic, ignore' (default: all, without --sets those of real images; "
+        "of shares: real, synthetic, real + synthetic)",
     )  # fmt: skip
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
     group.add_argument(
@@ -235,8 +236,22 @@ def _add_trial(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-classes", type=positive_int, default=2, help="without --sets: as for train.py")
 
 
+def _refuse_flags_of_the_other_split(args: argparse.Namespace, by_labels: bool) -> None:
+    for name in ("synthetic", "ckpt", "shares") if by_labels else ("sets", "labels", "selections"):
+        if getattr(args, name):
+            unit = "numbers of labels" if by_labels else "shares of the labels"
+            raise InputError(f"{as_flag(name)} has no effect on a split by {unit}: leave it out.")
+
+
 def _trial_config(args: argparse.Namespace) -> DataConfig | None:
-    """How images are read if no set says it."""
+    """How images are read if no set of the same number of labels says it."""
+    from evaluation.experiments.labelled import segmenter_classes
+    from synthetic.reader import SampleSet
+
+    if args.synthetic:
+        samples = SampleSet(args.synthetic[0][1])
+        config = samples.require_config()
+        return replace(config, num_classes=segmenter_classes(samples, config))
     if args.image_size is None:
         return None
     names = ("image_size", "num_classes", "crop", "window", "mask_values")
@@ -285,46 +300,28 @@ def run_utility(args: argparse.Namespace) -> None:
 
     A synthetic set that has seen more than its share, or the test images, is refused.
     """
-    from evaluation.experiments.label_split import holds_selections
+    from evaluation.experiments.arms import ARMS, SHARE_ARMS, arm_of
+    from evaluation.experiments.label_split import holds_selections, read_selections
     from evaluation.experiments.split import read_split
-    from evaluation.experiments.utility import SECTION, score_utility, write_utility_report
-    from evaluation.output import written_line
-    from synthetic.reader import SampleSet
-
-    if holds_selections(args.split):
-        _run_trial(args)
-        return
-    args.seeds = args.seeds or 3
-    sets = {share: SampleSet(path) for share, path in args.synthetic}
-    for samples in sets.values():
-        samples.config = samples.require_config().with_mask_values(args.mask_values)
-    report = score_utility(
-        read_split(args.split), sets, resolve_device(args.device), dict(args.ckpt), args.shares, args.mask_type,
-        args.steps, range(args.seeds), progress=True,
-    )  # fmt: skip
-    written = write_utility_report(report, args.output)
-    say("\n".join([*SECTION.lines(report.to_dict()), written_line(written)]))
-
-
-def _run_trial(args: argparse.Namespace) -> None:
-    """The utility experiment on a split by numbers of labels."""
-    from evaluation.experiments.arms import ARMS, arm_of
-    from evaluation.experiments.label_split import read_selections
     from evaluation.experiments.trial import TrialSettings, run_trial
-    from evaluation.experiments.trial_report import write_trial
-    from evaluation.experiments.utility import SECTION
+    from evaluation.experiments.trial_report import SECTION, write_trial
     from evaluation.output import written_line
     from evaluation.report import write_page
 
-    plans = read_selections(args.split)
-    arms = tuple(map(arm_of, args.arms)) or tuple(arm for arm in ARMS.values() if args.sets or not arm.is_synthetic)
-    labels = tuple(args.labels or plans[0].shares)
+    by_labels = holds_selections(args.split)
+    _refuse_flags_of_the_other_split(args, by_labels)
+    plans = read_selections(args.split) if by_labels else [read_split(args.split)]
+    sets = args.sets if by_labels else dict(args.synthetic)
+    labels = (args.labels or plans[0].shares) if by_labels else args.shares or sorted(sets)
+    known = (ARMS if by_labels else SHARE_ARMS).values()
+    arms = [arm_of(name) for name in args.arms] or [arm for arm in known if sets or not arm.is_synthetic]
     settings = TrialSettings(
-        arms, labels, args.seeds or 1, args.steps, args.square, args.pseudo_images, args.mask_type,
-        args.mask_values, _trial_config(args),
+        tuple(arms), tuple(labels), args.seeds or (1 if by_labels else 3), args.steps, args.square, args.pseudo_images,
+        args.mask_type, args.mask_values, _trial_config(args),
     )  # fmt: skip
-    rows = run_trial(plans, args.sets, settings, args.output, resolve_device(args.device), args.selections)
-    content, written = write_trial(rows, args.steps, args.output)
+    device = resolve_device(args.device)
+    rows = run_trial(plans, sets, settings, args.output, device, args.selections, dict(args.ckpt))
+    content, written = write_trial(rows, args.steps, args.output, plans[0].unit)
     page = write_page("Does it help?", [(SECTION, content, args.output)], args.output / "utility.html")
     say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 

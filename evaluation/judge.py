@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,15 +140,7 @@ def build_network(num_classes: int, seed: int = 0, channels: int = 3) -> nn.Modu
         )  # fmt: skip
 
 
-class Examples(Protocol):
-    """Images and masks to train on: (index, draw) -> "image" and "mask"."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: tuple[int, int], /) -> dict[str, Tensor]: ...
-
-
-def train_judge(pairs: Examples, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
+def train_judge(pairs: PairedFolder, config: JudgeConfig, device: torch.device, progress: bool = False) -> nn.Module:
     """Train the U-Net. The same data and config give the same network on the same machine.
 
     Args:

@@ -15,13 +15,13 @@ from common.disk import write_bytes, write_json
 from common.errors import InputError
 from common.plain import WRONG, read_json
 from evaluation import fidelity, filter, grid, looks, memorisation, population, realism, sweep, threshold
-from evaluation.experiments import utility
+from evaluation.experiments import trial_report
 from evaluation.filter import read_fidelity
 from evaluation.output import Section, Table, new_figure, results_folder, show_image
 from synthetic.manifest import FIDELITY_COLUMN
 from synthetic.reader import Sample, SampleSet
 
-MEASURES = (fidelity, threshold, grid, realism, population, looks, memorisation, filter, utility, sweep)
+MEASURES = (fidelity, threshold, grid, realism, population, looks, memorisation, filter, trial_report, sweep)
 SECTIONS = tuple(measure.SECTION for measure in MEASURES)
 ELSEWHERE = ("utility", "sweep")  # these compare several sets, so their results are in other folders
 TEMPLATE = Environment(

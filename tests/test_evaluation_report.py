@@ -134,11 +134,17 @@ def test_json_holds_what_the_page_shows(folder):
 
 def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tmp_path):
     from engine.sampling import SamplingSettings
-    from evaluation.experiments.utility import UtilityReport, UtilityRow, write_utility_report
+    from evaluation.experiments.instance_score import InstanceScore
+    from evaluation.experiments.trial import TrialRow
+    from evaluation.experiments.trial_report import write_trial
     from evaluation.sweep import SweepReport, SweepRow, write_sweep_report
 
-    rows = [UtilityRow(10, arm, 0, 4, 9, dice, 0.5, 0.4) for arm, dice in (("real", 0.711), ("synthetic", 0.633))]
-    write_utility_report(UtilityReport(rows, 5, 3, {}), tmp_path / "u")
+    scores = {
+        arm: InstanceScore(ap50, 0.5, 0.4, None, 0.5, 0.5, []) for arm, ap50 in (("real", 0.711), ("synthetic", 0.633))
+    }
+    rows = [TrialRow(0, 10, arm, 0, 4, 9, score, {}) for arm, score in scores.items()]
+    (tmp_path / "u").mkdir()
+    write_trial(rows, 5, tmp_path / "u", "percent")
     row = SweepRow(SamplingSettings(), 0.9, 1.5, 0.2, 0.1, 50, 0.1)
     write_sweep_report(SweepReport([row], 0, 0.95, 1.1, 0.1, 0.2, 0.1, 8), tmp_path / "s")
     samples = SampleSet(folder)
@@ -148,6 +154,10 @@ def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tm
     assert "sample with: ODE --sampling-method heun" in words
     with pytest.raises(InputError, match="holds no sweep.json"):
         write_report(samples, others={"sweep": tmp_path / "u"})
+    written = json.loads((tmp_path / "u" / "utility.json").read_text())
+    (tmp_path / "u" / "utility.json").write_text(json.dumps({key: written[key] for key in ("steps", "summary")}))
+    with pytest.raises(InputError, match="written by another version .* run evaluate.py utility again"):
+        write_report(samples, others={"utility": tmp_path / "u"})
 
 
 def test_set_without_results_is_refused_and_a_damaged_or_old_one_named(folder):

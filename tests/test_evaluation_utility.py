@@ -1,4 +1,4 @@
-"""evaluate.py split and utility: nested shares, every planted leak refused, sets with a known answer."""
+"""evaluate.py split and utility by shares: nested shares, every planted leak refused, sets with a known answer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,14 @@ import evaluate
 import make_masks
 from common.disk import file_sha256
 from common.errors import InputError
-from dataset.config import DataConfig
 from engine.checkpoint import save_checkpoint
+from evaluation.experiments.arms import SHARE_ARMS
+from evaluation.experiments.instance_score import InstanceScore
+from evaluation.experiments.labelled import set_pairs
 from evaluation.experiments.leaks import find_leaks, refuse_leaks
 from evaluation.experiments.split import SplitPlan, make_split, plan_shares, read_split
-from evaluation.experiments.utility import (
-    SECTION,
-    MixedPairs,
-    SyntheticPairs,
-    UtilityReport,
-    UtilityRow,
-    score_utility,
-    write_utility_report,
-)
+from evaluation.experiments.trial import TrialRow, TrialSettings, run_trial
+from evaluation.experiments.trial_report import SECTION, summarize_trial, write_trial
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
@@ -99,6 +94,14 @@ def files_of(split: SplitPlan, share: int | None, kind: str) -> list[Path]:
 
 def seen(split: SplitPlan, share: int | None) -> list[str]:
     return [file_sha256(path) for path in files_of(split, share, "images")]
+
+
+def study(split: SplitPlan, sets: dict[int, SampleSet], output: Path, **settings: Any) -> list[TrialRow]:
+    """The experiment with the arms of shares."""
+    config = next(iter(sets.values())).require_config()
+    own = {"arms": tuple(SHARE_ARMS.values()), "labels": tuple(sets), "config": config, **settings}
+    folders = {share: samples.folder for share, samples in sets.items()}
+    return run_trial([split], folders, TrialSettings(**own), output, CPU)
 
 
 # --- split -----------------------------------------------------------------------------------------------------------
@@ -304,36 +307,20 @@ def test_leaks_are_refused_in_one_message_before_any_training(split, tmp_path):
     with pytest.raises(InputError, match=r"leaks at 25 % .*masks of the test set.*outside of the share"):
         refuse_leaks(split, 25, samples)
     with pytest.raises(InputError, match="leaks at 25 %"):
-        score_utility(split, {25: samples}, CPU, steps=10**9)
+        study(split, {25: samples}, tmp_path, steps=10**9)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def test_synthetic_pairs_are_the_images_and_labels_of_the_set_turned_together(split, tmp_path):
+def test_segmenters_learn_the_images_and_labels_of_the_set(split, tmp_path):
     samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=[])
-    pairs = SyntheticPairs(samples)
-    turns = set()
-    for draw in range(40):
-        example = pairs[1, draw]
-        assert example["image"].shape == (3, SIZE, SIZE) and example["mask"].dtype == torch.uint8
-        bright = example["image"].mean(0) > 0
-        assert (bright == example["mask"].bool()).float().mean() > 0.97
-        assert torch.equal(pairs[1, draw]["image"], example["image"])
-        turns.add(example["mask"].numpy().tobytes())
-    assert len(turns) == 8
-
-
-def test_mixed_pairs_are_half_real_whatever_the_sizes(split, tmp_path):
-    from dataset.folders import PairedFolder
-
-    folder = split.part(25)
-    real = PairedFolder(folder / "images", folder / "masks", DataConfig(image_size=SIZE))
-    flat = [np.full((SIZE, SIZE, 3), 255, np.uint8)] * 11
-    synthetic = SyntheticPairs(set_of(tmp_path / "set", [files_of(split, 25, "masks")[0]] * 11, images=flat))
-    mixed = MixedPairs(real, synthetic)
-    white = [bool((mixed[index, index]["image"] == 1).all()) for index in range(len(mixed))]
-    assert len(mixed) == 22 and sum(white) == 11
+    pairs = set_pairs(samples, 2)
+    assert len(pairs) == 4
+    for pair in pairs:
+        assert pair.item.image.shape == (SIZE, SIZE, 3) and pair.item.classes.dtype == np.uint8
+        bright = pair.item.image.mean(axis=2) > 127
+        assert (bright == (pair.item.classes > 0)).mean() > 0.97
 
 
 def faithful_and_ignoring(split: SplitPlan, folder: Path) -> tuple[SampleSet, SampleSet]:
@@ -345,28 +332,35 @@ def faithful_and_ignoring(split: SplitPlan, folder: Path) -> tuple[SampleSet, Sa
     return set_of(folder / "good", masks, trained_on=images), set_of(folder / "bad", masks, wrong, trained_on=images)
 
 
+def summary_of(rows: list[TrialRow], steps: int = 5) -> dict[tuple[int, str], dict]:
+    content = summarize_trial(rows, steps, "percent")
+    return {(entry["labels"], entry["arm"]): entry for entry in content["summary"]}
+
+
 @pytest.mark.slow
 def test_set_that_follows_its_masks_teaches_and_one_that_ignores_them_does_not(split, tmp_path):
     good, bad = faithful_and_ignoring(split, tmp_path)
     found = {}
     for name, samples in (("good", good), ("bad", bad)):
-        report = score_utility(split, {100: samples}, CPU, steps=80, seeds=[0])
-        found[name] = {entry["arm"]: entry for entry in report.summary()}
+        rows = study(split, {100: samples}, tmp_path / f"out_{name}", steps=80)
+        found[name] = {arm: entry for (_, arm), entry in summary_of(rows).items()}
     assert found["good"]["real"]["dice"] == found["bad"]["real"]["dice"] > 0.85
     assert found["good"]["synthetic"]["dice"] > 0.85
     assert found["bad"]["synthetic"]["dice"] < 0.6
-    assert found["bad"]["synthetic"]["gain"] < -0.25 and abs(found["good"]["real + synthetic"]["gain"]) < 0.1
-    assert found["good"]["real"]["gain"] == 0 and report.test_images == 4
+    assert found["bad"]["synthetic"]["gain"]["mean"] < -0.25
+    assert abs(found["good"]["real + synthetic"]["gain"]["mean"]) < 0.1
 
 
 def test_report_is_written_with_a_row_per_training(split, tmp_path):
     samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=seen(split, 25))
-    report = score_utility(split, {25: samples}, CPU, shares=[25, 100], steps=2, seeds=[0, 1])
-    write_utility_report(report, tmp_path / "out")
-    rows = list(csv.DictReader((tmp_path / "out" / "utility.csv").open()))
-    arms = ["real", "real", "synthetic", "synthetic", "real + synthetic", "real + synthetic", "real", "real"]
-    assert [row["arm"] for row in rows] == arms and [row["share"] for row in rows] == ["25"] * 6 + ["100"] * 2
-    assert [row["real_images"] for row in rows] == ["4", "4", "0", "0", "4", "4", "16", "16"]
+    rows = study(split, {25: samples}, tmp_path / "out", labels=(25, 100), steps=2, seeds=2, crop=16)
+    write_trial(rows, 2, tmp_path / "out", "percent")
+    table = list(csv.DictReader((tmp_path / "out" / "utility.csv").open()))
+    arms = ["real", "real", "real + synthetic", "real + synthetic", "synthetic", "synthetic", "real", "real"]
+    assert [row["arm"] for row in table] == arms and [row["share"] for row in table] == ["25"] * 6 + ["100"] * 2
+    assert [row["real_images"] for row in table] == ["4", "4", "4", "4", "0", "0", "16", "16"]
+    assert [row["synthetic_images"] for row in table] == ["0", "0", "4", "4", "4", "4", "0", "0"]
+    assert [row["seed"] for row in table] == ["0", "1"] * 4
     assert len(json.loads((tmp_path / "out" / "utility.json").read_text())["summary"]) == 4
     assert np.array(Image.open(tmp_path / "out" / "utility.png")).std() > 5
 
@@ -374,30 +368,32 @@ def test_report_is_written_with_a_row_per_training(split, tmp_path):
 def test_gain_is_taken_seed_by_seed_and_spreads_are_those_of_samples():
     scores = {"real": (0.5, 0.7), "synthetic": (0.6, 0.9), "real + synthetic": (0.6, None)}
     rows = [
-        UtilityRow(10, arm, seed, 4, 9, dice, 0.5, 0.4)
+        TrialRow(0, 10, arm, seed, 4, 9, InstanceScore(ap50, None, None, None, None, None, []), {})
         for arm, both in scores.items()
-        for seed, dice in enumerate(both)
+        for seed, ap50 in enumerate(both)
     ]
-    report = UtilityReport(rows, 5, 3, {})
-    real, synthetic, both = report.summary()
-    assert real["dice_std"] == pytest.approx(0.2 / np.sqrt(2)) and real["gain"] == 0
-    assert (synthetic["gain"], synthetic["gain_std"]) == pytest.approx((0.15, 0.1 / np.sqrt(2)))
-    assert both["gain"] == pytest.approx(0.1) and both["gain_std"] is None and both["dice_std"] is None
-    lines = SECTION.lines(report.to_dict())
-    assert "+0.150 ± 0.071" in lines[2] and "0.600  " in lines[3]
+    content = json.loads(json.dumps(summarize_trial(rows, 5, "percent")))
+    real, both, synthetic = content["summary"]
+    assert real["ap50_std"] == pytest.approx(0.2 / np.sqrt(2)) and real["gain"] is None
+    gain = synthetic["gain"]
+    assert (gain["mean"], gain["error"]) == pytest.approx((0.15, 0.1 / np.sqrt(2) / np.sqrt(2)))
+    assert both["gain"]["mean"] == pytest.approx(0.1) and both["gain"]["error"] is None and both["ap50_std"] is None
+    assert gain["verdict"] is None and content["comparisons"] == []  # seeds say nothing of other labels
+    lines = SECTION.lines(content)
+    assert "10 % of the labels, synthetic" in lines[3] and "+0.150 [" in lines[3] and "0.600  " in lines[2]
 
 
 def test_unknown_shares_and_sets_made_differently_are_refused(split, tmp_path):
     masks, images = files_of(split, 25, "masks"), seen(split, 25)
     samples = set_of(tmp_path / "a", masks, trained_on=images)
     with pytest.raises(InputError, match="no share of 10 %"):
-        score_utility(split, {10: samples}, CPU)
+        study(split, {10: samples}, tmp_path / "out")
     other = set_of(tmp_path / "b", masks, trained_on=images)
     settings = json.loads((other.folder / "settings.json").read_text())
     settings["data_config"]["window"] = [1, 99]
     (other.folder / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="different sizes, classes, crops or windows"):
-        score_utility(split, {25: samples, 100: SampleSet(other.folder)}, CPU)
+        study(split, {25: samples, 100: SampleSet(other.folder)}, tmp_path / "out")
 
 
 def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):
@@ -410,7 +406,9 @@ def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):
     command = ["utility", str(plan), "--synthetic", f"50={samples.folder}", "--steps", "2", "--seeds", "1"]
     evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "out")]))
     printed = capsys.readouterr().out
-    assert "real + synthetic" in printed and "2 steps each" in printed
+    assert "50 % of the labels, real + synthetic" in printed and "2 steps in every arm" in printed
+    with pytest.raises(InputError, match="--labels has no effect on a split by shares of the labels"):
+        evaluate.main(evaluate.parse_args([*command, "--labels", "5"]))
     for wrong in ("50", "x=a", "0=a", "50="):
         with pytest.raises(SystemExit):
             evaluate.parse_args(["utility", str(plan), "--synthetic", wrong])

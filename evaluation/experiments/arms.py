@@ -12,6 +12,7 @@ from evaluation.fidelity import LabelledImage
 
 REAL, LONGER, COPY_PASTE, SELF_TRAINING = "real", "real, longer", "copy-paste", "self-training"
 WITHOUT_SYNTHETIC = (REAL, LONGER, COPY_PASTE, SELF_TRAINING)
+ONLY_SYNTHETIC = "synthetic"
 LONGER_FACTOR = 3  # on the steps of the arm ``LONGER``
 WAYS = ("real + synthetic", "copy-paste + synthetic", "synthetic then real", "80 % synthetic")
 PRETRAINING = 0.5  # share of the steps on synthetic images alone
@@ -23,7 +24,7 @@ class Arm:
     """One way to train.
 
     Attributes:
-        way: one of ``WITHOUT_SYNTHETIC`` or ``WAYS``.
+        way: one of ``WITHOUT_SYNTHETIC`` or ``WAYS``, or ``ONLY_SYNTHETIC``.
         rules: key of ``RULES``: whether badly drawn pixels are ignored, and whether hard masks are drawn more often.
     """
 
@@ -53,10 +54,12 @@ class Arm:
     @property
     def is_synthetic(self) -> bool:
         """Whether it needs a synthetic set."""
-        return self.way in WAYS
+        return self.way not in WITHOUT_SYNTHETIC
 
 
 ARMS = {arm.name: arm for arm in [*map(Arm, WITHOUT_SYNTHETIC), *(Arm(way, rules) for way in WAYS for rules in RULES)]}
+SHARE_ARMS = {name: Arm(name) for name in (REAL, ONLY_SYNTHETIC, WAYS[0])}  # for a split by shares of the labels
+ALL_ARMS = {**ARMS, **SHARE_ARMS}
 
 
 def arm_of(name: str) -> Arm:
@@ -65,9 +68,9 @@ def arm_of(name: str) -> Arm:
     Raises:
         InputError: the name is unknown.
     """
-    if name not in ARMS:
-        raise InputError(f"arm {name!r} is unknown; choose from {'; '.join(ARMS)}", "arms")
-    return ARMS[name]
+    if name not in ALL_ARMS:
+        raise InputError(f"arm {name!r} is unknown; choose from {'; '.join(ALL_ARMS)}", "arms")
+    return ALL_ARMS[name]
 
 
 def phases_of(
@@ -93,6 +96,7 @@ def phases_of(
         return [Phase(1, [(own, 0.5), (Labelled(pseudo), 0.5)])]
     made = Labelled(synthetic)
     mixtures: Mapping[str, list[Phase]] = {
+        ONLY_SYNTHETIC: [Phase(1, [(made, 1)])],
         "real + synthetic": [Phase(1, [(own, 0.5), (made, 0.5)])],
         "copy-paste + synthetic": [Phase(1, [(own, 1 / 3), (CopyPaste(real, groups), 1 / 3), (made, 1 / 3)])],
         "synthetic then real": [Phase(PRETRAINING, [(made, 1)]), Phase(1 - PRETRAINING, [(own, 1)])],

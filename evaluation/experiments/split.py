@@ -57,11 +57,16 @@ class SplitPlan:
 
     def words(self, share: int) -> str:
         """A share as a message says it."""
-        return f"{share} % of the labels" if self.unit == "percent" else f"{share} labels"
+        return words_of(share, self.unit)
 
     def write(self) -> None:
         """Write ``split.json``."""
         write_json(self.folder / SPLIT_FILE, {name: value for name, value in asdict(self).items() if name != "folder"})
+
+
+def words_of(share: int, unit: str) -> str:
+    """A share or a number of labels in words."""
+    return f"{share} % of the labels" if unit == "percent" else f"{share} labels"
 
 
 def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequence[int], seed: int) -> tuple:

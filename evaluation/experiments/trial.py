@@ -1,8 +1,9 @@
-"""The utility experiment by numbers of labels. It can be interrupted and continued after each training.
+"""The utility experiment. It can be interrupted and continued after each training.
 
 There is one training per selection, number of labels, arm and seed. Generator, masks and segmenters may use the labels
 of their own selection only. The other training images count as unlabelled. All arms have the same augmentation, and the
-same number of steps, except real images trained longer.
+same number of steps, except real images trained longer. A split by shares of the labels is one selection, whose numbers
+are percentages.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_
 from common.errors import InputError
 from common.plain import read_as, read_json
 from dataset.config import DataConfig
-from evaluation.experiments.arms import REAL, SELF_TRAINING, Arm, phases_of
+from evaluation.experiments.arms import ONLY_SYNTHETIC, REAL, SELF_TRAINING, Arm, phases_of
 from evaluation.experiments.instance_score import InstanceScore, score_segmenter
 from evaluation.experiments.label_split import UNLABELLED
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, segmenter_classes
@@ -49,7 +50,7 @@ class TrialSettings:
     """Settings that decide a score, besides the data.
 
     Attributes:
-        labels: numbers of labels.
+        labels: numbers of labels, or percentages.
         seeds: number of trainings of every arm and selection.
         steps: steps of every training.
         crop: side of the training squares, pixels.
@@ -106,19 +107,26 @@ class Case:
     Args:
         labels: number of labels, a key of ``plan.shares``.
         synthetic: practice folder or synthetic set of this case, or None.
+        checkpoint: of the generator, if the set does not say what it was trained on.
 
     Raises:
         InputError: a leak.
     """
 
     def __init__(
-        self, plan: SplitPlan, selection: int, labels: int, synthetic: Path | None, settings: TrialSettings
+        self,
+        plan: SplitPlan,
+        selection: int,
+        labels: int,
+        synthetic: Path | None,
+        settings: TrialSettings,
+        checkpoint: Path | None = None,
     ) -> None:
         self.plan, self.selection, self.labels, self.settings = plan, selection, labels, settings
         self.made = None if synthetic is None else PracticeFolder(synthetic)
         sets = [] if self.made is None else self.made.sets()
         for samples in sets:
-            refuse_leaks(plan, labels, samples)
+            refuse_leaks(plan, labels, samples, checkpoint)
         config = sets[0].require_config() if sets else settings.config
         if config is None:
             raise InputError(
@@ -127,6 +135,11 @@ class Case:
             )
         self.config = config.with_mask_values(settings.mask_values)
         self.num_classes = segmenter_classes(sets[0] if sets else None, config)
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms that this case can run: without a set, those of real images."""
+        return [arm for arm in self.settings.arms if self.made is not None or not arm.is_synthetic]
 
     @cached_property
     def real(self) -> list[Named]:
@@ -163,38 +176,43 @@ class Case:
 
 def run_trial(
     plans: Sequence[SplitPlan],
-    synthetic: Path | None,
+    synthetic: Path | Mapping[int, Path] | None,
     settings: TrialSettings,
     output: Path,
     device: torch.device,
     selections: Sequence[int] | None = None,
+    checkpoints: Mapping[int, Path] | None = None,
 ) -> list[TrialRow]:
     """Train and test all cases that have no result yet.
 
     Args:
         plans: the selections.
-        synthetic: folder with ``selection_SS/labels_NNN`` for every case. None: arms without synthetic images only.
+        synthetic: folder with ``selection_SS/labels_NNN`` for every case, or a set for each number of labels; a number
+            without a set trains on real images only. None: arms without synthetic images only.
         output: folder for the results, a file per training.
         selections: numbers of the selections to run now. None: all.
+        checkpoints: of the generators, for numbers of labels whose set does not say what it was trained on.
 
     Returns:
         All rows in ``output`` that belong to these settings.
 
     Raises:
-        InputError: leaks (before any training), unknown numbers of labels, a folder of other settings.
+        InputError: leaks (before any training), unknown numbers of labels, sets that read images in different ways, a
+            folder of other settings.
     """
-    cases = list(_cases(plans, synthetic, settings, selections))
+    cases = list(_cases(plans, synthetic, settings, selections, checkpoints or {}))
+    _refuse_different_data(cases)
     check_folder(output, settings.fixed())
     (output / RESULTS).mkdir(parents=True, exist_ok=True)
     (output / NETWORKS).mkdir(exist_ok=True)
     with lock_folder(output, "name another output", [RESULTS, NETWORKS]):
         if not (output / SETTINGS).is_file():
             write_json(output / SETTINGS, settings.fixed())
-        clock = Clock(len(cases) * settings.seeds * len(settings.arms))
+        clock = Clock(sum(len(case.arms) for case in cases) * settings.seeds)
         while cases:
             case = cases.pop(0)  # its images leave memory with it
             for seed in range(settings.seeds):
-                for arm in settings.arms:
+                for arm in case.arms:
                     _run_job(case, arm, seed, output, device, clock)
     return read_rows(output)
 
@@ -220,14 +238,18 @@ def _run_job(case: Case, arm: Arm, seed: int, output: Path, device: torch.device
     write_json(path, {"stamp": case.stamp(arm), "row": asdict(row)})
     clock.made += 1
     logger.info(
-        "selection %d, %d labels, %s, seed %d: AP %s; training %d of %d, about %.0f min left",
-        case.selection, case.labels, arm.name, seed, number(row.score.ap50), clock.done, clock.total,
+        "selection %d, %s, %s, seed %d: AP %s; training %d of %d, about %.0f min left",
+        case.selection, case.plan.words(case.labels), arm.name, seed, number(row.score.ap50), clock.done, clock.total,
         clock.minutes_left(),
     )  # fmt: skip
 
 
 def _cases(
-    plans: Sequence[SplitPlan], synthetic: Path | None, settings: TrialSettings, selections: Sequence[int] | None
+    plans: Sequence[SplitPlan],
+    synthetic: Path | Mapping[int, Path] | None,
+    settings: TrialSettings,
+    selections: Sequence[int] | None,
+    checkpoints: Mapping[int, Path],
 ) -> Iterator[Case]:
     needs_sets = any(arm.is_synthetic for arm in settings.arms)
     if needs_sets and synthetic is None:
@@ -238,14 +260,27 @@ def _cases(
         unknown = sorted(set(settings.labels) - set(plan.shares))
         if unknown:
             known = ", ".join(map(str, plan.shares))
-            raise InputError(f"{plan.folder} has no selection of {unknown[0]} labels; it has {known}", "labels")
+            kind = "share" if plan.unit == "percent" else "selection"
+            raise InputError(f"{plan.folder} has no {kind} of {plan.words(unknown[0])}; it has {known}", "labels")
         if selections is not None and selection not in selections:
             continue
         for labels in settings.labels:
-            folder = synthetic / plan.folder.name / plan.part(labels).name if synthetic is not None else None
-            if folder is not None and not folder.is_dir() and not needs_sets:
-                folder = None
-            yield Case(plan, selection, labels, folder, settings)
+            folder: Path | None
+            if isinstance(synthetic, Path):
+                folder = synthetic / plan.folder.name / plan.part(labels).name
+                folder = folder if needs_sets or folder.is_dir() else None
+            else:
+                folder = (synthetic or {}).get(labels)
+            yield Case(plan, selection, labels, folder, settings, checkpoints.get(labels))
+
+
+def _refuse_different_data(cases: Sequence[Case]) -> None:
+    """Gray values of a window over the data set differ with the labels, and may."""
+    configs = [dataclasses.replace(case.config, window_values=None, num_classes=case.num_classes) for case in cases]
+    for case, config in zip(cases, configs, strict=True):
+        if config != configs[0]:
+            one, other = (each.plan.words(each.labels) for each in (cases[0], case))
+            raise InputError(f"the sets of {one} and {other} were made at different sizes, classes, crops or windows")
 
 
 def _slug(selection: int, labels: int, arm: str, seed: int) -> str:
@@ -286,8 +321,9 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
         network = train_segmenter(phases_of(arm, real, groups, made, pseudo), config, device)
     tested = [(one.item, case.group(one.name)) for one in case.test]
     score, by_group = score_segmenter(Segmenter([network], device), tested, case.num_classes)
+    learned = 0 if arm.way == ONLY_SYNTHETIC else len(real)
     return TrialRow(
-        case.selection, case.labels, arm.name, seed, len(real), len(made) + len(pseudo), score, dict(by_group)
+        case.selection, case.labels, arm.name, seed, learned, len(made) + len(pseudo), score, dict(by_group)
     )
 
 

@@ -1,21 +1,22 @@
-"""Tables, sentences and the plot of the utility experiment by numbers of labels."""
+"""Tables, sentences and the plot of the utility experiment."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from common.disk import write_csv, write_json
-from evaluation.experiments.arms import ARMS, LONGER, LONGER_FACTOR, REAL, WITHOUT_SYNTHETIC
+from evaluation.experiments.arms import ALL_ARMS, LONGER, LONGER_FACTOR, REAL, WITHOUT_SYNTHETIC
+from evaluation.experiments.split import words_of
 from evaluation.experiments.trial import TRIAL_VERSION, TrialRow
 from evaluation.instances import mean_of_known
-from evaluation.output import Table, mean_and_spread, new_figure, number, save_figure, with_spread
+from evaluation.output import Section, Table, mean_and_spread, new_figure, number, save_figure, with_spread
 
 CONFIDENCE = 0.95  # of the intervals
 AHEAD, BEHIND = 2.0, 1.0  # standard errors: a gain beyond the first helps, a loss beyond the second harms
@@ -102,22 +103,33 @@ def labels_worth(curve: Mapping[int, float], value: float) -> tuple[float, str]:
 # --- the summary -----------------------------------------------------------------------------------------------------
 
 
-def summarize_trial(rows: Sequence[TrialRow], steps: int) -> dict:
-    """All that tables, plot and recommendation need, as plain types."""
+def summarize_trial(rows: Sequence[TrialRow], steps: int, unit: str = "labels") -> dict:
+    """All that tables, plot and recommendation need, as plain types.
+
+    With the unit "percent" the spread is over the seeds, since there is only one selection. Such a spread says nothing
+    of other labels, so there is no verdict.
+    """
+    by_labels = unit == "labels"
+    if not by_labels:
+        rows = [replace(row, selection=row.seed) for row in rows]
     counts = sorted({row.labels for row in rows})
     known = {labels: by_selection(rows, labels, REAL) for labels in counts}
     real_curve = {labels: float(np.mean(list(known[labels].values()))) for labels in counts if known[labels]}
     entries = [
         _entry(rows, labels, arm, known[labels], real_curve)
         for labels in counts
-        for arm in sorted({row.arm for row in rows if row.labels == labels}, key=list(ARMS).index)
+        for arm in sorted({row.arm for row in rows if row.labels == labels}, key=list(ALL_ARMS).index)
     ]
+    if not by_labels:
+        for entry in entries:
+            entry["gain"] = entry["gain"] and entry["gain"] | {"verdict": None}
+    comparisons = [_best_against_best(rows, labels, entries) for labels in counts if by_labels]
     return {
         "version": TRIAL_VERSION,
-        "kind": "labels",
+        "kind": unit,
         "steps": steps,
         "summary": entries,
-        "comparisons": [found for labels in counts if (found := _best_against_best(rows, labels, entries)) is not None],
+        "comparisons": [found for found in comparisons if found is not None],
         "groups": _group_table(rows),
     }
 
@@ -194,8 +206,10 @@ def trial_table(content: dict) -> Table:
                 shown += f" [{number(gain['low'], 2, '+')}, {number(gain['high'], 2, '+')}]"
         scores = [with_spread(one[score], one[f"{score}_std"]) for score in SCORES]
         verdict = None if gain is None else gain["verdict"]
-        rows.append([f"{one['labels']} labels, {one['arm']}", *scores, shown, verdict, one["worth"], one["images"]])
-    columns = ["trained on", *TITLES.values(), "gain in AP 0.5", "verdict", "worth in labels", "real + other images"]
+        words = words_of(one["labels"], content["kind"])
+        rows.append([f"{words}, {one['arm']}", *scores, shown, verdict, one["worth"], one["images"]])
+    worth = "worth in labels" if content["kind"] == "labels" else "worth in % of the labels"
+    columns = ["trained on", *TITLES.values(), "gain in AP 0.5", "verdict", worth, "real + other images"]
     return Table(columns, rows)
 
 
@@ -203,7 +217,7 @@ def trial_notes(content: dict) -> list[str]:
     """Sentences below the table: what is best, what to do, and scores by class and group."""
     longer = [one for one in content["summary"] if one["arm"] == LONGER]
     exception = f" ({LONGER}: {LONGER_FACTOR} times as many)" if longer else ""
-    lines = [f"{content['steps']} steps in every arm{exception}, the same augmentation."]
+    lines = [NOTE[content["kind"]], f"{content['steps']} steps in every arm{exception}, the same augmentation."]
     for one in content["comparisons"]:
         shown = with_spread(one["mean"], one["error"], "+")
         error = "" if one["error"] is None else " (standard error)"
@@ -221,7 +235,7 @@ def trial_notes(content: dict) -> list[str]:
     for one in content["summary"]:
         if len(one["class_dice"]) > 1:
             dices = ", ".join(f"class {k} {number(value)}" for k, value in enumerate(one["class_dice"], start=1))
-            lines.append(f"{one['labels']} labels, {one['arm']}: Dice of {dices}")
+            lines.append(f"{words_of(one['labels'], content['kind'])}, {one['arm']}: Dice of {dices}")
     for one in content["groups"]:
         scores = ", ".join(f"{name or 'no group'} {number(value)}" for name, value in one["ap50"].items())
         lines.append(f"AP 0.5 by group, {one['labels']} labels, {one['arm']}: {scores}")
@@ -247,22 +261,38 @@ def advice(comparison: dict) -> str:
     return f"Do not use synthetic images here: they are not clearly better than {comparison['other']}."
 
 
-NOTE = (
-    "Mean ± standard deviation over the random selections of labels. The gain is AP at IoU 0.5 over that of real "
-    f"images alone, selection by selection, with its {CONFIDENCE:.0%} interval. It helps if it exceeds {AHEAD:g} "
-    f"standard errors. It harms if it is below -{BEHIND:g} standard error. Worth in labels: how many labels real "
-    "images alone need for the same AP, read off their curve. The best of several arms looks a little better than it "
-    "is."
+WORTH = "Worth in labels: how many labels real images alone need for the same AP, read off their curve."
+NOTE = {
+    "labels": (
+        "Mean ± standard deviation over the random selections of labels. The gain is AP at IoU 0.5 over that of real "
+        f"images alone, selection by selection, with its {CONFIDENCE:.0%} interval. It helps if it exceeds {AHEAD:g} "
+        f"standard errors. It harms if it is below -{BEHIND:g} standard error. {WORTH} The best of several arms looks "
+        "a little better than it is."
+    ),
+    "percent": (
+        "Mean ± standard deviation over the seeds. The gain is AP at IoU 0.5 over that of real images alone at the "
+        f"same share of the labels, seed by seed, with its {CONFIDENCE:.0%} interval. All seeds have the same labels, "
+        f"so this says nothing of other labels: for a verdict, split by numbers of labels. {WORTH}"
+    ),
+}
+SECTION = Section(
+    "utility",
+    "Does it help: a segmenter trained on it, tested on real images",
+    "Tested on real images that nothing was trained on.",
+    trial_table,
+    trial_notes,
+    ("utility.png",),
 )
 
 
-def write_trial(rows: Sequence[TrialRow], steps: int, output: Path) -> tuple[dict, list[Path]]:
+def write_trial(rows: Sequence[TrialRow], steps: int, output: Path, unit: str = "labels") -> tuple[dict, list[Path]]:
     """Write ``utility.json``, ``utility.csv`` (a row per training) and ``utility.png``; the content and the files."""
-    content = summarize_trial(rows, steps)
+    content = summarize_trial(rows, steps, unit)
     write_json(output / "utility.json", content)
     names = [one.name for one in dataclasses.fields(TrialRow) if one.name not in ("score", "groups")]
+    titles = ["share" if name == "labels" and unit == "percent" else name for name in names]
     table = [[getattr(row, name) for name in names] + [getattr(row.score, s) for s in SCORES] for row in rows]
-    write_csv(output / "utility.csv", [*names, *SCORES], table)
+    write_csv(output / "utility.csv", [*titles, *SCORES], table)
     draw_trial(content, output / "utility.png")
     return content, [output / name for name in ("utility.json", "utility.csv", "utility.png")]
 
@@ -290,7 +320,7 @@ def draw_trial(content: dict, path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.minorticks_off()
-    axis.set_xlabel("labelled images")
+    axis.set_xlabel("labelled images" if content["kind"] == "labels" else "share of the labels, %")
     axis.set_ylabel("AP at IoU 0.5")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
