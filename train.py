@@ -120,6 +120,21 @@ PRESETS = {
 
 def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
+    add_run_arguments(parser)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_look_arguments(parser)
+    add_transport_arguments(parser)
+    add_optimisation_arguments(parser)
+    add_logging_arguments(parser)
+    add_machine_arguments(parser, can_compile=True)
+    for section in (OptimiserConfig, TrainConfig):
+        parser.set_defaults(**{one.name: one.default for one in fields(section) if one.default is not MISSING})
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the pairs lie, and where the run does."""
     group = parser.add_argument_group("data and run")
     group.add_argument(
         "--preset",
@@ -137,6 +152,9 @@ def build_parser() -> CommandParser:
         help="start a new run from these weights (a checkpoint of this project, or SiT's by name or file)",
     )
 
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The network, and what it sees of images and masks."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", choices=list(SiT_models), default="SiT-B/2", metavar="NAME",
@@ -173,10 +191,10 @@ def build_parser() -> CommandParser:
         "--time-scale", type=positive_float,
         help="factor on t before its sine embedding (default: 1000 for pixels; 1 for latents, as SiT's weights need)",
     )  # fmt: skip
-    add_data_arguments(parser)
-    add_look_arguments(parser)
-    add_transport_arguments(parser)
 
+
+def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Length of the run, batches, learning rate."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_int, help="passes over the labelled images")
     group.add_argument("--max-steps", type=positive_int, help="total number of steps; replaces --epochs")
@@ -204,6 +222,9 @@ def build_parser() -> CommandParser:
     )  # fmt: skip
     group.add_argument("--seed", "--global-seed", type=seed_number, help="seed of all random numbers")
 
+
+def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a run writes, and how often; its loader processes."""
     group = parser.add_argument_group("logging and checkpoints")
     group.add_argument("--log-every", type=positive_int, help="steps between lines of the log and of metrics.jsonl")
     group.add_argument(
@@ -221,10 +242,6 @@ def build_parser() -> CommandParser:
         "--num-workers", type=number(int, 0, MOST_WORKERS),
         help="loader processes beside each training process (default: 4, or 0 if one thread is fast enough)",
     )  # fmt: skip
-    add_machine_arguments(parser, can_compile=True)
-    for section in (OptimiserConfig, TrainConfig):
-        parser.set_defaults(**{one.name: one.default for one in fields(section) if one.default is not MISSING})
-    return parser
 
 
 def add_look_arguments(parser: argparse.ArgumentParser) -> None:

@@ -189,8 +189,7 @@ class PairedFolder(TrainingImages):
         listings = list_folders(image_dir, mask_dir)
         pairs = pair_files(image_dir, mask_dir, listings)
         known = [path for pair in pairs for path in (pair.image_path, pair.mask_path)]
-        for warning in other_files_warnings(listings) + sub_folder_warnings(listings, known):
-            logger.warning("%s", warning)
+        _warn(other_files_warnings(listings) + sub_folder_warnings(listings, known))
         self.pairs = _keep_names(pairs, names, image_dir)
         self.names = [pair.name for pair in self.pairs]
         self.image_paths = [pair.image_path for pair in self.pairs]
@@ -203,45 +202,42 @@ class PairedFolder(TrainingImages):
         self._compared = {self.pairs[index].name for index in evenly(len(self.pairs), MOST_PAIRS)}
         self._compared_now: dict[str, _Compared] = {}  # of pairs that were decoded now
         checked = self._read_all(f"pairs of {image_dir} and {mask_dir}", memory_gb * 2**30, progress)
-        compared = dict(sorted(self._compared_now.items()))
+        compared, self._compared_now = dict(sorted(self._compared_now.items())), {}
         refuse_masks_as_images([one.is_equal for one in compared.values()], image_dir, mask_dir)
-        odd = flat_warning(list(compared), [one.is_flat for one in compared.values()])
-        odd += burnt_in_warning(list(compared), [one.is_burnt_in for one in compared.values()])
-        for warning in odd:
-            logger.warning("%s", warning)
+        _warn(flat_warning(list(compared), [one.is_flat for one in compared.values()]))
+        _warn(burnt_in_warning(list(compared), [one.is_burnt_in for one in compared.values()]))
         stats = [one.stats for one in checked]
         self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values)
         refuse_one_class(stats, self.rule, mask_dir)
-        for warning in mask_warnings(stats, self.rule):
-            logger.warning("masks in %s: %s", mask_dir, warning)
+        _warn(mask_warnings(stats, self.rule), f"masks in {mask_dir}: ")
+        self._decide_windows(checked)
+        small = [one.image for one in compared.values()], [one.mask for one in compared.values()]
+        _warn(agreement_warnings(list(compared), *small), f"{image_dir} and {mask_dir}: ")
+        narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
+        notes = _odd_images(checked, self.pairs, self.config) + ([narrow] if narrow else [])
+        notes += colour_warnings(self.image_paths, self.stored_channels) + scale_warning(self.sizes_by_name())
+        _warn(notes, f"images in {image_dir}: ")
+        for index, mask in enumerate(self._masks):
+            self._masks[index] = self._prepare_mask(mask)
+        where = "in memory" if self.in_memory else "read again at each access"
+        logger.info("%d pairs from %s, %s; %s", len(self.pairs), image_dir, where, self.rule.reason)
+
+    def _decide_windows(self, checked: Sequence[_Checked]) -> None:
+        """Set what follows from the files of all images: windows, scale, and whether channels are colours."""
         self.windows = [one.window for one in checked]
         self.dtypes = [np.dtype(one.dtype) for one in checked]
+        self.pixel_sizes = [one.pixel_um for one in checked]
         self.stored_channels = max(one.channels for one in checked)
-        self.colours = not _all_have_channels(checked, self.pairs, config)
-        if config.window_channels is None:
-            decided = default_window_channels(config.channels, not self.colours)
-            self.config = dataclasses.replace(config, window_channels=decided)
+        self.colours = not _all_have_channels(checked, self.pairs, self.config)
+        if self.config.window_channels is None:
+            decided = default_window_channels(self.config.channels, not self.colours)
+            self.config = dataclasses.replace(self.config, window_channels=decided)
         if self._seeks_common_window:
             window = _common_window(self._samples, self.config)
             self.config = dataclasses.replace(self.config, window_values=window)
             self._samples = []
             self.windows = [window] * len(self.pairs)
         _hint_at_window(checked, self.config)
-        _warn_of_odd_images(checked, self.pairs, image_dir, self.config)
-        small = [one.image for one in compared.values()], [one.mask for one in compared.values()]
-        for warning in agreement_warnings(list(compared), *small):
-            logger.warning("%s and %s: %s", image_dir, mask_dir, warning)
-        self._compared_now = {}
-        narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
-        self.pixel_sizes = [one.pixel_um for one in checked]
-        notes = colour_warnings(self.image_paths, self.stored_channels)
-        notes += scale_warning(self.sizes_by_name())
-        for warning in ([narrow] if narrow else []) + notes:
-            logger.warning("images in %s: %s", image_dir, warning)
-        for index, mask in enumerate(self._masks):
-            self._masks[index] = self._prepare_mask(mask)
-        where = "in memory" if self.in_memory else "read again at each access"
-        logger.info("%d pairs from %s, %s; %s", len(self.pairs), image_dir, where, self.rule.reason)
 
     def _read_all(self, what: str, budget: float, progress: bool) -> list[_Checked]:
         """Facts about all pairs. Fills ``_images`` and ``_masks`` while they fit into the budget, in bytes."""
@@ -400,6 +396,11 @@ class PairedFolder(TrainingImages):
         }
 
 
+def _warn(warnings: Iterable[str], where: str = "") -> None:
+    for warning in warnings:
+        logger.warning("%s%s", where, warning)
+
+
 def _keep_names(pairs: list[Pair], names: Iterable[str] | None, where: str | Path) -> list[Pair]:
     if names is None:
         return pairs
@@ -453,20 +454,20 @@ def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
         logger.warning(hint, brightest, *ROBUST_PERCENTILES)
 
 
-def _warn_of_odd_images(
-    checked: Sequence[_Checked], pairs: Sequence[Pair], where: str | Path, config: DataConfig
-) -> None:
-    """Warn about images of a single gray value, files of several data types, and images dark in the common range."""
+def _odd_images(checked: Sequence[_Checked], pairs: Sequence[Pair], config: DataConfig) -> list[str]:
+    """Warnings about images of a single gray value, files of several data types, images dark in the common range."""
+    found = []
     named = list(zip(checked, pairs, strict=True))
     blank = [pair.image_path.name for one, pair in named if one.brightest == one.darkest]
     if config.window_values is not None:
         least = NARROW_IMAGE * max(high - low for low, high in config.window_values)
         narrow = [pair.image_path.name for one, pair in named if 0 < one.brightest - one.darkest < least]
         if narrow:
-            text = "images in %s: %d use less than 2 %% of the common gray range: %s. Have they another scale?"
-            logger.warning(text, where, len(narrow), list_some(narrow))
+            names = list_some(narrow)
+            found.append(f"{len(narrow)} use less than 2 % of the common gray range: {names}. Have they another scale?")
     if blank:
-        logger.warning("images in %s: %d hold a single gray value: %s", where, len(blank), list_some(blank))
+        found.append(f"{len(blank)} hold a single gray value: {list_some(blank)}")
     kinds = sorted({one.dtype for one in checked})
     if len(kinds) > 1:
-        logger.warning("images in %s are stored as %s: each kind gets its own gray range", where, ", ".join(kinds))
+        found.append(f"stored as {', '.join(kinds)}: each kind gets its own gray range")
+    return found

@@ -144,19 +144,10 @@ def score_memorisation(
     nearest = NearestTraining(training, side)
     found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
     matches = [_closest(itertools.islice(found, len(pictures))) for pictures in drawn]
-    alone = held_out_dir is None
     others = paths if held_out_dir is None else list(find_files(held_out_dir, "image").values())
-    reference_is = "training images to the nearest other one" if alone else "held-out real images"
-    shown_twice = _shown_in_training(paths, others)
-    kept = [index for index, path in enumerate(others) if path not in shown_twice]
-    if not kept:
-        raise InputError(
-            f"{held_out_dir or train_dir}: every image shows what a training image shows, so none can be a reference: "
-            "give other held-out images"
-        )
-    skip = kept if alone else None
-    yardstick = bar([others[index] for index in kept], desc="reading reference")
-    real = [small_gray(read_real(path, config), factor) for path in yardstick]
+    kept = _references(paths, others, held_out_dir or train_dir)
+    real = [small_gray(read_real(others[index], config), factor) for index in bar(kept, desc="reading reference")]
+    skip = kept if held_out_dir is None else None
     reference = [match.distance for match in nearest.find(real, skip, progress) if match is not None]
     from_training = _made_from(samples, train_mask_dir)
     least = min(reference, default=0.0)
@@ -168,7 +159,7 @@ def score_memorisation(
         training_images=len(paths),
         samples=[None if match is None else match.distance for match in matches],
         reference=reference,
-        reference_is=reference_is,
+        reference_is="training images to the nearest other one" if held_out_dir is None else "held-out real images",
         reference_left_out=len(others) - len(kept),
         closer_than_any=sum(near),
         closer_by_chance=len(order) / (len(reference) + 1),
@@ -188,6 +179,22 @@ def score_memorisation(
 def _closest(matches: Iterable[Match | None]) -> Match | None:
     """The nearest match of the squares of one image. None if all squares are flat."""
     return min((match for match in matches if match is not None), key=lambda match: match.distance, default=None)
+
+
+def _references(training: Sequence[Path], others: Sequence[Path], where: str | Path) -> list[int]:
+    """Numbers of the other images that show what no training image shows.
+
+    Raises:
+        InputError: there is none.
+    """
+    shown_twice = _shown_in_training(training, others)
+    kept = [index for index, path in enumerate(others) if path not in shown_twice]
+    if not kept:
+        raise InputError(
+            f"{where}: every image shows what a training image shows, so none can be a reference: give other held-out "
+            "images"
+        )
+    return kept
 
 
 def _shown_in_training(training: Sequence[Path], others: Sequence[Path]) -> set[Path]:
