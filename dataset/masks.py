@@ -154,6 +154,37 @@ def decide_mask_rule(
     """
     if mask_type not in MASK_TYPES:
         raise InputError(f"mask_type={mask_type} is unknown; choose one of {', '.join(MASK_TYPES)}")
+    _refuse_mixed(stats, where)
+    if values is not None:
+        rule = _rule_of_values(stats, num_classes, mask_type, where, values)
+        if rule is not None:
+            refuse_other_colours(stats, rule.mask_type, where)
+            return rule
+    why = "given as mask_type"
+    if mask_type == "auto":
+        mask_type, why = _guess_type(stats, num_classes, where)
+    blurred = [one.name for one in stats if one.name.lower().endswith((".jpg", ".jpeg"))]
+    if mask_type in ("classes", "instances") and blurred:
+        raise InputError(
+            f"{len(blurred)} of {len(stats)} masks in {where} are JPEG ({list_some(blurred)}), which changes the "
+            "numbers of classes and cells at every edge: export them anew as PNG or TIFF"
+        )
+    maximum = _check_type(stats, num_classes, mask_type, where, normalize)
+    refuse_other_colours(stats, mask_type, where)
+    planes, found_out = stats[0].planes, why != "given as mask_type"
+    meaning = {
+        "binary": f"0 is background, {maximum:g} is cell" if found_out else f"gray {maximum / 2:g} and above is cell",
+        "classes": f"ids 0..{num_classes - 1}",
+        "probability": "one plane per class"
+        if stats[0].planes > 1
+        else f"value / {maximum:g} is the probability of cell",
+        "instances": "0 is background, every id is a cell" + (", class 2 where cells touch" * (num_classes == 3)),
+    }[mask_type]
+    return MaskRule(mask_type, num_classes, maximum, f"masks are {mask_type}: {meaning} ({why})", normalize)
+
+
+def _refuse_mixed(stats: Sequence[MaskStats], where: str | Path) -> None:
+    """Refuse what no type has: no masks, negative values, masks of different kinds."""
     if not stats:
         raise InputError(f"{where} holds no masks")
     negative = [one.name for one in stats if one.minimum < 0]
@@ -175,30 +206,6 @@ def decide_mask_rule(
             f"{tables['gray']}), with a coloured table the numbers in the file (as in {tables['coloured']}). Save "
             "all masks in the same way, best without a colour table"
         )
-    if values is not None:
-        rule = _rule_of_values(stats, num_classes, mask_type, where, values)
-        if rule is not None:
-            refuse_other_colours(stats, rule.mask_type, where)
-            return rule
-    why = "given as mask_type"
-    if mask_type == "auto":
-        mask_type, why = _guess_type(stats, num_classes, where)
-    blurred = [one.name for one in stats if one.name.lower().endswith((".jpg", ".jpeg"))]
-    if mask_type in ("classes", "instances") and blurred:
-        raise InputError(
-            f"{len(blurred)} of {len(stats)} masks in {where} are JPEG ({list_some(blurred)}), which changes the "
-            "numbers of classes and cells at every edge: export them anew as PNG or TIFF"
-        )
-    maximum = _check_type(stats, num_classes, mask_type, where, normalize)
-    refuse_other_colours(stats, mask_type, where)
-    found_out = why != "given as mask_type"
-    meaning = {
-        "binary": f"0 is background, {maximum:g} is cell" if found_out else f"gray {maximum / 2:g} and above is cell",
-        "classes": f"ids 0..{num_classes - 1}",
-        "probability": "one plane per class" if planes[0] > 1 else f"value / {maximum:g} is the probability of cell",
-        "instances": "0 is background, every id is a cell" + (", class 2 where cells touch" * (num_classes == 3)),
-    }[mask_type]
-    return MaskRule(mask_type, num_classes, maximum, f"masks are {mask_type}: {meaning} ({why})", normalize)
 
 
 def _rule_of_values(
