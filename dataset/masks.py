@@ -171,7 +171,7 @@ def decide_mask_rule(
         )
     maximum = _check_type(stats, num_classes, mask_type, where, normalize)
     refuse_other_colours(stats, mask_type, where)
-    planes, found_out = stats[0].planes, why != "given as mask_type"
+    found_out = why != "given as mask_type"
     meaning = {
         "binary": f"0 is background, {maximum:g} is cell" if found_out else f"gray {maximum / 2:g} and above is cell",
         "classes": f"ids 0..{num_classes - 1}",
