@@ -407,6 +407,7 @@ def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):
     evaluate.main(evaluate.parse_args([*command, "--output", str(tmp_path / "out")]))
     printed = capsys.readouterr().out
     assert "50 % of the labels, real + synthetic" in printed and "2 steps in every arm" in printed
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["unit"] == "percent"  # apart from other splits
     with pytest.raises(InputError, match="--labels has no effect on a split by shares of the labels"):
         evaluate.main(evaluate.parse_args([*command, "--labels", "5"]))
     for wrong in ("50", "x=a", "0=a", "50="):

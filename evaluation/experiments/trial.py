@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from torch import nn
 
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_json
 from common.errors import InputError
+from common.log import Pace
 from common.plain import read_as, read_json
 from dataset.config import DataConfig
 from evaluation.experiments.arms import ONLY_SYNTHETIC, REAL, SELF_TRAINING, Arm, phases_of
@@ -202,46 +202,33 @@ def run_trial(
     """
     cases = list(_cases(plans, synthetic, settings, selections, checkpoints or {}))
     _refuse_different_data(cases)
-    check_folder(output, settings.fixed())
+    fixed = settings.fixed() | ({"unit": "percent"} if plans[0].unit == "percent" else {})
+    check_folder(output, fixed)
     (output / RESULTS).mkdir(parents=True, exist_ok=True)
     (output / NETWORKS).mkdir(exist_ok=True)
     with lock_folder(output, "name another output", [RESULTS, NETWORKS]):
         if not (output / SETTINGS).is_file():
-            write_json(output / SETTINGS, settings.fixed())
-        clock = Clock(sum(len(case.arms) for case in cases) * settings.seeds)
-        while cases:
-            case = cases.pop(0)  # its images leave memory with it
-            for seed in range(settings.seeds):
-                for arm in case.arms:
-                    _run_job(case, arm, seed, output, device, clock)
+            write_json(output / SETTINGS, fixed)
+        jobs = [
+            (case, arm, seed)
+            for case in cases
+            for seed in range(settings.seeds)
+            for arm in case.arms
+            if not _is_there(_result(output, case, arm, seed), case.stamp(arm))
+        ]
+        cases.clear()
+        total, pace = len(jobs), Pace(len(jobs), "trainings")
+        while jobs:
+            case, arm, seed = jobs.pop(0)  # the images of a case leave memory with its last job
+            row = train_and_test(case, arm, seed, output, device)
+            write_json(_result(output, case, arm, seed), {"stamp": case.stamp(arm), "row": asdict(row)})
+            done = total - len(jobs)
+            logger.info(
+                "selection %d, %s, %s, seed %d: AP %s; training %d of %d, %s",
+                case.selection, case.plan.words(case.labels), arm.name, seed, number(row.score.ap50), done, total,
+                pace(done),
+            )  # fmt: skip
     return read_rows(output)
-
-
-class Clock:
-    """Counts trainings, and estimates the time that is left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.made, self.started = total, 0, 0, time.monotonic()
-
-    def minutes_left(self) -> float:
-        """Estimate from the trainings made so far."""
-        return (time.monotonic() - self.started) / max(1, self.made) * (self.total - self.done) / 60
-
-
-def _run_job(case: Case, arm: Arm, seed: int, output: Path, device: torch.device, clock: Clock) -> None:
-    """Run one training, unless its result exists."""
-    path = output / RESULTS / f"{_slug(case.selection, case.labels, arm.name, seed)}.json"
-    clock.done += 1
-    if _is_there(path, case.stamp(arm)):
-        return
-    row = train_and_test(case, arm, seed, output, device)
-    write_json(path, {"stamp": case.stamp(arm), "row": asdict(row)})
-    clock.made += 1
-    logger.info(
-        "selection %d, %s, %s, seed %d: AP %s; training %d of %d, about %.0f min left",
-        case.selection, case.plan.words(case.labels), arm.name, seed, number(row.score.ap50), clock.done, clock.total,
-        clock.minutes_left(),
-    )  # fmt: skip
 
 
 def _cases(
@@ -283,9 +270,13 @@ def _refuse_different_data(cases: Sequence[Case]) -> None:
             raise InputError(f"the sets of {one} and {other} were made at different sizes, classes, crops or windows")
 
 
-def _slug(selection: int, labels: int, arm: str, seed: int) -> str:
+def _result(output: Path, case: Case, arm: Arm, seed: int) -> Path:
+    return output / RESULTS / f"{_slug(case, arm.name, seed)}.json"
+
+
+def _slug(case: Case, arm: str, seed: int) -> str:
     words = "".join(letter if letter.isalnum() else "_" for letter in arm.replace(" ", ""))
-    return f"selection_{selection:02d}_labels_{labels:03d}_{words}_seed_{seed}"
+    return f"selection_{case.selection:02d}_labels_{case.labels:03d}_{words}_seed_{seed}"
 
 
 def _is_there(path: Path, stamp: dict[str, object]) -> bool:
@@ -330,7 +321,7 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
 def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Module:
     """The segmenter of the real images alone. It is kept for self-training."""
     key = hashlib.sha256(json.dumps(case.stamp(Arm(REAL)), sort_keys=True).encode()).hexdigest()[:8]
-    path = output / NETWORKS / f"{_slug(case.selection, case.labels, REAL, seed)}_{key}.pt"
+    path = output / NETWORKS / f"{_slug(case, REAL, seed)}_{key}.pt"
     config = case.segmenter(seed)
 
     def train() -> nn.Module:
