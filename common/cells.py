@@ -19,7 +19,7 @@ NEIGHBOURS = (
 
 
 def are_noise(count: int, pixels: int) -> bool:
-    """Whether so many ids on so many pixels cannot be cells."""
+    """Whether there are more ids than cells can be on this number of pixels."""
     return count > FEW_IDS and count * LEAST_CELL_PIXELS > pixels
 
 

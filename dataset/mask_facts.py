@@ -73,7 +73,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
         table: kind of the file's colour table.
 
     Raises:
-        FileError: so many ids cannot be cells.
+        FileError: there are more ids than cells can be.
     """
     narrow = mask.dtype in (np.uint8, np.uint16)  # counting is several times faster than sorting
     values = np.flatnonzero(np.bincount(mask.ravel())) if narrow else distinct(mask)

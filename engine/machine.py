@@ -232,7 +232,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def start_machine(device: str, precision: str) -> Machine:
-    """Join the other processes, where torchrun started several, and choose device and precision.
+    """Join the other processes, if torchrun started several, and choose device and precision.
 
     gloo joins processes on CPUs; on GPUs nccl moves tensors and gloo what lies on the CPU.
 

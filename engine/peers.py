@@ -191,7 +191,7 @@ def _missing(requests: Requests, ranks: Iterable[int]) -> str:
 
 
 def _read(requests: Requests, key: str, seconds: float) -> str | None:
-    """The value of a key, as soon as it is there; None after so many seconds."""
+    """The value of a key, as soon as it is there. None if it is not there in time (``seconds``)."""
     deadline = time.monotonic() + seconds
     while not requests.check([key]):
         if time.monotonic() > deadline:

@@ -117,7 +117,7 @@ def labels_to_cells(labels: np.ndarray, names: Mapping[int, str] | None = None) 
     """Cells of a label image (H, W), 0 background, with their ids.
 
     Raises:
-        ValueError: so many ids cannot be cells.
+        ValueError: there are more ids than cells can be.
     """
     numbers = distinct(labels)
     if are_noise(len(numbers), labels.size):

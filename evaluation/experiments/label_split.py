@@ -45,7 +45,7 @@ class SelectionSettings:
         seed: of all of them.
         test_share: of the pairs, tested on in every selection; not used with test folders or ``test_groups``.
         whole_groups: a label is a whole group, such as a patient.
-        test_groups: each selection tests on so many groups of its own; 0 tests on ``test_share`` of the pairs.
+        test_groups: number of groups that only the tests of a selection use; 0 tests on ``test_share`` of the pairs.
     """
 
     labels: Sequence[int]

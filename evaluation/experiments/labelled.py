@@ -86,7 +86,7 @@ def set_pairs(samples: SampleSet, num_classes: int) -> list[Named]:
 
 
 def plain_images(folder: Path, config: DataConfig, most: int | None, seed: int) -> list[tuple[str, np.ndarray]]:
-    """Images without labels as uint8 (H, W, C), at most so many; which ones follows from the seed and their names."""
+    """Images without labels as uint8 (H, W, C): all, or ``most`` of them, chosen by the seed and their names."""
     files = find_files(folder, "image")
     names: Sequence[str] = shuffled_by_hash(files, seed)[:most]
     return [(name, read_whole(files[name], config)) for name in names]

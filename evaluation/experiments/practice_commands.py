@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class CommandTools:
-    """The other commands, each in a process of its own. Run again, they continue."""
+    """The other commands, each in its own process. If they are run again, they continue."""
 
     def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str]) -> None:
         self._train_flags, self._sample_flags = list(train_flags), list(sample_flags)
