@@ -65,7 +65,9 @@ def test_both_recipes_install_the_same_on_the_same_base():
 
 
 def section(name: str) -> str:
-    return re.search(rf"^%{name}\n((?: .*\n|\n)+)", DEFINITION, re.MULTILINE)[1]
+    found = re.search(rf"^%{name}\n((?: .*\n|\n)+)", DEFINITION, re.MULTILINE)
+    assert found is not None, name
+    return found[1]
 
 
 def as_apptainer(name: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -95,11 +95,11 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
         ["slurmd", "-D", "-N", "localhost"],
     ]
     with contextlib.ExitStack() as left, (folder / "daemons.log").open("w") as log:
-        for words in daemons:
-            daemon = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        for daemon_words in daemons:
+            daemon = subprocess.Popen(daemon_words, env=environment, stdout=log, stderr=log)
             left.callback(daemon.wait, 60)
             left.callback(daemon.terminate)
-            if words[0] == "munged":
+            if daemon_words[0] == "munged":
                 wait_until((folder / "munge" / "socket").exists, "munged does not start")
 
         def is_idle() -> bool:
