@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 import sample_ddp
 import train
-from benchmarks import utility
+from benchmarks import label_ceiling, utility
 from common.errors import InputError
 from evaluation.experiments.arms import arm_of
 
@@ -50,3 +52,34 @@ def test_a_command_that_takes_too_long_is_ended_and_one_that_fails_is_said(monke
     assert utility.run_for(["0", "0"], 60)
     with pytest.raises(InputError, match="exit code 3"):
         utility.run_for(["0", "3"], 60)
+
+
+@pytest.fixture
+def two_modalities(tmp_path) -> Path:
+    """A folder as the nuclei's: two images of each part, bright cells and dark cells."""
+    rows = ["name,modality"]
+    for part in ("train", "val"):
+        for kind in ("images", "masks", "instances"):
+            (tmp_path / part / kind).mkdir(parents=True)
+        for modality, (ground, cell) in {"bright": (20, 200), "dark": (200, 20)}.items():
+            cells = np.zeros((96, 96), np.uint8)
+            cells[20:40, 20:40], cells[50:80, 50:70] = 1, 2
+            name = f"{part}_{modality}.png"
+            Image.fromarray(np.where(cells > 0, cell, ground).astype(np.uint8)).save(tmp_path / part / "images" / name)
+            Image.fromarray(((cells > 0) * 255).astype(np.uint8)).save(tmp_path / part / "masks" / name)
+            Image.fromarray(cells).save(tmp_path / part / "instances" / name)
+            rows.append(f"{name},{modality}")
+    (tmp_path / "index.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_the_ceiling_gives_each_modality_its_share_and_scores_each(two_modalities, capsys):
+    shares = ["--shares", "bright=3", "dark=1"]
+    label_ceiling.main(label_ceiling.parse_args([str(two_modalities), "--steps", "2", *shares]))
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["all", "bright", "dark"]
+    pairs = label_ceiling.read_pairs(two_modalities / "train")
+    modalities = label_ceiling.read_modalities(two_modalities / "index.csv")
+    parts = label_ceiling.sources(pairs, modalities, {"bright": 3.0, "dark": 1.0})
+    assert [(part.images[0].image.mean() < 128, share) for part, share in parts] == [(True, 3.0), (False, 1.0)]
+    with pytest.raises(InputError, match="no image is gray; there are bright, dark"):
+        label_ceiling.sources(pairs, modalities, {"gray": 1.0})

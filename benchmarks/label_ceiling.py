@@ -1,0 +1,105 @@
+"""What all labels of the nuclei give: the ceiling of the benchmark with few labels.
+
+    python benchmarks/label_ceiling.py DATA/nuclei --steps 1500
+    python benchmarks/label_ceiling.py DATA/nuclei --steps 1500 --shares fluorescence=3 purple_on_purple=3 \\
+        purple_on_white=2 brightfield=2
+
+Trains the segmenter of ``evaluate.py utility`` on all labelled training images and tests it as the benchmark does.
+``--shares`` gives each modality its share of the training squares; without it, every image has the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common.arguments import non_negative_int, positive_int  # noqa: E402
+from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from common.log import start_logging  # noqa: E402
+from dataset.config import DataConfig  # noqa: E402
+from evaluation.experiments.instance_score import InstanceScore, score_segmenter  # noqa: E402
+from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs  # noqa: E402
+from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter  # noqa: E402
+from evaluation.experiments.sources import Labelled  # noqa: E402
+from evaluation.output import number  # noqa: E402
+
+CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))  # as the generators of the benchmark read images
+CPU = torch.device("cpu")
+
+
+def read_pairs(folder: Path) -> list[Named]:
+    """All labelled images of ``train`` or ``val``."""
+    return real_pairs(LabelledFolders.of_part(folder, "binary"), CONFIG, CONFIG.num_classes)
+
+
+def read_modalities(table: Path) -> dict[str, str]:
+    """Modality of every image, by name without suffix."""
+    with table.open(newline="") as stream:
+        return {Path(row["name"]).stem: row["modality"] for row in csv.DictReader(stream)}
+
+
+def sources(
+    pairs: Sequence[Named], modalities: dict[str, str], shares: dict[str, float]
+) -> list[tuple[Labelled, float]]:
+    """Where squares come from, each with its share."""
+    if not shares:
+        return [(Labelled([pair.item for pair in pairs]), 1.0)]
+    parts = {name: [pair.item for pair in pairs if modalities[pair.name] == name] for name in shares}
+    empty = [name for name, items in parts.items() if not items]
+    if empty:
+        raise InputError(
+            f"shares: no image is {empty[0]}; there are {', '.join(sorted(set(modalities.values())))}", "shares"
+        )
+    return [(Labelled(items), shares[name]) for name, items in parts.items()]
+
+
+def named_share(text: str) -> tuple[str, float]:
+    """``NAME=SHARE`` with a share above 0."""
+    name, _, value = text.partition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if not name or not 0 < share < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SHARE with a share above 0, such as brightfield=2")
+    return name, share
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="FOLDER", help="holds train, val and index.csv")
+    parser.add_argument("--steps", type=positive_int, default=SegmenterConfig.steps, help="of the segmenter (1500)")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the segmenter (0)")
+    parser.add_argument(
+        "--shares", type=named_share, nargs="+", default=[], metavar="NAME=SHARE", help="of the modalities"
+    )
+    return parser.parse_args(argv)
+
+
+def show(name: str, score: InstanceScore) -> None:
+    values = {"AP 0.5": score.ap50, "0.75": score.ap75, "touching": score.ap50_touching, "Dice": score.dice}
+    print(f"{name}: " + ", ".join(f"{key} {number(value)}" for key, value in values.items()))
+
+
+def main(args: argparse.Namespace) -> None:
+    start_logging(is_main=True)
+    modalities = read_modalities(args.data / "index.csv")
+    phase = Phase(1, sources(read_pairs(args.data / "train"), modalities, dict(args.shares)))
+    network = train_segmenter([phase], SegmenterConfig(steps=args.steps, seed=args.seed), CPU)
+    tested = [(pair.item, modalities[pair.name]) for pair in read_pairs(args.data / "val")]
+    score, groups = score_segmenter(Segmenter([network], CPU), tested, CONFIG.num_classes)
+    show("all", score)
+    for name, one in sorted(groups.items()):
+        show(name, one)
+
+
+if __name__ == "__main__":
+    run_command(main, parse_args)
