@@ -107,7 +107,7 @@ PRESETS = {
     "nuclei-128-cpu": Preset(
         f"{GRAY} --image-size 128 --global-batch-size 32 --cooldown-steps 700 --max-steps 2500 --cfg-scale 1",
         NUCLEI,
-        "0.996",
+        "0.972",
         ("init_from",),
     ),
     "histology-64-cpu": Preset(
