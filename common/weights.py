@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickletools
 import re
 import warnings
 import zipfile
@@ -96,9 +97,44 @@ def _check_archive(path: Path) -> None:
         damaged = archive.testzip()
         if damaged is not None:
             raise DamagedFile(f"the checksum of {damaged} does not match")
-        # torch allows bytearray, which creates as many bytes as a number in the pickle says.
-        if any(b"bytearray" in archive.read(block) for block in blocks if block.filename.endswith("data.pkl")):
-            raise DamagedFile("it holds a bytearray")
+        for block in blocks:
+            if block.filename.endswith("data.pkl"):
+                pickled = archive.read(block)
+                # torch allows bytearray, which creates as many bytes as a number in the pickle says.
+                if b"bytearray" in pickled:
+                    raise DamagedFile("it holds a bytearray")
+                if _largest_tuple(pickled) > max(path.stat().st_size, 1):
+                    raise DamagedFile("it would unpack to more than its own size")
+
+
+def _largest_tuple(pickled: bytes) -> int:
+    """Number of values of the largest tuple of a pickle, if every tuple is written out wherever it occurs.
+
+    Nothing is built. A tuple that holds a tuple twice, and so on, is small. But it has no end for a dictionary that
+    hashes it as a key.
+    """
+    mark, stack, memo, largest = -1, list[int](), dict[Any, int](), 0  # the stack holds numbers of values
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "MARK":
+            stack.append(mark)
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if opcode.name == "MEMOIZE" else argument] = stack[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif opcode.name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken = list[int]()
+            before = [one.name for one in opcode.stack_before]
+            if "mark" in before:
+                while (value := stack.pop()) != mark:
+                    taken.append(value)
+            for _ in range(sum(name not in ("mark", "stackslice") for name in before)):
+                taken.append(stack.pop())
+            is_tuple = opcode.name.startswith("TUPLE")
+            stack.extend(1 + sum(taken) if is_tuple else 1 for _ in opcode.stack_after)
+            largest = max(largest, stack[-1] if is_tuple else 0)
+    return largest
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import time
 import zipfile
 
@@ -235,6 +236,19 @@ def test_a_value_whose_text_has_no_end_is_refused_at_once(tmp_path, kind, place)
     config = state(1)["config"] | {"model": {"name": "SiT-Ti/8", "depth": value}}
     changed = state(1) | ({"config": config} if place == "depth" else {place: value})
     assert "wrong.pt" in refused(tmp_path, changed)
+
+
+def test_a_tuple_that_a_dictionary_would_hash_without_end_is_refused_at_once(tmp_path):
+    torch.save({}, tmp_path / "wrong.pt")
+    with zipfile.ZipFile(tmp_path / "wrong.pt") as archive:
+        blocks = {name: archive.read(name) for name in archive.namelist()}
+    key = pickle.dumps(nested(tuple, 60), protocol=2)[2:-1]  # without its header and its end
+    pickled = b"\x80\x02}" + key + b"K\x01s."  # {key: 1}
+    with zipfile.ZipFile(tmp_path / "wrong.pt", "w") as archive:
+        for name, content in blocks.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+    with pytest.raises(InputError, match="wrong.pt: damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "wrong.pt")
 
 
 def test_a_list_that_holds_itself_is_refused_and_one_that_occurs_twice_is_read(tmp_path):
