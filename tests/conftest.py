@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +39,13 @@ def pytest_sessionstart() -> None:
     free = shutil.disk_usage(folder).free / 2**30
     if free < needed:
         pytest.exit(f"{folder} has {free:.1f} GiB free, the tests need {needed}: delete files or set TMPDIR", 2)
+    _hear_ctrl_c()
+
+
+def _hear_ctrl_c() -> None:
+    """Commands that tests start inherit an ignored Ctrl-C, which is what the background job of a script begins with."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
