@@ -238,7 +238,7 @@ def _read_lif(path: Path, choice: Choice) -> Stack:
         sizes = dict(zip(chosen.dims, chosen.shape, strict=True))
         _refuse_other_axes(path, sizes)
         _check_bytes(path, chosen.nbytes)
-        across = chosen.coords.get("X", ())
+        across = np.asarray(chosen.coords.get("X", ()))
         size = float(across[1] - across[0]) * 1e6 if len(across) > 1 else None
         stack = Stack(np.asarray(chosen.asarray()), "".join(chosen.dims), sane(size), is_recording=True)
     return _take_planes(stack, choice, path)
