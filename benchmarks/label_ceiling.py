@@ -11,7 +11,6 @@ Trains the segmenter of ``evaluate.py utility`` on all labelled training images 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from common.arguments import non_negative_int, positive_int  # noqa: E402
 from common.errors import CommandParser, InputError, run_command  # noqa: E402
 from common.log import start_logging  # noqa: E402
 from dataset.config import DataConfig  # noqa: E402
+from dataset.groups import read_groups  # noqa: E402
 from evaluation.experiments.instance_score import InstanceScore, score_segmenter  # noqa: E402
 from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs  # noqa: E402
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter  # noqa: E402
@@ -38,12 +38,6 @@ CPU = torch.device("cpu")
 def read_pairs(folder: Path) -> list[Named]:
     """All labelled images of ``train`` or ``val``."""
     return real_pairs(LabelledFolders.of_part(folder, "binary"), CONFIG, CONFIG.num_classes)
-
-
-def read_modalities(table: Path) -> dict[str, str]:
-    """Modality of every image, by name without suffix."""
-    with table.open(newline="") as stream:
-        return {Path(row["name"]).stem: row["modality"] for row in csv.DictReader(stream)}
 
 
 def sources(
@@ -91,7 +85,7 @@ def show(name: str, score: InstanceScore) -> None:
 
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
-    modalities = read_modalities(args.data / "index.csv")
+    modalities = read_groups(args.data / "index.csv", "modality")
     phase = Phase(1, sources(read_pairs(args.data / "train"), modalities, dict(args.shares)))
     network = train_segmenter([phase], SegmenterConfig(steps=args.steps, seed=args.seed), CPU)
     tested = [(pair.item, modalities[pair.name]) for pair in read_pairs(args.data / "val")]

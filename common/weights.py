@@ -90,21 +90,20 @@ def _check_archive(path: Path) -> None:
 
     `torch.save` does not compress, so all blocks together are smaller than the file.
     """
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         blocks = archive.infolist()
-        if sum(block.file_size for block in blocks) > path.stat().st_size:
+        if sum(block.file_size for block in blocks) > size:
             raise DamagedFile("it would unpack to more than its own size")
         damaged = archive.testzip()
         if damaged is not None:
             raise DamagedFile(f"the checksum of {damaged} does not match")
-        for block in blocks:
-            if block.filename.endswith("data.pkl"):
-                pickled = archive.read(block)
-                # torch allows bytearray, which creates as many bytes as a number in the pickle says.
-                if b"bytearray" in pickled:
-                    raise DamagedFile("it holds a bytearray")
-                if _largest_tuple(pickled) > max(path.stat().st_size, 1):
-                    raise DamagedFile("it would unpack to more than its own size")
+        pickles = [archive.read(block) for block in blocks if block.filename.endswith("data.pkl")]
+    # torch allows bytearray, which creates as many bytes as a number in the pickle says.
+    if any(b"bytearray" in pickled for pickled in pickles):
+        raise DamagedFile("it holds a bytearray")
+    if any(_largest_tuple(pickled) > size for pickled in pickles):
+        raise DamagedFile("it would unpack to more than its own size")
 
 
 def _largest_tuple(pickled: bytes) -> int:

@@ -13,6 +13,7 @@ import sample_ddp
 import train
 from benchmarks import label_ceiling, utility
 from common.errors import InputError
+from dataset.groups import read_groups
 from evaluation.experiments.arms import arm_of
 
 
@@ -78,7 +79,7 @@ def test_the_ceiling_gives_each_modality_its_share_and_scores_each(two_modalitie
     label_ceiling.main(label_ceiling.parse_args([str(two_modalities), "--steps", "2", *shares]))
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["all", "bright", "dark"]
     pairs = label_ceiling.read_pairs(two_modalities / "train")
-    modalities = label_ceiling.read_modalities(two_modalities / "index.csv")
+    modalities = read_groups(two_modalities / "index.csv", "modality")
     parts = label_ceiling.sources(pairs, modalities, {"bright": 3.0, "dark": 1.0})
     assert [(part.images[0].image.mean() < 128, share) for part, share in parts] == [(True, 3.0), (False, 1.0)]
     with pytest.raises(InputError, match="no image is gray; there are bright, dark"):
