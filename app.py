@@ -29,7 +29,7 @@ from dataset.masks import MASK_TYPES
 from engine.machine import Machine, start_machine
 from engine.sampling import TrainedModel
 from flag_rules import check_needs
-from page.drawing import Drawer, JudgeCall
+from page.drawing import Drawer, JudgeCall, Verdict
 from page.masks import StartMasks
 from page.service import Service
 from settings import load_checkpoint, own_judge_request
@@ -79,12 +79,13 @@ def start_service(args: argparse.Namespace) -> Service:
 
 def find_masks(args: argparse.Namespace, trained: TrainedModel) -> StartMasks | None:
     """Masks to begin a drawing with: of --mask-path, else those of the judge."""
-    if args.mask_path is not None and not args.mask_path.is_dir():
-        raise InputError(f"--mask-path {args.mask_path}: no such folder.")
-    own = args.mask_path is not None
-    if "mask_type" in args.given and not own:
-        raise InputError("--mask-type has no effect without --mask-path: give it, too, or leave it out.")
-    folder, mask_type = (args.mask_path, args.mask_type) if own else (args.judge_masks, args.judge_mask_type or "auto")
+    folder, mask_type = args.mask_path, args.mask_type
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--mask-path {folder}: no such folder.")
+    if folder is None:
+        if "mask_type" in args.given:
+            raise InputError("--mask-type has no effect without --mask-path: give it, too, or leave it out.")
+        folder, mask_type = args.judge_masks, args.judge_mask_type or "auto"
     return None if folder is None else StartMasks(folder, trained.data, mask_type, trained.normalize_masks)
 
 
@@ -98,9 +99,9 @@ def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machin
     request = own_judge_request(args, machine.device)
     judge = judge_of_folders(request, trained.data, trained.normalize_masks).judge
 
-    def find_cells(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
+    def find_cells(image: np.ndarray, truth: np.ndarray) -> Verdict:
         found = judge.class_maps([repeat_gray(image)])[0] > 0
-        return found, fidelity_of(found, truth)
+        return Verdict(found, fidelity_of(found, truth))
 
     return find_cells
 

@@ -1,4 +1,4 @@
-"""A label map becomes class probabilities, and these an image, in the steps of ``sample.py``: the bytes are equal."""
+"""Draws the images of a label map, byte for byte as ``sample.py`` does."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dataset.mask_facts import mask_stats
 from dataset.masks import MaskRule, decide_mask_rule
 from engine.machine import Machine
 from engine.sampling import TILE_OVERLAP, ImageSampler, SamplingSettings, TrainedModel, image_seed
-from page.errands import Cancelled, Errand
 from page.labels import CELLS, label_kinds
 from page.looks import look_flags, shown_looks
 from page.masks import StartMasks
+from page.tasks import Cancelled, Task
 from transport import ODE_METHODS
 
 METHODS = tuple(name for name, method in ODE_METHODS.items() if not method.adaptive)
@@ -35,8 +35,6 @@ MOST_IN_LINE = 8  # requests that run or wait
 BATCH = 32  # images, or windows of a large canvas, at once
 SECONDS_BETWEEN_CHECKS = 0.05
 
-# An image (H, W, C) uint8 and the cells of its mask (H, W) bool -> cells found (H, W) bool, and their Dice.
-JudgeCall = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]
 Result = TypeVar("Result")
 
 
@@ -119,6 +117,9 @@ class Verdict:
     dice: float
 
 
+JudgeCall = Callable[[np.ndarray, np.ndarray], Verdict]  # image (H, W, C) uint8, cells of its mask (H, W) bool
+
+
 @dataclass(frozen=True)
 class Drawing:
     """Images of one mask.
@@ -172,12 +173,12 @@ class Drawer:
         self._line = threading.BoundedSemaphore(MOST_IN_LINE)
         self._worker = ThreadPoolExecutor(1, "worker")
 
-    def in_turn(self, work: Callable[[], Result], errand: Errand) -> Result:
+    def in_turn(self, work: Callable[[], Result], task: Task) -> Result:
         """The result of ``work``, done in the worker thread after what waits already.
 
         Args:
             work: what to do.
-            errand: whether anybody waits is asked while others have their turn.
+            task: asked whether anybody still waits, while others have their turn.
 
         Raises:
             Cancelled: nobody waits.
@@ -185,7 +186,7 @@ class Drawer:
         """
 
         def begin() -> Result:
-            errand.begin()
+            task.begin()
             return work()
 
         if not self._line.acquire(blocking=False):
@@ -193,7 +194,7 @@ class Drawer:
         future = self._worker.submit(begin)
         try:
             while not wait([future], SECONDS_BETWEEN_CHECKS).done:
-                if errand.gone() and future.cancel():
+                if task.is_abandoned() and future.cancel():
                     raise Cancelled
             return future.result()
         finally:
@@ -201,51 +202,54 @@ class Drawer:
             del future  # else an error keeps this frame and all that the work held, such as a large mask
 
     @torch.no_grad()
-    def draw(self, request: DrawRequest, errand: Errand) -> Drawing:
+    def draw(self, request: DrawRequest, task: Task) -> Drawing:
         """Images of a label.
 
         Args:
             request: what to draw.
-            errand: learns of the progress before every network call.
+            task: learns of the progress before every network call.
 
         Raises:
             InputError: a request that this model cannot serve.
             Cancelled: nobody waits.
         """
-        mask, sampler = self.mask_file(request), self._sampler(request, errand)
+        mask, sampler = self.mask_file(request), self._sampler(request, task)
         indices = request.indices
-        errand.expect(self._runs(request, len(indices)))
+        task.expect(self._runs(request, len(indices)))
         seeds = [image_seed(request.seed, index) for index in indices]
         images = sampler.samples(mask.prob_map, seeds, BATCH, self._looks(request, indices))
-        verdicts = []
-        if self.judge is not None:
-            truth = mask.prob_map.numpy().argmax(axis=0) > 0
-            verdicts = [Verdict(*self.judge(to_uint8(image), truth)) for image in images]
-        return Drawing(images, mask, sampler.nfe, self.command(request, mask), verdicts)
+        truth = mask.prob_map.numpy().argmax(axis=0) > 0
+        verdicts = [self.judge(to_uint8(image), truth) for image in images] if self.judge else []
+        return Drawing(images, mask, sampler.nfe, self._command(request, mask), verdicts)
 
     @torch.no_grad()
-    def trajectory(self, request: DrawRequest, index: int, most: int, errand: Errand) -> list[Tensor]:
-        """From noise to image ``index``: at most ``most`` of (C, H, W). Errors as in :meth:`draw`."""
+    def trajectory(self, request: DrawRequest, index: int, most: int, task: Task) -> list[Tensor]:
+        """At most ``most`` states (C, H, W) from noise to image ``index``. Errors as in :meth:`draw`."""
         if not 0 <= index < request.count:
             raise InputError(f"index {index}: give 0 to {request.count - 1}.")
-        mask, sampler = self.mask_file(request), self._sampler(request, errand)
+        mask, sampler = self.mask_file(request), self._sampler(request, task)
         looks = self._looks(request, [index])
         look = None if looks is None else looks[0]
         return list(sampler.trajectory(mask.prob_map, image_seed(request.seed, index), BATCH, most, look).cpu())
 
     @torch.no_grad()
-    def look_pictures(self, request: DrawRequest, errand: Errand) -> list[tuple[int, Tensor]]:
-        """The mask in the looks of some training images: their numbers, and (C, H, W). Errors as in :meth:`draw`."""
-        if self.trained.looks is None:
+    def look_pictures(self, request: DrawRequest, task: Task) -> list[tuple[int, str, Tensor]]:
+        """The mask in the looks of some training images: their numbers, their names, and the pictures (C, H, W).
+
+        Errors as in :meth:`draw`.
+        """
+        training = self.trained.looks
+        if training is None:
             raise InputError("This model was trained without looks.")
-        numbers, looks = shown_looks(self.trained.looks, self.trained.data)
-        mask, sampler = self.mask_file(request), self._sampler(request, errand)
-        errand.expect(self._runs(request, len(numbers)))
+        numbers, looks = shown_looks(training)
+        mask, sampler = self.mask_file(request), self._sampler(request, task)
+        task.expect(self._runs(request, len(numbers)))
         seeds = [image_seed(request.seed, 0)] * len(numbers)
-        return list(zip(numbers, sampler.samples(mask.prob_map, seeds, BATCH, looks), strict=True))
+        images = sampler.samples(mask.prob_map, seeds, BATCH, looks)
+        return [(number, training.names[number], image) for number, image in zip(numbers, images, strict=True)]
 
     def mask_file(self, request: DrawRequest) -> MaskFile:
-        """The mask as a file, and what it means.
+        """The label as a mask file, and its class probabilities.
 
         Raises:
             InputError: labels that the model does not know, or soft edges that it cannot take.
@@ -274,8 +278,8 @@ class Drawer:
         values = config.mask_values if mask_type == "classes" else None
         return decide_mask_rule([mask_stats("mask", mask)], config.num_classes, mask_type, "mask", values=values)
 
-    def command(self, request: DrawRequest, mask: MaskFile) -> str:
-        """The command line of ``sample.py`` that gives the same bytes, for the mask saved beside it."""
+    def _command(self, request: DrawRequest, mask: MaskFile) -> str:
+        """The command line of ``sample.py`` that gives the same bytes. It finds the saved mask in its folder."""
         flags = {
             "ckpt": self._given["ckpt"],
             "mask_path": mask.name,
@@ -303,7 +307,7 @@ class Drawer:
         return request.label.shape != (self.trained.data.image_size,) * 2
 
     def _runs(self, request: DrawRequest, count: int) -> int:
-        """Runs of the solver that this many images take: large canvases are drawn one by one."""
+        """Runs of the solver for this many images: one for each image of a field, else one for each batch."""
         return count if self._is_field(request) else -(-count // BATCH)
 
     def _looks(self, request: DrawRequest, indices: Sequence[int]) -> Tensor | None:
@@ -312,7 +316,7 @@ class Drawer:
             return None
         return request.look.batch(request.seed, indices, [])  # the drawn mask has no image of its own
 
-    def _sampler(self, request: DrawRequest, errand: Errand) -> ImageSampler:
+    def _sampler(self, request: DrawRequest, task: Task) -> ImageSampler:
         if request.cfg_scale != 1 and not self.has_guidance:
             raise InputError("This model always saw its masks in training, so it has no guidance: give 1.")
         settings = SamplingSettings(
@@ -321,8 +325,7 @@ class Drawer:
             cfg_scale=request.cfg_scale,
             tile_overlap=TILE_OVERLAP if self._is_field(request) else None,
         )
-
         trained = self.trained
         return ImageSampler(
-            trained.model, trained.transport, trained.space, self.machine, settings, before_call=errand.reach
+            trained.model, trained.transport, trained.space, self.machine, settings, before_call=task.reach
         )

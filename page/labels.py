@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from common.cells import connected_cells, without_gaps
 from common.errors import InputError
@@ -23,7 +25,7 @@ from page.uploads import uploaded
 LEAST_SIDE, MOST_SIDE = 16, 1024  # pixels of a canvas
 LARGEST_LABEL = 65535
 MOST_DECODED = 2**26  # bytes of an uploaded mask: a few seconds of work; others wait meanwhile
-BEST_COVER = 0.3  # of a large mask, the square is taken whose cover by cells is nearest to this
+BEST_COVER = 0.3  # of a large mask, the square is shown whose cell fraction is nearest to this
 CELLS, CLASSES = "cells", "classes"  # a label holds cell numbers, or class numbers
 
 
@@ -53,7 +55,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def pack(label: np.ndarray) -> dict[str, Any]:
-    """(H, W) label map -> plain types: its size, and its pixels as base64 of 16-bit numbers, low byte first."""
+    """A label map (H, W) for JSON: its size, and its pixels as base64 of 16-bit numbers, low byte first."""
     content = base64.b64encode(np.ascontiguousarray(label, dtype="<u2").tobytes()).decode()
     return {"height": label.shape[0], "width": label.shape[1], "label": content}
 
@@ -133,15 +135,11 @@ def view_on_canvas(mask: np.ndarray, rule: MaskRule, config: DataConfig, whole: 
     if config.crop != "random":
         return view
     step = max(1, side // 16)
-    cells = _sums_of_rows(_sums_of_rows(rule.class_map(mask) > 0, side, step).T, side, step).T  # of each square
-    row, column = np.unravel_index(np.abs(cells / side**2 - BEST_COVER).argmin(), cells.shape)
+    cells = torch.from_numpy(rule.class_map(mask) > 0)[None].float()
+    columns = F.avg_pool2d(cells, (side, 1), (step, 1), divisor_override=1)  # sums; exact
+    sums = F.avg_pool2d(columns, (1, side), (1, step), divisor_override=1)[0].double().numpy()  # of each square
+    row, column = np.unravel_index(np.abs(sums / side**2 - BEST_COVER).argmin(), sums.shape)
     return replace(view, top=step * int(row), left=step * int(column))
-
-
-def _sums_of_rows(values: np.ndarray, side: int, step: int) -> np.ndarray:
-    """(H, W) -> (1 + (H - side) // step, W): sums of ``side`` rows, from every ``step``-th row on."""
-    sums = np.pad(values.cumsum(axis=0, dtype=np.int32), ((1, 0), (0, 0)))
-    return sums[side::step] - sums[:-side:step]
 
 
 def label_of_mask(mask: np.ndarray, rule: MaskRule, kind: str, view: View) -> np.ndarray:
@@ -154,6 +152,7 @@ def label_of_mask(mask: np.ndarray, rule: MaskRule, kind: str, view: View) -> np
 
 
 def _cells(instance_map: np.ndarray) -> np.ndarray:
+    """An instance map as a label map of cells, numbered without gaps."""
     cells = without_gaps(instance_map)
     if cells.max() > LARGEST_LABEL:
         raise InputError(f"{cells.max()} cells are more than 16 bits can number.")
@@ -170,8 +169,16 @@ def random_label(
     num_classes: int,
     before_piece: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
-    """Simulated nuclei of mean diameter ``cell_size`` that cover the share ``density``; each of a random class if the
-    label holds classes. ``before_piece`` is called with the share of the work that is done.
+    """A random layout of simulated nuclei. If the label holds classes, each nucleus has a random one.
+
+    Args:
+        height, width: of the canvas in pixels.
+        cell_size: mean diameter in pixels.
+        density: fraction of the canvas that cells cover.
+        seed: of the layout.
+        kind: :data:`CELLS` or :data:`CLASSES`.
+        num_classes: of the model, with the background.
+        before_piece: called with the share of the work that is done.
 
     Returns:
         (H, W) uint16.
@@ -184,7 +191,10 @@ def random_label(
         raise InputError(f"cell size {cell_size:g}: give 4 to {min(height, width)} pixels.")
     if not 0 < density <= HEADROOM[True]:
         raise InputError(f"density {density:g}: give a share above 0, at most {HEADROOM[True]:g}.")
-    settings = NucleiSettings(height, width, cell_size, 0.2, 1.35, 0.04, density, 0.2, True, False, seed)
+    settings = NucleiSettings(
+        height, width, cell_size, size_spread=0.2, elongation=1.35, irregularity=0.04, density=density,
+        density_spread=0.2, touching=True, render=False, seed=seed,
+    )  # fmt: skip
     cells, _ = simulate_field(settings, 0, before_piece)
     if kind == CELLS:
         return cells.astype(np.uint16)

@@ -80,7 +80,7 @@ def look_flags(choice: LookChoice | None) -> dict[str, Any]:
     return {"look": choice.source} | ({} if choice.number is None else {"look_index": choice.number})
 
 
-def shown_looks(training: Looks, config: DataConfig) -> tuple[list[int], torch.Tensor]:
+def shown_looks(training: Looks) -> tuple[list[int], torch.Tensor]:
     """Numbers of some training images, evenly spread, and their standardised looks (n, N)."""
     numbers = evenly(len(training.names), MOST_SHOWN)
     return numbers, torch.from_numpy(training.standardise(training.numbers[numbers]))

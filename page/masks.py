@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,24 +38,20 @@ class StartMasks:
         self.names = self.folder.names
 
     def find(self, contains: str, first: int) -> tuple[int, list[int]]:
-        """How many masks have this text in their names, and the numbers of some of them, from the ``first`` on."""
+        """Masks with this text in their names: how many there are, and the numbers of some, from the ``first`` on."""
         found = [number for number, name in enumerate(self.names) if contains.casefold() in name.casefold()]
         return len(found), found[first : first + MOST_AT_ONCE]
 
-    def thumbnails(self, numbers: list[int]) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Number and name of masks, and small pictures (3, h, w) in [-1, 1]."""
-        shown = []
-        for number in numbers:
-            mask = self._read(number)
-            rule, config = self.folder.rule, self.folder.config
-            prob_map = rule.prob_map(mask, view_on_canvas(mask, rule, config, whole=False))
-            picture = mask_picture(torch.from_numpy(np.ascontiguousarray(prob_map)))
-            step = -(-max(picture.shape[1:]) // THUMBNAIL_SIDE)
-            shown.append(({"index": number, "name": self.names[number]}, picture[:, ::step, ::step]))
-        return shown
+    def thumbnail(self, number: int) -> torch.Tensor:
+        """A small picture (3, h, w) in [-1, 1] of the square of a mask that the model sees."""
+        mask, rule = self._read(number), self.folder.rule
+        prob_map = rule.prob_map(mask, view_on_canvas(mask, rule, self.folder.config, whole=False))
+        picture = mask_picture(torch.from_numpy(np.ascontiguousarray(prob_map)))
+        step = -(-max(picture.shape[1:]) // THUMBNAIL_SIDE)
+        return picture[:, ::step, ::step]
 
     def label(self, number: int, kind: str, whole: bool) -> np.ndarray:
-        """(H, W) uint16 label map of a mask, or of its square that the thumbnail shows.
+        """(H, W) uint16 label map of a whole mask, or of the square that its thumbnail shows.
 
         Raises:
             InputError: there is no such mask, or it is too large for a canvas.

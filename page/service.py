@@ -1,4 +1,4 @@
-"""The page over HTTP, on this machine only: a few files, and JSON for drawing, reading a mask and a random layout.
+"""The page over HTTP, on this machine only: its files, and JSON for all that it asks of the model.
 
 No request names a path, nothing is written outside a temporary folder, and every size is bounded before it is used. A
 browser that starts another drawing closes the connection of the running one, which then ends at the next network call.
@@ -39,10 +39,10 @@ from page.drawing import (
     DrawRequest,
     TooManyRequests,
 )
-from page.errands import Cancelled, Errand, Errands
 from page.labels import MOST_SIDE, pack, random_label, read_label, unpack
 from page.looks import LONGEST_NAME, measure_reference, read_look
 from page.masks import StartMasks
+from page.tasks import Cancelled, Task, Tasks
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -90,7 +90,7 @@ class Service(ThreadingHTTPServer):
 
     def __init__(self, port: int, drawer: Drawer) -> None:
         self.drawer = drawer
-        self.errands = Errands()
+        self.tasks = Tasks()
         self.files = {url: ((STATIC / name).read_bytes(), kind) for url, (name, kind) in FILES.items()}
         super().__init__((ADDRESS, port), Handler)
 
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request. HTTP/1.0: every request has a connection of its own, which its end closes."""
 
     server: Service
-    errand: Errand
+    task: Task
     timeout = SECONDS_TO_SEND
     server_version, sys_version = "page", ""
 
@@ -112,12 +112,12 @@ class Handler(BaseHTTPRequestHandler):
         """The page's files and what the page must know of the model."""
         calls = {
             "/api/model": lambda query: describe(self.server.drawer),
-            "/api/progress": lambda query: self.server.errands.progress(query.get("of", "")),
+            "/api/progress": lambda query: self.server.tasks.progress(query.get("of", "")),
         }
         self._answer(calls, self.server.files)
 
     def do_POST(self) -> None:  # noqa: N802 - name of the base class
-        """Draw, trajectory, looks, layout, masks and files. A ticket in the address names the request for progress."""
+        """All that takes time. A ticket in the address names the request for questions about its progress."""
         self._answer(
             {
                 "/api/draw": lambda query: self._draw(self._json()),
@@ -132,7 +132,10 @@ class Handler(BaseHTTPRequestHandler):
             {},
         )
 
-    def _answer(self, calls: dict[str, Any], files: dict[str, tuple[bytes, str]]) -> None:
+    def _answer(
+        self, calls: dict[str, Callable[[dict[str, str]], dict[str, Any]]], files: dict[str, tuple[bytes, str]]
+    ) -> None:
+        """Answer with a file, or with what a call makes of the query. Errors become a status and one line."""
         try:
             self._check_origin()
             url = urlsplit(self.path)
@@ -141,8 +144,8 @@ class Handler(BaseHTTPRequestHandler):
             if url.path not in calls:
                 raise Refusal(HTTPStatus.NOT_FOUND, "There is no such page.")
             query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            self.errand = Errand(self._gone)
-            with self.server.errands.under(query.get("ticket", "")[:LONGEST_NAME], self.errand):
+            self.task = Task(self._has_left)
+            with self.server.tasks.known_by(query.get("ticket", "")[:LONGEST_NAME], self.task):
                 values = calls[url.path](query)
             return self._send_json(HTTPStatus.OK, values)
         except Cancelled:
@@ -194,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.BAD_REQUEST, "The request is no JSON object.")
         return values
 
-    def _gone(self) -> bool:
+    def _has_left(self) -> bool:
         """Whether the browser has closed the connection."""
         try:
             readable, _, _ = select.select([self.connection], [], [], 0)
@@ -205,19 +208,19 @@ class Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------------------- answers
 
     def _in_turn(self, work: Callable[[], Result]) -> Result:
-        return self.server.drawer.in_turn(work, self.errand)
+        return self.server.drawer.in_turn(work, self.task)
 
     def _draw(self, values: dict[str, Any]) -> dict[str, Any]:
         start, drawer = time.monotonic(), self.server.drawer
         request = read_request(values, drawer)
-        drawing = self._in_turn(lambda: drawer.draw(request, self.errand))
+        drawing = self._in_turn(lambda: drawer.draw(request, self.task))
         colours = drawer.trained.data.window_channels != "separate"
         return {
-            "images": [shown(image, colours) for image in drawing.images],
+            "images": [files_of(image, colours) for image in drawing.images],
             "verdicts": [
                 {"dice": verdict.dice, **pack(verdict.found.astype(np.uint16))} for verdict in drawing.verdicts
             ],
-            "mask_picture": encode64(encode_image(to_uint8(mask_picture(drawing.mask.prob_map)))),
+            "mask_picture": picture(mask_picture(drawing.mask.prob_map)),
             "mask": {"name": drawing.mask.name, "content": encode64(drawing.mask.content)},
             "sheet": encode64(drawing.sheet()),
             "command": drawing.command,
@@ -226,41 +229,41 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def _trajectory(self, values: dict[str, Any]) -> dict[str, Any]:
-        drawer, index = self.server.drawer, whole(values, "index")
+        drawer, index = self.server.drawer, integer(values, "index")
         request = read_request(values, drawer)
-        frames = self._in_turn(lambda: drawer.trajectory(request, index, MOST_FRAMES, self.errand))
-        return {"frames": [encode64(picture(frame)) for frame in frames]}
+        frames = self._in_turn(lambda: drawer.trajectory(request, index, MOST_FRAMES, self.task))
+        return {"frames": [picture(frame) for frame in frames]}
 
     def _looks(self, values: dict[str, Any]) -> dict[str, Any]:
         drawer = self.server.drawer
         request = read_request(values, drawer)
-        found = self._in_turn(lambda: drawer.look_pictures(request, self.errand))
-        names = drawer.trained.looks.names if drawer.trained.looks else ()
-        return {"looks": [{"index": n, "name": names[n], "picture": encode64(picture(image))} for n, image in found]}
+        found = self._in_turn(lambda: drawer.look_pictures(request, self.task))
+        return {"looks": [{"index": index, "name": name, "picture": picture(image)} for index, name, image in found]}
 
     def _look(self, query: dict[str, str]) -> dict[str, Any]:
         content, name, trained = self._body(), file_name(query), self.server.drawer.trained
         return self._in_turn(lambda: measure_reference(content, name, trained.looks, trained.data))
 
     def _layout(self, values: dict[str, Any]) -> dict[str, Any]:
-        height, width, seed = (whole(values, name) for name in ("height", "width", "seed"))
+        height, width, seed = (integer(values, name) for name in ("height", "width", "seed"))
         if seed < 0:
             raise InputError(f"seed {seed}: give 0 or more.")
         size, density, kind = number(values, "cell_size"), number(values, "density"), text(values, "kind")
         num_classes = self.server.drawer.trained.data.num_classes
-        reach = self.errand.reach
+        reach = self.task.reach
         return pack(self._in_turn(lambda: random_label(height, width, size, density, seed, kind, num_classes, reach)))
 
     def _masks(self, values: dict[str, Any]) -> dict[str, Any]:
-        masks, contains, first = self._start_masks(), text(values, "contains"), whole(values, "first")
+        masks, contains, first = self._start_masks(), text(values, "contains"), integer(values, "first")
         if first < 0:
             raise InputError(f"first {first}: give 0 or more.")
         total, numbers = masks.find(contains, first)
-        shown = self._in_turn(lambda: masks.thumbnails(numbers))
-        return {"total": total, "masks": [{**one, "picture": encode64(picture(image))} for one, image in shown]}
+        thumbnails = self._in_turn(lambda: [picture(masks.thumbnail(number)) for number in numbers])
+        shown = zip(numbers, thumbnails, strict=True)
+        return {"total": total, "masks": [{"index": n, "name": masks.names[n], "picture": png} for n, png in shown]}
 
     def _start(self, values: dict[str, Any]) -> dict[str, Any]:
-        masks, index, kind = self._start_masks(), whole(values, "index"), text(values, "kind")
+        masks, index, kind = self._start_masks(), integer(values, "index"), text(values, "kind")
         return pack(self._in_turn(lambda: masks.label(index, kind, values.get("whole") is True)))
 
     def _start_masks(self) -> StartMasks:
@@ -272,9 +275,9 @@ class Handler(BaseHTTPRequestHandler):
     def _mask(self, query: dict[str, str]) -> dict[str, Any]:
         content, name, drawer = self._body(), file_name(query), self.server.drawer
         kind = query.get("kind", drawer.kinds[0])
-        mask_type, is_whole = query.get("mask_type", "auto"), query.get("whole") == "1"
+        mask_type, whole = query.get("mask_type", "auto"), query.get("whole") == "1"
         config, normalize = drawer.trained.data, drawer.trained.normalize_masks
-        return pack(self._in_turn(lambda: read_label(content, name, config, kind, mask_type, is_whole, normalize)))
+        return pack(self._in_turn(lambda: read_label(content, name, config, kind, mask_type, whole, normalize)))
 
     def _send_json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
         self._send(status, json.dumps(values).encode(), "application/json")
@@ -309,7 +312,6 @@ def describe(drawer: Drawer) -> dict[str, Any]:
         "kinds": drawer.kinds,
         "has_guidance": drawer.has_guidance,
         "has_soft_masks": drawer.has_soft_masks,
-        "has_judge": drawer.judge is not None,
         "masks": None if drawer.masks is None else {"name": drawer.masks.name, "count": len(drawer.masks.names)},
         "looks": 0 if trained.looks is None else len(trained.looks.names),
         "methods": METHODS,
@@ -329,20 +331,20 @@ def describe(drawer: Drawer) -> dict[str, Any]:
 def read_request(values: dict[str, Any], drawer: Drawer) -> DrawRequest:
     """The JSON of a drawing, every value checked."""
     return DrawRequest(
-        label=unpack(whole(values, "height"), whole(values, "width"), text(values, "label")),
+        label=unpack(integer(values, "height"), integer(values, "width"), text(values, "label")),
         kind=text(values, "kind"),
         blur=number(values, "blur"),
-        seed=whole(values, "seed"),
-        count=whole(values, "count"),
+        seed=integer(values, "seed"),
+        count=integer(values, "count"),
         method=text(values, "method"),
-        num_steps=whole(values, "num_steps"),
+        num_steps=integer(values, "num_steps"),
         cfg_scale=number(values, "cfg_scale"),
         look=read_look(values.get("look"), drawer.trained.looks, drawer.trained.data),
-        only=None if values.get("only") is None else whole(values, "only"),
+        only=None if values.get("only") is None else integer(values, "only"),
     )
 
 
-def whole(values: dict[str, Any], name: str) -> int:
+def integer(values: dict[str, Any], name: str) -> int:
     """A whole number of a request, or an InputError."""
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -371,20 +373,20 @@ def file_name(query: dict[str, str]) -> str:
     return "".join(letter for letter in query.get("name", "") if letter.isprintable())[-LONGEST_NAME:]
 
 
-def shown(image: Tensor, colours: bool) -> dict[str, str]:
-    """An image (C, H, W) as the page shows it, and as a file to keep."""
+def files_of(image: Tensor, colours: bool) -> dict[str, str]:
+    """An image (C, H, W) as the page shows it, and as a file to keep. ``colours``: three channels are RGB."""
     return {
-        "picture": encode64(picture(image)),
+        "picture": picture(image),
         "file": encode64(encode_image(to_uint8(image), colours)),
         "suffix": image_suffix(len(image), np.uint8, colours),
     }
 
 
-def picture(image: Tensor) -> bytes:
-    """An image (C, H, W) in [-1, 1] as a PNG for display."""
-    return encode_image(as_rgb(to_uint8(image)))
+def picture(image: Tensor) -> str:
+    """An image (C, H, W) in [-1, 1] as a PNG for display, in base64."""
+    return encode64(encode_image(as_rgb(to_uint8(image))))
 
 
 def encode64(content: bytes) -> str:
-    """Bytes as JSON can hold them."""
+    """Bytes as base64, which JSON can hold."""
     return base64.b64encode(content).decode()

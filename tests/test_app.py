@@ -32,9 +32,9 @@ from dataset.config import DataConfig
 from dataset.looks import Looks, look_count
 from engine.sampling import ImageSampler
 from evaluation.instances import dice
-from page.errands import Errand
 from page.labels import label_kinds, random_label, read_label, unpack
 from page.service import MOST_BYTES, Service
+from page.tasks import Task
 
 SIDE = 16
 FLAGS = ["--device", "cpu", "--precision", "float32"]
@@ -203,11 +203,11 @@ def judged(folder) -> Iterator[Service]:
 def test_the_judge_says_what_it_finds_in_every_image(judged):
     _, reply = ask(judged, "/api/draw", order(cells()))
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["images"][1]["file"]))))
-    expected, fidelity = judged.drawer.judge(image[:, :, None], cells() > 0)
+    verdict = judged.drawer.judge(image[:, :, None], cells() > 0)
     assert len(reply["verdicts"]) == 2
     found = unpack(*(reply["verdicts"][1][name] for name in ("height", "width", "label")))
-    assert np.array_equal(found > 0, expected)
-    assert reply["verdicts"][1]["dice"] == fidelity == dice(expected, cells() > 0)
+    assert np.array_equal(found > 0, verdict.found)
+    assert reply["verdicts"][1]["dice"] == verdict.dice == dice(verdict.found, cells() > 0)
 
 
 @pytest.mark.parametrize("flags", [["--judge-images", "here"], ["--judge-masks", "here"], ["--judge-steps", "5"]])
@@ -474,7 +474,7 @@ def test_a_drawing_ends_when_the_browser_leaves(two, monkeypatch):
         assert first_call.wait(30)
         connection.close()
         closed.set()
-        two.drawer.in_turn(lambda: None, Errand(lambda: False))  # the worker is free again
+        two.drawer.in_turn(lambda: None, Task(lambda: False))  # the worker is free again
     assert len(calls) < 5
     assert ask(two, "/api/draw", order(cells()))[0] == 200
 
@@ -510,8 +510,8 @@ def test_an_error_keeps_nothing_of_the_work(two):
     gc.disable()
     try:
         with contextlib.suppress(InputError):
-            two.drawer.in_turn(work, Errand(lambda: False))
-        two.drawer.in_turn(lambda: None, Errand(lambda: False))  # the worker has let go of it, too
+            two.drawer.in_turn(work, Task(lambda: False))
+        two.drawer.in_turn(lambda: None, Task(lambda: False))  # the worker has let go of it, too
         assert kept[0]() is None
     finally:
         gc.enable()

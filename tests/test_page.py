@@ -22,10 +22,10 @@ from common.pictures import CLASS_COLORS
 from dataset.config import DataConfig
 from engine.autoencoder import load_space
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from page.errands import Cancelled, Errand, Errands
 from page.labels import unpack
 from page.masks import StartMasks
 from page.service import Service
+from page.tasks import Cancelled, Task, Tasks
 
 
 def label_of(reply: dict) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_the_square_of_a_large_mask_shows_its_cells(tmp_path):
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     masks = StartMasks(tmp_path / "masks", DataConfig(16, 2, crop="random"), "auto", normalize=False)
     assert np.sum(masks.label(0, "cells", whole=False) > 0) == 80  # the nearest to 0.3 of 256 that a part can be
-    (_, picture), *_ = masks.thumbnails([0])
+    picture = masks.thumbnail(0)
     assert np.array_equal(picture[0].numpy() > 0, masks.label(0, "cells", whole=False) > 0)
 
 
@@ -145,19 +145,19 @@ def test_soft_masks_are_divided_by_their_sum_if_training_did_so(tmp_path):
 
 def test_progress_counts_runs_and_ends_when_nobody_waits():
     here = [True]
-    errand, known = Errand(lambda: not here[0]), Errands()
-    with known.under("a", errand):
+    task, known = Task(lambda: not here[0]), Tasks()
+    with known.known_by("a", task):
         assert known.progress("a") == {"state": "waiting"}
-        errand.begin()
-        errand.expect(2)
+        task.begin()
+        task.expect(2)
         shares = []
         for time in (0.0, 0.5, 0.5, 0.9, 0.0, 0.5):
-            errand.reach(time)
+            task.reach(time)
             shares.append(known.progress("a")["share"])
         assert shares == [0, 0.25, 0.25, 0.45, 0.5, 0.75]
         here[0] = False
         with pytest.raises(Cancelled):
-            errand.reach(0.9)
+            task.reach(0.9)
     assert known.progress("a") == known.progress("") == {"state": "unknown"}
 
 
@@ -167,13 +167,13 @@ def test_progress_counts_runs_and_ends_when_nobody_waits():
 )
 def test_progress_of_a_drawing_rises_from_zero_to_near_one(starting, monkeypatch, label, changes):
     shares = []
-    reach = Errand.reach
+    reach = Task.reach
 
-    def noted(self: Errand, share: float) -> None:
+    def noted(self: Task, share: float) -> None:
         reach(self, share)
-        shares.append(starting.errands.progress("one")["share"])
+        shares.append(starting.tasks.progress("one")["share"])
 
-    monkeypatch.setattr(Errand, "reach", noted)
+    monkeypatch.setattr(Task, "reach", noted)
     assert ask(starting, "/api/draw?ticket=one", order(label, **changes))[0] == 200
     assert shares[0] == 0 and shares == sorted(shares) and 0.7 <= shares[-1] <= 1
     assert len(set(shares)) >= 4 * changes["count"]
@@ -183,16 +183,16 @@ def test_progress_of_a_drawing_rises_from_zero_to_near_one(starting, monkeypatch
 def test_a_random_layout_tells_its_progress_and_ends_when_the_browser_leaves(starting, monkeypatch):
     body = {"height": 256, "width": 256, "kind": "cells", "cell_size": 6, "density": 0.4, "seed": 1}
     shares, closed = [], threading.Event()
-    reach = Errand.reach
+    reach = Task.reach
 
-    def noted(self: Errand, share: float) -> None:
+    def noted(self: Task, share: float) -> None:
         shares.append(share)
         if len(shares) == 100:
-            monkeypatch.setattr(self, "gone", lambda: True)
+            monkeypatch.setattr(self, "is_abandoned", lambda: True)
             closed.set()
         reach(self, share)
 
-    monkeypatch.setattr(Errand, "reach", noted)
+    monkeypatch.setattr(Task, "reach", noted)
     with pytest.raises(OSError):  # closed without an answer
         ask(starting, "/api/layout", body)
     assert closed.is_set() and len(shares) == 100 and 0 < shares[-1] < 0.5

@@ -109,7 +109,7 @@ class LabelCanvas {
     return id;
   }
 
-  /** How many cells, or pixels of classes, there are. */
+  /** How many cells or classes there are. */
   count() { return new Set(this.label).size - (this.label.includes(0) ? 1 : 0); }
 
   // ---------------------------------------------------------------------------------------------- strokes
@@ -232,7 +232,7 @@ class LabelCanvas {
     this.finish();
   }
 
-  /** Whether a stroke may write a pixel: cells keep what they have, classes are painted over. */
+  /** Write a pixel. Only the eraser takes pixels from other cells; classes are painted over. */
   set(index, id) {
     if (id === 0 || this.kind === "classes" || this.label[index] === 0) this.label[index] = id;
   }
