@@ -31,6 +31,7 @@ from transport import (
     PREDICTIONS,
     SDE_METHODS,
     TIME_SAMPLINGS,
+    TIME_SHIFT,
 )
 
 JUDGE_STEPS, JUDGE_CACHE = 400, Path("judges")
@@ -138,6 +139,11 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
         "--sampling-method", type=str.lower, choices=list(ODE_METHODS), default="heun", help="name of the solver"
     )
     group.add_argument("--num-sampling-steps", type=positive_int, help="steps of a fixed-step solver (default: 25)")
+    group.add_argument(
+        "--time-shift", type=positive_float, metavar="FACTOR",
+        help="how much shorter the first steps of a fixed-step solver are; 1 gives equal steps "
+        f"(default: {TIME_SHIFT:g})",
+    )  # fmt: skip
     group.add_argument("--atol", type=positive_float, help="absolute tolerance of an adaptive solver (default: 1e-6)")
     group.add_argument("--rtol", type=positive_float, help="relative tolerance of an adaptive solver (default: 1e-3)")
     sde = modes.add_parser("SDE", help="stochastic sampling")

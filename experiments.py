@@ -37,6 +37,7 @@ from common.outputs import check_output_folder
 from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device, start_machine
 from settings import judge_request, load_checkpoint
+from transport import TIME_SHIFT
 
 # The best images for ten labelled nuclei images on one CPU core (benchmarks/utility.md).
 PRACTISE_TRAINING = "--preset nuclei-64-cpu --in-channels 3 --max-steps 2000 --cooldown-steps 500"
@@ -175,6 +176,10 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS",
         help="numbers of steps to compare",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-shifts", type=positive_float, nargs="+", default=[TIME_SHIFT], metavar="FACTOR",
+        help="time shifts of the ODE solvers to compare; 1 gives equal steps",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=batch_size, default=32, help="images to sample at once; limits memory")
     add_output_argument(parser, "sweep")
@@ -386,7 +391,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     unknown = [name for name in args.solvers if name not in SOLVERS]
     if unknown:
         raise InputError(f"--solvers {unknown[0]}: unknown; choose from {', '.join(SOLVERS)}")
-    grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps)
+    grid = settings_grid(args.cfg_scales, args.guidance_intervals, args.solvers, args.num_steps, args.time_shifts)
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     trained = replace(trained, data=trained.data.with_mask_values(args.mask_values))

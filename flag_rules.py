@@ -32,7 +32,7 @@ class Need:
     idle: tuple[Any, ...] = ()
 
 
-def _is_adaptive(method: str) -> bool:
+def is_adaptive(method: str) -> bool:
     return method in ODE_METHODS and ODE_METHODS[method].adaptive
 
 
@@ -45,10 +45,10 @@ NEEDS = (
         "with --cfg-scale 1: give a scale other than 1", idle=((0.0, 1.0), [0.0, 1.0]),
     ),
     Need(
-        ("num_sampling_steps",), "sampling_method", lambda method: not _is_adaptive(method),
+        ("num_sampling_steps", "time_shift"), "sampling_method", lambda method: not is_adaptive(method),
         "with {value}, an adaptive solver: leave it out",
     ),
-    Need(("atol", "rtol"), "sampling_method", _is_adaptive, "with {value}, a fixed-step solver: leave it out"),
+    Need(("atol", "rtol"), "sampling_method", is_adaptive, "with {value}, a fixed-step solver: leave it out"),
     Need(("last_step_size",), "last_step", lambda name: name != "None", "with --last-step None: leave it out"),
     Need(("num_samples", "tile"), "on_real", lambda on: not on, "with --likelihood or --reverse: leave it out"),
     Need(("data_path",), "reads_images", bool, "without --likelihood, --reverse or --look same: leave it out"),

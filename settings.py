@@ -30,7 +30,7 @@ from engine.config import (
 )
 from engine.machine import Machine
 from engine.sampling import ODE_ONLY, SDE_ONLY, TILE_OVERLAP, SamplingSettings, TrainedModel, load_trained
-from flag_rules import LOOK_FLAGS, check_needs
+from flag_rules import LOOK_FLAGS, check_needs, is_adaptive
 
 if TYPE_CHECKING:
     from evaluation.judge import JudgeRequest
@@ -176,6 +176,8 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
     names = ODE_ONLY if args.mode == "ODE" else SDE_ONLY
     solver = {name: getattr(args, name) for name in names}
     solver["num_steps"] = args.num_sampling_steps or (SDE_STEPS if args.mode == "SDE" else None)
+    if is_adaptive(args.sampling_method):
+        solver["time_shift"] = 1.0  # an adaptive solver chooses its own steps
     overlap = TILE_OVERLAP if args.tile_overlap is None else args.tile_overlap
     return SamplingSettings(
         mode=args.mode,

@@ -30,7 +30,7 @@ from engine.machine import Machine
 from engine.tiling import Windows
 from layers.mask import MaskCondition
 from models import SiT
-from transport import LikelihoodResult, Sampler, Transport, create_transport
+from transport import TIME_SHIFT, LikelihoodResult, Sampler, Transport, create_transport
 from transport.sampler import OdeSolver, SdeSolver
 
 
@@ -51,18 +51,20 @@ class SamplingSettings:
     last_step_size: float | None = None
     tile_overlap: float | None = None  # of tiles of a large field: below 1 a fraction of the side, else pixels
     look_scale: float = 1.0
+    time_shift: float = TIME_SHIFT
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the mode uses, as plain types."""
         unused: tuple[str, ...] = SDE_ONLY if self.mode == "ODE" else ODE_ONLY
-        unused += ("look_scale",) if self.look_scale == 1 else ()  # sets without looks do not have it
+        unused += tuple(name for name in LATER if getattr(self, name) == 1)
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 Solver = OdeSolver | SdeSolver  # noise, model and its arguments -> states (S, B, ...)
 TILE_OVERLAP = 0.25
-ODE_ONLY = ("atol", "rtol")
+ODE_ONLY = ("atol", "rtol", "time_shift")
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+LATER = ("look_scale", "time_shift")  # not in the settings of older sets, which were made with 1
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from evaluation.judge import Judge, JudgeRequest, judge_of_folders
 from evaluation.output import Section, Table, new_figure, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
-from transport import ODE_METHODS, SDE_METHODS
+from transport import ODE_METHODS, SDE_METHODS, TIME_SHIFT
 
 logger = logging.getLogger(__name__)
 # Solvers with a fixed number of steps. Adaptive solvers choose their own cost, so they cannot be compared here.
@@ -48,9 +48,13 @@ Draw = Callable[[SamplingSettings], tuple[list[np.ndarray], int]]  # -> images u
 
 
 def settings_grid(
-    scales: Sequence[float], intervals: Sequence[tuple[float, float]], solvers: Sequence[str], steps: Sequence[int]
+    scales: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    solvers: Sequence[str],
+    steps: Sequence[int],
+    shifts: Sequence[float] = (TIME_SHIFT,),
 ) -> list[SamplingSettings]:
-    """All combinations. Scale 1 means no guidance, so it is combined with one interval only.
+    """All combinations. Scale 1 means no guidance, so it is combined with one interval only. SDE solvers have no shift.
 
     Raises:
         ValueError: a solver is not in :data:`SOLVERS`.
@@ -63,10 +67,11 @@ def settings_grid(
     if empty:
         raise InputError(f"guidance interval {empty[0][0]:g}:{empty[0][1]:g}: the first time must be the smaller one")
     grid: dict[SamplingSettings, None] = {}
-    for solver, count, scale, interval in itertools.product(solvers, steps, scales, intervals):
+    for solver, count, scale, interval, shift in itertools.product(solvers, steps, scales, intervals, shifts):
         mode, method = SOLVERS[solver]
         span = NO_INTERVAL if scale == 1 else (interval[0], interval[1])
-        grid[SamplingSettings(mode, method, count, scale, guidance_interval=span)] = None
+        own = shift if mode == "ODE" else TIME_SHIFT
+        grid[SamplingSettings(mode, method, count, scale, guidance_interval=span, time_shift=own)] = None
     return list(grid)
 
 
@@ -99,7 +104,8 @@ class SweepRow:
         span = "" if settings.guidance_interval == NO_INTERVAL else " in {:g}:{:g}".format(*settings.guidance_interval)
         solver = settings.method if settings.mode == "ODE" else f"sde-{settings.method.lower()}"
         steps = "1 step" if settings.num_steps == 1 else f"{settings.num_steps} steps"
-        return f"guidance {settings.cfg_scale:g}{span}, {solver}, {steps}"
+        shift = "" if settings.time_shift == TIME_SHIFT else f", shift {settings.time_shift:g}"
+        return f"guidance {settings.cfg_scale:g}{span}, {solver}, {steps}{shift}"
 
     def flags(self) -> str:
         """The setting as flags of sample.py and sample_ddp.py."""
@@ -108,6 +114,8 @@ class SweepRow:
         words.append(f"--cfg-scale {settings.cfg_scale:g}")
         if settings.guidance_interval != NO_INTERVAL:
             words.append("--guidance-interval {:g} {:g}".format(*settings.guidance_interval))
+        if settings.time_shift != TIME_SHIFT:
+            words.append(f"--time-shift {settings.time_shift:g}")
         return " ".join(words)
 
 

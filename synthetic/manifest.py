@@ -73,6 +73,7 @@ COLUMNS = (
     Column("sampler", "ODE or SDE"),
     Column("method", "solver"),
     Column("num_steps", "steps of the solver"),
+    Column("time_shift", "how much shorter its first steps are; 1 means equal steps"),
     Column("weights", "ema (averaged) or raw"),
     Column("ckpt_sha256", "SHA-256 of the checkpoint"),
     Column("attempt", "number of the attempt that was kept, from 1", MIN_FIDELITY),
@@ -83,7 +84,7 @@ COLUMNS = (
 # The fields of a View, in their order.
 VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
 # Columns that say how the images were made: a measure without them is not repeatable.
-PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "seed", "ckpt_sha256")
+PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "time_shift", "seed", "ckpt_sha256")
 ATTEMPT_COLUMNS = tuple(column.name for column in COLUMNS if column.writer == MIN_FIDELITY)
 ATTEMPT_FIDELITY = ATTEMPT_COLUMNS[1]
 (FIDELITY_COLUMN,) = (column.name for column in COLUMNS if column.writer == FIDELITY)

@@ -323,6 +323,7 @@ class SetWriter:
             "sampler": sampling["mode"],
             "method": sampling["method"],
             "num_steps": sampling["num_steps"],
+            "time_shift": sampling.get("time_shift", 1.0),
             "weights": settings["weights"],
             "ckpt_sha256": settings["ckpt_sha256"],
             **({} if attempt is None else attempt.columns()),

@@ -20,7 +20,7 @@ from engine.machine import Machine
 from engine.peers import Peers
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
 from synthetic.writer import Job, plan_jobs
-from transport import create_transport
+from transport import TIME_SHIFT, create_transport
 
 CPU = Machine(rank=0, world_size=1, device=torch.device("cpu"), precision="float32")
 
@@ -250,3 +250,17 @@ def test_a_drawing_ends_where_the_caller_wants(model, sampler):
     with pytest.raises(KeyError, match="enough"):
         draw(masks(1), SEEDS[:1])
     assert len(calls) == 3 and calls[0] == 0 < calls[2] < 1
+
+
+def test_settings_say_the_time_shift_only_where_steps_are_not_equal():
+    import sample_ddp
+    from settings import sampling_settings
+
+    def kept(*flags):
+        args = sample_ddp.parse_args([*flags, "--ckpt", "a.pt", "--mask-path", "masks"])
+        return sampling_settings(args).to_dict().get("time_shift", "equal steps")
+
+    assert (kept("ODE"), kept("ODE", "--time-shift", "3")) == (TIME_SHIFT, 3.0)
+    # Older sets had equal steps, and their settings do not say so: the flag continues them.
+    assert kept("ODE", "--time-shift", "1") == "equal steps"
+    assert kept("SDE") == kept("ODE", "--sampling-method", "dopri5") == "equal steps"

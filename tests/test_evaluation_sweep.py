@@ -16,6 +16,7 @@ from common.errors import InputError
 from engine.sampling import SamplingSettings
 from evaluation.fidelity import LabelledImage
 from evaluation.sweep import SECTION, SOLVERS, SweepRow, recommend, run_sweep, settings_grid, write_sweep_report
+from transport import TIME_SHIFT
 
 SIZE = 24
 WHOLE = (0.0, 1.0)
@@ -117,10 +118,10 @@ def test_flags_of_a_setting_are_understood_by_sample_ddp():
     import sample_ddp
     from settings import sampling_settings
 
-    settings = settings_grid([2.5], [(0.25, 0.75)], ["sde-heun"], [7])[0]
-    flags = SweepRow(settings, 0.5, 1, 0.5, 0.1, 1, 1).flags().split()
-    args = sample_ddp.parse_args([*flags, "--ckpt", "a.pt", "--mask-path", "masks"])
-    assert sampling_settings(args).to_dict() == settings.to_dict()
+    for settings in settings_grid([2.5], [(0.25, 0.75)], ["sde-heun", "ab2"], [7], [1, TIME_SHIFT]):
+        flags = SweepRow(settings, 0.5, 1, 0.5, 0.1, 1, 1).flags().split()
+        args = sample_ddp.parse_args([*flags, "--ckpt", "a.pt", "--mask-path", "masks"])
+        assert sampling_settings(args).to_dict() == settings.to_dict()
 
 
 def test_too_few_masks_are_refused(real):

@@ -41,6 +41,16 @@ def test_observed_order_is_the_stated_one(method, path, prediction):
     assert f"order {ODE_METHODS[method].order}" in docstring
 
 
+@pytest.mark.parametrize("method", FIXED)
+def test_a_time_shift_keeps_the_order(method):
+    model, x0, steps, errors = MixtureModel("Linear", "velocity"), normal_quantiles(32, torch.float64), [64, 128], []
+    exact = model.data_of(x0, 0.0)
+    for num_steps in steps:
+        end = Sampler(create_transport()).sample_ode(method, num_steps, time_shift=4)(x0, model)[-1]
+        errors.append((end - exact).square().mean().sqrt().item())
+    assert slope(steps, errors) == pytest.approx(ODE_METHODS[method].order, abs=0.2)
+
+
 @pytest.mark.parametrize(("method", "order"), [("Euler", 1), ("Heun", 2)])
 def test_observed_weak_order_is_the_stated_one(method, order):
     steps, errors = [50, 100, 200, 400], []

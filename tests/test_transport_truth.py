@@ -15,9 +15,11 @@ from transport import (
     PATHS,
     PREDICTIONS,
     SDE_METHODS,
+    TIME_SHIFT,
     Sampler,
     create_transport,
 )
+from transport.integrators import shifted_times
 
 
 @pytest.mark.parametrize("method", ODE_METHODS)
@@ -107,3 +109,23 @@ def test_one_or_two_steps_are_finite_and_counted(path, method, steps):
         low, high = transport.sample_interval()
         solver(normal_quantiles(64), GaussianModel(path, prediction, low=low, high=high))
         assert solver.nfe == stated_calls(solver)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("heun", 25), ("ab2", 16)])
+def test_images_differ_in_brightness_as_much_as_the_data(method, steps):
+    # The mean of 128 x 128 pixels, times 128: its noise has standard deviation 1. Means differ by 0.2, in [-1, 1].
+    model, sampler = GaussianModel("Linear", "velocity", mean=0.0, std=0.2 * 128), Sampler(create_transport())
+    spreads = []
+    for shift in (1, TIME_SHIFT):
+        end = sampler.sample_ode(method, steps, time_shift=shift)(torch.ones(1, 1, dtype=torch.float64), model)[-1]
+        spreads.append(end.item() / model.std)
+    assert spreads[0] < 0.9  # with equal steps, images are too alike
+    assert spreads[1] == pytest.approx(1, abs=0.08)
+
+
+def test_shifted_times_reach_both_ends_and_shorten_the_first_step():
+    times = shifted_times(0.1, 0.9, 100, 4)
+    assert (times[0], times[-1]) == (0.1, pytest.approx(0.9))
+    assert times[1] - times[0] == pytest.approx(0.8 / 100 / 4, rel=0.05)
+    assert times[-1] - times[-2] == pytest.approx(0.8 / 100 * 4, rel=0.05)
+    assert shifted_times(0, 1, 4, 1) == [0, 0.25, 0.5, 0.75, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,15 @@ from torch import Tensor
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+class Call(NamedTuple):
+    """A call of the velocity: state x (B, ...), time t, and velocity v (B, ...) there."""
+
+    x: Tensor
+    t: float
+    v: Tensor
+
+
+def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, before: Call | None) -> Tensor:
     """Explicit Euler: order 1, 1 call per step.
 
     All steps of this module share these arguments.
@@ -22,7 +31,7 @@ def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_b
         x: (B, ...) state at t.
         h: step size. A negative step goes backwards.
         v: velocity(x, t), computed by the caller because every solver needs it.
-        v_before: velocity one step of the same size earlier. None at the first step.
+        before: the call one step earlier. None at the first step.
 
     Returns:
         (B, ...) state at t + h.
@@ -30,21 +39,24 @@ def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_b
     return x + h * v
 
 
-def midpoint_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+def midpoint_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, before: Call | None) -> Tensor:
     """Explicit midpoint rule: order 2, 2 calls per step."""
     return x + h * velocity(x + h / 2 * v, t + h / 2)
 
 
-def heun_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
+def heun_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, before: Call | None) -> Tensor:
     """Heun's method (explicit trapezoid rule): order 2, 2 calls per step."""
     return x + h / 2 * (v + velocity(x + h * v, t + h))
 
 
-def ab2_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, v_before: Tensor | None) -> Tensor:
-    """Two-step Adams-Bashforth: order 2, 1 call per step. The first step is Heun's, with 2 calls."""
-    if v_before is None:
+def ab2_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, before: Call | None) -> Tensor:
+    """Two-step Adams-Bashforth: order 2, 1 call per step. The first step is Heun's, with 2 calls.
+
+    The steps may differ in size: the velocity is the straight line in t through the last two calls.
+    """
+    if before is None:
         return heun_step(velocity, x, t, h, v, None)
-    return x + h * (1.5 * v - 0.5 * v_before)
+    return x + h * (v + h / (2 * (t - before.t)) * (v - before.v))
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,17 @@ class OdeMethod:
     @property
     def adaptive(self) -> bool:
         return self.step is None
+
+
+def shifted_times(low: float, high: float, steps: int, shift: float) -> list[float]:
+    """``steps`` + 1 times from ``low`` to ``high``, denser near ``low``.
+
+    With s = ``shift``, u from 0 to 1 in equal steps goes to u / (s - (s - 1) u): the timestep shift of Esser et al.
+    (arXiv 2403.03206, section 5.3.2), for time that runs from noise to data. The first step is about s times as short
+    as the others are in the mean. 1 gives equal steps.
+    """
+    parts = [i / steps for i in range(steps + 1)]
+    return [low + (high - low) * u / (shift - (shift - 1) * u) for u in parts]
 
 
 # torchdiffeq's fehlberg2 is left out, because it is inaccurate at the default tolerances: docs/transport.md.

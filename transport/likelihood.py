@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .integrators import ODE_METHODS, solve_adaptive
+from .integrators import ODE_METHODS, Call, solve_adaptive
 from .transport import Model, ModelField, Transport
 
 
@@ -101,10 +101,10 @@ class LikelihoodSolver:
                 augmented, state, [self.t_max, self.t_min], self.method, self.atol, self.rtol, norm=_largest_error
             )[-1]
         times = [self.t_max - (self.t_max - self.t_min) * i / self.num_steps for i in range(self.num_steps + 1)]
-        before = None
+        before: Call | None = None
         for t, t_next in pairwise(times):
-            slope = augmented(state, t)
-            state, before = row.step(augmented, state, t, t_next - t, slope, before), slope
+            call = Call(state, t, augmented(state, t))
+            state, before = row.step(augmented, state, t, t_next - t, call.v, before), call
         return state
 
 

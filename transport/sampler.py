@@ -19,11 +19,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .integrators import ODE_METHODS, SDE_METHODS, OdeMethod, solve_adaptive
+from .integrators import ODE_METHODS, SDE_METHODS, Call, OdeMethod, shifted_times, solve_adaptive
 from .likelihood import LikelihoodSolver
 from .path import DIFFUSION_FORMS, choose
 from .transport import Model, ModelField, Transport
 
+TIME_SHIFT = 2.0  # of the commands: with equal steps, images are too bright and too alike (docs/transport.md)
 LAST_STEPS: dict[str, str] = {
     "Mean": "the SDE's drift without its noise",
     "Tweedie": "E[x1 given x_t], the denoised state",
@@ -57,11 +58,12 @@ class OdeSolver:
         rtol: float,
         reverse: bool,
         trajectory: bool,
+        time_shift: float,
     ) -> None:
         self.transport, self.reverse, self.trajectory = transport, reverse, trajectory
         self.method, self.num_steps, self.atol, self.rtol = method, num_steps, atol, rtol
         self.t_min, self.t_max = transport.sample_interval()
-        self.nfe = 0
+        self.time_shift, self.nfe = time_shift, 0
 
     def __call__(self, x0: Tensor, model: Model, **model_kwargs: object) -> Tensor:
         """Integrate from noise at t = 0 to data at t = 1 (``reverse``: from data to noise).
@@ -81,7 +83,7 @@ class OdeSolver:
         x0 = x0 if x0.dtype == torch.float64 else x0.float()
         field = ModelField(self.transport, model, model_kwargs)
         # A reverse run uses the same times backwards.
-        times = [self.t_min + (self.t_max - self.t_min) * i / self.num_steps for i in range(self.num_steps + 1)]
+        times = shifted_times(self.t_min, self.t_max, self.num_steps, self.time_shift)
         run = self._adaptive if ODE_METHODS[self.method].adaptive else self._fixed
         try:
             states = run(field, x0, times)
@@ -96,7 +98,8 @@ class OdeSolver:
         times = [*times[:-1], 1.0]
         if self.reverse:
             times.reverse()
-        kept, before = [x] if self.trajectory else [], None
+        kept: list[Tensor] = [x] if self.trajectory else []
+        before: Call | None = None
         for t, t_next in pairwise(times):
             if t == 1 and self.t_max < 1:
                 x = leave_data(field, row.order, x, t_next)
@@ -105,8 +108,8 @@ class OdeSolver:
                 if t_next == 1 and self.t_max < 1:
                     x_next = reach_data(field, row, x, t, v, (t + self.t_max) / 2, before)
                 else:
-                    x_next = row.step(field.velocity, x, t, t_next - t, v, before and before[2])
-                before, x = (x, t, v), x_next
+                    x_next = row.step(field.velocity, x, t, t_next - t, v, before)
+                before, x = Call(x, t, v), x_next
             if self.trajectory:
                 kept.append(x)
         return torch.stack(kept) if self.trajectory else x[None]
@@ -132,7 +135,7 @@ def reach_data(
     t: float,
     v: Tensor,
     t_middle: float,
-    before: tuple[Tensor, float, Tensor] | None,
+    before: Call | None,
 ) -> Tensor:
     """Last ODE step, from t to t = 1, in straight coordinates (derived in docs/transport.md).
 
@@ -150,7 +153,7 @@ def reach_data(
         t: time of the last call.
         v: (B, ...) velocity at (x, t).
         t_middle: time of the second call of the midpoint rule.
-        before: state, time and velocity one step earlier. None at the first step.
+        before: the call one step earlier. None at the first step.
 
     Returns:
         (B, ...) state at t = 1.
@@ -279,6 +282,7 @@ class Sampler:
         rtol: float = 1e-3,
         reverse: bool = False,
         trajectory: bool = False,
+        time_shift: float = 1.0,
     ) -> OdeSolver:
         """A solver of the probability flow ODE.
 
@@ -288,10 +292,14 @@ class Sampler:
                 the number of intervals between the stored states of a trajectory.
             reverse: whether to go from data to noise.
             trajectory: whether to return every state, not only the final one.
+            time_shift: how much shorter the steps near the noise are: ``integrators.shifted_times``. 1 gives equal
+                steps. Adaptive methods choose their own.
         """
         method = choose(sampling_method, ODE_METHODS, "ODE method")
         check_steps(num_steps, atol, rtol)
-        return OdeSolver(self.transport, method, num_steps, atol, rtol, reverse, trajectory)
+        if not time_shift > 0:
+            raise ValueError(f"time_shift is {time_shift}; it must be above 0")
+        return OdeSolver(self.transport, method, num_steps, atol, rtol, reverse, trajectory, time_shift)
 
     def sample_sde(
         self,
