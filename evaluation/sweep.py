@@ -33,6 +33,7 @@ from evaluation.output import Section, Table, new_figure, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
 from evaluation.threshold import to_gray
 from transport import ODE_METHODS, SDE_METHODS, TIME_SHIFT
+from transport.integrators import shifted_times
 
 logger = logging.getLogger(__name__)
 # Solvers with a fixed number of steps. Adaptive solvers choose their own cost, so they cannot be compared here.
@@ -240,9 +241,12 @@ def _gray_statistics(images: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _cost(settings: SamplingSettings, calls: int) -> float:
-    """Forward passes per image. A guided call needs two, and guidance is on during its interval only."""
-    guided = 0.0 if settings.cfg_scale == 1 else settings.guidance_interval[1] - settings.guidance_interval[0]
-    return calls * (1 + guided)
+    """Forward passes per image. A guided call needs two; the share of guided steps stands for that of guided calls."""
+    if settings.cfg_scale == 1:
+        return float(calls)
+    shift = settings.time_shift if settings.mode == "ODE" else 1.0
+    times, (low, high) = shifted_times(0.0, 1.0, settings.num_steps, shift)[:-1], settings.guidance_interval
+    return calls * (1 + sum(low <= t <= high for t in times) / len(times))
 
 
 # --- from checkpoint and folders -------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_seed_and_mask_change_the_image(sampler):
 
 @torch.inference_mode()
 def test_nothing_is_doubled_outside_the_guidance_interval(sampler, batch_sizes):
-    sampler(method="euler", num_steps=4, cfg_scale=2.0, guidance_interval=(0.2, 0.6))(masks(2), SEEDS[:2])
+    sampler(method="euler", num_steps=4, cfg_scale=2.0, guidance_interval=(0.2, 0.6), time_shift=1)(masks(2), SEEDS[:2])
     assert batch_sizes == [2, 4, 4, 2]  # times 0, 1/4, 1/2, 3/4
 
 
