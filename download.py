@@ -30,7 +30,7 @@ from common.disk import NO_LOCKS, file_sha256, sync_folder, write_bytes
 from common.errors import InputError, list_some
 from common.plain import parse_json
 from common.weights import WouldRunCode, read_tensor_file
-from models import SIZES
+from models import SIZES, SiT
 
 logger = logging.getLogger(__name__)
 DOWNLOAD_FOLDER = Path("pretrained_models")
@@ -78,13 +78,11 @@ class Weights:
         state_dict: SiT keys to CPU tensors. The EMA weights, if the file has them.
         config: the ``config`` entry of a checkpoint of this project, else None.
         path: the file that was read.
-        entry: entry of the file that holds the weights: ``ema``, ``model``, or ``""`` for a bare state dict.
     """
 
     state_dict: dict[str, torch.Tensor]
     config: dict | None
     path: Path
-    entry: str = ""
 
 
 def find_model(name_or_path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -113,7 +111,7 @@ def find_weights(name_or_path: str | os.PathLike) -> Weights:
         compare_recorded_hash(path)
         return read_weights(path)
     if name in PUBLISHED_URLS:
-        weights = read_weights(fetch_published(name, DOWNLOAD_FOLDER))
+        weights = read_weights(fetch_published(name))
         check_published_shape(weights.state_dict, name, weights.path)
         return weights
     raise InputError(
@@ -148,7 +146,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
     entry = next((name for name in ("ema", "model") if isinstance(content.get(name), Mapping)), "")
     state_dict = plain_keys(content[entry] if entry else content)
     check_state_dict(state_dict, path)
-    return Weights(state_dict, config if isinstance(config, dict) else None, path, entry)
+    return Weights(state_dict, config if isinstance(config, dict) else None, path)
 
 
 def _check_file(path: Path) -> None:
@@ -189,48 +187,32 @@ def sit_shape(state_dict: Mapping[str, torch.Tensor]) -> SiTShape:
 
     Raises:
         KeyError: a tensor that every SiT has is missing.
-        ValueError: such a tensor has a wrong number of dimensions.
+        ValueError: such a tensor is empty, or has a wrong number of dimensions.
     """
     hidden_size, in_channels, patch_size, _ = state_dict[PATCH_WEIGHT].shape
     class_rows, _ = state_dict[CLASS_TABLE].shape
+    if 0 in (hidden_size, in_channels, patch_size, class_rows):
+        raise ValueError("a tensor of the network is empty")
     rows = state_dict[FINAL_LINEAR[0]].shape[0]
     blocks = {int(match.group(1)) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state_dict) if match}
-    return SiTShape(len(blocks), hidden_size, patch_size, in_channels, rows // max(patch_size**2, 1), class_rows)
+    return SiTShape(len(blocks), hidden_size, patch_size, in_channels, rows // patch_size**2, class_rows)
 
 
-def expected_shapes(state_dict: Mapping[str, torch.Tensor], shape: SiTShape) -> dict[str, tuple[int, ...]]:
-    """Key and shape of every tensor that a SiT of this shape must have.
-
-    The widths of the feed-forward layer and of the sinusoidal time features are free arguments of the network. So they
-    are read from the first tensor of their kind.
-    """
-    d, p = shape.hidden_size, shape.patch_size
-    time_features = state_dict["t_embedder.mlp.0.weight"].shape[-1]
-    feed_forward = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
-    linears = {
-        "t_embedder.mlp.0": (d, time_features),
-        "t_embedder.mlp.2": (d, d),
-        "final_layer.linear": (p * p * shape.out_channels, d),
-        "final_layer.adaLN_modulation.1": (2 * d, d),
-    }
-    for index in range(shape.depth):
-        block = f"blocks.{index}."
-        linears |= {
-            block + "attn.qkv": (3 * d, d),
-            block + "attn.proj": (d, d),
-            block + "mlp.fc1": (feed_forward, d),
-            block + "mlp.fc2": (d, feed_forward),
-            block + "adaLN_modulation.1": (6 * d, d),
-        }
-    expected: dict[str, tuple[int, ...]] = {
-        PATCH_WEIGHT: (d, shape.in_channels, p, p),
-        "x_embedder.proj.bias": (d,),
-        CLASS_TABLE: (shape.class_rows, d),
-    }
-    for name, size in linears.items():
-        expected[name + ".weight"] = size
-        expected[name + ".bias"] = size[:1]
-    return expected
+def expected_shapes(shape: SiTShape, feed_forward: int) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor that a SiT of this shape must have. ``feed_forward`` is the width of its MLPs."""
+    with torch.device("meta"):
+        model = SiT(
+            input_size=shape.patch_size,
+            patch_size=shape.patch_size,
+            in_channels=shape.in_channels,
+            hidden_size=shape.hidden_size,
+            depth=shape.depth,
+            num_heads=1,
+            mlp_ratio=(feed_forward + 0.5) / shape.hidden_size,  # SiT rounds the width down
+            num_classes=shape.class_rows - 1,
+            learn_sigma=shape.out_channels == 2 * shape.in_channels,
+        )
+    return {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
 def check_state_dict(state_dict: Mapping[str, object], where: str | os.PathLike) -> SiTShape:
@@ -246,7 +228,7 @@ def check_state_dict(state_dict: Mapping[str, object], where: str | os.PathLike)
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     try:
         shape = sit_shape(tensors)
-        expected = expected_shapes(tensors, shape)
+        expected = expected_shapes(shape, tensors["blocks.0.mlp.fc1.weight"].shape[0])
     except KeyError as error:
         raise InputError(f"{where} is not a SiT state dict: it has no {error.args[0]}; give SiT weights") from error
     except (ValueError, IndexError) as error:
@@ -279,18 +261,16 @@ def check_published_shape(state_dict: Mapping[str, torch.Tensor], name: str, pat
 # --- downloading -----------------------------------------------------------------------------------------------------
 
 
-def fetch_published(name: str, folder: Path = DOWNLOAD_FOLDER) -> Path:
-    """Path of a published file. Downloads the file if it is missing, else compares it with its recorded hash.
+def fetch_published(name: str) -> Path:
+    """Path of a file of ``PUBLISHED_URLS``. Downloads it if it is missing, else compares it with its recorded hash.
 
     The hash of the published file is not known in advance. The first download writes its hash beside the file
     (``NAME.sha256``, in the format of ``sha256sum``). Every later use compares the file with this record.
 
     Raises:
-        InputError: the name is unknown, there is no network, the download is damaged or wrong, or the file has changed.
+        InputError: there is no network, the download is damaged or wrong, or the file has changed.
     """
-    if name not in PUBLISHED_URLS:
-        raise InputError(f"unknown published model {name!r}; choose one of {', '.join(PUBLISHED_URLS)}")
-    path = folder / name
+    path = DOWNLOAD_FOLDER / name
     with _locked(path):  # of the processes of one machine, the first downloads, and the others find the file
         if path.is_file():
             compare_recorded_hash(path, record_new=True)
@@ -403,8 +383,8 @@ def compare_recorded_hash(path: Path, record_new: bool = False) -> None:
             read_weights(path)  # a damaged file must not become the reference
             _record_hash(path, file_sha256(path))
         return
-    recorded = _recorded_hash(record)
-    if recorded != (found := file_sha256(path)):
+    recorded, found = _recorded_hash(record), file_sha256(path)
+    if recorded != found:
         raise InputError(
             f"{path} changed since it was recorded (sha256 {found[:16]}, in {record.name} {recorded[:16]}): "
             f"delete both and download again, or only delete {record.name} if you replaced the weights yourself"

@@ -53,7 +53,7 @@ from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
 from engine.agreement import agree_on_file
-from engine.machine import Machine, check_compiler, log_provenance, on_main, start_machine, stop_machine
+from engine.machine import Machine, check_compiler, log_provenance, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
 from settings import load_checkpoint, look_choice, open_masks, own_judge_request, sampling_settings
@@ -215,7 +215,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged, looks)
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
-    on_main(machine, lambda: writer.open(shared=args.shard is not None), "open the folder of the set")
+    machine.on_main(lambda: writer.open(shared=args.shard is not None), "open the folder of the set")
     agree_on_file(
         machine, args.sample_dir / SETTINGS, "settings of the set",
         "All processes must see sample_dir: put it on a disk that all machines share, or start each machine by itself "
@@ -229,7 +229,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     whose = " (counts of this process)" if machine.world_size > 1 else ""
     logger.info("%d images to make, %d are there already%s", len(todo), len(mine) - len(todo), whose)
     again = machine.to_main([writer.image_name(job) for job, _ in todo], "look at what is there")
-    on_main(machine, lambda: writer.forget(again), "correct the manifest")
+    machine.on_main(lambda: writer.forget(again), "correct the manifest")
     draw_missing(writer, sampler, todo, args.per_proc_batch_size, redraw, machine.is_main and sys.stderr.isatty())
     machine.barrier("draw their images")
     if machine.is_main:
@@ -272,7 +272,7 @@ def load_redraw(
         return portable_judge(found, args.min_fidelity, args.max_attempts or MAX_ATTEMPTS)
 
     with torch.inference_mode(False):  # training needs gradients
-        judge = on_main(machine, train, "train the judge")
+        judge = machine.on_main(train, "train the judge")
     judge = machine.from_main(judge, "train the judge")
     return Redraw.from_trained(judge, trained.data, machine.device), judge.note
 

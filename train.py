@@ -62,10 +62,8 @@ from engine.loop import run_loop
 from engine.machine import (
     Machine,
     check_compiler,
-    count_parameters,
     log_machine_changes,
     log_provenance,
-    on_main,
     resolve_precision,
     start_machine,
     stop_machine,
@@ -353,10 +351,11 @@ def prepare(
     groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
     agree_on_run(machine, config, dataset, unlabelled, groups)
     if unlabelled:
-        on_main(machine, lambda: refuse_shared_images(unlabelled, dataset), "compare images")
+        machine.on_main(lambda: refuse_shared_images(unlabelled, dataset), "compare images")
     training = Training(replace(config, data=dataset.config), machine, space)
     training.groups = groups
-    logger.info("%s: %.1f million parameters", config.model.name, count_parameters(training.model) / 1e6)
+    millions = sum(parameter.numel() for parameter in training.model.parameters()) / 1e6
+    logger.info("%s: %.1f million parameters", config.model.name, millions)
     if machine.is_main:
         write_json(run.path / CONFIG, training.record)
     with naming_checkpoint(path):
@@ -422,7 +421,7 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
         run.lock()
         return run
 
-    made = on_main(machine, make, "open the run folder")
+    made = machine.on_main(make, "open the run folder")
     path = machine.from_main(made.path if made else None, "open the run folder")
     return made or RunFolder(path, args.keep)
 
@@ -440,7 +439,7 @@ def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> tu
             f"--ckpt {args.ckpt} is not the newest checkpoint of its run folder (that is {steps[-1]:07d}.pt), and "
             "going back would overwrite what came after: branch off with another --run-name."
         )
-    path, state = on_main(machine, choose, "look for a checkpoint") or (None, None)
+    path, state = machine.on_main(choose, "look for a checkpoint") or (None, None)
     path = machine.from_main(path, "look for a checkpoint")
     agree_on_checkpoint(machine, run, path)
     if path is None:

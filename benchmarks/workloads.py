@@ -27,8 +27,9 @@ from dataset.files import encode_image
 from dataset.folders import PairedFolder
 from dataset.masks import to_prob_map
 from engine.autoencoder import LatentSpace, Space
-from engine.machine import Machine, has_compiler, update_ema
+from engine.machine import Machine, has_compiler
 from engine.sampling import ImageSampler, SamplingSettings
+from engine.training import update_ema
 from layers.mask import MaskCondition
 from layers.rows import MaskRows, mask_rows
 from models import SiT, SiT_models

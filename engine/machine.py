@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import InputError, one_line
 from engine.peers import Peers, join_peers
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 PRECISIONS = ("auto", "bf16", "float32")
 DEVICES = ("auto", "cuda", "cpu")
@@ -34,55 +35,6 @@ CONNECT_TIMEOUT = timedelta(seconds=30)
 EXCHANGE_TIMEOUT = timedelta(minutes=10)
 # A process whose peer is gone must end, and its watchdog must not fire before the exchange does.
 NCCL_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "900"}
-
-
-def check_compiler() -> None:
-    """torch.compile builds its code with a C++ compiler, also for a GPU.
-
-    Raises:
-        InputError: there is none, or it cannot compile.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if not has_compiler():
-        raise InputError(
-            f"compile: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.", "compile"
-        )
-    _name_the_cache()
-    reason = _compiler_fault(compiler)
-    if reason:
-        raise InputError(
-            f"compile: the C++ compiler {compiler} cannot compile ({reason}). Mend it or name another one in CXX, or "
-            "leave it out.",
-            "compile",
-        )
-
-
-def _name_the_cache() -> None:
-    """Name a folder for compiled code, if torch cannot: it asks for the name of the user, who may have none."""
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-
-
-def _compiler_fault(compiler: str) -> str:
-    """Why a compiler cannot build a small shared library; empty if it can."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "try.cpp"
-        source.write_text('#include <cmath>\nextern "C" double root(double x) { return std::sqrt(x); }\n')
-        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except (OSError, subprocess.SubprocessError) as error:
-            return " ".join(str(error).split())[:200]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return "" if done.returncode == 0 else (lines[0][:200] if lines else f"exit code {done.returncode}")
-
-
-def has_compiler() -> bool:
-    """Whether the C++ compiler that torch.compile would call is there."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 @dataclass(frozen=True)
@@ -104,6 +56,7 @@ class Machine:
         return {"world_size": self.world_size, "device": self.device.type, "precision": self.precision}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in bfloat16 inside the block, or in float32 if that is the precision."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -111,7 +64,7 @@ class Machine:
     # ------------------------------------------------------------- beside the loop: one process may work for hours here
 
     def sharing_errors(self) -> contextlib.AbstractContextManager[None]:
-        """Tell the other processes what this one ends on; see ``Peers.sharing_errors``."""
+        """Tell the other processes the error that ends this one; see ``Peers.sharing_errors``."""
         return contextlib.nullcontext() if self.peers is None else self.peers.sharing_errors()
 
     def progress(self) -> None:
@@ -120,7 +73,7 @@ class Machine:
             self.peers.progress()
 
     def barrier(self, what: str) -> None:
-        """Wait for all processes; ``what`` says what the last ones are doing."""
+        """Wait for all processes. ``what`` says what they do meanwhile, for the log."""
         if self.peers is not None:
             self.peers.wait_for_all(what)
 
@@ -151,17 +104,38 @@ class Machine:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def on_main(self, work: Callable[[], Result], what: str) -> Result | None:
+        """What ``work`` returns on rank 0, and None elsewhere. If its input is bad or a file fails, every rank ends.
+
+        Args:
+            work: done by rank 0 only.
+            what: what it does, for the message of the ranks that wait.
+
+        Raises:
+            InputError: the fault that rank 0 met, on every rank.
+        """
+        fault, fields, result = None, (), None
+        if self.is_main:
+            try:
+                result = work()
+            except (InputError, OSError) as error:
+                fault, fields = one_line(error), getattr(error, "fields", ())
+        fault, fields = self.from_main((fault, fields), what)
+        if fault:
+            raise InputError(fault, *fields)
+        return result
+
     def check_same(self, values: dict[str, Any], mend: str, *fields: str) -> None:
         """Refuse to go on if a process has found something else than rank 0.
 
         Args:
-            values: plain values by what they are, such as {"step": 10}; None if this process has not looked.
+            values: plain values by their names, such as {"step": 10}. None: this process does not know it.
             mend: what to do about a difference.
             fields: names in ``mend``, as in ``InputError``.
 
         Raises:
-            InputError: on every rank: the first difference, with the processes and their machines. What differs is
-                one of its fields.
+            InputError: on every rank: the first difference, with the processes and their machines. The name of the
+                value is one of its fields.
         """
         if self.peers is None:
             return
@@ -260,23 +234,23 @@ def _world_size() -> int:
     Raises:
         InputError: variables of a launcher are left over in the shell.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
     mend = "start with torchrun, or run: unset WORLD_SIZE RANK LOCAL_RANK"
-    if not count.isdecimal() or int(count) < 1:
-        raise InputError(f"WORLD_SIZE={count} in the environment is no number of processes: {mend}")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if int(count) > 1 and missing:
-        raise InputError(f"WORLD_SIZE={count} is set in the environment, but not {', '.join(missing)}: {mend}")
-    port = os.environ.get("MASTER_PORT", "")
-    if int(count) > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise InputError(f"MASTER_PORT={port} in the environment is no port: {mend}")
-    rank = os.environ.get("RANK", "0")
-    if not rank.isdecimal() or int(rank) >= int(count):
-        raise InputError(f"RANK={rank} in the environment does not fit WORLD_SIZE={count}: {mend}")
-    local = os.environ.get("LOCAL_RANK", "0")
-    if not local.isdecimal() or int(local) >= int(count):
-        raise InputError(f"LOCAL_RANK={local} in the environment does not fit WORLD_SIZE={count}: {mend}")
-    return int(count)
+
+    def number(name: str, default: str, possible: range, fault: str) -> int:
+        value = os.environ.get(name, default)
+        if not value.isdecimal() or int(value) not in possible:
+            raise InputError(f"{name}={value} in the environment {fault}: {mend}")
+        return int(value)
+
+    count = number("WORLD_SIZE", "1", range(1, sys.maxsize), "is no number of processes")
+    if count > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise InputError(f"WORLD_SIZE={count} is set in the environment, but not {', '.join(missing)}: {mend}")
+        number("MASTER_PORT", "", range(1, 2**16), "is no port")
+    for name in ("RANK", "LOCAL_RANK"):
+        number(name, "0", range(count), f"does not fit WORLD_SIZE={count}")
+    return count
 
 
 def _connect(peers: Peers, device: torch.device) -> None:
@@ -305,18 +279,58 @@ def stop_machine(machine: Machine) -> None:
         dist.destroy_process_group()
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema <- decay ema + (1 - decay) model, all parameters in one fused call.
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use. A job or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    The decay warms up as (1 + step) / (10 + step), so that a short run is not left with its initial weights.
+
+def check_compiler() -> None:
+    """Check that torch.compile will find a C++ compiler that works. It needs one for a GPU, too.
+
+    Raises:
+        InputError: there is none, or it cannot compile.
     """
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    compiler = os.environ.get("CXX", "g++")
+    if not has_compiler():
+        raise InputError(
+            f"compile: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.", "compile"
+        )
+    _name_the_cache()
+    reason = _compiler_fault(compiler)
+    if reason:
+        raise InputError(
+            f"compile: the C++ compiler {compiler} cannot compile ({reason}). Mend it or name another one in CXX, or "
+            "leave it out.",
+            "compile",
+        )
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _name_the_cache() -> None:
+    """Name a folder for compiled code, if torch cannot: it asks for the name of the user, who may have none."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _compiler_fault(compiler: str) -> str:
+    """Why a compiler cannot build a small shared library; empty if it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "try.cpp"
+        source.write_text('#include <cmath>\nextern "C" double root(double x) { return std::sqrt(x); }\n')
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.SubprocessError) as error:
+            return " ".join(str(error).split())[:200]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return "" if done.returncode == 0 else (lines[0][:200] if lines else f"exit code {done.returncode}")
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile would call is there."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def log_provenance(machine: Machine, seed: int) -> None:
@@ -345,37 +359,6 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return result.stdout.strip() or "unknown"
-
-
-T = TypeVar("T")
-
-
-def on_main(machine: Machine, work: Callable[[], T], what: str) -> T | None:
-    """What ``work`` gives on rank 0, None elsewhere; a fault of the user's input there ends every rank.
-
-    Args:
-        machine: this process.
-        work: done by rank 0.
-        what: what it is, for those that wait.
-
-    Raises:
-        InputError: what rank 0 met.
-    """
-    problem, fields, found = None, (), None
-    if machine.is_main:
-        try:
-            found = work()
-        except (InputError, OSError) as error:
-            problem, fields = one_line(error), getattr(error, "fields", ())
-    problem, fields = machine.from_main((problem, fields), what)
-    if problem:
-        raise InputError(problem, *fields)
-    return found
-
-
-def usable_cores() -> int:
-    """Number of CPU cores that this process may use. A job or a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

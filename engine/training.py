@@ -35,7 +35,7 @@ from engine.autoencoder import LatentSpace, Space, space_config
 from engine.checkpoint import check_numbers
 from engine.config import RunConfig
 from engine.init_from import adapt_sit_weights
-from engine.machine import Machine, update_ema
+from engine.machine import Machine
 from engine.run_folder import RunFolder
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
 from layers.rows import MaskRows, mask_rows
@@ -360,6 +360,16 @@ def without_broadcast() -> dict[str, Any]:
     """
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay ema + (1 - decay) model, all parameters in one fused call.
+
+    The decay warms up as (1 + step) / (10 + step), so that a short run is not left with its initial weights.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 class Previews:

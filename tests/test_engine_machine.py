@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 from script_helpers import ROOT
-from torch import nn
 
 from common.errors import InputError
-from engine.machine import Machine, on_main, resolve_precision, update_ema
+from engine.machine import Machine, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -29,7 +27,7 @@ def test_a_fault_on_the_first_rank_keeps_its_fields():
         raise InputError("vae x: no such folder", "vae")
 
     with pytest.raises(InputError, match="vae x") as caught:
-        on_main(Machine(0, 1, CPU, "float32"), fail, "fail")
+        Machine(0, 1, CPU, "float32").on_main(fail, "fail")
     assert caught.value.fields == ("vae",)
 
 
@@ -48,15 +46,3 @@ def test_ranks_train_without_a_warning_of_torch(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "deprecated" not in result.stderr
-
-
-def test_ema_follows_its_formula_and_warms_up():
-    model = nn.Linear(3, 2)
-    ema = copy.deepcopy(model)
-    start = ema.weight.clone()
-    nn.init.ones_(model.weight)
-    update_ema(ema, model, decay=0.99, step=5)
-    assert torch.allclose(ema.weight, start * (6 / 15) + 9 / 15)
-    before = ema.weight.clone()
-    update_ema(ema, model, decay=0.99, step=10**6)
-    assert torch.allclose(ema.weight, before * 0.99 + 0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from script_helpers import TINY, run, train_arguments, write_pairs
+from torch import nn
 
 import train
 from common.errors import STOP_SIGNALS, InputError
@@ -22,7 +24,7 @@ from engine.checkpoint import read_checkpoint
 from engine.loop import StopRequest, limit_workers
 from engine.machine import Machine, usable_cores
 from engine.run_folder import RunFolder
-from engine.training import MOST_SKIPPED_IN_A_ROW, Training
+from engine.training import MOST_SKIPPED_IN_A_ROW, Training, update_ema
 from models import SiT
 from settings import resolve
 
@@ -250,3 +252,15 @@ def test_a_signal_asks_the_loop_to_save_and_end_unless_it_was_ignored_before(own
     stop = StopRequest()
     signal.raise_signal(number)
     assert stop.signal == number and stop.exit_code == (130 if number == signal.SIGINT else 143)
+
+
+def test_ema_follows_its_formula_and_warms_up():
+    model = nn.Linear(3, 2)
+    ema = copy.deepcopy(model)
+    start = ema.weight.clone()
+    nn.init.ones_(model.weight)
+    update_ema(ema, model, decay=0.99, step=5)
+    assert torch.allclose(ema.weight, start * (6 / 15) + 9 / 15)
+    before = ema.weight.clone()
+    update_ema(ema, model, decay=0.99, step=10**6)
+    assert torch.allclose(ema.weight, before * 0.99 + 0.01)
