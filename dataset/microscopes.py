@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.disk import new_folder, write_bytes
+from common.disk import check_folder, new_folder, write_bytes
 from common.errors import InputError, list_some
 from dataset.decode import FileError
 from dataset.files import encode_tiff
@@ -82,8 +82,7 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     Raises:
         InputError: nothing to read, a folder that holds something, a file that cannot be read or needs a choice.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty: give a new folder")
+    check_folder(output)
     files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
     files = [one for one in files if one.suffix.lower() in SUFFIXES and not one.name.startswith(".")]
     if not files:

@@ -35,7 +35,7 @@ from synthetic.reader import SampleSet
 logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.2
 BATCH_PIXELS = 2**22  # most pixels segmented at once
-WINDOWS_PER_IMAGE = 4  # random crops of each held-out image, with --crop random
+CROPS_PER_IMAGE = 4  # random crops of each real image, if the generator was trained on random crops
 EMPTY_TOLERANCE = 0.02  # an empty mask has fidelity 0 if the judge finds cells in this fraction of the image
 BOUNDARY_SHARE = 0.0075  # tolerance as a fraction of the image's diagonal, at least one pixel
 JUDGED_AT_ONCE = 16  # images
@@ -354,8 +354,8 @@ def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterat
     """Pairs of a folder, read as in training. With random crops, each image gives several crops."""
     for number, name in enumerate(names):
         drawn = folder.config.crop == "random" and folder.whole_scale is None
-        for window in range(WINDOWS_PER_IMAGE if drawn else 1):
-            item = folder.load(name, rng=np.random.default_rng([seed, number, window]))
+        for crop in range(CROPS_PER_IMAGE if drawn else 1):
+            item = folder.load(name, rng=np.random.default_rng([seed, number, crop]))
             yield labelled_image(item, folder.rule)
 
 

@@ -1,4 +1,4 @@
-"""Realism: do synthetic images look like real ones? Compares distributions of image features.
+"""Realism: do synthetic images look like real ones? Compares the distributions of their features.
 
 With Inception weights, the measures are FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018,
 arXiv 1801.01401) on the features of torch-fidelity. Without them, the measure is a Frechet distance on features of the
@@ -11,26 +11,26 @@ images with the same real half, at equal numbers of images. Compare these two nu
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.disk import real_path, write_json
+from common.disk import file_sha256, real_path, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import find_files
+from evaluation.fidelity import CROPS_PER_IMAGE
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, with_spread
 from synthetic.reader import SampleSet, read_real
 
 logger = logging.getLogger(__name__)
 SPLITS = 20
-WINDOWS_PER_IMAGE = 4  # random crops of each real image, with --crop random
 LEAST_REAL, LEAST_SYNTHETIC = 4, 2
 COMPONENTS = 16
 FEATURE_BATCH = 32  # images whose features are computed at once
@@ -64,13 +64,22 @@ class Distances:
 
 @dataclass
 class RealismReport:
-    """Result of ``score_realism``."""
+    """Result of ``score_realism``.
+
+    Attributes:
+        distances: FID and KID, or the distance on the judge's features.
+        features: name of the features.
+        synthetic_images, real_images: numbers of images.
+        real_crops: crops of the real images.
+        window: the gray range of all images, in words.
+        provenance: see ``SampleSet.provenance``.
+    """
 
     distances: list[Distances]
     features: str
     synthetic_images: int
     real_images: int
-    real_windows: int
+    real_crops: int
     window: str
     provenance: dict[str, list[str]] = field(default_factory=dict)
 
@@ -87,9 +96,10 @@ class RealismReport:
 def _table(content: dict) -> Table:
     rows = []
     for one in content["distances"]:
-        for title, kind in (("synthetic - real", "synthetic"), ("real - real", "real")):
-            known, mean = one[kind], with_spread(one[f"{kind}_mean"], one[f"{kind}_std"])
-            rows.append([f"{one['name']}, {title}", mean, min(known), max(known), one["images_compared"]])
+        for kind in ("synthetic", "real"):
+            mean = with_spread(one[f"{kind}_mean"], one[f"{kind}_std"])
+            name = f"{one['name']}, {kind} - real"
+            rows.append([name, mean, min(one[kind]), max(one[kind]), one["images_compared"]])
         rows.append([f"{one['name']}, all images", one["whole"], None, None, None])
     return Table(["", "mean ± standard deviation", "smallest", "largest", "images on each side"], rows)
 
@@ -133,19 +143,27 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """
     if first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
         raise ValueError(f"features of shapes {first.shape} and {second.shape}")
-    means, roots = [], []
-    for features in (first.astype(np.float64), second.astype(np.float64)):
-        means.append(features.mean(axis=0))
-        root = (features - means[-1]) / np.sqrt(len(features) - 1)  # (n, D)
-        roots.append(np.asarray(np.linalg.qr(root, mode="r")) if len(root) > root.shape[1] else root)
-    cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * cross)
+    (mean_1, root_1), (mean_2, root_2) = _mean_and_root(first), _mean_and_root(second)
+    traces = (root_1**2).sum() + (root_2**2).sum()
+    cross = np.linalg.svd(root_1 @ root_2.T, compute_uv=False).sum()
+    return float(((mean_1 - mean_2) ** 2).sum() + traces - 2 * cross)
+
+
+def _mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) of features (n, D), and a root A (k, D) of their covariance A' A, with k at most D."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    root = (features - mean) / np.sqrt(len(features) - 1)  # (n, D)
+    return mean, np.asarray(np.linalg.qr(root, mode="r")) if len(root) > root.shape[1] else root
 
 
 def kernel_inception_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared MMD with torch-fidelity's cubic kernel, on equal numbers of images (at most 1000 a side).
+    """KID: unbiased squared MMD with torch-fidelity's cubic kernel, on equal numbers of images (at most 1000 a side).
 
     Source: Binkowski et al. 2018, arXiv 1801.01401.
+
+    Args:
+        first: (n, D).
+        second: (m, D).
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
@@ -274,8 +292,7 @@ def inception_features(weights: Path, device: torch.device) -> Extractor:
 
 def describe_weights(weights: Path) -> str:
     """Text that says whether the weights are the published ones, by their hash."""
-    with weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_sha256(weights)
     if digest.startswith(INCEPTION_SHA256_START):
         return "Inception of torch-fidelity"
     logger.warning("%s is not the published file: do not compare its numbers with published FIDs", weights)
@@ -284,18 +301,12 @@ def describe_weights(weights: Path) -> str:
 
 def extract_all(extract: Extractor, images: Iterable[np.ndarray]) -> np.ndarray:
     """(N, D) features of N images uint8 (S, S, C)."""
-    rows, batch = [], []
-    for image in images:
-        batch.append(image)
-        if len(batch) == FEATURE_BATCH:
-            rows.append(extract(batch))
-            batch = []
-    if batch:
-        rows.append(extract(batch))
-    return np.concatenate(rows)
+    images = iter(images)
+    batches = iter(lambda: list(islice(images, FEATURE_BATCH)), [])  # until a batch is empty
+    return np.concatenate([extract(batch) for batch in batches])
 
 
-def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tuple[list[Path], list[np.ndarray]]:
+def real_crops(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tuple[list[Path], list[np.ndarray]]:
     """All real images of a folder, read as in training. With random crops, each image gives several crops.
 
     Returns:
@@ -303,9 +314,9 @@ def real_windows(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tu
     """
     paths, images = [], []
     for index, path in enumerate(find_files(image_dir, "image").values()):
-        for window in range(WINDOWS_PER_IMAGE if config.crop == "random" else 1):
+        for crop in range(CROPS_PER_IMAGE if config.crop == "random" else 1):
             paths.append(path)
-            images.append(read_real(path, config, np.random.default_rng([seed, index, window])))
+            images.append(read_real(path, config, np.random.default_rng([seed, index, crop])))
     return paths, images
 
 
@@ -341,20 +352,21 @@ def score_realism(
         seed: seed of the splits and crops.
     """
     config = samples.require_config()
-    paths, real = real_windows(image_dir, config, seed)
-    order = {path: number for number, path in enumerate(dict.fromkeys(paths))}
-    groups = np.array([order[path] for path in paths])
+    paths, real = real_crops(image_dir, config, seed)
+    number_of = {path: number for number, path in enumerate(dict.fromkeys(paths))}
+    groups = np.array([number_of[path] for path in paths])
     real_features = extract_all(extract, real)
     rng = np.random.default_rng(seed)  # one random square of each large field, as one crop of each real image
     squares = (samples.squares(samples.synthetic(sample)) for sample in samples.samples)
     synthetic_features = extract_all(extract, (parts[rng.integers(len(parts))] for parts in squares))
-    if not inception:
+    measures: dict[str, Distance]
+    if inception:
+        measures = {"FID": frechet_distance, "KID": kernel_inception_distance}
+    else:
+        measures = {JUDGE_DISTANCE: frechet_distance}
         synthetic_features = real_components(synthetic_features, real_features)
         real_features = real_components(real_features, real_features)
-    measures = (
-        {"FID": frechet_distance, "KID": kernel_inception_distance} if inception else {JUDGE_DISTANCE: frechet_distance}
-    )
-    places = {real_path(path): number for path, number in order.items()}
+    places = {real_path(path): number for path, number in number_of.items()}
     partners = np.array([places.get(real_path(one.real_path), -1) if one.real_path else -1 for one in samples.samples])
     distances = [
         compare_with_splits(name, distance, synthetic_features, real_features, groups, splits, seed, partners)
@@ -364,8 +376,8 @@ def score_realism(
         distances=distances,
         features=features,
         synthetic_images=len(samples),
-        real_images=len(order),
-        real_windows=len(paths),
+        real_images=len(number_of),
+        real_crops=len(paths),
         window=describe_window(config),
         provenance=samples.provenance(),
     )
@@ -378,9 +390,9 @@ def write_realism_report(samples: SampleSet, report: RealismReport) -> Path:
     figure = new_figure(4.2 * len(report.distances), 3.2)
     axes = figure.subplots(1, len(report.distances), squeeze=False)[0]
     for axis, one in zip(axes, report.distances, strict=True):
-        for place, (kind, values) in enumerate((("real - real", one.real), ("synthetic - real", one.synthetic))):
+        for place, values in enumerate((one.real, one.synthetic)):
             spread = np.linspace(-0.15, 0.15, len(values))  # keeps equal values visible
-            axis.plot(place + spread, values, "o", markersize=4, alpha=0.7, label=kind)
+            axis.plot(place + spread, values, "o", markersize=4, alpha=0.7)
         axis.set_xticks([0, 1], ["real - real", "synthetic - real"])
         axis.set_xlim(-0.5, 1.5)
         axis.set_title(one.name, fontsize=9)

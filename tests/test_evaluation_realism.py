@@ -26,7 +26,7 @@ from evaluation.realism import (
     inception_features,
     kernel_inception_distance,
     real_components,
-    real_windows,
+    real_crops,
     score_realism,
     write_realism_report,
 )
@@ -158,7 +158,7 @@ def test_images_of_known_statistics_give_their_distance_beside_the_real_spread(t
     (close,), (wide,) = near.distances, far.distances
     assert close.name == JUDGE_DISTANCE and "FID" not in "\n".join(SECTION.lines(near.to_dict()))
     assert np.mean(close.synthetic) < 2 * max(close.real)
-    means = [image.mean() for image in real_windows(real / "images", DataConfig(image_size=SIZE))[1]]
+    means = [image.mean() for image in real_crops(real / "images", DataConfig(image_size=SIZE))[1]]
     assert wide.whole > (40 / np.std(means)) ** 2 * 0.9 and min(wide.synthetic) > 50 * max(wide.real)
     assert near.real_images == 24 and close.images_compared == 12
 
@@ -167,8 +167,8 @@ def test_real_images_get_the_window_of_training(tmp_path):
     (tmp_path / "images").mkdir()
     dark = np.tile(np.linspace(0, 50, 30), (26, 1)).astype(np.uint8)
     Image.fromarray(dark).save(tmp_path / "images" / "a.png")
-    plain = real_windows(tmp_path / "images", DataConfig(image_size=26, crop="random"))[1]
-    stretched = real_windows(tmp_path / "images", DataConfig(image_size=26, window=(0, 100)))[1]
+    plain = real_crops(tmp_path / "images", DataConfig(image_size=26, crop="random"))[1]
+    stretched = real_crops(tmp_path / "images", DataConfig(image_size=26, window=(0, 100)))[1]
     assert len(plain) == 4 and len(stretched) == 1
     assert max(image.max() for image in plain) <= 50 and stretched[0].max() > 220
 

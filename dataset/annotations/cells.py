@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,20 @@ class CellCounts:
     outside: int = 0
     enclosing: int = 0
     with_nucleus: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: CellCounts) -> CellCounts:
+        """Counts of both."""
+        return CellCounts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def __str__(self) -> str:
+        words = [f"{self.read} cells read, {self.written} written"]
+        words += [f"{count} dropped ({reason})" for reason, count in sorted(self.dropped.items())]
+        if self.overlapping:
+            words.append(f"{self.overlapping} overlap (the smaller cell keeps the pixels)")
+        if self.outside:
+            words.append(f"{self.outside} reach beyond the image")
+        return ", ".join(words)
 
 
 def rings_to_cell(
@@ -203,7 +216,7 @@ def draw_cells(
     counts.overlapping = sum(bool((claims[one.part][one.inside] > 1).any()) for one in placed)
     counts.enclosing = sum(_encloses_many(drawn, place, one, seen) for place, one in enumerate(placed, start=1))
     dropped["covered by smaller cells"] = len(placed) - counts.written
-    counts.dropped = {reason: count for reason, count in sorted(dropped.items()) if count}
+    counts.dropped = Counter({reason: count for reason, count in sorted(dropped.items()) if count})
     classes = {name: number for number, name in enumerate(names or (), start=1)}
     values = [0, *(classes[one.name] if as_classes else one.number for one in placed)]
     dtype = np.uint16 if max(values) < 2**16 else np.int32

@@ -1,11 +1,11 @@
-"""Convert a folder of annotations to label images: choose readers, pair files with images, write a report."""
+"""Convert annotations of other programs to label images: choose readers, pair files with images, write a report."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.disk import new_folder, real_path, write_bytes, write_csv
+from common.disk import check_folder, new_folder, real_path, write_bytes, write_csv
 from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
@@ -54,30 +54,22 @@ class Conversion:
         counts: image -> counts of its cells.
         without: images without annotations.
         lonely: annotations without an image.
-        unused: classes that were asked for, and that no cell has.
-        found: classes of the cells.
+        asked: classes that were asked for.
+        found: classes that cells have.
     """
 
     counts: dict[str, CellCounts] = field(default_factory=dict)
     without: list[str] = field(default_factory=list)
     lonely: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    found: list[str] = field(default_factory=list)
+    asked: Sequence[str] = ()
+    found: set[str] = field(default_factory=set)
 
     def lines(self, most: int = 20) -> list[str]:
-        """The report: totals, and the images with dropped, overlapping or cut cells."""
-        total = CellCounts()
-        reasons: Counter[str] = Counter()
-        for one in self.counts.values():
-            total.read, total.written = total.read + one.read, total.written + one.written
-            total.overlapping, total.outside = total.overlapping + one.overlapping, total.outside + one.outside
-            reasons.update(one.dropped)
-        lines = [f"{len(self.counts)} label images; {_in_words(total, reasons)}"]
-        odd = [
-            f"{name}: {_in_words(one, one.dropped)}"
-            for name, one in self.counts.items()
-            if one.dropped or one.overlapping or one.outside
-        ]
+        """The report: totals, at most ``most`` images with dropped, overlapping or cut cells, and what else is odd."""
+        total = sum(self.counts.values(), CellCounts())
+        lines = [f"{len(self.counts)} label images; {total}"]
+        cells = self.counts.items()
+        odd = [f"{name}: {one}" for name, one in cells if one.dropped or one.overlapping or one.outside]
         lines += odd[:most] + ([f"and {len(odd) - most} more images, see {REPORT}"] if len(odd) > most else [])
         regions = [name for name, one in self.counts.items() if one.enclosing]
         if regions:
@@ -85,26 +77,19 @@ class Conversion:
                 f"{len(regions)} images have a cell with several other cells inside: {list_some(regions)}. If it is a "
                 "region of interest, delete it in the annotations"
             )
-        nuclei = sum(one.with_nucleus for one in self.counts.values())
-        if nuclei:
-            lines.append(f"{nuclei} cells have an outline of their nucleus, too: that of the whole cell is drawn")
-        if self.unused:
-            lines.append(f"no cell has the class {list_some(self.unused)}: the files hold {list_some(self.found, 8)}")
+        if total.with_nucleus:
+            lines.append(
+                f"{total.with_nucleus} cells have an outline of their nucleus, too: that of the whole cell is drawn"
+            )
+        unused = [name for name in self.asked if name not in self.found]
+        if unused:
+            held = list_some(sorted(self.found), 8)
+            lines.append(f"no cell has the class {list_some(unused)}: the files hold {held}")
         if self.without:
             lines.append(f"{len(self.without)} images have no annotations: {list_some(self.without)}")
         if self.lonely:
             lines.append(f"{len(self.lonely)} annotations have no image: {list_some(self.lonely)}")
         return lines
-
-
-def _in_words(counts: CellCounts, dropped: Mapping[str, int]) -> str:
-    words = [f"{counts.read} cells read, {counts.written} written"]
-    words += [f"{count} dropped ({reason})" for reason, count in sorted(dropped.items())]
-    if counts.overlapping:
-        words.append(f"{counts.overlapping} overlap (the smaller cell keeps the pixels)")
-    if counts.outside:
-        words.append(f"{counts.outside} reach beyond the image")
-    return ", ".join(words)
 
 
 def convert(source: Path, images: Path, output: Path, settings: ConvertSettings) -> Conversion:
@@ -121,40 +106,42 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
     Raises:
         InputError: files are unreadable, no annotation has an image, or the folder is not empty.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty: give a new folder")
-    if settings.kind == "classes" and not settings.classes:
-        raise InputError(_which_classes(source, images, settings), "classes")
+    check_folder(output)
     _check(settings)
-    result, labels, errors = Conversion(), {}, []
-    names: set[str] = set()
     paths = _images(source, images)
-    pairs, result.without, result.lonely = _pair(source, images, paths, settings)
+    pairs, without, lonely = _pair(source, images, paths, settings)
+    if settings.kind == "classes" and not settings.classes:
+        raise InputError(_which_classes(source, pairs, paths), "classes")
+    result, labels, errors = Conversion(without=without, lonely=lonely, asked=settings.classes), {}, []
     for name, load in tqdm(pairs.items(), desc="converting", unit="image", disable=None):
         try:
-            size = read_image(paths[name]).shape[:2]
-            cells = load(size)
-            names |= {cell.name for cell in cells if cell.name}
-            as_classes = settings.kind == "classes"
-            label, result.counts[name] = draw_cells(cells, size, settings.classes or None, as_classes)
-            labels[name] = encode_tiff(label)
+            labels[name], result.counts[name], names = _draw(paths[name], load, settings)
+            result.found |= names
         except FileError as error:
             errors.append(str(error))
-        except InputError:
+        except InputError:  # of the settings, and so of every file
             raise
         except ValueError as error:
             errors.append(f"annotations of {name}: {error}")
     if errors:
         raise InputError(f"{len(errors)} of {len(pairs)} annotations cannot be used: {list_some(errors)}")
     if not any(one.written for one in result.counts.values()):
-        held = f"; the files hold the classes {list_some(sorted(names), 8)}" if settings.classes and names else ""
+        found = list_some(sorted(result.found), 8) if settings.classes else ""
+        held = f"; the files hold the classes {found}" if found else ""
         raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}{held}")
-    result.unused, result.found = [name for name in settings.classes if name not in names], sorted(names)
     with new_folder(output) as folder:
         for name, content in labels.items():
             write_bytes(folder / f"{paths[name].name.rpartition('.')[0]}.tif", content)
         _write_report(result, folder / REPORT)
     return result
+
+
+def _draw(image: Path, load: Load, settings: ConvertSettings) -> tuple[bytes, CellCounts, set[str]]:
+    """Label TIFF of one image, counts of its cells, and the names of their classes."""
+    size = read_image(image).shape[:2]
+    cells = load(size)
+    label, counts = draw_cells(cells, size, settings.classes or None, settings.kind == "classes")
+    return encode_tiff(label), counts, {cell.name for cell in cells if cell.name}
 
 
 def _check(settings: ConvertSettings) -> None:
@@ -169,18 +156,12 @@ def _check(settings: ConvertSettings) -> None:
 
 
 def _write_report(result: Conversion, path: Path) -> None:
-    rows = [
-        (
-            name,
-            one.read,
-            one.written,
-            one.overlapping,
-            one.outside,
-            "; ".join(f"{n} {r}" for r, n in one.dropped.items()),
-        )
-        for name, one in result.counts.items()
-    ]
-    write_csv(path, ("image", "read", "written", "overlapping", "outside", "dropped"), rows)
+    numbers = ("read", "written", "overlapping", "outside")
+    rows = []
+    for name, one in result.counts.items():
+        dropped = "; ".join(f"{count} {reason}" for reason, count in one.dropped.items())
+        rows.append((name, *(getattr(one, number) for number in numbers), dropped))
+    write_csv(path, ("image", *numbers, "dropped"), rows)
 
 
 # --- which file belongs to which image -------------------------------------------------------------------------------
@@ -208,9 +189,10 @@ def _pair(
         by_name = {_stem(images): "image"}
     pairs = {by_name[name]: load for name, load in loads.items() if name in by_name}
     if not pairs:
+        mend = ". If they are ROIs of one image, zip them as NAME.zip" if _has_rois(source) else ""
         raise InputError(
             f"no annotation of {source} has the name of an image in {images}: annotations are named "
-            f"{list_some(list(loads))}, images {list_some(list(paths))}{_single_rois(source)}"
+            f"{list_some(list(loads))}, images {list_some(list(paths))}{mend}"
         )
     lonely = sorted(name for name in loads if name not in by_name)
     return dict(sorted(pairs.items())), sorted(set(paths) - set(pairs)), lonely
@@ -259,21 +241,22 @@ def _others(source: Path) -> str:
     """What a folder without annotations holds instead."""
     kinds = Counter(path.suffix.lower() for path in source.iterdir() if path.is_file() and not is_litter(path.name))
     if kinds:
-        return "".join(f" but {count} {kind}{other_program(kind)}" for kind, count in kinds.most_common(1) if kind)
+        kind, count = kinds.most_common(1)[0]
+        return f" but {count} {kind}{other_program(kind)}" if kind else ""
     inner = [path for path in sorted(source.iterdir()) if path.is_dir() and not is_litter(path.name)]
-    rois = inner and any(path.suffix.lower() == ".roi" for path in inner[0].iterdir())
-    mend = "zip the ROIs of each image as NAME.zip" if rois else f"did you mean {inner[0]}?" if inner else ""
-    return f" but folders: {mend}" if inner else ""
+    if not inner:
+        return ""
+    mend = "zip the ROIs of each image as NAME.zip" if _has_rois(inner[0]) else f"did you mean {inner[0]}?"
+    return f" but folders: {mend}"
 
 
-def _single_rois(source: Path) -> str:
-    """What to do with a folder of single ROIs, which have names of their own."""
-    single = source.is_dir() and any(path.suffix.lower() == ".roi" for path in source.iterdir())
-    return ". If they are ROIs of one image, zip them as NAME.zip" if single else ""
+def _has_rois(folder: Path) -> bool:
+    """Whether a folder holds single ROIs of ImageJ. Their names are not those of images."""
+    return folder.is_dir() and any(path.suffix.lower() == ".roi" for path in folder.iterdir())
 
 
 def _stem(path: Path, names: Container[str] = ()) -> str:
-    """The name of the image that a file of annotations belongs to. If there are images of these names, one of them."""
+    """The name of the image that a file of annotations belongs to: if possible, one of ``names``."""
     stem = path.name.removesuffix(path.suffix)
     for suffix in IMAGE_SUFFIXES:  # NAME.tif.geojson
         stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
@@ -284,23 +267,22 @@ def _stem(path: Path, names: Container[str] = ()) -> str:
 
 
 def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> dict[str, Load]:
-    """Name of the image -> function that reads its cells. A file of many images gives many names."""
-    name = format_of(path) if settings.format_name == "auto" else settings.format_name
-    if name == "coco":
+    """Name of the image -> function that reads its cells. A file may hold annotations of many images."""
+    format_name = format_of(path) if settings.format_name == "auto" else settings.format_name
+    if format_name == "coco":
         return coco.sources(path)
-    if name == "planes":
+    if format_name == "planes":
         return _planes(path, list(paths))
-    if name == "colours":
-        return {_stem(path, paths): partial(colours.cells_of, path, colours=settings.class_colours)}
-    readers = {
+    readers: dict[str, Callable[..., list[Cell]]] = {
         "cellpose": cellpose.cells_of,
         "imagej": imagej.cells_of,
         "qupath": geojson.cells_of,
         "labelme": labelme.cells_of,
+        "colours": partial(colours.cells_of, colours=settings.class_colours),
         "pages": stacks.cells_of,
     }
-    stem = _stem_of_labelme(path, paths) if name == "labelme" else _stem(path, paths)
-    return {stem: partial(readers[name], path)}
+    name = _stem_of_labelme(path, paths) if format_name == "labelme" else _stem(path, paths)
+    return {name: partial(readers[format_name], path)}
 
 
 def _stem_of_labelme(path: Path, paths: Mapping[str, Path]) -> str:
@@ -344,21 +326,16 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _which_classes(source: Path, images: Path, settings: ConvertSettings) -> str:
+def _which_classes(source: Path, pairs: Mapping[str, Load], paths: Mapping[str, Path]) -> str:
     """What to give: the names of all classes, the most frequent first."""
-    paths = _images(source, images)
-    pairs, *_ = _pair(source, images, paths, settings)
-    names = Counter(cell.name for cell in _all_cells(pairs, paths) if not cell.unusable)
+    names: Counter[str] = Counter()
+    for name, load in pairs.items():
+        names.update(cell.name for cell in load(read_image(paths[name]).shape[:2]) if not cell.unusable)
     found = " ".join(f"{name!r}" if " " in name else name for name, _ in names.most_common() if name)
     without = f" {names['']} cells have none." if names[""] else ""
     return (
         f"classes: give their names in the order of their numbers, from 1; {source} holds: {found or 'none'}.{without}"
     )
-
-
-def _all_cells(pairs: Mapping[str, Load], paths: Mapping[str, Path]) -> Iterator[Cell]:
-    for name, load in pairs.items():
-        yield from load(read_image(paths[name]).shape[:2])
 
 
 # --- images in one array ---------------------------------------------------------------------------------------------
@@ -374,8 +351,7 @@ def unpack_images(array_path: Path, folder: Path) -> Path:
         InputError: the folder holds something, or the array no images.
     """
     array = stacks.read_array(array_path)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty: give a new folder")
+    check_folder(folder)
     if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
         shape = " x ".join(map(str, array.shape))
         raise FileError(array_path, f"has the shape {shape}: (images, height, width) or (images, height, width, 3)")
