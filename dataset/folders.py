@@ -213,8 +213,8 @@ class PairedFolder(TrainingImages):
         self._decide_windows(checked)
         small = [one.image for one in compared.values()], [one.mask for one in compared.values()]
         _warn(agreement_warnings(list(compared), *small), f"{image_dir} and {mask_dir}: ")
-        narrow = narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
-        notes = _odd_images(checked, self.pairs, self.config) + ([narrow] if narrow else [])
+        notes = _odd_images(checked, self.pairs, self.config)
+        notes += narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
         notes += colour_warnings(self.image_paths, self.stored_channels) + scale_warning(self.sizes_by_name())
         _warn(notes, f"images in {image_dir}: ")
         for index, mask in enumerate(self._masks):

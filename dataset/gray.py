@@ -25,18 +25,23 @@ from dataset.config import DataConfig, Window
 from dataset.decode import colour_note
 from dataset.files import FileError, encode_image, image_suffix
 
+ROBUST_PERCENTILES = (0.1, 99.9)  # of gray values, so that a few odd pixels do not count
 BURNT_SHARE = 0.001  # of the pixels have the largest value if something was drawn into an image
 BURNT_REST = 0.25  # of the range up to this value are used by all other pixels
-ROBUST_PERCENTILES = (0.1, 99.9)
-
-
 NARROW_SHARE = 0.1  # a channel that uses less than this fraction of the common gray range is narrow
+INTENSITIES = ("display", "source")
+SOURCE_WINDOWS = ("draw", "median")
+MOST_WINDOWS = 256  # most windows in a checkpoint; they represent those of a larger set
+_DRAW = 2  # makes the random choice of a window independent of noise and crop of the same image
 _SAMPLED_PIXELS = 2**14
 _NOTED_IMAGES = 20  # whose headers are looked at
 
 
+# --- from files to [-1, 1] --------------------------------------------------------------------------------------------
+
+
 def default_window_channels(channels: int, has_channels: bool | None = None) -> str | None:
-    """Gray and RGB images have one window. Other channels are stains with different brightness, one window each.
+    """One window for gray and RGB images. One for each channel if they are stains, which differ in brightness.
 
     Args:
         has_channels: whether the files say that their channels are not colours. None if no file was read yet.
@@ -44,98 +49,9 @@ def default_window_channels(channels: int, has_channels: bool | None = None) -> 
     Returns:
         One of ``WINDOW_CHANNELS``. None for three channels that may be RGB or stains.
     """
-    if channels == 3 and has_channels is None:
-        return None
-    return "separate" if channels not in (1, 3) or (channels == 3 and has_channels) else "joint"
-
-
-def is_burnt_in(image: np.ndarray) -> bool:
-    """Whether pixels are far brighter than all others, as a scale bar or text that was drawn into the image.
-
-    Args:
-        image: (H, W, C) of any type.
-    """
-    top = image.max()
-    rest = image[image < top]
-    if image.size - rest.size < BURNT_SHARE * image.size or not rest.size:
-        return False
-    low, high = float(rest.min()), float(rest.max())
-    return low < high < low + BURNT_REST * (float(top) - low)
-
-
-def burnt_in_warning(names: Sequence[str], burnt_in: Sequence[bool]) -> list[str]:
-    """A warning if some images are burnt in, see :func:`is_burnt_in`."""
-    found = [name for name, one in zip(names, burnt_in, strict=True) if one]
-    if len(found) < max(1, len(names) // 20):
-        return []
-    return [
-        f"{len(found)} of {len(names)} images have pixels far brighter than all others (as {found[0]}), as a scale bar "
-        "or text has. They make the rest of the image nearly black: crop them off, or choose a gray range without them"
-    ]
-
-
-def robust_maximum(image: np.ndarray) -> float:
-    """Gray value below which nearly all pixels lie, so that a hot pixel does not count. Of some pixels."""
-    return float(np.percentile(image.ravel()[:: max(1, image.size // _SAMPLED_PIXELS)], ROBUST_PERCENTILES[1]))
-
-
-def channel_shares(image: np.ndarray) -> tuple[float, ...]:
-    """Fraction of the common gray range that each channel uses, between robust percentiles. Empty for gray images.
-
-    Args:
-        image: (H, W, C).
-
-    Returns:
-        C numbers in [0, 1].
-    """
-    if image.shape[2] == 1:
-        return ()
-    pixels = image.reshape(-1, image.shape[2])
-    low, high = np.percentile(pixels[:: max(1, len(pixels) // _SAMPLED_PIXELS)], ROBUST_PERCENTILES, axis=0)
-    return tuple(((high - low) / max(high.max() - low.min(), 1e-12)).tolist())
-
-
-def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfig, dtype: str) -> str | None:
-    """Warning text if all channels have one window and a channel hardly uses it. None if there is no such channel.
-
-    Args:
-        shares: :func:`channel_shares` of every image.
-        dtype: type of the gray values in the files.
-    """
-    counts = [len(one) for one in shares if one]
-    fixed = dtype == "uint8" and config.window is None  # such images keep their range, whatever the config says
-    if not counts or (config.window_channels == "separate" and not fixed):
-        return None
-    median = np.median([one for one in shares if len(one) == max(counts)], axis=0)
-    narrow = [f"channel {k} uses {share:.1%}" for k, share in enumerate(median, start=1) if share < NARROW_SHARE]
-    if not narrow:
-        return None
-    window = f" window=({ROBUST_PERCENTILES[0]:g}, {ROBUST_PERCENTILES[1]:g})" if fixed else ""
-    return (
-        f"{', '.join(narrow)} of the common gray range of the {max(counts)} channels (median of {len(shares)} "
-        f"images), so a model hardly sees it; window_channels=separate{window} gives every channel its own range"
-    )
-
-
-def colour_warnings(paths: Sequence[Path], channels: int) -> list[str]:
-    """Warnings about channels that are no gray values of the microscope: transparency, and colours of a lookup table.
-
-    Looks at the headers of a few images. ``channels`` is the largest number of channels, as the images are read.
-    """
-    notes = {paths[index]: colour_note(paths[index]) for index in evenly(len(paths), _NOTED_IMAGES)}
-    clear = next((path.name for path, note in notes.items() if note == "transparency"), None)
-    tinted = next((path.name for path, note in notes.items() if note == "colour table"), None)
-    warnings = []
-    if clear and channels in (2, 4):
-        warnings.append(
-            f"channel {channels} is transparency (as in {clear}): if it holds no stain, save the images without it"
-        )
-    if tinted:
-        warnings.append(
-            f"images have a colour table (as in {tinted}) and are read in its colours: if it only tints gray values, "
-            "as lookup tables of Fiji do, save them as gray (Image > Lookup Tables > Grays)"
-        )
-    return warnings
+    if channels == 3:
+        return None if has_channels is None else "separate" if has_channels else "joint"
+    return "joint" if channels == 1 else "separate"
 
 
 def image_window(image: np.ndarray, config: DataConfig) -> Window:
@@ -168,7 +84,15 @@ def _percentile_window(values: np.ndarray, percentiles: tuple[float, float]) -> 
 
 
 def window_image(image: np.ndarray, window: Window, channels_first: bool = False) -> np.ndarray:
-    """Map a window to [-1, 1], and clip values outside. (..., C) or (C, ...) of any dtype -> float32."""
+    """Map a window to [-1, 1], and clip values outside.
+
+    Args:
+        image: (..., C) of any type, or (C, ...) with ``channels_first``.
+        window: one pair of gray values, or C of them.
+
+    Returns:
+        float32 of the same shape.
+    """
     low, high = np.array(window, np.float64).T  # (1,) or (C,) each
     if channels_first:
         low, high = (ends.reshape(-1, *[1] * (image.ndim - 1)) for ends in (low, high))
@@ -210,10 +134,7 @@ def to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:
     return tensor if len(planes) == channels else tensor.repeat(channels, 1, 1)
 
 
-INTENSITIES = ("display", "source")
-SOURCE_WINDOWS = ("draw", "median")
-MOST_WINDOWS = 256  # most windows in a checkpoint; they represent those of a larger set
-_DRAW = 2  # makes the random choice of a window independent of noise and crop of the same image
+# --- and back: the images of a synthetic set --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,16 +160,11 @@ class SourceIntensity:
         """Collect the gray values of all training images."""
         most = max(map(len, windows))  # gray and RGB images can be mixed
         windows = [window * most if len(window) == 1 else window for window in windows]
-        ordered = sorted(windows, key=lambda window: (window[0][1] - window[0][0], window))
+        ordered = sorted(windows, key=lambda window: (window[0][1] - window[0][0], window))  # narrow ones first
         if len(set(ordered)) == 1:
             ordered = ordered[:1]
-        chosen = evenly(len(ordered), MOST_WINDOWS)
-        return cls(
-            tuple(sorted({str(dtype) for dtype in dtypes})),
-            channels,
-            tuple(ordered[index] for index in chosen),
-            colours,
-        )
+        chosen = tuple(ordered[index] for index in evenly(len(ordered), MOST_WINDOWS))
+        return cls(tuple(sorted({str(dtype) for dtype in dtypes})), channels, chosen, colours)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for checkpoints."""
@@ -351,7 +267,7 @@ def to_gray_values(image: np.ndarray, window: Window | None, dtype: np.dtype) ->
 
 
 def to_display(image: np.ndarray, window: Window | None) -> np.ndarray:
-    """Convert an image of a set to 8 bits over the whole range. (H, W, C) -> the same shape, uint8."""
+    """An image (H, W, C) as uint8 for display: its window becomes 0..255. Without a window, it stays as it is."""
     if window is None:
         return image
     return to_uint8(torch.from_numpy(window_image(image, window)).permute(2, 0, 1))
@@ -368,3 +284,95 @@ def window_from_columns(row: dict[str, str]) -> Window | None:
     """The inverse of :func:`window_columns`. None if the columns are empty or missing."""
     ends = [[float(word) for word in (row.get(name) or "").split()] for name in ("window_low", "window_high")]
     return tuple(zip(*ends, strict=True)) or None
+
+
+# --- what looks wrong -------------------------------------------------------------------------------------------------
+
+
+def is_burnt_in(image: np.ndarray) -> bool:
+    """Whether pixels are far brighter than all others, as a scale bar or text that was drawn into the image.
+
+    Args:
+        image: (H, W, C) of any type.
+    """
+    top = image.max()
+    rest = image[image < top]
+    if image.size - rest.size < BURNT_SHARE * image.size or not rest.size:
+        return False
+    low, high = float(rest.min()), float(rest.max())
+    return low < high < low + BURNT_REST * (float(top) - low)
+
+
+def burnt_in_warning(names: Sequence[str], burnt_in: Sequence[bool]) -> list[str]:
+    """A warning if some images are burnt in, see :func:`is_burnt_in`."""
+    found = [name for name, one in zip(names, burnt_in, strict=True) if one]
+    if len(found) < max(1, len(names) // 20):
+        return []
+    return [
+        f"{len(found)} of {len(names)} images have pixels far brighter than all others (as {found[0]}), as a scale bar "
+        "or text has. They make the rest of the image nearly black: crop them off, or choose a gray range without them"
+    ]
+
+
+def robust_maximum(image: np.ndarray) -> float:
+    """Gray value below which nearly all pixels of an image lie, so that a hot pixel does not count. Looks at some."""
+    return float(np.percentile(image.ravel()[:: max(1, image.size // _SAMPLED_PIXELS)], ROBUST_PERCENTILES[1]))
+
+
+def channel_shares(image: np.ndarray) -> tuple[float, ...]:
+    """Fraction of the common gray range that each channel uses, between robust percentiles. Empty for gray images.
+
+    Args:
+        image: (H, W, C).
+
+    Returns:
+        C numbers in [0, 1].
+    """
+    if image.shape[2] == 1:
+        return ()
+    pixels = image.reshape(-1, image.shape[2])
+    low, high = np.percentile(pixels[:: max(1, len(pixels) // _SAMPLED_PIXELS)], ROBUST_PERCENTILES, axis=0)
+    return tuple(((high - low) / max(high.max() - low.min(), 1e-12)).tolist())
+
+
+def narrow_channels_warning(shares: Sequence[Sequence[float]], config: DataConfig, dtype: str) -> list[str]:
+    """A warning if all channels have one window and a channel hardly uses it.
+
+    Args:
+        shares: :func:`channel_shares` of every image.
+        dtype: type of the gray values in the files.
+    """
+    counts = [len(one) for one in shares if one]
+    fixed = dtype == "uint8" and config.window is None  # such images keep their range, whatever the config says
+    if not counts or (config.window_channels == "separate" and not fixed):
+        return []
+    median = np.median([one for one in shares if len(one) == max(counts)], axis=0)
+    narrow = [f"channel {k} uses {share:.1%}" for k, share in enumerate(median, start=1) if share < NARROW_SHARE]
+    if not narrow:
+        return []
+    window = f" window=({ROBUST_PERCENTILES[0]:g}, {ROBUST_PERCENTILES[1]:g})" if fixed else ""
+    return [
+        f"{', '.join(narrow)} of the common gray range of the {max(counts)} channels (median of {len(shares)} "
+        f"images), so a model hardly sees it; window_channels=separate{window} gives every channel its own range"
+    ]
+
+
+def colour_warnings(paths: Sequence[Path], channels: int) -> list[str]:
+    """Warnings about channels that are no gray values of the microscope: transparency, and colours of a lookup table.
+
+    Looks at the headers of a few images. ``channels`` is the largest number of channels, as the images are read.
+    """
+    notes = {paths[index]: colour_note(paths[index]) for index in evenly(len(paths), _NOTED_IMAGES)}
+    clear = next((path.name for path, note in notes.items() if note == "transparency"), None)
+    tinted = next((path.name for path, note in notes.items() if note == "colour table"), None)
+    warnings = []
+    if clear and channels in (2, 4):
+        warnings.append(
+            f"channel {channels} is transparency (as in {clear}): if it holds no stain, save the images without it"
+        )
+    if tinted:
+        warnings.append(
+            f"images have a colour table (as in {tinted}) and are read in its colours: if it only tints gray values, "
+            "as lookup tables of Fiji do, save them as gray (Image > Lookup Tables > Grays)"
+        )
+    return warnings

@@ -430,9 +430,8 @@ def _remark_on_narrow_channels(report: DataReport, facts: Sequence[ImageFacts]) 
     has_channels = any(one.has_channels for one in facts if one.channels == 3)
     channels = max(one.channels for one in facts)
     config = DataConfig(image_size=1, window_channels=default_window_channels(channels, has_channels))
-    warning = narrow_channels_warning([one.channel_shares for one in facts], config, facts[0].dtype)
-    if warning:
-        report.remarks.append(settings_as_flags(warning))
+    warnings = narrow_channels_warning([one.channel_shares for one in facts], config, facts[0].dtype)
+    report.remarks += map(settings_as_flags, warnings)
 
 
 def _find_remarks_on_center_crop(report: DataReport, facts: Sequence[ImageFacts], image_size: int | None) -> None:
