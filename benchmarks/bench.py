@@ -36,11 +36,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.flops import matrix_rate, sit_flops, synchronize  # noqa: E402
-from benchmarks.report import Row, markdown, plot, provenance  # noqa: E402
-from benchmarks.rounds import interleave, mode_rows, ratio, spread  # noqa: E402
-from benchmarks.workloads import (  # noqa: E402
+from benchmarks.flops import matrix_rate, sit_flops, synchronize
+from benchmarks.report import Row, markdown, plot, provenance
+from benchmarks.rounds import interleave, mode_rows, ratio, spread
+from benchmarks.workloads import (
     AS_SIT,
+    LATENT_FACTOR,
     NUM_CLASSES,
     SAMPLING_SWITCHES,
     TRAINING_SWITCHES,
@@ -53,16 +54,16 @@ from benchmarks.workloads import (  # noqa: E402
     modes_of,
     sd_autoencoder,
 )
-from cli import add_device_argument  # noqa: E402
+from cli import add_device_argument
 from common.arguments import positive_float, positive_int
-from common.disk import write_atomically, write_json  # noqa: E402
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
-from dataset.masks import to_prob_map  # noqa: E402
-from engine.autoencoder import PixelSpace, Space  # noqa: E402
-from engine.checkpoint import read_checkpoint  # noqa: E402
+from common.disk import write_atomically, write_json
+from common.errors import CommandParser, InputError, run_command
+from dataset.masks import to_prob_map
+from engine.autoencoder import PixelSpace, Space
+from engine.checkpoint import read_checkpoint
 from engine.machine import Machine, has_compiler, start_machine, stop_machine
-from layers.mask import MaskCondition  # noqa: E402
-from models import SiT, build_model  # noqa: E402
+from layers.mask import MaskCondition
+from models import SiT, build_model, patch_size
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,10 @@ class Bench:
             with tempfile.TemporaryDirectory() as folder:
                 bench = TrainingBench(setup, self.machine, self.space if setup.latents else PixelSpace(), Path(folder))
                 rows += self.compare(
-                    bench, setup, self.modes(setup, TRAINING_SWITCHES), share(end, number, len(self.preset.training))
+                    bench,
+                    setup,
+                    self.modes(setup, TRAINING_SWITCHES),
+                    deadline_of(end, number, len(self.preset.training)),
                 )
             del bench
             free(self.machine)
@@ -222,7 +226,9 @@ class Bench:
             space = (self.space or PixelSpace(4)) if setup.latents else PixelSpace()
             with tempfile.TemporaryDirectory() as folder:
                 bench = SamplingBench(setup, self.machine, space, Path(folder), guidance, model)
-                part = self.compare(bench, setup, self.modes(setup, SAMPLING_SWITCHES), share(end, number, len(setups)))
+                part = self.compare(
+                    bench, setup, self.modes(setup, SAMPLING_SWITCHES), deadline_of(end, number, len(setups))
+                )
             rows += [row | {"setup": f"{setup.name}, {setup.steps} Heun steps, guidance {guidance:g}"} for row in part]
             del bench
             free(self.machine)
@@ -247,7 +253,7 @@ class Bench:
     def modulation(self, end: float) -> list[Row]:
         """One network call of a solver step: modulation per token, per distinct row, per image."""
         calls = [call for setup in self.preset.modulation for call in self.network_calls(setup)]
-        return [self.modulation_row(call, share(end, number, len(calls))) for number, call in enumerate(calls)]
+        return [self.modulation_row(call, deadline_of(end, number, len(calls))) for number, call in enumerate(calls)]
 
     def network_calls(self, setup: Setup) -> list[NetworkCall]:
         """Binary masks in the precision at hand and in float32, each also compiled where there is a compiler; then two
@@ -298,7 +304,7 @@ class Bench:
     def scaling(self, end: float) -> list[Row]:
         """A training step with more images, and with more tokens per image."""
         base = self.preset.scaling
-        unit = int(base.model.rsplit("/", 1)[1]) * (8 if base.latents else 1)
+        unit = patch_size(base.model) * (LATENT_FACTOR if base.latents else 1)
         setups = {f"batch {n}": replace(base, batch=n) for n in self.preset.scaling_batches}
         setups |= {f"{n * n} tokens": replace(base, image_size=n * unit) for n in self.preset.scaling_sides}
         rows = []
@@ -389,7 +395,7 @@ def time_calls(model: SiT, condition: MaskCondition, machine: Machine, batch: in
     return (time.perf_counter() - started) / 2
 
 
-def share(end: float, number: int, count: int) -> float:
+def deadline_of(end: float, number: int, count: int) -> float:
     """Deadline of task ``number`` of ``count``, so that all tasks end in time."""
     now = time.monotonic()
     return now + max(0.0, end - now) / (count - number)

@@ -20,16 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.arguments import non_negative_int, positive_int  # noqa: E402
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
-from common.log import start_logging  # noqa: E402
-from dataset.config import DataConfig  # noqa: E402
-from dataset.groups import read_groups  # noqa: E402
-from evaluation.experiments.instance_score import InstanceScore, score_segmenter  # noqa: E402
-from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs  # noqa: E402
-from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter  # noqa: E402
-from evaluation.experiments.sources import Labelled  # noqa: E402
-from evaluation.output import number  # noqa: E402
+from common.arguments import non_negative_int, positive_int
+from common.errors import CommandParser, InputError, run_command
+from common.log import start_logging
+from dataset.config import DataConfig
+from dataset.groups import read_groups
+from evaluation.experiments.instance_score import InstanceScore, score_segmenter
+from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs
+from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
+from evaluation.experiments.sources import Labelled
+from evaluation.output import number
 
 CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))  # as the generators of the benchmark read images
 CPU = torch.device("cpu")

@@ -24,15 +24,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.workloads import draw_masks  # noqa: E402
-from common.arguments import positive_int  # noqa: E402
-from common.cells import connected_cells  # noqa: E402
-from common.errors import CommandParser, run_command  # noqa: E402
-from dataset.config import DataConfig  # noqa: E402
-from dataset.folders import PairedFolder  # noqa: E402
-from dataset.looks import look_count, measure_tensor  # noqa: E402
-from dataset.masks import to_prob_map  # noqa: E402
-from models import SiT, SiT_models, patch_size  # noqa: E402
+from benchmarks.report import table
+from benchmarks.workloads import draw_masks, move_off_start
+from common.arguments import positive_int
+from common.cells import connected_cells
+from common.errors import CommandParser, run_command
+from dataset.config import DataConfig
+from dataset.folders import PairedFolder
+from dataset.looks import look_count, measure_tensor
+from dataset.masks import to_prob_map
+from models import SiT, SiT_models, patch_size
 
 FOLDS = 5
 RIDGE = 1.0  # penalty, on standardised numbers
@@ -48,9 +49,7 @@ def time_calls(args: argparse.Namespace) -> list[str]:
         input_size=args.image_size, in_channels=channels, num_classes=2, mask_pixels=patch_size(args.model),
         patch_overlap=True, look_numbers=look_count(channels),
     ).eval()  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    move_off_start(model)
     masks = to_prob_map(torch.from_numpy(draw_masks(batch, args.image_size)), 2)
     looks = torch.randn(batch, look_count(channels))
     cases = {"without looks": None, "one look for all images": looks[:1].expand_as(looks)}
@@ -63,16 +62,16 @@ def time_calls(args: argparse.Namespace) -> list[str]:
             order = list(seconds) if turn % 2 else list(seconds)[::-1]
             for solver, name in order:
                 seconds[solver, name].append(_seconds(model, x, TIMES[solver], conditions[name]))
-    lines = [f"{args.model}, {args.image_size} px, {channels} channels, {batch} images, {args.rounds} rounds", ""]
-    lines += ["| solver | looks | rows of modulation | ms per call | ratio, median (lowest to highest) |"]
-    lines += ["|---|---|---|---|---|"]
+    cells = []
     for (solver, name), found in seconds.items():
         base = seconds[solver, "without looks"]
         ratios = sorted(one / other for one, other in zip(found[1:], base[1:], strict=True))  # the first warms up
         rows = conditions[name].embedding.shape[:-1].numel()
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        lines.append(f"| {solver} | {name} | {rows} | {1000 * statistics.median(found[1:]):.1f} | {spread} |")
-    return lines
+        cells.append([solver, name, rows, f"{1000 * statistics.median(found[1:]):.1f}", spread])
+    title = f"{args.model}, {args.image_size} px, {channels} channels, {batch} images, {args.rounds} rounds"
+    columns = ["solver", "looks", "rows of modulation", "ms per call", "ratio, median (lowest to highest)"]
+    return [title, "", *table(columns, cells)]
 
 
 def _seconds(model: SiT, x: torch.Tensor, times: Sequence[float], condition: object) -> float:
@@ -101,13 +100,13 @@ def probe(args: argparse.Namespace) -> list[str]:
             own = measure_tensor(example["image"].numpy(), config)
             for name, look in zip(names, (own, folder.look_draw(index, draw), whole, other), strict=True):
                 looks[name].append(look)
-    lines = [f"{len(folder)} images, {args.crops} crops of each, {args.image_size} px", ""]
-    lines += ["| look of | R2 of the number of cells | R2 of their cover |", "|---|---|---|"]
     truth, groups = np.array(cells, float), np.array(images)
-    for name, found in looks.items():
-        number, cover = (explained(np.stack(found), column, groups) for column in truth.T)
-        lines.append(f"| {name} | {number:.3f} | {cover:.3f} |")
-    return lines
+    rows = [
+        [name, *(f"{explained(np.stack(found), column, groups):.3f}" for column in truth.T)]
+        for name, found in looks.items()
+    ]
+    title = f"{len(folder)} images, {args.crops} crops of each, {args.image_size} px"
+    return [title, "", *table(["look of", "R2 of the number of cells", "R2 of their cover"], rows)]
 
 
 def explained(inputs: np.ndarray, truth: np.ndarray, images: np.ndarray) -> float:

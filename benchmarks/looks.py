@@ -35,16 +35,18 @@ from skimage.color import lab2rgb, rgb2lab
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.arguments import positive_float, positive_int, seed_number  # noqa: E402
-from common.disk import write_json  # noqa: E402
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
-from common.log import start_logging  # noqa: E402
-from dataset.config import DataConfig  # noqa: E402
-from evaluation.experiments.instance_score import score_segmenter  # noqa: E402
-from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs  # noqa: E402
-from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, Source, Square, train_segmenter  # noqa: E402
-from evaluation.experiments.sources import Labelled, pseudo_label  # noqa: E402
-from synthetic.reader import SampleSet  # noqa: E402
+from benchmarks.report import table
+from common.arguments import positive_float, positive_int, seed_number
+from common.disk import write_json
+from common.errors import CommandParser, InputError, run_command
+from common.log import start_logging
+from dataset.config import DataConfig
+from evaluation.experiments.instance_score import score_segmenter
+from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs
+from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, Source, Square, train_segmenter
+from evaluation.experiments.sources import Labelled, pseudo_label
+from evaluation.output import mean_and_spread
+from synthetic.reader import SampleSet
 
 logger = logging.getLogger("benchmarks.looks")
 SIDE = 64
@@ -309,20 +311,15 @@ class Fold:
 def table_of(scores: dict[str, list[dict]], num_classes: int) -> list[str]:
     """Markdown: mean and sample standard deviation over folds and seeds of every arm."""
     classes = [f"Dice of class {number}" for number in range(1, num_classes)] if num_classes > 2 else []
-    lines = [
-        " | ".join(["| arm", "trainings", "AP at 0.5", "Dice", *classes]) + " |",
-        "|---" * (4 + len(classes)) + "|",
-    ]
+    rows = []
     for arm, found in scores.items():
         measured = [[one["ap50"] for one in found], [one["dice"] for one in found]]
         measured += [[one["class_dice"][number] for one in found] for number in range(len(classes))]
-        cells = []
-        for values in measured:
-            known = [value for value in values if value is not None]
-            spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
-            cells.append(f"{np.mean(known):.3f}{spread}" if known else "-")
-        lines.append(f"| {' | '.join([arm, str(len(found)), *cells])} |")
-    return lines
+        cells = [arm, len(found)]
+        for mean, spread in map(mean_and_spread, measured):
+            cells.append("-" if mean is None else f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        rows.append(cells)
+    return table(["arm", "trainings", "AP at 0.5", "Dice", *classes], rows)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import os
 import sys
 import tempfile
@@ -23,27 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.workloads import draw_masks  # noqa: E402
-from common.arguments import positive_int  # noqa: E402
-from common.errors import CommandParser, run_command  # noqa: E402
-from dataset.checks import refuse_bad_sizes  # noqa: E402
-from dataset.config import DataConfig  # noqa: E402
-from dataset.files import pair_files  # noqa: E402
-from dataset.folders import PairedFolder  # noqa: E402
-from dataset.mask_folder import MaskFolder  # noqa: E402
+from benchmarks.workloads import draw_masks, process_memory
+from common.arguments import positive_int
+from common.errors import CommandParser, run_command
+from dataset.checks import refuse_bad_sizes
+from dataset.config import DataConfig
+from dataset.files import encode_image, pair_files
+from dataset.folders import PairedFolder
+from dataset.mask_folder import MaskFolder
 
 SIZE = 32
 KINDS = 50  # different pairs; the others repeat them under other names
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def write_pairs(folder: Path, count: int) -> tuple[Path, Path]:
@@ -53,7 +45,8 @@ def write_pairs(folder: Path, count: int) -> tuple[Path, Path]:
     masks.mkdir()
     rng = np.random.default_rng(0)
     kinds = [
-        (png(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)), png(255 * mask)) for mask in draw_masks(KINDS, SIZE)
+        (encode_image(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)), encode_image(255 * mask[:, :, None]))
+        for mask in draw_masks(KINDS, SIZE)
     ]
     for number in range(count):
         image, mask = kinds[number % KINDS]
@@ -62,21 +55,15 @@ def write_pairs(folder: Path, count: int) -> tuple[Path, Path]:
     return images, masks
 
 
-def resident_bytes() -> int:
-    """Memory of this process, on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
-
-
 def report(title: str, work: Callable[[], Any], files: int) -> None:
     """Run ``work`` and print its seconds, and the memory that its result holds, per file."""
     gc.collect()
-    before = resident_bytes()
+    before = process_memory("VmRSS")
     started, cpu = time.perf_counter(), time.process_time()
     result = work()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     gc.collect()
-    kept = (resident_bytes() - before) / files
+    kept = (process_memory("VmRSS") - before) / files
     print(f"{title}: {seconds:.1f} s ({cpu:.1f} s of CPU), {kept:.0f} bytes per file stay", flush=True)
     del result
 

@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from browser import CHROMIUM, DRIVER, MISSING, Browser  # noqa: E402
+from browser import CHROMIUM, DRIVER, MISSING, Browser
 
-from common.arguments import non_negative_int, positive_int  # noqa: E402
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from common.arguments import non_negative_int, positive_int
+from common.errors import CommandParser, InputError, run_command
 
 WIDTH, MARGIN = 1440, 8  # pixels
 DONE = "document.body.dataset.state === 'done' && looks !== null && document.body.dataset.state"

@@ -22,13 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.arguments import positive_int  # noqa: E402
-from common.errors import CommandParser, run_command  # noqa: E402
-from engine.machine import start_machine  # noqa: E402
-from engine.sampling import load_trained  # noqa: E402
-from page.drawing import Drawer  # noqa: E402
-from page.labels import pack, random_label  # noqa: E402
-from page.service import Service  # noqa: E402
+from benchmarks.report import table
+from common.arguments import positive_int
+from common.errors import CommandParser, run_command
+from engine.machine import start_machine
+from engine.sampling import load_trained
+from page.drawing import Drawer
+from page.labels import pack, random_label
+from page.service import Service
 
 SETTINGS = {f"{steps} steps": {"method": "ab2", "num_steps": steps} for steps in (2, 4, 6, 8)}
 SETTINGS["full setting"] = {"method": "heun", "num_steps": 25}
@@ -38,19 +39,19 @@ def time_page(args: argparse.Namespace, service: Service) -> list[str]:
     """Table: median seconds of each setting by the clock, and of processor time."""
     data = service.drawer.trained.data
     kind = service.drawer.kinds[0]
-    lines = [f"{args.ckpt}, square of {data.image_size} px, {args.rounds} rounds", ""]
-    lines += [f"| canvas | {' | '.join(SETTINGS)} |", "|---" * (1 + len(SETTINGS)) + "|"]
+    rows = []
     for side in args.sides:
         label = random_label(side, side, data.image_size / 5, 0.2, 0, kind, data.num_classes)
         body = {**pack(label), "kind": kind, "blur": 0, "seed": 0, "count": 1, "cfg_scale": 1, "look": None}
-        cells = []
+        cells = [f"{side} px"]
         for settings in SETTINGS.values():
             draw(service, {**body, **settings, "num_steps": 1})  # warms up
             times = [draw(service, {**body, **settings}) for _ in range(args.rounds)]
             clock, processor = (statistics.median(each) for each in zip(*times, strict=True))
             cells.append(f"{clock:.2f} s ({processor:.2f} s)")
-        lines.append(f"| {side} px | {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    title = f"{args.ckpt}, square of {data.image_size} px, {args.rounds} rounds"
+    return [title, "", *table(["canvas", *SETTINGS], rows)]
 
 
 def draw(service: Service, body: dict) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def provenance(args: argparse.Namespace, machine: Machine) -> Row:
     }
 
 
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, *rows)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
+
+
 def shown(value: Any) -> str:
     if value is None:
         return ""
@@ -46,15 +53,11 @@ def markdown(report: Row) -> str:
     for part, rows in report["parts"].items():
         if not rows:
             continue
-        columns = [
-            name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("setup", "flops")
-        ]
+        columns = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("setup", "flops")]
         lines += ["", f"## {part}"]
         for setup in dict.fromkeys(row["setup"] for row in rows):
-            lines += ["", setup, "", f"| {' | '.join(columns)} |".replace("_", " "), "|---" * len(columns) + "|"]
-            lines += [
-                f"| {' | '.join(shown(row.get(name)) for name in columns)} |" for row in rows if row["setup"] == setup
-            ]
+            cells = [[shown(row.get(name)) for name in columns] for row in rows if row["setup"] == setup]
+            lines += ["", setup, "", *table([name.replace("_", " ") for name in columns], cells)]
     return "\n".join(lines) + "\n"
 
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_checkpoint_arguments, add_device_argument  # noqa: E402
+from benchmarks.workloads import first_masks
+from cli import add_checkpoint_arguments, add_device_argument
 from common.arguments import non_negative_float, positive_int
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from common.pictures import to_uint8
-from dataset.mask_folder import MaskFolder  # noqa: E402
 from engine.machine import Machine, has_compiler, start_machine
-from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
 from settings import load_checkpoint
 
 LARGE_BATCH, SMALL_BATCH = 16, 5
@@ -62,16 +62,14 @@ def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
     machine = start_machine(args.device, "float32")
     trained = load_checkpoint(args, machine)
-    masks = MaskFolder(args.mask_path, trained.data)
-    names = masks.names[: args.num_images]
-    if len(names) <= SMALL_BATCH:
-        raise InputError(f"--mask-path {args.mask_path}: {len(names)} masks; more than {SMALL_BATCH} are needed.")
-    prob_maps = torch.stack([torch.as_tensor(masks.load(name).prob_map) for name in names])
+    prob_maps = first_masks(args.mask_path, trained.data, args.num_images)
+    if len(prob_maps) <= SMALL_BATCH:
+        raise InputError(f"--mask-path {args.mask_path}: {len(prob_maps)} masks; more than {SMALL_BATCH} are needed.")
     ways = [(precision, batch, False) for precision in ("float32", "bf16") for batch in (LARGE_BATCH, SMALL_BATCH)]
     if has_compiler():
         ways += [("float32", LARGE_BATCH, True), ("bf16", LARGE_BATCH, True)]
     reference: np.ndarray | None = None
-    print(f"{len(names)} images, differences in gray values of 255 to the first row\n")
+    print(f"{len(prob_maps)} images, differences in gray values of 255 to the first row\n")
     print("| precision | batch | compiled | largest | mean | equal |\n|---|---|---|---|---|---|")
     for precision, batch, compiled in ways:
         images = draw(trained, replace(machine, precision=precision), prob_maps, args, batch, compiled)

@@ -18,24 +18,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_device_argument  # noqa: E402
+from benchmarks.report import provenance, table
+from benchmarks.workloads import first_masks
+from cli import add_device_argument
 from common.arguments import non_negative_float, positive_int
-from common.disk import write_json  # noqa: E402
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
+from common.disk import write_json
+from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
-from dataset.mask_folder import MaskFolder  # noqa: E402
-from engine.machine import Machine, commit, start_machine
-from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed  # noqa: E402
-from evaluation.output import new_figure, save_figure  # noqa: E402
+from engine.machine import Machine, start_machine
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
+from evaluation.output import new_figure, save_figure
 from settings import load_checkpoint
-from transport import ODE_METHODS, Sampler, create_transport  # noqa: E402
+from transport import ODE_METHODS, Sampler, create_transport
 
 MEANS, STD = (-1.0, 1.0), 0.25
 BUDGETS = (8, 16, 25, 50)
@@ -96,17 +96,16 @@ def print_exact_tables() -> None:
     adaptive = [name for name, row in ODE_METHODS.items() if row.adaptive]
     for path_type, prediction in SETTINGS:
         print(f"**{path_type} path, {prediction} prediction**\n")
-        print("| method | " + " | ".join(f"{calls} calls" for calls in BUDGETS) + " |")
-        print("|---" * (len(BUDGETS) + 1) + "|")
+        rows = []
         for method in FIXED_STEP:
-            runs = [measure(path_type, prediction, method, steps_within(method, b)) for b in BUDGETS]
-            print(f"| {method} | " + " | ".join(f"{error:.4f}" for error, _ in runs) + " |")
-        print("\n| method | " + " | ".join(f"rtol {r:g}" for r in TOLERANCES) + " |")
-        print("|---" * (len(TOLERANCES) + 1) + "|")
+            runs = [measure(path_type, prediction, method, steps_within(method, calls)) for calls in BUDGETS]
+            rows.append([method, *(f"{error:.4f}" for error, _ in runs)])
+        print("\n".join(table(["method", *(f"{calls} calls" for calls in BUDGETS)], rows)) + "\n")
+        rows = []
         for method in adaptive:
             runs = [measure(path_type, prediction, method, rtol=rtol) for rtol in TOLERANCES]
-            print(f"| {method} | " + " | ".join(f"{error:.4f} ({calls})" for error, calls in runs) + " |")
-        print()
+            rows.append([method, *(f"{error:.4f} ({calls})" for error, calls in runs)])
+        print("\n".join(table(["method", *(f"rtol {rtol:g}" for rtol in TOLERANCES)], rows)) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------- a trained network
@@ -115,10 +114,8 @@ def print_exact_tables() -> None:
 @torch.inference_mode()
 def curve(args: argparse.Namespace, trained: TrainedModel, machine: Machine) -> dict[str, list[dict[str, float]]]:
     """Per method, for every budget: network calls, and the error of the images (mean and largest over them)."""
-    masks = MaskFolder(args.mask_path, trained.data)
-    names = masks.names[: args.num_images]
-    prob_maps = torch.stack([torch.as_tensor(masks.load(name).prob_map) for name in names])
-    seeds = [image_seed(args.seed, index) for index in range(len(names))]
+    prob_maps = first_masks(args.mask_path, trained.data, args.num_images)
+    seeds = [image_seed(args.seed, index) for index in range(len(prob_maps))]
 
     def draw(method: str, calls: int) -> tuple[Tensor, int]:
         settings = SamplingSettings(method=method, num_steps=steps_within(method, calls), cfg_scale=args.cfg_scale)
@@ -164,11 +161,7 @@ def main(args: argparse.Namespace) -> None:
     trained = load_checkpoint(args, machine)
     found = curve(args, trained, machine)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "torch": torch.__version__,
-    }
+    record = provenance(args, machine)
     record |= {"checkpoint": trained.sha256, "step": trained.step, "cfg_scale": args.cfg_scale, "seed": args.seed}
     record |= {"images": args.num_images, "reference": f"heun, {args.reference_calls} calls", "curves": found}
     write_json(args.output.with_suffix(".json"), record)
@@ -178,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", metavar="FILE", help="measure on this network instead of the exact one")
+    parser.add_argument("--ckpt", type=Path, metavar="FILE", help="measure on this network instead of the exact one")
     parser.add_argument(
         "--raw-weights", action="store_true", help="use the last weights instead of their average (EMA)"
     )

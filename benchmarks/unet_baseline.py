@@ -24,8 +24,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from layers.rows import MaskRows  # noqa: E402
-from models import SiT_models  # noqa: E402
+from layers.rows import MaskRows
+from models import SiT_models
 
 COMMANDS = ("train.py", "sample.py", "sample_ddp.py")
 NORM_GROUPS = 8

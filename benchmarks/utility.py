@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.arguments import non_negative_int, positive_float, positive_int, seed_number  # noqa: E402
-from common.errors import CommandParser, InputError, run_command  # noqa: E402
-from common.log import start_logging  # noqa: E402
+from common.arguments import non_negative_int, positive_float, positive_int, seed_number
+from common.errors import CommandParser, InputError, run_command
+from common.log import start_logging
 
 logger = logging.getLogger("benchmarks.utility")
 GENERATOR = "--vae none --model SiT-Ti/8 --image-size 64 --global-batch-size 32 --lr 1e-3"

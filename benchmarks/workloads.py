@@ -25,6 +25,7 @@ from dataset.batches import Batch, StepBatches, WaitingClock, make_loader, prefe
 from dataset.config import DataConfig
 from dataset.files import encode_image
 from dataset.folders import PairedFolder
+from dataset.mask_folder import MaskFolder
 from dataset.masks import to_prob_map
 from engine.autoencoder import LatentSpace, Space
 from engine.machine import Machine, has_compiler
@@ -32,7 +33,7 @@ from engine.sampling import ImageSampler, SamplingSettings
 from engine.training import update_ema
 from layers.mask import MaskCondition
 from layers.rows import MaskRows, mask_rows
-from models import SiT, SiT_models
+from models import SiT, SiT_models, patch_size
 from transport import Transport, create_transport
 
 NUM_CLASSES = 2
@@ -103,23 +104,27 @@ class Setup:
         return f"{self.model}, {self.image_size} px, {space}, batch {self.batch}"
 
     def build(self, device: torch.device, num_classes: int = NUM_CLASSES) -> SiT:
-        """The network with weights that are moved off their start, where half of it would multiply zeros."""
+        """The network, with weights off their start."""
         factor, channels = (LATENT_FACTOR, LATENT_CHANNELS) if self.latents else (1, 3)
-        patch = int(self.model.rsplit("/", 1)[1])
         with torch.device(device):
             torch.manual_seed(0)
             model = SiT_models[self.model](
                 input_size=self.image_size // factor, in_channels=channels, num_classes=num_classes,
-                mask_pixels=patch * factor,
+                mask_pixels=patch_size(self.model) * factor,
             )  # fmt: skip
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))
+            move_off_start(model)
         return model
 
     def transport(self) -> Transport:
         """The velocity, which the training command chooses for these networks."""
         return create_transport()
+
+
+@torch.no_grad()
+def move_off_start(model: SiT) -> None:
+    """Change all weights a little. At their start, half of the network would multiply zeros."""
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
 
 
 def sd_autoencoder(device: torch.device) -> LatentSpace:
@@ -179,6 +184,12 @@ class CachedLatents(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         index, _ = key
         return {"mean": self.mean[index], "std": self.std[index], "mask": self.masks[index]}
+
+
+def first_masks(folder: Path, config: DataConfig, count: int) -> Tensor:
+    """(n, K, S, S) class probabilities of the first masks of a folder, n at most ``count``."""
+    masks = MaskFolder(folder, config)
+    return torch.stack([torch.as_tensor(masks.load(name).prob_map) for name in masks.names[:count]])
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -441,8 +452,12 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory since ``reset_peak_memory``, of the GPU or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
+    if Path("/proc/self/status").exists():
+        return process_memory("VmHWM") / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def process_memory(name: str) -> int:
+    """Bytes of this process on Linux: ``VmRSS`` for those in memory now, ``VmHWM`` for their peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.files import find_files, read_mask  # noqa: E402
-from evaluation.instances import AP_THRESHOLDS, InstanceCounts, mean_of_known, touching_cells  # noqa: E402
+from dataset.files import find_files, read_mask
+from evaluation.instances import AP_THRESHOLDS, InstanceCounts, mean_of_known, touching_cells
 
 
 def main(test: Path, output: Path) -> dict:
