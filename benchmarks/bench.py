@@ -207,12 +207,8 @@ class Bench:
         for number, setup in enumerate(self.preset.training):
             with tempfile.TemporaryDirectory() as folder:
                 bench = TrainingBench(setup, self.machine, self.space if setup.latents else PixelSpace(), Path(folder))
-                rows += self.compare(
-                    bench,
-                    setup,
-                    self.modes(setup, TRAINING_SWITCHES),
-                    deadline_of(end, number, len(self.preset.training)),
-                )
+                deadline = deadline_of(end, number, len(self.preset.training))
+                rows += self.compare(bench, setup, self.modes(setup, TRAINING_SWITCHES), deadline)
             del bench
             free(self.machine)
         return rows
@@ -226,9 +222,8 @@ class Bench:
             space = (self.space or PixelSpace(4)) if setup.latents else PixelSpace()
             with tempfile.TemporaryDirectory() as folder:
                 bench = SamplingBench(setup, self.machine, space, Path(folder), guidance, model)
-                part = self.compare(
-                    bench, setup, self.modes(setup, SAMPLING_SWITCHES), deadline_of(end, number, len(setups))
-                )
+                deadline = deadline_of(end, number, len(setups))
+                part = self.compare(bench, setup, self.modes(setup, SAMPLING_SWITCHES), deadline)
             rows += [row | {"setup": f"{setup.name}, {setup.steps} Heun steps, guidance {guidance:g}"} for row in part]
             del bench
             free(self.machine)
