@@ -184,9 +184,10 @@ def _pair(
         raise InputError(f"{source} holds no annotations{kind}{_others(source)}; {READ}")
     if images.is_file() and len(loads) == 1:  # one of each: whatever their names
         return {"image": next(iter(loads.values()))}, [], []
-    by_name = {stem: stem for stem in paths} | {stem.removesuffix(IMAGE_ENDING): stem for stem in paths}
     if images.is_file():
         by_name = {_stem(images): "image"}
+    else:
+        by_name = {stem: stem for stem in paths} | {stem.removesuffix(IMAGE_ENDING): stem for stem in paths}
     pairs = {by_name[name]: load for name, load in loads.items() if name in by_name}
     if not pairs:
         mend = ". If they are ROIs of one image, zip them as NAME.zip" if _has_rois(source) else ""
