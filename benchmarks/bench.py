@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -255,7 +256,8 @@ class Bench:
         other kinds of mask."""
         size, batch = setup.image_size, setup.batch
         precisions = dict.fromkeys((self.machine.precision, "float32"))
-        ways = [(precision, compiled) for precision in precisions for compiled in (False, True)[: 1 + has_compiler()]]
+        compiled = [False, True] if has_compiler() else [False]
+        ways = list(itertools.product(precisions, compiled))
         binary = to_prob_map(torch.from_numpy(draw_masks(batch, size)), NUM_CLASSES)
         calls = [NetworkCall(setup, "binary", binary, *way) for way in ways]
         if setup.brief:

@@ -97,15 +97,8 @@ def split_command(one: Benchmark, data: Path, output: Path, args: argparse.Names
     words += ["--instances", f"{folder}/train/instances"] if one.instances else []
     words += [word.replace("DATA", str(folder)) for word in one.split]
     words += ["--groups", f"{folder}/index.csv", "--labels", *map(str, one.labels)]
-    return [
-        *words,
-        "--selections",
-        str(args.selections_made),
-        "--seed",
-        str(args.seed),
-        "--output",
-        str(output / "split"),
-    ]
+    words += ["--selections", str(args.selections_made), "--seed", str(args.seed)]
+    return [*words, "--output", str(output / "split")]
 
 
 def practise_command(one: Benchmark, output: Path, case: Path, args: argparse.Namespace) -> list[str]:
