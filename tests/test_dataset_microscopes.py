@@ -171,3 +171,10 @@ def test_stacks_are_refused_for_what_flat_images_are(tmp_path, values, options, 
     with pytest.raises(InputError, match=words):
         flatten_folder(tmp_path / "a.tif", tmp_path / "out", Choice(z="max"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_something_is_refused_before_the_input_is_looked_at(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.tif").touch()
+    with pytest.raises(InputError, match="out is not empty"):
+        flatten_folder(tmp_path / "none", tmp_path / "out", Choice())
