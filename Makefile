@@ -54,12 +54,16 @@ constraints:  ## install the newest versions, run every test, then write them to
 	$(MAKE) LATEST=1 lint test-slow
 	.venv-latest/bin/python -m pip freeze | sort --ignore-case > constraints.txt
 
-test-lowest:  ## the fast tests with just the lower bounds of requirements.txt, in .venv-lowest
-	rm -rf .venv-lowest
-	$(BASE_PYTHON) -m venv .venv-lowest
-	sed 's/>=/==/' requirements.txt > .venv-lowest/requirements.txt
-	.venv-lowest/bin/python -m pip install --quiet -r .venv-lowest/requirements.txt pytest hypothesis
-	.venv-lowest/bin/python -m pytest -q -m "not slow and not gpu"
+# The oldest versions that are allowed, in an environment of its own: `make test-lowest LOWEST=FOLDER` puts it elsewhere.
+LOWEST ?= .venv-lowest
+$(LOWEST)/.installed: requirements.txt requirements-dev.txt
+	$(BASE_PYTHON) -m venv --clear $(LOWEST)
+	sed -n 's/>=/==/p' $^ > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet -r $(LOWEST)/requirements.txt
+	touch $@
+
+test-lowest: $(LOWEST)/.installed  ## the fast tests with just the lower bounds of both requirements files
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(FAST_TESTS)
 
 lint: $(READY)  ## ruff, codespell and mypy; changes nothing
 	$(PYTHON) -m ruff check .
@@ -72,8 +76,9 @@ format: $(READY)  ## ruff writes its fixes and the layout
 	$(PYTHON) -m ruff format .
 
 # One process for each core, one thread each: tests wait for starting commands more than for arithmetic.
+FAST_TESTS = -m pytest -q -m "not slow and not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
 test: $(READY)  ## the tests that run anywhere in minutes, on all cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow and not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) $(FAST_TESTS)
 
 PRESET ?= cpu
 bench: $(READY)  ## speed beside the way of SiT, minutes on an idle machine (PRESET=cpu or gpu); writes bench/
