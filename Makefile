@@ -55,10 +55,11 @@ constraints:  ## install the newest versions, run every test, then write them to
 	.venv-latest/bin/python -m pip freeze | sort --ignore-case > constraints.txt
 
 # The oldest versions that are allowed, in an environment of its own: `make test-lowest LOWEST=FOLDER` puts it elsewhere.
+# No test needs pre-commit, and pip would fetch a hundred versions of virtualenv to find one for it.
 LOWEST ?= .venv-lowest
 $(LOWEST)/.installed: requirements.txt requirements-dev.txt
 	$(BASE_PYTHON) -m venv --clear $(LOWEST)
-	sed -n 's/>=/==/p' $^ > $(LOWEST)/requirements.txt
+	sed -n '/^pre-commit/d; s/>=/==/p' $^ > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet -r $(LOWEST)/requirements.txt
 	touch $@
 

@@ -71,7 +71,7 @@ def has_login() -> bool:
     try:
         if "prompt" in inspect.signature(wandb.login).parameters:
             return bool(wandb.login(prompt=False, verify=False))
-        return bool(wandb.api.api_key)  # versions whose login would ask on the terminal
+        return bool((wandb.api.api_key or "").strip())  # versions whose login would ask on the terminal
     except Exception:  # noqa: BLE001 - a damaged file, or a key of the wrong form: wandb has many exceptions
         return False
 
