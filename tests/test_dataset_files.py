@@ -58,7 +58,7 @@ def manifest_rows() -> list[dict[str, str]]:
 
 
 @needs_readers
-@pytest.mark.parametrize("row", manifest_rows(), ids=lambda row: row["file"][-30:])
+@pytest.mark.parametrize("row", manifest_rows(), ids=[row["file"][-30:] for row in manifest_rows()])
 def test_every_reader_file_is_decoded_as_its_manifest_says_or_refused_in_words(row):
     path = READERS / row["file"]
     if int(row["pages"]) > 1:
