@@ -3,9 +3,12 @@
     python benchmarks/label_ceiling.py DATA/nuclei --steps 1500
     python benchmarks/label_ceiling.py DATA/nuclei --steps 1500 --shares fluorescence=3 purple_on_purple=3 \\
         purple_on_white=2 brightfield=2
+    python benchmarks/label_ceiling.py DATA/nuclei --labelled split/selection_02/labels_010 --synthetic SAMPLES \\
+        --synthetic-share 0.25
 
 Trains the segmenter of ``evaluate.py utility`` on all labelled training images and tests it as the benchmark does.
 ``--shares`` gives each modality its share of the training squares; without it, every image has the same.
+``--labelled`` takes the labelled images of a folder instead. ``--synthetic`` adds a set, ``--looks`` a part of it.
 """
 
 from __future__ import annotations
@@ -20,16 +23,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.arguments import non_negative_int, positive_int
+from common.arguments import non_negative_int, positive_fraction, positive_int
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from dataset.config import DataConfig
 from dataset.groups import read_groups
 from evaluation.experiments.instance_score import InstanceScore, score_segmenter
-from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs
+from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
 from evaluation.output import number
+from synthetic.manifest import read_manifest
+from synthetic.reader import SampleSet
 
 CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))  # as the generators of the benchmark read images
 CPU = torch.device("cpu")
@@ -55,6 +60,15 @@ def sources(
     return [(Labelled(items), shares[name]) for name, items in parts.items()]
 
 
+def synthetic_source(folder: Path, looks: str) -> Labelled:
+    """Pairs of a set of ``sample_ddp.py`` whose look is that of an image with a name that starts with ``looks``."""
+    rows, pairs = read_manifest(folder)[1], set_pairs(SampleSet(folder), CONFIG.num_classes)
+    items = [pair.item for row, pair in zip(rows, pairs, strict=True) if row.get("look_image", "").startswith(looks)]
+    if not items:
+        raise InputError(f"{folder} holds no image in a look whose name starts with {looks!r}", "looks")
+    return Labelled(items)
+
+
 def named_share(text: str) -> tuple[str, float]:
     """``NAME=SHARE`` with a share above 0."""
     name, _, value = text.partition("=")
@@ -73,6 +87,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive_int, default=SegmenterConfig.steps, help="of the segmenter (1500)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the segmenter (0)")
     parser.add_argument(
+        "--labelled", type=Path, metavar="FOLDER", help="train on its labelled images instead of those of train"
+    )
+    parser.add_argument("--synthetic", type=Path, metavar="SAMPLES", help="train on this set of sample_ddp.py, too")
+    parser.add_argument("--synthetic-share", type=positive_fraction, default=0.5, help="of the training squares (0.5)")
+    parser.add_argument("--looks", default="", metavar="PREFIX", help="only its images in looks with such names")
+    parser.add_argument(
         "--shares", type=named_share, nargs="+", default=[], metavar="NAME=SHARE", help="of the modalities"
     )
     return parser.parse_args(argv)
@@ -86,8 +106,12 @@ def show(name: str, score: InstanceScore) -> None:
 def main(args: argparse.Namespace) -> None:
     start_logging(is_main=True)
     modalities = read_groups(args.data / "index.csv", "modality")
-    phase = Phase(1, sources(read_pairs(args.data / "train"), modalities, dict(args.shares)))
-    network = train_segmenter([phase], SegmenterConfig(steps=args.steps, seed=args.seed), CPU)
+    drawn = sources(read_pairs(args.labelled or args.data / "train"), modalities, dict(args.shares))
+    if args.synthetic:
+        real = (1 - args.synthetic_share) / sum(share for _, share in drawn)
+        drawn = [(source, real * share) for source, share in drawn]
+        drawn.append((synthetic_source(args.synthetic, args.looks), args.synthetic_share))
+    network = train_segmenter([Phase(1, drawn)], SegmenterConfig(steps=args.steps, seed=args.seed), CPU)
     tested = [(pair.item, modalities[pair.name]) for pair in read_pairs(args.data / "val")]
     score, groups = score_segmenter(Segmenter([network], CPU), tested, CONFIG.num_classes)
     show("all", score)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_sets import five_rows, write_set
 from PIL import Image
 
 import evaluate
@@ -15,6 +16,7 @@ from benchmarks import label_ceiling, utility
 from common.errors import InputError
 from dataset.groups import read_groups
 from evaluation.experiments.arms import arm_of
+from synthetic.manifest import write_column
 
 
 def words_of(name: str, *more: str):
@@ -84,3 +86,14 @@ def test_the_ceiling_gives_each_modality_its_share_and_scores_each(two_modalitie
     assert [(part.images[0].image.mean() < 128, share) for part, share in parts] == [(True, 3.0), (False, 1.0)]
     with pytest.raises(InputError, match="no image is gray; there are bright, dark"):
         label_ceiling.sources(pairs, modalities, {"gray": 1.0})
+
+
+def test_the_ceiling_trains_on_a_folder_and_on_the_part_of_a_set_that_has_a_look(two_modalities, tmp_path, capsys):
+    samples = write_set(tmp_path / "set", five_rows(64))
+    write_column(samples, "look_image", ["bright_1", "bright_2", "dark_1", "dark_2", "dark_3"])
+    assert [len(label_ceiling.synthetic_source(samples, looks).images) for looks in ("", "bright", "dark")] == [5, 2, 3]
+    with pytest.raises(InputError, match="no image in a look whose name starts with 'gray'"):
+        label_ceiling.synthetic_source(samples, "gray")
+    words = [str(two_modalities), "--steps", "2", "--labelled", str(two_modalities / "val"), "--looks", "bright"]
+    label_ceiling.main(label_ceiling.parse_args([*words, "--synthetic", str(samples), "--synthetic-share", "0.25"]))
+    assert "bright: AP 0.5" in capsys.readouterr().out
