@@ -334,13 +334,13 @@ def test_a_mask_of_the_folder_starts_a_drawing_and_the_page_says_when_the_servic
 
 
 def downloaded(page: Browser, what: str, name: str) -> Path:
-    """The file that a button saves."""
+    """The file that a button saves. A busy machine may take its time."""
     page.click(f"[data-file='{what}']")
-    for _ in range(100):
+    for _ in range(600):
         if (page.downloads / name).is_file():
-            break
+            return page.downloads / name
         threading.Event().wait(0.1)
-    return page.downloads / name
+    raise AssertionError(f"the browser saved no {name} within a minute")
 
 
 def test_downloads_are_the_image_and_its_label_in_sixteen_bits(page):
