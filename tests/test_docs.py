@@ -16,7 +16,7 @@ import make_masks
 import sample
 import sample_ddp
 import train
-from benchmarks import bench, look_checks, looks, many_files, same_images, solver_error, utility
+from benchmarks import bench, label_ceiling, look_checks, looks, many_files, same_images, solver_error, utility
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -97,7 +97,17 @@ def known_flags() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", remember)
-        for module in (*COMMANDS.values(), bench, look_checks, looks, many_files, same_images, solver_error, utility):
+        for module in (
+            *COMMANDS.values(),
+            bench,
+            label_ceiling,
+            look_checks,
+            looks,
+            many_files,
+            same_images,
+            solver_error,
+            utility,
+        ):
             with pytest.raises(SystemExit):
                 module.parse_args(["--help"])
     return set().union(*map(parser_actions, parsers))
