@@ -9,7 +9,8 @@ SIGTERM. Other settings need another --output.
 
 Stages, for each fold: files -> generator -> sets -> segmenters of all arms and seeds -> table. With --pseudo-masks the
 generator also sees the probabilities that a segmenter with colour transfer gives to the unlabelled images.
-Results: OUT/NAME/FOLD/scores/*.json, and OUT/NAME/results.md, which also holds what an unfinished call has found.
+Results: OUT/NAME/FOLD/scores/*.json, a picture OUT/NAME/FOLD/pairs.png, and OUT/NAME/results.md, which also holds what
+an unfinished call has found.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from skimage.color import lab2rgb, rgb2lab
+from torch.nn.functional import one_hot
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,6 +42,7 @@ from common.arguments import positive_float, positive_int, seed_number
 from common.disk import write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
+from common.pictures import captioned_sheet, from_uint8, mask_picture
 from dataset.config import DataConfig
 from evaluation.experiments.instance_score import score_segmenter
 from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs
@@ -250,6 +253,24 @@ class Fold:
             done.touch()
         return SampleSet(folder)
 
+    def write_picture(self) -> None:
+        """``pairs.png``: of eight synthetic images in the new look the mask, its own image, the image, its look's."""
+        folder = self.folder / f"set_{self.run_name}_new"
+        if not (folder / "whole").is_file():
+            return
+        samples = SampleSet(folder)
+        own, new = (
+            {pair.name: from_uint8(pair.item.image) for pair in self.pairs(part)} for part in ("labelled", "new")
+        )
+        columns = []
+        for sample in samples.samples[:: max(1, len(samples) // 8)][:8]:
+            classes = torch.from_numpy(samples.class_map(sample).astype(np.int64))
+            prob_map = one_hot(classes, self.config.num_classes).permute(2, 0, 1)
+            synthetic, source = from_uint8(samples.synthetic(sample)), Path(sample.columns["source_mask"]).stem
+            columns.append([mask_picture(prob_map), own[source], synthetic, new[sample.columns["look_image"]]])
+        sheet = captioned_sheet(("mask", "its image", "synthetic", "look of"), columns)
+        Image.fromarray(sheet).save(self.folder / "pairs.png")
+
     def run(self, script: str, *words: object) -> None:
         """A command of the project, until it is done or the time is up."""
         command = [sys.executable, str(ROOT / script), *map(str, words)]
@@ -362,6 +383,7 @@ def main(args: argparse.Namespace) -> None:
             for arm in args.arms:
                 for seed in args.seeds:
                     scores[arm].append(fold.score(arm, seed))
+            fold.write_picture()
         done = True
     except OutOfTime:
         pass

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_sets import five_rows, write_set
+from PIL import Image
 from skimage.color import rgb2lab
 
 from benchmarks import looks
 from common.errors import InputError
 from evaluation.experiments.segmenter import Square
+from synthetic.manifest import write_column
 
 
 def picture(low: int, high: int, seed: int = 0) -> np.ndarray:
@@ -64,3 +67,29 @@ def test_the_table_shows_mean_and_spread_and_survives_arms_without_scores():
     lines = looks.table_of(scores | {"ceiling": []}, 3)
     assert lines[2] == "| real | 2 | 0.300 ± 0.141 | 0.500 ± 0.000 | 0.500 ± 0.141 | 0.800 |"
     assert lines[3] == "| ceiling | 0 | - | - | - | - |"
+
+
+def test_the_picture_shows_each_image_between_its_masks_image_and_its_looks(tmp_path):
+    grays = {"a": 60, "b": 220}
+    rows = [(f"{look}_{number}.png", "train", look) for look in grays for number in range(5)]
+    folder = tmp_path / "leukocytes" / "train"
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for name, _, look in rows:
+        Image.new("RGB", (64, 64), (grays[look],) * 3).save(folder / "images" / name)
+        Image.new("L", (64, 64), 1).save(folder / "masks" / name)
+    with (tmp_path / "leukocytes" / "index.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("name", "split", "look"), *rows])
+    held_out = fold(tmp_path, "leukocytes", "b")
+    held_out.link()
+    held_out.write_picture()  # no set yet
+    assert not (held_out.folder / "pairs.png").exists()
+    samples = write_set(held_out.folder / "set_generator_new", five_rows(64))
+    write_column(samples, "source_mask", [f"masks/a_{number}.png" for number in range(5)])
+    write_column(samples, "look_image", [f"b_{number}" for number in range(5)])
+    (samples / "whole").touch()
+    held_out.write_picture()
+    sheet = np.asarray(Image.open(held_out.folder / "pairs.png"))
+    middle = sheet.shape[0] // 8  # of the first of four rows
+    column = sheet[:, -20].astype(int)
+    assert [int(column[middle * (2 * row + 1), 0]) for row in (1, 3)] == [60, 220]
