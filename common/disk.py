@@ -233,12 +233,20 @@ def check_folder(
     new = json.loads(json.dumps(settings))
     changed = [name for name in new if name not in free and old.get(name) != new[name]]
     if changed:
-        changes = list_some([f"{name} {old.get(name)} -> {new[name]}"[:100] for name in changed])
+        changes = list_some([text for name in changed for text in _changes(name, old.get(name), new[name])])
         raise InputError(
             f"{folder} holds a set made with other settings ({changes}); name another folder, or give the "
             "same settings to continue"
         )
     return True
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    """What differs between two values of a setting. Of two mappings, only the keys that differ are named."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+        return [text for key in keys for text in _changes(f"{name} {key}", old.get(key), new.get(key))]
+    return [f"{name} {old} -> {new}"[:100]]
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,7 +56,7 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """The fields that the mode uses, as plain types."""
         unused: tuple[str, ...] = SDE_ONLY if self.mode == "ODE" else ODE_ONLY
-        unused += tuple(name for name in LATER if getattr(self, name) == 1)
+        unused += ("look_scale",) if self.look_scale == 1 else ()  # sets without looks do not have it
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
@@ -64,7 +64,6 @@ Solver = OdeSolver | SdeSolver  # noise, model and its arguments -> states (S, B
 TILE_OVERLAP = 0.25
 ODE_ONLY = ("atol", "rtol", "time_shift")
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
-LATER = ("look_scale", "time_shift")  # not in the settings of older sets, which were made with 1
 
 
 @dataclass(frozen=True)

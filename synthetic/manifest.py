@@ -198,7 +198,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in the present form. Earlier versions kept the note of ``--min-fidelity`` under "filter"."""
+    """Settings in the present form. Earlier ODE solvers took equal steps, and did not say so."""
+    sampling = settings.get("sampling")
+    if isinstance(sampling, dict) and sampling.get("mode") == "ODE":
+        settings = settings | {"sampling": {"time_shift": 1.0} | sampling}
+    return _with_redraw(settings)
+
+
+def _with_redraw(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the note of ``--min-fidelity`` under "redraw". Earlier versions kept it under "filter"."""
     note = settings.get("filter")
     if "redraw" in settings or not isinstance(note, dict):
         return settings

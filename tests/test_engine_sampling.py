@@ -252,15 +252,13 @@ def test_a_drawing_ends_where_the_caller_wants(model, sampler):
     assert len(calls) == 3 and calls[0] == 0 < calls[2] < 1
 
 
-def test_settings_say_the_time_shift_only_where_steps_are_not_equal():
+def test_settings_say_the_time_shift_of_an_ode():
     import sample_ddp
     from settings import sampling_settings
 
     def kept(*flags):
         args = sample_ddp.parse_args([*flags, "--ckpt", "a.pt", "--mask-path", "masks"])
-        return sampling_settings(args).to_dict().get("time_shift", "equal steps")
+        return sampling_settings(args).to_dict().get("time_shift")
 
-    assert (kept("ODE"), kept("ODE", "--time-shift", "3")) == (TIME_SHIFT, 3.0)
-    # Older sets had equal steps, and their settings do not say so: the flag continues them.
-    assert kept("ODE", "--time-shift", "1") == "equal steps"
-    assert kept("SDE") == kept("ODE", "--sampling-method", "dopri5") == "equal steps"
+    assert (kept("ODE"), kept("ODE", "--time-shift", "3"), kept("SDE")) == (TIME_SHIFT, 3.0, None)
+    assert kept("ODE", "--sampling-method", "dopri5") == 1.0  # it chooses its own steps

@@ -192,6 +192,17 @@ def test_a_set_of_other_settings_is_refused_and_its_speed_is_free(masks, tmp_pat
         writer_of(tmp_path / "set", masks, None, seed=4)
 
 
+def test_a_set_of_equal_steps_is_continued_with_them_and_the_message_names_what_differs(masks, tmp_path):
+    path, old = tmp_path / "set" / "settings.json", SamplingSettings(time_shift=1.0).to_dict()
+    writer_of(path.parent, masks, None, sampling=old).close()
+    settings = json.loads(path.read_text())
+    del settings["sampling"]["time_shift"]  # as earlier versions wrote it
+    path.write_text(json.dumps(settings))
+    writer_of(path.parent, masks, None, sampling=old).close()
+    with pytest.raises(InputError, match="other settings .sampling time_shift 1.0 -> 2.0.;"):
+        writer_of(path.parent, masks, None)
+
+
 def test_a_set_of_an_earlier_version_is_continued(masks, tmp_path):
     """Its judge stood under "filter", its notes held the manifest's columns, its paths were absolute."""
     folder, redraw = tmp_path / "set", Redraw(BrightIsCell(), 0.9, 4)
