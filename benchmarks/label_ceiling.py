@@ -33,7 +33,6 @@ from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, 
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
 from evaluation.output import number
-from synthetic.manifest import read_manifest
 from synthetic.reader import SampleSet
 
 CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))  # as the generators of the benchmark read images
@@ -62,8 +61,10 @@ def sources(
 
 def synthetic_source(folder: Path, looks: str) -> Labelled:
     """Pairs of a set of ``sample_ddp.py`` whose look is that of an image with a name that starts with ``looks``."""
-    rows, pairs = read_manifest(folder)[1], set_pairs(SampleSet(folder), CONFIG.num_classes)
-    items = [pair.item for row, pair in zip(rows, pairs, strict=True) if row.get("look_image", "").startswith(looks)]
+    samples = SampleSet(folder)
+    looks_of = [sample.columns.get("look_image", "") for sample in samples.samples]
+    pairs = zip(looks_of, set_pairs(samples, CONFIG.num_classes), strict=True)
+    items = [pair.item for look, pair in pairs if look.startswith(looks)]
     if not items:
         raise InputError(f"{folder} holds no image in a look whose name starts with {looks!r}", "looks")
     return Labelled(items)

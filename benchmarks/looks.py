@@ -43,6 +43,7 @@ from common.disk import write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 from common.pictures import captioned_sheet, from_uint8, mask_picture
+from common.spread import evenly
 from dataset.config import DataConfig
 from evaluation.experiments.instance_score import score_segmenter
 from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs
@@ -263,7 +264,7 @@ class Fold:
             {pair.name: from_uint8(pair.item.image) for pair in self.pairs(part)} for part in ("labelled", "new")
         )
         columns = []
-        for sample in samples.samples[:: max(1, len(samples) // 8)][:8]:
+        for sample in (samples.samples[index] for index in evenly(len(samples), 8)):
             classes = torch.from_numpy(samples.class_map(sample).astype(np.int64))
             prob_map = one_hot(classes, self.config.num_classes).permute(2, 0, 1)
             synthetic, source = from_uint8(samples.synthetic(sample)), Path(sample.columns["source_mask"]).stem
