@@ -247,7 +247,7 @@ class Fold:
             flags = ["ODE", "--ckpt", self.train_generator(), "--mask-path", self.folder / "labelled" / "masks"]
             flags += ["--mask-type", self.benchmark.mask_type, "--sample-dir", folder, *SAMPLER.split()]
             flags += ["--samples-per-mask", self.args.per_mask or self.benchmark.per_mask]
-            flags += ["--look-scale", self.args.look_scale]
+            flags += ["--look-scale", self.args.look_scale, "--cfg-scale", self.args.cfg_scale]
             # All training images include the new look's; those of the labelled folder are the training looks.
             part = "new" if look == "new" else "labelled"
             self.run("sample_ddp.py", *flags, "--look-path", self.folder / part / "images")
@@ -364,6 +364,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unlabelled-share", type=positive_float, default=0.25, help="as of train.py")
     parser.add_argument("--look-dropout", type=positive_float, default=0.15, help="as of train.py")
     parser.add_argument("--look-scale", type=positive_float, default=1.0, help="as of sample_ddp.py")
+    parser.add_argument("--cfg-scale", type=positive_float, default=1.0, help="as of sample_ddp.py")
     parser.add_argument("--minutes", type=positive_float, default=1e6, help="end this call after so many minutes")
     return parser.parse_args(argv)
 
