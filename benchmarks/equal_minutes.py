@@ -1,0 +1,263 @@
+"""What is best after the same minutes on one CPU core: learning rate, batch, optimiser, shape of the network, a U-Net.
+
+    python benchmarks/equal_minutes.py --train TRAIN --heldout VAL --minutes 5 --output OUT \\
+        --variants default lr-2e-3 batch-32 muon u-net
+
+TRAIN and VAL hold the folders images and masks. Each variant first takes a few steps, which give its rate, and then as
+many as fit in the minutes of processor time. Its images of the held-out masks are measured by the commands of
+``evaluate.py``. Run the same command again to continue. Results: OUT/results.md.
+
+    python benchmarks/equal_minutes.py launch [--muon] train.py ...flags...
+
+runs a command with the networks of this benchmark in the table of models: the U-Nets of unet_baseline.py, and SiTs of
+other shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import table
+from benchmarks.unet_baseline import COMMANDS, add_unets
+from common.arguments import positive_float, seed_number
+from common.disk import write_json
+from common.errors import CommandParser, InputError, run_command
+from evaluation.output import number
+from models import SiT, SiT_models
+
+SHAPES = {  # depth, width, heads, patch: about the time of a step of SiT-Ti/8, which has 12, 192, 3, 8
+    "SiT-6x288/8": (6, 288, 4, 8),
+    "SiT-24x128/8": (24, 128, 2, 8),
+}
+COMMON = "--vae none --in-channels 1 --image-size 64 --crop random --window 0 99.8 --cfg-scale 1 --num-workers 0"
+DEFAULT = {"--model": "SiT-Ti/8", "--global-batch-size": "16", "--lr": "1e-3"}
+VARIANTS: dict[str, dict[str, str]] = {
+    "default": {},
+    "lr-5e-4": {"--lr": "5e-4"},
+    "lr-2e-3": {"--lr": "2e-3"},
+    "warmup-400": {"--warmup-steps": "400"},
+    "lr-2e-3-warmup-400": {"--lr": "2e-3", "--warmup-steps": "400"},
+    "batch-8": {"--global-batch-size": "8"},
+    "batch-32": {"--global-batch-size": "32"},
+    "batch-64": {"--global-batch-size": "64", "--lr": "2e-3"},
+    "muon": {"--muon": ""},
+    "muon-2e-3": {"--muon": "", "--lr": "2e-3"},
+    "early-times": {"--time-sampling": "logit-normal", "--time-mean": "-0.5"},
+    "patch-4": {"--model": "SiT-Ti/4"},
+    "wide": {"--model": "SiT-6x288/8"},
+    "deep": {"--model": "SiT-24x128/8"},
+    "u-net": {"--model": "U-Net"},
+    "u-net-lr-2e-3": {"--model": "U-Net", "--lr": "2e-3"},
+}
+RATE_STEPS = 40  # steps that give a variant's rate, after WARM_STEPS; both are processes of their own
+WARM_STEPS = 10
+COOLDOWN = 0.2  # share of the steps over which the learning rate falls
+COLUMNS = ("grid", "Dice of the judge", "AP 0.5", "Dice of the threshold", "mean", "standard deviation", "distance")
+
+
+# --------------------------------------------------------------------------------------------------------- the launcher
+
+
+class MuonAndAdamW:
+    """Muon for the matrices inside the blocks, AdamW for everything else; used like one optimiser.
+
+    Source: Jordan et al. 2024, "Muon"; the step is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    """
+
+    def __init__(self, model: nn.Module, adamw: torch.optim.AdamW, lr: float, weight_decay: float) -> None:
+        inside = [value for name, value in model.named_parameters() if "blocks." in name and value.ndim == 2]
+        chosen = {id(value) for value in inside}
+        for group in adamw.param_groups:
+            group["params"] = [value for value in group["params"] if id(value) not in chosen]
+        muon = torch.optim.Muon(inside, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of both; their learning rates may be set."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A run with it cannot be continued: this benchmark never does."""
+        return {}
+
+
+def use_muon() -> None:
+    """Give every training Muon."""
+    from engine.training import Training
+
+    plain = Training.__init__
+
+    def with_muon(self: Any, config: Any, machine: Any, space: Any) -> None:
+        plain(self, config, machine, space)
+        settings = config.optimiser
+        self.optimizer = MuonAndAdamW(self.model, self.optimizer, settings.lr, settings.weight_decay)
+
+    Training.__init__ = with_muon  # type: ignore[method-assign]
+
+
+def launch(words: list[str]) -> None:
+    """Run a command of the project with more networks, and perhaps with Muon."""
+    if words[:1] == ["--muon"]:
+        use_muon()
+        words = words[1:]
+    if not words or words[0] not in COMMANDS:
+        raise InputError(f"launch: give one of {', '.join(COMMANDS)}")
+    add_unets()
+    for name, (depth, width, heads, patch) in SHAPES.items():
+        SiT_models[name] = partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    sys.argv = words
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+# ------------------------------------------------------------------------------------------------------- the comparison
+
+
+class Trial:
+    """One variant and seed: trained, sampled, measured; what is done stays done."""
+
+    def __init__(self, variant: str, seed: int, args: argparse.Namespace) -> None:
+        self.args, self.variant, self.seed = args, variant, seed
+        self.folder = args.output / f"{variant}_{seed}_{args.minutes:g}"
+        self.flags = DEFAULT | VARIANTS[variant]
+
+    def result(self) -> dict[str, Any]:
+        """Numbers of this trial."""
+        path = self.folder / "result.json"
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            seconds = self.train(WARM_STEPS + RATE_STEPS, "rate") - self.train(WARM_STEPS, "warm")
+            steps = int(60 * self.args.minutes / (seconds / RATE_STEPS))
+            used = self.train(steps, "run")
+            sampling = self.sample(steps)
+            write_json(path, {"steps": steps, "seconds": used, "sampling": sampling, **self.measures()})
+        return json.loads(path.read_text())
+
+    def train(self, steps: int, name: str) -> float:
+        """Train a generator; seconds of processor time."""
+        flags = {key: value for key, value in self.flags.items() if key != "--muon"}
+        words = [word for pair in flags.items() for word in pair]
+        muon = ["--muon"] if "--muon" in self.flags else []
+        return self.run(
+            ROOT / "benchmarks/equal_minutes.py", "launch", *muon, "train.py", *COMMON.split(), *words,
+            "--data-path", self.args.train / "images", "--mask-path", self.args.train / "masks",
+            "--max-steps", steps, "--cooldown-steps", int(COOLDOWN * steps), "--seed", self.seed,
+            "--results-dir", self.folder, "--run-name", f"{name}_{steps}",
+        )  # fmt: skip
+
+    def sample(self, steps: int) -> float:
+        """Images of the held-out masks; seconds of processor time."""
+        return self.run(
+            ROOT / "benchmarks/equal_minutes.py", "launch", "sample_ddp.py", "ODE",
+            "--ckpt", self.folder / f"run_{steps}/checkpoints/{steps:07d}.pt", "--samples-per-mask", 2,
+            "--data-path", self.args.heldout / "images", "--mask-path", self.args.heldout / "masks",
+            "--sample-dir", self.folder / "samples",
+        )  # fmt: skip
+
+    def measures(self) -> dict[str, float]:
+        """What evaluate.py says of the images."""
+        real = ["--data-path", self.args.train / "images", "--mask-path", self.args.train / "masks"]
+        judge = ["--cache-dir", self.args.output / "judges"]
+        self.evaluate("threshold")
+        self.evaluate("grid")
+        self.evaluate("fidelity", *real, *judge)
+        held = ["--data-path", self.args.heldout / "images", "--mask-path", self.args.heldout / "masks"]
+        self.evaluate("realism", *held, *judge)
+        return read_measures(self.folder / "samples")
+
+    def evaluate(self, name: str, *flags: object) -> None:
+        self.run(ROOT / "evaluate.py", name, self.folder / "samples", *flags)
+
+    def run(self, script: Path, *words: object) -> float:
+        """A command of the project; seconds of processor time."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with (self.folder / "log.txt").open("a") as log:
+            code = subprocess.call(
+                [sys.executable, str(script), *map(str, words)], stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        if code:
+            raise InputError(f"{script.name} {words[0]} ended with {code}: see {self.folder / 'log.txt'}")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def read_measures(samples: Path) -> dict[str, float]:
+    """The columns of the table, from what evaluate.py has written."""
+    found = {
+        name: json.loads((samples / "evaluation" / f"{name}.json").read_text())
+        for name in ("grid", "threshold", "fidelity", "realism")
+    }
+    synthetic, real = found["fidelity"]["synthetic"], found["fidelity"]["real"]
+    distances = found["realism"]["distances"][0]["synthetic"]
+    values = (
+        found["grid"]["grid_synthetic"],
+        synthetic["dice"] / real["dice"],
+        synthetic["ap"]["0.5"] / real["ap"]["0.5"],
+        found["threshold"]["dice_ratio"],
+        1 + found["threshold"]["mean_difference"],
+        1 + found["threshold"]["std_difference"],
+        sum(distances) / len(distances),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def table_of(results: Sequence[tuple[str, int, dict[str, Any]]]) -> list[str]:
+    """Markdown: one row for each trial."""
+    rows = [
+        [name, seed, found["steps"], round(found["seconds"]), *(number(found[column]) for column in COLUMNS),
+         round(found["sampling"])]
+        for name, seed, found in results
+    ]  # fmt: skip
+    return table(["variant", "seed", "steps", "training, s", *COLUMNS, "110 images, s"], rows)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, metavar="FOLDER", help="holds images and masks to learn")
+    parser.add_argument("--heldout", type=Path, required=True, metavar="FOLDER", help="holds images and masks to test")
+    parser.add_argument("--minutes", type=positive_float, default=5, help="of processor time, to train (5)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where results go")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="of the generators (0)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    results = []
+    for variant in args.variants:
+        for seed in args.seeds:
+            results.append((variant, seed, Trial(variant, seed, args).result()))
+            (args.output / "results.md").write_text("\n".join(table_of(results)) + "\n")
+            print("\n".join(table_of(results[-1:])[2:]), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["launch"]:
+        launch(sys.argv[2:])
+    else:
+        run_command(main, parse_args)
