@@ -16,7 +16,17 @@ import make_masks
 import sample
 import sample_ddp
 import train
-from benchmarks import bench, label_ceiling, look_checks, looks, many_files, same_images, solver_error, utility
+from benchmarks import (
+    bench,
+    equal_minutes,
+    label_ceiling,
+    look_checks,
+    looks,
+    many_files,
+    same_images,
+    solver_error,
+    utility,
+)
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -100,6 +110,7 @@ def known_flags() -> set[str]:
         for module in (
             *COMMANDS.values(),
             bench,
+            equal_minutes,
             label_ceiling,
             look_checks,
             looks,

@@ -1,0 +1,80 @@
+"""The comparison at equal minutes: its networks, its second optimiser, its numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import models
+from benchmarks import equal_minutes
+from train import parse_args
+
+
+@pytest.fixture
+def model():
+    """A small SiT with one block."""
+    config = {"input_size": 16, "in_channels": 1, "num_classes": 2, "mask_pixels": 8, "depth": 1, "mlp_ratio": 1.0}
+    torch.manual_seed(0)
+    return models.build_model({"name": "SiT-Ti/8", **config})
+
+
+def both_optimisers(model):
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return equal_minutes.MuonAndAdamW(model, adamw, lr=0.1, weight_decay=0.0)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(model):
+    muon, adamw = both_optimisers(model).parts
+    names = {id(value): name for name, value in model.named_parameters()}
+    inside = [names[id(value)] for group in muon.param_groups for value in group["params"]]
+    rest = [names[id(value)] for group in adamw.param_groups for value in group["params"]]
+    assert sorted(inside + rest) == sorted(names.values())
+    assert "blocks.0.attn.qkv.weight" in inside and "blocks.0.attn.qkv.bias" in rest
+    assert all(name.startswith("blocks.") and name.endswith("weight") for name in inside)
+
+
+def test_a_step_moves_the_weights_of_both_by_the_learning_rate_that_is_set(model):
+    optimiser = both_optimisers(model)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for factor in (0.0, 1.0):
+        for group in optimiser.param_groups:
+            group["lr"] = 0.1 * factor
+        for value in model.parameters():
+            value.grad = torch.randn_like(value)
+        optimiser.step()
+        moved = {name: not torch.equal(value, before[name]) for name, value in model.named_parameters()}
+        assert set(moved.values()) == {factor > 0}
+    optimiser.zero_grad()
+    assert all(value.grad is None for value in model.parameters())
+
+
+@pytest.mark.parametrize("name", equal_minutes.VARIANTS)
+def test_train_knows_the_flags_of_a_variant(name, monkeypatch):
+    for shape, (depth, width, heads, patch) in equal_minutes.SHAPES.items():
+        monkeypatch.setitem(models.SiT_models, shape, None)
+        assert width % heads == 0 and depth > 0 and 64 % patch == 0
+    monkeypatch.setitem(models.SiT_models, "U-Net", None)
+    flags = equal_minutes.DEFAULT | equal_minutes.VARIANTS[name]
+    words = [word for key, value in flags.items() if key != "--muon" for word in (key, value)]
+    args = parse_args(["--data-path", "a", "--mask-path", "b", *equal_minutes.COMMON.split(), *words])
+    assert args.lr == float(flags["--lr"]) and args.model == flags["--model"]
+
+
+def test_measures_are_those_that_evaluate_has_written(tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    written = {
+        "grid": {"grid_synthetic": 1.02},
+        "threshold": {"dice_ratio": 0.98, "mean_difference": -0.1, "std_difference": 0.2},
+        "fidelity": {
+            "synthetic": {"dice": 0.45, "ap": {"0.5": 0.3}}, "real": {"dice": 0.9, "ap": {"0.5": 0.4}},
+        },
+        "realism": {"distances": [{"synthetic": [9.0, 11.0]}]},
+    }  # fmt: skip
+    for name, content in written.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    found = equal_minutes.read_measures(tmp_path)
+    assert list(found) == list(equal_minutes.COLUMNS)
+    assert list(found.values()) == pytest.approx([1.02, 0.5, 0.75, 0.98, 0.9, 1.2, 10.0])
