@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+WINDOW = (0, 99.8)  # percentiles of a whole gray image, between which training sets are stretched
+
 
 def parse_args(what: str) -> argparse.Namespace:
     """TRAINING_SET, TEST_FOLDER, OUTPUT and the budget."""

@@ -7,20 +7,20 @@ import json
 import numpy as np
 import tensorflow as tf
 from csbdeep.utils import normalize
-from folders import half_real, parse_args, read_folder, write_prediction
+from folders import WINDOW, half_real, parse_args, read_folder, write_prediction
 from stardist.matching import matching_dataset
 from stardist.models import Config2D, StarDist2D
 
 EPOCH = 100  # steps
+DRAWN = 1000  # list entries, so that each image gets its share
 VALIDATION = 256  # pixels: side of the parts of real images that choose the thresholds
-WINDOW = (0, 99.8)  # percentiles of a whole image, as the training set has been stretched
 args = parse_args(__doc__)
 rng = np.random.default_rng(args.seed)
 tf.keras.utils.set_random_seed(args.seed)
 names, images, labels = read_folder(args.train)
 images = [image.astype(np.float32) / 255 for image in images]  # stretched already, and a synthetic crop must stay dark
 # a list in which each image stands as often as it is to be drawn: StarDist draws all alike
-chosen = rng.choice(len(names), max(8, 4 * len(names)), p=half_real(names))
+chosen = rng.choice(len(names), max(DRAWN, 4 * len(names)), p=half_real(names))
 real = [index for index, name in enumerate(names) if name.startswith("real_")]
 epochs = max(1, args.steps // EPOCH)
 config = Config2D(
