@@ -45,6 +45,7 @@ from common.log import start_logging
 from common.pictures import captioned_sheet, from_uint8, mask_picture
 from common.spread import evenly
 from dataset.config import DataConfig
+from dataset.views import native_view
 from evaluation.experiments.instance_score import score_segmenter
 from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs, set_pairs
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, Source, Square, train_segmenter
@@ -260,15 +261,19 @@ class Fold:
         if not (folder / "whole").is_file():
             return
         samples = SampleSet(folder)
-        own, new = (
-            {pair.name: from_uint8(pair.item.image) for pair in self.pairs(part)} for part in ("labelled", "new")
-        )
+        own, new = ({pair.name: pair.item.image for pair in self.pairs(part)} for part in ("labelled", "new"))
+        with_cells = [sample for sample in samples.samples if samples.foreground(sample).any()]
         columns = []
-        for sample in (samples.samples[index] for index in evenly(len(samples), 8)):
+        for sample in (with_cells[index] for index in evenly(len(with_cells), 8)):
             classes = torch.from_numpy(samples.class_map(sample).astype(np.int64))
             prob_map = one_hot(classes, self.config.num_classes).permute(2, 0, 1)
             synthetic, source = from_uint8(samples.synthetic(sample)), Path(sample.columns["source_mask"]).stem
-            columns.append([mask_picture(prob_map), own[source], synthetic, new[sample.columns["look_image"]]])
+            its_image, look_of = own[source], new[sample.columns["look_image"]]
+            if self.benchmark.crop == "random":  # these are whole images
+                assert sample.view is not None  # sample_ddp.py writes it
+                its_image = sample.view.cut(its_image)
+                look_of = native_view(*look_of.shape[:2], SIDE).cut(look_of)
+            columns.append([mask_picture(prob_map), from_uint8(its_image), synthetic, from_uint8(look_of)])
         sheet = captioned_sheet(("mask", "its image", "synthetic", "look of"), columns)
         Image.fromarray(sheet).save(self.folder / "pairs.png")
 
