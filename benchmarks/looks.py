@@ -272,7 +272,8 @@ class Fold:
             if self.benchmark.crop == "random":  # these are whole images
                 assert sample.view is not None  # sample_ddp.py writes it
                 its_image = sample.view.cut(its_image)
-                look_of = native_view(*look_of.shape[:2], SIDE).cut(look_of)
+                height, width = look_of.shape[:2]
+                look_of = native_view(height, width, SIDE).cut(look_of)
             columns.append([mask_picture(prob_map), from_uint8(its_image), synthetic, from_uint8(look_of)])
         sheet = captioned_sheet(("mask", "its image", "synthetic", "look of"), columns)
         Image.fromarray(sheet).save(self.folder / "pairs.png")
