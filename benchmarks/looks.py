@@ -245,8 +245,11 @@ class Fold:
         folder = self.folder / f"set_{self.run_name}_{look}"
         done = folder / "whole"
         if not done.is_file():
-            flags = ["ODE", "--ckpt", self.train_generator(), "--mask-path", self.folder / "labelled" / "masks"]
-            flags += ["--mask-type", self.benchmark.mask_type, "--sample-dir", folder, *SAMPLER.split()]
+            kind, mask_type = "masks", self.benchmark.mask_type
+            if (self.folder / "labelled" / "instances").is_dir():  # so that the labels tell touching cells apart
+                kind, mask_type = "instances", "instances"
+            flags = ["ODE", "--ckpt", self.train_generator(), "--mask-path", self.folder / "labelled" / kind]
+            flags += ["--mask-type", mask_type, "--sample-dir", folder, *SAMPLER.split()]
             flags += ["--samples-per-mask", self.args.per_mask or self.benchmark.per_mask]
             flags += ["--look-scale", self.args.look_scale, "--cfg-scale", self.args.cfg_scale]
             # All training images include the new look's; those of the labelled folder are the training looks.
