@@ -1,0 +1,66 @@
+"""Training sets and scores for StarDist and Cellpose: what the scripts of benchmarks/segmenters write and count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from drawn_sets import Row, paint, write_set
+from PIL import Image
+
+from benchmarks.segmenters import make_sets, score
+from dataset.config import DataConfig
+
+SIZE = 64
+
+
+def cells() -> np.ndarray:
+    """Two cells that touch."""
+    labels = np.zeros((SIZE, SIZE), np.uint8)
+    labels[10:30, 10:20], labels[10:30, 20:30] = 1, 2
+    return labels
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def test_training_sets_hold_the_real_and_the_synthetic_pairs_with_their_cells(tmp_path):
+    labels = cells()
+    bright = paint(labels > 0)
+    for kind, array in {
+        "images": bright // 2,
+        "masks": 255 * (labels > 0).astype(np.uint8),
+        "instances": labels,
+    }.items():
+        save(tmp_path / "labelled" / kind / "a.png", array)
+    rule = {"mask_type": "instances", "num_classes": 2, "maximum": 1.0, "reason": "drawn"}
+    config = DataConfig(SIZE, crop="random", window=(0, 99.8))
+    dark = np.where(labels > 0, 40, 10).astype(np.uint8)
+    write_set(tmp_path / "set", [Row(labels, dark, mask_type="instances")], config, mask_rule=rule)
+    make_sets.main(make_sets.parse_args([str(tmp_path / name) for name in ("labelled", "set", "out")]))
+    both = tmp_path / "out" / "real_and_synthetic"
+    real, made = sorted(path.name for path in (both / "images").iterdir())
+    assert real == "real_a.png" and made.startswith("synthetic_")
+    assert [path.name for path in (tmp_path / "out" / "real" / "images").iterdir()] == [real]
+    for name in (real, made):
+        assert np.unique(np.array(Image.open(both / "instances" / name))).tolist() == [0, 1, 2]
+    assert np.array(Image.open(both / "images" / real)).max() == 255  # stretched
+    assert np.array(Image.open(both / "images" / made)).max() == 40  # and this one is not, a second time
+
+
+def test_score_counts_each_group_by_itself(tmp_path):
+    empty, labels = np.zeros((SIZE, SIZE), np.uint8), cells()
+    for name, found in {"good": labels, "bad": empty}.items():
+        save(tmp_path / "test" / "instances" / f"test__{name}.png", labels)
+        save(tmp_path / "out" / "predicted" / f"test__{name}.png", found)
+    own = {"tool": "stardist", "pooled": True, "ap": {"0.5": 0.5}}
+    (tmp_path / "out" / "own_scores.json").write_text(json.dumps(own))
+    (tmp_path / "table.csv").write_text("name,look\ngood.png,one\nbad.png,other\n")
+    groups = score.read_groups(tmp_path / "table.csv", "look")
+    found = score.main(tmp_path / "test", tmp_path / "out", groups)
+    assert found["ap"]["0.5"] == 0.5 and found["ap50_touching"] == 0.5
+    assert found["ap50_of_groups"] == {"one": 1.0, "other": 0.0}
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == found
