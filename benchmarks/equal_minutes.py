@@ -126,7 +126,8 @@ def launch(words: list[str]) -> None:
         use_muon()
         words = words[1:]
     if not words or words[0] not in COMMANDS:
-        raise InputError(f"launch: give one of {', '.join(COMMANDS)}")
+        print(f"{__doc__}\nAfter launch, give one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
     add_unets()
     for name, (depth, width, heads, patch) in SHAPES.items():
         SiT_models[name] = partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
@@ -233,7 +234,7 @@ def table_of(results: Sequence[tuple[str, int, dict[str, Any]]]) -> list[str]:
          round(found["sampling"])]
         for name, seed, found in results
     ]  # fmt: skip
-    return table(["variant", "seed", "steps", "training, s", *COLUMNS, "110 images, s"], rows)
+    return table(["variant", "seed", "steps", "training, s", *COLUMNS, "sampling, s"], rows)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,13 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.label_ceiling import CONFIG, read_pairs
 from common.errors import CommandParser, run_command
-from dataset.config import DataConfig
-from evaluation.experiments.labelled import LabelledFolders, real_pairs, set_pairs
+from evaluation.experiments.labelled import set_pairs
 from evaluation.experiments.practice_report import ALONE, TOGETHER, write_training_set
 from synthetic.reader import SampleSet
-
-CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,9 +31,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    pairs = real_pairs(LabelledFolders.of_part(args.labelled, "binary"), CONFIG, CONFIG.num_classes)
-    real = [(f"real_{pair.name}", pair.item) for pair in pairs]
-    made = [(f"synthetic_{Path(pair.name).stem}", pair.item) for pair in set_pairs(SampleSet(args.samples), 2)]
+    real = [(f"real_{pair.name}", pair.item) for pair in read_pairs(args.labelled)]
+    pairs = set_pairs(SampleSet(args.samples), CONFIG.num_classes)
+    made = [(f"synthetic_{Path(pair.name).stem}", pair.item) for pair in pairs]
     write_training_set(args.output / ALONE, real)
     write_training_set(args.output / TOGETHER, [*real, *made])
 
