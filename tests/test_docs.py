@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -16,17 +17,6 @@ import make_masks
 import sample
 import sample_ddp
 import train
-from benchmarks import (
-    bench,
-    equal_minutes,
-    label_ceiling,
-    look_checks,
-    looks,
-    many_files,
-    same_images,
-    solver_error,
-    utility,
-)
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -95,6 +85,13 @@ def parser_actions(parser: argparse.ArgumentParser) -> set[str]:
     return flags
 
 
+def benchmarks() -> list[ModuleType]:
+    """Every script of ``benchmarks`` that has flags."""
+    paths = sorted((ROOT / "benchmarks").glob("*.py"))
+    modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in paths]
+    return [module for module in modules if hasattr(module, "parse_args")]
+
+
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
     """Flags of every command, taken from its own parser."""
@@ -107,18 +104,7 @@ def known_flags() -> set[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", remember)
-        for module in (
-            *COMMANDS.values(),
-            bench,
-            equal_minutes,
-            label_ceiling,
-            look_checks,
-            looks,
-            many_files,
-            same_images,
-            solver_error,
-            utility,
-        ):
+        for module in (*COMMANDS.values(), *benchmarks()):
             with pytest.raises(SystemExit):
                 module.parse_args(["--help"])
     return set().union(*map(parser_actions, parsers))
