@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))  # as the ge
 CPU = torch.device("cpu")
 
 
-def read_pairs(folder: Path) -> list[Named]:
-    """All labelled images of ``train`` or ``val``."""
-    return real_pairs(LabelledFolders.of_part(folder, "binary"), CONFIG, CONFIG.num_classes)
+def read_pairs(folder: Path, stretch: bool = True) -> list[Named]:
+    """All labelled images of ``train`` or ``val``, stretched between the percentiles of CONFIG or as they are."""
+    config = CONFIG if stretch else replace(CONFIG, window=None)
+    return real_pairs(LabelledFolders.of_part(folder, "binary"), config, config.num_classes)
 
 
 def sources(

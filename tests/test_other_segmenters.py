@@ -9,7 +9,7 @@ import numpy as np
 from drawn_sets import Row, paint, write_set
 from PIL import Image
 
-from benchmarks.segmenters import make_sets, score
+from benchmarks.segmenters import folders, make_sets, score
 from dataset.config import DataConfig
 
 SIZE = 64
@@ -49,6 +49,19 @@ def test_training_sets_hold_the_real_and_the_synthetic_pairs_with_their_cells(tm
         assert np.unique(np.array(Image.open(both / "instances" / name))).tolist() == [0, 1, 2]
     assert np.array(Image.open(both / "images" / real)).max() == 255  # stretched
     assert np.array(Image.open(both / "images" / made)).max() == 40  # and this one is not, a second time
+    words = [str(tmp_path / name) for name in ("labelled", "set", "raw")]
+    make_sets.main(make_sets.parse_args([*words, "--no-stretch"]))
+    raw = np.array(Image.open(tmp_path / "raw" / "real" / "images" / real))
+    assert raw.max() == (bright // 2).max()
+
+
+def test_test_images_are_stretched_as_the_training_sets_are():
+    ramp = np.repeat(np.linspace(20, 120, SIZE).astype(np.uint8)[None, :, None], 3, 2).repeat(SIZE, 0)
+    plain, wide = folders.unit_gray(ramp, stretch=False), folders.unit_gray(ramp, stretch=True)
+    assert plain.dtype == wide.dtype == np.float32
+    assert (plain.min(), plain.max()) == (np.float32(20 / 255), np.float32(120 / 255))
+    assert wide.min() == 0 and abs(wide.max() - 1) < 0.02
+    assert folders.unit_gray(np.full((4, 4, 3), 7, np.uint8), stretch=True).max() == 0  # one gray value
 
 
 def test_score_counts_each_group_by_itself(tmp_path):

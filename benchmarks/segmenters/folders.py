@@ -11,7 +11,7 @@ from PIL import Image
 WINDOW = (0, 99.8)  # percentiles of a whole gray image, between which training sets are stretched
 
 
-def parse_args(what: str) -> argparse.Namespace:
+def parser_of(what: str) -> argparse.ArgumentParser:
     """TRAINING_SET, TEST_FOLDER, OUTPUT and the budget."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("train", type=Path, help="folder with images and instances")
@@ -19,7 +19,20 @@ def parse_args(what: str) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="predictions go to OUTPUT/predicted")
     parser.add_argument("--steps", type=int, default=2000, help="batches of 8")
     parser.add_argument("--seed", type=int, default=0, help="of numpy and of the framework")
-    return parser.parse_args()
+    add_stretch(parser)
+    return parser
+
+
+def add_stretch(parser: argparse.ArgumentParser) -> None:
+    """The flag that says how images without a training set's stretching are read."""
+    what = "take gray values as they are, as make_sets.py --no-stretch does (colour images)"
+    parser.add_argument("--no-stretch", dest="stretch", action="store_false", help=what)
+
+
+def unit_gray(image: np.ndarray, stretch: bool) -> np.ndarray:
+    """An image (H, W, 3) uint8 as float32: black 0, white 1. Stretched: its percentiles WINDOW become 0 and 1."""
+    low, high = np.percentile(image, WINDOW) if stretch else (0.0, 255.0)
+    return ((image - low) / max(high - low, 1)).astype(np.float32)
 
 
 def read_folder(folder: Path) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:

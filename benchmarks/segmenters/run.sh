@@ -5,7 +5,7 @@
 #
 # TRAINING_SET and TEST_FOLDER hold images/ and instances/. Each tool gets an environment of its own in
 # ENVIRONMENTS (default: .segmenters). Run it for training_sets/real and for training_sets/real_and_synthetic with the same
-# STEPS and SEED, and compare. Minutes to hours on a CPU.
+# STEPS and SEED, and compare. FLAGS go to the training script (--no-stretch, --bf16). Minutes to hours on a CPU.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 train=$1 test=$2 output=$3 tools=${4:-"stardist cellpose"}
@@ -19,6 +19,6 @@ for tool in $tools; do
         touch "$environment/ready"
     fi
     "$environment/bin/python" "$here/train_$tool.py" "$train" "$test" "$output/$tool" \
-        --steps "${STEPS:-2000}" --seed "${SEED:-0}"
+        --steps "${STEPS:-2000}" --seed "${SEED:-0}" ${FLAGS:-}
     "$python" "$here/score.py" "$test" "$output/$tool"
 done

@@ -12,8 +12,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from csbdeep.utils import normalize
-from folders import WINDOW
+from folders import add_stretch, unit_gray
 from PIL import Image
 from stardist.models import StarDist2D
 
@@ -24,6 +23,7 @@ parser.add_argument("unlabelled", type=Path, help="folder of images")
 parser.add_argument("output", type=Path, help="new training set")
 parser.add_argument("--images", type=int, default=200, help="random unlabelled images to label (200)")
 parser.add_argument("--seed", type=int, default=0, help="of the choice")
+add_stretch(parser)
 args = parser.parse_args()
 for kind in ("images", "instances"):
     shutil.copytree(args.real / kind, args.output / kind)
@@ -31,7 +31,7 @@ paths = sorted(args.unlabelled.iterdir())
 chosen = np.random.default_rng(args.seed).permutation(len(paths))[: args.images]
 model = StarDist2D(None, name="model", basedir=str(args.trained))
 for path in (paths[index] for index in sorted(chosen)):
-    image = normalize(np.array(Image.open(path).convert("RGB")), *WINDOW, axis=(0, 1, 2), clip=True)
+    image = unit_gray(np.array(Image.open(path).convert("RGB")), args.stretch).clip(0, 1)
     cells, _ = model.predict_instances(image)
     if cells.any():
         Image.fromarray(np.rint(255 * image).astype(np.uint8)).save(args.output / "images" / f"{path.stem}.png")

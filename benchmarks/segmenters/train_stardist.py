@@ -6,19 +6,18 @@ import json
 
 import numpy as np
 import tensorflow as tf
-from csbdeep.utils import normalize
-from folders import WINDOW, half_real, parse_args, read_folder, write_prediction
+from folders import half_real, parser_of, read_folder, unit_gray, write_prediction
 from stardist.matching import matching_dataset
 from stardist.models import Config2D, StarDist2D
 
 EPOCH = 100  # steps
 DRAWN = 1000  # list entries, so that each image gets its share
 VALIDATION = 256  # pixels: side of the parts of real images that choose the thresholds
-args = parse_args(__doc__)
+args = parser_of(__doc__).parse_args()
 rng = np.random.default_rng(args.seed)
 tf.keras.utils.set_random_seed(args.seed)
 names, images, labels = read_folder(args.train)
-images = [image.astype(np.float32) / 255 for image in images]  # stretched already, and a synthetic crop must stay dark
+images = [unit_gray(image, stretch=False) for image in images]  # stretched already: a dark synthetic crop stays dark
 # a list in which each image stands as often as it is to be drawn: StarDist draws all alike
 chosen = rng.choice(len(names), max(DRAWN, 4 * len(names)), p=half_real(names))
 real = [index for index, name in enumerate(names) if name.startswith("real_")]
@@ -52,7 +51,7 @@ model.optimize_thresholds(*validation)
 test_names, test_images, test_labels = read_folder(args.test)
 found = []
 for name, image in zip(test_names, test_images, strict=True):
-    cells, _ = model.predict_instances(normalize(image, *WINDOW, axis=(0, 1, 2)))
+    cells, _ = model.predict_instances(unit_gray(image, args.stretch))
     write_prediction(args.output, name, cells)
     found.append(cells)
 own = {
