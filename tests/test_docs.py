@@ -92,6 +92,12 @@ def benchmarks() -> list[ModuleType]:
     return [module for module in modules if hasattr(module, "parse_args")]
 
 
+def flags_in_other_environments() -> set[str]:
+    """Flags of the scripts of other segmenters, which cannot be imported here; read from their text."""
+    texts = [text_of(path) for path in (ROOT / "benchmarks" / "segmenters").glob("*.py")]
+    return {flag for text in texts for flag in re.findall(r'add_argument\("(--[\w-]+)"', text)}
+
+
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
     """Flags of every command, taken from its own parser."""
@@ -107,7 +113,7 @@ def known_flags() -> set[str]:
         for module in (*COMMANDS.values(), *benchmarks()):
             with pytest.raises(SystemExit):
                 module.parse_args(["--help"])
-    return set().union(*map(parser_actions, parsers))
+    return flags_in_other_environments().union(*map(parser_actions, parsers))
 
 
 def command_lines(path: Path) -> list[str]:
