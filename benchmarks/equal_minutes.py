@@ -65,8 +65,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "u-net": {"--model": "U-Net"},
     "u-net-lr-2e-3": {"--model": "U-Net", "--lr": "2e-3"},
 }
-RATE_STEPS = 40  # steps that give a variant's rate, after WARM_STEPS; both are processes of their own
+RATE_STEPS = 60  # steps that give a variant's rate, after WARM_STEPS; both are processes of their own
 WARM_STEPS = 10
+RATE_TRIES = 2  # the fastest counts: other work on the machine only slows a step
 COOLDOWN = 0.2  # share of the steps over which the learning rate falls
 COLUMNS = ("grid", "Dice of the judge", "AP 0.5", "Dice of the threshold", "mean", "standard deviation", "distance")
 
@@ -151,12 +152,16 @@ class Trial:
         path = self.folder / "result.json"
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            seconds = self.train(WARM_STEPS + RATE_STEPS, "rate") - self.train(WARM_STEPS, "warm")
-            steps = int(60 * self.args.minutes / (seconds / RATE_STEPS))
+            steps = int(60 * self.args.minutes / min(self.seconds_per_step(number) for number in range(RATE_TRIES)))
             used = self.train(steps, "run")
             sampling = self.sample(steps)
             write_json(path, {"steps": steps, "seconds": used, "sampling": sampling, **self.measures()})
         return json.loads(path.read_text())
+
+    def seconds_per_step(self, number: int) -> float:
+        """Processor time of a step, without the start of the process."""
+        long, short = self.train(WARM_STEPS + RATE_STEPS, f"rate{number}"), self.train(WARM_STEPS, f"warm{number}")
+        return (long - short) / RATE_STEPS
 
     def train(self, steps: int, name: str) -> float:
         """Train a generator; seconds of processor time."""
