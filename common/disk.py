@@ -134,7 +134,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a table written by `write_csv`.
+    """Header and rows of a table written by `write_csv`, or by a spreadsheet as UTF-8.
 
     If a row has too few cells, the others are None. If it has too many, the rest is under the key None.
 
@@ -142,7 +142,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         InputError: the file is not valid CSV.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             rows = [{name: _unguarded(cell) for name, cell in row.items()} for row in reader]
             return list(reader.fieldnames or []), rows

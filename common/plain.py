@@ -63,7 +63,7 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     if not path.is_file():  # opening a pipe would block forever
         raise InputError(f"{path} does not exist; {mend}")
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # UnicodeDecodeError is a ValueError
         raise InputError(f"{path} is not readable JSON ({str(error)[:120]}); {mend}") from error
     if not isinstance(content, dict):

@@ -46,6 +46,11 @@ def test_any_text_comes_back(tmp_path_factory, text):
     assert read_csv(path)[1] == [{"a": text, "b": "end"}]
 
 
+def test_a_table_that_a_spreadsheet_saved_as_utf_8_has_the_names_of_its_columns(tmp_path):
+    (tmp_path / "a.csv").write_bytes("\ufeffname,größe\r\nf1,2\r\n".encode())
+    assert read_csv(tmp_path / "a.csv") == (["name", "größe"], [{"name": "f1", "größe": "2"}])
+
+
 @pytest.mark.parametrize("content", [b'a,b\n"torn', b"\xff\xfe\x00"])
 def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)

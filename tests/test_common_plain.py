@@ -36,6 +36,11 @@ def test_a_damaged_file_is_named_in_one_line_with_what_to_do(tmp_path, content):
     assert len(str(refused.value)) < 400 and printable(refused.value) == str(refused.value)
 
 
+def test_a_file_that_an_editor_saved_with_a_mark_of_utf_8_is_read(tmp_path):
+    (tmp_path / "settings.json").write_bytes('\ufeff{"a": "é"}'.encode())
+    assert read_json(tmp_path / "settings.json", "") == {"a": "é"}
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(InputError, match="does not exist; make it"):
