@@ -83,8 +83,6 @@ def find_masks(args: argparse.Namespace, trained: TrainedModel) -> StartMasks | 
     if folder is not None and not folder.is_dir():
         raise InputError(f"--mask-path {folder}: no such folder.")
     if folder is None:
-        if "mask_type" in args.given:
-            raise InputError("--mask-type has no effect without --mask-path: give it, too, or leave it out.")
         folder, mask_type = args.judge_masks, args.judge_mask_type or "auto"
     return None if folder is None else StartMasks(folder, trained.data, mask_type, trained.normalize_masks)
 

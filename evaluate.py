@@ -58,6 +58,7 @@ from experiments import (
     run_sweep,
     run_utility,
 )
+from flag_rules import check_needs
 from settings import judge_request
 from synthetic.manifest import MANIFEST
 
@@ -400,6 +401,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Run the chosen measure, print its table and name the written files."""
     start_logging(is_main=not sys.stderr.isatty())  # a terminal shows progress bars, a log file gets lines
+    check_needs(args)
     MEASURES[args.command].run(args)
 
 

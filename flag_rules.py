@@ -23,6 +23,7 @@ class Need:
         works: whether the flags have an effect with this value of the other flag.
         reason: completes "--flag has no effect ...".
         idle: values that request nothing, so that they are never refused.
+        command: the subcommand that this is true of, or "" for all commands that have these flags.
     """
 
     flags: tuple[str, ...]
@@ -30,6 +31,7 @@ class Need:
     works: Callable[[Any], bool]
     reason: str
     idle: tuple[Any, ...] = ()
+    command: str = ""
 
 
 def is_adaptive(method: str) -> bool:
@@ -37,6 +39,7 @@ def is_adaptive(method: str) -> bool:
 
 
 JUDGE_FLAGS = ("max_attempts", "judge_images", "judge_masks", "judge_mask_type", "judge_steps", "judge_cache")
+READING_FLAGS = ("image_size", "in_channels", "crop", "window", "num_classes")  # of evaluate.py utility
 LOOK_FLAGS = ("look", "look_path", "look_index", "look_group", "balance_groups", "look_table")
 NEEDS = (
     Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
@@ -80,6 +83,33 @@ NEEDS = (
     ),
     Need(JUDGE_FLAGS, "min_fidelity", lambda least: least is not None, "without --min-fidelity: leave it out"),
     Need(JUDGE_FLAGS[2:], "judge_images", bool, "without --judge-images: give it, too"),
+    Need(("mask_type", "mask_values"), "mask_path", bool, "without --mask-path: give it, too, or leave it out"),
+    Need(
+        ("steps", "cache_dir", "mask_path", "mask_type", "mask_values"), "inception_weights", lambda path: path is None,
+        "with --inception-weights, which needs no judge: leave it out",
+    ),
+    Need(
+        ("pseudo_share", "unlabelled_images", "no_pseudo_masks"), "unlabelled_path", bool,
+        "without --unlabelled-path: give it, too", idle=(0.0,),
+    ),
+    Need(
+        ("groups", "group_column", "whole_groups", "test_groups", "selections", "test_instances"), "labels", bool,
+        "on shares of the labels: give --labels, too, or leave it out", idle=(0,), command="split",
+    ),
+    Need(("shares",), "labels", lambda labels: not labels, "with --labels: leave it out", command="split"),
+    Need(("whole_groups", "test_groups"), "groups", bool, "without --groups: give it, too", idle=(0,)),
+    Need(("test_share",), "test_groups", lambda count: not count, "with --test-groups: leave it out"),
+    Need(
+        ("test_share", "test_groups"), "test_data_path", lambda path: path is None,
+        "with --test-data-path, which names the test images: leave it out", idle=(0,),
+    ),
+    Need(("test_instances",), "test_data_path", bool, "without --test-data-path: give it, too"),
+    Need(READING_FLAGS, "sets", lambda path: path is None, "with --sets, which say how images are read: leave it out"),
+    Need(
+        READING_FLAGS, "synthetic", lambda sets: not sets,
+        "with --synthetic, whose sets say how images are read: leave it out",
+    ),
+    Need(("ckpt",), "synthetic", bool, "without --synthetic: give it, too"),
     Need(("source_window",), "intensity", lambda name: name == "source", "with --intensity display: leave it out"),
 )  # fmt: skip
 
@@ -92,9 +122,10 @@ def check_needs(args: argparse.Namespace) -> None:
     """
     values = vars(args)
     for need in NEEDS:
-        if need.other not in values or need.works(values[need.other]):
+        of_this = need.command in ("", values.get("command"))
+        if not of_this or need.other not in values or need.works(values[need.other]):
             continue
         for flag in need.flags:
-            if flag in args.given and values[flag] not in need.idle:
+            if flag in args.given and values.get(flag) not in need.idle:
                 reason = need.reason.format(value=values[need.other])
                 raise InputError(f"{as_flag(flag)} has no effect {reason}.")

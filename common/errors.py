@@ -94,6 +94,14 @@ class _StoreTrue(_Given, argparse._StoreTrueAction):
     pass
 
 
+class _StoreFalse(argparse._StoreFalseAction):
+    """Records the flag itself: ``--no-colour`` is ``no_colour``, though it sets ``colour``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, *rest: Any) -> None:
+        super().__call__(parser, args, *rest)
+        args.given |= {self.option_strings[0].lstrip("-").replace("-", "_")}
+
+
 class CommandParser(argparse.ArgumentParser):
     """Argument parser of all commands: no abbreviated flags, defaults in the help, one line for a wrong flag.
 
@@ -104,7 +112,8 @@ class CommandParser(argparse.ArgumentParser):
         own: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(**(own | arguments))
         self.set_defaults(given=frozenset())
-        for name, action in ((None, _Store), ("store", _Store), ("store_true", _StoreTrue)):
+        kinds = {None: _Store, "store": _Store, "store_true": _StoreTrue, "store_false": _StoreFalse}
+        for name, action in kinds.items():
             self.register("action", name, action)
 
     def error(self, message: str) -> NoReturn:

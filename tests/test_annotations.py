@@ -409,6 +409,8 @@ def test_colours_are_classes_if_given_and_the_message_gives_the_flag_to_copy(tmp
     assert (label[12:20, 5:17] == 1).all() and (label[2:9, 3:11] == 2).all() and set(np.unique(label)) == {0, 1, 2}
     code, lines = run_here(make_masks, *words[:-1], tmp_path / "less", "--class-colours", "000000", "ff0000")
     assert code == 2 and "1 colours that are not given: 0080ff" in lines[-1]
+    code, lines = run_here(make_masks, *words[:-1], tmp_path / "other", "--class-colours", "cells", "--format", "coco")
+    assert code == 2 and "error: --class-colours has no effect with format coco: leave it out" in lines[-1]
 
 
 def test_every_colour_a_cell_and_a_palette_gives_its_numbers(tmp_path, images):

@@ -8,12 +8,13 @@ import math
 import pytest
 from script_helpers import run_here
 
+import evaluate
 import sample
 import sample_ddp
 import train
 from common.arguments import number, part
 from common.errors import CommandParser, InputError, with_flags
-from flag_rules import NEEDS
+from flag_rules import NEEDS, check_needs
 
 TYPES = {
     "count": (number(int, 1, 100), ("1", "100"), ("0", "101", str(2**70), str(10**12))),
@@ -72,14 +73,94 @@ def test_flags_on_the_command_line_are_told_from_defaults():
     assert sample.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "m"]).given == {"ckpt", "mask_path"}
 
 
+COMMANDS = {
+    "train": train.parse_args(["--data-path", "images", "--mask-path", "masks"]),
+    "sample": sample.parse_args(["ODE", "--ckpt", "a.pt", "--mask-path", "masks"]),
+    "sample_ddp": sample_ddp.parse_args(["SDE", "--ckpt", "a.pt", "--mask-path", "masks"]),
+}
+PAIRS = ["--data-path", "images", "--mask-path", "masks"]
+MEASURES = {
+    "data": PAIRS,
+    "fidelity": ["set", *PAIRS],
+    "realism": ["set", "--data-path", "images"],
+    "population": ["set"],
+    "sweep": ["--ckpt", "a.pt", *PAIRS],
+    "split": PAIRS,
+    "practise": PAIRS,
+    "utility": ["split"],
+}
+COMMANDS |= {name: evaluate.parse_args([name, *words]) for name, words in MEASURES.items()}
+
+
 def test_every_need_names_flags_of_a_command():
-    paths = ["--ckpt", "a.pt", "--mask-path", "masks"]
-    known = set(vars(train.parse_args(["--data-path", "images", "--mask-path", "masks"])))
-    for command in (sample, sample_ddp):
-        for mode in ("ODE", "SDE"):
-            known |= set(vars(command.parse_args([mode, *paths])))
     for need in NEEDS:
-        assert {*need.flags, need.other} <= known, need
+        places = [vars(args) for name, args in COMMANDS.items() if need.command in ("", name)]
+        for flag in need.flags:
+            known = flag.removeprefix("no_") if flag == "no_pseudo_masks" else flag
+            assert any({known, need.other} <= set(names) for names in places), (flag, need)
+
+
+def test_a_flag_that_turns_something_off_is_known_by_its_own_name():
+    parser = CommandParser()
+    parser.add_argument("--no-colour", dest="colour", action="store_false")
+    args = parser.parse_args(["--no-colour"])
+    assert (args.given, args.colour) == ({"no_colour"}, False) and parser.parse_args([]).given == set()
+
+
+@pytest.mark.parametrize(
+    ("measure", "words", "flag"),
+    [
+        ("realism", ["--inception-weights", "w.pth", "--steps", "9"], "--steps"),
+        ("realism", ["--inception-weights", "w.pth", "--mask-path", "masks"], "--mask-path"),
+        ("population", ["--mask-type", "binary"], "--mask-type"),
+        ("practise", ["--pseudo-share", "0.5"], "--pseudo-share"),
+        ("practise", ["--no-pseudo-masks"], "--no-pseudo-masks"),
+        ("practise", ["--unlabelled-images", "9"], "--unlabelled-images"),
+        ("utility", ["--sets", "sets", "--image-size", "64"], "--image-size"),
+        ("utility", ["--synthetic", "10=set", "--in-channels", "1"], "--in-channels"),
+        ("utility", ["--shares", "10", "--ckpt", "10=a.pt"], "--ckpt"),
+        ("split", ["--groups", "t.csv", "--test-groups", "3"], "--groups"),
+        ("split", ["--whole-groups"], "--whole-groups"),
+        ("split", ["--selections", "3"], "--selections"),
+        ("split", ["--group-column", "look"], "--group-column"),
+        ("split", ["--test-instances", "cells"], "--test-instances"),
+        ("split", ["--labels", "5", "--shares", "10"], "--shares"),
+        ("split", ["--labels", "5", "--test-groups", "3"], "--test-groups"),
+        ("split", ["--labels", "5", "--test-instances", "cells"], "--test-instances"),
+        ("split", ["--labels", "5", "--groups", "t.csv", "--test-groups", "3", "--test-share", "0.5"], "--test-share"),
+        (
+            "split",
+            [
+                "--labels",
+                "5",
+                "--groups",
+                "t.csv",
+                "--test-groups",
+                "3",
+                "--test-data-path",
+                "i",
+                "--test-mask-path",
+                "m",
+            ],
+            "--test-groups",
+        ),
+    ],
+)
+def test_a_measure_refuses_flags_without_effect_before_it_reads_a_file(measure, words, flag):
+    code, lines = run_here(evaluate, measure, *MEASURES[measure], *words)
+    assert code == 2 and f"error: {flag} has no effect " in lines[-1]
+
+
+def test_flags_that_request_nothing_are_taken():
+    for measure, words in (
+        ("practise", ["--pseudo-share", "0"]),
+        ("split", ["--test-groups", "0"]),
+        ("utility", ["--selections", "0"]),
+        ("utility", ["--shares", "10", "--image-size", "64"]),
+        ("realism", ["--inception-weights", "w.pth", "--seed", "3"]),
+        ("split", ["--labels", "5", "--groups", "t.csv", "--group-column", "look"]),
+    ):
+        check_needs(evaluate.parse_args([measure, *MEASURES[measure], *words]))
 
 
 def test_a_field_is_shown_as_its_flag_where_the_command_has_it():
