@@ -136,18 +136,19 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a table written by `write_csv`, or by a spreadsheet as UTF-8.
 
-    If a row has too few cells, the others are None. If it has too many, the rest is under the key None.
-
     Raises:
-        InputError: the file is not valid CSV.
+        InputError: the file is not valid CSV, or a row has another number of columns than the header.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             rows = [{name: _unguarded(cell) for name, cell in row.items()} for row in reader]
-            return list(reader.fieldnames or []), rows
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable CSV file ({error}); make it again, or restore it") from error
+    odd = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
+    if odd:
+        raise InputError(f"{path}: line {list_some(odd)} has another number of columns than the header")
+    return list(reader.fieldnames or []), rows
 
 
 def _guarded(cell: object) -> object:

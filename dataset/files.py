@@ -24,15 +24,22 @@ from common.errors import InputError, list_some
 from dataset.decode import CHANNELS, JPEG_START, LAST_AXIS, MOST_LAST, PNG_START, FileError, decode
 from dataset.folder_hints import (
     BY_PRODUCTS,
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
     Listing,
     files_in,
     leads_up,
     list_folder,
     what_instead,
 )
-from dataset.names import is_split, name_hints, odd_names, partners, split_together
+from dataset.names import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    is_split,
+    name_hints,
+    name_of,
+    odd_names,
+    partners,
+    split_together,
+)
 
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
 _FLOWS_ENDING = "_flows"
@@ -81,7 +88,7 @@ def find_files(folder: str | Path, what: str, listing: Listing | None = None) ->
         elif BY_PRODUCTS.search(name):
             by_products.append(name)
         else:
-            stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))  # a Mac writes accents as letters apart
+            stem = name_of(name)
             if stem in found:
                 alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found[stem].name)
                 twice.append(f"{found[stem].name} and {name}{TWO_FORMS if alike else ''}")

@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from common.errors import list_some
 from dataset.decode import FileError
-from dataset.names import is_litter
+from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, is_litter
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.disk import check_folder, link_or_copy, new_folder, read_csv, write_csv
+from common.disk import check_folder, link_or_copy, new_folder, write_csv
 from common.errors import InputError, list_some
-from dataset.files import IMAGE_SUFFIXES, MASK_SUFFIXES, Pair, find_files, pair_files
-from dataset.names import is_split
+from dataset.files import Pair, find_files, pair_files
+from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, read_names
 
 TABLE = "groups.csv"
 NO_GROUPS = {"images", "image", "masks", "mask", "labels", "instances"}  # folders that mean something else
@@ -22,24 +22,19 @@ IMAGES, MASKS, UNLABELLED = "images", "masks", "unlabelled"  # folders that gath
 
 
 def read_groups(path: Path, column: str) -> dict[str, str]:
-    """Group of every name, from a table with the columns ``name`` (with or without suffix) and ``column``.
-
-    Raises:
-        InputError: a column is missing.
-    """
-    columns, rows = read_csv(path)
-    missing = [name for name in ("name", column) if name not in columns]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}")
-    return {Path(row["name"]).stem: row[column] for row in rows}
+    """Group of every name, from a table with the columns ``name`` and ``column``, see :func:`read_names`."""
+    return read_names(path, "name", column)
 
 
 def groups_of(names: Sequence[str], groups: Mapping[str, str]) -> list[str]:
-    """Group of each image.
+    """Group of each image. The table may have a word for images that a pair leaves out: ``f1_img.png`` for ``f1``.
 
     Raises:
         InputError: an image has no group.
     """
+    known = set(names)
+    others = {name: group for name, group in groups.items() if name not in known}
+    groups = by_bare_names(others, bare_image_name) | dict(groups)
     without = [name for name in names if not groups.get(name)]
     if without:
         raise InputError(

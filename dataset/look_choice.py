@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.disk import file_sha256, read_csv
+from common.disk import file_sha256
 from common.errors import InputError, list_some
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig
-from dataset.files import MASK_SUFFIXES, FileError, find_files, read_image
+from dataset.files import FileError, find_files, read_image
 from dataset.gray import fit_channels
 from dataset.looks import Looks, measure_file, measure_tensor
 from dataset.mask_folder import MaskItem
-from dataset.names import bare_mask_name
+from dataset.names import bare_mask_name, by_bare_names, name_of, read_names
 
 LOOK_SOURCES = (TRAINING, SAME, NOBODY) = ("training", "same", "none")
 PATH = "path"  # looks of given images
@@ -155,40 +155,27 @@ def read_look_table(path: Path, looks: Sequence[str]) -> dict[str, int]:
         looks: names of the looks.
 
     Raises:
-        InputError: a column or a name is missing, a mask is there twice, or a look is not one of ``looks``.
+        InputError: a column, a name or a look is missing, a mask has several looks, or one is not in ``looks``.
     """
-    columns, rows = read_csv(path)
-    missing = [name for name in ("mask", "look") if name not in columns]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}", "look_table")
-    masks = [row["mask"] for row in rows]
-    if not all(row["mask"] and row["look"] for row in rows):
-        raise InputError(f"{path}: a row has no mask or no look", "look_table")
-    if len(set(masks)) < len(masks):
-        twice = sorted({mask for mask in masks if masks.count(mask) > 1})
-        raise InputError(f"{path}: masks with more than one look: {list_some(twice)}", "look_table")
+    table = read_names(path, "mask", "look")
+    without = [mask for mask, look in table.items() if not look]
+    if without:
+        raise InputError(f"{path}: masks without a look: {list_some(without)}")
     numbers = {name: number for number, name in reversed(list(enumerate(looks)))}  # of equal names, the first
-    known = {_stem(row["mask"]): _stem(row["look"]) for row in rows}
+    known = {mask: name_of(look) for mask, look in (by_bare_names(table, bare_mask_name) | table).items()}
     unknown = sorted({look for look in known.values() if look not in numbers})
     if unknown:
         raise InputError(
-            f"{path}: {len(unknown)} looks are not among the {len(looks)} to choose from: {list_some(unknown)}.",
-            "look_table",
+            f"{path}: {len(unknown)} looks are not among the {len(looks)} to choose from: {list_some(unknown)}."
         )
-    found = {mask: numbers[look] for mask, look in known.items()}
-    return {bare_mask_name(mask): number for mask, number in found.items()} | found
-
-
-def _stem(name: str) -> str:
-    """Name of a file without the suffix of an image or mask."""
-    return Path(name).stem if Path(name).suffix.lower() in MASK_SUFFIXES else name
+    return {mask: numbers[look] for mask, look in known.items()}
 
 
 def _measure_files(path: Path, training: Looks, config: DataConfig) -> tuple[Looks, dict[str, Any]]:
     """Looks of a folder of images (or one image), and hashes of the files."""
     if not path.exists():
         raise InputError(f"look_path {path}: no such file or folder.", "look_path")
-    files = find_files(path, "image") if path.is_dir() else {path.stem: path}
+    files = find_files(path, "image") if path.is_dir() else {name_of(path.name): path}
 
     def measure(file: Path) -> np.ndarray:
         return measure_file(fit_channels(read_image(file), config.channels, file), config)

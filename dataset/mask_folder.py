@@ -25,7 +25,7 @@ from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings
 from dataset.masks import decide_mask_rule
-from dataset.names import MASK_ENDINGS, bare_image_name, bare_mask_names, split_together
+from dataset.names import MASK_ENDINGS, bare_image_name, bare_mask_names, name_of, split_together
 from dataset.views import View, view_of_file, whole_view
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _find_masks(
     if listing and image_dir is not None:
         images, masks = find_images_and_masks(image_dir, mask_path, (None, listing))
     else:
-        masks = find_files(mask_path, "mask", listing) if listing else {mask_path.stem: mask_path}
+        masks = find_files(mask_path, "mask", listing) if listing else {name_of(mask_path.name): mask_path}
         images = find_files(image_dir, "image") if image_dir is not None else {}
     if image_dir is not None:
         pairs, _, lonely = match_names(images, masks)

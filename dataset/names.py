@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
+from common.disk import read_csv
 from common.errors import InputError, list_some
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz")
 # Cellpose: NAME_cp_masks beside NAME, NAME_masks beside NAME_img. Longer endings come first.
 MASK_ENDINGS = ("_cp_masks", "_masks", "_mask")
 IMAGE_ENDING = "_img"
@@ -52,6 +57,57 @@ def is_split(name: str) -> bool:
 def is_litter(name: str) -> bool:
     """Whether a file is hidden, or one that systems leave in every folder."""
     return name.startswith(".") or name.lower() in LITTER
+
+
+def plain_name(stem: str) -> str:
+    """A name without ``.ome``, in NFC: a Mac writes accents as letters apart."""
+    return unicodedata.normalize("NFC", stem.removesuffix(".ome"))
+
+
+def name_of(file_name: str) -> str:
+    """Name of an image or a mask by its file, with or without suffix: ``f1.ome.tif`` -> ``f1``, ``f.1`` -> ``f.1``."""
+    stem, dot, suffix = file_name.rpartition(".")
+    return plain_name(stem if stem and dot + suffix.lower() in MASK_SUFFIXES else file_name)
+
+
+def read_names(path: Path, key: str, column: str) -> dict[str, str]:
+    """A user's table about images or masks: name of each -> value.
+
+    Args:
+        path: CSV file. Rows without any text are left out.
+        key: column of the names of files, with or without suffix.
+        column: column of the values.
+
+    Raises:
+        InputError: a column or a name is missing, or two rows of one name have different values.
+    """
+    columns, rows = read_csv(path)
+    missing = [name for name in (key, column) if name not in columns]
+    if missing:
+        mend = ". Commas must separate the columns" if len(columns) == 1 and re.search("[;\t]", columns[0]) else ""
+        raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}{mend}")
+    found: dict[str, set[str]] = {}
+    for number, row in enumerate(rows, 2):
+        if not row[key] and any(row.values()):
+            raise InputError(f"{path}: line {number} has no {key}")
+        if row[key]:
+            found.setdefault(name_of(row[key]), set()).add(row[column])
+    twice = [name for name, values in found.items() if len(values) > 1]
+    if twice:
+        raise InputError(f"{path}: names with more than one {column}: {list_some(twice)}")
+    return {name: values.pop() for name, values in found.items()}
+
+
+def by_bare_names(table: Mapping[str, str], bare: Callable[[str], str]) -> dict[str, str]:
+    """The values of a table by names without one word. A name that would have several values is left out.
+
+    Args:
+        bare: :func:`bare_mask_name` or :func:`bare_image_name`.
+    """
+    found: dict[str, set[str]] = {}
+    for name, value in table.items():
+        found.setdefault(bare(name), set()).add(value)
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
 def bare_mask_name(stem: str) -> str:

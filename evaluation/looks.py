@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.randomness import random_halves
 from dataset.files import find_files
 from dataset.looks import look_names, measure_image
+from dataset.names import name_of
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
 from synthetic.reader import Sample, SampleSet, read_whole
 
@@ -190,7 +191,7 @@ def _look(sample: Sample) -> str:
 def _mask(sample: Sample) -> tuple[str, str, str]:
     """What an image was made from: the name of the mask, and where its part was cut."""
     mask = sample.columns["source_mask"] or sample.columns["label"]
-    return Path(mask).stem, sample.columns["crop_top"], sample.columns["crop_left"]
+    return name_of(Path(mask).name), sample.columns["crop_top"], sample.columns["crop_left"]
 
 
 def _short(name: str) -> str:
@@ -210,6 +211,6 @@ def _aligned(samples: SampleSet, looks: Sequence[str]) -> dict[str, list[Sample 
 def _real_images(samples: SampleSet, looks: Sequence[str], image_dir: Path | None) -> dict[str, np.ndarray]:
     """Look -> a square of the real image that has it, if its file is known."""
     paths = {} if image_dir is None else find_files(image_dir, "image")
-    paths = {one.real_path.stem: one.real_path for one in samples.samples if one.real_path is not None} | paths
+    paths = {name_of(one.real_path.name): one.real_path for one in samples.samples if one.real_path is not None} | paths
     config = samples.require_config()
     return {look: samples.squares(read_whole(paths[look], config))[0] for look in looks if look in paths}

@@ -15,9 +15,10 @@ from common.cells import connected_cells, without_gaps
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.decode import decoding_at_most
-from dataset.files import MASK_SUFFIXES, read_mask_and_table
+from dataset.files import read_mask_and_table
 from dataset.mask_facts import mask_stats
 from dataset.masks import MASK_TYPES, MaskRule, decide_mask_rule
+from dataset.names import MASK_SUFFIXES
 from dataset.views import View, view_of, whole_view
 from layouts.nuclei import HEADROOM, NucleiSettings, simulate_field
 from page.uploads import uploaded

@@ -12,9 +12,9 @@ from common.errors import InputError
 from common.spread import evenly
 from dataset.config import DataConfig
 from dataset.decode import decoding_at_most
-from dataset.files import IMAGE_SUFFIXES
 from dataset.look_choice import NOBODY, PATH, TRAINING, LookChoice, choose_looks
 from dataset.looks import Looks, look_count
+from dataset.names import IMAGE_SUFFIXES
 from page.labels import MOST_DECODED
 from page.uploads import uploaded
 

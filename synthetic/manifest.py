@@ -146,9 +146,6 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise InputError(f"{path} has no column {', '.join(missing)}; give a SAMPLE_DIR that sample_ddp.py has written")
     if not rows:
         raise InputError(f"{path} has no rows: there is nothing to evaluate")
-    short = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
-    if short:
-        raise InputError(f"{path}: line {list_some(short)} has another number of columns than the header")
     outside = [row[name] for row in rows for name in ("image", "label") if _leaves_the_set(row[name])]
     if outside:
         raise InputError(f"{path} names files outside of the set: {list_some(outside)}; they must lie in {folder}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,86 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path, given):
 def test_sub_folders_given_to_a_flat_reader_name_the_command(lab):
     with pytest.raises(InputError, match="did you mean .*make_masks.py groups"):
         find_files(lab / "images", "image")
+
+
+# --- the names of a table --------------------------------------------------------------------------------------------
+
+
+def table(folder: Path, *rows: str, columns: str = "name,group") -> Path:
+    path = folder / "table.csv"
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["f1", "f1.tif", "f1.ome.tif", "f1.ome", "f1.PNG", "f1.czi", "f1_img.png", "raw_f1.tif"]
+)
+def test_a_name_of_a_table_is_that_of_training_with_and_without_suffix(tmp_path, name):
+    assert groups_of(["f1"], read_groups(table(tmp_path, f"{name},a"), "group")) == ["a"]
+
+
+def test_names_with_a_dot_and_accents_of_a_mac_stay_apart(tmp_path):
+    names = ["scan.01", "scan.02", "scan.02.tif", "Zelle ä"]
+    rows = ["scan.01,a", "scan.02,b", "scan.02.tif,b", f"{unicodedata.normalize('NFD', 'Zelle ä')}.png,d"]
+    found = read_groups(table(tmp_path, *rows), "group")
+    assert groups_of([names[0], names[1], names[3]], found) == ["a", "b", "d"]
+    with pytest.raises(InputError, match="1 of 1 images have no group: scan"):
+        groups_of(["scan"], found)
+
+
+def test_a_row_of_another_image_gives_no_group(tmp_path):
+    found = read_groups(table(tmp_path, "f1_raw,a", "f1_img,b", "f2_raw,c"), "group")
+    for names in (["f1"], ["f2_raw", "f2"]):
+        with pytest.raises(InputError, match=f"images have no group: {names[-1]}"):
+            groups_of(names, found)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "words"),
+    [
+        ("group,name", ["a,f1", "b"], "table.csv: line 3 has another number of columns than the header"),
+        ("name,group", ["f1,2,a"], "table.csv: line 2 has another number of columns than the header"),
+        ("name,group", ["f1,a", ",b"], "table.csv: line 3 has no name"),
+        ("name,group", ["f1.png,a", "f2,b", "f1.tif,b"], "table.csv: names with more than one group: f1"),
+        ("name;group", ["f1;a"], "table.csv has no column name; it has name;group. Commas must separate the columns"),
+    ],
+)
+def test_rows_that_say_nothing_or_contradict_each_other_are_refused(tmp_path, columns, rows, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_groups(table(tmp_path, *rows, columns=columns), "group")
+
+
+def test_the_same_row_twice_and_an_empty_row_are_no_fault(tmp_path):
+    assert read_groups(table(tmp_path, "f1.png,a", "f1,a", ","), "group") == {"f1": "a"}
+
+
+def test_a_split_takes_the_names_of_training(lab, tmp_path):
+    for number in range(3):
+        (lab / f"images/patient_03/{number:03d}.png").rename(lab / f"images/patient_03/{number:03d}_img.png")
+    folders = (lab / "images/patient_03", lab / "masks/patient_03")
+    groups = read_groups(table(tmp_path, *(f"{number:03d}_img.png,{number}" for number in range(3))), "group")
+    settings = SelectionSettings([1], 1, 0, whole_groups=True, test_groups=1)
+    (plan,) = make_selections(tmp_path / "split", folders, settings, groups=groups)
+    assert plan.groups == {f"{number:03d}": str(number) for number in range(3)}
+    assert groups_of([pair.name for pair in pair_files(*folders)], groups) == ["0", "1", "2"]
+
+
+def test_masks_of_nuclei_whose_name_has_a_dot_stay_with_their_selection(lab, tmp_path):
+    masks = tmp_path / "nuclei"
+    for number in range(3):
+        image = lab / f"images/patient_03/{number:03d}.png"
+        image.rename(image.with_name(f"scan.{number:03d}.png"))
+        folder = masks / f"scan.{number:03d}"
+        folder.mkdir(parents=True)
+        nuclei = np.zeros((2, 20, 24), np.uint8)
+        nuclei[0, 2:6, 2:6], nuclei[1, 9:15, 9 + number : 16] = 255, 255
+        for place, nucleus in enumerate(nuclei):
+            Image.fromarray(nucleus).save(folder / f"{place}.png")
+    folders = (lab / "images/patient_03", masks)
+    (plan,) = make_selections(tmp_path / "split", folders, SelectionSettings([1], 1, 0, 0.3))
+    for part in (None, 1):
+        pairs = pair_files(plan.part(part) / "images", plan.part(part) / "masks")
+        assert [pair.name for pair in pairs] == (plan.test if part is None else plan.shares[1])
 
 
 def test_a_disk_without_links_gets_copies(lab, tmp_path, monkeypatch):

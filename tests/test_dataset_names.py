@@ -69,6 +69,12 @@ def test_one_folder_for_images_and_masks_is_split_by_the_names(tmp_path, pattern
     assert split_together(["a", "b"]) == ({"a", "b"}, set())
 
 
+def test_a_single_mask_has_the_name_that_it_has_in_its_folder(tmp_path):
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "f1.ome.tif")
+    for given in (tmp_path, tmp_path / "f1.ome.tif"):
+        assert list(MaskFolder(given, DataConfig(image_size=8)).paths) == ["f1"]
+
+
 def test_the_data_report_gives_the_hint_of_training(tmp_path):
     for folder, stem in (("images", "F1"), ("masks", "f1 ")):
         (tmp_path / folder).mkdir()

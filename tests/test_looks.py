@@ -136,7 +136,7 @@ def test_looks_come_from_given_images_the_own_image_one_image_or_nobody(lab, tmp
 def test_a_table_names_the_look_of_each_mask(lab, tmp_path):
     looks = ["new_cell_2", "cell_0", "cell_0", "new_cell_1", "cell_4"]
     table = tmp_path / "looks.csv"
-    lines = [f"cell_{number}_mask.png,{look}.png" for number, look in enumerate(looks)]
+    lines = [f"cell_{number}_mask{('.png', '.ome.tif')[number % 2]},{look}.png" for number, look in enumerate(looks)]
     table.write_text("\n".join(["mask,look", *lines]))
     make_set(lab, tmp_path / "set", "--look-table", table)
     found = rows(tmp_path / "set")
@@ -154,10 +154,14 @@ def test_a_table_names_the_look_of_each_mask(lab, tmp_path):
     table.write_text("\n".join(["mask,look", *lines[:4], "cell_4,nobody"]))
     said = make_set(lab, tmp_path / "s", "--look-table", table, code=2)
     assert "1 looks are not among the 8 to choose from: nobody" in said
-    table.write_text("\n".join(["mask,look", *lines[:4], "cell_4"]))
-    assert "a row has no mask or no look" in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
-    table.write_text("\n".join(["mask,look", *lines, lines[0]]))
-    assert "more than one look: cell_0" in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
+    for last, words in (
+        ("cell_4", "line 6 has another number of columns"),
+        ("cell_4,", "masks without a look: cell_4"),
+        (",cell_4", "line 6 has no mask"),
+        ("cell_0_mask.ome.tif,cell_1.png", "names with more than one look: cell_0_mask"),
+    ):
+        table.write_text("\n".join(["mask,look", *lines[:4], last]))
+        assert words in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
     table.write_text("mask,image\n")
     assert "has no column look" in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
 

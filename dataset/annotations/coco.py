@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from common.errors import list_some
 from dataset.annotations.cells import LARGEST_ID, Cell, rings_to_cell
 from dataset.annotations.geojson import read_json, union
 from dataset.decode import FileError
+from dataset.names import plain_name
 
 LEAST_COORDINATES = 6  # of a polygon; pycocotools takes four numbers for a box
 
@@ -39,7 +39,7 @@ def sources(path: Path) -> dict[str, Callable[[tuple[int, int]], list[Cell]]]:
             if "segments_info" in one:
                 raise FileError(path, "is for panoptic PNGs: convert these, and say that each colour is a cell")
             by_image[_key(one["image_id"])].append(one)
-        images = {_stem(str(one["file_name"])): one for one in content["images"]}
+        images = {_name(str(one["file_name"])): one for one in content["images"]}
         if len(images) < len(content["images"]):
             raise FileError(
                 path, "names two images alike, in different folders or with different suffixes: give each a file of "
@@ -57,9 +57,9 @@ def _key(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _stem(file_name: str) -> str:
-    """Name of an image without folder and suffix, as ``dataset.files.find_files`` gives it."""
-    return unicodedata.normalize("NFC", Path(file_name.replace("\\", "/")).stem.removesuffix(".ome"))
+def _name(file_name: str) -> str:
+    """Name of an image without folder and suffix, which may be one of any program."""
+    return plain_name(Path(file_name.replace("\\", "/")).stem)
 
 
 class _Image:

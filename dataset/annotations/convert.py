@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
 from dataset.annotations.formats import READ, SUFFIXES, format_of
-from dataset.files import IMAGE_SUFFIXES, FileError, encode_image, encode_tiff, find_files, read_image
+from dataset.files import FileError, encode_image, encode_tiff, find_files, read_image
 from dataset.folder_hints import other_program
-from dataset.names import IMAGE_ENDING, bare_mask_names, is_litter, split_together
+from dataset.names import IMAGE_ENDING, IMAGE_SUFFIXES, bare_mask_names, is_litter, name_of, split_together
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
 MAPS = ("instances", "classes")
@@ -237,8 +236,8 @@ def _is_picture(path: Path) -> bool:
 
 def _is_copy(path: Path, name: str) -> bool:
     """Whether a picture beside the annotations of an image is the image, or what Cellpose draws from its _seg.npy."""
-    stem = unicodedata.normalize("NFC", path.name.removesuffix(path.suffix).removesuffix(".ome"))
-    return _is_picture(path) and (stem == name or stem.endswith("_cp_masks"))
+    own = name_of(path.name)
+    return _is_picture(path) and (own == name or own.endswith("_cp_masks"))
 
 
 def _others(source: Path) -> str:
@@ -261,10 +260,7 @@ def _has_rois(folder: Path) -> bool:
 
 def _stem(path: Path, names: Container[str] = ()) -> str:
     """The name of the image that a file of annotations belongs to: if possible, one of ``names``."""
-    stem = path.name.removesuffix(path.suffix)
-    for suffix in IMAGE_SUFFIXES:  # NAME.tif.geojson
-        stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
-    stem = unicodedata.normalize("NFC", stem.removesuffix(".ome"))
+    stem = name_of(path.stem)  # NAME.tif.geojson
     ending = next((one for one in ENDINGS if stem.lower().endswith(one.lower()) and len(stem) > len(one)), "")
     shorter = stem[: len(stem) - len(ending)]
     return next((name for name in (stem, shorter, *bare_mask_names(stem)) if name in names), shorter)

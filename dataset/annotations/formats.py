@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dataset.annotations import geojson, stacks
-from dataset.files import IMAGE_SUFFIXES, FileError
+from dataset.decode import FileError
 from dataset.folder_hints import other_program
+from dataset.names import IMAGE_SUFFIXES
 
 FORMATS = ("auto", "cellpose", "imagej", "qupath", "coco", "labelme", "colours", "pages", "planes")
 SUFFIXES = {

@@ -119,8 +119,8 @@ def make_selections(
     everything = pairs | tested
     of_group = dict.fromkeys(everything, "")
     if groups is not None:
-        stems = [pair.image_path.stem for pair in everything.values()]
-        of_group = dict(zip(everything, groups_of(stems, groups), strict=True))
+        names = [pair.name for pair in everything.values()]
+        of_group = dict(zip(everything, groups_of(names, groups), strict=True))
     chosen = _choose_all(pairs, tested, of_group, settings)
     hashes = hashes_of(everything)
     cells = instances_of(pairs, folders[0], instance_dir)
@@ -178,7 +178,8 @@ def _link(pool: Path, folder: Path, names: Iterable[str], kinds: Sequence[str]) 
     """Hard links of a part's files; copies if the disk has no links."""
     wanted = set(names)
     for kind in kinds:
-        files = [path for path in (pool / kind).iterdir() if path.stem in wanted] if (pool / kind).is_dir() else []
+        files = list((pool / kind).iterdir()) if (pool / kind).is_dir() else []
+        files = [path for path in files if (path.name if path.is_dir() else path.stem) in wanted]
         if files:
             (folder / kind).mkdir(parents=True, exist_ok=True)
         for path in files:
