@@ -6,6 +6,7 @@ import argparse
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import (
     add_checkpoint_arguments,
@@ -38,6 +39,9 @@ from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device, start_machine
 from settings import judge_request, load_checkpoint
 from transport import TIME_SHIFT
+
+if TYPE_CHECKING:
+    from evaluation.experiments.labelled import LabelledFolders
 
 # The best images for ten labelled nuclei images on one CPU core (benchmarks/utility.md).
 PRACTISE_TRAINING = "--preset nuclei-64-cpu --in-channels 3 --max-steps 2000 --cooldown-steps 500"
@@ -97,7 +101,10 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py practise``."""
     add_real_pairs(parser, " with labels, two or more")
     add_mask_values_argument(parser)
-    ids = "label images of the pairs with one id per cell, if you have them; without, touching cells count as one"
+    ids = (
+        "label images of the pairs with one id per cell (default: the masks, if they hold ids; touching cells of other "
+    )
+    ids += "masks count as one)"
     parser.add_argument("--instances", type=Path, metavar="FOLDER", help=ids)
     parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels, if you have any")
     parser.add_argument(
@@ -331,12 +338,24 @@ def run_utility(args: argparse.Namespace) -> None:
     say("\n".join([*SECTION.lines(content), written_line([*written, page])]))
 
 
-def _generator_flags(args: argparse.Namespace) -> list[str]:
+def _labelled_folders(args: argparse.Namespace) -> LabelledFolders:
+    """Where the labels of practise lie. Masks that hold one id per cell are the instances, too."""
+    from evaluation.experiments.labelled import LabelledFolders
+
+    folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)
+    if args.mask_values:
+        return folders
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num-classes", type=int, default=2)
+    return folders.with_ids_of_masks(parser.parse_known_args(args.train_flags or [])[0].num_classes)
+
+
+def _generator_flags(args: argparse.Namespace, has_instances: bool) -> list[str]:
     """Flags of train.py for practise: the user's own, or those that were measured."""
     flags = args.train_flags
     if flags is None:
         flags = PRACTISE_TRAINING.split()
-        flags += ["--num-classes", "3"] if args.instances else []
+        flags += ["--num-classes", "3"] if has_instances else []
         flags += ["--num-classes", str(len(args.mask_values))] if args.mask_values else []
         flags += ["--unlabelled-share", "0.5"] if args.unlabelled_path else []
     return [*flags, "--mask-values", *map(str, args.mask_values)] if args.mask_values else flags
@@ -349,7 +368,6 @@ def run_practise(args: argparse.Namespace) -> None:
     are ignored. Masks that the segmenter finds hard are drawn again, until the cross-validated score stops rising. The
     page practice.html says which set to use, or that none helps. Run the same command to continue.
     """
-    from evaluation.experiments.labelled import LabelledFolders
     from evaluation.experiments.practice import Practice, PracticeSettings
     from evaluation.experiments.practice_commands import CommandTools, segmenter_commands
     from evaluation.experiments.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
@@ -358,10 +376,10 @@ def run_practise(args: argparse.Namespace) -> None:
 
     if args.mask_values and (args.instances or len(args.mask_values) == 2):
         raise InputError("--mask-values is for masks of three or more classes without --instances: leave it out.")
-    args.train_flags = _generator_flags(args)
+    folders = _labelled_folders(args)
+    args.train_flags = _generator_flags(args, folders.instances is not None)
     given = vars(args) | {"crop": args.square}
     settings = PracticeSettings(**{one.name: given[one.name] for one in fields(PracticeSettings)})
-    folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)
     tools = CommandTools(args.train_flags, args.sample_flags)
     practice = Practice(folders, args.unlabelled_path, settings, tools, args.output, resolve_device(args.device))
     content = practice.run() | {"commands": segmenter_commands(args.output / TRAINING_SETS)}

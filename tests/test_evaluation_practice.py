@@ -405,6 +405,20 @@ def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tm
     assert (sampling.cfg_scale, sampling.sampling_method, sampling.num_sampling_steps) == (1.5, "ab2", 16)
 
 
+def test_masks_that_hold_an_id_per_cell_are_the_instances(monkeypatch, data, tmp_path):
+    given = []
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    words = ["practise", "--data-path", data / "images", "--output", tmp_path / "out", "--mask-path"]
+    for more in ([data / "instances"], [data / "masks"], [data / "instances", "--train-flags", "--num-classes 3"]):
+        with pytest.raises(SystemExit):
+            call(evaluate, *words, *more)
+    assert ["--num-classes" in flags for flags, _ in given] == [True, False, True]
+    ids, binary = (LabelledFolders(data / "images", data / name) for name in ("instances", "masks"))
+    assert ids.with_ids_of_masks(2).instances == ids.with_ids_of_masks(3).instances == data / "instances"
+    assert binary.with_ids_of_masks(2) == binary
+    assert binary._replace(instances=data / "instances").with_ids_of_masks(2).instances == data / "instances"
+
+
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):
     tools = practice_commands.CommandTools(["--no-such-flag"], [])
     monkeypatch.setattr(practice_commands.sys, "executable", "/bin/false")

@@ -11,6 +11,8 @@ from PIL import Image
 
 from benchmarks.segmenters import folders, make_sets, score
 from dataset.config import DataConfig
+from evaluation.experiments.practice_report import write_training_set
+from evaluation.fidelity import LabelledImage
 
 SIZE = 64
 
@@ -49,10 +51,28 @@ def test_training_sets_hold_the_real_and_the_synthetic_pairs_with_their_cells(tm
         assert np.unique(np.array(Image.open(both / "instances" / name))).tolist() == [0, 1, 2]
     assert np.array(Image.open(both / "images" / real)).max() == 255  # stretched
     assert np.array(Image.open(both / "images" / made)).max() == 40  # and this one is not, a second time
+    assert [path.name for path in (both / "cellpose").glob("copy*")] == []  # one real pair, one synthetic pair
     words = [str(tmp_path / name) for name in ("labelled", "set", "raw")]
     make_sets.main(make_sets.parse_args([*words, "--no-stretch"]))
     raw = np.array(Image.open(tmp_path / "raw" / "real" / "images" / real))
     assert raw.max() == (bright // 2).max()
+
+
+def test_layouts_of_tools_that_draw_all_pairs_alike_hold_as_many_real_as_synthetic_pairs(tmp_path):
+    labels = cells()
+    item = LabelledImage(paint(labels > 0), (labels > 0).astype(np.uint8), labels.astype(np.int64))
+    real, made = ([(f"{kind}_{n}", item) for n in range(count)] for kind, count in (("real", 2), ("made", 7)))
+    for _ in range(2):  # the second time changes nothing
+        write_training_set(tmp_path, real, made)
+        images = sorted(path.name for path in (tmp_path / "cellpose").glob("*_img.tif"))
+        assert len(images) == 8 + 7 and {name for name in images if "real" in name} == {
+            f"{copy}real_{n}_img.tif" for copy in ("", "copy2_", "copy3_", "copy4_") for n in range(2)
+        }
+        for kind in ("images", "masks"):
+            assert len(list((tmp_path / "stardist" / kind).iterdir())) == 8 + 7
+    first, copy = (tmp_path / "cellpose" / f"{name}_masks.tif" for name in ("real_0", "copy4_real_0"))
+    assert first.read_bytes() == copy.read_bytes()
+    assert len(list((tmp_path / "images").iterdir())) == 2 + 7
 
 
 def test_test_images_are_stretched_as_the_training_sets_are():

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = set_pairs(SampleSet(args.samples), CONFIG.num_classes)
     made = [(f"synthetic_{Path(pair.name).stem}", pair.item) for pair in pairs]
     write_training_set(args.output / ALONE, real)
-    write_training_set(args.output / TOGETHER, [*real, *made])
+    write_training_set(args.output / TOGETHER, real, made)
 
 
 if __name__ == "__main__":

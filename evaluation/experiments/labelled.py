@@ -54,6 +54,14 @@ class LabelledFolders(NamedTuple):
         cells = folder / "instances"
         return cls(folder / "images", folder / "masks", cells if cells.is_dir() else None, mask_type)
 
+    def with_ids_of_masks(self, num_classes: int) -> LabelledFolders:
+        """The same; the masks are the instances, too, if training with ``num_classes`` reads an id per cell in them."""
+        if self.instances is not None:
+            return self
+        any_size = DataConfig(image_size=1, num_classes=num_classes)
+        rule = MaskFolder(self.masks, any_size, self.mask_type, self.images, whole_scale=1.0).rule
+        return self._replace(instances=self.masks) if rule.mask_type == "instances" else self
+
 
 def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -> list[Named]:
     """All pairs, whole at native scale; the resized middle square under crop "center"."""

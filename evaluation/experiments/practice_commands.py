@@ -71,9 +71,10 @@ def segmenter_commands(folder: Path) -> dict[str, list[str]]:
     """How to train users' segmenters with each of the sets."""
     return {
         name: [
-            f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img --mask_filter "
-            "_masks --pretrained_model None",
-            f"StarDist and Cellpose: benchmarks/segmenters/run.sh {folder / name} TEST_FOLDER",
+            f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img "
+            "--mask_filter _masks --pretrained_model None --no_norm",
+            f"StarDist, as we measured it: benchmarks/segmenters/run.sh {folder / name} TEST OUTPUT stardist (TEST holds "
+            "images/ and instances/ as PNG)",
         ]
         for name in ("real", "real_and_synthetic")
     }

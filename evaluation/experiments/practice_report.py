@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.disk import write_bytes, write_csv, write_json
+from common.disk import link_or_copy, write_bytes, write_csv, write_json
 from dataset.files import encode_image
 from evaluation.experiments.practice import PLAIN, REAL, Practice
 from evaluation.experiments.practice_folder import PRACTICE_FILE
@@ -91,7 +91,7 @@ def write_practice(practice: Practice, content: dict) -> tuple[dict, list[Path]]
         for one in practice.made(f"round_{round_}", with_ignored)
     ]
     write_training_set(folder / TRAINING_SETS / ALONE, real)
-    write_training_set(folder / TRAINING_SETS / TOGETHER, [*real, *made])
+    write_training_set(folder / TRAINING_SETS / TOGETHER, real, made)
     draw_practice(practice, content, folder / "practice.png")
     write_json(folder / PRACTICE_FILE, content)
     return content, [folder / PRACTICE_FILE, folder / WHY, folder / TRAINING_SETS]
@@ -120,8 +120,15 @@ def write_why(practice: Practice, content: dict) -> None:
     write_csv(practice.folder / WHY, columns, rows)
 
 
-def write_training_set(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> None:
-    """Images, masks (class ids, 255 is ignored) and instances as PNG, and the layouts of ``EXPORTS`` for instances."""
+def write_training_set(
+    folder: Path, real: Sequence[tuple[str, LabelledImage]], made: Sequence[tuple[str, LabelledImage]] = ()
+) -> None:
+    """Images, masks (class ids, 255 is ignored) and instances as PNG, and the layouts of Cellpose and StarDist.
+
+    These tools draw every pair equally often, but half of the examples shall be real. So their layouts hold each real
+    pair several times (links ``copyN_NAME``), until about half of the pairs are real.
+    """
+    images = [*real, *made]
     for name, item in images:
         arrays = {
             "images": item.image,
@@ -135,6 +142,16 @@ def write_training_set(folder: Path, images: Sequence[tuple[str, LabelledImage]]
     for layout in ("cellpose", "stardist"):
         (folder / layout).mkdir(exist_ok=True)
         EXPORTS[layout](folder / layout, _exported(folder, images))
+        for number in range(2, 1 + round(len(made) / len(real))):
+            for path in _files_of(folder / layout, [name for name, _ in real]):
+                link_or_copy(path, path.with_name(f"copy{number}_{path.name}"))
+
+
+def _files_of(layout: Path, names: Sequence[str]) -> list[Path]:
+    """Files of a layout that belong to pairs of these names."""
+    endings = ("_img.tif", "_masks.tif", ".tif")
+    known = {f"{name}{ending}" for name in names for ending in endings}
+    return [path for path in sorted(layout.rglob("*.tif")) if path.name in known]
 
 
 def _exported(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> Iterator[ExportedPair]:
