@@ -340,14 +340,14 @@ def run_utility(args: argparse.Namespace) -> None:
 
 def _labelled_folders(args: argparse.Namespace) -> LabelledFolders:
     """Where the labels of practise lie. Masks that hold one id per cell are the instances, too."""
+    import train
     from evaluation.experiments.labelled import LabelledFolders
 
     folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)
     if args.mask_values:
         return folders
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num-classes", type=int, default=2)
-    return folders.with_ids_of_masks(parser.parse_known_args(args.train_flags or [])[0].num_classes)
+    required = ["--data-path", args.data_path, "--mask-path", args.mask_path]
+    return folders.with_ids_of_masks(train.parse_args([*required, *(args.train_flags or [])]).num_classes)
 
 
 def _generator_flags(args: argparse.Namespace, has_instances: bool) -> list[str]:

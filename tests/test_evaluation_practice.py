@@ -409,12 +409,17 @@ def test_masks_that_hold_an_id_per_cell_are_the_instances(monkeypatch, data, tmp
     given = []
     monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
     words = ["practise", "--data-path", data / "images", "--output", tmp_path / "out", "--mask-path"]
-    for more in ([data / "instances"], [data / "masks"], [data / "instances", "--train-flags", "--num-classes 3"]):
+    given_type = [data / "instances", "--mask-type", "instances"]
+    for more in (given_type, [data / "masks"], [*given_type, "--train-flags", "--num-classes 3"]):
         with pytest.raises(SystemExit):
             call(evaluate, *words, *more)
     assert ["--num-classes" in flags for flags, _ in given] == [True, False, True]
-    ids, binary = (LabelledFolders(data / "images", data / name) for name in ("instances", "masks"))
-    assert ids.with_ids_of_masks(2).instances == ids.with_ids_of_masks(3).instances == data / "instances"
+    ids, binary = (LabelledFolders(data / "images", folder) for folder in (tmp_path / "ids", data / "masks"))
+    ids.masks.mkdir()
+    many = np.arange(1, 17, dtype=np.uint8).reshape(4, 4).repeat(SIZE // 4, 0).repeat(SIZE // 4, 1)
+    for path in ids.images.iterdir():  # many cells: the type is clear
+        Image.fromarray(many).save(ids.masks / f"{path.stem}.png")
+    assert ids.with_ids_of_masks(2).instances == ids.with_ids_of_masks(3).instances == ids.masks
     assert binary.with_ids_of_masks(2) == binary
     assert binary._replace(instances=data / "instances").with_ids_of_masks(2).instances == data / "instances"
 

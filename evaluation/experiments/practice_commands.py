@@ -73,8 +73,8 @@ def segmenter_commands(folder: Path) -> dict[str, list[str]]:
         name: [
             f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img "
             "--mask_filter _masks --pretrained_model None --no_norm",
-            f"StarDist, as we measured it: benchmarks/segmenters/run.sh {folder / name} TEST OUTPUT stardist (TEST holds "
-            "images/ and instances/ as PNG)",
+            f"StarDist, as we measured it: benchmarks/segmenters/run.sh {folder / name} TEST OUTPUT stardist "
+            "(TEST holds images/ and instances/ as PNG)",
         ]
         for name in ("real", "real_and_synthetic")
     }
