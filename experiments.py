@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -340,14 +341,19 @@ def run_utility(args: argparse.Namespace) -> None:
 
 def _labelled_folders(args: argparse.Namespace) -> LabelledFolders:
     """Where the labels of practise lie. Masks that hold one id per cell are the instances, too."""
-    import train
     from evaluation.experiments.labelled import LabelledFolders
 
     folders = LabelledFolders(Path(args.data_path), Path(args.mask_path), args.instances, args.mask_type)
     if args.mask_values:
         return folders
-    required = ["--data-path", args.data_path, "--mask-path", args.mask_path]
-    return folders.with_ids_of_masks(train.parse_args([*required, *(args.train_flags or [])]).num_classes)
+    return folders.with_ids_of_masks(_num_classes(args.train_flags or []))
+
+
+def _num_classes(flags: Sequence[str]) -> int:
+    """K in flags of train.py; its default if they do not say it. What else they hold, train.py will check."""
+    words = [part for flag in flags for part in flag.split("=")]
+    given = words[words.index("--num-classes") + 1 :][:1] if "--num-classes" in words else []
+    return int(given[0]) if given and given[0].isdecimal() else DataConfig.num_classes
 
 
 def _generator_flags(args: argparse.Namespace, has_instances: bool) -> list[str]:
