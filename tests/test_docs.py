@@ -31,6 +31,7 @@ FOREIGN_FLAGS = {
     "--nproc_per_node": "torchrun",
     "--img_filter": "cellpose",
     "--mask_filter": "cellpose",
+    "--no_norm": "cellpose",
     "--shm-size": "docker",
     "--ipc": "docker",
     "--nnodes": "torchrun",

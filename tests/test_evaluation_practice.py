@@ -410,7 +410,7 @@ def test_masks_that_hold_an_id_per_cell_are_the_instances(monkeypatch, data, tmp
     monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
     words = ["practise", "--data-path", data / "images", "--output", tmp_path / "out", "--mask-path"]
     given_type = [data / "instances", "--mask-type", "instances"]
-    for more in (given_type, [data / "masks"], [*given_type, "--train-flags", "--num-classes=3"]):
+    for more in (given_type, [data / "masks"], [*given_type, "--train-flags=--num-classes=3"]):
         with pytest.raises(SystemExit):
             call(evaluate, *words, *more)
     assert ["--num-classes" in flags for flags, _ in given] == [True, False, False]
