@@ -178,21 +178,30 @@ def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], B
             yield batch
 
 
+def _gpu_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
+
+
 class WaitingClock:
     """Measures how long the device is idle because the next batch is late.
 
     A GPU works behind the program. There, the time runs on the clock of the GPU, from the end of a step's work to the
     arrival of the next batch. Steps do not wait for the device; only ``read_seconds`` does.
+
+    Args:
+        device: the device that takes the steps.
+        new_event: makes a time on the clock of a GPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, new_event: Callable[[], Any] = _gpu_event) -> None:
         self.on_gpu = device.type == "cuda"
+        self._new_event = new_event
         self._waits: list[tuple[Any, Any]] = []  # begin and end
 
     def _now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._new_event()
         event.record()
         return event
 
@@ -208,8 +217,9 @@ class WaitingClock:
             yield batch
 
     def read_seconds(self) -> float:
-        """Seconds of waiting since the last call. Waits for the device."""
+        """Seconds of waiting since the last call. Waits until the device has reached the last batch."""
         waits, self._waits = self._waits, []
-        if self.on_gpu:
+        if self.on_gpu and waits:
+            waits[-1][1].synchronize()  # a GPU can only subtract times that it has reached
             return sum(begin.elapsed_time(end) for begin, end in waits) / 1000
         return sum(end - begin for begin, end in waits)

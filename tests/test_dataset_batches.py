@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -127,3 +128,46 @@ def test_waiting_is_the_time_until_batches_come_and_not_the_time_of_steps():
     total, waited = time.perf_counter() - started, clock.read_seconds()
     assert 0.15 <= waited <= total - 0.3
     assert clock.read_seconds() == 0
+
+
+class LateEvent:
+    """A time on the clock of a device that works behind the program, with the rules of torch.cuda.Event.
+
+    The device has done the first ``done`` of all recorded events.
+    """
+
+    recorded: ClassVar[list[LateEvent]] = []
+    done = 0
+
+    def record(self) -> None:
+        self.recorded.append(self)
+
+    def synchronize(self) -> None:
+        LateEvent.done = max(LateEvent.done, self.recorded.index(self) + 1)
+
+    def elapsed_time(self, end: LateEvent) -> float:
+        first, last = self.recorded.index(self), self.recorded.index(end)
+        if max(first, last) >= self.done:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return 1000.0 * (last - first)
+
+
+def test_waiting_on_a_gpu_is_read_when_the_gpu_has_come_so_far(monkeypatch):
+    monkeypatch.setattr(LateEvent, "recorded", [])
+    monkeypatch.setattr(LateEvent, "done", 0)
+    clock = WaitingClock(torch.device("cuda"), new_event=LateEvent)
+    list(clock.watch([{"n": 0}, {"n": 1}]))
+    assert clock.read_seconds() == 2  # one second for each batch
+    assert LateEvent.done == 4 < len(LateEvent.recorded)  # it waits for the arrival of the last batch, not longer
+    assert clock.read_seconds() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_waiting_is_read_while_a_gpu_still_works():
+    device = torch.device("cuda")
+    clock, numbers = WaitingClock(device), torch.rand(4096, 4096, device=device)
+    for _ in clock.watch([{"n": 0}, {"n": 1}]):
+        for _ in range(50):
+            numbers = torch.nn.functional.normalize(numbers @ numbers)
+    assert 0 <= clock.read_seconds() < 60
