@@ -113,8 +113,7 @@ def take_steps(
         training.train_step(batch)
         step, last = training.step, training.step == total
         if step % settings.log_every == 0 or last:
-            seconds = time.perf_counter() - started
-            log_progress(training, run, step - steps_before, seconds, clock.read_seconds() / seconds)
+            log_progress(training, run, step - steps_before, started, clock)
             started, steps_before = time.perf_counter(), step
         stopped = machine.any_rank(stop.signal is not None) and not last
         if step % settings.ckpt_every == 0 or last or stopped:
@@ -215,17 +214,18 @@ def export_weights(training: Training, run: RunFolder) -> None:
         logger.info("exported %s", run.path / "model.safetensors")
 
 
-def log_progress(training: Training, run: RunFolder, steps: int, seconds: float, waiting: float) -> None:
+def log_progress(training: Training, run: RunFolder, steps: int, started: float, clock: WaitingClock) -> None:
     """Write the metrics since the last line, and stop a run that has diverged. All ranks must call this together.
 
     Args:
         steps: number of steps since the last line.
-        seconds: duration of these steps.
-        waiting: fraction of this time that this process waited for data.
+        started: when they began, as ``time.perf_counter`` says it.
+        clock: knows how long this process waited for their data.
     """
-    metrics = training.read_metrics()
+    metrics = training.read_metrics()  # waits for the device, so that the time of all its work counts
+    seconds = time.perf_counter() - started
     metrics["speed/images_per_sec"] = steps * training.config.optimiser.global_batch_size / seconds
-    metrics["speed/waiting_share"] = training.machine.max_over_ranks(waiting)
+    metrics["speed/waiting_share"] = training.machine.max_over_ranks(clock.read_seconds() / seconds)
     if training.machine.is_main:
         record_metrics(training, run, metrics)
     training.check_finite(run)

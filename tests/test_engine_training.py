@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +20,10 @@ from torch import nn
 
 import train
 from common.errors import STOP_SIGNALS, InputError
-from dataset.batches import Batch
+from dataset.batches import Batch, WaitingClock
 from engine.autoencoder import PixelSpace
 from engine.checkpoint import read_checkpoint
-from engine.loop import StopRequest, limit_workers
+from engine.loop import StopRequest, limit_workers, log_progress
 from engine.machine import Machine, usable_cores
 from engine.run_folder import RunFolder
 from engine.training import MOST_SKIPPED_IN_A_ROW, Training, update_ema
@@ -264,3 +266,18 @@ def test_ema_follows_its_formula_and_warms_up():
     before = ema.weight.clone()
     update_ema(ema, model, decay=0.99, step=10**6)
     assert torch.allclose(ema.weight, before * 0.99 + 0.01)
+
+
+def test_the_speed_of_a_line_counts_the_work_that_a_device_still_has_to_do(make_training, run, monkeypatch):
+    training, read = make_training(), Training.read_metrics
+
+    def wait_and_read(self: Training) -> dict[str, float]:
+        time.sleep(0.3)  # as for a GPU, which works behind the program
+        return read(self)
+
+    monkeypatch.setattr(Training, "read_metrics", wait_and_read)
+    started = time.perf_counter()
+    training.train_step(training.prepare_batch(make_batch()))
+    log_progress(training, run, 1, started, WaitingClock(torch.device("cpu")))
+    line = json.loads(run.metrics.read_text())
+    assert 0 < line["speed/images_per_sec"] <= BATCH / 0.3 and line["train/loss"] > 0
