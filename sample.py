@@ -36,7 +36,7 @@ from common.arguments import number
 from common.disk import write_atomically, write_csv
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
-from common.outputs import check_output_picture, check_output_table, maker_note
+from common.outputs import check_output_arrays, check_output_picture, check_output_table, maker_note
 from common.pictures import grid_image, mask_picture, sheet_png
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
@@ -106,14 +106,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: the result is written as {suffix}.")
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: its folder does not exist.")
-    inputs = (args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table)
     if args.likelihood:
-        check_output_table(args.output, LIKELIHOOD_COLUMNS, inputs)
+        check_output_table(args.output, LIKELIHOOD_COLUMNS, inputs_of(args))
     else:
-        check_output_picture(args.output, inputs)
-    noise = args.output.with_suffix(".npz")
-    if args.reverse and noise.exists() and not args.output.exists():
-        raise InputError(f"--output {args.output}: {noise} exists and would be written over. Name another file.")
+        check_output_picture(args.output, inputs_of(args))
+
+
+def inputs_of(args: argparse.Namespace) -> tuple[str | Path | None, ...]:
+    """Files and folders that the command reads."""
+    return args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table
 
 
 @torch.no_grad()
@@ -181,6 +182,8 @@ def write_round_trip(
     args: argparse.Namespace, sampler: ImageSampler, masks: MaskFolder, choice: LookChoice | None
 ) -> None:
     """Write a picture with rows of mask | real | real to noise and back, and the noise of all images as .npz."""
+    path = args.output.with_suffix(".npz")
+    check_output_arrays(path, dict.fromkeys(masks.names, sampler.latent_shape), "float32", inputs_of(args))
     tiles, errors = [], []
     noises: dict[str, np.ndarray] = {}
     for numbers in batches(range(len(masks.names)), args.per_proc_batch_size):
@@ -194,11 +197,11 @@ def write_round_trip(
             tiles.append([mask_picture(mask), real, back])
     picture = Image.fromarray(grid_image(tiles))
     write_atomically(args.output, lambda file: picture.save(file, format="PNG", pnginfo=maker_note()))
-    write_atomically(args.output.with_suffix(".npz"), lambda file: write_arrays(file, noises))
+    write_atomically(path, lambda file: write_arrays(file, noises))
     rms = math.sqrt(sum(error**2 for error in errors) / len(errors))
     logger.info(
         "%s: %d images to noise and back, root mean square difference %.4f on [-1, 1] (largest of an image %.4f); "
-        "noise in %s", args.output, len(errors), rms, max(errors), args.output.with_suffix(".npz").name,
+        "noise in %s", args.output, len(errors), rms, max(errors), path.name,
     )  # fmt: skip
 
 

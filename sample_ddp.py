@@ -215,7 +215,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged, looks)
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
-    machine.on_main(lambda: writer.open(shared=args.shard is not None), "open the folder of the set")
+    machine.on_main(lambda: open_set(args, writer), "open the folder of the set")
     agree_on_file(
         machine, args.sample_dir / SETTINGS, "settings of the set",
         "All processes must see sample_dir: put it on a disk that all machines share, or start each machine by itself "
@@ -239,6 +239,13 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
             logger.info("part %d of %d is done; the part that ends last finishes the set", number, count)
     machine.barrier("write manifest and exports")
     writer.close()
+
+
+def open_set(args: argparse.Namespace, writer: SetWriter) -> None:
+    """Check what the command will write to, and make the folder of the set."""
+    if args.npz:
+        writer.check_npz((args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table))
+    writer.open(shared=args.shard is not None)
 
 
 def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from common.disk import is_passing, real_path
@@ -74,6 +77,43 @@ def check_output_table(path: Path, header: Iterable[str], inputs: Iterable[str |
                 return
     if path.exists():
         _refuse(path)
+
+
+def check_output_arrays(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, inputs: Iterable[str | Path | None]
+) -> None:
+    """Refuse an .npz that is an input, or that exists and holds anything that would not be written again.
+
+    Args:
+        shapes: name of every array that will be written, and its shape.
+        dtype: their type.
+
+    Raises:
+        InputError: the file is refused.
+    """
+    check_apart(path, inputs)
+    if not path.exists():
+        return
+    found = _arrays_of(path) if path.is_file() else {}
+    ours = {f"{name}.npy": (shape, np.dtype(dtype)) for name, shape in shapes.items()}
+    if not found or any(ours.get(name) != header for name, header in found.items()):
+        _refuse(path)
+
+
+def _arrays_of(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every array of an .npz, by their headers. Empty for a file that is none."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    if np.lib.format.read_magic(member) != (1, 0):
+                        return {}  # so long a header has no array of ours
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                    found[name] = (shape, dtype)
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return {}
+    return found
 
 
 def _refuse(path: Path) -> None:

@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, real_path, write_atomically, write_json
 from common.errors import InputError, list_some
+from common.outputs import check_output_arrays
 from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gray
 from common.plain import build, read_json
 from common.randomness import derived_seed
@@ -358,10 +359,33 @@ class SetWriter:
         real = [] if item.image is None else [torch.as_tensor(item.image)]
         return [mask_picture(torch.as_tensor(item.prob_map)), from_uint8(self.displayed(job)), *real]
 
+    @property
+    def npz_path(self) -> Path:
+        """SAMPLE_DIR.npz."""
+        folder = real_path(self.folder)
+        return folder.with_name(f"{folder.name}.npz")
+
+    @property
+    def _npz_shape(self) -> tuple[int, ...]:
+        """(N, H, W, C), gray repeated to 3."""
+        side = self.masks.config.image_size
+        return len(self.jobs), side, side, 3 if self.form.channels == 1 else self.form.channels
+
+    def check_npz(self, inputs: Iterable[str | Path | None] = ()) -> None:
+        """Refuse to write over another file than the array of this set.
+
+        Raises:
+            InputError: SAMPLE_DIR.npz is an input, or holds something else.
+        """
+        check_output_arrays(self.npz_path, {"arr_0": self._npz_shape}, "uint8", inputs)
+
     def write_npz(self) -> None:
-        """Write SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8, gray repeated to 3. Holds one image in memory."""
-        shape = repeat_gray(self.displayed(self.jobs[0])).shape
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.jobs), *shape)}
+        """Write SAMPLE_DIR.npz with arr_0 (N, H, W, C) uint8. Holds one image in memory.
+
+        Raises:
+            InputError: as for :meth:`check_npz`.
+        """
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._npz_shape}
 
         def write(file: Any) -> None:
             with (
@@ -372,10 +396,9 @@ class SetWriter:
                 for job in self.jobs:
                     array.write(repeat_gray(self.displayed(job)).tobytes())
 
-        folder = real_path(self.folder)
-        path = folder.with_name(f"{folder.name}.npz")
-        write_atomically(path, write)
-        logger.info("%s: %d images", path, len(self.jobs))
+        self.check_npz()  # again, because sampling takes time
+        write_atomically(self.npz_path, write)
+        logger.info("%s: %d images", self.npz_path, len(self.jobs))
 
 
 def choose_pairs(count: int, has_cells: Callable[[int], bool]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,14 @@ import evaluate
 import sample
 import train
 from common.errors import InputError
-from common.outputs import check_apart, check_output_folder, check_output_picture, check_output_table, maker_note
+from common.outputs import (
+    check_apart,
+    check_output_arrays,
+    check_output_folder,
+    check_output_picture,
+    check_output_table,
+    maker_note,
+)
 
 
 @pytest.fixture
@@ -66,6 +74,34 @@ def test_a_table_is_written_over_only_if_it_has_the_same_header(tmp_path):
     for name in ("more.csv", "empty.csv"):
         with pytest.raises(InputError, match="did not make it"):
             check_output_table(tmp_path / name, ("a", "b"), [])
+
+
+def test_arrays_are_written_over_only_if_all_of_them_are_written_again(tmp_path):
+    ours = {"a": (3, 4, 5), "b": (3, 4, 5)}
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in ours.items()}
+    good = {"same": zeros, "fewer": {"a": zeros["a"]}}
+    bad = {
+        "none": {},
+        "more": zeros | {"c": zeros["a"]},
+        "other_shape": {"a": np.zeros((3, 4), np.float32)},
+        "other_type": {"a": np.zeros((3, 4, 5))},
+        "objects": {"a": np.full((3, 4, 5), None)},
+    }
+    for name, arrays in (good | bad).items():
+        np.savez_compressed(tmp_path / f"{name}.npz", **arrays)
+    whole = (tmp_path / "same.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "folder.npz").mkdir()
+    with zipfile.ZipFile(tmp_path / "notes.npz", "w") as archive:
+        archive.writestr("a.npy", b"a note")
+    for name in ("new", *good):
+        check_output_arrays(tmp_path / f"{name}.npz", ours, "float32", [])
+    for name in (*bad, "half", "text", "folder", "notes"):
+        with pytest.raises(InputError, match=f"{name}.npz exists, and this command did not make it"):
+            check_output_arrays(tmp_path / f"{name}.npz", ours, "float32", [])
+    with pytest.raises(InputError, match="is read by this command"):
+        check_output_arrays(tmp_path / "new.npz", ours, "float32", [tmp_path])
 
 
 def test_a_folder_is_used_again_only_if_it_holds_results_of_the_command(tmp_path):

@@ -554,6 +554,40 @@ def test_npz_lies_beside_the_set_whatever_the_folder_is_called(monkeypatch, pair
     assert np.load(tmp_path / "set.npz")["arr_0"].shape == (6, 16, 16, 3)
 
 
+def test_the_noise_of_real_images_and_the_array_of_a_set_never_replace_each_other_or_an_array_of_the_user(
+    monkeypatch, capsys, pairs, checkpoint, tmp_path
+):
+    """All by default names: samples/, samples.npz and samples.png."""
+    monkeypatch.chdir(tmp_path)
+    words = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1], *FEW_STEPS]
+    preview = ["ODE", "--ckpt", checkpoint, "--mask-path", pairs[1] / "cell_0.png", *FEW_STEPS, "--num-samples", 1]
+    reverse = [*words, "--reverse", "--data-path", pairs[0]]
+    path, refused = Path("samples.npz"), "samples.npz exists, and this command did not make it"
+
+    call(sample_ddp, *words, "--npz")
+    call(sample, *preview)
+    before = path.read_bytes()
+    call(sample_ddp, *words, "--npz")  # its own array is written again
+    assert refused in error_line(monkeypatch, capsys, sample, *reverse)
+    assert path.read_bytes() == before
+
+    path.unlink()
+    call(sample, *reverse)
+    before = path.read_bytes()
+    call(sample, *reverse)
+    assert refused in error_line(monkeypatch, capsys, sample_ddp, *words, "--npz")
+    shutil.rmtree("samples")
+    assert refused in error_line(monkeypatch, capsys, sample_ddp, *words, "--npz")
+    assert path.read_bytes() == before and not Path("samples").exists()
+
+    for mine in ({"mine": np.zeros(3)}, {"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}):
+        np.savez(path, **mine)
+        before = path.read_bytes()
+        assert refused in error_line(monkeypatch, capsys, sample, *reverse)
+        assert refused in error_line(monkeypatch, capsys, sample_ddp, *words, "--npz")
+        assert path.read_bytes() == before
+
+
 def test_all_missing_partners_are_reported_at_once(monkeypatch, capsys, tmp_path):
     images, masks = write_pairs(tmp_path)
     for number in (1, 4):
