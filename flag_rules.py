@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import InputError, as_flag
+from dataset.look_choice import NOBODY
 from dataset.looks import NO_LOOK
 from engine.autoencoder import PIXEL_SPACE
 from transport import ODE_METHODS
@@ -15,23 +16,27 @@ from transport import ODE_METHODS
 
 @dataclass(frozen=True)
 class Need:
-    """Flags that have an effect only together with certain values of another flag.
+    """Flags that have an effect only together with certain values of other flags.
 
     Attributes:
         flags: names of the flags.
-        other: name of the flag that they need.
-        works: whether the flags have an effect with this value of the other flag.
+        other: name of the flag that they need, or names.
+        works: whether the flags have an effect with this value of the other flag, or these values.
         reason: completes "--flag has no effect ...".
         idle: values that request nothing, so that they are never refused.
         command: the subcommand that this is true of, or "" for all commands that have these flags.
     """
 
     flags: tuple[str, ...]
-    other: str
-    works: Callable[[Any], bool]
+    other: str | tuple[str, ...]
+    works: Callable[..., bool]
     reason: str
     idle: tuple[Any, ...] = ()
     command: str = ""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return (self.other,) if isinstance(self.other, str) else self.other
 
 
 def is_adaptive(method: str) -> bool:
@@ -44,8 +49,8 @@ LOOK_FLAGS = ("look", "look_path", "look_index", "look_group", "balance_groups",
 NEEDS = (
     Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
     Need(
-        ("guidance_interval",), "cfg_scale", lambda scale: scale != 1,
-        "with --cfg-scale 1: give a scale other than 1", idle=((0.0, 1.0), [0.0, 1.0]),
+        ("guidance_interval",), ("cfg_scale", "look_scale"), lambda scale, look: scale != 1 or look != 1,
+        "with --cfg-scale 1 and --look-scale 1: give one of them another value", idle=((0.0, 1.0), [0.0, 1.0]),
     ),
     Need(
         ("num_sampling_steps", "time_shift"), "sampling_method", lambda method: not is_adaptive(method),
@@ -54,8 +59,15 @@ NEEDS = (
     Need(("atol", "rtol"), "sampling_method", is_adaptive, "with {value}, a fixed-step solver: leave it out"),
     Need(("last_step_size",), "last_step", lambda name: name != "None", "with --last-step None: leave it out"),
     Need(("num_samples", "tile"), "on_real", lambda on: not on, "with --likelihood or --reverse: leave it out"),
+    Need(("time_shift",), "likelihood", lambda on: not on, "with --likelihood, whose steps are equal: leave it out"),
+    Need(("seed",), "reverse", lambda on: not on, "with --reverse, which draws no noise: leave it out"),
     Need(("data_path",), "reads_images", bool, "without --likelihood, --reverse or --look same: leave it out"),
     Need(LOOK_FLAGS, "on_real", lambda on: not on, "with --likelihood or --reverse: each image has its own look"),
+    Need(("look_scale",), "look", lambda name: name != NOBODY, "with --look none: leave it out", idle=(1.0,)),
+    Need(
+        ("balance_groups",), "look_index", lambda index: index is None,
+        "with --look-index, which chooses one look: leave it out",
+    ),
     Need(("look",), "look_path", lambda path: path is None, "with --look-path, which says whose looks: leave it out"),
     Need(
         ("look", "look_index", "look_group", "balance_groups"), "look_table", lambda path: path is None,
@@ -122,10 +134,10 @@ def check_needs(args: argparse.Namespace) -> None:
     """
     values = vars(args)
     for need in NEEDS:
-        of_this = need.command in ("", values.get("command"))
-        if not of_this or need.other not in values or need.works(values[need.other]):
+        of_this = need.command in ("", values.get("command")) and set(need.others) <= set(values)
+        if not of_this or need.works(*(values[name] for name in need.others)):
             continue
         for flag in need.flags:
             if flag in args.given and values.get(flag) not in need.idle:
-                reason = need.reason.format(value=values[need.other])
+                reason = need.reason.format(value=values[need.others[0]])
                 raise InputError(f"{as_flag(flag)} has no effect {reason}.")

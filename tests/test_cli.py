@@ -15,6 +15,7 @@ import train
 from common.arguments import number, part
 from common.errors import CommandParser, InputError, with_flags
 from flag_rules import NEEDS, check_needs
+from settings import sampling_settings
 
 TYPES = {
     "count": (number(int, 1, 100), ("1", "100"), ("0", "101", str(2**70), str(10**12))),
@@ -92,12 +93,19 @@ MEASURES = {
 COMMANDS |= {name: evaluate.parse_args([name, *words]) for name, words in MEASURES.items()}
 
 
+def test_a_guidance_interval_works_with_each_kind_of_guidance():
+    paths = ["--ckpt", "a.pt", "--mask-path", "masks"]
+    for flag in ("--cfg-scale", "--look-scale"):
+        args = sample_ddp.parse_args(["ODE", *paths, flag, "2", "--guidance-interval", "0.2", "0.8"])
+        assert sampling_settings(args).guidance_interval == (0.2, 0.8)
+
+
 def test_every_need_names_flags_of_a_command():
     for need in NEEDS:
         places = [vars(args) for name, args in COMMANDS.items() if need.command in ("", name)]
         for flag in need.flags:
             known = flag.removeprefix("no_") if flag == "no_pseudo_masks" else flag
-            assert any({known, need.other} <= set(names) for names in places), (flag, need)
+            assert any({known, *need.others} <= set(names) for names in places), (flag, need)
 
 
 def test_a_flag_that_turns_something_off_is_known_by_its_own_name():

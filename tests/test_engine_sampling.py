@@ -262,3 +262,13 @@ def test_settings_say_the_time_shift_of_an_ode():
 
     assert (kept("ODE"), kept("ODE", "--time-shift", "3"), kept("SDE")) == (TIME_SHIFT, 3.0, None)
     assert kept("ODE", "--sampling-method", "dopri5") == 1.0  # it chooses its own steps
+
+
+@torch.inference_mode()
+def test_guidance_on_the_look_stays_within_the_guidance_interval(make_model):
+    model, calls = make_model(look_numbers=3), []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(inputs[2].look is not None))
+    own = SamplingSettings(method="euler", num_steps=4, look_scale=2.0, guidance_interval=(0.2, 0.6), time_shift=1)
+    draw = ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, own)
+    draw(masks(2), SEEDS[:2], looks=torch.ones(2, 3))
+    assert calls == [True, True, False, True, False, True]  # without look at times 1/4 and 1/2
