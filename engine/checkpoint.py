@@ -20,11 +20,11 @@ import torch
 
 from common.disk import write_atomically, write_bytes
 from common.errors import InputError, list_some
-from common.plain import WRONG, check_fields, parse_json
+from common.plain import WRONG, build, check_fields, parse_json
 from common.weights import WouldRunCode, read_tensor_file
 from dataset.config import DataConfig
 from engine.autoencoder import SpaceTypes
-from engine.config import ModelConfig, RunConfig, TransportConfig
+from engine.config import ModelConfig, OptimiserConfig, RunConfig, TransportConfig
 from models import SiT, SiT_models, build_model
 
 NAMES = ("ckpt", "init_from")  # fields that the errors below name
@@ -32,9 +32,6 @@ PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
 NOTES = ("step", "trained_on", "labelled_on", "intensity", "looks")  # an export keeps them beside the weights
 MOST_STEPS = 10**12
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig, "transport": TransportConfig, "space": SpaceTypes, "data": DataConfig,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,31 @@ class CheckpointTypes:
     labelled_on: list[str] | None
     intensity: dict[str, Any] | None
     looks: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class TrainTypes:
+    """Types of those settings of the training that others read."""
+
+    mask_type: str
+    init_from: str | None
+    data_path: str | None
+
+
+@dataclass(frozen=True)
+class MachineTypes:
+    """Types of what ``Machine.describe`` returns."""
+
+    world_size: int
+    device: str
+    precision: str
+
+
+# Names may be missing or unknown here: the settings of training have become more. Builders of models look at the rest.
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig, "transport": TransportConfig, "train": TrainTypes, "optimiser": OptimiserConfig,
+    "machine": MachineTypes,
+}  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -74,8 +96,7 @@ def export_safetensors(path: Path, state: dict[str, Any]) -> None:
         state: a checkpoint, or ``Training.trained_state()``.
     """
     config = {part: state["config"][part] for part in CONFIG_PARTS}
-    if "vae" in config["space"]:  # keep the name of a folder, without its path
-        config["space"] = config["space"] | {"vae": Path(config["space"]["vae"]).name}
+    config["space"] = config["space"] | {"vae": Path(config["space"]["vae"]).name}  # of a folder, without its path
     notes = {"config": config, **{name: state.get(name) for name in NOTES}}
     metadata = {"format": "pt", **{name: json.dumps(note) for name, note in notes.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["ema"].items()}
@@ -123,12 +144,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_types(state: dict[str, Any]) -> None:
-    """Raise ValueError if a value of a checkpoint has the wrong type."""
+    """Raise ValueError if a value of a checkpoint has the wrong type, or one that sampling reads is missing."""
     check_fields(CheckpointTypes, state)
     if not 0 <= state["step"] <= MOST_STEPS:
         raise ValueError(f"step is {state['step']}")
     for part, kind in SECTIONS.items():
-        check_fields(kind, state["config"][part])
+        check_fields(kind, state["config"].get(part, {}))
+    DataConfig.from_dict(state["config"]["data"])
+    build(SpaceTypes, state["config"]["space"])
 
 
 def saved_config(path: Path, state: dict[str, Any]) -> RunConfig:

@@ -362,9 +362,14 @@ def commit() -> str:
 
 
 def log_machine_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if the machine changed. The batches and their order stay; only the noise differs."""
+    """Warn if the machine changed. The batches and their order stay; only the noise differs.
+
+    Args:
+        before: ``Machine.describe`` of a checkpoint. Names that this version does not know say nothing.
+        now: ``Machine.describe`` of this run.
+    """
     for name, value in before.items():
-        if now[name] != value:
+        if name in now and now[name] != value:
             logger.warning(
                 "changed on resume: %s: %s -> %s (equal in distribution, not bit for bit)", name, value, now[name]
             )

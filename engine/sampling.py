@@ -120,7 +120,7 @@ def load_trained(
     except (*WRONG, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its configuration is not as train.py writes it ({reason}).") from error
-    _check_expected(path, config, expected or {})
+    _check_expected(path, config["model"]["name"], data, expected or {})
     if config["model"].get("class_dropout_prob") == 0 and any(scale != 1 for scale in cfg_scales):
         raise InputError(
             f"{path} always saw its masks in training (mask_dropout 0), so guidance has nothing to subtract: give "
@@ -128,13 +128,14 @@ def load_trained(
             "cfg_scale",
         )
     with naming_checkpoint(Path(path)):
-        space = load_space(vae or config["space"]["vae"], config["data"]["channels"])
+        space = load_space(vae or config["space"]["vae"], data.channels)
     if space.fingerprint != config["space"]["fingerprint"]:
         raise InputError(
             f"vae {space.name}: not the autoencoder that {path} was trained with (that was {config['space']['vae']}); "
             "its latents mean something else. Give the original's folder.",
             "vae",
         )
+    _check_same_shape(path, model, space, data)
     if machine.precision == "bf16":
         model.keep_weights_in(torch.bfloat16)
     return TrainedModel(
@@ -152,13 +153,20 @@ def load_trained(
     )
 
 
-def _check_expected(path: str | Path, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_same_shape(path: str | Path, model: SiT, space: Space, data: DataConfig) -> None:
+    """Raise InputError if the sections of a configuration are not of one run."""
+    side = model.grid[0] * model.patch_size * space.factor
+    has = {"channels": model.in_channels, "num_classes": model.num_classes, "image_size": side}
+    asked = {"channels": space.channels, "num_classes": data.num_classes, "image_size": data.image_size}
+    other = [name for name in has if has[name] != asked[name]]
+    wrong = [f"{name} {has[name]} of the model and {asked[name]} of the data" for name in other]
+    if wrong:
+        raise InputError(f"{path}: its configuration is not as train.py writes it ({', '.join(wrong)}).")
+
+
+def _check_expected(path: str | Path, name: str, data: DataConfig, expected: Mapping[str, Any]) -> None:
     """Raise InputError with all contradictions in one line."""
-    known = {
-        "model": config["model"]["name"],
-        "num_classes": config["data"]["num_classes"],
-        "image_size": config["data"]["image_size"],
-    }
+    known = {"model": name, "num_classes": data.num_classes, "image_size": data.image_size}
     wrong = [name for name, value in known.items() if expected.get(name) not in (None, value)]
     if wrong:
         contradictions = ", ".join(f"{name} {expected[name]} (the checkpoint has {known[name]})" for name in wrong)

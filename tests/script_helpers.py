@@ -29,7 +29,8 @@ FEW_STEPS = ["--device", "cpu", "--precision", "float32", "--num-sampling-steps"
 
 def state(step: int) -> dict:
     """A checkpoint with nothing in it but a few numbers that tell the step."""
-    config: dict[str, dict] = {"model": {}, "transport": {}, "space": {}, "data": {}}
+    space = {"vae": "none", "factor": 1, "channels": 3, "fingerprint": ""}
+    config: dict[str, dict] = {"model": {}, "transport": {}, "space": space, "data": {"image_size": 16}}
     return {"model": {"w": torch.arange(6.0) + step}, "ema": {}, "opt": {}, "step": step, "config": config}
 
 

@@ -147,10 +147,15 @@ WRONG_STATES: dict[str, list] = {
     "intensity": [[1], "x"],
     "looks": [[1]],
 }
+SPACE = state(1)["config"]["space"]
 WRONG_CONFIGS = [
     {"model": None}, {"model": {"name": ["SiT-Ti/8"]}}, {"model": {"time_scale": float("nan")}},
     {"model": {"input_size": 2**70}}, {"data": [1]}, {"data": {"image_size": "32"}}, {"data": {"window": "ab"}},
     {"data": {"window_values": [[1]]}}, {"space": None}, {"space": {"vae": 5}}, {"transport": {"path_type": 3}},
+    {"data": {}}, {"data": {"image_size": 10**9}}, {"data": {"image_size": 16, "x": 1}},
+    {"space": {}}, {"space": SPACE | {"x": 1}}, {"space": {"vae": "none", "factor": 1, "channels": 3}},
+    {"machine": [1]}, {"machine": "cpu"}, {"train": [1]}, {"train": {"mask_type": 1}}, {"train": {"init_from": [1]}},
+    {"optimiser": 3},
 ]  # fmt: skip
 
 

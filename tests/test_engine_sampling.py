@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_sit import write_checkpoint
 from torch._dynamo.testing import CompileCounter
 
+from common.errors import InputError
+from dataset.config import DataConfig
 from engine.autoencoder import PixelSpace, load_space
+from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.machine import Machine
 from engine.peers import Peers
-from engine.sampling import ImageSampler, SamplingSettings, image_seed
+from engine.sampling import ImageSampler, SamplingSettings, image_seed, load_trained
 from synthetic.writer import Job, plan_jobs
 from transport import TIME_SHIFT, create_transport
 
@@ -272,3 +276,24 @@ def test_guidance_on_the_look_stays_within_the_guidance_interval(make_model):
     draw = ImageSampler(model, create_transport(prediction="data"), PixelSpace(4), CPU, own)
     draw(masks(2), SEEDS[:2], looks=torch.ones(2, 3))
     assert calls == [True, True, False, True, False, True]  # without look at times 1/4 and 1/2
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("data", {"image_size": 16, "num_classes": 3}, "channels 1 of the model and 3 of the data"),
+        ("data", {"image_size": 16, "channels": 1}, "num_classes 3 of the model and 2 of the data"),
+        ("data", {"image_size": 24, "channels": 1, "num_classes": 3}, "image_size 16 of the model and 24 of the data"),
+        ("model", {"name": "SiT-Ti/8"}, "input_size"),
+        ("space", {"vae": "none"}, "factor"),
+    ],
+)
+def test_a_checkpoint_that_lacks_settings_or_contradicts_itself_is_refused_with_its_name(
+    tmp_path, section, values, words
+):
+    path = write_checkpoint(tmp_path / "a.pt", DataConfig(16, num_classes=3, channels=1), step=1)
+    assert load_trained(path, CPU).data.channels == 1
+    state = read_checkpoint(path)
+    save_checkpoint(path, state | {"config": state["config"] | {section: values}})
+    with pytest.raises(InputError, match=rf"a\.pt.*{words}"):
+        load_trained(path, CPU)

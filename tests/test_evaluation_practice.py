@@ -13,7 +13,7 @@ import pytest
 import torch
 from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
-from script_helpers import call
+from script_helpers import call, state
 
 import evaluate
 import make_masks
@@ -269,10 +269,11 @@ class Drawing:
         self.calls.append("train" if steps is None else f"train {steps}")
         self.unlabelled = unlabelled
         self.seen = [file_sha256(path) for path in sorted(folders.images.iterdir())]
-        config = {"model": {}, "transport": {}, "space": {}, "data": CONFIG.to_dict()}
+        made = state(1)
+        made["config"]["data"] = CONFIG.to_dict()
         path = run / "checkpoints" / "0000001.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, {"model": {}, "ema": {}, "opt": {}, "step": 1, "config": config})
+        save_checkpoint(path, made)
         return path
 
     def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
+from script_helpers import state
 
 import evaluate
 import make_masks
@@ -238,8 +239,9 @@ def test_generator_that_has_seen_more_is_found(split, tmp_path, trained_on, word
 
 
 def checkpoint_of(path: Path, data_path: Path, **train: object) -> Path:
-    config = {"model": {}, "transport": {}, "space": {}, "data": {}, "train": {"data_path": str(data_path), **train}}
-    save_checkpoint(path, {"model": {}, "ema": {}, "opt": {}, "step": 1, "config": config})
+    made = state(1)
+    made["config"]["train"] = {"data_path": str(data_path), **train}
+    save_checkpoint(path, made)
     return path
 
 

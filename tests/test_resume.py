@@ -230,12 +230,23 @@ EDITS: dict[str, Callable[[dict], dict]] = {
     "model": lambda s: edited(s, "model", name="\x1b[31mSiT\x1b[0m"),
     "path": lambda s: edited(s, "transport", path_type="os.system"),
     "autoencoder": lambda s: edited(s, "space", fingerprint="\x1b[2J"),
+    "no autoencoder": lambda s: s | {"config": s["config"] | {"space": {}}},
+    "more about the autoencoder": lambda s: edited(s, "space", x=1),
+    "machine is text": lambda s: s | {"config": s["config"] | {"machine": "cpu"}},
     "optimiser's state": lambda s: s | {"opt": {"state": 5}},
     "weights not finite": lambda s: with_bias(s, "model", lambda bias: bias * float("nan")),
     "averages not finite": lambda s: with_bias(s, "ema", lambda bias: bias * float("inf")),
     "whole numbers": lambda s: with_bias(s, "model", lambda bias: bias.to(torch.int8)),
     "text": lambda s: with_bias(s, "ema", lambda bias: "x"),
 }
+
+
+def test_a_fact_about_the_machine_that_this_version_does_not_know_stops_no_run(pairs, tmp_path, trained):
+    file = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    file.parent.mkdir(parents=True)
+    save_checkpoint(file, edited(trained, "machine", cores=8, world_size=3))
+    code, said = start(pairs, tmp_path, "run", 2, "--sample-every", 5)
+    assert code == 0 and "changed on resume: world_size: 3 -> 1" in said, said
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)

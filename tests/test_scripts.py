@@ -512,7 +512,7 @@ def test_a_last_step_that_takes_all_the_time_is_refused(monkeypatch, capsys, pai
             ["--likelihood", "--data-path", "images", "--output", "x.png"],
             "--output x.png: the result is written as .csv",
         ),
-        (["--likelihood", "--data-path", "images", "--time-shift", "3"], "--time-shift has no effect with --likelihood"),
+        (["--likelihood", "--data-path", "images", "--time-shift", "3"], "--time-shift has no effect with --likeliho"),
         (["--reverse", "--data-path", "images", "--seed", "3"], "--seed has no effect with --reverse"),
         (["--output", "nowhere/x.png"], "its folder does not exist"),
     ],
