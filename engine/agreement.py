@@ -35,9 +35,10 @@ def agree_on_checkpoint(machine: Machine, run: RunFolder, path: Path | None) -> 
         seen = f"{run.checkpoint_path(steps[-1])}" if steps else "none"
     else:
         seen = _seen(path)
+    place = run.path.parent if path is None or path.parent == run.checkpoints else path.parent
     machine.check_same(
         {"checkpoint to continue from": seen},
-        f"All processes must see {run.path.parent}: put it on a disk that all machines share.",
+        f"All processes must see {place}: put it on a disk that all machines share.",
     )
 
 

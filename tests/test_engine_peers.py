@@ -22,6 +22,7 @@ from dataset.folders import PairedFolder
 from dataset.unlabelled import UnlabelledFolder
 from engine import agreement, peers
 from engine.agreement import agree_on_checkpoint, agree_on_run
+from engine.checkpoint import save_checkpoint
 from engine.machine import Machine
 from engine.peers import Peers, meet
 from engine.run_folder import RunFolder
@@ -276,6 +277,27 @@ def test_a_run_does_not_begin_if_a_process_sees_another_checkpoint(tmp_path, mon
         assert all(isinstance(error, InputError) and "put it on a disk" in str(error) for error in errors)
         shared = [lambda machine=machine: agree_on_checkpoint(machine, folders[1], None) for machine in machines]
         assert together(*shared) == [None, None]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_the_place_that_all_must_see_is_that_of_the_checkpoint(tmp_path, monkeypatch, is_own):
+    """A checkpoint of another run may lie on a local disk, while the run folder is shared."""
+    monkeypatch.setattr(agreement, "SEEN_AFTER_SECONDS", 0.1)
+    folder = RunFolder(tmp_path / "results" / "run", keep=2)
+    folder.create()
+    path = folder.checkpoint_path(10) if is_own else tmp_path / "local" / "0000010.pt"
+    path.parent.mkdir(exist_ok=True)
+    save_checkpoint(path, state(10))
+    seen = [path, path.with_name("absent.pt")]  # by each of the machines
+    with launch("nodea", "nodeb") as both:
+        machines = [Machine(one.rank, 2, torch.device("cpu"), "float32", one) for one in both]
+        work = [
+            lambda machine=machine, own=own: agree_on_checkpoint(machine, folder, own)
+            for machine, own in zip(machines, seen, strict=True)
+        ]
+        errors = together(*work)
+    place = tmp_path / "results" if is_own else tmp_path / "local"
+    assert all(f"All processes must see {place}: put it on a disk" in str(error) for error in errors)
 
 
 DATA = DataConfig(image_size=16, crop="random", channels=1)
