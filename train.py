@@ -11,9 +11,9 @@ How a run continues:
  2. If there is none, --ckpt gives weights, EMA, optimiser and step. Without --ckpt, --init-from gives weights. Without
     both, the model is new.
  3. A flag that is not given keeps the checkpoint's value. A flag that is given and differs is refused if its field is
-    fixed (architecture, transport, data). If the field may change, the new value is used and logged. Paths, --compile
-    and --recompute-activations never come from a checkpoint. engine/config.py says it for each field. The autoencoder
-    may have moved, but must be the same.
+    fixed (architecture, transport, data). If the field may change, the new value is used and logged. The folders of
+    images, masks and results, --device, --compile and --recompute-activations never come from a checkpoint. Other
+    places do: give them again if they have moved. The autoencoder must stay the same. engine/config.py has all fields.
  4. No random state is saved. Random numbers follow from (seed, step, rank), batches from (seed, images seen so far).
     With another number of processes or --global-batch-size, the run continues in the data where it stopped.
  5. The checkpoint holds the sums of the metrics since the last line. Lines after its step are cut and written again.
@@ -62,8 +62,9 @@ from engine.loop import run_loop
 from engine.machine import (
     Machine,
     check_compiler,
+    log_command,
+    log_machine,
     log_machine_changes,
-    log_provenance,
     resolve_precision,
     start_machine,
     stop_machine,
@@ -301,7 +302,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:
         resolve(args, machine.world_size)  # refuse what is wrong before there is a folder
     run = open_run(args, machine)
     start_logging(machine.is_main, run.path / LOG)
-    log_provenance(machine, args.seed)
+    log_command()
     logger.info("run folder: %s", run.path)
     if preset := PRESETS.get(args.preset):
         logger.info("preset %s: %s", args.preset, preset.flags)
@@ -328,6 +329,7 @@ def prepare(
             check_saved(saved)
         config = resolve(args, machine.world_size, saved)
     machine = replace(machine, precision=resolve_precision(config.train.precision, machine.device))
+    log_machine(machine, config.optimiser.seed)
     run.keep = config.train.keep
     vars(args).update(  # for the message if memory runs out
         model=config.model.name,
@@ -343,17 +345,20 @@ def prepare(
         config.train.data_path, config.train.mask_path, config.data, config.train.mask_type,
         seed=config.optimiser.seed, progress=machine.is_main, normalize=config.train.normalize_masks,
     )  # fmt: skip
-    unlabelled = read_unlabelled(
-        config.train.unlabelled_path, config.train.unlabelled_mask_path, dataset, progress=machine.is_main
-    )
+    images, masks = config.train.unlabelled_path, config.train.unlabelled_mask_path
+    places = ["unlabelled_path", "unlabelled_mask_path"] if masks else ["unlabelled_path"]
+    with naming_checkpoint(named_by(args, path, *places), *places):
+        unlabelled = read_unlabelled(images, masks, dataset, progress=machine.is_main)
     names = [name for one in (dataset, *unlabelled) for name in one.names]
     table, column = config.train.groups, config.train.group_column
-    groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
+    with naming_checkpoint(named_by(args, path, "groups"), "groups"):
+        groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
     agree_on_run(machine, config, dataset, unlabelled, groups)
     if unlabelled:
         machine.on_main(lambda: refuse_shared_images(unlabelled, dataset), "compare images")
     training = Training(replace(config, data=dataset.config), machine, space)
     training.groups = groups
+    training.cache_named_by = named_by(args, path, "latent_cache")
     millions = sum(parameter.numel() for parameter in training.model.parameters()) / 1e6
     logger.info("%s: %.1f million parameters", config.model.name, millions)
     if machine.is_main:
@@ -365,6 +370,11 @@ def prepare(
         note_data(training, dataset, unlabelled, run)
     training.prepare_model()
     return training, dataset, unlabelled
+
+
+def named_by(args: argparse.Namespace, path: Path | None, *flags: str) -> Path | None:
+    """The checkpoint, if it says the values of these flags. None if the user does."""
+    return None if args.given & set(flags) else path
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -414,7 +424,11 @@ def open_run(args: argparse.Namespace, machine: Machine) -> RunFolder:
     """Make and lock the run folder on rank 0, and tell all ranks its path."""
 
     def make() -> RunFolder:
-        title = f"{args.model.replace('/', '-')}-{args.path_type}"
+        names = args.model, args.path_type
+        if args.ckpt and not args.run_name:
+            saved = saved_config(args.ckpt, read_checkpoint(args.ckpt))
+            names = saved.model.name, saved.transport.path_type
+        title = "-".join(names)
         run = RunFolder(choose_run_folder(args.results_dir, args.run_name, title), args.keep)
         while not run.create(must_be_new=not args.run_name):  # another start took this number
             run = RunFolder(choose_run_folder(args.results_dir, args.run_name, title), args.keep)

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from common.disk import write_atomically, write_bytes
-from common.errors import InputError, list_some
+from common.errors import InputError, list_some, one_line
 from common.plain import WRONG, build, check_fields, parse_json
 from common.weights import WouldRunCode, read_tensor_file
 from dataset.config import DataConfig
@@ -169,14 +169,21 @@ def saved_config(path: Path, state: dict[str, Any]) -> RunConfig:
 
 
 @contextmanager
-def naming_checkpoint(path: Path | None) -> Iterator[None]:
-    """Add the file to errors about values that come from a checkpoint. None: there is no checkpoint."""
+def naming_checkpoint(path: Path | None, *places: str) -> Iterator[None]:
+    """Add the file to errors about values that come from a checkpoint. None: there is no checkpoint.
+
+    Args:
+        places: fields with the place of what is read, if this is what the checkpoint says.
+    """
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         if path is None or str(path) in str(error):
             raise
-        raise InputError(f"{error} The checkpoint is {path}.", *error.fields) from error
+        note = f"The checkpoint is {path}."
+        if places:
+            note = f"The checkpoint {path} names it: give {' and '.join(places)} if it has moved."
+        raise InputError(f"{one_line(error).rstrip('.')}. {note}", *getattr(error, "fields", ()), *places) from error
 
 
 def _shape(value: object) -> tuple[int, ...]:

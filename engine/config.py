@@ -6,7 +6,8 @@ metadata of a field say which value is used:
     flag      name of the flag that sets the field (default: the field's own name; None: it follows from other fields)
     resume    FIXED: the checkpoint's value stays, and another one is refused
               FREE: a flag that is given replaces the checkpoint's value
-              LOCAL: never taken from a checkpoint, because it names a path or depends on the machine
+              LOCAL: never taken from a checkpoint: it says where this start reads and writes, or how it uses the
+              machine. Places of further files are FREE: the checkpoint remembers them
 """
 
 from __future__ import annotations

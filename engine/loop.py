@@ -22,7 +22,7 @@ from dataset.folders import PairedFolder
 from dataset.unlabelled import ImageFolder, Mixture, Source
 from dataset.views import SYMMETRIES
 from engine.autoencoder import LatentSpace
-from engine.checkpoint import export_safetensors
+from engine.checkpoint import export_safetensors, naming_checkpoint
 from engine.config import NO_CACHE
 from engine.latents import LatentPairs
 from engine.machine import usable_cores
@@ -79,6 +79,9 @@ def run_loop(
     if previews is not None and cut_short:  # killed between a checkpoint and its preview
         save_preview(previews, run, training.step)
     if training.step >= total:
+        has_own = machine.from_main(run.checkpoint_path(training.step).is_file(), "look for the last checkpoint")
+        if not has_own:  # it came from another run
+            save(training, run, last=True)
         logger.info(
             "nothing left to do: the run is at step %d of %d; the checkpoint to sample from is %s",
             training.step, total, run.checkpoint_path(training.step),
@@ -156,7 +159,8 @@ def encode_once(pairs: ImageFolder, training: Training) -> LatentPairs | None:
     folder = Path(settings.latent_cache or settings.results_dir / "latents")
     hashes = machine.from_main(pairs.image_hashes if machine.is_main else None, "hash the images")
     latents = LatentPairs(pairs, space, folder, hashes)
-    latents.prepare(machine)
+    with naming_checkpoint(training.cache_named_by if settings.latent_cache else None, "latent_cache"):
+        latents.prepare(machine)
     return latents
 
 

@@ -335,8 +335,18 @@ def has_compiler() -> bool:
 
 def log_provenance(machine: Machine, seed: int) -> None:
     """First lines of a log: command, commit, versions, device, seed."""
+    log_command()
+    log_machine(machine, seed)
+
+
+def log_command() -> None:
+    """The part that is known before anything is read: command, commit, versions."""
     logger.info("command: %s", " ".join(sys.argv))
     logger.info("commit: %s; python %s, torch %s", commit(), sys.version.split()[0], torch.__version__)
+
+
+def log_machine(machine: Machine, seed: int) -> None:
+    """The part that a checkpoint may decide: device, precision, seed."""
     name = (
         torch.cuda.get_device_name(machine.device)
         if machine.device.type == "cuda"

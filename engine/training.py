@@ -70,6 +70,7 @@ class Training:
         self.labelled_on: list[str] | None = None  # SHA-256 of images whose labels it may know, also via a segmenter
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
         self.looks: Looks | None = None  # of the training images, if the model knows looks
+        self.cache_named_by: Path | None = None  # the checkpoint, if it says where latents are kept
         self.groups: list[str] = []  # of the labelled and then of the unlabelled images; empty without groups
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0

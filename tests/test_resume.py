@@ -13,6 +13,7 @@ from script_helpers import run_here, train_arguments, write_pairs
 
 import train
 from engine.checkpoint import read_checkpoint, save_checkpoint
+from engine.machine import resolve_precision
 
 pytestmark = pytest.mark.usefixtures("one_block")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -192,6 +193,83 @@ def test_a_continued_run_is_the_same_run_at_wandb_and_no_file_holds_the_key(pair
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4]
     assert [line["step"] for line in lines if "preview/grid" in line] == [2, 4]
     assert torch.isfinite(newest(run)["sums"]).all()
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """The same command line without flags and their values."""
+    places = {at + more for at, word in enumerate(words) if word in flags for more in (0, 1)}
+    return [word for at, word in enumerate(words) if at not in places]
+
+
+def test_the_log_of_a_continued_run_says_the_seed_and_precision_of_its_steps(pairs, tmp_path):
+    cpu = torch.device("cpu")
+    other = "float32" if resolve_precision("auto", cpu) == "bf16" else "bf16"  # not what the flags would give
+    words = train_arguments(*pairs, tmp_path, "run", 1)[1:]
+    assert run_here(train, *words, "--seed", 5, "--precision", other)[0] == 0
+    (tmp_path / "run" / "log.txt").unlink()
+    code, lines = run_here(train, *without(words, "--precision"), "--max-steps", 2)
+    said = [line for line in lines if "] device: " in line]
+    assert code == 0 and len(said) == 1 and f"precision {other}, 1 process(es), seed 5" in said[0]
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.partition("] ")[2].partition(":")[0] for line in log[:2]] == ["command", "commit"]
+
+
+def test_the_folder_of_a_branch_has_the_name_of_the_model_in_the_checkpoint(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 1, "--path-type", "GVP")
+    words = without(train_arguments(*pairs, tmp_path / "branches", "", 2)[1:], "--run-name", "--model")
+    code, lines = run_here(train, *words, "--ckpt", tmp_path / "run" / "checkpoints" / "0000001.pt")
+    assert code == 0, lines
+    assert [path.name for path in (tmp_path / "branches").iterdir() if path.is_dir()] == ["000-SiT-Ti-8-GVP"]
+
+
+def test_a_branch_with_nothing_left_to_do_holds_the_checkpoint_that_it_names(pairs, tmp_path):
+    start(pairs, tmp_path, "old", 2)
+    old, new = (tmp_path / name / "checkpoints" / "0000002.pt" for name in ("old", "new"))
+    for _ in range(2):
+        code, said = start(pairs, tmp_path, "new", 2, "--ckpt", old)
+        assert (
+            code == 0
+            and f"nothing left to do: the run is at step 2 of 2; the checkpoint to sample from is {new}" in said
+        )
+        states = [read_checkpoint(path) for path in (old, new)]
+        for part in ("model", "ema"):
+            assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part])
+
+
+def test_a_place_that_comes_from_the_checkpoint_and_has_moved_is_named_with_it(pairs, tmp_path):
+    images, _ = write_pairs(tmp_path / "more", seed=1)
+    images = images.rename(tmp_path / "more" / "others")
+    for file in images.iterdir():
+        file.rename(images / f"other_{file.name}")
+    table = tmp_path / "groups.csv"
+    names = [path.stem for folder in (pairs[0], images) for path in folder.iterdir()]
+    table.write_text("name,group\n" + "".join(f"{name},{name[-1]}\n" for name in names))
+    places = {"--unlabelled-path": images, "--groups": table}
+    code, said = start(pairs, tmp_path, "run", 1, *[word for one in places.items() for word in one])
+    assert code == 0, said
+    file = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    for flag, place in places.items():
+        moved = place.rename(tmp_path / f"moved{place.suffix}")
+        code, said = start(pairs, tmp_path, "run", 2)
+        line = said.splitlines()[-1]
+        assert code == 2 and str(place) in line, said
+        assert line.endswith(f"The checkpoint {file} names it: give {flag} if it has moved.")
+        code, said = start(pairs, tmp_path, "run", 2, flag, place)  # the user gave it
+        assert code == 2 and str(file) not in said.splitlines()[-1]
+        moved.rename(place)
+
+
+def test_a_cache_of_latents_that_comes_from_the_checkpoint_is_named_with_it(pairs, tmp_path, autoencoder_folder):
+    words = ["--model", "SiT-Ti/2", "--vae", autoencoder_folder]
+    cache = tmp_path / "cache"
+    code, said = start(pairs, tmp_path, "run", 1, *words, "--latent-cache", cache)
+    assert code == 0, said
+    shutil.rmtree(cache)
+    cache.write_text("a file")
+    code, said = start(pairs, tmp_path, "run", 2, *words)
+    file = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    assert code == 2 and f"--latent-cache {cache}: " in said.splitlines()[-1]
+    assert said.endswith(f"The checkpoint {file} names it: give --latent-cache if it has moved.")
 
 
 # --- checkpoints that somebody has edited -----------------------------------------------------------------------------
