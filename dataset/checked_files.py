@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from common.disk import write_atomically
 from common.plain import parse_json
 
 logger = logging.getLogger(__name__)
-# The facts depend on the code of this package. If the code changes, all files are decoded again.
-CODE = sorted(Path(__file__).parent.glob("*.py"))
+# The facts depend on the code that reads files and finds cells, and on the packages that it uses. If any of them
+# changes, all files are decoded again.
+_ROOT = Path(__file__).parents[1]
+CODE = sorted(path for name in ("dataset", "common") for path in (_ROOT / name).rglob("*.py"))
+PACKAGES = {  # name of the module: name of the package
+    "numpy": "numpy", "PIL": "pillow", "scipy": "scipy", "skimage": "scikit-image", "tifffile": "tifffile",
+    "imagecodecs": "imagecodecs", "liffile": "liffile", "nd2": "nd2", "pylibCZIrw": "pylibCZIrw",
+    "pycocotools": "pycocotools", "roifile": "roifile",
+}  # fmt: skip
 
 
 def cache_folder() -> Path | None:
@@ -43,6 +51,7 @@ class CheckedFiles:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
         for path in CODE:
             digest.update(path.read_bytes())
+        digest.update(json.dumps([_version(package) for package in PACKAGES.values()]).encode())
         folder = cache_folder()
         self.path = None if folder is None else folder / f"{digest.hexdigest()[:24]}.jsonl.gz"
         self._lines = self._read()  # name -> line; a line is parsed when it is needed, and takes less memory
@@ -86,6 +95,14 @@ class CheckedFiles:
             write_atomically(self.path, lambda file: file.write(gzip.compress(text.encode(), compresslevel=1)))
         except OSError as error:
             logger.info("the check of the files cannot be remembered in %s (%s)", self.path.parent, error.strerror)
+
+
+def _version(package: str) -> str:
+    """The version of a package; empty if it is not installed, or by other means than a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _key(name: str) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from script_helpers import write_pairs
+from script_helpers import ROOT, write_pairs
 
 from benchmarks import many_files
 from common.disk import file_sha256
 from common.errors import InputError
-from dataset import checks, mask_folder
+from dataset import checked_files, checks, mask_folder
 from dataset.config import DataConfig
 from dataset.files import read_image, read_mask_and_table, read_size
 from dataset.folders import PairedFolder
@@ -78,6 +81,37 @@ def test_masks_are_decoded_once_and_their_views_stay_known(pairs, reads):
     second = MaskFolder(pairs[1], CONFIG)
     assert reads == [] and second.rule == first.rule
     assert second.view("cell_3") == second.load("cell_3").view
+
+
+@pytest.mark.parametrize("package", ["tifffile", "imagecodecs", "scipy"])
+def test_files_are_decoded_again_with_another_version_of_a_package_that_reads_them(pairs, reads, monkeypatch, package):
+    MaskFolder(pairs[1], CONFIG)
+    reads.clear()
+    monkeypatch.setattr(checked_files, "version", lambda name: "0.1" if name == package else version(name))
+    MaskFolder(pairs[1], CONFIG)
+    assert len(reads) == 6
+
+
+def test_a_package_that_is_not_installed_has_no_version_and_stops_nothing(pairs, monkeypatch):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(checked_files, "version", absent)
+    assert len(MaskFolder(pairs[1], CONFIG)) == 6
+
+
+def test_facts_depend_on_all_code_and_packages_that_read_files():
+    ours = {path.relative_to(ROOT).as_posix() for path in checked_files.CODE}
+    assert {"dataset/files.py", "dataset/annotations/stacks.py", "common/cells.py"} <= ours
+    found = set()
+    for path in checked_files.CODE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.partition(".")[0] for name in names}
+    # Tensors, progress bars and weights files say nothing about an image or a mask.
+    others = found - set(sys.stdlib_module_names) - {"common", "dataset", "torch", "tqdm", "safetensors"}
+    assert others == set(checked_files.PACKAGES)
 
 
 def test_a_damaged_file_is_found_at_every_start_and_the_rest_is_remembered(pairs, reads):
