@@ -62,7 +62,7 @@ from synthetic.export import EXPORTS, check_export, export_set
 from synthetic.gallery import GALLERY, write_gallery
 from synthetic.manifest import MANIFEST
 from synthetic.reader import SampleSet
-from synthetic.writer import SetWriter, plan_jobs
+from synthetic.writer import Attempt, SetWriter, plan_jobs
 
 if TYPE_CHECKING:
     from evaluation.redraw import Redraw
@@ -252,7 +252,8 @@ def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) 
     """Write what needs all images: manifest, contact sheet, exports, gallery."""
     writer.write_manifest()
     if args.min_fidelity is not None:
-        log_attempts(args.min_fidelity, writer)
+        found = [attempt for job in writer.jobs if (attempt := writer.attempt(job)) is not None]
+        log_attempts(args.min_fidelity, found, len(writer.jobs))
     writer.write_contact_sheet()
     images = [writer.image_path(job) for job in writer.jobs]
     for name in exports:
@@ -284,14 +285,13 @@ def load_redraw(
     return Redraw.from_trained(judge, trained.data, machine.device), judge.note
 
 
-def log_attempts(min_fidelity: float, writer: SetWriter) -> None:
-    """Log how many images were sampled again, and how many stayed below --min-fidelity."""
-    found = [attempt for job in writer.jobs if (attempt := writer.attempt(job)) is not None]
-    again = sum(attempt.number > 1 or not attempt.reached for attempt in found)
+def log_attempts(min_fidelity: float, found: Sequence[Attempt], count: int) -> None:
+    """Log how many of ``count`` images were sampled again, and how many stayed below --min-fidelity."""
+    again = sum(attempt.tried > 1 for attempt in found)
     missed = sum(not attempt.reached for attempt in found)
     logger.info(
         "--min-fidelity %g: %d of %d images were drawn again; %d did not reach it, their best attempts stay (column "
-        "fidelity_reached of the manifest)", min_fidelity, again, len(writer.jobs), missed,
+        "fidelity_reached of the manifest)", min_fidelity, again, count, missed,
     )  # fmt: skip
 
 

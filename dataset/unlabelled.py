@@ -25,7 +25,7 @@ from dataset.scale import pixel_size, scale_warning
 from dataset.views import SYMMETRIES, native_view, turn, view_of_file
 
 logger = logging.getLogger(__name__)
-MEMORY_GB = 4.0  # most memory for decoded images; if they need more, each access reads the file
+MEMORY_GB = 4.0  # most memory for decoded images, per folder and process; beyond it, each access reads the file
 PSEUDO_MASK_SHARE = 0.5  # fraction of draws that keep the pseudo-mask of an unlabelled image
 
 

@@ -106,7 +106,7 @@ def native_view(height: int, width: int, size: int, rng: np.random.Generator | N
     if min(height, width) < size:
         raise InputError(
             f"an image of {width} x {height} pixels is smaller than image_size={size}, which crop=random needs: "
-            "take a smaller image_size or crop=center"
+            "take a smaller square or crop=center"
         )
     if rng is None:
         return View(height, width, (height - size) // 2, (width - size) // 2, size, size)

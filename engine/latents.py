@@ -36,7 +36,7 @@ from engine.machine import Machine
 
 logger = logging.getLogger(__name__)
 READER = 1  # raise this if files are read, resized or scaled differently: older latents are then encoded again
-MEMORY_GB = 4.0  # most memory for latents; if they need more, each access reads the file
+MEMORY_GB = 4.0  # most memory for latents, per folder and process; beyond it, each access reads the file
 NOT_ABOUT_IMAGES = ("num_classes", "mask_values")
 
 

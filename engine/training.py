@@ -256,12 +256,12 @@ class Training:
         if "rows" in batch:
             chunks["rows"] = [found.to(device) for found in batch["rows"]]
         total = torch.zeros((), device=device)
-        tensors = (tensor.chunk(parts) for tensor in (x1, t, x0))
+        tensors = [tensor.chunk(parts) for tensor in (x1, t, x0)]
         shared = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else None
-        for number, (x1, t, x0) in enumerate(zip(*tensors, strict=True), start=1):
+        for number, (x1_part, t_part, x0_part) in enumerate(zip(*tensors, strict=True), start=1):
             with shared.no_sync() if shared is not None and number < parts else nullcontext():
-                kwargs = {name: chunk[number - 1] for name, chunk in chunks.items()}
-                losses = self.transport.training_losses(self._predict, x1, kwargs, t=t, x0=x0)
+                part = {name: chunk[number - 1] for name, chunk in chunks.items()}
+                losses = self.transport.training_losses(self._predict, x1_part, part, t=t_part, x0=x0_part)
                 loss = losses["loss"].sum() / len(batch["mask"])
                 loss.backward()
             total += loss.detach()

@@ -90,12 +90,6 @@ ATTEMPT_FIDELITY = ATTEMPT_COLUMNS[1]
 (FIDELITY_COLUMN,) = (column.name for column in COLUMNS if column.writer == FIDELITY)
 
 
-def column_table() -> str:
-    """COLUMNS as a table in Markdown: ``docs/manifest.md`` holds it."""
-    lines = ["| column | meaning | written by |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{c.name}` | {c.meaning} | `{c.writer}` |" for c in COLUMNS)])
-
-
 # --------------------------------------------------------------------------------------------------------------- paths
 
 

@@ -120,7 +120,7 @@ class Attempt:
         if "number" in plain:
             return build(cls, plain)
         number, fidelity, reached = (plain[name] for name in ATTEMPT_COLUMNS)
-        return cls(int(number), float(fidelity), reached == "yes", MOST_IMAGES)
+        return cls(int(number), float(fidelity), reached == "yes", int(number) if reached == "yes" else MOST_IMAGES)
 
 
 class SetWriter:

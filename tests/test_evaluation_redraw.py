@@ -75,6 +75,15 @@ def test_notes_of_earlier_versions_say_that_the_image_is_finished():
     assert Attempt.from_plain(json.loads(json.dumps(asdict(now)))) == now
 
 
+def test_the_log_counts_the_images_that_were_drawn_again_and_no_others(caplog):
+    once = [Attempt(1, 0.5, False, tried=1), Attempt(1, 0.95, True, tried=1)]  # the first with --max-attempts 1
+    old = {"attempt": "1", "attempt_fidelity": "0.95", "fidelity_reached": "yes"}
+    again = [Attempt(2, 0.95, True, tried=2), Attempt(1, 0.5, False, tried=3)]
+    caplog.set_level("INFO")
+    sample_ddp.log_attempts(0.9, [*once, Attempt.from_plain(old), *again], 6)
+    assert "--min-fidelity 0.9: 2 of 6 images were drawn again; 2 did not reach it" in caplog.text
+
+
 def test_every_attempt_has_its_own_noise_and_the_first_is_the_plain_image():
     assert image_seed(3, 7) == image_seed(3, 7, 1) == derived_seed(3, 7)
     seeds = [image_seed(seed, index, attempt) for seed in (0, 3) for index in range(6) for attempt in range(1, 7)]

@@ -482,6 +482,7 @@ def test_bad_training_flag_ends_with_one_line(monkeypatch, capsys, pairs, tmp_pa
         (["--guidance-interval", "0.2", "0.8"], "--guidance-interval has no effect with --cfg-scale 1 and --look-sc"),
         (["--look-scale", "2", "--look", "none"], "--look-scale has no effect with --look none"),
         (["--look-index", "2", "--balance-groups"], "--balance-groups has no effect with --look-index"),
+        (["--intensity", "source", "--source-window", "median"], "--source-window has no effect: all training images"),
         (["--cfg-scale", "2", "--guidance-interval", "0.8", "0.2"], "the first time must be below the second"),
         (["--vae", "nowhere"], "--vae nowhere"),
         (["--seed", str(2**63)], f"is not a whole number from 0 to {2**63 - 1}"),

@@ -18,7 +18,6 @@ from evaluation.threshold import score_by_threshold
 from synthetic.manifest import (
     COLUMNS,
     FIDELITY_COLUMN,
-    column_table,
     read_manifest,
     read_settings,
     relative_to_set,
@@ -46,6 +45,12 @@ def small_set(folder: Path, count: int = 2, relative: bool = True, **settings: A
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def column_table() -> str:
+    """COLUMNS as a table in Markdown: ``docs/manifest.md`` holds it."""
+    lines = ["| column | meaning | written by |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{c.name}` | {c.meaning} | `{c.writer}` |" for c in COLUMNS)])
 
 
 def test_documented_columns_are_those_of_the_code():

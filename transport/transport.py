@@ -42,7 +42,7 @@ LOSS_WEIGHTS: dict[str, Callable[[Coefficients, str], Tensor]] = {
     "likelihood": _likelihood_weight,
 }
 
-# Random times in (0, 1), (B,) float32 on the device. The transport scales them to its interval.
+# Random times in [0, 1], uniform ones below 1, (B,) float32 on the device. The transport scales them to its interval.
 TIME_SAMPLINGS: dict[str, Callable[..., Tensor]] = {
     "uniform": lambda size, device, mean, std: torch.rand(size, device=device),
     "logit-normal": lambda size, device, mean, std: torch.sigmoid(mean + std * torch.randn(size, device=device)),
