@@ -53,6 +53,14 @@ NEEDS = (
         "with --cfg-scale 1 and --look-scale 1: give one of them another value", idle=((0.0, 1.0), [0.0, 1.0]),
     ),
     Need(
+        ("guidance_intervals",), "cfg_scales", lambda scales: any(scale != 1 for scale in scales),
+        "with --cfg-scales 1: give another scale, too", idle=([(0.0, 1.0)],),
+    ),
+    Need(
+        ("time_shifts",), "solvers", lambda names: not all(name.startswith("sde-") for name in names),
+        "with SDE solvers, whose steps are equal: leave it out",
+    ),
+    Need(
         ("num_sampling_steps", "time_shift"), "sampling_method", lambda method: not is_adaptive(method),
         "with {value}, an adaptive solver: leave it out",
     ),

@@ -121,6 +121,8 @@ def test_a_flag_that_turns_something_off_is_known_by_its_own_name():
         ("realism", ["--inception-weights", "w.pth", "--steps", "9"], "--steps"),
         ("realism", ["--inception-weights", "w.pth", "--mask-path", "masks"], "--mask-path"),
         ("population", ["--mask-type", "binary"], "--mask-type"),
+        ("sweep", ["--cfg-scales", "1", "--guidance-intervals", "0.2:0.8"], "--guidance-intervals"),
+        ("sweep", ["--solvers", "sde-euler", "--time-shifts", "3"], "--time-shifts"),
         ("practise", ["--pseudo-share", "0.5"], "--pseudo-share"),
         ("practise", ["--no-pseudo-masks"], "--no-pseudo-masks"),
         ("practise", ["--unlabelled-images", "9"], "--unlabelled-images"),
@@ -161,6 +163,9 @@ def test_a_measure_refuses_flags_without_effect_before_it_reads_a_file(measure, 
 
 def test_flags_that_request_nothing_are_taken():
     for measure, words in (
+        ("sweep", ["--cfg-scales", "1", "--guidance-intervals", "0:1"]),
+        ("sweep", ["--cfg-scales", "1", "2", "--guidance-intervals", "0.2:0.8"]),
+        ("sweep", ["--solvers", "sde-euler", "heun", "--time-shifts", "3"]),
         ("practise", ["--pseudo-share", "0"]),
         ("split", ["--test-groups", "0"]),
         ("utility", ["--selections", "0"]),
