@@ -178,30 +178,21 @@ def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], B
             yield batch
 
 
-def _gpu_event() -> Any:
-    return torch.cuda.Event(enable_timing=True)
-
-
 class WaitingClock:
     """Measures how long the device is idle because the next batch is late.
 
     A GPU works behind the program. There, the time runs on the clock of the GPU, from the end of a step's work to the
     arrival of the next batch. Steps do not wait for the device; only ``read_seconds`` does.
-
-    Args:
-        device: the device that takes the steps.
-        new_event: makes a time on the clock of a GPU.
     """
 
-    def __init__(self, device: torch.device, new_event: Callable[[], Any] = _gpu_event) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self._new_event = new_event
         self._waits: list[tuple[Any, Any]] = []  # begin and end
 
     def _now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
-        event = self._new_event()
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
