@@ -218,8 +218,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     machine.on_main(lambda: open_set(args, writer), "open the folder of the set")
     agree_on_file(
         machine, args.sample_dir / SETTINGS, "settings of the set",
-        "All processes must see sample_dir: put it on a disk that all machines share, or start each machine by itself "
-        "with its own shard and copy the folders into one.", "sample_dir", "shard",
+        "All processes must see `sample_dir`: put it on a disk that all machines share, or start each machine by "
+        "itself with its own `shard` and copy the folders into one.",
     )  # fmt: skip
     log_provenance(machine, args.seed)
 

@@ -55,9 +55,7 @@ def sources(
     parts = {name: [pair.item for pair in pairs if modalities[pair.name] == name] for name in shares}
     empty = [name for name, items in parts.items() if not items]
     if empty:
-        raise InputError(
-            f"shares: no image is {empty[0]}; there are {', '.join(sorted(set(modalities.values())))}", "shares"
-        )
+        raise InputError(f"`shares`: no image is {empty[0]}; there are {', '.join(sorted(set(modalities.values())))}")
     return [(Labelled(items), shares[name]) for name, items in parts.items()]
 
 
@@ -68,7 +66,7 @@ def synthetic_source(folder: Path, looks: str) -> Labelled:
     pairs = zip(looks_of, set_pairs(samples, CONFIG.num_classes), strict=True)
     items = [pair.item for look, pair in pairs if look.startswith(looks)]
     if not items:
-        raise InputError(f"{folder} holds no image in a look whose name starts with {looks!r}", "looks")
+        raise InputError(f"{folder} holds no image in a look whose name starts with {looks!r}")
     return Labelled(items)
 
 

@@ -293,7 +293,7 @@ def lock_folder(
         lock.close()
         holder, advice = _holder(folder)
         raise InputError(
-            f"{folder}: another process works in this folder{holder}. Wait for it, or {mend}.{advice}", "output"
+            f"{folder}: another process works in this folder{holder}. Wait for it, or {mend}.{advice}"
         ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:

@@ -39,6 +39,7 @@ MENDS = {
 
 # Fields whose flag has a different name.
 FLAGS = {"channels": "in_channels"}
+_FIELD = re.compile("`([a-z_]+)`")
 # NAME=VALUE of a setting that is also a flag of the commands.
 _NAMES = (
     "crop|image_size|in_channels|intensity|mask_type|mask_values|normalize_masks|num_classes|vae|window(?:_[a-z]+)?"
@@ -52,13 +53,20 @@ class InputError(ValueError):
     The message is the one line that the user sees: what is wrong (value), where (file or field), and how to fix it.
 
     Args:
-        message: the line. Libraries name their fields in it, such as ``crop 'x' is unknown``.
-        fields: names in the message that a command shows as flags, such as ``--crop 'x' is unknown``.
+        message: the line. Libraries name their fields in it, in backquotes: "`crop` 'x' is unknown". A command shows
+            them as flags: "--crop 'x' is unknown". The text of the error has neither: "crop 'x' is unknown".
     """
 
-    def __init__(self, message: str, *fields: str) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.fields = fields
+
+    @property
+    def marked(self) -> str:
+        """The message with its backquotes, for a message that is made from this one."""
+        return self.args[0]
+
+    def __str__(self) -> str:
+        return unmarked(self.marked)
 
 
 class LostProcess(RuntimeError):
@@ -137,7 +145,7 @@ class CommandParser(argparse.ArgumentParser):
                 known = self._get_value(action, str(one))
                 self._check_value(action, known)
             except argparse.ArgumentError as error:
-                raise InputError(f"{name} {error.message}", name) from error
+                raise InputError(f"`{name}` {error.message}") from error
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print the help. The reader may have seen enough, as in ``--help | head``."""
@@ -198,30 +206,30 @@ def settings_as_flags(text: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An error as one line. For errors of the operating system: file, what is wrong, how to fix it."""
+    """An error as one line. For errors of the operating system: file, what is wrong, how to fix it.
+
+    Fields of an :class:`InputError` stay marked.
+    """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         mend = f". {MENDS[error.errno]}." if error.errno in MENDS else "."
         return f"{error.filename2 or error.filename}: {error.strerror}{mend}"
-    return settings_as_flags(" ".join(str(error).split()))
+    return settings_as_flags(" ".join((error.marked if isinstance(error, InputError) else str(error)).split()))
 
 
-def fields_as_flags(text: str, fields: Sequence[str]) -> str:
-    """Replace every field in a library's message by its flag: ``mask_type`` becomes ``--mask-type``."""
-    for field in fields:
-        text = _field_as(text, field, FLAGS.get(field, field))
-    return text
+def unmarked(message: str) -> str:
+    """The message of an :class:`InputError` without backquotes around its fields."""
+    return _FIELD.sub(r"\1", message)
 
 
-def _field_as(text: str, field: str, name: str) -> str:
-    return re.sub(rf"(?<![\w./-]){field}(?![\w/-]|\.\w)", as_flag(name), text)
+def with_flags(message: str, args: argparse.Namespace | None = None) -> str:
+    """The message of an :class:`InputError` with its fields as flags, if the command of ``args`` has these flags."""
 
+    def shown(match: re.Match[str]) -> str:
+        names = (FLAGS.get(match[1], match[1]), match[1])
+        name = next((one for one in names if args is None or one in vars(args)), None)
+        return match[1] if name is None else as_flag(name)
 
-def with_flags(message: str, fields: Sequence[str], args: argparse.Namespace) -> str:
-    """The message with every field replaced by its flag, if this command has the flag."""
-    for field in fields:
-        name = next((one for one in (FLAGS.get(field, field), field) if one in vars(args)), None)
-        message = message if name is None else _field_as(message, field, name)
-    return message
+    return _FIELD.sub(shown, message)
 
 
 def speaks_first() -> bool:
@@ -304,7 +312,8 @@ def run_command(main: Callable[[argparse.Namespace], None], parse_args: Callable
         if message is None:
             if not isinstance(error, (InputError, OSError, FloatingPointError)):
                 _end_on_bug(program, error)
-            message = with_flags(one_line(error), getattr(error, "fields", ()), args)
+            message = one_line(error)
+            message = with_flags(message, args) if isinstance(error, InputError) else message
             message = message.rstrip(".") + WSL_PATH if _WINDOWS_PATH.search(message) else message
         if not speaks_first():
             _let_others_speak(FIRST_RANK_SPEAKS_SECONDS)

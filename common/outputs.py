@@ -41,7 +41,7 @@ def check_apart(output: Path, inputs: Iterable[str | Path | None]) -> None:
         source = real_path(given)
         same = target == source or (output.exists() and source.exists() and output.samefile(source))
         if same or (source.is_dir() and source in target.parents):
-            raise InputError(f"output {output}: {given} is read by this command. Name another place.", "output")
+            raise InputError(f"`output` {output}: {given} is read by this command. Name another place.")
 
 
 def check_output_picture(path: Path, inputs: Iterable[str | Path | None]) -> None:
@@ -117,9 +117,7 @@ def _arrays_of(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def _refuse(path: Path) -> None:
-    raise InputError(
-        f"output {path} exists, and this command did not make it. Name another file, or remove it.", "output"
-    )
+    raise InputError(f"`output` {path} exists, and this command did not make it. Name another file, or remove it.")
 
 
 def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs: Iterable[str | Path | None]) -> None:
@@ -136,7 +134,7 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     """
     check_apart(folder, inputs)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"output {folder} is a file. Name a folder.", "output")
+        raise InputError(f"`output` {folder} is a file. Name a folder.")
     if not folder.is_dir() or all(is_passing(entry.name) for entry in folder.iterdir()):
         return
     try:
@@ -144,6 +142,4 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     except (OSError, ValueError):
         is_own = False
     if not is_own:
-        raise InputError(
-            f"output {folder} holds other files and no {results} of this command. Name a new folder.", "output"
-        )
+        raise InputError(f"`output` {folder} holds other files and no {results} of this command. Name a new folder.")

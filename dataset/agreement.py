@@ -91,7 +91,7 @@ def refuse_masks_as_images(equal: Sequence[bool], image_dir: str | Path, mask_di
     if 2 * sum(equal) > len(equal):
         raise InputError(
             f"{sum(equal)} of {len(equal)} images in {image_dir} equal their masks in {mask_dir}, pixel by pixel: give "
-            "the folder of the images as data_path", "data_path",
+            "the folder of the images as `data_path`"
         )  # fmt: skip
 
 

@@ -62,19 +62,19 @@ class DataConfig:
 
     def _check(self) -> None:
         if not 1 <= self.image_size <= MAX_SIDE:
-            raise InputError(f"image_size {self.image_size} must lie in 1..{MAX_SIDE}", "image_size")
+            raise InputError(f"`image_size` {self.image_size} must lie in 1..{MAX_SIDE}")
         if not 1 <= self.channels <= MAX_CHANNELS:
-            raise InputError(f"channels {self.channels} must lie in 1..{MAX_CHANNELS}", "channels")
+            raise InputError(f"`channels` {self.channels} must lie in 1..{MAX_CHANNELS}")
         if not 2 <= self.num_classes <= MAX_CLASSES:
-            wrong = f"num_classes {self.num_classes} must lie in 2..{MAX_CLASSES}, background included"
-            raise InputError(wrong, "num_classes")
+            wrong = f"`num_classes` {self.num_classes} must lie in 2..{MAX_CLASSES}, background included"
+            raise InputError(wrong)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "window_channels" and value is None):
-                raise InputError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}", name)
+                raise InputError(f"`{name}` {value!r} is unknown; choose one of {', '.join(choices)}")
         if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
             low, high = self.window
-            raise InputError(f"window {low:g} {high:g}: give two percentiles, 0 <= LOW < HIGH <= 100", "window")
+            raise InputError(f"`window` {low:g} {high:g}: give two percentiles, 0 <= LOW < HIGH <= 100")
 
     def with_mask_values(self, values: Sequence[int] | None) -> DataConfig:
         """The same, for masks that store their classes as ``values``; None keeps those of training."""

@@ -231,7 +231,7 @@ def choose_format(
     """
     if intensity == "display":
         if source_window is not None:
-            raise InputError("source_window has no effect with intensity=display: leave it out.", "source_window")
+            raise InputError("`source_window` has no effect with intensity=display: leave it out.")
         return ImageFormat(data.channels, colours=source is None or source.colours)
     if source is None:
         raise InputError("intensity=source: the checkpoint does not know the gray values of its training images.")

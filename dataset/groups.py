@@ -37,9 +37,7 @@ def groups_of(names: Sequence[str], groups: Mapping[str, str]) -> list[str]:
     groups = by_bare_names(others, bare_image_name) | dict(groups)
     without = [name for name in names if not groups.get(name)]
     if without:
-        raise InputError(
-            f"groups: {len(without)} of {len(names)} images have no group: {list_some(without)}.", "groups"
-        )
+        raise InputError(f"`groups`: {len(without)} of {len(names)} images have no group: {list_some(without)}.")
     return [groups[name] for name in names]
 
 

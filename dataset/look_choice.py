@@ -56,7 +56,7 @@ class LookChoice:
         """
         without = [name for name in names if name not in self.table] if self.source == TABLE else []
         if without:
-            raise InputError(f"look_table: {len(without)} masks have no look: {list_some(without)}.", "look_table")
+            raise InputError(f"`look_table`: {len(without)} masks have no look: {list_some(without)}.")
 
     def columns(self, seed: int, index: int, mask_name: str) -> dict[str, str]:
         """Columns of the manifest about the look of image ``index``."""
@@ -123,25 +123,24 @@ def choose_looks(
     table: dict[str, int] = {}
     if table_path is not None:
         if source in LOOK_SOURCES:
-            raise InputError("look_table names a look for each mask: leave look out.", "look_table", "look")
+            raise InputError("`look_table` names a look for each mask: leave `look` out.")
         source, table = TABLE, read_look_table(table_path, looks.names)
         origin = origin | {"table_sha256": file_sha256(table_path)}
     source = source or TRAINING
     for name, value in (("look_group", groups), ("balance_groups", balanced)):
         if value and source != TRAINING:
-            raise InputError(f"{name} has no effect on look {source}: it chooses training images.", name)
+            raise InputError(f"`{name}` has no effect on `look` {source}: it chooses training images.")
         if value and not training.groups:
-            raise InputError(f"{name} has no effect: the looks of this checkpoint have no groups.", name)
+            raise InputError(f"`{name}` has no effect: the looks of this checkpoint have no groups.")
     if groups:
         looks, origin = training.of_groups(groups), {"groups": sorted(groups)}
     if balanced:
         origin = origin | {"balanced": True}
     if look_index is not None and source not in (TRAINING, PATH):
-        raise InputError(f"look_index {look_index} has no effect on look {source}: leave it out.", "look_index", "look")
+        raise InputError(f"`look_index` {look_index} has no effect on `look` {source}: leave it out.")
     if look_index is not None and look_index >= len(looks.names):
         raise InputError(
-            f"look_index {look_index}: there are {len(looks.names)} looks, counted from 0 ({looks.names[0]}).",
-            "look_index",
+            f"`look_index` {look_index}: there are {len(looks.names)} looks, counted from 0 ({looks.names[0]})."
         )
     origin = {"source": source, "index": look_index, **origin}
     return LookChoice(source, looks, config, look_index, origin, balanced, table)
@@ -174,7 +173,7 @@ def read_look_table(path: Path, looks: Sequence[str]) -> dict[str, int]:
 def _measure_files(path: Path, training: Looks, config: DataConfig) -> tuple[Looks, dict[str, Any]]:
     """Looks of a folder of images (or one image), and hashes of the files."""
     if not path.exists():
-        raise InputError(f"look_path {path}: no such file or folder.", "look_path")
+        raise InputError(f"`look_path` {path}: no such file or folder.")
     files = find_files(path, "image") if path.is_dir() else {name_of(path.name): path}
 
     def measure(file: Path) -> np.ndarray:

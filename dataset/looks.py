@@ -191,7 +191,7 @@ class Looks:
             known = (
                 f"the groups are {', '.join(sorted(set(self.groups)))}" if self.groups else "the looks have no groups"
             )
-            raise InputError(f"look_group {unknown[0]}: {known}.", "look_group")
+            raise InputError(f"`look_group` {unknown[0]}: {known}.")
         kept = [number for number, group in enumerate(self.groups) if group in chosen]
         names, groups = (tuple(one[number] for number in kept) for one in (self.names, self.groups))
         return Looks(names, self.numbers[kept], self.mean, self.spread, groups)

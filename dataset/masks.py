@@ -263,7 +263,7 @@ def _guess_type(stats: Sequence[MaskStats], num_classes: int, where: str | Path)
         return "classes", f"whole numbers up to {largest:g}"
     if num_classes <= 3 and _looks_like_instances(stats):
         return "instances", f"pieces of constant value, up to {max(one.ids for one in stats)} in one mask"
-    raise InputError(why_unclear(stats, num_classes, where), "mask_type")
+    raise InputError(why_unclear(stats, num_classes, where))
 
 
 def _looks_like_instances(stats: Sequence[MaskStats]) -> bool:
@@ -307,9 +307,8 @@ def _check_type(
             )
     elif num_classes not in (2, 3):
         raise InputError(
-            f"masks in {where} are instances: num_classes is 2 (background, cell) or 3 (background, interior, "
-            f"boundary between touching cells), not {num_classes}",
-            "num_classes",
+            f"masks in {where} are instances: `num_classes` is 2 (background, cell) or 3 (background, interior, "
+            f"boundary between touching cells), not {num_classes}"
         )
     return 1.0
 

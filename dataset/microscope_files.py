@@ -79,7 +79,7 @@ def read_stack(path: Path, choice: Choice) -> Stack:
     suffix = path.suffix.lower()
     readers = {".nd2": _read_nd2, ".czi": _read_czi, ".lif": _read_lif}
     if choice.axes and suffix in readers:
-        raise InputError(f"axes {choice.axes}: {path} names its axes itself: leave it out", "axes")
+        raise InputError(f"`axes` {choice.axes}: {path} names its axes itself: leave it out")
     try:
         stack = readers.get(suffix, _read_tiff)(path, choice)
     except ImportError:
@@ -109,14 +109,13 @@ def planes_of(count: int, letter: str, choice: Choice, path: Path) -> list[int]:
         return [0]
     if chosen is None:
         raise InputError(
-            f"{field}: {path} has {count} planes along {letter}: say which, by a number from 1 "
-            f"to {count}, or {' or '.join(PROJECTIONS)} for a projection",
-            field,
+            f"`{field}`: {path} has {count} planes along {letter}: say which, by a number from 1 "
+            f"to {count}, or {' or '.join(PROJECTIONS)} for a projection"
         )
     if chosen in PROJECTIONS:
         return list(range(count))
     if not chosen.isdecimal() or not 1 <= int(chosen) <= count:
-        raise InputError(f"{field} {chosen}: {path} has {f'planes 1 to {count}' if count > 1 else 'one plane'}", field)
+        raise InputError(f"`{field}` {chosen}: {path} has {f'planes 1 to {count}' if count > 1 else 'one plane'}")
     return [int(chosen) - 1]
 
 
@@ -129,7 +128,7 @@ def _read_tiff(path: Path, choice: Choice) -> Stack:
         array, axes = chosen.asarray(maxworkers=1), chosen.axes
     if choice.axes and axes.strip("YX"):
         if len(choice.axes) != len(axes):
-            raise InputError(f"axes {choice.axes}: {path} has {len(axes)} axes ({axes})", "axes")
+            raise InputError(f"`axes` {choice.axes}: {path} has {len(axes)} axes ({axes})")
         axes = choice.axes.upper()
     _refuse_unnamed_axes(path, array.shape, axes)
     return _take_planes(Stack(array, axes, pixel_size(path)), choice, path)
@@ -141,9 +140,8 @@ def _refuse_unnamed_axes(path: Path, shape: Sequence[int], axes: str) -> None:
     if unknown or len(sizes) < len(axes) or not {"Y", "X"} <= set(axes):
         text = " x ".join(map(str, shape))
         raise InputError(
-            f"axes: {path} does not name its dimensions ({text}, read as {axes}): give a letter for each, "
-            "such as ZYX, CYX or TYX",
-            "axes",
+            f"`axes`: {path} does not name its dimensions ({text}, read as {axes}): give a letter for each, "
+            "such as ZYX, CYX or TYX"
         )
 
 
@@ -269,5 +267,5 @@ def _scene(path: Path, choice: Choice, names: Sequence[str]) -> int:
     if choice.scene is None or choice.scene > len(names):
         numbered = [f"{number}: {name}" for number, name in enumerate(names, start=1)]
         count = f"{len(names)} image{'s' * (len(names) > 1)}"
-        raise InputError(f"scene: {path} holds {count} ({list_some(numbered, 8)}): give the number", "scene")
+        raise InputError(f"`scene`: {path} holds {count} ({list_some(numbered, 8)}): give the number")
     return choice.scene - 1

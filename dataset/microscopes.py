@@ -41,7 +41,7 @@ def flatten(stack: Stack, choice: Choice, path: Path) -> tuple[np.ndarray, bool]
     axes = axes.replace(channel, "")
     if choice.channels:
         if max(choice.channels) > array.shape[-1]:
-            raise InputError(f"channels {max(choice.channels)}: {path} has {array.shape[-1]}", "channels")
+            raise InputError(f"`channels` {max(choice.channels)}: {path} has {array.shape[-1]}")
         array = array[..., [number - 1 for number in choice.channels]]
     projections = {letter: chosen for letter, chosen in (("T", choice.time), ("Z", choice.z)) if letter in axes}
     is_mean = "mean" in projections.values()

@@ -123,10 +123,8 @@ def read_unlabelled(
     """
     if mask_dirs and len(mask_dirs) != len(image_dirs):
         raise InputError(
-            f"unlabelled_mask_path names {len(mask_dirs)} folders for the {len(image_dirs)} of unlabelled_path: give "
-            "one for each, in the same order",
-            "unlabelled_mask_path",
-            "unlabelled_path",
+            f"`unlabelled_mask_path` names {len(mask_dirs)} folders for the {len(image_dirs)} of `unlabelled_path`: "
+            "give one for each, in the same order"
         )
     for folder in image_dirs:
         refuse_shared_names(find_files(folder, "image"), folder, labelled)
@@ -152,9 +150,8 @@ def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: Pa
     shared = sorted(set(labelled.names) & set(paths))
     if shared:
         raise InputError(
-            f"unlabelled_path {folder}: {len(shared)} images have the names of labelled ones: {list_some(shared)}. "
-            "Leave out images that have masks; rename the others.",
-            "unlabelled_path",
+            f"`unlabelled_path` {folder}: {len(shared)} images have the names of labelled ones: {list_some(shared)}. "
+            "Leave out images that have masks; rename the others."
         )
 
 
@@ -165,9 +162,8 @@ def refuse_shared_images(unlabelled: Sequence[ImageFolder], labelled: PairedFold
         shared = [name for name, one in zip(source.names, source.image_hashes, strict=True) if one in known]
         if shared:
             raise InputError(
-                f"unlabelled_path: {len(shared)} images are labelled ones under other names: {list_some(shared)}. "
-                "Leave them out.",
-                "unlabelled_path",
+                f"`unlabelled_path`: {len(shared)} images are labelled ones under other names: {list_some(shared)}. "
+                "Leave them out."
             )
 
 

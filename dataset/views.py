@@ -122,8 +122,7 @@ def whole_view(height: int, width: int, scale: float = 1.0) -> View:
     """
     if not scale * max(height, width) <= MAX_SIDE:
         raise InputError(
-            f"tile_scale {scale:g} makes {height} x {width} pixels longer than {MAX_SIDE}; give a smaller one",
-            "tile_scale",
+            f"`tile_scale` {scale:g} makes {height} x {width} pixels longer than {MAX_SIDE}; give a smaller one"
         )
     scaled_height, scaled_width = (max(1, round(scale * length)) for length in (height, width))
     return View(scaled_height, scaled_width, 0, 0, scaled_height, scaled_width)

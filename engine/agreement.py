@@ -52,20 +52,19 @@ def _seen(path: Path) -> str:
     return f"{path.name} with checksum {checksum[:12]}"
 
 
-def agree_on_file(machine: Machine, path: Path, what: str, mend: str, *fields: str) -> None:
+def agree_on_file(machine: Machine, path: Path, what: str, mend: str) -> None:
     """Refuse to go on if a process does not see the file that rank 0 sees.
 
     Args:
         path: the file; rank 0 has it.
         what: the file in words.
         mend: what to do if a process does not see it.
-        fields: names in ``mend``.
 
     Raises:
         InputError: on every rank.
     """
     if machine.world_size > 1:
-        machine.check_same({what: _seen(path)}, mend, *fields)
+        machine.check_same({what: _seen(path)}, mend)
 
 
 def agree_on_run(
@@ -88,7 +87,7 @@ def agree_on_run(
     if machine.peers is None:
         return
     machine_has = OF_A_MACHINE | {name for name, saved in config.flags().items() if saved.resume == LOCAL}
-    settings = {name: str(saved.value) for name, saved in config.flags().items() if name not in machine_has}
+    settings = {f"`{name}`": str(saved.value) for name, saved in config.flags().items() if name not in machine_has}
     names = [f"{pair.image_path.name} {pair.mask_path.name}" for pair in dataset.pairs]
     others = [name for source in unlabelled for name in source.names]
     found: dict[str, object] = settings | {
@@ -107,8 +106,8 @@ def agree_on_run(
         hashes = [one for source in unlabelled for one in source.image_hashes]
         found["content of the unlabelled images"] = _checksum(hashes)
     fields = ["data_path", "mask_path", *(["unlabelled_path"] if unlabelled else []), *(["groups"] if groups else [])]
-    mend = f"Give the same command on every machine; {', '.join(fields)} must hold the same on all."
-    machine.check_same(found, mend, *fields)
+    shown = ", ".join(f"`{name}`" for name in fields)
+    machine.check_same(found, f"Give the same command on every machine; {shown} must hold the same on all.")
 
 
 def _checksum(texts: Sequence[str]) -> str:

@@ -153,10 +153,8 @@ def check_space(vae: str, channels: int = 3) -> SpaceShape:
     takes = config.get("in_channels", 3)
     if channels != takes:
         raise InputError(
-            f"in_channels {channels}: the autoencoder {vae} takes images of {takes} channel(s). Give {takes}, or work "
-            f"on pixels: vae {PIXEL_SPACE}.",
-            "in_channels",
-            "vae",
+            f"`in_channels` {channels}: the autoencoder {vae} takes images of {takes} channel(s). Give {takes}, or "
+            f"work on pixels: `vae` {PIXEL_SPACE}."
         )
     return SpaceShape(2 ** (len(config.get("block_out_channels", (64,))) - 1), config.get("latent_channels", 4))
 
@@ -166,10 +164,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     names = ", ".join(HUB_AUTOENCODERS)
     mend = f"Give the folder of a diffusers autoencoder (config.json and its weights), one of {names}"
     if not folder.is_dir():
-        raise InputError(f"vae {folder}: no such folder. {mend}, or {PIXEL_SPACE} to work on pixels.", "vae")
+        raise InputError(f"`vae` {folder}: no such folder. {mend}, or {PIXEL_SPACE} to work on pixels.")
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"vae {folder}: {path} does not exist. {mend}, or {PIXEL_SPACE} to work on pixels.", "vae")
+        raise InputError(f"`vae` {folder}: {path} does not exist. {mend}, or {PIXEL_SPACE} to work on pixels.")
     try:
         return check_fields(_Shape, read_json(path, mend))
     except ValueError as error:
@@ -189,9 +187,8 @@ class _Shape:
 
 def _not_loadable(folder: Path, error: Exception) -> InputError:
     return InputError(
-        f"vae {folder}: not a diffusers autoencoder that can be loaded ({_first_line(error)}). The folder needs "
-        "config.json and diffusion_pytorch_model.safetensors.",
-        "vae",
+        f"`vae` {folder}: not a diffusers autoencoder that can be loaded ({_first_line(error)}). The folder needs "
+        "config.json and diffusion_pytorch_model.safetensors."
     )
 
 
@@ -236,9 +233,8 @@ def _from_hub(vae: str) -> AutoencoderKL:
         return _load(repository, local_files_only=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"vae {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
-            "that repository where there is a network and give its folder: vae FOLDER; or vae none for pixels.",
-            "vae",
+            f"`vae` {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
+            "that repository where there is a network and give its folder: `vae` FOLDER; or `vae` none for pixels."
         ) from error
 
 
@@ -273,8 +269,6 @@ def check_same_space(space: Space, saved: dict[str, Any]) -> None:
     now = space_config(space)
     if any(now[name] != value for name, value in saved.items() if name != "vae"):
         raise InputError(
-            f"vae {now['vae']}: not the autoencoder that this run began with (that was {saved['vae']}); give the "
-            "original's folder, or start anew with another run_name.",
-            "vae",
-            "run_name",
+            f"`vae` {now['vae']}: not the autoencoder that this run began with (that was {saved['vae']}); give the "
+            "original's folder, or start anew with another `run_name`."
         )

@@ -27,7 +27,6 @@ from engine.autoencoder import SpaceTypes
 from engine.config import ModelConfig, OptimiserConfig, RunConfig, TransportConfig
 from models import SiT, SiT_models, build_model
 
-NAMES = ("ckpt", "init_from")  # fields that the errors below name
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
 NOTES = ("step", "trained_on", "labelled_on", "intensity", "looks")  # an export keeps them beside the weights
@@ -111,18 +110,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"ckpt {path}: no such file. Checkpoints lie in RUN_FOLDER/checkpoints/NNNNNNN.pt.", *NAMES)
+        raise InputError(f"`ckpt` {path}: no such file. Checkpoints lie in RUN_FOLDER/checkpoints/NNNNNNN.pt.")
     try:
         content, metadata = read_tensor_file(path)
         state = _from_export(content, metadata) if path.suffix == ".safetensors" else content
     except WouldRunCode as error:
         raise InputError(
-            f"ckpt {path}: holds more than plain tensors and would run code when loaded ({error}); "
-            "only files written by train.py are read here.",
-            *NAMES,
+            f"`ckpt` {path}: holds more than plain tensors and would run code when loaded ({error}); "
+            "only files written by train.py are read here."
         ) from error
     except ValueError as error:
-        raise InputError(f"ckpt {path}: damaged or not a checkpoint. Give another one of the run.", *NAMES) from error
+        raise InputError(f"`ckpt` {path}: damaged or not a checkpoint. Give another one of the run.") from error
     missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
     config = {} if missing else state["config"]
     missing = missing or [
@@ -130,16 +128,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     ]
     if missing:
         raise InputError(
-            f"ckpt {path}: has no {', '.join(missing)}, so it was not written by train.py of this project. "
-            "To train on from the weights of SiT, give them to train.py as init_from.",
-            *NAMES,
+            f"`ckpt` {path}: has no {', '.join(missing)}, so it was not written by train.py of this project. "
+            "To train on from the weights of SiT, give them to train.py as `init_from`."
         )
     try:
         _check_types(state)
     except ValueError as error:
-        raise InputError(
-            f"ckpt {path}: not as train.py writes it: {error}. Give another one of the run.", *NAMES
-        ) from error
+        raise InputError(f"`ckpt` {path}: not as train.py writes it: {error}. Give another one of the run.") from error
     return state
 
 
@@ -163,9 +158,7 @@ def saved_config(path: Path, state: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.from_dict(state["config"])
     except WRONG as error:
-        raise InputError(
-            f"ckpt {path}: not as train.py writes it: {error}. Give another one of the run.", *NAMES
-        ) from error
+        raise InputError(f"`ckpt` {path}: not as train.py writes it: {error}. Give another one of the run.") from error
 
 
 @contextmanager
@@ -182,8 +175,9 @@ def naming_checkpoint(path: Path | None, *places: str) -> Iterator[None]:
             raise
         note = f"The checkpoint is {path}."
         if places:
-            note = f"The checkpoint {path} names it: give {' and '.join(places)} if it has moved."
-        raise InputError(f"{one_line(error).rstrip('.')}. {note}", *getattr(error, "fields", ()), *places) from error
+            shown = " and ".join(f"`{place}`" for place in places)
+            note = f"The checkpoint {path} names it: give {shown} if it has moved."
+        raise InputError(f"{one_line(error).rstrip('.')}. {note}") from error
 
 
 def _shape(value: object) -> tuple[int, ...]:

@@ -212,14 +212,11 @@ def choose_model(
         lower = image_size // unit * unit
         sizes = f"{lower} or {lower + unit}" if lower else f"{unit}"
         raise InputError(
-            f"image_size {image_size} is not divisible by {unit} (autoencoder factor {shape.factor} x patch size "
-            f"{patch} of {name}): give {sizes}.",
-            "image_size",
+            f"`image_size` {image_size} is not divisible by {unit} (autoencoder factor {shape.factor} x patch size "
+            f"{patch} of {name}): give {sizes}."
         )
     if (image_size // unit) ** 2 > MOST_TOKENS:
-        raise InputError(
-            f"image_size {image_size}: gives above {MOST_TOKENS} patches; {name} reads fewer.", "image_size"
-        )
+        raise InputError(f"`image_size` {image_size}: gives above {MOST_TOKENS} patches; {name} reads fewer.")
     return ModelConfig(
         name=name,
         input_size=image_size // shape.factor,

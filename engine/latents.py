@@ -90,7 +90,7 @@ class LatentPairs(torch.utils.data.Dataset):
             machine.barrier("encode images")
         except OSError as error:
             raise InputError(
-                f"latent_cache {self.folder}: {one_line(error)} Give another folder, or none.", "latent_cache"
+                f"`latent_cache` {self.folder}: {one_line(error)} Give another folder, or none."
             ) from error
         where = "in memory" if self._fits else "read from their files"
         logger.info(
@@ -108,9 +108,8 @@ class LatentPairs(torch.utils.data.Dataset):
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             raise InputError(
-                f"latent_cache {self.folder}: the latents need {missing / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
-                "are free. Give a folder on another disk, or none to encode at each step.",
-                "latent_cache",
+                f"`latent_cache` {self.folder}: the latents need {missing / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+                "are free. Give a folder on another disk, or none to encode at each step."
             )
 
     def _encode_share(self, rank: int, ranks: int, machine: Machine, check: bool = True) -> int:

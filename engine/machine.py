@@ -114,28 +114,26 @@ class Machine:
         Raises:
             InputError: the fault that rank 0 met, on every rank.
         """
-        fault, fields, result = None, (), None
+        fault, result = None, None
         if self.is_main:
             try:
                 result = work()
             except (InputError, OSError) as error:
-                fault, fields = one_line(error), getattr(error, "fields", ())
-        fault, fields = self.from_main((fault, fields), what)
+                fault = one_line(error)
+        fault = self.from_main(fault, what)
         if fault:
-            raise InputError(fault, *fields)
+            raise InputError(fault)
         return result
 
-    def check_same(self, values: dict[str, Any], mend: str, *fields: str) -> None:
+    def check_same(self, values: dict[str, Any], mend: str) -> None:
         """Refuse to go on if a process has found something else than rank 0.
 
         Args:
             values: plain values by their names, such as {"step": 10}. None: this process does not know it.
             mend: what to do about a difference.
-            fields: names in ``mend``, as in ``InputError``.
 
         Raises:
-            InputError: on every rank: the first difference, with the processes and their machines. The name of the
-                value is one of its fields.
+            InputError: on every rank: the first difference, with the processes and their machines.
         """
         if self.peers is None:
             return
@@ -145,7 +143,7 @@ class Machine:
             for name, value in found[0].items():
                 if other[name] is not None and other[name] != value:
                     one, two = self.peers.name(0), self.peers.name(rank)
-                    raise InputError(f"{name}: {one} has {value}, {two} has {other[name]}. {mend}", name, *fields)
+                    raise InputError(f"{name}: {one} has {value}, {two} has {other[name]}. {mend}")
 
     # ------------------------------------------------------------- in the loop: no process waits long for these
 
@@ -187,9 +185,8 @@ def resolve_device(name: str) -> torch.device:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES='{visible}' hides the others)"
         raise InputError(
-            f"device {name}: process {local_rank} finds {count} GPUs on this machine{hidden}. "
-            "Start fewer processes (nproc_per_node), or give device cpu.",
-            "device",
+            f"`device` {name}: process {local_rank} finds {count} GPUs on this machine{hidden}. "
+            "Start fewer processes (nproc_per_node), or give `device` cpu."
         )
     return torch.device("cuda", local_rank)
 
@@ -292,16 +289,13 @@ def check_compiler() -> None:
     """
     compiler = os.environ.get("CXX", "g++")
     if not has_compiler():
-        raise InputError(
-            f"compile: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.", "compile"
-        )
+        raise InputError(f"`compile`: no C++ compiler {compiler}. Install it or name one in CXX, or leave it out.")
     _name_the_cache()
     reason = _compiler_fault(compiler)
     if reason:
         raise InputError(
-            f"compile: the C++ compiler {compiler} cannot compile ({reason}). Mend it or name another one in CXX, or "
-            "leave it out.",
-            "compile",
+            f"`compile`: the C++ compiler {compiler} cannot compile ({reason}). Mend it or name another one in CXX, or "
+            "leave it out."
         )
 
 

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from common.errors import InputError, LostProcess, list_some, one_line
+from common.errors import InputError, LostProcess, list_some, one_line, unmarked
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -322,7 +322,7 @@ class Peers:
             self.leave(str(lost))
             raise lost from error
         except (InputError, OSError, FloatingPointError) as error:
-            self.leave(one_line(error))
+            self.leave(unmarked(one_line(error)))
             raise
         except BaseException as error:
             self.leave("" if isinstance(error, SystemExit) else type(error).__name__)

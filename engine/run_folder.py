@@ -70,14 +70,13 @@ class RunFolder:
 
     def _check_is_a_run(self) -> None:
         if not self.path.is_dir():
-            raise InputError(f"{self.path} is a file. Choose another name for this run.", "run_name")
+            raise InputError(f"{self.path} is a file. Choose another `run_name` for this run.")
         if all(is_passing(entry.name) for entry in self.path.iterdir()):
             return
         barely_begun = {entry.name for entry in self.path.iterdir()} <= self._first_names()
         if not (self.steps() or barely_begun or self._has_config()):
             raise InputError(
-                f"{self.path} holds other files and is no run of train.py. Choose another name for this run.",
-                "run_name",
+                f"{self.path} holds other files and is no run of train.py. Choose another `run_name` for this run."
             )
 
     def _has_config(self) -> bool:
@@ -226,8 +225,7 @@ def choose_run_folder(results_dir: Path, run_name: str | None, title: str) -> Pa
     if restarts != "0":
         raise InputError(
             f"torchrun may restart this run up to {restarts} times, and only a run with a name continues: give "
-            "run_name NAME.",
-            "run_name",
+            "`run_name` NAME."
         )
     number = max([_noted_number(results_dir), *map(_number_of, results_dir.glob("*-*"))]) + 1
     return results_dir / f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', title)}"

@@ -124,16 +124,14 @@ def load_trained(
     if config["model"].get("class_dropout_prob") == 0 and any(scale != 1 for scale in cfg_scales):
         raise InputError(
             f"{path} always saw its masks in training (mask_dropout 0), so guidance has nothing to subtract: give "
-            "cfg_scale 1.",
-            "cfg_scale",
+            "`cfg_scale` 1."
         )
     with naming_checkpoint(Path(path)):
         space = load_space(vae or config["space"]["vae"], data.channels)
     if space.fingerprint != config["space"]["fingerprint"]:
         raise InputError(
-            f"vae {space.name}: not the autoencoder that {path} was trained with (that was {config['space']['vae']}); "
-            "its latents mean something else. Give the original's folder.",
-            "vae",
+            f"`vae` {space.name}: not the autoencoder that {path} was trained with (that was "
+            f"{config['space']['vae']}); its latents mean something else. Give the original's folder."
         )
     _check_same_shape(path, model, space, data)
     if machine.precision == "bf16":
@@ -169,8 +167,8 @@ def _check_expected(path: str | Path, name: str, data: DataConfig, expected: Map
     known = {"model": name, "num_classes": data.num_classes, "image_size": data.image_size}
     wrong = [name for name, value in known.items() if expected.get(name) not in (None, value)]
     if wrong:
-        contradictions = ", ".join(f"{name} {expected[name]} (the checkpoint has {known[name]})" for name in wrong)
-        raise InputError(f"{path} contradicts {contradictions}. Leave it out, or give another checkpoint.", *wrong)
+        contradictions = ", ".join(f"`{name}` {expected[name]} (the checkpoint has {known[name]})" for name in wrong)
+        raise InputError(f"{path} contradicts {contradictions}. Leave it out, or give another checkpoint.")
 
 
 class ImageSampler:

@@ -330,17 +330,19 @@ class Training:
         steps, rate = run.steps(), self.config.optimiser.lr
         good = f"{run.checkpoint_path(steps[-1])} is good: run the same command" if steps else "Start again"
         no_step_was_good = self.skipped_in_a_row.item() >= self.step  # so the rate has changed no weight yet
-        mend = self._mend_of_a_start() if no_step_was_good else "with a lower lr"
+        mend = self._mend_of_a_start() if no_step_was_good else "with a lower `lr`"
         message = f"step {self.step}: {problem} at learning rate {rate:g}. {good} {mend}."
-        raise InputError(message, "compile", "init_from", "lr", "precision")
+        raise InputError(message)
 
     def _mend_of_a_start(self) -> str:
         """What to change if not even the first step had a finite gradient."""
         if self.config.train.compile:
-            return "without compile"
+            return "without `compile`"
         if self.machine.precision != "float32":
-            return "with precision float32"
-        return "without init_from" if self.config.train.init_from else "with other images: evaluate.py data checks them"
+            return "with `precision` float32"
+        return (
+            "without `init_from`" if self.config.train.init_from else "with other images: evaluate.py data checks them"
+        )
 
 
 def _labels_behind(folder: ImageFolder, labelled: PairedFolder) -> list[str]:

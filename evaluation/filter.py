@@ -82,9 +82,8 @@ def filter_set(samples: SampleSet, min_fidelity: float | None = None, keep_share
         raise ValueError("give either min_fidelity or keep_share")
     if not keep:
         raise InputError(
-            f"min_fidelity {min_fidelity:g} keeps none of the {len(values)} images of {samples.folder}; the best has "
-            f"{max(values):.4f}",
-            "min_fidelity",
+            f"`min_fidelity` {min_fidelity:g} keeps none of the {len(values)} images of {samples.folder}; the best has "
+            f"{max(values):.4f}"
         )
     return FilterResult(
         rule=rule,

@@ -241,7 +241,7 @@ class Layouts:
                 piece = turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
                 if piece.area >= LEAST_CELL_AREA:  # tidy would drop a smaller one
                     return piece
-            raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger scale", "scale")
+            raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger `scale`")
 
         fill(field, rng, foreground, draw_piece, place_anywhere)
         return tidy(field.instance_map)

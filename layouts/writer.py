@@ -36,7 +36,7 @@ def open_set(output: Path, settings: dict[str, object]) -> IO[bytes]:
     """
     check_folder(output, settings)
     output.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(output, "name another output", KINDS)
+    lock = lock_folder(output, "name another `output`", KINDS)
     if not check_folder(output, settings):  # check again: another process may have created the set meanwhile
         write_json(output / SETTINGS, settings)
     return lock
@@ -84,7 +84,7 @@ def label_files(instance_map: np.ndarray) -> dict[str, np.ndarray]:
     """Instance map and binary mask in the types of their files."""
     if instance_map.max() > LARGEST_LABEL:
         cells = instance_map.max()
-        raise InputError(f"{cells} cells in one image are too many for 16-bit ids; lower image_size", "image_size")
+        raise InputError(f"{cells} cells in one image are too many for 16-bit ids; lower `image_size`")
     return {"masks": np.where(instance_map > 0, 255, 0).astype(np.uint8), "instances": instance_map.astype(np.uint16)}
 
 

@@ -31,4 +31,4 @@ def uploaded(content: bytes, name: str, suffixes: Sequence[str]) -> Iterator[Pat
         try:
             yield path
         except InputError as error:
-            raise InputError(str(error).replace(str(path), name), *error.fields) from error
+            raise InputError(error.marked.replace(str(path), name)) from error

@@ -65,7 +65,7 @@ def check_export(formats: Sequence[str], rule: MaskRule) -> None:
     """Raise InputError if the masks have no cells with outlines."""
     if formats and not rule.is_hard:
         raise InputError(
-            f"export {formats[0]}: {rule.mask_type} masks have no cells with outlines; leave export out.", "export"
+            f"`export` {formats[0]}: {rule.mask_type} masks have no cells with outlines; leave `export` out."
         )
 
 

@@ -274,8 +274,7 @@ class SampleSet:
         absent = [path for path in real if not path.is_file()]
         if absent:
             raise InputError(
-                f"{len(absent)} real images are not there: {list_some(absent)}; say with real_dir where they are now",
-                "real_dir",
+                f"{len(absent)} real images are not there: {list_some(absent)}; say with `real_dir` where they are now"
             )
 
 

@@ -72,19 +72,15 @@ def plan_jobs(mask_names: Sequence[str], samples_per_mask: int | None, num_sampl
     """
     if num_samples and samples_per_mask and num_samples > samples_per_mask * len(mask_names):
         raise InputError(
-            f"num_samples {num_samples} is more than samples_per_mask {samples_per_mask} makes of {len(mask_names)} "
-            "masks: leave one of them out.",
-            "num_samples",
-            "samples_per_mask",
+            f"`num_samples` {num_samples} is more than `samples_per_mask` {samples_per_mask} makes of "
+            f"{len(mask_names)} masks: leave one of them out."
         )
     per_mask = samples_per_mask or (math.ceil(num_samples / len(mask_names)) if num_samples else 1)
     if per_mask * len(mask_names) > MOST_IMAGES:
         raise InputError(f"{per_mask} images from each of {len(mask_names)} masks: a set has at most {MOST_IMAGES:,}.")
     long = [name for name in mask_names if len(name.encode()) > MOST_NAME_BYTES]
     if long:
-        raise InputError(
-            f"mask_path: names of above {MOST_NAME_BYTES} bytes are too long: {list_some(long)}.", "mask_path"
-        )
+        raise InputError(f"`mask_path`: names of above {MOST_NAME_BYTES} bytes are too long: {list_some(long)}.")
     jobs = [
         Job(f"{mask}_{copy + 1:04d}" if per_mask > 1 else mask, mask, number * per_mask + copy)
         for copy in range(per_mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import pickle
 
 import pytest
 from script_helpers import run_here
@@ -178,10 +179,13 @@ def test_flags_that_request_nothing_are_taken():
 
 def test_a_field_is_shown_as_its_flag_where_the_command_has_it():
     args = argparse.Namespace(vae="x", in_channels=3, image_size=64)
-    error = InputError("vae /a/vae/b: takes channels 3, not vae. image_size 3", "vae", "channels", "image_size", "crop")
-    shown = with_flags(str(error), error.fields, args)
-    assert shown == "--vae /a/vae/b: takes --in-channels 3, not --vae. --image-size 3"
-    assert with_flags("crop 'x' is unknown", ("crop",), args) == "crop 'x' is unknown"
+    error = InputError("`vae` /a/vae/b vae c: takes `channels` 3, not `vae`. `image_size` 3")
+    assert str(error) == "vae /a/vae/b vae c: takes channels 3, not vae. image_size 3"
+    shown = with_flags(error.marked, args)
+    assert shown == "--vae /a/vae/b vae c: takes --in-channels 3, not --vae. --image-size 3"
+    assert with_flags("`crop` 'x' is unknown", args) == "crop 'x' is unknown"
+    assert with_flags("`crop` 'x' is unknown") == "--crop 'x' is unknown"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # it comes from processes that load images
 
 
 @pytest.mark.parametrize("command", [train, sample, sample_ddp])

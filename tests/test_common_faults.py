@@ -108,7 +108,7 @@ def test_a_bug_of_ours_shows_the_traceback_and_writes_a_file_without_keys(monkey
 
 
 def test_errors_of_the_user_stay_one_line_and_write_no_file(monkeypatch, capsys, tmp_path):
-    code, text = end(monkeypatch, capsys, tmp_path, InputError("image_size 0 is wrong", "image_size"))
+    code, text = end(monkeypatch, capsys, tmp_path, InputError("`image_size` 0 is wrong"))
     assert code == 2 and text == "train.py: error: --image-size 0 is wrong\n"
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,12 @@ def test_axes_without_a_name_must_be_named(tmp_path):
     with pytest.raises(InputError, match="does not name its dimensions .4 x 20 x 24, read as QYX"):
         flat(tmp_path / "in", z="1")
     assert np.array_equal(flat(tmp_path / "in", z="2", axes="ZYX")[..., 0], STACK[0, 1, 0])
+
+
+def test_a_wrong_number_of_axes_is_said_with_one_flag(folder):
+    words = ["images", folder, "--z", 1, "--time", 1, "--axes", "TYX", "--output", folder.parent / "out"]
+    code, lines = run_here(make_masks, *words)
+    assert code == 2 and re.search(r"error: --axes TYX: \S+ has 5 axes \(TZCYX\)$", lines[-1])
 
 
 def test_files_of_several_images_need_a_scene(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
@@ -17,6 +18,7 @@ import make_masks
 import sample
 import sample_ddp
 import train
+from common.errors import FLAGS, as_flag
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -47,6 +49,7 @@ FOREIGN_FLAGS = {
     "--ntasks-per-node": "srun",
 }
 MOST_WORDS = 900
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def by_name(path: Path) -> str:
@@ -115,6 +118,27 @@ def known_flags() -> set[str]:
             with pytest.raises(SystemExit):
                 module.parse_args(["--help"])
     return flags_in_other_environments().union(*map(parser_actions, parsers))
+
+
+def fields_in_messages(path: Path) -> set[str]:
+    """Words in backquotes in the texts of a module, other than its docstrings."""
+    tree = ast.parse(text_of(path))
+    docstrings = {ast.get_docstring(one, clean=False) for one in ast.walk(tree) if isinstance(one, DOCUMENTED)}
+    texts = {one.value for one in ast.walk(tree) if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+    return {name for text in texts - docstrings for name in re.findall("`([a-z_]+)`", text)}
+
+
+def test_every_field_in_a_message_is_a_flag_of_a_command(known_flags):
+    paths = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
+    fields = {path: fields_in_messages(path) for path in paths}
+    assert len(set.union(*fields.values())) > 30
+    unknown = [
+        f"{path}: {name}"
+        for path, names in fields.items()
+        for name in names
+        if not {as_flag(name), as_flag(FLAGS.get(name, name))} & known_flags
+    ]
+    assert not unknown
 
 
 def command_lines(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
-from script_helpers import call
+from script_helpers import call, run_here
 
 import evaluate
 import make_masks
@@ -23,7 +23,7 @@ from evaluation.experiments.arms import ARMS, Arm, arm_of
 from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, choose, make_selections, read_selections
 from evaluation.experiments.leaks import find_leaks
-from evaluation.experiments.split import SplitPlan
+from evaluation.experiments.split import SplitPlan, make_split
 from evaluation.experiments.trial import Case, TrialRow, TrialSettings, run_trial
 from evaluation.experiments.trial_report import (
     Difference,
@@ -268,8 +268,31 @@ def test_planted_leaks_are_refused_before_any_training(split, tmp_path):
     ):
         run_trial(plans, sets, settings, tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="no selection of 3 labels; it has 2, 4"):
+    with pytest.raises(InputError, match="^labels 3: .* has no such part; it has 2, 4"):
         run_trial(plans, None, TrialSettings((ARMS["real"],), (3,), config=CONFIG), tmp_path / "out", CPU)
+
+
+def test_messages_name_flags_that_the_split_takes(data, split, tmp_path):
+    def said(*words: object) -> str:
+        code, lines = run_here(evaluate, "utility", *words, "--image-size", SIZE, "--output", tmp_path / "out")
+        assert code == 2
+        return lines[-1].partition("error: ")[2]
+
+    assert said(split, "--arms", "real + synthetic") == (
+        "arms with synthetic images need --sets: a folder with selection_00/labels_NNN"
+    )
+    assert said(split, "--labels", 3).startswith("--labels 3: ")
+    assert said(split, "--arms", "x").startswith("--arms 'x': unknown; ")
+    make_split(tmp_path / "shares", (data / "train" / "images", data / "train" / "masks"), [50], seed=0)
+    words = (tmp_path / "shares", "--shares", 50)
+    assert said(*words, "--arms", "synthetic") == "arms with synthetic images need --synthetic: SHARE=SAMPLE_DIR"
+    assert said(*words[:2], 30).startswith("--shares 30: ")
+
+    plan = read_selections(split)[0]
+    samples = make_set(tmp_path / "set", plan, 2, count=2)
+    (samples.folder / "settings.json").write_text(json.dumps(samples.settings | {"trained_on": None}))
+    (leak,) = find_leaks(plan, 2, SampleSet(samples.folder))
+    assert "not known: train its generator again" in leak
 
 
 def test_unlabelled_images_are_no_leak_if_the_generator_has_not_learned_their_masks(split, tmp_path):

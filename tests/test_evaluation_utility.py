@@ -220,7 +220,7 @@ def test_mask_outside_of_the_share_is_found(split, tmp_path):
 @pytest.mark.parametrize(
     ("trained_on", "words"),
     [
-        (None, "give ckpt 25=FILE"),
+        (None, "give `ckpt` 25=FILE"),
         (100, "trained on 12 images outside of the share"),
         ("test", "trained on 1 images of the test set"),
         ("other", "trained on 1 images that are not in the split"),

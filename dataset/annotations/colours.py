@@ -42,7 +42,7 @@ def cells_of(path: Path, size: tuple[int, int], colours: Sequence[str]) -> list[
     packed = np.repeat(image, 3 // image.shape[2], axis=2).astype(np.int64) @ np.array([65536, 256, 1])
     values, counts = np.unique(packed, return_counts=True)
     if not colours:
-        raise InputError(_which_colours(path, values, counts), "class_colours")
+        raise InputError(_which_colours(path, values, counts))
     if list(colours) == [EACH_A_CELL]:
         _check_cells(path, values, counts)
         return labels_to_cells(np.where(packed > 0, np.searchsorted(values, packed) + (values[0] > 0), 0))
@@ -90,9 +90,9 @@ def read_mask_table(path: Path) -> np.ndarray | None:
 def _which_colours(path: Path, values: np.ndarray, counts: np.ndarray) -> str:
     """Message that lists the colours of this file, the most frequent first."""
     if len(values) > MANY_COLOURS:
-        return f"{path} holds {len(values)} colours: if each is a cell, give class_colours={EACH_A_CELL}"
+        return f"{path} holds {len(values)} colours: if each is a cell, give `class_colours` {EACH_A_CELL}"
     ordered = " ".join(f"{value:06x}" for value in values[np.argsort(-counts)].tolist())
     return (
         f"{path} holds the colours {ordered}: give the colour of each class, background first, or say that each is a "
-        f"cell (class_colours={EACH_A_CELL})"
+        f"cell (`class_colours` {EACH_A_CELL})"
     )

@@ -110,7 +110,7 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
     paths = _images(source, images)
     pairs, without, lonely = _pair(source, images, paths, settings)
     if settings.kind == "classes" and not settings.classes:
-        raise InputError(_which_classes(source, pairs, paths), "classes")
+        raise InputError(_which_classes(source, pairs, paths))
     result, labels, errors = Conversion(without=without, lonely=lonely, asked=settings.classes), {}, []
     for name, load in tqdm(pairs.items(), desc="converting", unit="image", disable=None):
         try:
@@ -147,14 +147,14 @@ def _check(settings: ConvertSettings) -> None:
     """Refuse classes and colours that are given twice, words that are no colour, and colours of other formats."""
     if settings.class_colours and settings.format_name not in ("auto", "colours"):
         reason = f"has no effect with format {settings.format_name}: leave it out"
-        raise InputError(f"class_colours {reason}", "class_colours")
+        raise InputError(f"`class_colours` {reason}")
     for field_name, values in (("classes", settings.classes), ("class_colours", settings.class_colours)):
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
-            raise InputError(f"{field_name}: {twice[0]} is given twice", field_name)
+            raise InputError(f"`{field_name}`: {twice[0]} is given twice")
     wrong = [colour for colour in settings.class_colours if not re.fullmatch("[0-9a-fA-F]{6}", colour)]
     if wrong and list(settings.class_colours) != [colours.EACH_A_CELL]:
-        raise InputError(f"class_colours {wrong[0]}: a colour is RRGGBB, such as ff0000", "class_colours")
+        raise InputError(f"`class_colours` {wrong[0]}: a colour is RRGGBB, such as ff0000")
 
 
 def _write_report(result: Conversion, path: Path) -> None:
@@ -334,7 +334,8 @@ def _which_classes(source: Path, pairs: Mapping[str, Load], paths: Mapping[str, 
     found = " ".join(f"{name!r}" if " " in name else name for name, _ in names.most_common() if name)
     without = f" {names['']} cells have none." if names[""] else ""
     return (
-        f"classes: give their names in the order of their numbers, from 1; {source} holds: {found or 'none'}.{without}"
+        f"`classes`: give their names in the order of their numbers, from 1; {source} holds: {found or 'none'}."
+        f"{without}"
     )
 
 

@@ -69,7 +69,7 @@ def arm_of(name: str) -> Arm:
         InputError: the name is unknown.
     """
     if name not in ALL_ARMS:
-        raise InputError(f"arm {name!r} is unknown; choose from {'; '.join(ALL_ARMS)}", "arms")
+        raise InputError(f"`arms` {name!r}: unknown; choose from {'; '.join(ALL_ARMS)}")
     return ALL_ARMS[name]
 
 

@@ -58,7 +58,7 @@ def refuse_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: P
     """Raise InputError with all leaks that :func:`find_leaks` finds."""
     leaks = find_leaks(split, share, samples, checkpoint)
     if leaks:
-        raise InputError(f"{samples.folder} leaks at {split.words(share)}: {'; '.join(leaks)}", "ckpt")
+        raise InputError(f"{samples.folder} leaks at {split.words(share)}: {'; '.join(leaks)}")
 
 
 def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str, str]) -> dict[str, int]:
@@ -200,7 +200,10 @@ def _generator(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
     trained_on = samples.settings.get("trained_on")
     if trained_on is None:
         if checkpoint is None:
-            return [f"the training images of its generator are not known: give ckpt {share}=FILE"]
+            mend = (
+                f"give `ckpt` {share}=FILE" if split.unit == "percent" else "train its generator again and sample anew"
+            )
+            return [f"the training images of its generator are not known: {mend}"]
         found = trained_on_by_checkpoint(samples, checkpoint)
         if isinstance(found, str):
             return [found]

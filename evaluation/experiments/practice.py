@@ -162,7 +162,7 @@ class Practice:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
         check_folder(self.folder, made_with)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.folder, "name another output"):
+        with lock_folder(self.folder, "name another `output`"):
             if not (self.folder / SETTINGS).is_file():
                 write_json(self.folder / SETTINGS, made_with)
             self.seen = made_with["images_sha256"]
@@ -173,7 +173,7 @@ class Practice:
         """Train the generator. With pseudo-masks, train for one step first: the checkpoint says how images are read."""
         if self.unlabelled is None or not self.settings.pseudo_masks:
             if self.settings.generators > 1:
-                raise InputError("more than one generator needs unlabelled images with pseudo-masks", "generators")
+                raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
             _announce("train the generator")
             self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "generator")
             return

@@ -130,8 +130,7 @@ class Case:
         config = sets[0].require_config() if sets else settings.config
         if config is None:
             raise InputError(
-                "no synthetic set says how images are read: give image_size and the other fields of training",
-                "image_size",
+                "no synthetic set says how images are read: give `image_size` and the other fields of training"
             )
         self.config = config.with_mask_values(settings.mask_values)
         self.num_classes = segmenter_classes(sets[0] if sets else None, config)
@@ -206,7 +205,7 @@ def run_trial(
     check_folder(output, fixed)
     (output / RESULTS).mkdir(parents=True, exist_ok=True)
     (output / NETWORKS).mkdir(exist_ok=True)
-    with lock_folder(output, "name another output", [RESULTS, NETWORKS]):
+    with lock_folder(output, "name another `output`", [RESULTS, NETWORKS]):
         if not (output / SETTINGS).is_file():
             write_json(output / SETTINGS, fixed)
         jobs = [
@@ -239,16 +238,16 @@ def _cases(
     checkpoints: Mapping[int, Path],
 ) -> Iterator[Case]:
     needs_sets = any(arm.is_synthetic for arm in settings.arms)
-    if needs_sets and synthetic is None:
-        raise InputError(
-            "arms with synthetic images need synthetic: a folder with selection_00/labels_NNN", "synthetic"
-        )
+    if needs_sets and not synthetic:
+        by_share = plans[0].unit == "percent"
+        need = "`synthetic`: SHARE=SAMPLE_DIR" if by_share else "`sets`: a folder with selection_00/labels_NNN"
+        raise InputError(f"arms with synthetic images need {need}")
     for selection, plan in enumerate(plans):
         unknown = sorted(set(settings.labels) - set(plan.shares))
         if unknown:
             known = ", ".join(map(str, plan.shares))
-            kind = "share" if plan.unit == "percent" else "selection"
-            raise InputError(f"{plan.folder} has no {kind} of {plan.words(unknown[0])}; it has {known}", "labels")
+            kind = "`shares`" if plan.unit == "percent" else "`labels`"
+            raise InputError(f"{kind} {unknown[0]}: {plan.folder} has no such part; it has {known}")
         if selections is not None and selection not in selections:
             continue
         for labels in settings.labels:
@@ -334,7 +333,7 @@ def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Mo
 def _pseudo_labelled(case: Case, seed: int, output: Path, device: torch.device) -> list[LabelledImage]:
     folder = case.plan.part(case.labels) / UNLABELLED / "images"
     if not folder.is_dir():
-        raise InputError(f"{folder} is not there: without unlabelled images leave out the arm {SELF_TRAINING}", "arms")
+        raise InputError(f"{folder} is not there: without unlabelled images leave {SELF_TRAINING!r} out of the `arms`")
     images = plain_images(folder, case.config, case.settings.pseudo_images, seed)
     segmenter = Segmenter([_teacher(case, seed, output, device)], device)
     return [pseudo_label(image, segmenter, LEAST_CONFIDENCE) for _, image in images]
