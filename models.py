@@ -399,7 +399,15 @@ def build_model(config: dict[str, Any]) -> SiT:
         ValueError: the name is not in the registry.
     """
     arguments = dict(config)
-    name = arguments.pop("name")
+    return registered_model(arguments.pop("name"))(**arguments)
+
+
+def registered_model(name: str | None) -> partial[SiT]:
+    """The entry of ``SiT_models``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     if name not in SiT_models:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(SiT_models)}")
-    return SiT_models[name](**arguments)
+    return SiT_models[name]

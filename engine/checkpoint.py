@@ -25,7 +25,7 @@ from common.weights import WouldRunCode, read_tensor_file
 from dataset.config import DataConfig
 from engine.autoencoder import SpaceTypes
 from engine.config import ModelConfig, OptimiserConfig, RunConfig, TransportConfig
-from models import SiT, SiT_models, build_model
+from models import SiT, build_model, registered_model
 
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
@@ -206,10 +206,9 @@ def build_trained(config: dict[str, Any], weights: dict[str, Any]) -> SiT:
     Raises:
         ValueError: the configuration does not fit the weights.
     """
-    if config.get("name") not in SiT_models:
-        raise ValueError(f"unknown model {config.get('name')!r}; choose one of {', '.join(SiT_models)}")
-    if "depth" in SiT_models[config["name"]].keywords:  # all SiTs have it; a benchmark adds other models to the table
-        _check_size(SiT_models[config["name"]].keywords | config, weights)
+    known = registered_model(config.get("name")).keywords
+    if "depth" in known:  # all SiTs have it; a benchmark adds other models to the table
+        _check_size(known | config, weights)
     with torch.device("meta"):  # shapes without memory
         shapes = {name: value.shape for name, value in build_model(config).state_dict().items()}
     wrong = [name for name, shape in shapes.items() if _shape(weights.get(name)) != tuple(shape)]

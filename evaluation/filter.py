@@ -10,8 +10,8 @@ from pathlib import Path
 from common.disk import SETTINGS, new_folder, real_path, write_csv, write_json
 from common.errors import InputError, list_some
 from common.plain import read_json
-from evaluation.output import Section, Table
-from synthetic.manifest import FIDELITY_COLUMN, MANIFEST, judge_notes, relative_to_set, write_manifest
+from evaluation.output import Section, Table, results_folder
+from synthetic.manifest import FIDELITY_COLUMN, MANIFEST, judge_notes, number_or_none, relative_to_set, write_manifest
 from synthetic.reader import Sample, SampleSet
 
 KEPT, DROPPED = "kept.csv", "dropped.csv"
@@ -104,22 +104,15 @@ def read_fidelity(samples: SampleSet) -> list[float]:
         raise InputError(
             f"{samples.folder / MANIFEST} has no column {FIDELITY_COLUMN}; run evaluate.py fidelity on the set first"
         )
-    values = [_number_or_nan(sample.columns[FIDELITY_COLUMN]) for sample in samples.samples]
+    values = [number_or_none(sample.columns[FIDELITY_COLUMN]) for sample in samples.samples]
     rows = zip(samples.samples, values, strict=True)
-    bad = [sample.columns["image"] for sample, value in rows if not 0 <= value <= 1]  # NaN, too
+    bad = [sample.columns["image"] for sample, value in rows if value is None or not 0 <= value <= 1]
     if bad:
         raise InputError(
             f"{samples.folder / MANIFEST}: {len(bad)} rows have no number from 0 to 1 in {FIDELITY_COLUMN}: "
             f"{list_some(bad)}; run evaluate.py fidelity on the set again"
         )
-    return values
-
-
-def _number_or_nan(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    return [value for value in values if value is not None]
 
 
 def write_filter_report(samples: SampleSet, result: FilterResult, output: Path | None = None) -> list[Path]:
@@ -136,8 +129,7 @@ def write_filter_report(samples: SampleSet, result: FilterResult, output: Path |
     """
     if output is not None:
         copy_set(samples, result, output)
-    folder = samples.folder / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = results_folder(samples)
     write_csv(folder / KEPT, samples.columns, ([s.columns[name] for name in samples.columns] for s in result.kept))
     write_csv(
         folder / DROPPED,
@@ -154,7 +146,7 @@ def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
     The set may have been selected before, by ``sample_ddp.py --min-fidelity`` or by this command. If the training
     images of one judge are unknown, the list is empty, and ``evaluate.py utility`` refuses the set.
     """
-    fidelity = samples.folder / "evaluation" / "fidelity.json"
+    fidelity = results_folder(samples) / "fidelity.json"
     judge = read_json(fidelity, "run evaluate.py fidelity again") if fidelity.is_file() else {}
     seen = [note.get("judge_images_sha256") or [] for note in (judge, *judge_notes(samples.settings))]
     before = samples.settings.get("filter")

@@ -47,7 +47,7 @@ def write_report(
     Raises:
         InputError: no measure has run, or a result is damaged.
     """
-    folder = samples.folder / "evaluation"
+    folder = results_folder(samples)
     folders = dict.fromkeys((section.name for section in SECTIONS), folder) | dict(others or {})
     contents = {name: _read(path / f"{name}.json") for name, path in folders.items()}
     absent = [name for name in others or {} if contents[name] is None]
@@ -70,7 +70,7 @@ def write_report(
         parts=parts,
         missing=missing,
     )
-    page = results_folder(samples) / "report.html"
+    page = folder / "report.html"
     write_bytes(page, text.encode())
     write_json(page.with_suffix(".json"), {"set": samples.folder.name, "images": len(samples), "measures": found})
     return page, list(found), missing

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from common.cells import without_gaps
+from common.cells import connected_cells, without_gaps
 from common.disk import write_bytes, write_json
 from common.errors import InputError
 from dataset.annotations.outlines import outlines
@@ -93,7 +93,7 @@ def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
         return label if label.dtype.kind in "ui" else label.astype(np.int64)  # whole numbers, stored as float
     cells, classes = np.zeros(label.shape, dtype=np.int64), rule.class_map(label)
     for number in range(1, rule.num_classes):
-        regions, _ = ndimage.label(classes == number, structure=np.ones((3, 3)))
+        regions = connected_cells(classes == number)
         cells = np.where(regions > 0, regions + cells.max(), cells)
     return cells
 

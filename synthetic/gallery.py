@@ -14,7 +14,7 @@ from PIL import Image
 from common.disk import real_path, write_bytes
 from common.pictures import as_rgb, class_color
 from common.spread import evenly
-from synthetic.manifest import ATTEMPT_FIDELITY, FIDELITY_COLUMN
+from synthetic.manifest import ATTEMPT_FIDELITY, FIDELITY_COLUMN, number_or_none
 from synthetic.reader import Sample, SampleSet
 
 GALLERY = "gallery.html"
@@ -52,7 +52,7 @@ def write_gallery(samples: SampleSet, path: Path) -> int:
         How many pairs it shows: at most :data:`MOST_PAIRS`, and fewer if :data:`MOST_BYTES` hold fewer.
     """
     column = next((name for name in (FIDELITY_COLUMN, ATTEMPT_FIDELITY) if name in samples.columns), None)
-    values = [_number(sample.columns.get(column or "")) for sample in samples.samples]
+    values = [number_or_none(sample.columns.get(column or "")) for sample in samples.samples]
     order = sorted(range(len(values)), key=lambda number: (values[number] or 0.0, number))
     pairs = [_pair(samples, order[0], values[order[0]])]
     each = sum(len(picture) for _, picture in pairs[0].pictures)
@@ -66,13 +66,6 @@ def write_gallery(samples: SampleSet, path: Path) -> int:
     )
     write_bytes(path, text.encode())
     return len(pairs)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None
 
 
 def _pair(samples: SampleSet, number: int, fidelity: float | None) -> Shown:

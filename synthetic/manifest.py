@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,15 @@ def read_manifest(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
     if outside:
         raise InputError(f"{path} names files outside of the set: {list_some(outside)}; they must lie in {folder}")
     return columns, rows
+
+
+def number_or_none(text: str | None) -> float | None:
+    """The number in a cell. None if it holds none, or NaN."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return None if math.isnan(value) else value
 
 
 def write_manifest(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from evaluation.threshold import score_by_threshold
 from synthetic.manifest import (
     COLUMNS,
     FIDELITY_COLUMN,
+    number_or_none,
     read_manifest,
     read_settings,
     relative_to_set,
@@ -175,3 +176,10 @@ def test_settings_of_the_wrong_kind_are_refused_with_the_file(tmp_path, wrong):
     (folder / "settings.json").write_text(json.dumps(wrong))
     with pytest.raises(InputError, match=r"settings\.json.*sample the set again"):
         SampleSet(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5", 0.5), ("-1e-3", -0.001), ("", None), (None, None), ("nan", None), ("good", None)]
+)
+def test_a_cell_without_a_number_is_none(text, value):
+    assert number_or_none(text) == value
