@@ -241,9 +241,7 @@ def choose_format(
             "so the type to write is not clear. Leave it out."
         )
     if source_window is not None and len(source.windows) == 1:
-        raise InputError(
-            "source_window has no effect: all training images had one window. Leave it out.", "source_window"
-        )
+        raise InputError("`source_window` has no effect: all training images had one window. Leave it out.")
     windows = (source.median_window(),) if source_window == "median" else source.windows
     channels = min(source.channels, data.channels)  # a model of three channels may have been trained on gray files
     return ImageFormat(channels, np.dtype(source.dtypes[0]), windows, source.colours)
