@@ -10,7 +10,7 @@ from pathlib import Path
 from common.disk import SETTINGS, new_folder, real_path, write_csv, write_json
 from common.errors import InputError, list_some
 from common.plain import read_json
-from evaluation.output import Section, Table, results_folder
+from evaluation.output import RESULTS, Section, Table, results_folder
 from synthetic.manifest import FIDELITY_COLUMN, MANIFEST, judge_notes, number_or_none, relative_to_set, write_manifest
 from synthetic.reader import Sample, SampleSet
 
@@ -146,7 +146,7 @@ def filter_note(samples: SampleSet, result: FilterResult, output: Path) -> dict:
     The set may have been selected before, by ``sample_ddp.py --min-fidelity`` or by this command. If the training
     images of one judge are unknown, the list is empty, and ``evaluate.py utility`` refuses the set.
     """
-    fidelity = results_folder(samples) / "fidelity.json"
+    fidelity = samples.folder / RESULTS / "fidelity.json"
     judge = read_json(fidelity, "run evaluate.py fidelity again") if fidelity.is_file() else {}
     seen = [note.get("judge_images_sha256") or [] for note in (judge, *judge_notes(samples.settings))]
     before = samples.settings.get("filter")

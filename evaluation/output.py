@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from synthetic.reader import SampleSet
 
+RESULTS = "evaluation"  # folder of a set with the results of its measures
 OUTLINE = "#ff4fd8"  # outline of masks over images: a colour that neither fluorescence nor stains have
 LINE_WIDTH = 110  # characters per line of explanations on a terminal
 
@@ -108,7 +109,7 @@ def written_line(written: str | Sequence[Path]) -> str:
 
 def results_folder(samples: SampleSet) -> Path:
     """``SAMPLE_DIR/evaluation``. Creates the folder if it is missing."""
-    folder = samples.folder / "evaluation"
+    folder = samples.folder / RESULTS
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -17,7 +17,7 @@ from common.plain import WRONG, read_json
 from evaluation import fidelity, filter, grid, looks, memorisation, population, realism, sweep, threshold
 from evaluation.experiments import trial_report
 from evaluation.filter import read_fidelity
-from evaluation.output import Section, Table, new_figure, results_folder, show_image
+from evaluation.output import RESULTS, Section, Table, new_figure, results_folder, show_image
 from synthetic.manifest import FIDELITY_COLUMN
 from synthetic.reader import Sample, SampleSet
 
@@ -47,7 +47,7 @@ def write_report(
     Raises:
         InputError: no measure has run, or a result is damaged.
     """
-    folder = results_folder(samples)
+    folder = samples.folder / RESULTS
     folders = dict.fromkeys((section.name for section in SECTIONS), folder) | dict(others or {})
     contents = {name: _read(path / f"{name}.json") for name, path in folders.items()}
     absent = [name for name in others or {} if contents[name] is None]
@@ -70,7 +70,7 @@ def write_report(
         parts=parts,
         missing=missing,
     )
-    page = folder / "report.html"
+    page = results_folder(samples) / "report.html"
     write_bytes(page, text.encode())
     write_json(page.with_suffix(".json"), {"set": samples.folder.name, "images": len(samples), "measures": found})
     return page, list(found), missing
