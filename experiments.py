@@ -256,6 +256,20 @@ def _refuse_flags_of_the_other_split(args: argparse.Namespace, by_labels: bool) 
             raise InputError(f"{as_flag(name)} has no effect on a split by {unit}: leave it out.")
 
 
+def _refuse_sets_without_effect(args: argparse.Namespace) -> None:
+    """Every set and checkpoint must belong to a share that runs, and each share has one."""
+    shares = args.shares or [share for share, _ in args.synthetic]
+    for name in ("synthetic", "ckpt"):
+        given = [share for share, _ in getattr(args, name)]
+        for share in given:
+            if given.count(share) > 1:
+                raise InputError(f"{as_flag(name)} {share}=... is given {given.count(share)} times: give one.")
+            if share not in shares:
+                raise InputError(
+                    f"{as_flag(name)} {share}=... has no effect: {share} % is not among the shares that run."
+                )
+
+
 def _trial_config(args: argparse.Namespace) -> DataConfig | None:
     """How images are read if no set of the same number of labels says it."""
     from evaluation.experiments.labelled import segmenter_classes
@@ -323,6 +337,7 @@ def run_utility(args: argparse.Namespace) -> None:
 
     by_labels = holds_selections(args.split)
     _refuse_flags_of_the_other_split(args, by_labels)
+    _refuse_sets_without_effect(args)
     plans = read_selections(args.split) if by_labels else [read_split(args.split)]
     sets = args.sets if by_labels else dict(args.synthetic)
     labels = (args.labels or plans[0].shares) if by_labels else args.shares or sorted(sets)

@@ -172,21 +172,31 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode())
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path, known: dict[tuple[int, ...], str] | None = None) -> str:
     """Hexadecimal SHA-256 of a file, or of a folder's files in the order of their names (one mask per nucleus).
+
+    Args:
+        known: hashes of files that were read already, to be extended. Hard links to one file are then read once. It is
+            for a single check of many files, not for files that change meanwhile.
 
     Raises:
         InputError: the file cannot be read.
     """
     path = Path(path)
     if path.is_dir():
-        parts = [file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()]
+        parts = [file_sha256(file, known) for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise InputError(f"{path} is not a regular file")
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            if known is None:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            status = os.fstat(file.fileno())
+            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if key not in known:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            return known[key]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 

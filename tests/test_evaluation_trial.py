@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,9 @@ from evaluation.experiments.arms import ARMS, Arm, arm_of
 from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, choose, make_selections, read_selections
 from evaluation.experiments.leaks import find_leaks
+from evaluation.experiments.practice_folder import PracticeFolder
 from evaluation.experiments.split import SplitPlan, make_split
+from evaluation.experiments.stamps import Stamps
 from evaluation.experiments.trial import Case, TrialRow, TrialSettings, run_trial
 from evaluation.experiments.trial_report import (
     Difference,
@@ -345,6 +351,136 @@ def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, ca
     assert "Does it help?" in page and "data:image/png" in page
     with pytest.raises(InputError, match="other settings"):
         call(evaluate, *words, *arms, "--steps", 3, "--output", out, "--device", "cpu")
+
+
+# --- results of other images -----------------------------------------------------------------------------------------
+
+ALONE = tuple(ARMS[name] for name in ("real", "copy-paste", "self-training"))
+
+
+@pytest.fixture
+def warned():
+    """The warnings of the experiment."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("evaluation.experiments.trial").addHandler(handler)
+    yield lines
+    logging.getLogger("evaluation.experiments.trial").removeHandler(handler)
+
+
+def split_of(folder: Path, data: Path, seed: int = 0) -> list[SplitPlan]:
+    """One selection of two labels, with instances, test instances, looks and unlabelled images."""
+    train, val = data / "train", data / "val"
+    settings = SelectionSettings([2], selections=1, seed=seed)
+    return make_selections(
+        folder, (train / "images", train / "masks"), settings, (val / "images", val / "masks"), train / "instances",
+        val / "instances", read_groups(data / "index.csv", "look"),
+    )  # fmt: skip
+
+
+def try_out(
+    plans: list[SplitPlan], output: Path, sets: Path | None = None, arms: Sequence[Arm] = ALONE
+) -> list[TrialRow]:
+    settings = TrialSettings(tuple(arms), (2,), steps=2, crop=16, pseudo_images=2, config=CONFIG)
+    return run_trial(plans, sets, settings, output, CPU)
+
+
+def test_a_second_split_in_the_same_output_takes_no_result_of_the_first(data, tmp_path, warned):
+    first, second = (split_of(tmp_path / f"split_{seed}", data, seed) for seed in (0, 1))
+    assert first[0].shares != second[0].shares
+    of_first = try_out(first, tmp_path / "both")
+    of_second = try_out(second, tmp_path / "both")
+    (line,) = warned
+    assert line.startswith("3 results in") and "computed again. The old ones go to" in line
+    assert of_second == try_out(second, tmp_path / "alone") != of_first
+    kept = [json.loads(path.read_text())["row"] for path in (tmp_path / "both" / "replaced").iterdir()]
+    assert {row["arm"]: row["score"]["dice"] for row in kept} == {row.arm: row.score.dice for row in of_first}
+    assert len(list((tmp_path / "both" / "segmenters").iterdir())) == 2  # each has a teacher of its own
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "both" / "results").iterdir()}
+    assert try_out(second, tmp_path / "both") == of_second
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "both" / "results").iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["images", "masks", "instances"])
+@pytest.mark.parametrize("part", ["labels_002", "test", "labels_002/unlabelled", "groups"])
+def test_a_stamp_knows_every_file_that_an_arm_uses(data, tmp_path, part, kind):
+    (plan,) = split_of(tmp_path / "split", data)
+    before = {arm.name: Stamps().of(plan, 2, arm, None, {}) for arm in ALONE}
+    assert before == {arm.name: Stamps().of(plan, 2, arm, None, {}) for arm in ALONE}
+    if part == "groups":
+        plan = replace(plan, groups=plan.groups | {plan.shares[2][0]: "other"})
+    else:
+        folder = plan.folder / part / ("images" if "unlabelled" in part else kind)
+        path = sorted(folder.iterdir())[0]
+        array = np.array(Image.open(path))
+        array[0, 0] = 1 - np.minimum(array[0, 0], 1)
+        path.unlink()
+        Image.fromarray(array).save(path)
+    changed = {arm.name for arm in ALONE if Stamps().of(plan, 2, arm, None, {}) != before[arm.name]}
+    assert changed == ({"self-training"} if "unlabelled" in part else {arm.name for arm in ALONE})
+
+
+def test_rows_that_are_out_of_date_are_left_out_and_counted(data, tmp_path, warned):
+    plans, out = split_of(tmp_path / "split", data), tmp_path / "out"
+    rows = try_out(plans, out)
+    names = {row.arm: path for path in (out / "results").iterdir() for row in rows if slug(row.arm) in path.name}
+    for arm, change in (("copy-paste", {"files": {"labelled": "x"}}), ("self-training", {"files": None})):
+        content = json.loads(names[arm].read_text())
+        content["stamp"] |= change
+        content["stamp"] = {name: value for name, value in content["stamp"].items() if value is not None}
+        names[arm].write_text(json.dumps(content))
+    assert [row.arm for row in try_out(plans, out, arms=ALONE[:1])] == ["real"]
+    assert "left out: 1 results in" in "\n".join(warned) and "are of other images or sets" in "\n".join(warned)
+    assert "are of an earlier version, which noted no images" in "\n".join(warned)
+    assert len(list((out / "results").iterdir())) == 3
+    assert sorted(row.arm for row in try_out(plans, out)) == sorted(arm.name for arm in ALONE)
+    assert len(list((out / "replaced").iterdir())) == 2
+
+
+def slug(arm: str) -> str:
+    return f"_{arm.replace('-', '_')}_seed_0"
+
+
+def test_a_result_of_another_set_is_left_out_and_one_whose_set_is_not_named_stays(data, tmp_path, warned):
+    plans, out = split_of(tmp_path / "split", data), tmp_path / "out"
+    place = tmp_path / "sets" / "selection_00" / "labels_002"
+    place.parent.mkdir(parents=True)
+    samples = make_set(place, plans[0], 2, count=4)
+    arms = (ARMS["real"], ARMS["real + synthetic"])
+    first = try_out(plans, out, tmp_path / "sets", arms=arms)
+    assert try_out(plans, out, arms=arms[:1]) == first and not warned  # no set is named
+    shutil.copyfile(samples.samples[1].image_path, samples.samples[0].image_path)
+    assert [row.arm for row in try_out(plans, out, tmp_path / "sets", arms=arms[:1])] == ["real"]
+    assert "left out: 1 results" in "\n".join(warned)
+    second = try_out(plans, out, tmp_path / "sets", arms=arms)
+    assert second[0] == first[0] and second[1].arm == first[1].arm and len(list((out / "replaced").iterdir())) == 1
+
+
+def test_unknown_selections_are_refused(data, tmp_path):
+    words = ["--steps", 2, "--image-size", SIZE, "--arms", "real", "--output", tmp_path / "out", "--device", "cpu"]
+    split_of(tmp_path / "split", data)
+    code, lines = run_here(evaluate, "utility", tmp_path / "split", "--selections", 0, 7, *words)
+    assert code == 2 and "--selections 7: there are 1, from 0 to 0" in lines[-1]
+
+
+def test_pixels_to_ignore_belong_to_the_stamp_of_arms_that_ignore(data, tmp_path):
+    (plan,) = split_of(tmp_path / "split", data)
+    samples = make_set(tmp_path / "made" / "round_0" / "samples", plan, 2, count=2)
+    (tmp_path / "made" / "practice.json").write_text(json.dumps({"rounds": [{"round": 0}]}))
+    (tmp_path / "made" / "round_0" / "ignore").mkdir()
+
+    def stamps() -> list[dict]:
+        made = PracticeFolder(tmp_path / "made")
+        return [Stamps().of(plan, 2, ARMS[f"real + synthetic{rule}"], made, {}) for rule in ("", ", ignore")]
+
+    found = []
+    for value in (0, 255):
+        for one in samples.samples:
+            wrong = np.full((SIZE, SIZE), value, np.uint8)
+            Image.fromarray(wrong).save(tmp_path / "made" / "round_0" / "ignore" / f"{one.name}.png")
+        found.append(stamps())
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from drawn_sets import Row, disk, paint, place, write_set
 from PIL import Image
-from script_helpers import state
+from script_helpers import run_here, state
 
 import evaluate
 import make_masks
@@ -415,6 +415,23 @@ def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):
     for wrong in ("50", "x=a", "0=a", "50="):
         with pytest.raises(SystemExit):
             evaluate.parse_args(["utility", str(plan), "--synthetic", wrong])
+
+
+def test_a_study_with_nothing_to_train_ends_in_one_line(split, tmp_path):
+    words = ["utility", split.folder, "--steps", 2, "--device", "cpu", "--output", tmp_path / "out"]
+    alone = ["--shares", 25, "--image-size", SIZE]
+    faults = {
+        "give --synthetic, a set for one of them, or --shares": [],
+        "no arm can run at 25 % of the labels: give --synthetic": [*alone, "--arms", "real + synthetic"],
+        "need --synthetic": [*alone, "--arms", "real", "real + synthetic"],
+        "--synthetic 25=... has no effect: 25 % is not among": ["--shares", 100, "--synthetic", "25=a"],
+        "--synthetic 25=... is given 2 times": ["--synthetic", "25=a", "25=b"],
+        "--ckpt 100=... has no effect": ["--synthetic", "25=a", "--ckpt", "100=c.pt"],
+    }
+    for fault, more in faults.items():
+        code, lines = run_here(evaluate, *words, *more)
+        assert code == 2 and fault in lines[-1], lines[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_manifest_without_hashes_is_a_leak(split, tmp_path):

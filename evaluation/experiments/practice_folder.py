@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from common.disk import SETTINGS
 from common.errors import InputError
 from common.plain import read_as
 from dataset.files import read_mask
@@ -66,16 +67,37 @@ class PracticeFolder:
         Raises:
             InputError: a plain set has no ignored pixels and no later rounds.
         """
-        if self.is_plain_set and (ignore or practise):
-            raise InputError(f"{self.folder} is a plain set: arms with rules need a folder of evaluate.py practise")
         found = []
-        for number in range(len(self.rounds) if practise else 1):
+        for number in self._numbers(ignore, practise):
             pairs = set_pairs(SampleSet(self.set_folder(number)), num_classes)
             found += [ignored(pair, self.rounds[number]) if ignore else pair.item for pair in pairs]
         return found
 
+    def files(self, ignore: bool, practise: bool) -> list[list[Path]]:
+        """The files of every set that :meth:`images` reads with the same rules. Errors as there."""
+        found = []
+        for number in self._numbers(ignore, practise):
+            samples = SampleSet(self.set_folder(number))
+            paths = [path for path in (samples.folder / MANIFEST, samples.folder / SETTINGS) if path.is_file()]
+            for sample in samples.samples:
+                wrong = [ignore_file(self.rounds[number], sample.name)] if ignore else []
+                paths += [sample.image_path, sample.label_path, *wrong]
+            found.append(paths)
+        return found
+
+    def _numbers(self, ignore: bool, practise: bool) -> range:
+        """Numbers of the rounds that are read with these rules."""
+        if self.is_plain_set and (ignore or practise):
+            raise InputError(f"{self.folder} is a plain set: arms with rules need a folder of evaluate.py practise")
+        return range(len(self.rounds) if practise else 1)
+
+
+def ignore_file(round_folder: Path, name: str) -> Path:
+    """The file of the pixels of an image that its round marks as drawn wrongly."""
+    return round_folder / "ignore" / f"{name}.png"
+
 
 def ignored(pair: Named, round_folder: Path) -> LabelledImage:
     """The image with class ``IGNORE`` at the pixels that its round marks as drawn wrongly."""
-    wrong = read_mask(round_folder / "ignore" / f"{pair.name}.png") > 0
+    wrong = read_mask(ignore_file(round_folder, pair.name)) > 0
     return pair.item._replace(classes=np.where(wrong, IGNORE, pair.item.classes).astype(np.uint8))

@@ -9,13 +9,12 @@ are percentages.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from common.errors import InputError
 from common.log import Pace
 from common.plain import read_as, read_json
 from dataset.config import DataConfig
-from evaluation.experiments.arms import ONLY_SYNTHETIC, REAL, SELF_TRAINING, Arm, phases_of
+from evaluation.experiments.arms import ONLY_SYNTHETIC, REAL, SELF_TRAINING, Arm, arm_of, phases_of
 from evaluation.experiments.instance_score import InstanceScore, score_segmenter
 from evaluation.experiments.label_split import UNLABELLED
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, segmenter_classes
@@ -34,15 +33,15 @@ from evaluation.experiments.practice_folder import PracticeFolder
 from evaluation.experiments.segmenter import Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import pseudo_label
 from evaluation.experiments.split import SplitPlan
+from evaluation.experiments.stamps import Stamp, Stamps, digest_of, is_current
 from evaluation.fidelity import LabelledImage
 from evaluation.judge import build_network, judged_channels, load_or_train
 from evaluation.output import number
-from synthetic.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
 TRIAL_VERSION = 1  # raise it when the same settings would give another score
 LEAST_CONFIDENCE = 0.9  # of a pseudo-label
-RESULTS, NETWORKS = "results", "segmenters"
+RESULTS, REPLACED, NETWORKS = "results", "replaced", "segmenters"
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ class Case:
         labels: number of labels, a key of ``plan.shares``.
         synthetic: practice folder or synthetic set of this case, or None.
         checkpoint: of the generator, if the set does not say what it was trained on.
+        stamps: of the run.
 
     Raises:
         InputError: a leak.
@@ -121,7 +121,9 @@ class Case:
         synthetic: Path | None,
         settings: TrialSettings,
         checkpoint: Path | None = None,
+        stamps: Stamps | None = None,
     ) -> None:
+        self.stamps = stamps or Stamps()
         self.plan, self.selection, self.labels, self.settings = plan, selection, labels, settings
         self.made = None if synthetic is None else PracticeFolder(synthetic)
         sets = [] if self.made is None else self.made.sets()
@@ -163,14 +165,15 @@ class Case:
         steps = self.settings.steps * step_factor
         return SegmenterConfig(self.num_classes, judged_channels(self.config), self.settings.crop, steps, seed=seed)
 
-    def stamp(self, arm: Arm) -> dict[str, object]:
+    @property
+    def data(self) -> Stamp:
+        """How images are read. Gray values of a window over the data set differ with the labels, and may."""
+        config = dataclasses.replace(self.config, window_values=None, num_classes=self.num_classes)
+        return {"data": config.to_dict(), "classes": self.num_classes}
+
+    def stamp(self, arm: Arm) -> Stamp:
         """Facts that the score of an arm depends on. A stored score with other facts is computed again."""
-        sets: list[str] = []
-        if arm.is_synthetic and self.made is not None:
-            sets = [file_sha256(self.made.set_folder(place) / MANIFEST) for place in range(len(self.made.rounds))]
-            sets = sets if arm.practises else sets[:1]
-        config = dataclasses.replace(self.config, window_values=None)
-        return {"data": config.to_dict(), "classes": self.num_classes, "sets": sets}
+        return self.stamps.of(self.plan, self.labels, arm, self.made, self.data)
 
 
 def run_trial(
@@ -193,14 +196,18 @@ def run_trial(
         checkpoints: of the generators, for numbers of labels whose set does not say what it was trained on.
 
     Returns:
-        All rows in ``output`` that belong to these settings.
+        All rows in ``output`` whose stamp is that of these images, settings and sets. Where ``synthetic`` names no set,
+        the set is not compared.
 
     Raises:
-        InputError: leaks (before any training), unknown numbers of labels, sets that read images in different ways, a
-            folder of other settings.
+        InputError: leaks (before any training), nothing to train, unknown numbers of labels or selections, sets that
+            read images in different ways, a folder of other settings.
     """
-    cases = list(_cases(plans, synthetic, settings, selections, checkpoints or {}))
+    _refuse_nothing(plans, synthetic, settings, selections)
+    stamps = Stamps()
+    cases = list(_cases(plans, synthetic, settings, selections, checkpoints or {}, stamps))
     _refuse_different_data(cases)
+    data = cases[0].data
     fixed = settings.fixed() | ({"unit": "percent"} if plans[0].unit == "percent" else {})
     check_folder(output, fixed)
     (output / RESULTS).mkdir(parents=True, exist_ok=True)
@@ -215,19 +222,52 @@ def run_trial(
             for arm in case.arms
             if not _is_there(_result(output, case, arm, seed), case.stamp(arm))
         ]
+        stale = sum(_result(output, *job).is_file() for job in jobs)
+        if stale:
+            logger.warning(
+                "%d results in %s are of other images or sets, or of an earlier version that did not note its images. "
+                "They are computed again. The old ones go to %s.", stale, output / RESULTS, output / REPLACED,
+            )  # fmt: skip
         cases.clear()
         total, pace = len(jobs), Pace(len(jobs), "trainings")
         while jobs:
             case, arm, seed = jobs.pop(0)  # the images of a case leave memory with its last job
             row = train_and_test(case, arm, seed, output, device)
-            write_json(_result(output, case, arm, seed), {"stamp": case.stamp(arm), "row": asdict(row)})
+            _write_result(output, _result(output, case, arm, seed), {"stamp": case.stamp(arm), "row": asdict(row)})
             done = total - len(jobs)
             logger.info(
                 "selection %d, %s, %s, seed %d: AP %s; training %d of %d, %s",
                 case.selection, case.plan.words(case.labels), arm.name, seed, number(row.score.ap50), done, total,
                 pace(done),
             )  # fmt: skip
-    return read_rows(output)
+    return read_rows(output, plans, synthetic, data, stamps)
+
+
+def _refuse_nothing(
+    plans: Sequence[SplitPlan],
+    synthetic: Path | Mapping[int, Path] | None,
+    settings: TrialSettings,
+    selections: Sequence[int] | None,
+) -> None:
+    """Raise InputError if there is nothing to train."""
+    plan = plans[0]
+    if not settings.labels:
+        held = ", ".join(map(str, plan.shares))
+        raise InputError(
+            f"nothing is chosen of {plan.folder}, which has {held}: give synthetic, a set for one of them, or shares, "
+            "to train on real images alone", "synthetic", "shares",
+        )  # fmt: skip
+    unknown = sorted(set(selections or ()) - set(range(len(plans))))
+    if unknown:
+        raise InputError(f"selections {unknown[0]}: there are {len(plans)}, from 0 to {len(plans) - 1}", "selections")
+    if isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
+        return
+    without = [labels for labels in settings.labels if labels not in (synthetic or {})]
+    if without:
+        raise InputError(
+            f"no arm can run at {plan.words(without[0])}: give synthetic, a set for them, or an arm without synthetic "
+            f"images, such as {REAL}", "synthetic",
+        )  # fmt: skip
 
 
 def _cases(
@@ -236,6 +276,7 @@ def _cases(
     settings: TrialSettings,
     selections: Sequence[int] | None,
     checkpoints: Mapping[int, Path],
+    stamps: Stamps,
 ) -> Iterator[Case]:
     needs_sets = any(arm.is_synthetic for arm in settings.arms)
     if needs_sets and not synthetic:
@@ -251,20 +292,22 @@ def _cases(
         if selections is not None and selection not in selections:
             continue
         for labels in settings.labels:
-            folder: Path | None
-            if isinstance(synthetic, Path):
-                folder = synthetic / plan.folder.name / plan.part(labels).name
-                folder = folder if needs_sets or folder.is_dir() else None
-            else:
-                folder = (synthetic or {}).get(labels)
-            yield Case(plan, selection, labels, folder, settings, checkpoints.get(labels))
+            folder = _set_folder(synthetic, plan, labels)
+            if isinstance(synthetic, Path) and not needs_sets:
+                folder = folder if folder is not None and folder.is_dir() else None
+            yield Case(plan, selection, labels, folder, settings, checkpoints.get(labels), stamps)
+
+
+def _set_folder(synthetic: Path | Mapping[int, Path] | None, plan: SplitPlan, labels: int) -> Path | None:
+    """Where the synthetic images of a case lie, or None."""
+    if isinstance(synthetic, Path):
+        return synthetic / plan.folder.name / plan.part(labels).name
+    return (synthetic or {}).get(labels)
 
 
 def _refuse_different_data(cases: Sequence[Case]) -> None:
-    """Gray values of a window over the data set differ with the labels, and may."""
-    configs = [dataclasses.replace(case.config, window_values=None, num_classes=case.num_classes) for case in cases]
-    for case, config in zip(cases, configs, strict=True):
-        if config != configs[0]:
+    for case in cases:
+        if case.data != cases[0].data:
             one, other = (each.plan.words(each.labels) for each in (cases[0], case))
             raise InputError(f"the sets of {one} and {other} were made at different sizes, classes, crops or windows")
 
@@ -278,20 +321,68 @@ def _slug(case: Case, arm: str, seed: int) -> str:
     return f"selection_{case.selection:02d}_labels_{case.labels:03d}_{words}_seed_{seed}"
 
 
-def _is_there(path: Path, stamp: dict[str, object]) -> bool:
-    if not path.is_file():
-        return False
-    if read_json(path, "remove it to train again").get("stamp") == json.loads(json.dumps(stamp)):
-        return True
-    logger.info("%s was made from other images; it is made again", path.name)
-    return False
+def _is_there(path: Path, stamp: Stamp) -> bool:
+    return path.is_file() and is_current(read_json(path, "remove it to train again").get("stamp", {}), stamp)
 
 
-def read_rows(output: Path) -> list[TrialRow]:
-    """All results of a folder, sorted by labels, arm, selection and seed."""
-    paths = sorted((output / RESULTS).glob("*.json"))
-    rows = [read_as(path, lambda one: TrialRow.from_dict(one["row"]), "remove it to train again") for path in paths]
+def _write_result(output: Path, path: Path, content: dict[str, Any]) -> None:
+    """Write a result. The one that it replaces is kept."""
+    if path.is_file():
+        (output / REPLACED).mkdir(exist_ok=True)
+        path.replace(output / REPLACED / f"{path.stem}_{file_sha256(path)[:8]}.json")
+    write_json(path, content)
+
+
+def read_rows(
+    output: Path,
+    plans: Sequence[SplitPlan],
+    synthetic: Path | Mapping[int, Path] | None,
+    data: Stamp,
+    stamps: Stamps,
+) -> list[TrialRow]:
+    """The results of a folder whose stamp is current, sorted by labels, arm, selection and seed. Others are counted.
+
+    Args:
+        data: how images are read, as in all stamps.
+    """
+    rows, unknown, other = [], 0, 0
+    for path in sorted((output / RESULTS).glob("*.json")):
+        row, stored = read_as(path, _row_and_stamp, "remove it to train again")
+        if _is_current_row(row, stored, plans, synthetic, data, stamps):
+            rows.append(row)
+        elif "files" in stored:
+            other += 1
+        else:
+            unknown += 1
+    reasons = ((other, "are of other images or sets"), (unknown, "are of an earlier version, which noted no images"))
+    for count, reason in reasons:
+        if count:
+            logger.warning("left out: %d results in %s %s", count, output / RESULTS, reason)
     return sorted(rows, key=lambda row: (row.labels, row.arm, row.selection, row.seed))
+
+
+def _row_and_stamp(content: dict[str, Any]) -> tuple[TrialRow, dict[str, Any]]:
+    return TrialRow.from_dict(content["row"]), dict(content.get("stamp", {}))
+
+
+def _is_current_row(
+    row: TrialRow,
+    stored: Mapping[str, Any],
+    plans: Sequence[SplitPlan],
+    synthetic: Path | Mapping[int, Path] | None,
+    data: Stamp,
+    stamps: Stamps,
+) -> bool:
+    """Whether a result, also one that this run did not ask for, is of these images and sets."""
+    if row.selection >= len(plans) or row.labels not in plans[row.selection].shares:
+        return False
+    plan, arm = plans[row.selection], arm_of(row.arm)
+    folder = _set_folder(synthetic, plan, row.labels) if arm.is_synthetic else None
+    try:
+        made = PracticeFolder(folder) if folder is not None and folder.is_dir() else None
+        return is_current(stored, stamps.of(plan, row.labels, arm, made, data))
+    except InputError:  # the set is being made anew
+        return False
 
 
 def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.device) -> TrialRow:
@@ -319,7 +410,7 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
 
 def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Module:
     """The segmenter of the real images alone. It is kept for self-training."""
-    key = hashlib.sha256(json.dumps(case.stamp(Arm(REAL)), sort_keys=True).encode()).hexdigest()[:8]
+    key = digest_of(case.stamp(Arm(REAL)))[:8]
     path = output / NETWORKS / f"{_slug(case, REAL, seed)}_{key}.pt"
     config = case.segmenter(seed)
 
