@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -264,6 +265,11 @@ class Drawing:
     def __init__(self, shift: int = 0) -> None:
         self.shift = shift
         self.calls: list = []
+        self.settings: dict = {}
+
+    def told(self, *flags: list[str]) -> Drawing:
+        self.settings = COMMANDS(*flags).settings
+        return self
 
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
         self.calls.append("train" if steps is None else f"train {steps}")
@@ -290,7 +296,7 @@ class Drawing:
 
 def practise(monkeypatch, data: Path, output: Path, drawing: Drawing, *words: object) -> dict:
     """``evaluate.py practise`` with a drawing in place of the generator."""
-    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: drawing)
+    monkeypatch.setattr(practice_commands, "CommandTools", drawing.told)
     call(evaluate, "practise", "--data-path", data / "images", "--mask-path", data / "masks", "--instances",
          data / "instances", "--unlabelled-path", data / "unlabelled", "--output", output, "--device", "cpu",
          *words)  # fmt: skip
@@ -337,6 +343,41 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
     assert drawing.calls.count("recombine") == 4 and drawing.calls.count("simulate") == 2
     with pytest.raises(InputError, match="other settings"):
         practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)
+
+
+@pytest.mark.parametrize("kind", ["images", "masks", "instances", "unlabelled"])
+def test_a_folder_is_not_continued_with_corrected_files(monkeypatch, data, tmp_path, kind):
+    words = [*SHORT[:4], "--masks", 2, "--most-rounds", 0, "--square", 16]
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    practise(monkeypatch, own, tmp_path / "out", Drawing(), *words)
+    path = sorted((own / kind).iterdir())[0]
+    array = np.array(Image.open(path))
+    array[:2, :2] = 0 if array[0, 0].any() else 255
+    Image.fromarray(array).save(path)
+    what = {"images": "labelled images", "unlabelled": "unlabelled images"}.get(kind, kind)
+    drawing = Drawing()
+    with pytest.raises(InputError, match=f"was begun with other {what}. Its segmenters and scores do not belong"):
+        practise(monkeypatch, own, tmp_path / "out", drawing, *words)
+    assert drawing.calls == []
+
+
+def test_a_folder_is_not_continued_with_other_flags_or_from_an_earlier_version(monkeypatch, data, tmp_path):
+    words = [*SHORT[:4], "--masks", 2, "--most-rounds", 0, "--square", 16]
+    out, drawing = tmp_path / "out", Drawing()
+    first = practise(monkeypatch, data, out, drawing, *words)
+    for flags in (["--train-flags", "--lr 1"], ["--sample-flags", "--cfg-scale 3"]):
+        with pytest.raises(InputError, match=f"{flags[0][2:].replace('-', '_')} .* name another folder"):
+            practise(monkeypatch, data, out, Drawing(), *words, *flags)
+    assert practise(monkeypatch, data, out, drawing, *words) == first
+    settings = json.loads((out / "settings.json").read_text())
+    names = ("masks_sha256", "instances_sha256", "unlabelled_sha256", "train_flags", "sample_flags")
+    earlier = {name: value for name, value in settings.items() if name not in names}
+    (out / "settings.json").write_text(json.dumps(earlier))
+    with pytest.raises(InputError, match="was begun by an earlier version. It did not note masks"):
+        practise(monkeypatch, data, out, Drawing(), *words)
+    assert json.loads((out / "settings.json").read_text()) == earlier
+    assert len(PracticeFolder(out).images(2, ignore=False, practise=False)) == 2  # its set can be used
 
 
 def test_generator_may_train_on_unlabelled_images_without_pseudo_masks(data, tmp_path):

@@ -194,7 +194,8 @@ def read_selections(folder: str | Path) -> list[SplitPlan]:
     """
     path = Path(folder) / SELECTIONS_FILE
     count = read_as(path, lambda content: range(content["selections"]), "make the folder with evaluate.py split")
-    return [read_split(Path(folder) / f"selection_{number:02d}") for number in count]
+    known: dict[tuple[int, ...], str] = {}  # selections share files
+    return [read_split(Path(folder) / f"selection_{number:02d}", known) for number in count]
 
 
 def holds_selections(folder: str | Path) -> bool:

@@ -28,7 +28,6 @@ from torch import nn
 from common.disk import (
     SETTINGS,
     check_folder,
-    file_sha256,
     link_or_copy,
     lock_folder,
     write_atomically,
@@ -66,6 +65,7 @@ from evaluation.experiments.practice_rules import (
 )
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
+from evaluation.experiments.stamps import hashes_of_labels, refuse_other_files
 from evaluation.instances import mean_of_known
 from evaluation.judge import build_network, judged_channels, load_or_train
 from evaluation.output import number as show_number
@@ -121,6 +121,10 @@ class Unlabelled(NamedTuple):
 class Tools(Protocol):
     """The other commands, as the loop calls them. A call that is repeated continues the work of the first."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides their results, besides the arguments of the calls. JSON types."""
+
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
         """Train a generator, for ``steps`` if given; its checkpoint."""
 
@@ -156,11 +160,11 @@ class Practice:
             InputError: too few labelled images, or a folder of other work.
         """
         images = sorted(find_files(self.folders.images, "image").values())
-        made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings)}
-        made_with |= {"mask_type": self.folders.mask_type, "images_sha256": [file_sha256(path) for path in images]}
         if len(images) < 2:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
-        check_folder(self.folder, made_with)
+        made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings), "mask_type": self.folders.mask_type}
+        made_with |= hashes_of_labels(self.folders, self.unlabelled) | self.tools.settings
+        check_folder(self.folder, made_with, upgrade=partial(refuse_other_files, self.folder, made_with))
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder, "name another `output`"):
             if not (self.folder / SETTINGS).is_file():

@@ -21,6 +21,11 @@ class CommandTools:
     def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str]) -> None:
         self._train_flags, self._sample_flags = list(train_flags), list(sample_flags)
 
+    @property
+    def settings(self) -> dict[str, list[str]]:
+        """The flags, which decide what the commands make."""
+        return {"train_flags": self._train_flags, "sample_flags": self._sample_flags}
+
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
         """Train a generator, for ``steps`` if given; its last checkpoint."""
         masks, mask_type = folders.masks, folders.mask_type

@@ -210,8 +210,11 @@ def copy_files(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def read_split(folder: str | Path) -> SplitPlan:
+def read_split(folder: str | Path, known: dict[tuple[int, ...], str] | None = None) -> SplitPlan:
     """The plan of a folder that :func:`make_split` made.
+
+    Args:
+        known: see ``file_sha256``.
 
     Raises:
         InputError: it is none, or files were changed since.
@@ -230,7 +233,7 @@ def read_split(folder: str | Path) -> SplitPlan:
         raise InputError(f"{path} is damaged ({error}); make the split again") from error
     for share, names in [(None, plan.test), *plan.shares.items()]:
         for kind, hashes in (("images", plan.images), ("masks", plan.masks)):
-            found = {file_sha256(file) for file in find_files(plan.part(share) / kind, kind[:-1]).values()}
+            found = {file_sha256(file, known) for file in find_files(plan.part(share) / kind, kind[:-1]).values()}
             if found != {hashes[name] for name in names}:
                 raise InputError(f"{plan.part(share) / kind} is not what {path} says; make the split again")
     return plan

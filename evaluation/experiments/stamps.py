@@ -1,4 +1,4 @@
-"""What the result of a training depends on, as hashes: a stored result with another stamp is out of date."""
+"""What stored results depend on, as hashes: with other files, a result is out of date."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.disk import file_sha256
+from common.errors import InputError
 from dataset.files import find_files
 from evaluation.experiments.arms import SELF_TRAINING, Arm
 from evaluation.experiments.label_split import UNLABELLED
@@ -32,6 +33,51 @@ def folder_digest(folder: Path, what: str, known: dict[tuple[int, ...], str] | N
         known: see ``file_sha256``.
     """
     return digest_of({name: file_sha256(path, known) for name, path in find_files(folder, what).items()})
+
+
+# --- of a practice folder --------------------------------------------------------------------------------------------
+
+FILES = {  # setting of a practice folder -> what its files are
+    "images_sha256": "labelled images",
+    "masks_sha256": "masks",
+    "instances_sha256": "instances",
+    "unlabelled_sha256": "unlabelled images",
+}
+
+
+def hashes_of_labels(folders: LabelledFolders, unlabelled: Path | None) -> dict[str, Any]:
+    """The values of ``FILES``: a hash of each labelled image, and one of all files for each of the others, or None."""
+    known: dict[tuple[int, ...], str] = {}
+    images = sorted(find_files(folders.images, "image").values())
+    return {
+        "images_sha256": [file_sha256(path, known) for path in images],
+        "masks_sha256": folder_digest(folders.masks, "mask", known),
+        "instances_sha256": folders.instances and folder_digest(folders.instances, "instance labels", known),
+        "unlabelled_sha256": unlabelled and folder_digest(unlabelled, "image", known),
+    }
+
+
+def refuse_other_files(folder: Path, new: Mapping[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The settings ``old`` of a practice folder that is to be continued with ``new``.
+
+    Raises:
+        InputError: the folder was begun with other files, or does not say with which.
+    """
+    if "practice" in old and any(name not in old for name in (*FILES, "train_flags", "sample_flags")):
+        raise InputError(
+            f"{folder} was begun by an earlier version. It did not note masks, instances, unlabelled images and flags, "
+            "so they may have changed since. Name another folder. The sets of this one can still be used"
+        )
+    changed = [what for name, what in FILES.items() if name in old and old[name] != new[name]]
+    if changed:
+        raise InputError(
+            f"{folder} was begun with other {' and '.join(changed)}. Its segmenters and scores do not belong to these: "
+            "name another folder, or restore the files"
+        )
+    return old
+
+
+# --- of a result of utility ------------------------------------------------------------------------------------------
 
 
 def is_current(stored: Mapping[str, Any], stamp: Stamp) -> bool:

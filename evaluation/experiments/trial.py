@@ -260,7 +260,7 @@ def _refuse_nothing(
     unknown = sorted(set(selections or ()) - set(range(len(plans))))
     if unknown:
         raise InputError(f"selections {unknown[0]}: there are {len(plans)}, from 0 to {len(plans) - 1}", "selections")
-    if isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
+    if synthetic is None or isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
         return
     without = [labels for labels in settings.labels if labels not in (synthetic or {})]
     if without:
@@ -376,12 +376,13 @@ def _is_current_row(
     """Whether a result, also one that this run did not ask for, is of these images and sets."""
     if row.selection >= len(plans) or row.labels not in plans[row.selection].shares:
         return False
-    plan, arm = plans[row.selection], arm_of(row.arm)
-    folder = _set_folder(synthetic, plan, row.labels) if arm.is_synthetic else None
+    plan = plans[row.selection]
     try:
+        arm = arm_of(row.arm)
+        folder = _set_folder(synthetic, plan, row.labels) if arm.is_synthetic else None
         made = PracticeFolder(folder) if folder is not None and folder.is_dir() else None
         return is_current(stored, stamps.of(plan, row.labels, arm, made, data))
-    except InputError:  # the set is being made anew
+    except InputError:  # the set is being made anew, or the arm is of another version
         return False
 
 
