@@ -135,6 +135,16 @@ def test_hash_of_a_folder_follows_its_files(tmp_path):
     assert len(file_sha256(tmp_path / "a")) == 64
 
 
+def test_known_hashes_are_those_of_the_files_and_hard_links_count_once(tmp_path):
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    known: dict[tuple[int, ...], str] = {}
+    assert file_sha256(tmp_path / "a", known) == file_sha256(tmp_path / "b", known) == file_sha256(tmp_path / "a")
+    assert file_sha256(tmp_path, known) == file_sha256(tmp_path) and len(known) == 1
+    (tmp_path / "b").write_text("two and more")
+    assert file_sha256(tmp_path / "a", known) == file_sha256(tmp_path / "a") and len(known) == 2
+
+
 # --- values of the wrong kind ----------------------------------------------------------------------------------------
 
 
