@@ -254,20 +254,20 @@ def _refuse_nothing(
     if not settings.labels:
         held = ", ".join(map(str, plan.shares))
         raise InputError(
-            f"nothing is chosen of {plan.folder}, which has {held}: give synthetic, a set for one of them, or shares, "
-            "to train on real images alone", "synthetic", "shares",
-        )  # fmt: skip
+            f"nothing is chosen of {plan.folder}, which has {held}: give `synthetic`, a set for one of them, or "
+            "`shares`, to train on real images alone"
+        )
     unknown = sorted(set(selections or ()) - set(range(len(plans))))
     if unknown:
-        raise InputError(f"selections {unknown[0]}: there are {len(plans)}, from 0 to {len(plans) - 1}", "selections")
+        raise InputError(f"`selections` {unknown[0]}: there are {len(plans)}, from 0 to {len(plans) - 1}")
     if synthetic is None or isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
         return
-    without = [labels for labels in settings.labels if labels not in (synthetic or {})]
+    without = [labels for labels in settings.labels if labels not in synthetic]
     if without:
         raise InputError(
-            f"no arm can run at {plan.words(without[0])}: give synthetic, a set for them, or an arm without synthetic "
-            f"images, such as {REAL}", "synthetic",
-        )  # fmt: skip
+            f"no arm can run at {plan.words(without[0])}: give `synthetic`, a set for them, or an arm without "
+            f"synthetic images, such as {REAL}"
+        )
 
 
 def _cases(
