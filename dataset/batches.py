@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import time
 from collections import deque
@@ -157,6 +159,17 @@ def outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_loaders() -> None:
+    """Kill the loader processes that are left when the program ends.
+
+    An error can hold them: its traceback knows their loader. Python ends its children by a signal that loaders ignore,
+    and would then wait for them forever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
     """``prepare(batch)`` of every batch in order. One thread loads ahead while earlier batches are used.
 
@@ -164,6 +177,8 @@ def prefetch(batches: Iterable[Batch | InputError], prepare: Callable[[Batch], B
         InputError: a batch could not be loaded.
     """
     iterator = iter(batches)  # in this thread, because a loader takes one number from torch's global generator
+    atexit.unregister(end_loaders)
+    atexit.register(end_loaders)  # after the loader has registered its own: what is registered last runs first
 
     def fetch() -> Batch | None:
         batch = next(iterator, None)

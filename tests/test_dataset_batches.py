@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,6 +17,8 @@ from torch.utils.data import Dataset
 from common.errors import STOP_SIGNALS, InputError
 from dataset.batches import StepBatches, WaitingClock, make_loader, prefetch
 from dataset.files import FileError
+
+ROOT = Path(__file__).parents[1]
 
 
 def batches(steps: range, rank: int = 0, world_size: int = 1, items: int = 7, size: int = 4) -> list:
@@ -82,6 +87,26 @@ def test_a_file_that_goes_missing_is_one_line_whoever_reads_it(workers):
     loader = make_loader(Torn(), StepBatches(4, 4, range(1), 0, 0, 1), workers, pin_memory=False)
     with pytest.raises(InputError, match=r"^image\.png: no such file$"):
         list(prefetch(loader, lambda batch: batch))
+
+
+def test_a_program_that_ends_while_an_error_holds_its_loader_does_not_wait_for_it():
+    """The loader process ignores the signal by which Python ends its children: the program once waited forever."""
+    program = """
+import sys
+from test_dataset_batches import InputError, StepBatches, Torn, make_loader, prefetch
+
+def run():
+    loader = make_loader(Torn(), StepBatches(4, 4, range(1), 0, 0, 1), 1, pin_memory=False)
+    list(prefetch(loader, lambda batch: batch))
+
+try:
+    run()
+except InputError:
+    sys.exit(2)
+"""
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": places}, timeout=100)
+    assert done.returncode == 2
 
 
 class Loaders(Dataset):
