@@ -401,7 +401,7 @@ def test_next_generator_gets_the_pseudo_masks_of_a_segmenter_of_the_first_ones_i
     first, second = (np.load(tmp_path / "out" / folder / "masks" / name)["mask"]
                      for folder in ("pseudo_masks", "pseudo_masks_1"))  # fmt: skip
     assert first.shape == second.shape and not np.array_equal(first, second)
-    with pytest.raises(InputError, match="needs unlabelled images with pseudo-masks"):
+    with pytest.raises(InputError, match="need unlabelled images with pseudo-masks"):
         practise(monkeypatch, data, tmp_path / "no", Drawing(), *words, "--generators", 2, "--no-pseudo-masks")
 
 

@@ -418,12 +418,21 @@ def test_commands_make_the_split_and_print_the_table(real, tmp_path, capsys):
 
 
 def test_a_study_with_nothing_to_train_ends_in_one_line(split, tmp_path):
+    samples = set_of(tmp_path / "set", files_of(split, 25, "masks"), trained_on=seen(split, 25))
     words = ["utility", split.folder, "--steps", 2, "--device", "cpu", "--output", tmp_path / "out"]
     alone = ["--shares", 25, "--image-size", SIZE]
     faults = {
         "give --synthetic, a set for one of them, or --shares": [],
-        "no arm can run at 25 % of the labels: give --synthetic": [*alone, "--arms", "real + synthetic"],
-        "need --synthetic": [*alone, "--arms", "real", "real + synthetic"],
+        "arms with synthetic images need --synthetic": [*alone, "--arms", "real + synthetic"],
+        "no arm can run at 100 % of the labels: give --synthetic": [
+            "--shares",
+            25,
+            100,
+            "--synthetic",
+            f"25={samples.folder}",
+            "--arms",
+            "real + synthetic",
+        ],
         "--synthetic 25=... has no effect: 25 % is not among": ["--shares", 100, "--synthetic", "25=a"],
         "--synthetic 25=... is given 2 times": ["--synthetic", "25=a", "25=b"],
         "--ckpt 100=... has no effect": ["--synthetic", "25=a", "--ckpt", "100=c.pt"],

@@ -260,7 +260,7 @@ def _refuse_nothing(
     unknown = sorted(set(selections or ()) - set(range(len(plans))))
     if unknown:
         raise InputError(f"`selections` {unknown[0]}: there are {len(plans)}, from 0 to {len(plans) - 1}")
-    if synthetic is None or isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
+    if not synthetic or isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
         return
     without = [labels for labels in settings.labels if labels not in synthetic]
     if without:
