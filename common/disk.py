@@ -142,13 +142,14 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
+            columns = list(reader.fieldnames or [])  # reads the first line, if there is one
             rows = [{name: _unguarded(cell) for name, cell in row.items()} for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable CSV file ({error}); make it again, or restore it") from error
     odd = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
     if odd:
         raise InputError(f"{path}: line {list_some(odd)} has another number of columns than the header")
-    return list(reader.fieldnames or []), rows
+    return columns, rows
 
 
 def _guarded(cell: object) -> object:
