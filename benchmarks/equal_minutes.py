@@ -152,15 +152,22 @@ class Trial:
         path = self.folder / "result.json"
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            steps = int(60 * self.args.minutes / min(self.seconds_per_step(number) for number in range(RATE_TRIES)))
+            steps = int(60 * self.args.minutes / self.seconds_per_step())
             used = self.train(steps, "run")
             sampling = self.sample(steps)
             write_json(path, {"steps": steps, "seconds": used, "sampling": sampling, **self.measures()})
         return json.loads(path.read_text())
 
-    def seconds_per_step(self, number: int) -> float:
+    def seconds_per_step(self) -> float:
         """Processor time of a step, without the start of the process."""
-        long, short = self.train(WARM_STEPS + RATE_STEPS, f"rate{number}"), self.train(WARM_STEPS, f"warm{number}")
+        short, long = (
+            min(self.train(steps, f"rate{number}") for number in range(RATE_TRIES))
+            for steps in (WARM_STEPS, WARM_STEPS + RATE_STEPS)
+        )
+        if long <= short:
+            raise InputError(
+                "other work on this machine hides the time of a step: run it again when the machine is free"
+            )
         return (long - short) / RATE_STEPS
 
     def train(self, steps: int, name: str) -> float:

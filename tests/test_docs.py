@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {
     "--img_filter": "cellpose",
     "--mask_filter": "cellpose",
     "--no_norm": "cellpose",
+    "--min_train_masks": "cellpose",
     "--shm-size": "docker",
     "--ipc": "docker",
     "--nnodes": "torchrun",

@@ -77,7 +77,7 @@ def segmenter_commands(folder: Path) -> dict[str, list[str]]:
     return {
         name: [
             f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img "
-            "--mask_filter _masks --pretrained_model None --no_norm",
+            "--mask_filter _masks --pretrained_model None --no_norm --min_train_masks 1",
             f"StarDist, as we measured it: benchmarks/segmenters/run.sh {folder / name} TEST OUTPUT stardist "
             "(TEST holds images/ and instances/ as PNG)",
         ]
