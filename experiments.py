@@ -102,10 +102,8 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate.py practise``."""
     add_real_pairs(parser, " with labels, two or more")
     add_mask_values_argument(parser)
-    ids = (
-        "label images of the pairs with one id per cell (default: the masks, if they hold ids; touching cells of other "
-    )
-    ids += "masks count as one)"
+    ids = "label images of the pairs with one id per cell (default: the masks, if they hold ids; in other masks, "
+    ids += "touching cells count as one)"
     parser.add_argument("--instances", type=Path, metavar="FOLDER", help=ids)
     parser.add_argument("--unlabelled-path", type=Path, metavar="IMAGES", help="images without labels, if you have any")
     parser.add_argument(

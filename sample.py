@@ -43,7 +43,7 @@ from dataset.mask_folder import MaskFolder
 from engine.autoencoder import PixelSpace
 from engine.machine import check_compiler, start_machine
 from engine.sampling import ImageSampler, image_seed
-from settings import load_checkpoint, look_choice, open_masks, sampling_settings
+from settings import inputs_of, load_checkpoint, look_choice, open_masks, sampling_settings
 
 logger = logging.getLogger("sample")
 MOST_SAMPLES = 10_000  # in one picture; sample_ddp.py makes more
@@ -110,11 +110,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_output_table(args.output, LIKELIHOOD_COLUMNS, inputs_of(args))
     else:
         check_output_picture(args.output, inputs_of(args))
-
-
-def inputs_of(args: argparse.Namespace) -> tuple[str | Path | None, ...]:
-    """Files and folders that the command reads."""
-    return args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table
 
 
 @torch.no_grad()

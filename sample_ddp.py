@@ -56,7 +56,7 @@ from engine.agreement import agree_on_file
 from engine.machine import Machine, check_compiler, log_provenance, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
-from settings import load_checkpoint, look_choice, open_masks, own_judge_request, sampling_settings
+from settings import inputs_of, load_checkpoint, look_choice, open_masks, own_judge_request, sampling_settings
 from synthetic.bulk import draw_missing
 from synthetic.export import EXPORTS, check_export, export_set
 from synthetic.gallery import GALLERY, write_gallery
@@ -244,7 +244,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
 def open_set(args: argparse.Namespace, writer: SetWriter) -> None:
     """Check what the command will write to, and make the folder of the set."""
     if args.npz:
-        writer.check_npz((args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table))
+        writer.check_npz(inputs_of(args))
     writer.open(shared=args.shard is not None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -188,6 +189,11 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
         tile_overlap=overlap if args.tile else None,
         **{name: value for name, value in solver.items() if value is not None},
     )
+
+
+def inputs_of(args: argparse.Namespace) -> tuple[str | Path | None, ...]:
+    """Files and folders that a sampler reads; its outputs must not replace them."""
+    return args.mask_path, args.data_path, args.ckpt, args.look_path, args.look_table
 
 
 def load_checkpoint(args: argparse.Namespace, machine: Machine) -> TrainedModel:

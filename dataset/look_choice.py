@@ -154,9 +154,9 @@ def read_look_table(path: Path, looks: Sequence[str]) -> dict[str, int]:
         looks: names of the looks.
 
     Raises:
-        InputError: a column, a name or a look is missing, a mask has several looks, or one is not in ``looks``.
+        InputError: a column, a name or a look is missing, a mask is there twice, or a look is not in ``looks``.
     """
-    table = read_names(path, "mask", "look")
+    table = read_names(path, "mask", "look", once=True)
     without = [mask for mask, look in table.items() if not look]
     if without:
         raise InputError(f"{path}: masks without a look: {list_some(without)}")

@@ -70,13 +70,14 @@ def name_of(file_name: str) -> str:
     return plain_name(stem if stem and dot + suffix.lower() in MASK_SUFFIXES else file_name)
 
 
-def read_names(path: Path, key: str, column: str) -> dict[str, str]:
+def read_names(path: Path, key: str, column: str, once: bool = False) -> dict[str, str]:
     """A user's table about images or masks: name of each -> value.
 
     Args:
         path: CSV file. Rows without any text are left out.
         key: column of the names of files, with or without suffix.
         column: column of the values.
+        once: refuse two rows of one name even if their values are equal.
 
     Raises:
         InputError: a column or a name is missing, or two rows of one name have different values.
@@ -86,16 +87,16 @@ def read_names(path: Path, key: str, column: str) -> dict[str, str]:
     if missing:
         mend = ". Commas must separate the columns" if len(columns) == 1 and re.search("[;\t]", columns[0]) else ""
         raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}{mend}")
-    found: dict[str, set[str]] = {}
+    found: dict[str, list[str]] = {}
     for number, row in enumerate(rows, 2):
         if not row[key] and any(row.values()):
             raise InputError(f"{path}: line {number} has no {key}")
         if row[key]:
-            found.setdefault(name_of(row[key]), set()).add(row[column])
-    twice = [name for name, values in found.items() if len(values) > 1]
+            found.setdefault(name_of(row[key]), []).append(row[column])
+    twice = [name for name, values in found.items() if len(values if once else set(values)) > 1]
     if twice:
         raise InputError(f"{path}: names with more than one {column}: {list_some(twice)}")
-    return {name: values.pop() for name, values in found.items()}
+    return {name: values[0] for name, values in found.items()}
 
 
 def by_bare_names(table: Mapping[str, str], bare: Callable[[str], str]) -> dict[str, str]:

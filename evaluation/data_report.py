@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.cells import connected_cells
 from common.disk import write_bytes, write_json
-from common.errors import InputError, list_some, settings_as_flags, with_flags
+from common.errors import InputError, list_some, one_line, settings_as_flags, with_flags
 from common.spread import evenly
 from dataset.agreement import MOST_PAIRS, agreement_warnings, flat_warning, mask_signature, refuse_masks_as_images
 from dataset.checks import check_same_size
@@ -322,7 +322,7 @@ def _look_for_masks_as_images(
     try:
         refuse_masks_as_images([one.gray_checksum == own for one, own in zip(images, sums, strict=True)], *where)
     except InputError as error:
-        report.problems.append(with_flags(error.marked))
+        report.problems.append(with_flags(one_line(error)))
     report.remarks += flat_warning([pair.name for pair in pairs], [one.is_flat for one in images])
 
 
@@ -340,7 +340,7 @@ def _decide(
     try:
         rule = decide_mask_rule(stats, num_classes, mask_type, where, normalize, mask_values)
     except InputError as error:
-        report.problems.append(with_flags(settings_as_flags(error.marked)))
+        report.problems.append(with_flags(one_line(error)))
         return None
     report.mask_type, report.mask_reason = rule.mask_type, rule.reason
     try:

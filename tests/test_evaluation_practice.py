@@ -312,7 +312,8 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
     output, drawing = tmp_path / "out", Drawing()
     content = practise(monkeypatch, data, output, drawing, *SHORT)
     printed = capsys.readouterr().out
-    assert "Recommendation: do not use synthetic images" in printed and "--no_norm --min_train_masks 1" in printed
+    assert "Recommendation: do not use synthetic images" in printed and "--pretrained_model" in printed
+    assert "--no_norm --min_train_masks 1" in printed
     assert set(content["results"]) == {"real", "round 0, nothing ignored", "round 0", "round 1"}
     assert "Rounds ended: round 1 is not better than round 0." in printed
     first, second = content["rounds"]

@@ -162,6 +162,8 @@ def test_a_table_names_the_look_of_each_mask(lab, tmp_path):
     ):
         table.write_text("\n".join(["mask,look", *lines[:4], last]))
         assert words in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
+    table.write_text("\n".join(["mask,look", *lines, lines[0]]))
+    assert "more than one look: cell_0" in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
     table.write_text("mask,image\n")
     assert "has no column look" in make_set(lab, tmp_path / "s", "--look-table", table, code=2)
 

@@ -10,9 +10,7 @@ from cellpose import metrics, models, train
 from folders import half_real, parser_of, read_folder, unit_gray, write_prediction
 
 BATCH, EPOCH = 8, 80  # images
-TILE = (
-    112  # pixels: side of the training squares; Cellpose enlarges a crop of 64 px with small nuclei to about this size
-)
+TILE = 112  # pixels: side of the training squares; a crop of 64 px with small nuclei is enlarged to about this size
 parser = parser_of(__doc__)
 parser.add_argument("--bf16", action="store_true", help="compute the network in bfloat16 (CPUs with units for it)")
 args = parser.parse_args()

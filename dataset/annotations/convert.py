@@ -146,8 +146,7 @@ def _draw(image: Path, load: Load, settings: ConvertSettings) -> tuple[bytes, Ce
 def _check(settings: ConvertSettings) -> None:
     """Refuse classes and colours that are given twice, words that are no colour, and colours of other formats."""
     if settings.class_colours and settings.format_name not in ("auto", "colours"):
-        reason = f"has no effect with format {settings.format_name}: leave it out"
-        raise InputError(f"`class_colours` {reason}")
+        raise InputError(f"`class_colours` has no effect with format {settings.format_name}: leave it out")
     for field_name, values in (("classes", settings.classes), ("class_colours", settings.class_colours)):
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:

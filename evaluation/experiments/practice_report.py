@@ -142,8 +142,9 @@ def write_training_set(
     for layout in ("cellpose", "stardist"):
         (folder / layout).mkdir(exist_ok=True)
         EXPORTS[layout](folder / layout, _exported(folder, images))
+        once = _files_of(folder / layout, [name for name, _ in real])
         for copied in range(2, 1 + round(len(made) / len(real))):
-            for path in _files_of(folder / layout, [name for name, _ in real]):
+            for path in once:
                 link_or_copy(path, path.with_name(f"copy{copied}_{path.name}"))
 
 
