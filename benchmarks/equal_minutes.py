@@ -5,7 +5,8 @@
 
 TRAIN and VAL hold the folders images and masks. Each variant first takes a few steps, which give its rate, and then as
 many as fit in the minutes of processor time. Its images of the held-out masks are measured by the commands of
-``evaluate.py``. Run the same command again to continue. Results: OUT/results.md.
+``evaluate.py``. Run the same command again to continue: trials that have ended stay, one that was cut short starts
+anew. Results: OUT/results.md.
 
     python benchmarks/equal_minutes.py launch [--muon] train.py ...flags...
 
@@ -20,6 +21,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -151,7 +153,9 @@ class Trial:
         """Numbers of this trial."""
         path = self.folder / "result.json"
         if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.folder.exists():  # cut short: the time of a continued training says nothing
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
             steps = int(60 * self.args.minutes / self.seconds_per_step())
             used = self.train(steps, "run")
             sampling = self.sample(steps)

@@ -9,6 +9,7 @@ import torch
 
 import models
 from benchmarks import equal_minutes
+from common.errors import InputError
 from train import parse_args
 
 
@@ -78,3 +79,21 @@ def test_measures_are_those_that_evaluate_has_written(tmp_path):
     found = equal_minutes.read_measures(tmp_path)
     assert list(found) == list(equal_minutes.COLUMNS)
     assert list(found.values()) == pytest.approx([1.02, 0.5, 0.75, 0.98, 0.9, 1.2, 10.0])
+
+
+def test_a_trial_that_was_cut_short_starts_anew_and_one_that_ended_stays(monkeypatch, tmp_path):
+    words = ["--train", str(tmp_path), "--heldout", str(tmp_path), "--output", str(tmp_path)]
+    trial = equal_minutes.Trial("default", 0, equal_minutes.parse_args(words))
+    left = trial.folder / "run_9" / "half.txt"
+    left.parent.mkdir(parents=True)
+    left.touch()
+
+    def stop(self, *words):
+        assert not left.exists()
+        raise InputError("stopped")
+
+    monkeypatch.setattr(equal_minutes.Trial, "run", stop)
+    with pytest.raises(InputError, match="stopped"):
+        trial.result()
+    (trial.folder / "result.json").write_text('{"steps": 9}')
+    assert trial.result() == {"steps": 9}
