@@ -72,6 +72,15 @@ def test_watershed_gives_back_cells_that_touch():
     assert score.ap(0.9) == 1 and found.max() == 3
 
 
+@pytest.mark.parametrize(("dip", "cells"), [(0.1, 1), (0.6, 2)])
+def test_a_dip_of_the_interior_splits_a_cell_only_if_it_is_deep(dip: float, cells: int):
+    """Texture inside a large cell must not break it into pieces."""
+    foreground = disk(64, 32, 32, 26)
+    interior = np.where(foreground, 0.9, 0.0)
+    interior[:, 26:38] -= np.where(foreground[:, 26:38], dip, 0)
+    assert split_cells(foreground, interior).max() == cells
+
+
 def test_part_without_interior_is_a_cell_and_a_speck_is_none():
     foreground = np.zeros((20, 30), bool)
     foreground[2:8, 2:8] = foreground[12:14, 20:22] = True
