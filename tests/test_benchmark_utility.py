@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 import sample_ddp
 import train
-from benchmarks import label_ceiling, utility
+from benchmarks import cell_seeds, label_ceiling, utility
 from common.errors import InputError
 from dataset.groups import read_groups
 from evaluation.experiments.arms import arm_of
@@ -97,3 +97,19 @@ def test_the_ceiling_trains_on_a_folder_and_on_the_part_of_a_set_that_has_a_look
     words = [str(two_modalities), "--steps", "2", "--labelled", str(two_modalities / "val"), "--looks", "bright"]
     label_ceiling.main(label_ceiling.parse_args([*words, "--synthetic", str(samples), "--synthetic-share", "0.25"]))
     assert "bright: AP 0.5" in capsys.readouterr().out
+
+
+def test_seeds_are_compared_on_images_that_no_selection_holds(two_modalities, monkeypatch, capsys):
+    part = two_modalities / "split" / "selection_01" / "labels_010"
+    for kind in ("images", "masks", "instances"):
+        (part / kind).mkdir(parents=True)
+        (part / kind / "train_bright.png").write_bytes(
+            (two_modalities / "train" / kind / "train_bright.png").read_bytes()
+        )
+    modalities = read_groups(two_modalities / "index.csv", "modality")
+    monkeypatch.setattr(cell_seeds, "CHOSEN", {"bright": 3, "dark": 3})
+    chosen = cell_seeds.choosing_images(two_modalities, two_modalities / "split", modalities)
+    assert [pair.name for pair in chosen] == ["train_dark"]
+    cell_seeds.main(cell_seeds.parse_args([str(two_modalities), str(two_modalities / "split"), "--steps", "2"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["connected interiors", "saddle 0.1"]

@@ -9,8 +9,9 @@ import numpy as np
 from drawn_sets import Row, paint, write_set
 from PIL import Image
 
-from benchmarks.segmenters import folders, make_sets, score
+from benchmarks.segmenters import folders, make_sets, score, strong
 from dataset.config import DataConfig
+from evaluation.experiments import augmentation
 from evaluation.experiments.practice_report import write_training_set
 from evaluation.fidelity import LabelledImage
 
@@ -97,3 +98,18 @@ def test_score_counts_each_group_by_itself(tmp_path):
     assert found["ap"]["0.5"] == 0.5 and found["ap50_touching"] == 0.5
     assert found["ap50_of_groups"] == {"one": 1.0, "other": 0.0}
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == found
+
+
+def test_strong_augmentation_moves_image_and_cells_together_with_the_values_of_utility():
+    labels = cells().astype(np.int32)
+    image = np.repeat(np.where(labels > 0, 0.7, 0.2)[..., None], 3, axis=2).astype(np.float32)
+    rng = np.random.default_rng(0)
+    changed = [strong.augment(image, labels, rng) for _ in range(12)]
+    for gray, moved in changed:
+        assert gray.shape == image.shape and gray.min() >= 0 and gray.max() <= 1 and set(np.unique(moved)) <= {0, 1, 2}
+        if (moved > 0).sum() > 100:
+            assert gray[moved > 0].mean() - gray[moved == 0].mean() > 0.2
+    assert len({moved.tobytes() for _, moved in changed}) == 12
+    assert 100 < np.mean([(moved == 1).sum() for _, moved in changed]) < 300  # of 200 pixels
+    names = [name for name in vars(strong) if name.isupper()]
+    assert {name: getattr(strong, name) for name in names} == {name: getattr(augmentation, name) for name in names}

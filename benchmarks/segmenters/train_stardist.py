@@ -9,11 +9,16 @@ import tensorflow as tf
 from folders import half_real, parser_of, read_folder, unit_gray, write_prediction
 from stardist.matching import matching_dataset
 from stardist.models import Config2D, StarDist2D
+from strong import augment
 
 EPOCH = 100  # steps
 DRAWN = 1000  # list entries, so that each image gets its share
 VALIDATION = 256  # pixels: side of the parts of real images that choose the thresholds
-args = parser_of(__doc__).parse_args()
+parser = parser_of(__doc__)
+parser.add_argument(
+    "--strong", action="store_true", help="augment as evaluate.py utility does, not as StarDist's example"
+)
+args = parser.parse_args()
 rng = np.random.default_rng(args.seed)
 tf.keras.utils.set_random_seed(args.seed)
 names, images, labels = read_folder(args.train)
@@ -39,6 +44,11 @@ def turned(image: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return image + rng.normal(0, 0.02 * rng.uniform(0, 1), image.shape), cells
 
 
+def changed(image: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The augmentation that was asked for."""
+    return augment(image, cells, rng) if args.strong else turned(image, cells)
+
+
 def middle(array: np.ndarray) -> np.ndarray:
     """At most VALIDATION pixels of a side, from the middle."""
     rows, columns = (slice(max(0, (n - VALIDATION) // 2), (n + VALIDATION) // 2) for n in array.shape[:2])
@@ -46,7 +56,7 @@ def middle(array: np.ndarray) -> np.ndarray:
 
 
 validation = ([middle(images[index]) for index in real], [middle(labels[index]) for index in real])
-model.train([images[i] for i in chosen], [labels[i] for i in chosen], validation_data=validation, augmenter=turned)
+model.train([images[i] for i in chosen], [labels[i] for i in chosen], validation_data=validation, augmenter=changed)
 model.optimize_thresholds(*validation)
 test_names, test_images, test_labels = read_folder(args.test)
 found = []

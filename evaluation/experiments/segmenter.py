@@ -267,23 +267,6 @@ class Segmenter:
         )  # fmt: skip
 
 
-def find_seeds(interior: np.ndarray) -> np.ndarray:
-    """One seed for each top of the interior; tops with a shallow saddle between them share one.
-
-    Without the sharing, texture breaks large cells into pieces. Saddles are filled by reconstruction (Vincent 1993,
-    doi:10.1109/83.217222).
-
-    Args:
-        interior: (H, W) float, probability of a cell's interior.
-
-    Returns:
-        (H, W) int32, 0 between the seeds.
-    """
-    lowered = reconstruction(interior - SADDLE, interior)
-    seeds = ndimage.label(local_maxima(lowered), np.ones((3, 3)))[0]
-    return without_gaps(np.where(interior > SEED_LEVEL, seeds, 0))
-
-
 def split_cells(foreground: np.ndarray, interior: np.ndarray) -> np.ndarray:
     """Cells of a foreground: a watershed from the seeds of the interior; a part without a seed is one cell.
 
@@ -295,7 +278,34 @@ def split_cells(foreground: np.ndarray, interior: np.ndarray) -> np.ndarray:
         (H, W) int32 instance map without gaps; cells below ``LEAST_AREA`` pixels are dropped.
     """
     interior = ndimage.gaussian_filter(interior, SMOOTHING)
-    seeds = without_gaps(np.where(foreground, find_seeds(interior), 0))
+    return grow_cells(foreground, interior, find_seeds(interior))
+
+
+def find_seeds(interior: np.ndarray, saddle: float = SADDLE) -> np.ndarray:
+    """One seed for each top of the interior; tops with a shallow saddle between them share one.
+
+    Without the sharing, texture breaks large cells into pieces. Saddles are filled by reconstruction (Vincent 1993,
+    doi:10.1109/83.217222).
+
+    Args:
+        interior: (H, W) float, probability of a cell's interior.
+        saddle: see ``SADDLE``.
+
+    Returns:
+        (H, W) int32 ids, 0 between the seeds.
+    """
+    filled = reconstruction(interior - saddle, interior)
+    seeds = ndimage.label(local_maxima(filled), np.ones((3, 3)))[0]
+    return np.where(interior > SEED_LEVEL, seeds, 0).astype(np.int32)
+
+
+def grow_cells(foreground: np.ndarray, interior: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """The watershed of :func:`split_cells`.
+
+    Args:
+        seeds: (H, W) ids, 0 between them. Seeds outside of the foreground have no cell.
+    """
+    seeds = without_gaps(np.where(foreground, seeds, 0))
     parts = connected_cells(foreground)
     seeded = np.zeros(int(parts.max()) + 1, bool)
     seeded[parts[seeds > 0]] = True
