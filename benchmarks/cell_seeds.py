@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     real = Labelled([pair.item for pair in read_pairs(args.split / f"selection_{args.selection:02d}" / "labels_010")])
     network = train_segmenter([Phase(1, [(real, 1.0)])], SegmenterConfig(steps=args.steps), CPU)
     ways = {"connected interiors": connected}
-    ways |= {f"saddle {saddle}": partial(find_seeds, saddle=saddle) for saddle in SADDLES}
+    ways |= {f"saddle {saddle}": lambda interior, saddle=saddle: find_seeds(interior, saddle) for saddle in SADDLES}
     sums = {name: ScoreSums(CONFIG.num_classes) for name in ways}
     for pair in choosing_images(args.data, args.split, modalities):
         classes, interior = Segmenter([network], CPU).probabilities(pair.item.image)

@@ -15,9 +15,7 @@ EPOCH = 100  # steps
 DRAWN = 1000  # list entries, so that each image gets its share
 VALIDATION = 256  # pixels: side of the parts of real images that choose the thresholds
 parser = parser_of(__doc__)
-parser.add_argument(
-    "--strong", action="store_true", help="augment as evaluate.py utility does, not as StarDist's example"
-)
+parser.add_argument("--strong", action="store_true", help="augment as evaluate.py utility does")
 args = parser.parse_args()
 rng = np.random.default_rng(args.seed)
 tf.keras.utils.set_random_seed(args.seed)
