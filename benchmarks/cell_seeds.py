@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,11 @@ def connected(interior: np.ndarray) -> np.ndarray:
     return ndimage.label(interior > LEVEL)[0]
 
 
+def tops(saddle: float) -> Callable[[np.ndarray], np.ndarray]:
+    """One seed for each top that stands out by ``saddle``."""
+    return lambda interior: find_seeds(interior, saddle)
+
+
 def read_pairs(folder: Path) -> list[Named]:
     """All labelled images of a folder."""
     return real_pairs(LabelledFolders.of_part(folder, "binary"), CONFIG, CONFIG.num_classes)
@@ -87,8 +92,8 @@ def main(args: argparse.Namespace) -> None:
     modalities = read_groups(args.data / "index.csv", "modality")
     real = Labelled([pair.item for pair in read_pairs(args.split / f"selection_{args.selection:02d}" / "labels_010")])
     network = train_segmenter([Phase(1, [(real, 1.0)])], SegmenterConfig(steps=args.steps), CPU)
-    ways = {"connected interiors": connected}
-    ways |= {f"saddle {saddle}": lambda interior, saddle=saddle: find_seeds(interior, saddle) for saddle in SADDLES}
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"connected interiors": connected}
+    ways |= {f"saddle {saddle}": tops(saddle) for saddle in SADDLES}
     sums = {name: ScoreSums(CONFIG.num_classes) for name in ways}
     for pair in choosing_images(args.data, args.split, modalities):
         classes, interior = Segmenter([network], CPU).probabilities(pair.item.image)
