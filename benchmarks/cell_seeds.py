@@ -15,19 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.label_ceiling import CONFIG, CPU, read_pairs
 from common.arguments import non_negative_int, positive_int
 from common.errors import CommandParser, run_command
 from common.log import start_logging
-from dataset.config import DataConfig
 from dataset.groups import read_groups
 from evaluation.experiments.instance_score import ScoreSums
-from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs
+from evaluation.experiments.labelled import Named
 from evaluation.experiments.segmenter import (
     SMOOTHING,
     Found,
@@ -41,11 +40,9 @@ from evaluation.experiments.segmenter import (
 from evaluation.experiments.sources import Labelled
 from evaluation.output import number
 
-CONFIG = DataConfig(image_size=64, crop="random", window=(0, 99.8))  # as the generators of the benchmark read images
 CHOSEN = {"fluorescence": 50, "purple_on_purple": 10, "purple_on_white": 6, "brightfield": 4}
 LEVEL = 0.5  # connected interiors above it were the seeds before
 SADDLES = (0.1, 0.2, 0.25, 0.3, 0.4)
-CPU = torch.device("cpu")
 
 
 def connected(interior: np.ndarray) -> np.ndarray:
@@ -56,11 +53,6 @@ def connected(interior: np.ndarray) -> np.ndarray:
 def tops(saddle: float) -> Callable[[np.ndarray], np.ndarray]:
     """One seed for each top that stands out by ``saddle``."""
     return lambda interior: find_seeds(interior, saddle)
-
-
-def read_pairs(folder: Path) -> list[Named]:
-    """All labelled images of a folder."""
-    return real_pairs(LabelledFolders.of_part(folder, "binary"), CONFIG, CONFIG.num_classes)
 
 
 def choosing_images(data: Path, split: Path, modalities: dict[str, str]) -> list[Named]:
@@ -95,8 +87,9 @@ def main(args: argparse.Namespace) -> None:
     ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"connected interiors": connected}
     ways |= {f"saddle {saddle}": tops(saddle) for saddle in SADDLES}
     sums = {name: ScoreSums(CONFIG.num_classes) for name in ways}
+    segmenter = Segmenter([network], CPU)
     for pair in choosing_images(args.data, args.split, modalities):
-        classes, interior = Segmenter([network], CPU).probabilities(pair.item.image)
+        classes, interior = segmenter.probabilities(pair.item.image)
         best = classes.argmax(0).astype(np.uint8)
         interior = ndimage.gaussian_filter(interior, SMOOTHING)
         for name, seeds_of in ways.items():

@@ -350,7 +350,7 @@ def test_set_that_follows_its_masks_teaches_and_one_that_ignores_them_does_not(s
     assert found["good"]["synthetic"]["dice"] > 0.85
     assert found["bad"]["synthetic"]["dice"] < 0.6
     assert found["bad"]["synthetic"]["gain"]["mean"] < -0.25
-    assert abs(found["good"]["real + synthetic"]["gain"]["mean"]) < 0.15  # one wrong find among eight
+    assert abs(found["good"]["real + synthetic"]["gain"]["mean"]) < 0.1
 
 
 def test_report_is_written_with_a_row_per_training(split, tmp_path):

@@ -292,18 +292,23 @@ def find_seeds(interior: np.ndarray, saddle: float = SADDLE) -> np.ndarray:
         saddle: see ``SADDLE``.
 
     Returns:
-        (H, W) int32 ids, 0 between the seeds.
+        (H, W) int ids, 0 between the seeds.
     """
     filled = reconstruction(interior - saddle, interior)
     seeds = ndimage.label(local_maxima(filled), np.ones((3, 3)))[0]
-    return np.where(interior > SEED_LEVEL, seeds, 0).astype(np.int32)
+    return np.where(interior > SEED_LEVEL, seeds, 0)
 
 
 def grow_cells(foreground: np.ndarray, interior: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """The watershed of :func:`split_cells`.
+    """The watershed of :func:`split_cells`, from seeds that are given.
 
     Args:
+        foreground: (H, W) bool.
+        interior: (H, W) float, smoothed.
         seeds: (H, W) ids, 0 between them. Seeds outside of the foreground have no cell.
+
+    Returns:
+        as :func:`split_cells`.
     """
     seeds = without_gaps(np.where(foreground, seeds, 0))
     parts = connected_cells(foreground)
