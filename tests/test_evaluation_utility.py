@@ -344,7 +344,7 @@ def test_set_that_follows_its_masks_teaches_and_one_that_ignores_them_does_not(s
     good, bad = faithful_and_ignoring(split, tmp_path)
     found = {}
     for name, samples in (("good", good), ("bad", bad)):
-        rows = study(split, {100: samples}, tmp_path / f"out_{name}", steps=80)
+        rows = study(split, {100: samples}, tmp_path / f"out_{name}", steps=160)
         found[name] = {arm: entry for (_, arm), entry in summary_of(rows).items()}
     assert found["good"]["real"]["dice"] == found["bad"]["real"]["dice"] > 0.85
     assert found["good"]["synthetic"]["dice"] > 0.85
