@@ -1,12 +1,13 @@
 """What is best after the same minutes on one CPU core: learning rate, batch, optimiser, shape of the network, a U-Net.
 
-    python benchmarks/equal_minutes.py --train TRAIN --heldout VAL --minutes 5 --output OUT \\
+    python benchmarks/equal_minutes.py --train TRAIN --heldout VAL --default-steps 1300 --output OUT \\
         --variants default lr-2e-3 batch-32 muon u-net
 
-TRAIN and VAL hold the folders images and masks. Each variant first takes a few steps, which give its rate, and then as
-many as fit in the minutes of processor time. Its images of the held-out masks are measured by the commands of
-``evaluate.py``. Run the same command again to continue: trials that have ended stay, one that was cut short starts
-anew. Results: OUT/results.md.
+TRAIN and VAL hold the folders images and masks. The default takes ``--default-steps``; a variant takes as many steps as
+fit in the same time. A few steps of both in turn give the time of its step over that of the default, so other work on
+the machine does not favour either. The images of the held-out masks are measured by the commands of ``evaluate.py``.
+Run the same command again to continue: trials that have ended stay, one that was cut short starts anew.
+Results: OUT/results.md.
 
     python benchmarks/equal_minutes.py launch [--muon] train.py ...flags...
 
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import table
 from benchmarks.unet_baseline import COMMANDS, add_unets
-from common.arguments import positive_float, seed_number
+from common.arguments import positive_int, seed_number
 from common.disk import write_json
 from common.errors import CommandParser, InputError, run_command
 from evaluation.output import number
@@ -67,9 +69,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "u-net": {"--model": "U-Net"},
     "u-net-lr-2e-3": {"--model": "U-Net", "--lr": "2e-3"},
 }
-RATE_STEPS = 60  # steps that give a variant's rate, after WARM_STEPS; both are processes of their own
-WARM_STEPS = 10
-RATE_TRIES = 2  # the fastest counts: other work on the machine only slows a step
+RATE_STEPS = 40  # steps that give the time of a step, after as many to warm up
+RATE_TRIES = 3  # of default and variant in turn; the median counts
 COOLDOWN = 0.2  # share of the steps over which the learning rate falls
 COLUMNS = ("grid", "Dice of the judge", "AP 0.5", "Dice of the threshold", "mean", "standard deviation", "distance")
 
@@ -146,8 +147,7 @@ class Trial:
 
     def __init__(self, variant: str, seed: int, args: argparse.Namespace) -> None:
         self.args, self.variant, self.seed = args, variant, seed
-        self.folder = args.output / f"{variant}_{seed}_{args.minutes:g}"
-        self.flags = DEFAULT | VARIANTS[variant]
+        self.folder = args.output / f"{variant}_{seed}_{args.default_steps}"
 
     def result(self) -> dict[str, Any]:
         """Numbers of this trial."""
@@ -156,34 +156,39 @@ class Trial:
             if self.folder.exists():  # cut short: the time of a continued training says nothing
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
-            steps = int(60 * self.args.minutes / self.seconds_per_step())
-            used = self.train(steps, "run")
-            sampling = self.sample(steps)
-            write_json(path, {"steps": steps, "seconds": used, "sampling": sampling, **self.measures()})
+            relative = self.relative_time()
+            steps = round(self.args.default_steps / relative)
+            used = self.train(self.variant, f"run_{steps}", steps, "--cooldown-steps", int(COOLDOWN * steps))
+            spent = {"steps": steps, "relative": relative, "seconds": used, "sampling": self.sample(steps)}
+            write_json(path, spent | self.measures())
         return json.loads(path.read_text())
 
-    def seconds_per_step(self) -> float:
-        """Processor time of a step, without the start of the process."""
-        short, long = (
-            min(self.train(steps, f"rate{number}") for number in range(RATE_TRIES))
-            for steps in (WARM_STEPS, WARM_STEPS + RATE_STEPS)
+    def relative_time(self) -> float:
+        """Time of a step of this variant over that of the default."""
+        if self.variant == "default":
+            return 1.0
+        return median(
+            self.seconds_per_step(self.variant, f"rate_{number}")
+            / self.seconds_per_step("default", f"rate_default_{number}")
+            for number in range(RATE_TRIES)
         )
-        if long <= short:
-            raise InputError(
-                "other work on this machine hides the time of a step: run it again when the machine is free"
-            )
-        return (long - short) / RATE_STEPS
 
-    def train(self, steps: int, name: str) -> float:
+    def seconds_per_step(self, variant: str, name: str) -> float:
+        """Of the last steps of a short training, by the clock."""
+        self.train(variant, name, 2 * RATE_STEPS, "--log-every", RATE_STEPS)
+        rows = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        speeds = [row["speed/images_per_sec"] for row in rows if "speed/images_per_sec" in row]
+        return int(flags_of(variant)["--global-batch-size"]) / speeds[-1]
+
+    def train(self, variant: str, name: str, steps: int, *more: object) -> float:
         """Train a generator; seconds of processor time."""
-        flags = {key: value for key, value in self.flags.items() if key != "--muon"}
-        words = [word for pair in flags.items() for word in pair]
-        muon = ["--muon"] if "--muon" in self.flags else []
+        flags = flags_of(variant)
+        muon = ["--muon"] if "--muon" in flags else []
+        words = [word for key, value in flags.items() if key != "--muon" for word in (key, value)]
         return self.run(
             ROOT / "benchmarks/equal_minutes.py", "launch", *muon, "train.py", *COMMON.split(), *words,
             "--data-path", self.args.train / "images", "--mask-path", self.args.train / "masks",
-            "--max-steps", steps, "--cooldown-steps", int(COOLDOWN * steps), "--seed", self.seed,
-            "--results-dir", self.folder, "--run-name", f"{name}_{steps}",
+            "--max-steps", steps, "--seed", self.seed, "--results-dir", self.folder, "--run-name", name, *more,
         )  # fmt: skip
 
     def sample(self, steps: int) -> float:
@@ -223,6 +228,11 @@ class Trial:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def flags_of(variant: str) -> dict[str, str]:
+    """What train.py gets; --muon is for the launcher."""
+    return DEFAULT | VARIANTS[variant]
+
+
 def read_measures(samples: Path) -> dict[str, float]:
     """The columns of the table, from what evaluate.py has written."""
     found = {
@@ -246,18 +256,18 @@ def read_measures(samples: Path) -> dict[str, float]:
 def table_of(results: Sequence[tuple[str, int, dict[str, Any]]]) -> list[str]:
     """Markdown: one row for each trial."""
     rows = [
-        [name, seed, found["steps"], round(found["seconds"]), *(number(found[column]) for column in COLUMNS),
-         round(found["sampling"])]
+        [name, seed, found["steps"], number(found["relative"]), round(found["seconds"]),
+         *(number(found[column]) for column in COLUMNS), round(found["sampling"])]
         for name, seed, found in results
     ]  # fmt: skip
-    return table(["variant", "seed", "steps", "training, s", *COLUMNS, "sampling, s"], rows)
+    return table(["variant", "seed", "steps", "time of a step", "training, s", *COLUMNS, "sampling, s"], rows)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, metavar="FOLDER", help="holds images and masks to learn")
     parser.add_argument("--heldout", type=Path, required=True, metavar="FOLDER", help="holds images and masks to test")
-    parser.add_argument("--minutes", type=positive_float, default=5, help="of processor time, to train (5)")
+    parser.add_argument("--default-steps", type=positive_int, default=1300, metavar="N", help="of the default (1300)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where results go")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="of the generators (0)")

@@ -57,7 +57,7 @@ def test_train_knows_the_flags_of_a_variant(name, monkeypatch):
         monkeypatch.setitem(models.SiT_models, shape, None)
         assert width % heads == 0 and depth > 0 and 64 % patch == 0
     monkeypatch.setitem(models.SiT_models, "U-Net", None)
-    flags = equal_minutes.DEFAULT | equal_minutes.VARIANTS[name]
+    flags = equal_minutes.flags_of(name)
     words = [word for key, value in flags.items() if key != "--muon" for word in (key, value)]
     args = parse_args(["--data-path", "a", "--mask-path", "b", *equal_minutes.COMMON.split(), *words])
     assert args.lr == float(flags["--lr"]) and args.model == flags["--model"]
@@ -97,3 +97,25 @@ def test_a_trial_that_was_cut_short_starts_anew_and_one_that_ended_stays(monkeyp
         trial.result()
     (trial.folder / "result.json").write_text('{"steps": 9}')
     assert trial.result() == {"steps": 9}
+
+
+def test_variant_takes_as_many_steps_as_fit_in_the_time_of_the_default(monkeypatch, tmp_path):
+    """Batches of 32 at 40 images/s take 0.8 s, those of 16 at 64 images/s 0.25 s: 3.2 times as long."""
+    words = ["--train", str(tmp_path), "--heldout", str(tmp_path), "--output", str(tmp_path)]
+    trial = equal_minutes.Trial("batch-32", 0, equal_minutes.parse_args([*words, "--default-steps", "320"]))
+    trained = []
+
+    def train(self, variant, name, steps, *more):
+        trained.append((variant, steps))
+        (self.folder / name).mkdir()
+        speeds = [1.0, 40.0 if variant == "batch-32" else 64.0]  # the first steps warm up
+        rows = [{"speed/images_per_sec": speed} for speed in speeds] + [{"preview/grid": 1.0}]
+        (self.folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 5.0
+
+    monkeypatch.setattr(equal_minutes.Trial, "train", train)
+    monkeypatch.setattr(equal_minutes.Trial, "sample", lambda self, steps: 2.0)
+    monkeypatch.setattr(equal_minutes.Trial, "measures", lambda self: {})
+    found = trial.result()
+    assert found == {"steps": 100, "relative": pytest.approx(3.2), "seconds": 5.0, "sampling": 2.0}
+    assert trained == [("batch-32", 80), ("default", 80)] * 3 + [("batch-32", 100)]
