@@ -89,7 +89,8 @@ test-slow: $(READY)  ## every test; those that need a GPU skip without one
 	$(PYTHON) -m pytest -q
 
 # --- quickstart ------------------------------------------------------------------------------------------------------
-# $(QUICKSTART)/train and $(QUICKSTART)/heldout each hold images/ and masks/. Both ways of filling them may be repeated.
+# $(QUICKSTART)/train and $(QUICKSTART)/heldout each hold images/ and masks/, with simulated data instances/, too. Both
+# ways of filling them may be repeated.
 
 SIMULATE = $(PYTHON) make_masks.py simulate --render --image-size 128 --cell-size 20
 
@@ -105,15 +106,18 @@ endif
 # better with CHANNELS=1.
 STEPS ?= 800
 CHANNELS ?= $(if $(value DATA),3,1)
+# Simulated masks hold one id per cell, so that touching cells stay apart in the images and in their labels.
+MASKS = $(if $(value DATA),masks,instances)
+MASK_FLAGS = $(if $(value DATA),,--mask-type instances --num-classes 3)
 RUN = $(QUICKSTART)/run-$(STEPS)
 SAMPLES = $(QUICKSTART)/samples-$(STEPS)
 
 quickstart: quickstart-data  ## data, training, samples, one number and one picture in about five minutes (DATA=FOLDER)
-	$(PYTHON) train.py --preset quickstart --data-path $(QUICKSTART)/train/images --mask-path $(QUICKSTART)/train/masks \
-	  --in-channels $(CHANNELS) --max-steps $(STEPS) --sample-every 200 --ckpt-every 200 --log-every 20 \
+	$(PYTHON) train.py --preset quickstart --data-path $(QUICKSTART)/train/images --mask-path $(QUICKSTART)/train/$(MASKS) \
+	  $(MASK_FLAGS) --in-channels $(CHANNELS) --max-steps $(STEPS) --sample-every 200 --ckpt-every 200 --log-every 20 \
 	  --results-dir $(QUICKSTART) --run-name $(notdir $(RUN))
 	$(PYTHON) sample_ddp.py ODE --ckpt $(RUN)/checkpoints/$$(printf %07d $(STEPS)).pt \
-	  --data-path $(QUICKSTART)/heldout/images --mask-path $(QUICKSTART)/heldout/masks --sample-dir $(SAMPLES)
+	  --data-path $(QUICKSTART)/heldout/images --mask-path $(QUICKSTART)/heldout/$(MASKS) --sample-dir $(SAMPLES)
 	$(PYTHON) evaluate.py threshold $(SAMPLES)
 	@echo "Look at $(SAMPLES)/contact_sheet.png: masks, synthetic images, real images."
 
