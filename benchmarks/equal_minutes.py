@@ -45,9 +45,9 @@ from common.errors import CommandParser, InputError, run_command
 from evaluation.output import number
 from models import SiT, SiT_models
 
-SHAPES = {  # depth, width, heads, patch: about the time of a step of SiT-Ti/8, which has 12, 192, 3, 8
-    "SiT-6x288/8": (6, 288, 4, 8),
-    "SiT-24x128/8": (24, 128, 2, 8),
+SHAPES = {  # depth, width, heads, patch: about as many weights in the blocks as SiT-Ti/8, which has 4, 256, 4, 8
+    "SiT-2x352/8": (2, 352, 4, 8),
+    "SiT-8x176/8": (8, 176, 4, 8),
 }
 COMMON = "--vae none --in-channels 1 --image-size 64 --crop random --window 0 99.8 --cfg-scale 1 --num-workers 0"
 DEFAULT = {"--model": "SiT-Ti/8", "--global-batch-size": "16", "--lr": "1e-3"}
@@ -64,8 +64,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "muon-2e-3": {"--muon": "", "--lr": "2e-3"},
     "early-times": {"--time-sampling": "logit-normal", "--time-mean": "-0.5"},
     "patch-4": {"--model": "SiT-Ti/4"},
-    "wide": {"--model": "SiT-6x288/8"},
-    "deep": {"--model": "SiT-24x128/8"},
+    "wide": {"--model": "SiT-2x352/8"},
+    "deep": {"--model": "SiT-8x176/8"},
     "u-net": {"--model": "U-Net"},
     "u-net-lr-2e-3": {"--model": "U-Net", "--lr": "2e-3"},
 }
