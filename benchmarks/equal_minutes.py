@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "muon": {"--muon": ""},
     "muon-2e-3": {"--muon": "", "--lr": "2e-3"},
     "early-times": {"--time-sampling": "logit-normal", "--time-mean": "-0.5"},
+    "wide-times": {"--time-std": "1.5"},
+    "uniform-times": {"--time-sampling": "uniform"},
     "patch-4": {"--model": "SiT-Ti/4"},
     "wide": {"--model": "SiT-2x352/8"},
     "deep": {"--model": "SiT-8x176/8"},
