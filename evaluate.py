@@ -210,14 +210,15 @@ def run_threshold(args: argparse.Namespace) -> None:
     Does the same with the real images of the same masks. Also reports mean and standard deviation of the gray values.
     Needs no training.
     """
-    from evaluation.grid import grid_line
+    from evaluation.grid import grid_lines
     from evaluation.threshold import SECTION, score_by_threshold, write_threshold_report
 
     samples = _open_set(args)
     score = score_by_threshold(samples)
     folder = write_threshold_report(samples, score)
     picture = ", threshold.png" if score.compared else ""
-    say(grid_line(samples))
+    for line in grid_lines(samples):
+        say(line)
     _show(SECTION, score.to_dict(), f"{folder}/threshold.json, threshold.csv{picture}", samples)
 
 

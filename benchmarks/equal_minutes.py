@@ -74,7 +74,16 @@ VARIANTS: dict[str, dict[str, str]] = {
 RATE_STEPS = 40  # steps that give the time of a step, after as many to warm up
 RATE_TRIES = 3  # of default and variant in turn; the median counts
 COOLDOWN = 0.2  # share of the steps over which the learning rate falls
-COLUMNS = ("grid", "Dice of the judge", "AP 0.5", "Dice of the threshold", "mean", "standard deviation", "distance")
+COLUMNS = (
+    "grid",
+    "grain",
+    "Dice of the judge",
+    "AP 0.5",
+    "Dice of the threshold",
+    "mean",
+    "standard deviation",
+    "distance",
+)
 
 
 # --------------------------------------------------------------------------------------------------------- the launcher
@@ -245,6 +254,7 @@ def read_measures(samples: Path) -> dict[str, float]:
     distances = found["realism"]["distances"][0]["synthetic"]
     values = (
         found["grid"]["grid_synthetic"],
+        found["grid"]["grain_ratio"],
         synthetic["dice"] / real["dice"],
         synthetic["ap"]["0.5"] / real["ap"]["0.5"],
         found["threshold"]["dice_ratio"],

@@ -31,6 +31,11 @@ class Steps(NamedTuple):
             return None
         return (self.border_sum / self.border_count) / (self.inside_sum / self.inside_count)
 
+    @property
+    def inside(self) -> float | None:
+        """Mean step inside patches. None if there is none."""
+        return self.inside_sum / self.inside_count if self.inside_count else None
+
 
 def image_steps(image: np.ndarray, patch: int) -> Steps:
     """Steps of one image. Its patches begin at the upper left corner.

@@ -1,8 +1,10 @@
-"""Grid: do the borders of the network's patches show in the image?
+"""Grid and grain: do the borders of the network's patches show in the image, and is it noisier than real ones?
 
 The network writes an image patch by patch. If neighbouring patches disagree, the image shows a grid. The grid ratio is
 the mean absolute difference of neighbouring pixels across patch borders, divided by the same mean inside patches. Rows
 and columns both count. Without a grid the ratio is near 1. Real images are measured at the same places for comparison.
+
+The mean inside patches is the grain. Grain above that of the real images is noise, below it is blur.
 """
 
 from __future__ import annotations
@@ -24,21 +26,25 @@ PATCH_SETTING = "patch_pixels"  # key in settings.json: side of the model's patc
 
 @dataclass
 class ImageGrid:
-    """Grid ratio of one image and of the real image of its mask."""
+    """Grid ratio and grain (0 to 255) of one image and of the real image of its mask."""
 
     image: str
     synthetic: float | None
     real: float | None = None
+    grain_synthetic: float | None = None
+    grain_real: float | None = None
 
 
 @dataclass
 class GridScore:
-    """Result of ``score_grid``: ratios over all images together, and one row per image."""
+    """Result of ``score_grid``: ratios and grain (0 to 255) over all images together, and one row per image."""
 
     images: int
     patch_pixels: int
     grid_synthetic: float | None
     grid_real: float | None
+    grain_synthetic: float | None
+    grain_real: float | None
     provenance: dict[str, list[str]] = field(default_factory=dict)
     per_image: list[ImageGrid] = field(default_factory=list)
 
@@ -51,13 +57,23 @@ class GridScore:
             worst = max(known, key=lambda image: known[image])
             content |= {"median": float(np.median(list(known.values())))}
             content |= {"most": known[worst], "most_image": worst}
-        return content
+        return content | {"grain_ratio": self.grain_ratio}
+
+    @property
+    def grain_ratio(self) -> float | None:
+        """Grain of the synthetic images over that of the real ones. None without real images, or if they are flat."""
+        return self.grain_synthetic / self.grain_real if self.grain_synthetic is not None and self.grain_real else None
 
 
 def _table(content: dict) -> Table:
-    title = f"differences across borders of {content['patch_pixels']} px patches / inside patches"
+    grid = f"differences across borders of {content['patch_pixels']} px patches / inside patches"
+    grain = "grain: differences inside patches (0 to 255)"
     return Table(
-        ["", "synthetic", "real images of the same masks"], [[title, content["grid_synthetic"], content["grid_real"]]]
+        ["", "synthetic", "real images of the same masks"],
+        [
+            [grid, content["grid_synthetic"], content["grid_real"]],
+            [grain, content.get("grain_synthetic"), content.get("grain_real")],
+        ],
     )
 
 
@@ -72,7 +88,8 @@ SECTION = Section(
     "grid",
     "Grid: do the network's patches show?",
     "The mean difference of neighbouring pixels across the borders of the network's patches, divided by the same mean "
-    "inside the patches. 1 means no grid. Real images are measured at the same places.",
+    "inside the patches. 1 means no grid. Real images are measured at the same places. Grain above that of the real "
+    "images is noise, below it is blur.",
     _table,
     _notes,
 )
@@ -110,24 +127,28 @@ def score_grid(samples: SampleSet) -> GridScore:
     for sample in samples.samples:
         steps = image_steps(samples.synthetic(sample), patch)
         total = total.plus(steps)
-        row = ImageGrid(sample.columns["image"], steps.ratio)
+        row = ImageGrid(sample.columns["image"], steps.ratio, grain_synthetic=steps.inside)
         if samples.has_real:
             real = image_steps(samples.real(sample), patch)
             total_real = total_real.plus(real)
-            row.real = real.ratio
+            row.real, row.grain_real = real.ratio, real.inside
         rows.append(row)
-    return GridScore(len(rows), patch, total.ratio, total_real.ratio, samples.provenance(), rows)
+    return GridScore(
+        len(rows), patch, total.ratio, total_real.ratio, total.inside, total_real.inside, samples.provenance(), rows
+    )
 
 
-def grid_line(samples: SampleSet) -> str:
-    """One line for the output of another measure: the grid ratios, or the reason why there are none."""
+def grid_lines(samples: SampleSet) -> list[str]:
+    """Lines for the output of another measure: grid ratios and grain, or the reason why there are none."""
     try:
         score = score_grid(samples)
     except InputError as error:
-        return f"grid of patches: not measured ({error})"
-    return (
-        f"grid of patches: synthetic {number(score.grid_synthetic)}, real {number(score.grid_real)} (1 means no grid)"
-    )
+        return [f"grid of patches: not measured ({error})"]
+    grid = f"synthetic {number(score.grid_synthetic)}, real {number(score.grid_real)} (1 means no grid)"
+    lines = [f"grid of patches: {grid}"]
+    if score.grain_ratio is not None:
+        lines.append(f"grain: {number(score.grain_ratio)} times that of the real images (more is noise, less is blur)")
+    return lines
 
 
 def write_grid_report(samples: SampleSet, score: GridScore) -> Path:
@@ -139,8 +160,14 @@ def write_grid_report(samples: SampleSet, score: GridScore) -> Path:
     folder = results_folder(samples)
     write_json(folder / "grid.json", score.to_dict())
     rows = [
-        [row.image, *("" if value is None else f"{value:.6f}" for value in (row.synthetic, row.real))]
+        [
+            row.image,
+            *(
+                "" if value is None else f"{value:.6f}"
+                for value in (row.synthetic, row.real, row.grain_synthetic, row.grain_real)
+            ),
+        ]
         for row in score.per_image
     ]
-    write_csv(folder / "grid.csv", ["image", "grid_synthetic", "grid_real"], rows)
+    write_csv(folder / "grid.csv", ["image", "grid_synthetic", "grid_real", "grain_synthetic", "grain_real"], rows)
     return folder

@@ -67,7 +67,7 @@ def test_measures_are_those_that_evaluate_has_written(tmp_path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
     written = {
-        "grid": {"grid_synthetic": 1.02},
+        "grid": {"grid_synthetic": 1.02, "grain_ratio": 1.3},
         "threshold": {"dice_ratio": 0.98, "mean_difference": -0.1, "std_difference": 0.2},
         "fidelity": {
             "synthetic": {"dice": 0.45, "ap": {"0.5": 0.3}}, "real": {"dice": 0.9, "ap": {"0.5": 0.4}},
@@ -78,7 +78,7 @@ def test_measures_are_those_that_evaluate_has_written(tmp_path):
         (folder / f"{name}.json").write_text(json.dumps(content))
     found = equal_minutes.read_measures(tmp_path)
     assert list(found) == list(equal_minutes.COLUMNS)
-    assert list(found.values()) == pytest.approx([1.02, 0.5, 0.75, 0.98, 0.9, 1.2, 10.0])
+    assert list(found.values()) == pytest.approx([1.02, 1.3, 0.5, 0.75, 0.98, 0.9, 1.2, 10.0])
 
 
 def test_a_trial_that_was_cut_short_starts_anew_and_one_that_ended_stays(monkeypatch, tmp_path):

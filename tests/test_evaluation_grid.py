@@ -91,6 +91,25 @@ def test_a_set_is_measured_beside_its_real_images(tmp_path, capsys):
     assert "3.000" in printed and "most 4.000 (images/cells_01.png)" in printed
 
 
+def test_grain_is_the_step_inside_patches_beside_that_of_real_images(tmp_path, capsys):
+    """A grid leaves it alone; an image of twice the steps has twice the grain."""
+    rows = [Row(one_label(), with_grid(4), ramp()), Row(one_label(), ramp(2), ramp())]
+    folder = write_set(tmp_path / "set", rows, patch_pixels=PATCH)
+    score = score_grid(SampleSet(folder))
+    assert (score.grain_synthetic, score.grain_real, score.grain_ratio) == pytest.approx((1.5, 1, 1.5))
+    assert [row.grain_synthetic for row in score.per_image] == pytest.approx([1, 2])
+    evaluate.main(evaluate.parse_args(["threshold", str(folder)]))
+    assert "grain: 1.500 times that of the real images" in capsys.readouterr().out
+
+
+def test_flat_real_images_have_no_grain_to_compare_with(tmp_path, capsys):
+    rows = [Row(one_label(), ramp(), np.zeros_like(ramp()))]
+    folder = write_set(tmp_path / "set", rows, patch_pixels=PATCH)
+    assert score_grid(SampleSet(folder)).grain_ratio is None
+    evaluate.main(evaluate.parse_args(["grid", str(folder)]))
+    assert json.loads((folder / "evaluation" / "grid.json").read_text())["grain_ratio"] is None
+
+
 def test_the_line_of_threshold_and_the_section_of_the_report_hold_the_ratio(tmp_path, capsys):
     folder = drawn_set(tmp_path, patch_pixels=PATCH)
     evaluate.main(evaluate.parse_args(["threshold", str(folder)]))
