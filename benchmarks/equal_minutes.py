@@ -4,8 +4,8 @@
         --variants default lr-2e-3 batch-32 muon u-net
 
 TRAIN and VAL hold the folders images and masks. The default takes ``--default-steps``; a variant takes as many steps as
-fit in the same time. A few steps of both in turn give the time of its step over that of the default, so other work on
-the machine does not favour either. The images of the held-out masks are measured by the commands of ``evaluate.py``.
+fit in the same time. If its step is another one, a few steps of both in turn give its time over that of the default, so
+other work on the machine does not favour either. The images of the held-out masks are measured by the commands of ``evaluate.py``.
 Run the same command again to continue: trials that have ended stay, one that was cut short starts anew.
 Results: OUT/results.md.
 
@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "u-net": {"--model": "U-Net"},
     "u-net-lr-2e-3": {"--model": "U-Net", "--lr": "2e-3"},
 }
+FREE = {"--lr", "--warmup-steps", "--time-sampling", "--time-mean", "--time-std"}  # these leave a step's time as it is
 RATE_STEPS = 40  # steps that give the time of a step, after as many to warm up
 RATE_TRIES = 3  # of default and variant in turn; the median counts
 COOLDOWN = 0.2  # share of the steps over which the learning rate falls
@@ -176,7 +177,7 @@ class Trial:
 
     def relative_time(self) -> float:
         """Time of a step of this variant over that of the default."""
-        if self.variant == "default":
+        if not set(VARIANTS[self.variant]) - FREE:
             return 1.0
         return median(
             self.seconds_per_step(self.variant, f"rate_{number}")

@@ -119,3 +119,11 @@ def test_variant_takes_as_many_steps_as_fit_in_the_time_of_the_default(monkeypat
     found = trial.result()
     assert found == {"steps": 100, "relative": pytest.approx(3.2), "seconds": 5.0, "sampling": 2.0}
     assert trained == [("batch-32", 80), ("default", 80)] * 3 + [("batch-32", 100)]
+
+
+def test_variant_that_changes_no_step_takes_those_of_the_default(tmp_path):
+    words = ["--train", str(tmp_path), "--heldout", str(tmp_path), "--output", str(tmp_path)]
+    args = equal_minutes.parse_args(words)
+    assert [equal_minutes.Trial(name, 0, args).relative_time() for name in ("default", "wide-times", "lr-2e-3")] == [
+        1
+    ] * 3
