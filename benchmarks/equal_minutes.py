@@ -5,9 +5,9 @@
 
 TRAIN and VAL hold the folders images and masks. The default takes ``--default-steps``; a variant takes as many steps as
 fit in the same time. If its step is another one, a few steps of both in turn give its time over that of the default, so
-other work on the machine does not favour either. The images of the held-out masks are measured by the commands of ``evaluate.py``.
-Run the same command again to continue: trials that have ended stay, one that was cut short starts anew.
-Results: OUT/results.md.
+other work on the machine does not favour either. The images of the held-out masks are measured by the commands of
+``evaluate.py``. Run the same command again to continue: trials that have ended stay, one that was cut short starts
+anew. Results: OUT/results.md.
 
     python benchmarks/equal_minutes.py launch [--muon] train.py ...flags...
 
