@@ -26,6 +26,7 @@ from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
     LOSS_WEIGHTS,
+    ODE_METHOD,
     ODE_METHODS,
     PATHS,
     PREDICTIONS,
@@ -136,7 +137,7 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
     ode = modes.add_parser("ODE", help="deterministic sampling (faster, the usual choice)")
     group = ode.add_argument_group("ODE solver")
     group.add_argument(
-        "--sampling-method", type=str.lower, choices=list(ODE_METHODS), default="heun", help="name of the solver"
+        "--sampling-method", type=str.lower, choices=list(ODE_METHODS), default=ODE_METHOD, help="name of the solver"
     )
     group.add_argument("--num-sampling-steps", type=positive_int, help="steps of a fixed-step solver (default: 25)")
     group.add_argument(

@@ -39,7 +39,7 @@ from common.outputs import check_output_folder
 from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device, start_machine
 from settings import judge_request, load_checkpoint
-from transport import TIME_SHIFT
+from transport import ODE_METHOD, TIME_SHIFT
 
 if TYPE_CHECKING:
     from evaluation.experiments.labelled import LabelledFolders
@@ -176,7 +176,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         "--guidance-intervals", type=interval, nargs="+", default=[(0.0, 1.0)], metavar="LO:HI", help=spans
     )
     parser.add_argument(
-        "--solvers", nargs="+", default=["heun"], metavar="NAME",
+        "--solvers", nargs="+", default=[ODE_METHOD], metavar="NAME",
         help="solvers to compare, such as euler heun ab2 sde-euler",
     )  # fmt: skip
     parser.add_argument(

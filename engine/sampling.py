@@ -30,7 +30,7 @@ from engine.machine import Machine
 from engine.tiling import Windows
 from layers.mask import MaskCondition
 from models import SiT
-from transport import TIME_SHIFT, LikelihoodResult, Sampler, Transport, create_transport
+from transport import ODE_METHOD, TIME_SHIFT, LikelihoodResult, Sampler, Transport, create_transport
 from transport.sampler import OdeSolver, SdeSolver
 
 
@@ -39,7 +39,7 @@ class SamplingSettings:
     """Solver and guidance: all that decides an image beside checkpoint, mask, look, seed and index."""
 
     mode: str = "ODE"
-    method: str = "heun"
+    method: str = ODE_METHOD
     num_steps: int = 25
     cfg_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)

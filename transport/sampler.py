@@ -24,6 +24,7 @@ from .likelihood import LikelihoodSolver
 from .path import DIFFUSION_FORMS, choose
 from .transport import Model, ModelField, Transport
 
+ODE_METHOD = "ab2"  # half the calls of heun, and less noise in the image (benchmarks/design_choices.md)
 TIME_SHIFT = 2.0  # of the commands: with equal steps, images are too bright and too alike (docs/transport.md)
 LAST_STEPS: dict[str, str] = {
     "Mean": "the SDE's drift without its noise",
@@ -276,7 +277,7 @@ class Sampler:
 
     def sample_ode(
         self,
-        sampling_method: str = "heun",
+        sampling_method: str = ODE_METHOD,
         num_steps: int = 25,
         atol: float = 1e-6,
         rtol: float = 1e-3,

@@ -619,7 +619,7 @@ function recall() {
   editor.setLabel(width, height, label, kind);
   editor.isSaved = kept.isSaved;
   for (const id of KEPT_FIELDS) if (kept.fields[id]) byId(id).value = kept.fields[id];
-  if (!byId("method").value) byId("method").value = "heun";
+  if (!byId("method").value) byId("method").value = "ab2";
   return true;
 }
 
@@ -765,7 +765,7 @@ async function start() {
   byId("guidance_row").hidden = !model.has_guidance;
   byId("blur_row").hidden = !model.has_soft_masks;
   byId("kind_row").hidden = model.kinds.length < 2;
-  setOptions("method", model.methods, "heun");
+  setOptions("method", model.methods, "ab2");
   setOptions("kind", model.kinds, model.kinds[0]);
   setOptions("mask_type", model.mask_types, "auto", MASK_WORDS);
   byId("looks_card").hidden = !model.looks;
