@@ -28,6 +28,7 @@ from transport import (
     LOSS_WEIGHTS,
     ODE_METHOD,
     ODE_METHODS,
+    ODE_STEPS,
     PATHS,
     PREDICTIONS,
     SDE_METHODS,
@@ -139,7 +140,9 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
     group.add_argument(
         "--sampling-method", type=str.lower, choices=list(ODE_METHODS), default=ODE_METHOD, help="name of the solver"
     )
-    group.add_argument("--num-sampling-steps", type=positive_int, help="steps of a fixed-step solver (default: 25)")
+    group.add_argument(
+        "--num-sampling-steps", type=positive_int, help=f"steps of a fixed-step solver (default: {ODE_STEPS})"
+    )
     group.add_argument(
         "--time-shift", type=positive_float, metavar="FACTOR",
         help="how much shorter the first steps of a fixed-step solver are; 1 gives equal steps "

@@ -39,7 +39,7 @@ from common.outputs import check_output_folder
 from dataset.config import CROPS, DataConfig
 from engine.machine import resolve_device, start_machine
 from settings import judge_request, load_checkpoint
-from transport import ODE_METHOD, TIME_SHIFT
+from transport import ODE_METHOD, ODE_STEPS, TIME_SHIFT
 
 if TYPE_CHECKING:
     from evaluation.experiments.labelled import LabelledFolders
@@ -180,7 +180,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         help="solvers to compare, such as euler heun ab2 sde-euler",
     )  # fmt: skip
     parser.add_argument(
-        "--num-steps", type=positive_int, nargs="+", default=[10, 25], metavar="STEPS",
+        "--num-steps", type=positive_int, nargs="+", default=[16, ODE_STEPS], metavar="STEPS",
         help="numbers of steps to compare",
     )  # fmt: skip
     parser.add_argument(

@@ -32,7 +32,7 @@ from page.labels import pack, random_label
 from page.service import Service
 
 SETTINGS = {f"{steps} steps": {"method": "ab2", "num_steps": steps} for steps in (2, 4, 6, 8)}
-SETTINGS["full setting"] = {"method": "ab2", "num_steps": 25}
+SETTINGS["full setting"] = {"method": "ab2", "num_steps": 32}
 
 
 def time_page(args: argparse.Namespace, service: Service) -> list[str]:

@@ -30,7 +30,7 @@ from engine.machine import Machine
 from engine.tiling import Windows
 from layers.mask import MaskCondition
 from models import SiT
-from transport import ODE_METHOD, TIME_SHIFT, LikelihoodResult, Sampler, Transport, create_transport
+from transport import ODE_METHOD, ODE_STEPS, TIME_SHIFT, LikelihoodResult, Sampler, Transport, create_transport
 from transport.sampler import OdeSolver, SdeSolver
 
 
@@ -40,7 +40,7 @@ class SamplingSettings:
 
     mode: str = "ODE"
     method: str = ODE_METHOD
-    num_steps: int = 25
+    num_steps: int = ODE_STEPS
     cfg_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     atol: float = 1e-6

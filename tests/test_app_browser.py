@@ -390,7 +390,7 @@ def test_a_preview_that_takes_long_comes_after_a_sketch_of_the_image_shown(page)
     page.run("asked.length = 0; pace = 1")
     page.click("#next")
     page.wait(IS_DONE)
-    assert page.run("return asked") == [["sketch", 2, 2], ["preview", 6, None], ["full", 25, None]]
+    assert page.run("return asked") == [["sketch", 2, 2], ["preview", 6, None], ["full", 32, None]]
     assert page.run("return byId('which').textContent") == "3 of 4"
     page.run("onlyRequest = before")
     page.click("[data-count='1']")

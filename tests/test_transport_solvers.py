@@ -114,9 +114,9 @@ def test_batch_neighbours_do_not_change_a_fixed_step_image():
     assert torch.equal(solver(x0, model)[-1][:2], solver(x0[:2], model)[-1])
 
 
-def test_default_for_images_is_ab2_with_25_steps():
+def test_default_for_images_is_ab2_with_32_steps():
     solver = Sampler(create_transport()).sample_ode()
-    assert (solver.method, solver.num_steps, stated_calls(solver)) == ("ab2", 25, 26)
+    assert (solver.method, solver.num_steps, stated_calls(solver)) == ("ab2", 32, 33)
 
 
 def test_the_given_eps_bounds_the_times():

@@ -6,13 +6,13 @@ benchmarks/solver_error.md holds the errors of the solvers.
 
     transport = create_transport("Linear", "velocity")
     loss = transport.training_losses(model, x1, {"y": y})["loss"].mean()
-    images = Sampler(transport).sample_ode("ab2", num_steps=25)(x0, model, y=y)[-1]
+    images = Sampler(transport).sample_ode("ab2", num_steps=32)(x0, model, y=y)[-1]
 """
 
 from .integrators import ODE_METHODS, SDE_METHODS
 from .likelihood import LikelihoodResult, LikelihoodSolver
 from .path import DIFFUSION_FORMS, PATHS, PREDICTIONS, choose
-from .sampler import LAST_STEPS, ODE_METHOD, TIME_SHIFT, OdeSolver, Sampler, SdeSolver
+from .sampler import LAST_STEPS, ODE_METHOD, ODE_STEPS, TIME_SHIFT, OdeSolver, Sampler, SdeSolver
 from .transport import LOSS_WEIGHTS, TIME_SAMPLINGS, Transport, create_transport
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LOSS_WEIGHTS",
     "ODE_METHOD",
     "ODE_METHODS",
+    "ODE_STEPS",
     "PATHS",
     "PREDICTIONS",
     "SDE_METHODS",

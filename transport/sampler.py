@@ -24,7 +24,8 @@ from .likelihood import LikelihoodSolver
 from .path import DIFFUSION_FORMS, choose
 from .transport import Model, ModelField, Transport
 
-ODE_METHOD = "ab2"  # half the calls of heun, and less noise in the image (benchmarks/design_choices.md)
+# Of the commands: heun takes more calls and leaves noise in the image, fewer steps blur (benchmarks/design_choices.md).
+ODE_METHOD, ODE_STEPS = "ab2", 32
 TIME_SHIFT = 2.0  # of the commands: with equal steps, images are too bright and too alike (docs/transport.md)
 LAST_STEPS: dict[str, str] = {
     "Mean": "the SDE's drift without its noise",
@@ -278,7 +279,7 @@ class Sampler:
     def sample_ode(
         self,
         sampling_method: str = ODE_METHOD,
-        num_steps: int = 25,
+        num_steps: int = ODE_STEPS,
         atol: float = 1e-6,
         rtol: float = 1e-3,
         reverse: bool = False,
