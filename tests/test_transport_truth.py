@@ -11,7 +11,9 @@ from transport_truth import MEAN, STD, GaussianModel, normal_quantiles, sde_mome
 from transport import (
     DIFFUSION_FORMS,
     LAST_STEPS,
+    ODE_METHOD,
     ODE_METHODS,
+    ODE_STEPS,
     PATHS,
     PREDICTIONS,
     SDE_METHODS,
@@ -111,7 +113,7 @@ def test_one_or_two_steps_are_finite_and_counted(path, method, steps):
         assert solver.nfe == stated_calls(solver)
 
 
-@pytest.mark.parametrize(("method", "steps"), [("heun", 25), ("ab2", 16)])
+@pytest.mark.parametrize(("method", "steps"), [("heun", 25), ("ab2", 16), (ODE_METHOD, ODE_STEPS)])
 def test_images_differ_in_brightness_as_much_as_the_data(method, steps):
     # The mean of 128 x 128 pixels, times 128: its noise has standard deviation 1. Means differ by 0.2, in [-1, 1].
     model, sampler = GaussianModel("Linear", "velocity", mean=0.0, std=0.2 * 128), Sampler(create_transport())
