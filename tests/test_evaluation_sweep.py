@@ -199,6 +199,6 @@ def test_command_draws_with_a_checkpoint_and_leaves_the_sweeps_masks_to_no_judge
     ]  # fmt: skip
     evaluate.main(evaluate.parse_args(command))
     printed = capsys.readouterr().out
-    assert "sample with: ODE --sampling-method heun" in printed
+    assert "sample with: ODE --sampling-method ab2" in printed
     content = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert content["images"] == 5 and [row["network_calls"] for row in content["rows"]] == [4, 8]
+    assert content["images"] == 5 and [row["network_calls"] for row in content["rows"]] == [3, 6]
