@@ -19,8 +19,8 @@ SIZE = 128  # a picture of this size is shown as it is
 def flat_set(folder: Path, gray: int, count: int = 2, real: int = 0) -> Path:
     label = np.zeros((SIZE, SIZE), np.uint8)
     label[40:60, 40:60] = 255
-    images = [np.full((SIZE, SIZE, 3), value, np.uint8) for value in (gray, real)]
-    return write_set(folder, [Row(label, *images)] * count)
+    image, other = (np.full((SIZE, SIZE, 3), value, np.uint8) for value in (gray, real))
+    return write_set(folder, [Row(label, image, other)] * count)
 
 
 def test_rows_are_the_sets_and_the_real_images(tmp_path):
