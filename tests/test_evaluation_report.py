@@ -151,7 +151,7 @@ def test_results_of_utility_and_sweep_are_included_from_their_folders(folder, tm
     page, found, _ = write_report(samples, others={"utility": tmp_path / "u", "sweep": tmp_path / "s"})
     words = " ".join(Page(page.read_text()).text)
     assert found == ["utility", "sweep"] and "0.711" in words and "0.711 ±" not in words and "-0.078" in words
-    assert "sample with: ODE --sampling-method heun" in words
+    assert "sample with: ODE --sampling-method ab2" in words
     with pytest.raises(InputError, match="holds no sweep.json"):
         write_report(samples, others={"sweep": tmp_path / "u"})
     written = json.loads((tmp_path / "u" / "utility.json").read_text())

@@ -87,7 +87,7 @@ def test_no_network_call_is_larger_than_the_batch_and_masks_are_embedded_once(sa
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     monkeypatch.setattr(model, "embed_mask", lambda y, **more: embedded.append(len(y)) or embed(y, **more))
     sampler().draw_field(hard_mask(24, 20), 7, 4)  # 3 rows of 4 windows
-    assert sizes == [4, 4, 4] * 6  # three Heun steps
+    assert sizes == [4, 4, 4] * 4  # three steps of ab2
     assert embedded == [4, 4, 4]
 
 
