@@ -177,7 +177,7 @@ class Trial:
 
     def relative_time(self) -> float:
         """Time of a step of this variant over that of the default."""
-        if not set(VARIANTS[self.variant]) - FREE:
+        if set(VARIANTS[self.variant]) <= FREE:
             return 1.0
         return median(
             self.seconds_per_step(self.variant, f"rate_{number}")

@@ -17,7 +17,7 @@ import numpy as np
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from common.patch_grid import Steps, image_steps
-from evaluation.output import Section, Table, number, results_folder
+from evaluation.output import Section, Table, cell, number, results_folder
 from synthetic.manifest import SETTINGS
 from synthetic.reader import SampleSet
 
@@ -160,13 +160,7 @@ def write_grid_report(samples: SampleSet, score: GridScore) -> Path:
     folder = results_folder(samples)
     write_json(folder / "grid.json", score.to_dict())
     rows = [
-        [
-            row.image,
-            *(
-                "" if value is None else f"{value:.6f}"
-                for value in (row.synthetic, row.real, row.grain_synthetic, row.grain_real)
-            ),
-        ]
+        [row.image, *(cell(value, 6) for value in (row.synthetic, row.real, row.grain_synthetic, row.grain_real))]
         for row in score.per_image
     ]
     write_csv(folder / "grid.csv", ["image", "grid_synthetic", "grid_real", "grain_synthetic", "grain_real"], rows)

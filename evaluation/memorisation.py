@@ -34,7 +34,7 @@ from dataset.gray import fit_channels, image_window, to_display
 from dataset.views import center_view, turn
 from evaluation.image_facts import image_facts, near_duplicates
 from evaluation.nearest import Match, NearestTraining, small_gray
-from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
+from evaluation.output import Section, Table, cell, new_figure, results_folder, save_figure, show_image
 from synthetic.reader import SampleSet, read_real
 
 SIDE = 32
@@ -232,8 +232,7 @@ def write_memorisation_report(
     folder = results_folder(samples)
     write_json(folder / "memorisation.json", asdict(report))
     rows = [
-        [sample.columns["image"], "" if value is None else f"{value:.5f}"]
-        for sample, value in zip(samples.samples, report.samples, strict=True)
+        [sample.columns["image"], cell(value, 5)] for sample, value in zip(samples.samples, report.samples, strict=True)
     ]
     write_csv(folder / "memorisation.csv", ["image", "distance"], rows)
     draw_closest(samples, closest, paths, folder / "memorisation.png")

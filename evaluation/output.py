@@ -86,6 +86,11 @@ def number(value: object, digits: int = 4, sign: str = "") -> str:
     return format(value, f"{sign}.{max(digits - 1 - magnitude, 0)}f")
 
 
+def cell(value: float | None, decimals: int) -> str:
+    """A number as a cell of a CSV file: empty for None."""
+    return "" if value is None else f"{value:.{decimals}f}"
+
+
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation of the values that are not None. A single value has no spread."""
     known = [value for value in values if value is not None]

@@ -21,7 +21,7 @@ from skimage.filters import threshold_otsu
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from evaluation.instances import dice
-from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
+from evaluation.output import Section, Table, cell, new_figure, results_folder, save_figure, show_image
 from synthetic.reader import Sample, SampleSet
 
 logger = logging.getLogger(__name__)
@@ -285,10 +285,7 @@ def write_threshold_report(samples: SampleSet, score: ThresholdScore) -> Path:
     """
     folder = results_folder(samples)
     write_json(folder / "threshold.json", score.to_dict())
-    rows = []
-    for row in score.per_image:
-        numbers = ["" if value is None else f"{value:.6f}" for value in (row.dice_synthetic, row.dice_real)]
-        rows.append([row.image, *numbers, row.skipped])
+    rows = [[row.image, cell(row.dice_synthetic, 6), cell(row.dice_real, 6), row.skipped] for row in score.per_image]
     write_csv(folder / "threshold.csv", ["image", "dice_synthetic", "dice_real", "skipped"], rows)
     draw_extremes(samples, score, folder / "threshold.png")
     return folder

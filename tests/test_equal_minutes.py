@@ -124,6 +124,5 @@ def test_variant_takes_as_many_steps_as_fit_in_the_time_of_the_default(monkeypat
 def test_variant_that_changes_no_step_takes_those_of_the_default(tmp_path):
     words = ["--train", str(tmp_path), "--heldout", str(tmp_path), "--output", str(tmp_path)]
     args = equal_minutes.parse_args(words)
-    assert [equal_minutes.Trial(name, 0, args).relative_time() for name in ("default", "wide-times", "lr-2e-3")] == [
-        1
-    ] * 3
+    trials = [equal_minutes.Trial(name, 0, args) for name in ("default", "wide-times", "lr-2e-3")]
+    assert [trial.relative_time() for trial in trials] == [1, 1, 1]

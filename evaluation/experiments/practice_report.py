@@ -14,7 +14,17 @@ from evaluation.experiments.practice_folder import PRACTICE_FILE
 from evaluation.experiments.segmenter import IGNORE
 from evaluation.experiments.trial_report import AHEAD, HARMS, HELPS, UNCLEAR, UNKNOWN, difference
 from evaluation.fidelity import LabelledImage
-from evaluation.output import Section, Table, mean_and_spread, new_figure, number, save_figure, show_image, with_spread
+from evaluation.output import (
+    Section,
+    Table,
+    cell,
+    mean_and_spread,
+    new_figure,
+    number,
+    save_figure,
+    show_image,
+    with_spread,
+)
 from synthetic.export import EXPORTS, ExportedPair
 
 WHY, TRAINING_SETS = "why.csv", "training_sets"
@@ -113,7 +123,7 @@ def write_why(practice: Practice, content: dict) -> None:
             hard = one["hardness"].get(mask)
             rows.append(
                 [f"round_{one['round']}/samples/{name}", one["round"], mask, content["masks"].get(mask, ""),
-                 "" if hard is None else f"{hard:.4f}", f"{share:.4f}", "yes" if best else "no",
+                 cell(hard, 4), f"{share:.4f}", "yes" if best else "no",
                  "yes" if best and with_ignored else "no", why]
             )  # fmt: skip
     columns = ["image", "round", "mask", "mask_part", "loss", "ignored_share", "in_best_set", "ignore_applied", "why"]

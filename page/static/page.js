@@ -3,6 +3,7 @@
 
 const REST_MS = 600; // the pen rests that long before the full setting is drawn
 const WATCH_MS = 500; // between looks at the progress
+const DEFAULT_METHOD = "ab2"; // ODE_METHOD of the commands
 const SKETCH_STEPS = 2; // of a first, rough look at one image
 const LONG_PREVIEW = 1; // seconds; a preview that takes longer comes after a sketch
 const byId = (id) => document.getElementById(id);
@@ -619,7 +620,7 @@ function recall() {
   editor.setLabel(width, height, label, kind);
   editor.isSaved = kept.isSaved;
   for (const id of KEPT_FIELDS) if (kept.fields[id]) byId(id).value = kept.fields[id];
-  if (!byId("method").value) byId("method").value = "ab2";
+  if (!byId("method").value) byId("method").value = DEFAULT_METHOD;
   return true;
 }
 
@@ -765,7 +766,7 @@ async function start() {
   byId("guidance_row").hidden = !model.has_guidance;
   byId("blur_row").hidden = !model.has_soft_masks;
   byId("kind_row").hidden = model.kinds.length < 2;
-  setOptions("method", model.methods, "ab2");
+  setOptions("method", model.methods, DEFAULT_METHOD);
   setOptions("kind", model.kinds, model.kinds[0]);
   setOptions("mask_type", model.mask_types, "auto", MASK_WORDS);
   byId("looks_card").hidden = !model.looks;
