@@ -20,12 +20,14 @@ from cli import (
     add_real_pairs,
 )
 from common.arguments import (
+    MOST,
     batch_size,
     by_share,
     fraction,
     interval,
     non_negative_float,
     non_negative_int,
+    number,
     percent,
     percentile,
     positive_float,
@@ -147,7 +149,7 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-factor", type=positive_float, default=1.25, metavar="FACTOR", help=factor)
     group = parser.add_argument_group("segmenters")
     group.add_argument(
-        "--folds", type=positive_int, default=3, help="number of parts of the labels for cross-validation"
+        "--folds", type=number(int, 2, MOST), default=3, help="number of parts of the labels for cross-validation"
     )
     group.add_argument("--steps", type=positive_int, default=SEGMENTER_STEPS, help="training steps of every segmenter")
     group.add_argument("--square", type=positive_int, default=64, metavar="PIXELS", help="side of the training squares")
@@ -312,7 +314,9 @@ def run_split(args: argparse.Namespace) -> None:
             counts = ", ".join(f"{count}: {len(names)} images" for count, names in plan.shares.items())
             say(f"{plan.folder}: {len(plan.test)} test pairs; labels {counts}")
         return
-    plan = make_split(args.output, folders, args.shares, args.test_share, args.seed, tested, args.instances)
+    plan = make_split(
+        args.output, folders, args.shares, args.test_share, args.seed, tested, args.instances, args.test_instances
+    )
     say(f"{len(plan.test)} test pairs in {plan.part(None)}")
     for share, names in plan.shares.items():
         pairs = "pair" if len(names) == 1 else "pairs"

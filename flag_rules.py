@@ -113,7 +113,7 @@ NEEDS = (
         "without --unlabelled-path: give it, too", idle=(0.0,),
     ),
     Need(
-        ("groups", "group_column", "whole_groups", "test_groups", "selections", "test_instances"), "labels", bool,
+        ("groups", "group_column", "whole_groups", "test_groups", "selections"), "labels", bool,
         "on shares of the labels: give --labels, too, or leave it out", idle=(0,), command="split",
     ),
     Need(("shares",), "labels", lambda labels: not labels, "with --labels: leave it out", command="split"),

@@ -348,7 +348,7 @@ def prepare(
     images, masks = config.train.unlabelled_path, config.train.unlabelled_mask_path
     places = ["unlabelled_path", "unlabelled_mask_path"] if masks else ["unlabelled_path"]
     with naming_checkpoint(named_by(args, path, *places), *places):
-        unlabelled = read_unlabelled(images, masks, dataset, progress=machine.is_main)
+        unlabelled = read_unlabelled(images, masks, dataset, machine.is_main, config.train.normalize_masks)
     names = [name for one in (dataset, *unlabelled) for name in one.names]
     table, column = config.train.groups, config.train.group_column
     with naming_checkpoint(named_by(args, path, "groups"), "groups"):
@@ -367,6 +367,7 @@ def prepare(
         set_weights(training, state)
     training.measure_looks(dataset, unlabelled)
     if machine.is_main:
+        run.cut_metrics(training.step)
         note_data(training, dataset, unlabelled, run)
     training.prepare_model()
     return training, dataset, unlabelled
@@ -473,13 +474,12 @@ def set_weights(training: Training, state: dict[str, Any] | None) -> None:
 
 
 def note_data(training: Training, dataset: PairedFolder, unlabelled: Sequence[ImageFolder], run: RunFolder) -> None:
-    """Record facts about the training images in checkpoint and run folder, and cut metrics after the present step."""
+    """Record facts about the training images in checkpoint and run folder."""
     training.note_images(dataset, unlabelled)
     training.intensity = SourceIntensity.of(
         dataset.windows, dataset.dtypes, dataset.stored_channels, dataset.colours
     ).to_dict()
     write_windows(run.path / "windows.csv", dataset)
-    run.cut_metrics(training.step)
 
 
 def write_windows(path: Path, dataset: PairedFolder) -> None:

@@ -23,7 +23,6 @@ import os
 import resource
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -40,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.report import table
 from benchmarks.unet_baseline import COMMANDS, add_unets
 from common.arguments import positive_int, seed_number
+from common.children import run_child
 from common.disk import write_json
 from common.errors import CommandParser, InputError, run_command
 from evaluation.output import number
@@ -230,10 +230,7 @@ class Trial:
         """A command of the project; seconds of processor time."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with (self.folder / "log.txt").open("a") as log:
-            code = subprocess.call(
-                [sys.executable, str(script), *map(str, words)], stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            code = run_child([sys.executable, script, *map(str, words)], output=log)
         if code:
             raise InputError(f"{script.name} {words[0]} ended with {code}: see {self.folder / 'log.txt'}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -288,6 +285,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands
     results = []
     for variant in args.variants:
         for seed in args.seeds:

@@ -20,7 +20,6 @@ import csv
 import json
 import logging
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -39,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import table
 from common.arguments import positive_float, positive_int, seed_number
+from common.children import run_child
 from common.disk import write_json
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
@@ -58,7 +58,6 @@ SIDE = 64
 GENERATOR = f"--vae none --model SiT-Ti/8 --image-size {SIDE} --lr 1e-3 --in-channels 3"
 SAMPLER = "--sampling-method ab2 --num-sampling-steps 16"
 SURE = 0.9  # probability from which on a pixel of a pseudo-label counts
-SAVING_SECONDS = 60  # for train.py to save after SIGTERM
 TEACHER = "real + colour transfer"  # its segmenter makes the pseudo-labels
 ARMS = (
     "real", "real + photometric", TEACHER, "real + pseudo-labels", "real + synthetic in training looks",
@@ -283,14 +282,10 @@ class Fold:
 
     def run(self, script: str, *words: object) -> None:
         """A command of the project, until it is done or the time is up."""
-        command = [sys.executable, str(ROOT / script), *map(str, words)]
-        process = subprocess.Popen(command)
-        try:
-            code = process.wait(max(1.0, self.args.deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, OutOfTime):
-            process.send_signal(signal.SIGTERM)
-            process.wait(SAVING_SECONDS)
-            raise OutOfTime from None
+        left = max(1.0, self.args.deadline - time.monotonic())
+        code = run_child([sys.executable, ROOT / script, *map(str, words)], left)
+        if code is None:
+            raise OutOfTime
         if code:
             raise InputError(f"{script} ended with {code}: see above")
 

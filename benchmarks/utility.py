@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.arguments import non_negative_int, positive_float, positive_int, seed_number
+from common.children import SAVING_SECONDS, run_child
 from common.errors import CommandParser, InputError, run_command
 from common.log import start_logging
 
@@ -36,7 +34,6 @@ ARMS = (
     "real + synthetic, practise", "real + synthetic, both rules", "copy-paste + synthetic, both rules",
     "synthetic then real", "synthetic then real, both rules", "80 % synthetic", "80 % synthetic, both rules",
 )  # fmt: skip
-SAVING_SECONDS = 60  # for children to save after SIGTERM
 STAGES = ("split", "practise", "utility")
 
 
@@ -147,34 +144,15 @@ def plan(name: str, data: Path, output: Path, args: argparse.Namespace) -> list[
 def run_for(words: Sequence[str], seconds: float) -> bool:
     """``evaluate.py`` for at most so long; whether it has ended by itself.
 
-    When the time is over it and its children get SIGTERM, on which training keeps what it has.
+    When the time is over it gets SIGTERM and passes it on to its trainings, which keep what they have.
 
     Raises:
         InputError: it ended with an error.
     """
-    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *words], start_new_session=True)
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        _wait_for_group(process.pid)
-        return False
+    code = run_child([sys.executable, ROOT / "evaluate.py", *words], seconds, 2 * SAVING_SECONDS)
     if code:
         raise InputError(f"evaluate.py {words[0]} ended with exit code {code}; its message is above")
-    return True
-
-
-def _wait_for_group(group: int) -> None:
-    """Wait until the children have saved what they have; then end what is left."""
-    end = time.monotonic() + SAVING_SECONDS
-    try:
-        while time.monotonic() < end:
-            os.killpg(group, 0)
-            time.sleep(0.2)
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    return code is not None
 
 
 def main(args: argparse.Namespace) -> None:

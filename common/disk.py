@@ -103,7 +103,13 @@ def real_path(path: str | Path) -> Path:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy if the disk has no links. An existing file stays. Of a folder, link all its files."""
+    """Make a hard link, or a copy if the disk has no links. An existing file stays.
+
+    Of a folder, link all its files.
+
+    Raises:
+        FileExistsError: the source is a folder, and the target exists.
+    """
     if source.is_dir():
         target.mkdir(parents=True)
         for path in sorted(source.iterdir()):
@@ -273,7 +279,7 @@ def sync_folder(folder: Path) -> None:
 def lock_folder(
     folder: Path, mend: str, parts: Sequence[str] = (), shared: bool = False, wait_seconds: float = 0.0
 ) -> IO[bytes]:
-    """Lock a folder for this process, and remove temporary files that killed processes left in it.
+    """Lock a folder for this process, and remove temporary files and folders that killed processes left in it.
 
     With ``shared``, other processes can share the lock. Temporary files then stay, because they may belong to another
     process.
@@ -318,8 +324,16 @@ def lock_folder(
         if place.is_dir() and not place.is_symlink():
             for file in place.iterdir():
                 if TEMPORARY_NAME.fullmatch(file.name):
-                    file.unlink(missing_ok=True)
+                    _remove(file)
     return lock
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder that ``new_folder`` could not finish."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _wait_for_lock(lock: IO[bytes], folder: Path, shared: bool, seconds: float) -> None:

@@ -12,7 +12,9 @@ HALVINGS = 20
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 63-bit seed from several whole numbers. Similar inputs give unrelated seeds."""
+    """A 63-bit seed from several whole numbers. Similar inputs give unrelated seeds, but zeros at the end do not count:
+    (3, 17) and (3, 17, 0) give the same one.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 

@@ -48,6 +48,7 @@ from dataset.gray import (
     narrow_channels_warning,
     percentile_windows,
     robust_maximum,
+    spread_pixels,
     to_tensor,
 )
 from dataset.looks import measure_draw, measure_spread
@@ -322,7 +323,7 @@ class PairedFolder(TrainingImages):
         if not self._seeks_common_window:
             return None
         most = max(64, min(2**14, 2**24 // len(self.pairs)))  # bounds the memory for all images together
-        pixels = image.reshape(-1, image.shape[2])[:: max(1, image.size // most)]
+        pixels = spread_pixels(image, max(1, most // image.shape[2]))
         return np.repeat(pixels, self.config.channels // image.shape[2], axis=1)  # a copy; gray counts beside RGB
 
     def _prepare_image(self, image: np.ndarray, view: View) -> np.ndarray:

@@ -8,6 +8,7 @@ image gets the window of one of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,7 +317,16 @@ def burnt_in_warning(names: Sequence[str], burnt_in: Sequence[bool]) -> list[str
 
 def robust_maximum(image: np.ndarray) -> float:
     """Gray value below which nearly all pixels of an image lie, so that a hot pixel does not count. Looks at some."""
-    return float(np.percentile(image.ravel()[:: max(1, image.size // _SAMPLED_PIXELS)], ROBUST_PERCENTILES[1]))
+    return float(np.percentile(spread_pixels(image, _SAMPLED_PIXELS), ROBUST_PERCENTILES[1]))
+
+
+def spread_pixels(image: np.ndarray, most: int) -> np.ndarray:
+    """About ``most`` pixels (n, C), or all, from all columns of an image (H, W, C)."""
+    pixels = image.reshape(-1, image.shape[2])
+    stride = max(1, len(pixels) // most)
+    while math.gcd(stride, image.shape[1]) > 1:  # else the same few columns
+        stride += 1
+    return pixels[::stride]
 
 
 def channel_shares(image: np.ndarray) -> tuple[float, ...]:
@@ -330,8 +340,7 @@ def channel_shares(image: np.ndarray) -> tuple[float, ...]:
     """
     if image.shape[2] == 1:
         return ()
-    pixels = image.reshape(-1, image.shape[2])
-    low, high = np.percentile(pixels[:: max(1, len(pixels) // _SAMPLED_PIXELS)], ROBUST_PERCENTILES, axis=0)
+    low, high = np.percentile(spread_pixels(image, _SAMPLED_PIXELS), ROBUST_PERCENTILES, axis=0)
     return tuple(((high - low) / max(high.max() - low.min(), 1e-12)).tolist())
 
 

@@ -114,9 +114,14 @@ ImageFolder = PairedFolder | UnlabelledFolder
 
 
 def read_unlabelled(
-    image_dirs: Sequence[str | Path], mask_dirs: Sequence[str | Path], labelled: PairedFolder, progress: bool
-) -> list[ImageFolder]:
+    image_dirs: Sequence[str | Path], mask_dirs: Sequence[str | Path], labelled: PairedFolder, progress: bool,
+    normalize: bool = False,
+) -> list[ImageFolder]:  # fmt: skip
     """Read folders of unlabelled images, and with ``mask_dirs`` a folder of soft pseudo-masks for each.
+
+    Args:
+        labelled: the training pairs.
+        normalize: divide pseudo-masks by their sum. If False, refuse those that do not sum to one.
 
     Raises:
         InputError: a folder is empty or cannot be read, has images of the labelled folder, or lacks a pseudo-mask.
@@ -132,7 +137,9 @@ def read_unlabelled(
     if mask_dirs:
         config = dataclasses.replace(labelled.config, mask_values=None)  # probabilities store no class ids
         found = [
-            PairedFolder(folder, masks, config, "probability", seed=labelled.seed, progress=progress)
+            PairedFolder(
+                folder, masks, config, "probability", seed=labelled.seed, progress=progress, normalize=normalize
+            )
             for folder, masks in zip(image_dirs, mask_dirs, strict=True)
         ]
     else:

@@ -233,11 +233,11 @@ def check_numbers(weights: Mapping[str, Any]) -> None:
 
 
 def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:
-    """A file of ``export_safetensors`` in the form of a checkpoint without an optimiser.
+    """A file of ``export_safetensors`` in the form of a checkpoint without raw weights and optimiser.
 
     Raises:
         ValueError: ``export_safetensors`` did not write the metadata.
     """
     config, step = parse_json(metadata.get("config", "{}")), int(metadata.get("step", "0"))
     notes = {name: parse_json(metadata.get(name, "null")) for name in NOTES}
-    return {"model": weights, "ema": weights, "opt": {}, **notes, "step": step, "config": config}
+    return {"model": {}, "ema": weights, "opt": {}, **notes, "step": step, "config": config}

@@ -1,7 +1,7 @@
 """Turn a checkpoint, masks and seeds into images. All commands use this file.
 
-An image depends only on the checkpoint, its mask, the seed and its index. Therefore each image has its own random
-generator on the CPU, all batches are padded to the same size, and the solver has fixed steps.
+An image depends only on the checkpoint, the settings, its mask and look, the seed and its index. Therefore each image
+has its own random generator on the CPU, all batches are padded to the same size, and the solver has fixed steps.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ def load_trained(
         InputError: the checkpoint is unusable, contradicts ``expected``, or has another autoencoder.
     """
     state = read_checkpoint(path)
+    if raw_weights and not state["model"]:
+        raise InputError(f"{path} holds averaged weights only: leave `raw_weights` out, or give a checkpoint (.pt).")
     config, notes = state["config"], {name: state.get(name) or None for name in ("intensity", "looks")}
     try:
         model = build_trained(config["model"], state["model" if raw_weights else "ema"])
@@ -338,7 +340,12 @@ class ImageSampler:
 
         Returns:
             (n, C, h, w) float32 noise. ``decode`` turns it back into images.
+
+        Raises:
+            InputError: the settings are those of an SDE, which has no way back.
         """
+        if self.settings.mode != "ODE":
+            raise InputError(f"only an ODE turns images into noise; `mode` is {self.settings.mode}")
         x1, condition = self._prepare(images, prob_maps, looks)
         return create_solver(self.transport, self.settings, reverse=True)(x1, self._predict, y=condition)[-1]
 
@@ -402,10 +409,15 @@ class ImageSampler:
             self.before_call(float(t[0]))
         scale, (low, high) = self.settings.cfg_scale, self.settings.guidance_interval
         extra = {} if self.settings.look_scale == 1 else {"look_scale": self.settings.look_scale}
-        if (low, high) != (0.0, 1.0) and not low <= float(t[0]) <= high:
+        if (low, high) != (0.0, 1.0) and not is_in_interval(float(t[0]), low, high):
             scale, extra = 1.0, {}
         with self.machine.autocast():
             return self.model.forward_with_cfg(x, t, y, scale, **extra).float()
+
+
+def is_in_interval(t: float, low: float, high: float) -> bool:
+    """Whether t lies in [low, high], as numbers of 32 bits: the solver's 0.6 is above the user's in 64 bits."""
+    return bool(np.float32(low) <= np.float32(t) <= np.float32(high))
 
 
 def create_solver(

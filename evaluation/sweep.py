@@ -26,7 +26,7 @@ from dataset.files import pair_files
 from dataset.look_choice import choose_looks
 from dataset.mask_folder import MaskFolder, MaskItem
 from engine.machine import Machine
-from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed
+from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, is_in_interval
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
 from evaluation.judge import Judge, JudgeRequest, judge_of_folders
 from evaluation.output import Section, Table, new_figure, save_figure
@@ -246,7 +246,7 @@ def _cost(settings: SamplingSettings, calls: int) -> float:
         return float(calls)
     shift = settings.time_shift if settings.mode == "ODE" else 1.0
     times, (low, high) = shifted_times(0.0, 1.0, settings.num_steps, shift)[:-1], settings.guidance_interval
-    return calls * (1 + sum(low <= t <= high for t in times) / len(times))
+    return calls * (1 + sum(is_in_interval(t, low, high) for t in times) / len(times))
 
 
 # --- from checkpoint and folders -------------------------------------------------------------------------------------

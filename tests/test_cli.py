@@ -134,9 +134,9 @@ def test_a_flag_that_turns_something_off_is_known_by_its_own_name():
         ("split", ["--whole-groups"], "--whole-groups"),
         ("split", ["--selections", "3"], "--selections"),
         ("split", ["--group-column", "look"], "--group-column"),
-        ("split", ["--test-instances", "cells"], "--test-instances"),
         ("split", ["--labels", "5", "--shares", "10"], "--shares"),
         ("split", ["--labels", "5", "--test-groups", "3"], "--test-groups"),
+        ("split", ["--test-instances", "cells"], "--test-instances"),
         ("split", ["--labels", "5", "--test-instances", "cells"], "--test-instances"),
         ("split", ["--labels", "5", "--groups", "t.csv", "--test-groups", "3", "--test-share", "0.5"], "--test-share"),
         (

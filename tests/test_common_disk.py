@@ -75,6 +75,14 @@ def test_locking_removes_our_temporary_files_and_no_other(tmp_path):
     assert [file for file in others if not file.exists()] == []
 
 
+def test_locking_removes_a_folder_that_was_not_finished(tmp_path):
+    half = tmp_path / ".sit-0123abcd.tmp"
+    (half / "images").mkdir(parents=True)
+    (half / "images" / "a.png").write_bytes(b"half")
+    lock_folder(tmp_path, "wait").close()
+    assert not half.exists()
+
+
 def test_a_linked_folder_is_not_cleared(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "set").mkdir()

@@ -22,8 +22,11 @@ from dataset.gray import (
     MOST_WINDOWS,
     ImageFormat,
     SourceIntensity,
+    channel_shares,
     choose_format,
     image_window,
+    robust_maximum,
+    spread_pixels,
     to_display,
     to_gray_values,
     window_columns,
@@ -190,3 +193,12 @@ def test_exported_weights_know_the_gray_values(trained, tmp_path):
     export_safetensors(tmp_path / "model.safetensors", state)
     assert read_checkpoint(tmp_path / "model.safetensors")["intensity"] == state["intensity"]
     assert len(state["intensity"]["windows"]) == 6
+
+
+def test_bright_pixels_are_found_in_every_channel_and_every_column():
+    blue = np.zeros((512, 512, 3), np.uint8)
+    blue[..., 2] = np.arange(512)[None, :] % 256
+    assert robust_maximum(blue) > 250 and channel_shares(blue)[2] == pytest.approx(1)
+    stripes = np.zeros((2048, 2048, 1), np.uint8)
+    stripes[:, 1::2] = 200  # a stride of a power of 2 would see every second column only
+    assert 0.4 < (spread_pixels(stripes, 2**14) > 0).mean() < 0.6

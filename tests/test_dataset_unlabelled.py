@@ -161,3 +161,16 @@ def test_pseudo_masks_are_probabilities_even_if_the_labels_store_other_values(tm
     (folder,) = read_unlabelled([others], [others.parent / "masks"], lab, progress=False)
     assert lab.rule.mask_type == "classes" and folder.rule.mask_type == "probability"
     assert folder[0, 0]["mask"].shape == (2, 16, 16)
+
+
+def test_pseudo_masks_that_do_not_sum_to_one_are_divided_by_their_sum_on_request(tmp_path, others):
+    lab, masks = PairedFolder(*write_pairs(tmp_path / "lab"), CONFIG), tmp_path / "soft"
+    masks.mkdir()
+    for number, path in enumerate(sorted(others.iterdir())):
+        height, width = np.asarray(Image.open(path)).shape[:2]
+        stack = np.stack([np.full((height, width), 0.9), np.full((height, width), 0.3 + 0.01 * number)])
+        np.save(masks / f"{path.stem}.npy", stack.astype(np.float32))
+    with pytest.raises(InputError, match="normalize_masks"):
+        read_unlabelled([others], [masks], lab, progress=False)
+    (folder,) = read_unlabelled([others], [masks], lab, progress=False, normalize=True)
+    assert folder[0, 0]["mask"][:, 0, 0].tolist() == pytest.approx([0.75, 0.25])

@@ -100,6 +100,23 @@ def test_nothing_is_doubled_outside_the_guidance_interval(sampler, batch_sizes):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("end", [0.6, 0.7])
+def test_the_guidance_interval_includes_its_ends(model, batch_sizes, end):
+    """In 32 bits, 0.6 is more than in 64 bits, and 0.7 less."""
+    interval = {0.6: (0.0, 0.6), 0.7: (0.7, 1.0)}[end]
+    own = SamplingSettings(method="euler", num_steps=10, cfg_scale=2.0, guidance_interval=interval, time_shift=1)
+    ImageSampler(model, create_transport(), PixelSpace(4), CPU, own)(masks(2), SEEDS[:2])
+    assert batch_sizes == ([4] * 7 + [2] * 3 if end == 0.6 else [2] * 7 + [4] * 3)
+
+
+@torch.inference_mode()
+def test_only_an_ode_turns_images_into_noise(sampler):
+    draw = sampler(mode="SDE", method="Euler")
+    with pytest.raises(InputError, match="only an ODE"):
+        draw.encode(torch.zeros(2, 1, 12, 8), masks(2))
+
+
+@torch.inference_mode()
 def test_no_guidance_costs_nothing(sampler, batch_sizes):
     draw = sampler()
     draw(masks(2), SEEDS[:2])

@@ -31,11 +31,12 @@ from evaluation.experiments import practice_commands
 from evaluation.experiments.cross_validation import fold_of_mask, make_folds
 from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, make_selections
-from evaluation.experiments.labelled import LabelledFolders, Named
+from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs
 from evaluation.experiments.leaks import find_leaks
 from evaluation.experiments.practice import Practice, PracticeSettings, Unlabelled
 from evaluation.experiments.practice_folder import PracticeFolder
 from evaluation.experiments.practice_masks import (
+    LEAST_DENSITY,
     MaskPart,
     layout_statistics,
     merge_masks,
@@ -47,6 +48,7 @@ from evaluation.experiments.practice_masks import (
 from evaluation.experiments.practice_report import recommend
 from evaluation.experiments.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
 from evaluation.experiments.segmenter import IGNORE, Segmenter, SegmenterConfig
+from evaluation.experiments.sources import CopyPaste
 from evaluation.experiments.trial_report import UNKNOWN
 from evaluation.fidelity import LabelledImage
 from layouts.recombine import read_origin
@@ -176,6 +178,14 @@ def test_layouts_follow_the_density_sizes_and_touching_of_what_was_counted(tmp_p
     assert sum(part.count for part in parts if part.kind == "simulate") == 4
     assert not any(part.values.get("touching") for part in parts)
     assert layout_statistics([np.zeros((9, 9), int)], small, SIZE) is None
+
+
+def test_layouts_of_sparse_cells_are_sparse():
+    field = np.zeros((512, 512), int)
+    for number in range(3):
+        field[200 * number : 200 * number + 14, 100:114] = number + 1
+    found = layout_statistics([field] * 7, [field], 256)
+    assert found is not None and 0 < found.densities[0] <= found.densities[-1] < LEAST_DENSITY
 
 
 def test_soft_masks_sum_to_one_have_boundaries_and_fit_their_image():
@@ -467,6 +477,22 @@ def test_masks_that_hold_an_id_per_cell_are_the_instances(monkeypatch, data, tmp
     assert binary._replace(instances=data / "instances").with_ids_of_masks(2).instances == data / "instances"
 
 
+def test_a_cell_of_the_largest_8_bit_id_leaves_room_for_pasted_ones(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    ids = np.zeros((SIZE, SIZE), np.uint8)
+    ids[4:12, 4:12], ids[16:24, 16:24] = 254, 255
+    Image.fromarray(ids).save(tmp_path / "masks" / "a.png")
+    Image.fromarray(ids // 2).save(tmp_path / "images" / "a.png")
+    folders = LabelledFolders(tmp_path / "images", tmp_path / "masks", mask_type="instances")
+    (pair,) = real_pairs(folders, CONFIG, 2)
+    assert sorted(set(pair.item.cells.ravel())) == [0, 1, 2]
+    source = CopyPaste([pair.item], [""])
+    for draw in range(20):
+        image, target = source.draw(np.random.default_rng(draw), SIZE)
+        assert ((image[..., 0] > 0) == (target[0] > 0)).all()
+
+
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):
     tools = practice_commands.CommandTools(["--no-such-flag"], [])
     monkeypatch.setattr(practice_commands.sys, "executable", "/bin/false")
@@ -476,6 +502,22 @@ def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, 
     words = ["--data-path", tmp_path / "one" / "images", "--mask-path", tmp_path / "one" / "masks"]
     with pytest.raises(InputError, match="needs two or more"):
         call(evaluate, "practise", *words, "--output", tmp_path / "out")
+    with pytest.raises(InputError, match="1 folds"):
+        make_folds([Named("a", None), Named("b", None)], 1, 0)
+
+
+def test_a_refused_number_of_generators_does_not_spoil_the_folder(data, tmp_path):
+    words = ["--data-path", data / "images", "--mask-path", data / "masks", "--output", tmp_path / "out"]
+    with pytest.raises(InputError, match="generators above 1"):
+        call(evaluate, "practise", *words, "--generators", 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pseudo_masks_that_are_not_found_are_made_up_for_by_layouts(monkeypatch, data, tmp_path):
+    content = practise(monkeypatch, data, tmp_path / "out", Drawing(), *SHORT, "--pseudo-share", 1)
+    kinds = list(json.loads((tmp_path / "out" / "masks" / "masks.json").read_text())["kinds"].values())
+    assert content["rounds"][0]["images"] == len(kinds) == 8
+    assert sum(kind != "pseudo" for kind in kinds) > 0  # four unlabelled images give four masks at most
 
 
 def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):

@@ -278,6 +278,27 @@ def test_planted_leaks_are_refused_before_any_training(split, tmp_path):
         run_trial(plans, None, TrialSettings((ARMS["real"],), (3,), config=CONFIG), tmp_path / "out", CPU)
 
 
+def test_a_run_that_is_interrupted_as_it_makes_its_folders_continues(data, monkeypatch, tmp_path):
+    make_split(tmp_path / "shares", (data / "train" / "images", data / "train" / "masks"), [50], seed=0)
+    words = ["utility", tmp_path / "shares", "--shares", 50, "--arms", "real", "--image-size", SIZE, "--steps", 2]
+    words += ["--square", 16, "--seeds", 1, "--mask-type", "binary", "--output", tmp_path / "out", "--device", "cpu"]
+    made, mkdir = [], Path.mkdir
+
+    def interrupted(folder: Path, *rest: object, **flags: object) -> None:
+        mkdir(folder, *rest, **flags)
+        made.append(folder)
+        if folder == tmp_path / "out" / "results":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(evaluate, *words)
+    assert tmp_path / "out" / "results" in made
+    call(evaluate, *words)
+    assert (tmp_path / "out" / "utility.csv").is_file()
+
+
 def test_messages_name_flags_that_the_split_takes(data, split, tmp_path):
     def said(*words: object) -> str:
         code, lines = run_here(evaluate, "utility", *words, "--image-size", SIZE, "--output", tmp_path / "out")
@@ -346,7 +367,8 @@ def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, ca
     printed = capsys.readouterr().out
     assert "2 labels, synthetic then real" in printed and "AP 0.5, touching" in printed
     rows = list(csv.DictReader((out / "utility.csv").open()))
-    assert {(row["real_images"], row["synthetic_images"]) for row in rows} == {("2", "0"), ("2", "12"), ("2", "2")}
+    counts = {(row["real_images"], row["synthetic_images"], row["pseudo_images"]) for row in rows}
+    assert counts == {("2", "0", "0"), ("2", "12", "0"), ("2", "0", "2")}
     page = (out / "utility.html").read_text()
     assert "Does it help?" in page and "data:image/png" in page
     with pytest.raises(InputError, match="other settings"):

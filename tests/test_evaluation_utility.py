@@ -164,6 +164,26 @@ def test_given_test_images_are_used_and_refused_where_they_are_training_images(r
     assert read_split(tmp_path / "good").test == plan.test
 
 
+def test_test_images_of_a_split_by_shares_keep_their_cells(real, tmp_path):
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for number, path in enumerate(sorted((real / "masks").iterdir())):
+        Image.fromarray(np.array(Image.open(path)) // 255 * np.uint8(number + 1)).save(cells / path.name)
+    folders = (real / "images", real / "masks")
+    own = make_split(tmp_path / "own", folders, [100], instance_dir=cells)
+    names = sorted(path.stem for path in (own.part(None) / "instances").iterdir())
+    assert names == own.test and names
+    test = (own.part(None) / "images", own.part(None) / "masks")
+    rest = (own.part(100) / "images", own.part(100) / "masks")
+    given = make_split(
+        tmp_path / "given", rest, [100], test_folders=test, instance_dir=cells,
+        test_instance_dir=own.part(None) / "instances",
+    )  # fmt: skip
+    for folder in (own, given):
+        for path in (folder.part(None) / "instances").iterdir():
+            assert path.read_bytes() == (cells / path.name).read_bytes()
+
+
 # --- leaks -----------------------------------------------------------------------------------------------------------
 
 

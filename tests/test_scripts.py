@@ -23,7 +23,7 @@ import sample
 import sample_ddp
 import train
 from benchmarks import same_images, solver_error
-from common.errors import run_command
+from common.errors import InputError, run_command
 from dataset import mask_folder
 from dataset.files import read_mask, read_mask_and_table
 from dataset.gray import ImageFormat
@@ -420,6 +420,12 @@ def test_exported_weights_sample_like_the_checkpoint(checkpoint, trained, pairs,
         words += ["--device", "cpu", "--precision", "float32", "--num-samples", 1, "--output", tmp_path / f"{name}.png"]
         sample.main(sample.parse_args([str(word) for word in words]))
     assert (tmp_path / "pt.png").read_bytes() == (tmp_path / "st.png").read_bytes()
+
+
+def test_an_export_has_no_raw_weights(trained, pairs, tmp_path):
+    words = ["ODE", "--ckpt", trained / "model.safetensors", "--mask-path", pairs[1], "--sample-dir", tmp_path / "set"]
+    with pytest.raises(InputError, match="averaged weights only"):
+        call(sample_ddp, *words, "--raw-weights")
 
 
 def test_sde_makes_images_too(checkpoint, pairs, tmp_path):

@@ -24,11 +24,12 @@ class Call(NamedTuple):
 def euler_step(velocity: Velocity, x: Tensor, t: float, h: float, v: Tensor, before: Call | None) -> Tensor:
     """Explicit Euler: order 1, 1 call per step.
 
-    All steps of this module share these arguments.
+    All steps of an ODE share these arguments.
 
     Args:
         velocity: dx/dt as a function of (x, t).
         x: (B, ...) state at t.
+        t: time.
         h: step size. A negative step goes backwards.
         v: velocity(x, t), computed by the caller because every solver needs it.
         before: the call one step earlier. None at the first step.

@@ -61,8 +61,10 @@ def make_folds(pairs: Sequence[Named], count: int, seed: int) -> list[Fold]:
     """Folds of the labelled images, at most one per image; every image is held out once.
 
     Raises:
-        InputError: fewer than two images.
+        InputError: fewer than two images or folds.
     """
+    if count < 2:
+        raise InputError(f"{count} `folds`: cross-validation needs two or more")
     if len(pairs) < 2:
         raise InputError(f"{len(pairs)} labelled image: cross-validation needs two or more")
     order = {name: place for place, name in enumerate(shuffled_by_hash([one.name for one in pairs], seed))}

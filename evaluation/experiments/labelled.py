@@ -73,11 +73,12 @@ def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -
     for name in masks.names:
         item = masks.load(name)
         pair = labelled_image(item, masks.rule)
+        ids = pair.cells
         if cells:
             if name not in cells:
                 raise InputError(f"{folders.instances} has no file for {name}")
-            pair = pair._replace(cells=without_gaps(item.view.apply_labels(read_mask(cells[name])).astype(np.int64)))
-        found.append(Named(name, pair))
+            ids = item.view.apply_labels(read_mask(cells[name]))
+        found.append(Named(name, pair._replace(cells=without_gaps(ids.astype(np.int64)))))
     return found
 
 

@@ -162,6 +162,8 @@ class Practice:
         images = sorted(find_files(self.folders.images, "image").values())
         if len(images) < 2:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
+        if self.settings.generators > 1 and (self.unlabelled is None or not self.settings.pseudo_masks):
+            raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
         made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings), "mask_type": self.folders.mask_type}
         made_with |= hashes_of_labels(self.folders, self.unlabelled) | self.tools.settings
         check_folder(self.folder, made_with, upgrade=partial(refuse_other_files, self.folder, made_with))
@@ -176,8 +178,6 @@ class Practice:
     def _train_generators(self) -> None:
         """Train the generator. With pseudo-masks, train for one step first: the checkpoint says how images are read."""
         if self.unlabelled is None or not self.settings.pseudo_masks:
-            if self.settings.generators > 1:
-                raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
             _announce("train the generator")
             self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "generator")
             return
@@ -312,28 +312,32 @@ class Practice:
             if statistics is None:
                 raise InputError("the labelled images hold too few whole cells to make new layouts of them")
         place.mkdir(exist_ok=True)
-        kinds = merge_masks([*self._copied_masks(found, place), *self._new_layouts(statistics, place)], place)
+        copied, count = self._copied_masks(found, place)
+        kinds = merge_masks([*copied, *self._new_layouts(statistics, self.settings.masks - count, place)], place)
         write_json(note, {"kinds": kinds, "statistics": None if statistics is None else asdict(statistics)})
         return kinds, statistics
 
-    def _copied_masks(self, found: Sequence[tuple[str, np.ndarray]], place: Path) -> list[Path]:
-        """Masks that are no new layouts: pseudo-masks and, with several classes, the labelled masks."""
-        parts = []
+    def _copied_masks(self, found: Sequence[tuple[str, np.ndarray]], place: Path) -> tuple[list[Path], int]:
+        """Masks that are no new layouts: pseudo-masks and, with several classes, the labelled masks.
+
+        Returns:
+            Their folders, and the number of pseudo-masks.
+        """
+        parts, made = [], 0
         if not self.cells_only:
             link_labelled(self.folders.masks, place / "labelled")
             parts.append(place / "labelled")
         count = round(self.settings.masks * (self.settings.pseudo_share if self.cells_only else 1))
         if count and found:
-            write_pseudo_masks(found, self.seen, self.config.image_size, count, place / "pseudo")
-            parts.append(place / "pseudo")
-        return parts
+            made = write_pseudo_masks(found, self.seen, self.config.image_size, count, place / "pseudo")
+            parts += [place / "pseudo"] if made else []
+        return parts, made
 
-    def _new_layouts(self, statistics: LayoutStatistics | None, place: Path) -> list[Path]:
-        """Masks of recombined and simulated cells."""
+    def _new_layouts(self, statistics: LayoutStatistics | None, count: int, place: Path) -> list[Path]:
+        """``count`` masks of recombined and simulated cells."""
         if statistics is None:
             return []
         settings, side = self.settings, self.config.image_size
-        count = settings.masks - (round(settings.masks * settings.pseudo_share) if self.unlabelled else 0)
         parts = []
         for number, part in enumerate(plan_parts(statistics, count, settings.simulated_share, side)):
             output = place / f"{part.kind}_{number}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.children import run_child
 from common.errors import InputError
 from evaluation.experiments.labelled import LabelledFolders
 from evaluation.experiments.practice import Unlabelled
@@ -67,9 +67,9 @@ def _run(script: str, *words: object) -> None:
     Raises:
         InputError: it ended with an error, which it has said.
     """
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=False)
-    if done.returncode:
-        raise InputError(f"{script} ended with exit code {done.returncode}; its message is above")
+    code = run_child([sys.executable, ROOT / script, *map(str, words)])
+    if code:
+        raise InputError(f"{script} ended with exit code {code}; its message is above")
 
 
 def segmenter_commands(folder: Path) -> dict[str, list[str]]:

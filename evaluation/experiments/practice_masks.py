@@ -73,7 +73,8 @@ def layout_statistics(
         return None
     summary, own_summary = summarize(measured), summarize(own)
     shares = np.array([square.mean() for one in found for square in covering_squares(one > 0, side)])
-    levels = np.quantile(shares[shares >= LEAST_DENSITY], (np.arange(LEVELS) + 0.5) / LEVELS)
+    dense = shares[shares >= LEAST_DENSITY]
+    levels = np.quantile(dense if len(dense) else shares[shares > 0], (np.arange(LEVELS) + 0.5) / LEVELS)
     diameters = np.sqrt(4 / math.pi * areas)
     scale = float(np.median(diameters) / np.median(np.sqrt(4 / math.pi * own_areas)))
     return LayoutStatistics(
@@ -161,8 +162,8 @@ def link_labelled(masks: Path, output: Path) -> None:
 
 def write_pseudo_masks(
     found: Sequence[tuple[str, np.ndarray]], seen: Sequence[str], side: int, count: int, output: Path
-) -> None:
-    """Masks that a segmenter found in unlabelled images, as one square of each image.
+) -> int:
+    """Masks that a segmenter found in unlabelled images, as one square of each image with cells.
 
     Args:
         found: (name, (H, W) instance or class map).
@@ -170,6 +171,9 @@ def write_pseudo_masks(
         side: of the squares.
         count: masks at most.
         output: gets ``instances`` and ``settings.json``.
+
+    Returns:
+        How many were made.
     """
     (output / "instances").mkdir(parents=True, exist_ok=True)
     made = 0
@@ -182,6 +186,7 @@ def write_pseudo_masks(
         write_bytes(output / "instances" / f"{name}.png", content)
         made += 1
     note_pseudo_masks(output, seen)
+    return made
 
 
 def note_pseudo_masks(folder: Path, seen: Sequence[str]) -> None:

@@ -140,6 +140,7 @@ def make_split(
     seed: int = 0,
     test_folders: tuple[str | Path, str | Path] | None = None,
     instance_dir: str | Path | None = None,
+    test_instance_dir: str | Path | None = None,
 ) -> SplitPlan:
     """Copy pairs into ``output``, all or none.
 
@@ -149,7 +150,8 @@ def make_split(
         test_share: share of the pairs that is tested on; not used with test folders.
         seed: of the choice.
         test_folders: images and masks to test on; None takes some of the pairs.
-        instance_dir: instance labels of the pairs, copied along for ``make_masks.py recombine``.
+        instance_dir: instance labels of the pairs, copied along.
+        test_instance_dir: instance labels of the test pairs.
 
     Raises:
         InputError: the folder holds something, too few pairs, test images among the training images.
@@ -165,9 +167,13 @@ def make_split(
     everything = pairs | tested
     plan = SplitPlan(output, seed, test, by_share, *hashes_of(everything))
     instances = instances_of(pairs, folders[0], instance_dir)
+    of_test = instances
+    if test_folders:
+        by_name = {pair.name: pair for pair in tested.values()}
+        of_test = instances_of(by_name, test_folders[0], test_instance_dir)
     with new_folder(output) as folder:
         growing = replace(plan, folder=folder)
-        copy_pairs([everything[name] for name in test], growing.part(None), {})
+        copy_pairs([everything[name] for name in test], growing.part(None), of_test)
         for share, chosen in by_share.items():
             copy_pairs([pairs[name] for name in chosen], growing.part(share), instances)
         growing.write()

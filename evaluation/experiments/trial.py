@@ -92,6 +92,7 @@ class TrialRow:
     synthetic_images: int
     score: InstanceScore
     groups: dict[str, InstanceScore]
+    pseudo_images: int = 0
 
     @classmethod
     def from_dict(cls, content: dict) -> TrialRow:
@@ -210,11 +211,12 @@ def run_trial(
     data = cases[0].data
     fixed = settings.fixed() | ({"unit": "percent"} if plans[0].unit == "percent" else {})
     check_folder(output, fixed)
-    (output / RESULTS).mkdir(parents=True, exist_ok=True)
-    (output / NETWORKS).mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     with lock_folder(output, "name another `output`", [RESULTS, NETWORKS]):
         if not (output / SETTINGS).is_file():
-            write_json(output / SETTINGS, fixed)
+            write_json(output / SETTINGS, fixed)  # first: a folder without it is taken for other work
+        for name in (RESULTS, NETWORKS):
+            (output / name).mkdir(exist_ok=True)
         jobs = [
             (case, arm, seed)
             for case in cases
@@ -404,9 +406,7 @@ def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.
     tested = [(one.item, case.group(one.name)) for one in case.test]
     score, by_group = score_segmenter(Segmenter([network], device), tested, case.num_classes)
     learned = 0 if arm.way == ONLY_SYNTHETIC else len(real)
-    return TrialRow(
-        case.selection, case.labels, arm.name, seed, learned, len(made) + len(pseudo), score, dict(by_group)
-    )
+    return TrialRow(case.selection, case.labels, arm.name, seed, learned, len(made), score, dict(by_group), len(pseudo))
 
 
 def _teacher(case: Case, seed: int, output: Path, device: torch.device) -> nn.Module:

@@ -150,7 +150,9 @@ def _entry(
     entry["worth"] = None
     if arm not in WITHOUT_SYNTHETIC and len(real_curve) > 1 and entry["ap50"] is not None:
         entry["worth"] = labels_worth(real_curve, entry["ap50"])[1]
-    entry["images"] = f"{own[0].real_images} + {round(np.mean([row.synthetic_images for row in own]))}"
+    entry["images"] = (
+        f"{own[0].real_images} + {round(np.mean([row.synthetic_images + row.pseudo_images for row in own]))}"
+    )
     return entry
 
 
