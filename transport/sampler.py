@@ -24,7 +24,7 @@ from .likelihood import LikelihoodSolver
 from .path import DIFFUSION_FORMS, choose
 from .transport import Model, ModelField, Transport
 
-# Of the commands and of sample_ode: heun takes more calls and leaves noise in the image, fewer steps blur (benchmarks/design_choices.md).
+# heun takes more calls and leaves noise in the image, fewer steps blur (benchmarks/design_choices.md)
 ODE_METHOD, ODE_STEPS = "ab2", 32
 TIME_SHIFT = 2.0  # of the commands: with equal steps, images are too bright and too alike (docs/transport.md)
 LAST_STEPS: dict[str, str] = {
