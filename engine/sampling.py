@@ -345,7 +345,7 @@ class ImageSampler:
             InputError: the settings are those of an SDE, which has no way back.
         """
         if self.settings.mode != "ODE":
-            raise InputError(f"only an ODE turns images into noise; `mode` is {self.settings.mode}")
+            raise InputError(f"only an ODE turns images into noise; these settings are of an {self.settings.mode}")
         x1, condition = self._prepare(images, prob_maps, looks)
         return create_solver(self.transport, self.settings, reverse=True)(x1, self._predict, y=condition)[-1]
 
