@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from common.plain import check_fields, read_json
-from engine.tiling import Windows
+from engine.tiling import Tiles
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -50,7 +50,7 @@ class PixelSpace(nn.Module):
         """(B, C, H, W) -> the same, float32 in [-1, 1]."""
         return x.float().clamp(-1, 1)
 
-    def decode_field(self, x: Tensor, windows: Windows) -> Tensor:
+    def decode_field(self, x: Tensor, tiles: Tiles) -> Tensor:
         """(C, H, W) -> the same, float32 in [-1, 1]."""
         return self.decode(x)
 
@@ -101,13 +101,13 @@ class LatentSpace(nn.Module):
         images = [self.vae.decode(chunk).sample.float().clamp(-1, 1) for chunk in latents.split(self.chunk_size)]
         return torch.cat(images)
 
-    def decode_field(self, x: Tensor, windows: Windows) -> Tensor:
-        """Latents (C, H / f, W / f) of any size -> image (3, H, W), float32 in [-1, 1], by overlapping windows.
+    def decode_field(self, x: Tensor, tiles: Tiles) -> Tensor:
+        """Latents (C, H / f, W / f) of any size -> image (3, H, W), float32 in [-1, 1], by overlapping tiles.
 
-        The window limits the memory. A field is never decoded as a whole, even if it would fit: norms and attention of
+        The tile limits the memory. A field is never decoded as a whole, even if it would fit: norms and attention of
         the decoder see their whole input, so the image would depend on the memory of the machine.
         """
-        image = windows.mean(x, lambda _, latents: self.decode(latents), self.chunk_size, scale=self.factor)
+        image = tiles.mean(x, lambda _, latents: self.decode(latents), self.chunk_size, scale=self.factor)
         return image.clamp(-1, 1)  # the mean may exceed the range by rounding
 
 

@@ -27,7 +27,7 @@ from dataset.looks import Looks
 from engine.autoencoder import Space, load_space
 from engine.checkpoint import build_trained, naming_checkpoint, read_checkpoint
 from engine.machine import Machine
-from engine.tiling import Windows
+from engine.tiling import Tiles
 from layers.mask import MaskCondition
 from models import SiT
 from transport import ODE_METHOD, ODE_STEPS, TIME_SHIFT, LikelihoodResult, Sampler, Transport, create_transport
@@ -305,23 +305,23 @@ class ImageSampler:
         side = self.latent_shape[1:]
         field = max(side[0], math.ceil(height / factor)), max(side[1], math.ceil(width / factor))
         prob_map = mirror_to(prob_map.to(self.machine.device), factor * field[0], factor * field[1])
-        windows = Windows(field, side, (self._overlap(side[0]), self._overlap(side[1])))
+        tiles = Tiles(field, side, (self._overlap(side[0]), self._overlap(side[1])))
         size = batch_size if self.compiled else 0  # a compiled model gets full batches only: one shape, one graph
         conditions = {}
-        for first in range(0, len(windows), batch_size):
-            parts = fill_batch(windows.cut(prob_map, first, batch_size, factor), size)
+        for first in range(0, len(tiles), batch_size):
+            parts = fill_batch(tiles.cut(prob_map, first, batch_size, factor), size)
             conditions[first] = self._condition(parts, None if look is None else look.expand(len(parts), -1))
 
         def predict(x: Tensor, t: Tensor, y: dict[int, MaskCondition]) -> Tensor:
-            def predict_windows(first: int, parts: Tensor) -> Tensor:
+            def predict_tiles(first: int, parts: Tensor) -> Tensor:
                 batch = fill_batch(parts, size)
                 return self._predict(batch, t.expand(len(batch)), y[first])[: len(parts)]
 
-            return windows.mean(x[0], predict_windows, batch_size)[None]
+            return tiles.mean(x[0], predict_tiles, batch_size)[None]
 
         def decode(latents: Tensor) -> Tensor:
             with self.machine.autocast():
-                return self.space.decode_field(latents[0], windows)[:, :height, :width]
+                return self.space.decode_field(latents[0], tiles)[:, :height, :width]
 
         return self._solve(solver, [seed], (self.latent_shape[0], *field), predict, conditions), decode
 

@@ -22,12 +22,12 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Windows:
+class Tiles:
     """Tiles of one size that cover a field, evenly spread.
 
     Attributes:
         field: height and width of the field, at least those of a tile.
-        window: height and width of a tile.
+        size: height and width of a tile.
         overlap: least height and width that neighbouring tiles share, below those of a tile.
 
     Raises:
@@ -35,18 +35,18 @@ class Windows:
     """
 
     field: Size
-    window: Size
+    size: Size
     overlap: Size
 
     def __post_init__(self) -> None:
-        for length, side, shared in zip(self.field, self.window, self.overlap, strict=True):
+        for length, side, shared in zip(self.field, self.size, self.overlap, strict=True):
             if length < side or not 0 <= shared < side:
                 raise ValueError(f"tiles of {side} with an overlap of {shared} do not cover a field of {length}")
 
     @cached_property
     def starts(self) -> tuple[list[int], list[int]]:
         """First rows and first columns of the tiles."""
-        rows, columns = (spread_starts(*sizes) for sizes in zip(self.field, self.window, self.overlap, strict=True))
+        rows, columns = (spread_starts(*sizes) for sizes in zip(self.field, self.size, self.overlap, strict=True))
         return rows, columns
 
     @cached_property
@@ -64,7 +64,7 @@ class Windows:
 
         Starts at tile number ``first`` and returns at most ``count`` tiles (None: all).
         """
-        height, width = (scale * side for side in self.window)
+        height, width = (scale * side for side in self.size)
         corners = self.corners[first:][:count]
         parts = [field[:, scale * r : scale * r + height, scale * c : scale * c + width] for r, c in corners]
         return torch.stack(parts)
@@ -84,7 +84,7 @@ class Windows:
         """
         if len(self) == 1:
             return function(0, field[None])[0]
-        height, width = (scale * side for side in self.window)
+        height, width = (scale * side for side in self.size)
         weight = hill(height, field.device)[:, None] * hill(width, field.device)  # (h scale, w scale)
         for first in range(0, len(self), batch_size):
             out = function(first, self.cut(field, first, batch_size))
@@ -92,7 +92,7 @@ class Windows:
                 total = out.new_zeros(out.shape[1], *(scale * length for length in self.field))
             for (row, column), part in zip(self.corners[first:], out, strict=False):
                 total[:, scale * row : scale * row + height, scale * column : scale * column + width] += part * weight
-        lengths = zip(self.starts, self.field, self.window, strict=True)
+        lengths = zip(self.starts, self.field, self.size, strict=True)
         rows, columns = (weight_sum(starts, scale, scale * n, scale * m, field.device) for starts, n, m in lengths)
         return total / (rows[:, None] * columns)
 

@@ -197,7 +197,7 @@ def test_every_page_is_reached_from_the_readme():
 def test_every_source_file_has_its_row_in_the_architecture():
     """By its name, or by that of its folder."""
     text = text_of(ROOT / "docs" / "architecture.md")
-    named = re.findall(r"`([\w/]+(?:\.py|/))`", text[text.index("## The layers") :])
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", text[text.index("## The layers") : text.index("## Where is it?")])
     packages = {path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")}
     whole = {"transport/", "dataset/annotations/", "evaluation/experiments/", "page/"}  # their folders have the row
     files = [*ROOT.glob("*.py"), *(path for package in packages for path in package.rglob("*.py"))]
@@ -218,3 +218,16 @@ def test_citation_file_is_a_citation_of_the_licensed_software():
     assert content["license"] == "MIT"
     assert "MIT" in text_of(ROOT / "LICENSE.txt")
     assert all({"type", "title", "authors"} <= reference.keys() for reference in content["references"])
+
+
+def test_topics_lie_where_the_architecture_says():
+    """Each place is a function, a class or a constant of the file."""
+    text = text_of(ROOT / "docs" / "architecture.md")
+    places = re.findall(r"`([\w/]+\.py)`: `(\w+)`", text[text.index("## Where is it?") :])
+    assert len(places) > 15
+    lost = [
+        (path, name)
+        for path, name in places
+        if not re.search(rf"^ *(?:def|class) {name}\b|^{name}\b.* = ", text_of(ROOT / path), flags=re.MULTILINE)
+    ]
+    assert lost == []

@@ -26,7 +26,7 @@ from engine import machine
 from engine.autoencoder import PixelSpace, load_space
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, mirror_to
-from engine.tiling import Windows
+from engine.tiling import Tiles
 from models import SiT
 from transport import create_transport
 
@@ -36,7 +36,7 @@ SDE = {"mode": "SDE", "method": "Euler"}
 
 @pytest.fixture
 def sampler(model) -> Callable[..., ImageSampler]:
-    """Builds a sampler of the small model: windows of 12 x 8, half of which neighbours share."""
+    """Builds a sampler of the small model: tiles of 12 x 8, half of which neighbours share."""
 
     def make(**settings: Any) -> ImageSampler:
         own = SamplingSettings(**{"num_steps": 3, "tile_overlap": 0.5, **settings})
@@ -86,7 +86,7 @@ def test_no_network_call_is_larger_than_the_batch_and_masks_are_embedded_once(sa
     sizes, embedded, embed = [], [], model.embed_mask
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     monkeypatch.setattr(model, "embed_mask", lambda y, **more: embedded.append(len(y)) or embed(y, **more))
-    sampler().draw_field(hard_mask(24, 20), 7, 4)  # 3 rows of 4 windows
+    sampler().draw_field(hard_mask(24, 20), 7, 4)  # 3 rows of 4 tiles
     assert sizes == [4, 4, 4] * 4  # three steps of ab2
     assert embedded == [4, 4, 4]
 
@@ -94,12 +94,12 @@ def test_no_network_call_is_larger_than_the_batch_and_masks_are_embedded_once(sa
 @torch.inference_mode()
 def test_latents_are_decoded_in_tiles(make_model, autoencoder_folder):
     space = load_space(str(autoencoder_folder))
-    model = make_model(in_channels=5, mask_pixels=8)  # windows of 48 x 32 pixels
+    model = make_model(in_channels=5, mask_pixels=8)  # tiles of 48 x 32 pixels
     settings = SamplingSettings(num_steps=2, tile_overlap=0.5)
     draw = ImageSampler(model, create_transport(), space, CPU, settings)
     calls, decode = [], space.vae.decode
     space.vae.decode = lambda latents: calls.append(tuple(latents.shape)) or decode(latents)
-    image = draw.draw_field(hard_mask(61, 45), 7, 4)  # 16 x 12 latents: two rows of two windows
+    image = draw.draw_field(hard_mask(61, 45), 7, 4)  # 16 x 12 latents: two rows of two tiles
     assert image.shape == (3, 61, 45) and image.abs().max() <= 1
     assert calls == [(4, 5, 12, 8)]
     mask = hard_mask(48, 32)
@@ -118,7 +118,7 @@ def test_a_gradient_reaches_a_soft_mask_through_all_tiles(sampler):
 class PixelwiseModel:
     """E[x1 given x_t] where pixels are independent, x1 ~ N(m, s^2) with m the mask's first channel: exact anywhere.
 
-    ``disagreement`` brightens what a window says by this times the share of the second channel in it.
+    ``disagreement`` brightens what a tile says by this times the share of the second channel in it.
     """
 
     in_channels, patch_size, grid, spread = 1, 2, (6, 4), 0.2
@@ -154,13 +154,13 @@ def test_tiles_that_agree_equal_one_network_for_the_whole_field(settings):
     )
 
 
-def border_gradient(image: torch.Tensor, windows: Windows) -> float:
-    """Mean absolute difference of pixels across the windows' borders, over that of all other neighbours."""
+def border_gradient(image: torch.Tensor, tiles: Tiles) -> float:
+    """Mean absolute difference of pixels across the tiles' borders, over that of all other neighbours."""
     across: list[float] = []
     inside: list[float] = []
     for axis in (0, 1):
         steps = image.diff(dim=axis).abs().mean(dim=1 - axis)
-        starts, side, length = windows.starts[axis], windows.window[axis], windows.field[axis]
+        starts, side, length = tiles.starts[axis], tiles.size[axis], tiles.field[axis]
         borders = {*starts, *(start + side for start in starts)} - {0, length}
         for position, step in enumerate(steps.tolist(), 1):
             (across if position in borders else inside).append(step)
@@ -169,10 +169,10 @@ def border_gradient(image: torch.Tensor, windows: Windows) -> float:
 
 @torch.inference_mode()
 def test_gradients_across_tile_borders_equal_those_inside():
-    """Windows that disagree on the brightness: tiles side by side show it as steps, blended ones do not."""
+    """Tiles that disagree on the brightness: tiles side by side show it as steps, blended ones do not."""
     mask = hard_mask(120, 96)
     mask[0] = 0
-    tiles, blended = Windows((120, 96), (12, 8), (0, 0)), Windows((120, 96), (12, 8), (6, 4))
+    tiles, blended = Tiles((120, 96), (12, 8), (0, 0)), Tiles((120, 96), (12, 8), (6, 4))
     side_by_side, smooth = draw_field(mask, 2.0, 0), draw_field(mask, 2.0)
     assert border_gradient(draw_field(mask, 0.0, 0), tiles) == pytest.approx(1, abs=0.05)
     assert border_gradient(side_by_side, tiles) > 1.5
@@ -185,7 +185,7 @@ def test_gradients_across_tile_borders_equal_those_inside():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A small untrained model of 16 x 16 pixels, windows at native scale."""
+    """A small untrained model of 16 x 16 pixels, tiles at native scale."""
     return write_checkpoint(
         tmp_path_factory.mktemp("checkpoints") / "0000001.pt", DataConfig(16, crop="random"), step=1
     )
