@@ -332,7 +332,7 @@ def run_utility(args: argparse.Namespace) -> None:
     from evaluation.experiments.arms import ARMS, SHARE_ARMS, arm_of
     from evaluation.experiments.label_split import holds_selections, read_selections
     from evaluation.experiments.split import read_split
-    from evaluation.experiments.trial import TrialSettings, run_trial
+    from evaluation.experiments.trial import Study, TrialSettings, run_trial
     from evaluation.experiments.trial_report import SECTION, write_trial
     from evaluation.output import written_line
     from evaluation.report import write_page
@@ -349,8 +349,8 @@ def run_utility(args: argparse.Namespace) -> None:
         tuple(arms), tuple(labels), args.seeds or (1 if by_labels else 3), args.steps, args.square, args.pseudo_images,
         args.mask_type, args.mask_values, _trial_config(args),
     )  # fmt: skip
-    device = resolve_device(args.device)
-    rows = run_trial(plans, sets, settings, args.output, device, args.selections, dict(args.ckpt))
+    study = Study(plans, sets, settings, dict(args.ckpt))
+    rows = run_trial(study, args.output, resolve_device(args.device), args.selections)
     content, written = write_trial(rows, args.steps, args.output, plans[0].unit)
     page = write_page("Does it help?", [(SECTION, content, args.output)], args.output / "utility.html")
     say("\n".join([*SECTION.lines(content), written_line([*written, page])]))

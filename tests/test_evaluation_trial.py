@@ -30,7 +30,7 @@ from evaluation.experiments.leaks import find_leaks
 from evaluation.experiments.practice_folder import PracticeFolder
 from evaluation.experiments.split import SplitPlan, make_split
 from evaluation.experiments.stamps import Stamps
-from evaluation.experiments.trial import Case, TrialRow, TrialSettings, run_trial
+from evaluation.experiments.trial import Case, Study, TrialRow, TrialSettings, run_trial
 from evaluation.experiments.trial_report import (
     Difference,
     difference,
@@ -272,10 +272,10 @@ def test_planted_leaks_are_refused_before_any_training(split, tmp_path):
     with pytest.raises(
         InputError, match=r"leaks at 2 labels: .*recombined from other cells.*trained on 2 images outside"
     ):
-        run_trial(plans, sets, settings, tmp_path / "out", CPU)
+        run_trial(Study(plans, sets, settings, {}), tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="^labels 3: .* has no such part; it has 2, 4"):
-        run_trial(plans, None, TrialSettings((ARMS["real"],), (3,), config=CONFIG), tmp_path / "out", CPU)
+        run_trial(Study(plans, None, TrialSettings((ARMS["real"],), (3,), config=CONFIG), {}), tmp_path / "out", CPU)
 
 
 def test_a_run_that_is_interrupted_as_it_makes_its_folders_continues(data, monkeypatch, tmp_path):
@@ -405,7 +405,7 @@ def try_out(
     plans: list[SplitPlan], output: Path, sets: Path | None = None, arms: Sequence[Arm] = ALONE
 ) -> list[TrialRow]:
     settings = TrialSettings(tuple(arms), (2,), steps=2, crop=16, pseudo_images=2, config=CONFIG)
-    return run_trial(plans, sets, settings, output, CPU)
+    return run_trial(Study(plans, sets, settings, {}), output, CPU)
 
 
 def test_a_second_split_in_the_same_output_takes_no_result_of_the_first(data, tmp_path, warned):
@@ -511,7 +511,7 @@ def test_shuffled_pairs_are_reported_as_harmful_and_faithful_ones_are_not(split,
     verdicts = {}
     for name, shuffled in (("faithful", False), ("shuffled", True)):
         sets = sets_of(split, tmp_path / name, 4, shuffled)
-        rows = run_trial(read_selections(split), sets, settings, tmp_path / f"out_{name}", CPU)
+        rows = run_trial(Study(read_selections(split), sets, settings, {}), tmp_path / f"out_{name}", CPU)
         content = summarize_trial(rows, settings.steps)
         entry = next(one for one in content["summary"] if one["arm"] == "80 % synthetic")
         verdicts[name] = entry["gain"]["verdict"], "\n".join(trial_notes(content))

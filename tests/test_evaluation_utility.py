@@ -25,7 +25,7 @@ from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.labelled import set_pairs
 from evaluation.experiments.leaks import find_leaks, refuse_leaks
 from evaluation.experiments.split import SplitPlan, make_split, plan_shares, read_split
-from evaluation.experiments.trial import TrialRow, TrialSettings, run_trial
+from evaluation.experiments.trial import Study, TrialRow, TrialSettings, run_trial
 from evaluation.experiments.trial_report import SECTION, summarize_trial, write_trial
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
@@ -102,7 +102,7 @@ def study(split: SplitPlan, sets: dict[int, SampleSet], output: Path, **settings
     config = next(iter(sets.values())).require_config()
     own = {"arms": tuple(SHARE_ARMS.values()), "labels": tuple(sets), "config": config, **settings}
     folders = {share: samples.folder for share, samples in sets.items()}
-    return run_trial([split], folders, TrialSettings(**own), output, CPU)
+    return run_trial(Study([split], folders, TrialSettings(**own), {}), output, CPU)
 
 
 # --- split -----------------------------------------------------------------------------------------------------------

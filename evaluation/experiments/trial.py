@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -177,39 +177,145 @@ class Case:
         return self.stamps.of(self.plan, self.labels, arm, self.made, self.data)
 
 
+@dataclass(frozen=True)
+class Study:
+    """Selections, synthetic sets and settings: which cases there are, and which results are of them.
+
+    Attributes:
+        plans: the selections.
+        synthetic: folder with ``selection_SS/labels_NNN`` for every case, or a set for each number of labels; a number
+            without a set trains on real images only. None: arms without synthetic images only.
+        checkpoints: of the generators, for numbers of labels whose set does not say what it was trained on.
+        stamps: facts about the files, each computed once.
+    """
+
+    plans: Sequence[SplitPlan]
+    synthetic: Path | Mapping[int, Path] | None
+    settings: TrialSettings
+    checkpoints: Mapping[int, Path]
+    stamps: Stamps = field(default_factory=Stamps)
+
+    def cases(self, selections: Sequence[int] | None) -> list[Case]:
+        """The cases of these selections, or of all.
+
+        Raises:
+            InputError: nothing to train, unknown numbers, leaks, sets that read images in different ways.
+        """
+        self._refuse_nothing()
+        self._refuse_unknown(selections)
+        needs_sets = any(arm.is_synthetic for arm in self.settings.arms)
+        found = []
+        for selection, plan in enumerate(self.plans):
+            if selections is not None and selection not in selections:
+                continue
+            for labels in self.settings.labels:
+                folder = self._set_folder(plan, labels)
+                if isinstance(self.synthetic, Path) and not needs_sets:
+                    folder = folder if folder is not None and folder.is_dir() else None
+                checkpoint = self.checkpoints.get(labels)
+                found.append(Case(plan, selection, labels, folder, self.settings, checkpoint, self.stamps))
+        _refuse_different_data(found)
+        return found
+
+    def _set_folder(self, plan: SplitPlan, labels: int) -> Path | None:
+        """Where the synthetic images of a case lie, or None."""
+        if isinstance(self.synthetic, Path):
+            return self.synthetic / plan.folder.name / plan.part(labels).name
+        return (self.synthetic or {}).get(labels)
+
+    def _refuse_nothing(self) -> None:
+        """Raise InputError if no arm has anything to train on."""
+        plan, synthetic, arms = self.plans[0], self.synthetic, self.settings.arms
+        by_share = plan.unit == "percent"
+        if not self.settings.labels:
+            held = ", ".join(map(str, plan.shares))
+            raise InputError(
+                f"nothing is chosen of {plan.folder}, which has {held}: give `synthetic`, a set for one of them, or "
+                "`shares`, to train on real images alone"
+            )
+        if not synthetic and any(arm.is_synthetic for arm in arms):
+            need = "`synthetic`: SHARE=SAMPLE_DIR" if by_share else "`sets`: a folder with selection_00/labels_NNN"
+            raise InputError(f"arms with synthetic images need {need}")
+        if not synthetic or isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in arms):
+            return
+        without = [labels for labels in self.settings.labels if labels not in synthetic]
+        if without:
+            raise InputError(
+                f"no arm can run at {plan.words(without[0])}: give `synthetic`, a set for them, or an arm without "
+                f"synthetic images, such as {REAL}"
+            )
+
+    def _refuse_unknown(self, selections: Sequence[int] | None) -> None:
+        """Raise InputError if the split has no such selection or number of labels."""
+        count = len(self.plans)
+        unknown = sorted(set(selections or ()) - set(range(count)))
+        if unknown:
+            raise InputError(f"`selections` {unknown[0]}: there are {count}, from 0 to {count - 1}")
+        for plan in self.plans:
+            unknown = sorted(set(self.settings.labels) - set(plan.shares))
+            if unknown:
+                known = ", ".join(map(str, plan.shares))
+                kind = "`shares`" if plan.unit == "percent" else "`labels`"
+                raise InputError(f"{kind} {unknown[0]}: {plan.folder} has no such part; it has {known}")
+
+    def read_rows(self, output: Path, data: Stamp) -> list[TrialRow]:
+        """The results of a folder whose stamp is current, by labels, arm, selection and seed. Others are counted.
+
+        Args:
+            data: how images are read, as in all stamps.
+        """
+        rows, unknown, other = [], 0, 0
+        for path in sorted((output / RESULTS).glob("*.json")):
+            row, stored = read_as(path, _row_and_stamp, "remove it to train again")
+            if self._is_current(row, stored, data):
+                rows.append(row)
+            elif "files" in stored:
+                other += 1
+            else:
+                unknown += 1
+        reasons = (
+            (other, "are of other images or sets"),
+            (unknown, "are of an earlier version, which noted no images"),
+        )
+        for count, reason in reasons:
+            if count:
+                logger.warning("left out: %d results in %s %s", count, output / RESULTS, reason)
+        return sorted(rows, key=lambda row: (row.labels, row.arm, row.selection, row.seed))
+
+    def _is_current(self, row: TrialRow, stored: Mapping[str, Any], data: Stamp) -> bool:
+        """Whether a result, also one that this run did not ask for, is of these images and sets."""
+        if row.selection >= len(self.plans) or row.labels not in self.plans[row.selection].shares:
+            return False
+        plan = self.plans[row.selection]
+        try:
+            arm = arm_of(row.arm)
+            folder = self._set_folder(plan, row.labels) if arm.is_synthetic else None
+            made = PracticeFolder(folder) if folder is not None and folder.is_dir() else None
+            return is_current(stored, self.stamps.of(plan, row.labels, arm, made, data))
+        except InputError:  # the set is being made anew, or the arm is of another version
+            return False
+
+
 def run_trial(
-    plans: Sequence[SplitPlan],
-    synthetic: Path | Mapping[int, Path] | None,
-    settings: TrialSettings,
-    output: Path,
-    device: torch.device,
-    selections: Sequence[int] | None = None,
-    checkpoints: Mapping[int, Path] | None = None,
+    study: Study, output: Path, device: torch.device, selections: Sequence[int] | None = None
 ) -> list[TrialRow]:
     """Train and test all cases that have no result yet.
 
     Args:
-        plans: the selections.
-        synthetic: folder with ``selection_SS/labels_NNN`` for every case, or a set for each number of labels; a number
-            without a set trains on real images only. None: arms without synthetic images only.
         output: folder for the results, a file per training.
         selections: numbers of the selections to run now. None: all.
-        checkpoints: of the generators, for numbers of labels whose set does not say what it was trained on.
 
     Returns:
-        All rows in ``output`` whose stamp is that of these images, settings and sets. Where ``synthetic`` names no set,
-        the set is not compared.
+        All rows in ``output`` whose stamp is that of these images, settings and sets. Where ``study.synthetic`` names
+        no set, the set is not compared.
 
     Raises:
         InputError: leaks (before any training), nothing to train, unknown numbers of labels or selections, sets that
             read images in different ways, a folder of other settings.
     """
-    _refuse_nothing(plans, synthetic, settings, selections)
-    stamps = Stamps()
-    cases = list(_cases(plans, synthetic, settings, selections, checkpoints or {}, stamps))
-    _refuse_different_data(cases)
+    cases = study.cases(selections)
     data = cases[0].data
-    fixed = settings.fixed() | ({"unit": "percent"} if plans[0].unit == "percent" else {})
+    fixed = study.settings.fixed() | ({"unit": "percent"} if study.plans[0].unit == "percent" else {})
     check_folder(output, fixed)
     output.mkdir(parents=True, exist_ok=True)
     with lock_folder(output, "name another `output`", [RESULTS, NETWORKS]):
@@ -220,7 +326,7 @@ def run_trial(
         jobs = [
             (case, arm, seed)
             for case in cases
-            for seed in range(settings.seeds)
+            for seed in range(study.settings.seeds)
             for arm in case.arms
             if not _is_there(_result(output, case, arm, seed), case.stamp(arm))
         ]
@@ -242,69 +348,7 @@ def run_trial(
                 case.selection, case.plan.words(case.labels), arm.name, seed, number(row.score.ap50), done, total,
                 pace(done),
             )  # fmt: skip
-    return read_rows(output, plans, synthetic, data, stamps)
-
-
-def _refuse_nothing(
-    plans: Sequence[SplitPlan],
-    synthetic: Path | Mapping[int, Path] | None,
-    settings: TrialSettings,
-    selections: Sequence[int] | None,
-) -> None:
-    """Raise InputError if there is nothing to train."""
-    plan = plans[0]
-    if not settings.labels:
-        held = ", ".join(map(str, plan.shares))
-        raise InputError(
-            f"nothing is chosen of {plan.folder}, which has {held}: give `synthetic`, a set for one of them, or "
-            "`shares`, to train on real images alone"
-        )
-    unknown = sorted(set(selections or ()) - set(range(len(plans))))
-    if unknown:
-        raise InputError(f"`selections` {unknown[0]}: there are {len(plans)}, from 0 to {len(plans) - 1}")
-    if not synthetic or isinstance(synthetic, Path) or not all(arm.is_synthetic for arm in settings.arms):
-        return
-    without = [labels for labels in settings.labels if labels not in synthetic]
-    if without:
-        raise InputError(
-            f"no arm can run at {plan.words(without[0])}: give `synthetic`, a set for them, or an arm without "
-            f"synthetic images, such as {REAL}"
-        )
-
-
-def _cases(
-    plans: Sequence[SplitPlan],
-    synthetic: Path | Mapping[int, Path] | None,
-    settings: TrialSettings,
-    selections: Sequence[int] | None,
-    checkpoints: Mapping[int, Path],
-    stamps: Stamps,
-) -> Iterator[Case]:
-    needs_sets = any(arm.is_synthetic for arm in settings.arms)
-    if needs_sets and not synthetic:
-        by_share = plans[0].unit == "percent"
-        need = "`synthetic`: SHARE=SAMPLE_DIR" if by_share else "`sets`: a folder with selection_00/labels_NNN"
-        raise InputError(f"arms with synthetic images need {need}")
-    for selection, plan in enumerate(plans):
-        unknown = sorted(set(settings.labels) - set(plan.shares))
-        if unknown:
-            known = ", ".join(map(str, plan.shares))
-            kind = "`shares`" if plan.unit == "percent" else "`labels`"
-            raise InputError(f"{kind} {unknown[0]}: {plan.folder} has no such part; it has {known}")
-        if selections is not None and selection not in selections:
-            continue
-        for labels in settings.labels:
-            folder = _set_folder(synthetic, plan, labels)
-            if isinstance(synthetic, Path) and not needs_sets:
-                folder = folder if folder is not None and folder.is_dir() else None
-            yield Case(plan, selection, labels, folder, settings, checkpoints.get(labels), stamps)
-
-
-def _set_folder(synthetic: Path | Mapping[int, Path] | None, plan: SplitPlan, labels: int) -> Path | None:
-    """Where the synthetic images of a case lie, or None."""
-    if isinstance(synthetic, Path):
-        return synthetic / plan.folder.name / plan.part(labels).name
-    return (synthetic or {}).get(labels)
+    return study.read_rows(output, data)
 
 
 def _refuse_different_data(cases: Sequence[Case]) -> None:
@@ -335,57 +379,8 @@ def _write_result(output: Path, path: Path, content: dict[str, Any]) -> None:
     write_json(path, content)
 
 
-def read_rows(
-    output: Path,
-    plans: Sequence[SplitPlan],
-    synthetic: Path | Mapping[int, Path] | None,
-    data: Stamp,
-    stamps: Stamps,
-) -> list[TrialRow]:
-    """The results of a folder whose stamp is current, sorted by labels, arm, selection and seed. Others are counted.
-
-    Args:
-        data: how images are read, as in all stamps.
-    """
-    rows, unknown, other = [], 0, 0
-    for path in sorted((output / RESULTS).glob("*.json")):
-        row, stored = read_as(path, _row_and_stamp, "remove it to train again")
-        if _is_current_row(row, stored, plans, synthetic, data, stamps):
-            rows.append(row)
-        elif "files" in stored:
-            other += 1
-        else:
-            unknown += 1
-    reasons = ((other, "are of other images or sets"), (unknown, "are of an earlier version, which noted no images"))
-    for count, reason in reasons:
-        if count:
-            logger.warning("left out: %d results in %s %s", count, output / RESULTS, reason)
-    return sorted(rows, key=lambda row: (row.labels, row.arm, row.selection, row.seed))
-
-
 def _row_and_stamp(content: dict[str, Any]) -> tuple[TrialRow, dict[str, Any]]:
     return TrialRow.from_dict(content["row"]), dict(content.get("stamp", {}))
-
-
-def _is_current_row(
-    row: TrialRow,
-    stored: Mapping[str, Any],
-    plans: Sequence[SplitPlan],
-    synthetic: Path | Mapping[int, Path] | None,
-    data: Stamp,
-    stamps: Stamps,
-) -> bool:
-    """Whether a result, also one that this run did not ask for, is of these images and sets."""
-    if row.selection >= len(plans) or row.labels not in plans[row.selection].shares:
-        return False
-    plan = plans[row.selection]
-    try:
-        arm = arm_of(row.arm)
-        folder = _set_folder(synthetic, plan, row.labels) if arm.is_synthetic else None
-        made = PracticeFolder(folder) if folder is not None and folder.is_dir() else None
-        return is_current(stored, stamps.of(plan, row.labels, arm, made, data))
-    except InputError:  # the set is being made anew, or the arm is of another version
-        return False
 
 
 def train_and_test(case: Case, arm: Arm, seed: int, output: Path, device: torch.device) -> TrialRow:
