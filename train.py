@@ -27,6 +27,7 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ from common.disk import real_path, write_csv, write_json
 from common.errors import CommandParser, InputError, as_flag, run_command
 from common.log import start_logging
 from dataset.folders import PairedFolder
-from dataset.gray import SourceIntensity, window_columns
+from dataset.gray import window_columns
 from dataset.groups import groups_of, read_groups
 from dataset.looks import LOOKS, NO_LOOK
 from dataset.unlabelled import ImageFolder, read_unlabelled, refuse_shared_images
@@ -347,18 +348,17 @@ def prepare(
     )  # fmt: skip
     images, masks = config.train.unlabelled_path, config.train.unlabelled_mask_path
     places = ["unlabelled_path", "unlabelled_mask_path"] if masks else ["unlabelled_path"]
-    with naming_checkpoint(named_by(args, path, *places), *places):
+    with naming(args, path, *places):
         unlabelled = read_unlabelled(images, masks, dataset, machine.is_main, config.train.normalize_masks)
     names = [name for one in (dataset, *unlabelled) for name in one.names]
     table, column = config.train.groups, config.train.group_column
-    with naming_checkpoint(named_by(args, path, "groups"), "groups"):
+    with naming(args, path, "groups"):
         groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
     agree_on_run(machine, config, dataset, unlabelled, groups)
     if unlabelled:
         machine.on_main(lambda: refuse_shared_images(unlabelled, dataset), "compare images")
-    training = Training(replace(config, data=dataset.config), machine, space)
-    training.groups = groups
-    training.cache_named_by = named_by(args, path, "latent_cache")
+    config = replace(config, data=dataset.config)
+    training = Training(config, machine, space, groups, named_by(args, path, "latent_cache"))
     millions = sum(parameter.numel() for parameter in training.model.parameters()) / 1e6
     logger.info("%s: %.1f million parameters", config.model.name, millions)
     if machine.is_main:
@@ -368,7 +368,8 @@ def prepare(
     training.measure_looks(dataset, unlabelled)
     if machine.is_main:
         run.cut_metrics(training.step)
-        note_data(training, dataset, unlabelled, run)
+        training.note_images(dataset, unlabelled)
+        write_windows(run.path / "windows.csv", dataset)
     training.prepare_model()
     return training, dataset, unlabelled
 
@@ -376,6 +377,11 @@ def prepare(
 def named_by(args: argparse.Namespace, path: Path | None, *flags: str) -> Path | None:
     """The checkpoint, if it says the values of these flags. None if the user does."""
     return None if args.given & set(flags) else path
+
+
+def naming(args: argparse.Namespace, path: Path | None, *flags: str) -> contextlib.AbstractContextManager[None]:
+    """Add the checkpoint to errors about the values of these flags, if it says them."""
+    return naming_checkpoint(named_by(args, path, *flags), *flags)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -471,15 +477,6 @@ def set_weights(training: Training, state: dict[str, Any] | None) -> None:
     elif training.config.train.init_from:
         for line in training.start_from(training.config.train.init_from):
             logger.info("%s", line)
-
-
-def note_data(training: Training, dataset: PairedFolder, unlabelled: Sequence[ImageFolder], run: RunFolder) -> None:
-    """Record facts about the training images in checkpoint and run folder."""
-    training.note_images(dataset, unlabelled)
-    training.intensity = SourceIntensity.of(
-        dataset.windows, dataset.dtypes, dataset.stored_channels, dataset.colours
-    ).to_dict()
-    write_windows(run.path / "windows.csv", dataset)
 
 
 def write_windows(path: Path, dataset: PairedFolder) -> None:

@@ -128,9 +128,9 @@ def use_muon() -> None:
 
     plain = Training.__init__
 
-    def with_muon(self: Any, config: Any, machine: Any, space: Any) -> None:
-        plain(self, config, machine, space)
-        settings = config.optimiser
+    def with_muon(self: Any, *given: Any) -> None:
+        plain(self, *given)
+        settings = self.config.optimiser
         self.optimizer = MuonAndAdamW(self.model, self.optimizer, settings.lr, settings.weight_decay)
 
     Training.__init__ = with_muon  # type: ignore[method-assign]

@@ -27,6 +27,7 @@ from common.spread import evenly
 from dataset.batches import Batch
 from dataset.checks import for_all
 from dataset.folders import PairedFolder
+from dataset.gray import SourceIntensity
 from dataset.looks import MOST_LOOKS, Looks, measure_tensor
 from dataset.masks import to_prob_map
 from dataset.unlabelled import ImageFolder, UnlabelledFolder
@@ -49,9 +50,17 @@ PREVIEWS = 4  # examples in a preview
 
 
 class Training:
-    """Model, EMA, optimiser and counters of one run: the content of a checkpoint, and the step that changes it."""
+    """Model, EMA, optimiser and counters of one run: the content of a checkpoint, and the step that changes it.
 
-    def __init__(self, config: RunConfig, machine: Machine, space: Space) -> None:
+    Args:
+        groups: of the labelled and then of the unlabelled images; empty without groups.
+        cache_named_by: the checkpoint, if it says where latents are kept.
+    """
+
+    def __init__(
+        self, config: RunConfig, machine: Machine, space: Space, groups: Sequence[str] = (),
+        cache_named_by: Path | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.machine = machine
         self.space = space
@@ -70,8 +79,7 @@ class Training:
         self.labelled_on: list[str] | None = None  # SHA-256 of images whose labels it may know, also via a segmenter
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
         self.looks: Looks | None = None  # of the training images, if the model knows looks
-        self.cache_named_by: Path | None = None  # the checkpoint, if it says where latents are kept
-        self.groups: list[str] = []  # of the labelled and then of the unlabelled images; empty without groups
+        self.groups, self.cache_named_by = groups, cache_named_by
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
         self.since_log = 0
         self.share_rows = not self._on_cpu_in_bf16  # there, sharing rows gains nothing
@@ -154,7 +162,14 @@ class Training:
         return lines
 
     def note_images(self, labelled: PairedFolder, unlabelled: Sequence[ImageFolder]) -> None:
-        """Record the images that the model has seen, so that evaluate.py can find leaks.
+        """Record the gray values of the images, and which images the model has seen, so that leaks can be found."""
+        self.intensity = SourceIntensity.of(
+            labelled.windows, labelled.dtypes, labelled.stored_channels, labelled.colours
+        ).to_dict()
+        self._note_seen(labelled, unlabelled)
+
+    def _note_seen(self, labelled: PairedFolder, unlabelled: Sequence[ImageFolder]) -> None:
+        """Record the images that the model has seen.
 
         They are unknown if the run started from the weights of another run. Published weights have seen ImageNet only.
         """
