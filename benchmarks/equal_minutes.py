@@ -133,7 +133,7 @@ def use_muon() -> None:
         settings = self.config.optimiser
         self.optimizer = MuonAndAdamW(self.model, self.optimizer, settings.lr, settings.weight_decay)
 
-    Training.__init__ = with_muon  # type: ignore[method-assign]
+    Training.__init__ = with_muon  # type: ignore[method-assign,assignment]
 
 
 def launch(words: list[str]) -> None:
