@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
-from common.disk import new_folder
+from common.disk import new_folder, open_work
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_images
@@ -55,7 +55,7 @@ from layouts.recombine import (
     source_digest,
 )
 from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
-from layouts.writer import label_files, make_set, open_set, record_of
+from layouts.writer import KINDS, label_files, make_set, record_of
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ def run_simulate(args: argparse.Namespace) -> None:
         "elongation, mean": settings.elongation,
     }
     kinds = (["images"] if settings.render else []) + ["masks", "instances"]
-    with open_set(args.output, record_of("simulate", settings)):
+    with open_work(args.output, record_of("simulate", settings), KINDS):
         made = make_set(args.output, "sim", args.count, kinds, make_image)
         finish_set(args.output, made, {"asked for": asked})
 
@@ -122,7 +122,7 @@ def run_recombine(args: argparse.Namespace) -> None:
     if not any(source.pieces for source in sources):
         raise InputError(f"{args.instances} (--instances): the image border cuts every cell, so there is none to place")
 
-    with open_set(args.output, record_of("recombine", settings)):
+    with open_work(args.output, record_of("recombine", settings), KINDS):
         layouts = Layouts(sources, settings)
         source = {name: measure(item) for name, item in maps.items()}
         made = make_set(

@@ -328,6 +328,33 @@ def lock_folder(
     return lock
 
 
+def open_work(
+    folder: Path, settings: Mapping[str, Any], parts: Sequence[str] = (),
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> IO[bytes]:  # fmt: skip
+    """Make a folder for work, or open the same work to continue it. Lock the folder.
+
+    Its settings are written before anything else: a folder without them is taken for other work.
+
+    Args:
+        settings: of the work, as :func:`check_folder` compares them.
+        parts: subfolders that belong to the work, as of :func:`lock_folder`.
+        upgrade: converts the settings of an earlier version.
+
+    Returns:
+        The lock. It ends when it is closed or when the process ends.
+
+    Raises:
+        InputError: the folder holds something else, or another process works in it.
+    """
+    check_folder(folder, settings, upgrade=upgrade)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder, "name another `output`", parts)
+    if not check_folder(folder, settings, upgrade=upgrade):  # again: another process may have been first
+        write_json(folder / SETTINGS, settings)
+    return lock
+
+
 def _remove(path: Path) -> None:
     """Remove a file, or a folder that ``new_folder`` could not finish."""
     if path.is_dir() and not path.is_symlink():

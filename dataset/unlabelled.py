@@ -67,18 +67,24 @@ class UnlabelledFolder(TrainingImages):
         logger.info("%d unlabelled images from %s, %s", len(self.names), image_dir, where)
 
     def _read(self, path: Path) -> tuple[np.ndarray, Window]:
-        """An image as kept in memory (with crop "center", the square), and its window."""
+        """An image as kept in memory, and its window."""
         image = fit_channels(read_image(path), self.config.channels, path)
-        view = view_of_file(path, image.shape, self.config)
-        window = image_window(image, self.config)
-        return np.ascontiguousarray(view.apply_image(image)) if self.config.crop == "center" else image, window
+        return self._cut(path, image), image_window(image, self.config)
+
+    def _cut(self, path: Path, image: np.ndarray) -> np.ndarray:
+        """What is kept of an image: with crop "center" the square, else all."""
+        if self.config.crop == "random":
+            return image
+        return np.ascontiguousarray(view_of_file(path, image.shape, self.config).apply_image(image))
 
     def _kept_image(self, index: int) -> np.ndarray:
         if self.in_memory:
             return self._images[index]
         latest = self._latest
         if latest is None or latest[0] != index:  # the look of an example comes from the same image
-            self._latest = latest = (index, self._read(self.image_paths[index])[0])
+            path = self.image_paths[index]
+            image = fit_channels(read_image(path), self.config.channels, path)
+            self._latest = latest = (index, self._cut(path, image))
         return latest[1]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:

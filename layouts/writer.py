@@ -6,13 +6,12 @@ import io
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.disk import SETTINGS, check_folder, lock_folder, write_bytes, write_json
+from common.disk import write_bytes
 from common.errors import InputError
 from dataset.files import find_files, read_mask
 from layouts.nuclei import NucleiSettings
@@ -23,23 +22,6 @@ from layouts.statistics import Measurement, measure
 GENERATORS = {"simulate": 1, "recombine": 2}
 LARGEST_LABEL = 65535
 KINDS = ("images", "masks", "instances")
-
-
-def open_set(output: Path, settings: dict[str, object]) -> IO[bytes]:
-    """Create the folder of a set, or open the same set to continue it. Lock the folder.
-
-    Returns:
-        The lock. It ends when it is closed or when the process ends.
-
-    Raises:
-        InputError: the folder holds other files, or another process works in it.
-    """
-    check_folder(output, settings)
-    output.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(output, "name another `output`", KINDS)
-    if not check_folder(output, settings):  # check again: another process may have created the set meanwhile
-        write_json(output / SETTINGS, settings)
-    return lock
 
 
 def save_png(array: np.ndarray, path: Path) -> None:

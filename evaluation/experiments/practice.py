@@ -27,9 +27,8 @@ from torch import nn
 
 from common.disk import (
     SETTINGS,
-    check_folder,
     link_or_copy,
-    lock_folder,
+    open_work,
     write_atomically,
     write_bytes,
     write_json,
@@ -166,11 +165,7 @@ class Practice:
             raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
         made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings), "mask_type": self.folders.mask_type}
         made_with |= hashes_of_labels(self.folders, self.unlabelled) | self.tools.settings
-        check_folder(self.folder, made_with, upgrade=partial(refuse_other_files, self.folder, made_with))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.folder, "name another `output`"):
-            if not (self.folder / SETTINGS).is_file():
-                write_json(self.folder / SETTINGS, made_with)
+        with open_work(self.folder, made_with, upgrade=partial(refuse_other_files, self.folder, made_with)):
             self.seen = made_with["images_sha256"]
             self._train_generators()
             return self._rounds()
@@ -411,9 +406,7 @@ class Practice:
                 break
             for mask, count in draws.items():
                 drawn[mask] += count
-            hardness = {mask: value for one in results[f"round {number}"] for mask, value in one.hardness.items()}
-            planned = plan_draws(hardness, self.settings.most_draws) if hardness else {}
-            draws = {mask: count - drawn[mask] for mask, count in planned.items() if count > drawn[mask]}
+            hardness, draws = next_draws(results[f"round {number}"], drawn, self.settings.most_draws)
             if not draws:
                 stopped = "all masks were drawn as often as planned"
                 break
@@ -466,6 +459,21 @@ def _announce(stage: str) -> None:
 def _numbered(name: str, number: int) -> str:
     """A folder of training ``number``. The first one has no number."""
     return f"{name}_{number}" if number else name
+
+
+def next_draws(
+    results: Sequence[FoldResult], drawn: Mapping[str, int], most: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Hardness of every mask in a round, and how many more images the next round draws of it.
+
+    Args:
+        results: of the folds of this round.
+        drawn: images of each mask so far.
+        most: images of the hardest mask.
+    """
+    hardness = {mask: value for one in results for mask, value in one.hardness.items()}
+    planned = plan_draws(hardness, most) if hardness else {}
+    return hardness, {mask: count - drawn[mask] for mask, count in planned.items() if count > drawn[mask]}
 
 
 def _mean_ap(results: Sequence[FoldResult]) -> float:

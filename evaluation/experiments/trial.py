@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, write_json
+from common.disk import file_sha256, open_work, write_json
 from common.errors import InputError
 from common.log import Pace
 from common.plain import read_as, read_json
@@ -316,11 +316,7 @@ def run_trial(
     cases = study.cases(selections)
     data = cases[0].data
     fixed = study.settings.fixed() | ({"unit": "percent"} if study.plans[0].unit == "percent" else {})
-    check_folder(output, fixed)
-    output.mkdir(parents=True, exist_ok=True)
-    with lock_folder(output, "name another `output`", [RESULTS, NETWORKS]):
-        if not (output / SETTINGS).is_file():
-            write_json(output / SETTINGS, fixed)  # first: a folder without it is taken for other work
+    with open_work(output, fixed, [RESULTS, NETWORKS]):
         for name in (RESULTS, NETWORKS):
             (output / name).mkdir(exist_ok=True)
         jobs = [
