@@ -73,9 +73,8 @@ class UnlabelledFolder(TrainingImages):
 
     def _cut(self, path: Path, image: np.ndarray) -> np.ndarray:
         """What is kept of an image: with crop "center" the square, else all."""
-        if self.config.crop == "random":
-            return image
-        return np.ascontiguousarray(view_of_file(path, image.shape, self.config).apply_image(image))
+        view = view_of_file(path, image.shape, self.config)  # refuses an image that is too small
+        return np.ascontiguousarray(view.apply_image(image)) if self.config.crop == "center" else image
 
     def _kept_image(self, index: int) -> np.ndarray:
         if self.in_memory:

@@ -132,7 +132,7 @@ def test_balanced_groups_come_equally_often_and_go_on_as_they_would():
     assert batches(range(10))[4:] == batches(range(4, 10))
 
 
-@pytest.mark.parametrize("spoil", ["empty", "missing", "name", "content", "channels", "pseudo-masks"])
+@pytest.mark.parametrize("spoil", ["empty", "missing", "name", "content", "channels", "small", "pseudo-masks"])
 def test_unlabelled_folders_that_cannot_be_used_are_refused(lab, others, spoil, tmp_path):
     masks, message = [], ""
     if spoil == "empty":
@@ -149,6 +149,9 @@ def test_unlabelled_folders_that_cannot_be_used_are_refused(lab, others, spoil, 
     elif spoil == "channels":
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(others / "rgb.png")
         message = "rgb.png.*has colours, but the model takes 1 gray channel"
+    elif spoil == "small":
+        Image.fromarray(np.arange(15 * 40, dtype=np.uint16).reshape(15, 40).astype(np.uint8)).save(others / "thin.png")
+        message = "thin.png: an image of 40 x 15 pixels is smaller than image_size=16"
     else:
         masks, message = [others, others], "names 2 folders for the 1 of unlabelled_path"
     with pytest.raises(InputError, match=message):
