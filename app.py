@@ -84,7 +84,9 @@ def find_masks(args: argparse.Namespace, trained: TrainedModel) -> StartMasks | 
         raise InputError(f"--mask-path {folder}: no such folder.")
     if folder is None:
         folder, mask_type = args.judge_masks, args.judge_mask_type or "auto"
-    return None if folder is None else StartMasks(folder, trained.data, mask_type, trained.normalize_masks)
+    if folder is None:
+        return None
+    return StartMasks(folder, trained.data, mask_type, trained.normalize_masks, trained.mask_type)
 
 
 def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machine) -> JudgeCall | None:

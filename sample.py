@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     machine = start_machine(args.device, args.precision)
     trained = load_checkpoint(args, machine)
     looks = look_choice(args, trained)
-    masks = open_masks(args, trained.data)
+    masks = open_masks(args, trained.data, trained.mask_type)
     if looks is not None:
         looks.check_masks(masks.names)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)

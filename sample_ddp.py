@@ -205,7 +205,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     looks = look_choice(args, trained)
     form = choose_format(args.intensity, args.source_window, trained.data, trained.intensity)
     with machine.main_first("check the masks"):  # the others reuse its checks
-        masks = open_masks(args, trained.data, progress=machine.is_main)
+        masks = open_masks(args, trained.data, trained.mask_type, progress=machine.is_main)
     if looks is not None:
         looks.check_masks(masks.names)
     exports = [name for name in args.export if name != "plain"]

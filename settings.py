@@ -245,15 +245,19 @@ def field_scale(args: argparse.Namespace, data: DataConfig) -> float | None:
     return (args.tile_scale or 1.0) if args.tile else None
 
 
-def open_masks(args: argparse.Namespace, data: DataConfig, progress: bool = False) -> MaskFolder:
+def open_masks(args: argparse.Namespace, data: DataConfig, learned: str, progress: bool = False) -> MaskFolder:
     """The masks to generate from, all checked, cut as the flags say.
+
+    Args:
+        data: of the checkpoint.
+        learned: type of the masks in training.
 
     Raises:
         InputError: masks that cannot be used, or --tile without effect.
     """
     masks = MaskFolder(
         args.mask_path, data.with_mask_values(args.mask_values), args.mask_type, image_dir=args.data_path,
-        progress=progress, normalize=args.normalize_masks, whole_scale=field_scale(args, data),
+        progress=progress, normalize=args.normalize_masks, whole_scale=field_scale(args, data), learned=learned,
     )  # fmt: skip
     if args.tile:
         check_fields(args, masks.view_sizes(), data.image_size)

@@ -73,6 +73,7 @@ class MaskFolder:
         progress: bool = False,
         normalize: bool = False,
         whole_scale: float | None = None,
+        learned: str = "auto",
     ) -> None:
         """Find and check the masks.
 
@@ -82,6 +83,7 @@ class MaskFolder:
             image_dir: use only masks that have an image here.
             normalize: as in :class:`PairedFolder`.
             whole_scale: use whole masks, at this scale, instead of one square.
+            learned: type of the masks in training, as of ``decide_mask_rule``.
 
         Raises:
             InputError: files are unusable. The message names them all.
@@ -99,7 +101,9 @@ class MaskFolder:
         checked = self._read_all(f"masks of {mask_path}", progress)
         self._sizes = {name: size for name, (_, size) in checked.items()}
         stats = [checked[name][0] for name in self.names]
-        self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_path, normalize, config.mask_values)
+        self.rule = decide_mask_rule(
+            stats, config.num_classes, mask_type, mask_path, normalize, config.mask_values, learned
+        )
         for warning in mask_warnings(stats, self.rule):
             logger.warning("masks in %s: %s", mask_path, warning)
         count = "1 mask" if len(self.names) == 1 else f"{len(self.names)} masks"

@@ -123,6 +123,9 @@ class MaskRule:
         return np.stack([1 - shares, shares])
 
 
+IDS = {"classes", "instances"}  # types of whole numbers
+
+
 def decide_mask_rule(
     stats: Sequence[MaskStats],
     num_classes: int,
@@ -130,6 +133,7 @@ def decide_mask_rule(
     where: str | Path,
     normalize: bool = False,
     values: Sequence[int] | None = None,
+    learned: str = "auto",
 ) -> MaskRule:
     """Decide how to read the masks of a folder, from the facts of all of them.
 
@@ -148,6 +152,8 @@ def decide_mask_rule(
         normalize: accept soft maps that do not sum to one, and divide them by their sum.
         values: stored value of each class, in the order of the classes. Masks with only these values are classes. Masks
             of ids 0..K-1 are also accepted.
+        learned: type of the masks that the model was trained on, if known. It tells "auto" whether whole numbers are
+            cells or classes: two cells with the ids 1 and 2 look like classes.
 
     Raises:
         InputError: the values do not fit the type or K, or "auto" finds no clear case.
@@ -163,6 +169,9 @@ def decide_mask_rule(
     why = "given as mask_type"
     if mask_type == "auto":
         mask_type, why = _guess_type(stats, num_classes, where)
+        says_itself = max(one.maximum for one in stats) < 2 or any(one.from_folder for one in stats)
+        if {mask_type, learned} == IDS and not says_itself:
+            mask_type, why = learned, "as in training"
     blurred = [one.name for one in stats if one.name.lower().endswith((".jpg", ".jpeg"))]
     if mask_type in ("classes", "instances") and blurred:
         raise InputError(

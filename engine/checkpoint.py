@@ -29,7 +29,14 @@ from models import SiT, build_model, registered_model
 
 PARTS = ("model", "ema", "opt", "step", "config")
 CONFIG_PARTS = ("model", "transport", "space", "data")  # what sampling needs
-NOTES = ("step", "trained_on", "labelled_on", "intensity", "looks")  # an export keeps them beside the weights
+NOTES = (
+    "step",
+    "trained_on",
+    "labelled_on",
+    "intensity",
+    "looks",
+    "mask_type",
+)  # an export keeps them beside the weights
 MOST_STEPS = 10**12
 
 
@@ -46,6 +53,7 @@ class CheckpointTypes:
     labelled_on: list[str] | None
     intensity: dict[str, Any] | None
     looks: dict[str, Any] | None
+    mask_type: str | None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,12 @@ class TrainedModel:
     intensity: SourceIntensity | None  # gray values of the training images, if known
     looks: Looks | None = None  # of the training images, if the model knows looks
     labelled_on: list[str] | None = None  # SHA-256 of the images whose labels it may know, if known
+    learned_mask_type: str | None = None  # how training read its masks; unknown in checkpoints of earlier versions
+
+    @property
+    def mask_type(self) -> str:
+        """How training read its masks; "auto" if the checkpoint does not say it."""
+        return self.learned_mask_type or self.config.get("train", {}).get("mask_type") or "auto"
 
     @property
     def normalize_masks(self) -> bool:
@@ -150,6 +156,7 @@ def load_trained(
         intensity=intensity,
         looks=looks,
         labelled_on=state.get("labelled_on"),
+        learned_mask_type=state.get("mask_type"),
     )
 
 

@@ -78,6 +78,7 @@ class Training:
         self.trained_on: list[str] | None = None  # SHA-256 of every training image, if known
         self.labelled_on: list[str] | None = None  # SHA-256 of images whose labels it may know, also via a segmenter
         self.intensity: dict[str, Any] | None = None  # SourceIntensity of the training images
+        self.mask_type: str | None = None  # how the labelled masks are read
         self.looks: Looks | None = None  # of the training images, if the model knows looks
         self.groups, self.cache_named_by = groups, cache_named_by
         self.sums = torch.zeros(3, dtype=torch.float64, device=machine.device)  # loss, gradient norm, skipped steps
@@ -104,6 +105,7 @@ class Training:
             "labelled_on": self.labelled_on,
             "intensity": self.intensity,
             "looks": None if self.looks is None else self.looks.to_dict(),
+            "mask_type": self.mask_type,
         }
 
     def state(self) -> dict[str, Any]:
@@ -162,7 +164,8 @@ class Training:
         return lines
 
     def note_images(self, labelled: PairedFolder, unlabelled: Sequence[ImageFolder]) -> None:
-        """Record the gray values of the images, and which images the model has seen, so that leaks can be found."""
+        """Record how images and masks are read, and which images the model has seen, so that leaks can be found."""
+        self.mask_type = labelled.rule.mask_type
         self.intensity = SourceIntensity.of(
             labelled.windows, labelled.dtypes, labelled.stored_channels, labelled.colours
         ).to_dict()

@@ -167,7 +167,7 @@ class Drawer:
         self.judge = judge
         self.masks = masks
         self._given = dict(given)
-        self.kinds = label_kinds(trained.data, trained.config.get("train", {}).get("mask_type", "auto"))
+        self.kinds = label_kinds(trained.data, trained.mask_type)
         self.has_soft_masks = trained.data.mask_values is None
         self.has_guidance = trained.config["model"].get("class_dropout_prob") != 0
         self._line = threading.BoundedSemaphore(MOST_IN_LINE)

@@ -88,6 +88,7 @@ def read_label(
     mask_type: str = "auto",
     whole: bool = False,
     normalize: bool = False,
+    learned: str = "auto",
 ) -> np.ndarray:
     """A mask file from the browser as a label map.
 
@@ -99,6 +100,7 @@ def read_label(
         mask_type: what the file holds, one of ``MASK_TYPES``.
         whole: take all of the mask, not the square that the model sees.
         normalize: divide soft masks by their sum.
+        learned: type of the masks in training, as of ``decide_mask_rule``.
 
     Returns:
         (H, W) uint16. A soft mask becomes its most probable classes.
@@ -112,7 +114,7 @@ def read_label(
     with uploaded(content, name, MASK_SUFFIXES) as path, decoding_at_most(MOST_DECODED):
         mask, table = read_mask_and_table(path)
         facts = [mask_stats(name, mask, False, table)]
-        rule = decide_mask_rule(facts, config.num_classes, mask_type, name, normalize, config.mask_values)
+        rule = decide_mask_rule(facts, config.num_classes, mask_type, name, normalize, config.mask_values, learned)
         return label_of_mask(mask, rule, kind, view_on_canvas(mask, rule, config, whole))
 
 

@@ -27,13 +27,16 @@ class StartMasks:
         config: of the checkpoint.
         mask_type: what the masks hold, one of ``MASK_TYPES``.
         normalize: divide soft masks by their sum.
+        learned: type of the masks in training, as of ``decide_mask_rule``.
 
     Raises:
         InputError: masks that cannot be used.
     """
 
-    def __init__(self, mask_dir: Path, config: DataConfig, mask_type: str, normalize: bool) -> None:
-        self.folder = MaskFolder(mask_dir, config, mask_type, progress=True, normalize=normalize)
+    def __init__(
+        self, mask_dir: Path, config: DataConfig, mask_type: str, normalize: bool, learned: str = "auto"
+    ) -> None:
+        self.folder = MaskFolder(mask_dir, config, mask_type, progress=True, normalize=normalize, learned=learned)
         self.name = "/".join(real_path(mask_dir).parts[-2:])
         self.names = self.folder.names
 

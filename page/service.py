@@ -276,8 +276,9 @@ class Handler(BaseHTTPRequestHandler):
         content, name, drawer = self._body(), file_name(query), self.server.drawer
         kind = query.get("kind", drawer.kinds[0])
         mask_type, whole = query.get("mask_type", "auto"), query.get("whole") == "1"
-        config, normalize = drawer.trained.data, drawer.trained.normalize_masks
-        return pack(self._in_turn(lambda: read_label(content, name, config, kind, mask_type, whole, normalize)))
+        trained = drawer.trained
+        how = (trained.data, kind, mask_type, whole, trained.normalize_masks, trained.mask_type)
+        return pack(self._in_turn(lambda: read_label(content, name, *how)))
 
     def _send_json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
         self._send(status, json.dumps(values).encode(), "application/json")

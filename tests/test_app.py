@@ -323,6 +323,13 @@ def test_a_binary_mask_becomes_connected_cells(two):
     assert np.array_equal(label > 0, mask > 0)
 
 
+def test_an_uploaded_mask_is_read_as_training_read_its_masks():
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:2, :2], mask[4:6, 4:6] = 1, 2
+    config = DataConfig(SIDE, num_classes=3)
+    assert np.array_equal(read_label(png(mask), "m.png", config, "cells", learned="instances"), mask)
+
+
 def test_a_large_mask_gives_the_square_that_sample_takes():
     mask = np.kron(np.array([[0, 255], [255, 0]], np.uint8), np.ones((16, 16), np.uint8))
     assert read_label(png(mask), "m.png", DataConfig(SIDE), "cells").shape == (SIDE, SIDE)

@@ -267,6 +267,22 @@ def test_instances_become_cell_or_interior_and_boundary():
     assert decide([labels], 3, "instances").class_map(diagonal).tolist() == [[2, 0], [0, 2]]
 
 
+def test_training_says_whether_whole_numbers_are_cells_or_classes():
+    def type_of(masks: list[np.ndarray], learned: str, num_classes: int = 3) -> str:
+        stats = [mask_stats("m.png", mask) for mask in masks]
+        return decide_mask_rule(stats, num_classes, "auto", "masks/", learned=learned).mask_type
+
+    two = np.zeros((20, 20), np.uint8)
+    two[2:8, 2:8], two[12:18, 12:18] = 1, 2
+    assert [type_of([two], learned) for learned in ("auto", "classes", "binary")] == ["classes"] * 3
+    assert type_of([two], "instances") == "instances"
+    assert type_of([two > 1], "instances") == "classes"  # 0 and 1 may be several cells
+    assert type_of([np.stack([1 - (two > 0), two > 0]).astype(np.float32)], "instances", 2) == "probability"
+    assert type_of([disks()], "auto") == "instances"
+    with pytest.raises(InputError, match="20"):
+        type_of([disks()], "classes")
+
+
 def test_removing_the_boundary_class_parts_touching_cells():
     labels = disks(12)
     classes = decide([labels], 3).class_map(labels)

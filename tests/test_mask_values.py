@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -88,3 +89,23 @@ def test_bulk_sampling_and_the_measures_take_the_flag(pairs, checkpoint, tmp_pat
         assert code == 2 and flags_in(lines[-1]) == values, measure
         call(evaluate, measure, tmp_path / "set", *more, *values)
     assert "judge" in capsys.readouterr().out
+
+
+def test_sampling_reads_ids_as_training_did(pairs, tmp_path):
+    """Two cells with the ids 1 and 2 are cells for a model of cells, also for its export, and classes for another."""
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for path in pairs[1].iterdir():
+        ids = np.zeros_like(np.array(Image.open(path)))
+        ids[1:5, 1:5], ids[6:9, 6:9], ids[10:14, 1:5] = 1, 2, 3
+        Image.fromarray(ids).save(cells / path.name)
+    words = train_words(pairs[0], cells, tmp_path)
+    call(train, *words, "--mask-type", "instances", "--export-safetensors")
+    two = tmp_path / "two.png"
+    Image.fromarray(np.where(ids == 3, 0, ids).astype(np.uint8)).save(two)
+    for ckpt in ("checkpoints/0000001.pt", "model.safetensors"):
+        output = tmp_path / ckpt.replace("/", "_")
+        words = ["ODE", "--ckpt", tmp_path / "run" / ckpt, *FEW_STEPS, "--mask-path", two, "--sample-dir", output]
+        call(sample_ddp, *words)
+        assert json.loads((output / "settings.json").read_text())["mask_rule"]["mask_type"] == "instances"
+        call(sample_ddp, *words[:-1], tmp_path / f"{output.name}_classes", "--mask-type", "classes")
