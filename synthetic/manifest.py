@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from common.disk import SETTINGS, read_csv, write_csv
+from common.disk import SETTINGS, read_csv, real_path, write_csv
 from common.errors import InputError, list_some
 from common.plain import check_fields, read_json
 
@@ -95,8 +95,14 @@ ATTEMPT_FIDELITY = ATTEMPT_COLUMNS[1]
 
 
 def relative_to_set(path: Path, folder: Path) -> str:
-    """A path as a set holds it: relative to the set's folder, so that both can be moved together."""
-    return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+    """A path as a set holds it: relative to the set's folder, so that both can be moved together.
+
+    If the folder is a link, ``..`` leads to the parent of what it links to.
+    """
+    found = os.path.relpath(path.absolute(), folder.absolute())
+    if real_path(folder / found) != real_path(path):
+        found = os.path.relpath(real_path(path), real_path(folder))
+    return Path(found).as_posix()
 
 
 def path_in_set(name: str, folder: Path) -> Path:

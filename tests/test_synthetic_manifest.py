@@ -183,3 +183,16 @@ def test_settings_of_the_wrong_kind_are_refused_with_the_file(tmp_path, wrong):
 )
 def test_a_cell_without_a_number_is_none(text, value):
     assert number_or_none(text) == value
+
+
+def test_paths_lead_out_of_a_folder_that_is_a_link(tmp_path):
+    (tmp_path / "disk" / "deep" / "set").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "samples").symlink_to(tmp_path / "disk" / "deep" / "set")
+    for folder in ("home", "disk/deep/set"):
+        image = tmp_path / folder / "images" / "a.png"
+        image.parent.mkdir()
+        image.write_bytes(b"image")
+        name = relative_to_set(image, tmp_path / "home" / "samples")
+        assert (tmp_path / "home" / "samples" / name).samefile(image)
+    assert relative_to_set(tmp_path / "home" / "a.png", tmp_path / "home" / "set") == "../a.png"  # there or not
