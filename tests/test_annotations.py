@@ -302,6 +302,16 @@ def test_what_cellpose_and_its_users_keep_in_a_seg_is_read(tmp_path, images, pro
     assert np.array_equal(label, drawn())
 
 
+@pytest.mark.parametrize("number", [b"r\xff\xff\xff\x0f", b"p268435455\n"])
+def test_a_small_seg_cannot_ask_for_gigabytes(tmp_path, number):
+    path = tmp_path / "a_seg.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(b"N" + number + b".")
+    with pytest.raises(FileError, match="the number 268435455 of an object is no plain data"):
+        cellpose.read_seg(path)
+
+
 @pytest.mark.parametrize(
     ("masks", "words"),
     [
@@ -987,6 +997,23 @@ def test_stacks_in_every_file_and_what_is_none(tmp_path, images):
             converted(tmp_path, images, source)
 
 
+def test_a_flat_tiff_among_stacks_is_one_cell(tmp_path, images):
+    for name in "bc":
+        Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / f"{name}.png")
+    source, pages = folder_of(tmp_path), pages_of_cells()
+    tifffile.imwrite(source / "a.tif", pages, photometric="minisblack")
+    tifffile.imwrite(source / "b.tif", pages[0])
+    tifffile.imwrite(source / "c.tif", pages[0] * 0)
+    label, result = converted(tmp_path, images, source)
+    assert set(np.unique(label)) == {0, 1, 2, 3}
+    one = read_mask(tmp_path / "out" / "b.tif")
+    assert np.array_equal(one == 1, pages[0] > 0) and one.max() == 1
+    assert result.counts["c"].dropped == {"an empty page": 1}
+    (source / "a.tif").unlink()
+    with pytest.raises(InputError, match="b.tif: is a gray mask already"):
+        convert(source, images, tmp_path / "alone", ConvertSettings())
+
+
 def planes_of_classes(background: int, count: int = 3) -> np.ndarray:
     """(N, H, W, 4): ids of three classes, and the background in the given plane."""
     planes = np.zeros((count, *SIZE, 4), np.int32)
@@ -1010,6 +1037,20 @@ def test_the_background_of_planes_may_be_the_first_or_the_last(tmp_path, images,
     convert(tmp_path / "masks.npy", images, tmp_path / "out", ConvertSettings())
     for name, ids in {"a": 7, "b": 7, "c": 1, "d": 1}.items():
         assert len(np.unique(read_mask(tmp_path / "out" / f"{name}.tif"))) == ids
+
+
+@pytest.mark.parametrize("background", [None, 2])
+def test_cells_that_leave_no_background_are_kept(tmp_path, images, background):
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "b.png")
+    planes = np.zeros((2, *SIZE, 2 if background is None else 3), np.int32)
+    planes[0, 2:9, 3:9, 0], planes[0, 12:20, 5:14, 1] = 4, 5
+    planes[1, ..., 0] = 1 + np.arange(SIZE[1]) // 18  # ids 1, 2, 3 fill the image
+    if background is not None:
+        planes[..., background] = ~planes.any(axis=3)
+    np.save(tmp_path / "masks.npy", planes)
+    result = convert(tmp_path / "masks.npy", images, tmp_path / "out", ConvertSettings())
+    assert np.array_equal(read_mask(tmp_path / "out" / "b.tif"), planes[1, ..., 0])
+    assert (result.counts["a"].written, result.counts["b"].written) == (2, 3)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -1080,6 +1121,20 @@ def test_annotations_may_have_the_words_that_masks_have(tmp_path, images, name):
     (tmp_path / "cells" / f"{name}.geojson").write_text(json.dumps([feature(2, 4, 6)]))
     label, result = converted(tmp_path, images, tmp_path / "cells")
     assert np.count_nonzero(label) == 36 and not result.lonely
+
+
+def test_of_two_images_the_exact_name_has_the_annotations(tmp_path, images):
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(images / "a_img.png")
+    label, result = converted(tmp_path, images, written(folder_of(tmp_path), [feature(2, 4, 6)]))
+    assert np.count_nonzero(label) == 36 and result.without == ["a_img"]
+
+
+def test_two_annotations_that_reach_one_image_are_refused(tmp_path, images):
+    (images / "a.png").rename(images / "a_img.png")
+    source = written(folder_of(tmp_path), [feature(2, 4, 6)])
+    (source / "a_img.geojson").write_text(json.dumps([feature(2, 4, 6), feature(20, 4, 6)]))
+    with pytest.raises(InputError, match="annotations a and a_img are both of the image a_img: keep one"):
+        convert(source, images, tmp_path / "out", ConvertSettings())
 
 
 def test_names_with_the_ending_of_annotations_pair_too(tmp_path, images):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dataset.annotations.cells import Cell, check_size, labels_to_cells
 from dataset.annotations.plain_arrays import PLAIN, Array, NotPlain
 from dataset.decode import MAX_DECODED_BYTES, FileError
 
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")  # the steps of a pickle that number an object
 _MEND = "save the masks as PNG or TIFF in Cellpose"
 
 
@@ -23,6 +25,22 @@ class PlainUnpickler(pickle.Unpickler):
         if f"{module}.{name}" not in PLAIN:
             raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
         return PLAIN[f"{module}.{name}"]
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse a pickle that gives an object a number beyond its steps: the unpickler reserves a place for each number.
+
+    Runs nothing, and leaves the file where it was.
+
+    Raises:
+        UnpicklingError: such a number.
+        ValueError: this is no pickle.
+    """
+    start = file.tell()
+    for step, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if operation.name in _PUTS and argument is not None and argument > step:
+            raise pickle.UnpicklingError(f"the number {argument} of an object is no plain data")
+    file.seek(start)
 
 
 def read_seg(path: Path) -> dict[str, Any]:
@@ -40,6 +58,7 @@ def read_seg(path: Path) -> dict[str, Any]:
             shape, _, dtype = header(file)
             if shape not in ((), (1,)) or dtype.kind != "O":
                 raise FileError(path, "is no _seg.npy of Cellpose: it holds an array, and no dict")
+            _check_memo(file)
             content = PlainUnpickler(file).load()
         if isinstance(content, Array) and content.objects:
             content = content.objects[0]

@@ -173,8 +173,10 @@ def _pair(
 ) -> tuple[dict[str, Load], list[str], list[str]]:
     """Annotations by the name of their image, images without annotations, annotations without an image."""
     loads: dict[str, Load] = {}
-    for file in _files(source, paths, settings.format_name):
-        for name, load in _loads(file, paths, settings).items():
+    files = _files(source, paths, settings.format_name)
+    among_stacks = any(map(stacks.has_pages, files))
+    for file in files:
+        for name, load in _loads(file, paths, settings, among_stacks).items():
             if name in loads and _is_copy(file, name):
                 continue
             if name in loads:
@@ -188,8 +190,8 @@ def _pair(
     if images.is_file():
         by_name = {_stem(images): "image"}
     else:
-        by_name = {stem: stem for stem in paths} | {stem.removesuffix(IMAGE_ENDING): stem for stem in paths}
-    pairs = {by_name[name]: load for name, load in loads.items() if name in by_name}
+        by_name = {stem.removesuffix(IMAGE_ENDING): stem for stem in paths} | {stem: stem for stem in paths}
+    pairs = _by_image(source, loads, by_name)
     if not pairs:
         mend = ". If they are ROIs of one image, zip them as NAME.zip" if _has_rois(source) else ""
         raise InputError(
@@ -198,6 +200,22 @@ def _pair(
         )
     lonely = sorted(name for name in loads if name not in by_name)
     return dict(sorted(pairs.items())), sorted(set(paths) - set(pairs)), lonely
+
+
+def _by_image(source: Path, loads: Mapping[str, Load], by_name: Mapping[str, str]) -> dict[str, Load]:
+    """Annotations by the key of their image, which ``by_name`` gives. An image may be reached by two names."""
+    pairs: dict[str, Load] = {}
+    reached: dict[str, str] = {}
+    for name, load in loads.items():
+        if name not in by_name:
+            continue
+        image = by_name[name]
+        if image in pairs:
+            raise InputError(
+                f"{source}: the annotations {reached[image]} and {name} are both of the image {image}: keep one of them"
+            )
+        pairs[image], reached[image] = load, name
+    return pairs
 
 
 def _images(source: Path, images: Path) -> dict[str, Path]:
@@ -265,9 +283,9 @@ def _stem(path: Path, names: Container[str] = ()) -> str:
     return next((name for name in (stem, shorter, *bare_mask_names(stem)) if name in names), shorter)
 
 
-def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings) -> dict[str, Load]:
+def _loads(path: Path, paths: Mapping[str, Path], settings: ConvertSettings, among_stacks: bool) -> dict[str, Load]:
     """Name of the image -> function that reads its cells. A file may hold annotations of many images."""
-    format_name = format_of(path) if settings.format_name == "auto" else settings.format_name
+    format_name = format_of(path, among_stacks) if settings.format_name == "auto" else settings.format_name
     if format_name == "coco":
         return coco.sources(path)
     if format_name == "planes":

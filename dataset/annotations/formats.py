@@ -18,7 +18,7 @@ SUFFIXES = {
     "coco": (".json",),
     "labelme": (".json",),
     "colours": IMAGE_SUFFIXES,
-    "pages": (".tif", ".tiff", *stacks.ARRAYS),
+    "pages": (*stacks.TIFFS, *stacks.ARRAYS),
     "planes": stacks.ARRAYS,
 }
 SUFFIXES["auto"] = tuple(dict.fromkeys(suffix for name in SUFFIXES for suffix in SUFFIXES[name]))
@@ -37,8 +37,12 @@ _JSON = (
 )
 
 
-def format_of(path: Path) -> str:
+def format_of(path: Path, among_stacks: bool = False) -> str:
     """The format of a file, by its suffix. If several formats have this suffix, also by its content.
+
+    Args:
+        path: the file.
+        among_stacks: other TIFFs of its folder have pages. Then a flat gray one is a stack, too: its image has one cell.
 
     Raises:
         FileError: the file is of no such format.
@@ -56,7 +60,8 @@ def format_of(path: Path) -> str:
         return "planes" if stacks.is_image_stack(path) else "pages"
     if suffix not in IMAGE_SUFFIXES:
         raise FileError(path, f"is of no format that is read{other_program(suffix)}; {READ}")
-    return "pages" if suffix in (".tif", ".tiff") and stacks.has_pages(path) else "colours"
+    is_stack = stacks.has_pages(path) or (among_stacks and stacks.is_flat_and_gray(path))
+    return "pages" if is_stack else "colours"
 
 
 def _format_of_json(path: Path, content: Any) -> str:

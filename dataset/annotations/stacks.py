@@ -13,6 +13,7 @@ from dataset.annotations.cells import LARGEST_ID, Cell, labels_to_cells
 from dataset.decode import MAX_DECODED_BYTES, FileError, check_page
 
 ARRAYS = (".npy", ".npz")
+TIFFS = (".tif", ".tiff")
 MOST_LOOKED_AT = 64  # images that decide which plane is the background
 LEAST_AGREEMENT = 0.99  # share of pixels in which a plane of background must be the rest of the others
 
@@ -102,12 +103,26 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
 
 
 def has_pages(path: Path) -> bool:
-    """Whether a TIFF has several pages, or several planes in one page."""
+    """Whether a file is a TIFF of several pages, or of several planes in one page."""
+    if path.suffix.lower() not in TIFFS:
+        return False
     try:
         with tifffile.TiffFile(path, _multifile=False) as tiff:
             return len(tiff.pages) > 1 or (
                 len(tiff.series) == 1 and tiff.series[0].axes in ("ZYX", "TYX", "CYX", "QYX", "IYX")
             )
+    except (OSError, ValueError):
+        return False
+
+
+def is_flat_and_gray(path: Path) -> bool:
+    """Whether a file is a TIFF of one gray page, without a colour table."""
+    if path.suffix.lower() not in TIFFS:
+        return False
+    try:
+        with tifffile.TiffFile(path, _multifile=False) as tiff:
+            page = tiff.pages.first
+            return len(tiff.pages) == 1 and page.ndim == 2 and page.photometric != tifffile.PHOTOMETRIC.PALETTE
     except (OSError, ValueError):
         return False
 
@@ -136,8 +151,9 @@ def cells_of_planes(path: Path, planes: np.ndarray, background: int | None) -> l
         raise FileError(path, "holds fractions, negative or very large values, no ids")
     labels = planes.astype(np.int64)
     covered = labels > 0
-    if labels.shape[2] > 1 and covered.any(axis=2).all() and covered.any(axis=(0, 1)).sum() == 1:
-        return []  # nothing but background
+    is_full = covered.any(axis=2).all() and covered.any(axis=(0, 1)).sum() == 1
+    if labels.shape[2] > 1 and background is None and is_full and len(np.unique(labels[covered])) == 1:
+        return []  # nothing but background: one value in one plane
     if labels.shape[2] == 2 and labels.any() and np.array_equal(labels[..., 0] > 0, labels[..., 1] > 0):
         return _cells_and_classes(path, labels)
     cells, seen, shared = [], set(), False
