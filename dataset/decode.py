@@ -118,7 +118,8 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
 
 def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     with Image.open(file, formats=["PNG", "JPEG", "BMP"]) as image:
-        deep_colour = any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile)
+        is_deep = any(";16" in str(tile[-1]) and not str(tile[-1]).startswith("I") for tile in image.tile)
+        deep_colour = is_deep and image.format == "PNG"  # BGR;16 of a BMP is 5 or 6 bits a colour
         value_bytes = 4 if image.mode in ("I", "F") else 2 if deep_colour or image.mode.startswith("I;16") else 1
         _check_size((image.height, image.width, len(image.getbands())), value_bytes, path)
         frames = getattr(image, "n_frames", 1)
@@ -248,7 +249,8 @@ def _photometric_to_gray(
 ) -> tuple[np.ndarray, str]:
     """Turn palette and 1-bit TIFF pages into gray or RGB."""
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
-        palette = (np.asarray(page.colormap).T >> 8).astype(np.uint8)
+        table = np.asarray(page.colormap).T  # (n, 3) of 16 bits; some programs write 8 bits
+        palette = (table >> 8 if table.max() > 255 else table).astype(np.uint8)
         return _palette_mask(array, palette) if as_mask else (palette[array], "")
     return (array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array), ""
 

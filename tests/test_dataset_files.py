@@ -545,6 +545,25 @@ def test_a_colour_table_with_white_background_gives_the_numbers_in_every_file(tm
     assert np.array_equal(mask, labels) and kind.split()[0] == "coloured" and " 0:ffffff" in kind
 
 
+def test_a_tiff_with_a_colour_table_of_8_bits_keeps_its_values(tmp_path):
+    gray, colours = np.repeat(np.arange(256, dtype=np.uint16)[None], 3, axis=0), noise(3, 256).astype(np.uint16)
+    labels = cells_of(5)
+    for name, table in (("gray", gray), ("colours", colours)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", labels, photometric="palette", colormap=table)
+    assert np.array_equal(read_mask(tmp_path / "gray.tif"), labels)
+    assert np.array_equal(read_image(tmp_path / "colours.tif"), colours.T[labels])
+
+
+def test_a_bmp_of_16_bits_is_read(tmp_path):
+    """Its rows go from the bottom to the top."""
+    colours = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2")  # red, green; blue, white
+    header = struct.pack("<IiiHHIIiiII3I", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F)
+    start = b"BM" + struct.pack("<IHHI", 14 + len(header) + 8, 0, 0, 14 + len(header))
+    (tmp_path / "a.bmp").write_bytes(start + header + colours[::-1].tobytes())
+    expected = [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]
+    assert read_image(tmp_path / "a.bmp").tolist() == expected
+
+
 def test_a_rotation_tag_is_refused_in_tiff_and_16_bit_colour_png(tmp_path):
     for read in (read_image, read_mask):
         tifffile.imwrite(tmp_path / "a.tif", noise(5, 6), extratags=[(274, "H", 1, 3, True)])
