@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from common.disk import LOCK_FILE, is_passing, lock_folder, sign_lock, sync_folder, write_bytes
+from common.disk import is_passing, lock_folder, sign_lock, sync_folder, write_bytes
 from common.errors import InputError
 from common.plain import read_json
 from engine.checkpoint import read_checkpoint, save_checkpoint
@@ -71,9 +71,8 @@ class RunFolder:
     def _check_is_a_run(self) -> None:
         if not self.path.is_dir():
             raise InputError(f"{self.path} is a file. Choose another `run_name` for this run.")
-        if all(is_passing(entry.name) for entry in self.path.iterdir()):
-            return
-        barely_begun = {entry.name for entry in self.path.iterdir()} <= self._first_names()
+        names = {entry.name for entry in self.path.iterdir() if not is_passing(entry.name)}
+        barely_begun = names <= self._first_names()
         if not (self.steps() or barely_begun or self._has_config()):
             raise InputError(
                 f"{self.path} holds other files and is no run of train.py. Choose another `run_name` for this run."
@@ -87,8 +86,8 @@ class RunFolder:
         return {"model", "transport"} <= set(config)
 
     def _first_names(self) -> set[str]:
-        """Names of files that a run may leave if it was stopped at its start."""
-        return {self.checkpoints.name, self.previews.name, LOG, LOCK_FILE}
+        """Names that a run may leave if it was stopped at its start, besides passing ones."""
+        return {self.checkpoints.name, self.previews.name, LOG}
 
     @contextlib.contextmanager
     def removed_if_refused(self) -> Iterator[None]:
@@ -190,7 +189,7 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 content = json.loads(line)
                 lost = PREVIEW_GRID in content and not self.preview_path(content["step"]).exists()

@@ -133,11 +133,22 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(run):
     assert not leftover.exists()
 
 
-def test_metrics_after_the_resumed_step_and_torn_lines_are_cut(run):
+def test_a_run_that_was_killed_while_its_first_file_was_written_is_a_run(run):
+    (run.path / "log.txt").write_text("begun")
+    for name in (".lock", ".sit-0123abcd.tmp"):
+        (run.path / name).touch()
+    assert RunFolder(run.path, 3).create()
+    (run.path / "notes.txt").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        RunFolder(run.path, 3).create()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 8, "tra', b'{"step": 2, \x80\xff', b"\0\xc3"])
+def test_metrics_after_the_resumed_step_and_torn_lines_are_cut(run, torn):
     for step in (2, 4, 6):
         run.log_metrics({"step": step, "train/loss": step / 10})
-    with run.metrics.open("a") as file:
-        file.write('{"step": 8, "tra')
+    with run.metrics.open("ab") as file:
+        file.write(torn)
     run.cut_metrics(4)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [2, 4]
 
