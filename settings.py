@@ -226,7 +226,7 @@ def look_choice(args: argparse.Namespace, trained: TrainedModel) -> LookChoice |
         return None
     return choose_looks(
         trained.looks, trained.data, args.look, args.look_path, args.look_index, args.look_group, args.balance_groups,
-        args.look_table,
+        args.look_table, trained.image_types,
     )  # fmt: skip
 
 

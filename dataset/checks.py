@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def for_all(function: Callable[[Any], Any], items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
-    """Yield ``function`` of every item in order. A few threads work: decoders release the interpreter lock."""
+    """Yield ``function`` of every item in order. A few threads work: decoders release the interpreter lock.
+
+    The threads see the context of the caller, such as the bound of ``decoding_at_most``.
+    """
     block = 256  # bounds what waits in memory
+    context = copy_context()
+
+    def in_context(item: Any) -> Any:
+        return context.copy().run(function, item)  # a context serves one thread at a time
+
     last_line = time.monotonic()
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
@@ -38,7 +47,7 @@ def for_all(function: Callable[[Any], Any], items: Sequence[Any], title: str, pr
             if progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
                 logger.info("%s: %d of %d", title, start, len(items))
-            for result in pool.map(function, items[start : start + block]):
+            for result in pool.map(in_context, items[start : start + block]):
                 bar.update()
                 yield result
 

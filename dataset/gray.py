@@ -9,7 +9,7 @@ image gets the window of one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,23 @@ def fit_channels(image: np.ndarray, channels: int, where: str | Path) -> np.ndar
     mend = "vae=none in_channels=N trains on N channels"
     count = f"{found} channel{'s' * (found > 1)}{hint.get(found, '')}"
     raise FileError(where, f"has {count}, but the model takes {channels}; {mend}")
+
+
+def check_type(dtype: np.dtype, known: Collection[str], config: DataConfig, where: str | Path) -> None:
+    """Refuse gray values of another type than those that gave the window of the data set: all could lie outside of it.
+
+    Args:
+        dtype: of the image.
+        known: types of the images that gave the window. Empty if they are unknown.
+
+    Raises:
+        FileError: another type.
+    """
+    if config.window_values is not None and known and str(dtype) not in known:
+        raise FileError(
+            where, f"has gray values of {dtype}, but the window of the data set is for {' and '.join(known)}: save it "
+            "as such, or train with window_scope=image",
+        )  # fmt: skip
 
 
 def to_tensor(image: np.ndarray, window: Window, channels: int) -> Tensor:

@@ -16,7 +16,7 @@ from common.errors import InputError, list_some
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig
 from dataset.files import FileError, find_files, read_image
-from dataset.gray import fit_channels
+from dataset.gray import check_type, fit_channels
 from dataset.looks import Looks, measure_file, measure_tensor
 from dataset.mask_folder import MaskItem
 from dataset.names import bare_mask_name, by_bare_names, name_of, read_names
@@ -101,6 +101,7 @@ def choose_looks(
     groups: Sequence[str] = (),
     balanced: bool = False,
     table_path: Path | None = None,
+    dtypes: Sequence[str] = (),
 ) -> LookChoice:
     """Make the choice from settings, and check them.
 
@@ -112,6 +113,7 @@ def choose_looks(
         groups: only use looks of these groups of training images. Empty: use all.
         balanced: choose each group equally often.
         table_path: table of masks and their looks, see :func:`read_look_table`.
+        dtypes: types of gray values of the training images. Empty if they are unknown.
 
     Raises:
         InputError: unusable images, no look of this number, no such group, or a setting without effect.
@@ -119,7 +121,7 @@ def choose_looks(
     looks = training
     origin: dict[str, Any] = {}
     if look_path is not None:
-        source, (looks, origin) = PATH, _measure_files(look_path, training, config)
+        source, (looks, origin) = PATH, _measure_files(look_path, training, config, dtypes)
     table: dict[str, int] = {}
     if table_path is not None:
         if source in LOOK_SOURCES:
@@ -170,14 +172,18 @@ def read_look_table(path: Path, looks: Sequence[str]) -> dict[str, int]:
     return {mask: numbers[look] for mask, look in known.items()}
 
 
-def _measure_files(path: Path, training: Looks, config: DataConfig) -> tuple[Looks, dict[str, Any]]:
+def _measure_files(
+    path: Path, training: Looks, config: DataConfig, dtypes: Sequence[str]
+) -> tuple[Looks, dict[str, Any]]:
     """Looks of a folder of images (or one image), and hashes of the files."""
     if not path.exists():
         raise InputError(f"`look_path` {path}: no such file or folder.")
     files = find_files(path, "image") if path.is_dir() else {name_of(path.name): path}
 
     def measure(file: Path) -> np.ndarray:
-        return measure_file(fit_channels(read_image(file), config.channels, file), config)
+        image = fit_channels(read_image(file), config.channels, file)
+        check_type(image.dtype, dtypes, config, file)
+        return measure_file(image, config)
 
     found = list(for_all(or_error(measure), list(files.values()), "measuring looks", progress=False))
     refuse_bad([one for one in found if isinstance(one, FileError)], len(found), f"images of {path}")

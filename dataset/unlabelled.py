@@ -18,7 +18,7 @@ from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, find_files, read_image
 from dataset.folders import PairedFolder, TrainingImages
-from dataset.gray import fit_channels, image_window, to_tensor
+from dataset.gray import check_type, fit_channels, image_window, to_tensor
 from dataset.looks import Looks
 from dataset.masks import to_prob_map
 from dataset.scale import pixel_size, scale_warning
@@ -46,6 +46,7 @@ class UnlabelledFolder(TrainingImages):
         self.names, self.image_paths = list(files), list(files.values())
         self.config, self.seed = config, seed
         self.windows, self.pixel_sizes = [], [pixel_size(path) for path in self.image_paths]
+        self.dtypes: list[np.dtype] = []
         self._images: list[np.ndarray] = []
         self._latest: tuple[int, np.ndarray] | None = None  # read last
         self.in_memory = True
@@ -54,8 +55,9 @@ class UnlabelledFolder(TrainingImages):
             if isinstance(result, FileError):
                 errors.append(result)
                 continue
-            image, window = result
+            image, window, dtype = result
             self.windows.append(window)
+            self.dtypes.append(dtype)
             used += image.nbytes
             if used > MEMORY_GB * 2**30:
                 self.in_memory = False
@@ -66,10 +68,10 @@ class UnlabelledFolder(TrainingImages):
         where = "in memory" if self.in_memory else "read again at each access"
         logger.info("%d unlabelled images from %s, %s", len(self.names), image_dir, where)
 
-    def _read(self, path: Path) -> tuple[np.ndarray, Window]:
-        """An image as kept in memory, and its window."""
+    def _read(self, path: Path) -> tuple[np.ndarray, Window, np.dtype]:
+        """An image as kept in memory, its window, and the type of its gray values."""
         image = fit_channels(read_image(path), self.config.channels, path)
-        return self._cut(path, image), image_window(image, self.config)
+        return self._cut(path, image), image_window(image, self.config), image.dtype
 
     def _cut(self, path: Path, image: np.ndarray) -> np.ndarray:
         """What is kept of an image: with crop "center" the square, else all."""
@@ -129,7 +131,8 @@ def read_unlabelled(
         normalize: divide pseudo-masks by their sum. If False, refuse those that do not sum to one.
 
     Raises:
-        InputError: a folder is empty or cannot be read, has images of the labelled folder, or lacks a pseudo-mask.
+        InputError: a folder is empty or cannot be read, has images of the labelled folder or of another type than the
+            window of the data set, or lacks a pseudo-mask.
     """
     if mask_dirs and len(mask_dirs) != len(image_dirs):
         raise InputError(
@@ -150,11 +153,24 @@ def read_unlabelled(
     else:
         found = [UnlabelledFolder(folder, labelled.config, labelled.seed, progress) for folder in image_dirs]
     sizes = labelled.sizes_by_name()
-    for source in found:
+    for folder, source in zip(image_dirs, found, strict=True):
+        _refuse_other_types(source, folder, labelled)
         sizes |= source.sizes_by_name()
     for warning in scale_warning(sizes, "labelled and unlabelled images"):
         logger.warning("%s", warning)
     return found
+
+
+def _refuse_other_types(source: ImageFolder, folder: str | Path, labelled: PairedFolder) -> None:
+    """Raise InputError if a window of the labelled images does not serve unlabelled ones, see ``check_type``."""
+    known = sorted({str(dtype) for dtype in labelled.dtypes})
+    errors = []
+    for path, dtype in zip(source.image_paths, source.dtypes, strict=True):
+        try:
+            check_type(dtype, known, labelled.config, path)
+        except FileError as error:
+            errors.append(error)
+    refuse_bad(errors, len(source.names), f"unlabelled images of {folder}")
 
 
 def refuse_shared_names(paths: dict[str, Path], folder: str | Path, labelled: PairedFolder) -> None:

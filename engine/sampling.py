@@ -89,6 +89,11 @@ class TrainedModel:
         return self.learned_mask_type or self.config.get("train", {}).get("mask_type") or "auto"
 
     @property
+    def image_types(self) -> tuple[str, ...]:
+        """Types of gray values of the training images. Empty if they are unknown."""
+        return self.intensity.dtypes if self.intensity else ()
+
+    @property
     def normalize_masks(self) -> bool:
         """Whether training divided soft masks by their sum. Other readers of such masks must do the same."""
         return bool(self.config.get("train", {}).get("normalize_masks"))

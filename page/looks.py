@@ -15,6 +15,7 @@ from dataset.decode import decoding_at_most
 from dataset.look_choice import NOBODY, PATH, TRAINING, LookChoice, choose_looks
 from dataset.looks import Looks, look_count
 from dataset.names import IMAGE_SUFFIXES
+from engine.sampling import TrainedModel
 from page.labels import MOST_DECODED
 from page.uploads import uploaded
 
@@ -58,16 +59,16 @@ def read_look(value: Any, training: Looks | None, config: DataConfig) -> LookCho
     return LookChoice(PATH, looks, config, None, {})
 
 
-def measure_reference(content: bytes, name: str, training: Looks | None, config: DataConfig) -> dict[str, Any]:
+def measure_reference(content: bytes, name: str, trained: TrainedModel) -> dict[str, Any]:
     """Name and numbers of a reference image from the browser, as :func:`read_look` takes them.
 
     Raises:
         InputError: the model knows no looks, or the file is no image that it can use.
     """
-    if training is None:
+    if trained.looks is None:
         raise InputError("This model was trained without looks, so it takes no reference image.")
     with uploaded(content, name, IMAGE_SUFFIXES) as path, decoding_at_most(MOST_DECODED):
-        choice = choose_looks(training, config, None, path, None)
+        choice = choose_looks(trained.looks, trained.data, None, path, None, dtypes=trained.image_types)
     return {"name": name, "numbers": choice.looks.numbers[0].tolist()}
 
 

@@ -242,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _look(self, query: dict[str, str]) -> dict[str, Any]:
         content, name, trained = self._body(), file_name(query), self.server.drawer.trained
-        return self._in_turn(lambda: measure_reference(content, name, trained.looks, trained.data))
+        return self._in_turn(lambda: measure_reference(content, name, trained))
 
     def _layout(self, values: dict[str, Any]) -> dict[str, Any]:
         height, width, seed = (integer(values, name) for name in ("height", "width", "seed"))

@@ -181,6 +181,11 @@ def test_an_unknown_look_is_refused(looking, look):
     assert (status, "look" in reply["error"]) == (400, True)
 
 
+def test_a_reference_image_is_bounded_as_a_mask_is(looking):
+    status, reply = ask(looking, "/api/look?name=large.tif", large_label())
+    assert (status, "at most 64 MiB are read" in reply["error"]) == (400, True)
+
+
 def test_a_model_without_looks_takes_none(two):
     for status, reply in (
         ask(two, "/api/draw", order(cells(), look="training")),

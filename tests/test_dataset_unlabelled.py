@@ -17,6 +17,7 @@ from dataset import unlabelled as module
 from dataset.batches import StepBatches
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
+from dataset.look_choice import choose_looks
 from dataset.looks import Looks
 from dataset.unlabelled import Mixture, UnlabelledFolder, read_unlabelled, refuse_shared_images
 
@@ -62,6 +63,22 @@ def test_images_that_do_not_fit_the_memory_are_read_again_and_are_the_same(other
     for key in ((0, 3), (3, 4), (0, 5)):
         assert torch.equal(held[key]["image"], read[key]["image"])
         assert np.array_equal(held.look_draw(*key), read.look_draw(*key))
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_images_of_another_type_than_the_window_of_the_data_set_are_refused(tmp_path, others, with_masks):
+    images, masks = write_pairs(tmp_path / "deep")
+    for path in images.iterdir():
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 100).save(path)
+    folders = [others], [others.parent / "masks"] if with_masks else []
+    common = PairedFolder(images, masks, dataclasses.replace(CONFIG, window_scope="dataset"))
+    with pytest.raises(InputError, match="4 of 4 unlabelled .*has gray values of uint8, but .* is for uint16: save it"):
+        read_unlabelled(*folders, common, progress=False)
+    with pytest.raises(InputError, match="4 of 4 images .*has gray values of uint8"):
+        choose_looks(looks_of(common), common.config, None, others, None, dtypes=["uint16"])
+    each = PairedFolder(images, masks, CONFIG)
+    assert len(read_unlabelled(*folders, each, progress=False)[0]) == 4
+    assert len(choose_looks(looks_of(each), each.config, None, others, None, dtypes=["uint16"]).looks.names) == 4
 
 
 def test_a_look_comes_from_another_window_than_the_example(lab):
