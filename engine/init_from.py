@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from common.errors import InputError, list_some
 from download import FINAL_LINEAR, SiTShape, check_state_dict, plain_keys, sit_shape
+from engine.config import ModelConfig, RunConfig, TransportConfig
 
 
 @dataclass
@@ -38,9 +40,9 @@ def adapt_sit_weights(
 ) -> tuple[dict[str, torch.Tensor], InitReport]:
     """Fit SiT weights to a mask model: keep tensors that fit, convert the output layer, keep the model's own rest.
 
-    The model keeps its own tensors in three cases: a class table with another number of rows (an ImageNet class means
-    nothing for masks), position embeddings of another grid, and patch and output layers of another patch size or number
-    of channels.
+    The model keeps its own tensors in three cases: a class table and mask detail of another number of classes (an
+    ImageNet class means nothing for masks), position embeddings of another grid, and patch and output layers of another
+    patch size or number of channels.
 
     Args:
         state_dict: SiT keys to tensors, from ``find_model``.
@@ -56,16 +58,12 @@ def adapt_sit_weights(
     source = plain_keys(state_dict)
     theirs, ours = check_state_dict(source, "the weights"), sit_shape(own)
     _check_trunk(source, own, theirs, ours)
-    same_patches = (theirs.patch_size, theirs.in_channels) == (ours.patch_size, ours.in_channels)
+    halves = theirs.out_channels == 2 * theirs.in_channels and ours.out_channels == ours.in_channels
     result, report = {}, InitReport()
     for key, fresh in own.items():
-        value, list_of_key = source.get(key), report.kept
-        if key in FINAL_LINEAR and value is not None:
-            # With equal numbers of rows, patch size and channels can still differ. Then each row means another pixel.
-            if not same_patches:
-                value = None
-            elif theirs.out_channels == 2 * theirs.in_channels and ours.out_channels == ours.in_channels:
-                value, list_of_key = mean_rows(value, theirs.patch_size, theirs.in_channels), report.converted
+        value, list_of_key = None if _means_else(key, theirs, ours) else source.get(key), report.kept
+        if key in FINAL_LINEAR and value is not None and halves:
+            value, list_of_key = mean_rows(value, theirs.patch_size, theirs.in_channels), report.converted
         if value is None or value.shape != fresh.shape:
             result[key] = fresh.clone()
             report.new.append(key)
@@ -75,6 +73,37 @@ def adapt_sit_weights(
     taken = set(report.kept) | set(report.converted)
     report.dropped = [key for key in source if key not in taken]
     return result, report
+
+
+def _means_else(key: str, theirs: SiTShape, ours: SiTShape) -> bool:
+    """Whether the numbers of a tensor belong to other pixels or classes, although its shape may be the same."""
+    if key in FINAL_LINEAR or key.startswith("overlap."):
+        return (theirs.patch_size, theirs.in_channels) != (ours.patch_size, ours.in_channels)
+    return key.startswith("mask_detail.") and theirs.class_rows != ours.class_rows
+
+
+def meaning_warnings(trained: Mapping[str, Any] | None, config: RunConfig) -> list[str]:
+    """Warnings if the weights were trained for another output or another scale of the time than this run.
+
+    Args:
+        trained: configuration of the weights. None for SiT's own, which has the defaults.
+        config: of this run.
+    """
+    who = "SiT's weights" if trained is None else "the weights"
+    sections = [(trained or {}).get(name) for name in ("transport", "model")]
+    transport, model = (one if isinstance(one, dict) else {} for one in sections)
+    theirs = [transport.get(name, getattr(TransportConfig, name)) for name in ("prediction", "path_type")]
+    ours = [config.transport.prediction, config.transport.path_type]
+    warnings = []
+    if theirs != ours:
+        warnings.append(
+            f"warning: {who} predict the {theirs[0]} on the {theirs[1]} path, and this run the {ours[0]} on the "
+            f"{ours[1]} path"
+        )
+    time_scale, own = model.get("time_scale", ModelConfig.time_scale), config.model.time_scale
+    if time_scale != own:
+        warnings.append(f"warning: {who} were trained with a time scale of {time_scale}, and this run has {own}")
+    return warnings
 
 
 def mean_rows(value: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:

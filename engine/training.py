@@ -35,7 +35,7 @@ from download import PUBLISHED_URLS, find_weights
 from engine.autoencoder import LatentSpace, Space, space_config
 from engine.checkpoint import check_numbers
 from engine.config import RunConfig
-from engine.init_from import adapt_sit_weights
+from engine.init_from import adapt_sit_weights, meaning_warnings
 from engine.machine import Machine
 from engine.run_folder import RunFolder
 from engine.sampling import ImageSampler, SamplingSettings, image_seed
@@ -153,15 +153,7 @@ class Training:
         weights, report = adapt_sit_weights(found.state_dict, self.model)
         self.model.load_state_dict(weights)
         self.ema.load_state_dict(weights)
-        lines = report.lines()
-        trained_as = {"prediction": "velocity", "path_type": "Linear"}
-        if found.config is None and any(
-            getattr(self.config.transport, name) != value for name, value in trained_as.items()
-        ):
-            lines.append("warning: SiT's weights predict the velocity on the Linear path, and this run does not")
-        if found.config is None and self.config.model.time_scale != 1:
-            lines.append("warning: SiT's weights were trained with a time scale of 1, and this run is not")
-        return lines
+        return report.lines() + meaning_warnings(found.config, self.config)
 
     def note_images(self, labelled: PairedFolder, unlabelled: Sequence[ImageFolder]) -> None:
         """Record how images and masks are read, and which images the model has seen, so that leaks can be found."""

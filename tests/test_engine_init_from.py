@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_sit import same, tiny
 
 from common.errors import InputError
-from engine.init_from import adapt_sit_weights, mean_rows
+from dataset.config import DataConfig
+from engine.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, TransportConfig
+from engine.init_from import adapt_sit_weights, mean_rows, meaning_warnings
 from models import SiT
 
 
@@ -81,6 +85,40 @@ def test_other_patch_with_equal_row_count_is_not_mistaken_for_the_same():
     state_dict, report = adapt_sit_weights(source.state_dict(), model)
     assert "final_layer.linear.weight" in report.new
     assert torch.equal(state_dict["final_layer.linear.weight"], fresh)
+
+
+def test_overlap_and_mask_detail_of_equal_shape_but_another_meaning_are_the_models_own():
+    # Windows of 4 x 4 pixels with 4 channels, and of 8 x 8 with 1, both have 128 rows; 8 classes x 4 x 4 mask pixels
+    # and 2 classes x 8 x 8 both have 128 columns.
+    source = tiny(patch_size=2, in_channels=4, patch_overlap=True, num_classes=8, mask_pixels=4)
+    model = tiny(patch_size=4, in_channels=1, patch_overlap=True, num_classes=2, mask_pixels=8, input_size=16)
+    fresh = {key: value.clone() for key, value in model.state_dict().items()}
+    state_dict, report = adapt_sit_weights(source.state_dict(), model)
+    for key in ("overlap.linear.weight", "overlap.linear.bias", "mask_detail.proj.weight"):
+        assert source.state_dict()[key].shape == fresh[key].shape and key in report.new
+        assert torch.equal(state_dict[key], fresh[key])
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        (None, ["SiT's weights predict the velocity on the Linear path, and this run the data on the GVP path",
+                "SiT's weights were trained with a time scale of 1.0, and this run has 1000.0"]),
+        ({"transport": {"prediction": "noise"}, "model": {"time_scale": 1000.0}},
+         ["the weights predict the noise on the Linear path, and this run the data on the GVP path"]),
+        ({"transport": {"prediction": "data", "path_type": "GVP"}, "model": {}},
+         ["the weights were trained with a time scale of 1.0, and this run has 1000.0"]),
+        ({"transport": {"prediction": "data", "path_type": "GVP"}, "model": {"time_scale": 1000}}, []),
+        ({"transport": "of another program"}, ["the weights predict the velocity", "a time scale of 1.0"]),
+    ],
+)  # fmt: skip
+def test_weights_of_another_output_or_time_scale_give_a_warning(trained, words):
+    transport = TransportConfig(path_type="GVP", prediction="data")
+    model = ModelConfig("SiT-S/2", 8, 3, 2, 0.1, 2, time_scale=1000.0)
+    config = RunConfig(model, transport, DataConfig(16), OptimiserConfig(), TrainConfig(Path("a"), Path("b")))
+    lines = meaning_warnings(trained, config)
+    assert len(lines) == len(words)
+    assert all(line.startswith("warning: ") and part in line for line, part in zip(lines, words, strict=True))
 
 
 def test_the_callers_tensors_are_not_shared_with_the_model(weights):
