@@ -42,7 +42,7 @@ def format_of(path: Path, among_stacks: bool = False) -> str:
 
     Args:
         path: the file.
-        among_stacks: other TIFFs of its folder have pages. Then a flat gray one is a stack, too: its image has one cell.
+        among_stacks: other TIFFs of its folder have pages. Then a flat gray one is a stack of one cell.
 
     Raises:
         FileError: the file is of no such format.
