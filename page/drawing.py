@@ -16,13 +16,13 @@ from torch import Tensor
 
 from common.errors import InputError, as_flag
 from common.pictures import mask_picture, sheet_png, to_uint8
-from dataset.files import encode_image, encode_tiff
+from dataset.files import encode_image, encode_tiff, image_suffix
 from dataset.look_choice import LookChoice
 from dataset.mask_facts import mask_stats
 from dataset.masks import MaskRule, decide_mask_rule
 from engine.machine import Machine
 from engine.sampling import TILE_OVERLAP, ImageSampler, SamplingSettings, TrainedModel, image_seed
-from page.labels import CELLS, label_kinds
+from page.labels import CELLS, LARGEST_LABEL, label_kinds
 from page.looks import look_flags, shown_looks
 from page.masks import StartMasks
 from page.tasks import Cancelled, Task
@@ -260,11 +260,13 @@ class Drawer:
         if request.kind != CELLS and label.max() >= config.num_classes:
             raise InputError(f"class {label.max()}: this model has the classes 0 to {config.num_classes - 1}.")
         if request.kind != CELLS and config.mask_values is not None:
-            label = np.array(config.mask_values, np.uint16)[label]
+            values = np.array(config.mask_values)
+            label = values.astype(np.uint16 if values.max() <= LARGEST_LABEL else np.int64)[label]
         mask_type = "instances" if request.kind == CELLS else "classes"
         prob_map = self._rule(label, mask_type).prob_map(label)
         if request.blur == 0:
-            return MaskFile("mask.png", encode_image(label[:, :, None]), mask_type, torch.from_numpy(prob_map))
+            name = f"mask{image_suffix(1, label.dtype)}"
+            return MaskFile(name, encode_image(label[:, :, None]), mask_type, torch.from_numpy(prob_map))
         if not self.has_soft_masks:
             raise InputError("This model reads classes by their gray values, so its masks have no soft edges.")
         soft = np.stack([ndimage.gaussian_filter(plane, request.blur, mode="nearest") for plane in prob_map]).clip(0, 1)

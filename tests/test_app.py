@@ -96,6 +96,13 @@ def looking(folder) -> Iterator[Service]:
         yield service
 
 
+@pytest.fixture(scope="module")
+def large_valued(folder) -> Iterator[Service]:
+    """Classes that are stored as numbers beyond 16 bits."""
+    with serving(checkpoint_of(folder / "large_valued.pt", 3, mask_values=(0, 70_000, 2**33))) as service:
+        yield service
+
+
 def cells(height: int = SIDE, width: int = SIDE) -> np.ndarray:
     """Two cells that touch, and one alone."""
     label = np.zeros((height, width), np.uint16)
@@ -135,6 +142,7 @@ def ask(service: Service, path: str, body: object = None, **headers: str) -> tup
         ("three", cells(), {"blur": 0.75}),
         ("three", cells() % 3, {"kind": "classes"}),
         ("valued", cells() % 3, {"kind": "classes"}),
+        ("large_valued", cells() % 3, {"kind": "classes"}),
         ("looking", cells(), {}),
         ("looking", cells(17, 30), {"look": 3}),
         ("looking", cells(), {"look": "none", "count": 1}),
@@ -555,6 +563,12 @@ def test_a_random_layout_has_the_asked_size_and_classes(two):
     assert 0.15 < np.mean(label > 0) < 0.5
     classes = random_label(64, 64, 8, 0.4, 1, "classes", 4)
     assert set(np.unique(classes)) == {0, 1, 2, 3}
+
+
+def test_a_model_of_larger_images_than_a_canvas_is_refused_at_the_start(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "large.pt", DataConfig(1032, channels=1), step=1, num_heads=2)
+    code, lines = run_here(app, "--ckpt", checkpoint, "--port", "0", *FLAGS)
+    assert code == 2 and "squares of 1032 pixels a side, and the page at most 1024: use sample.py" in lines[-1]
 
 
 @pytest.mark.parametrize(("size", "density"), [(3, 0.2), (500, 0.2), (8, 0), (8, 0.9)])
