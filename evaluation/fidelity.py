@@ -23,7 +23,7 @@ from common.disk import file_sha256, write_json
 from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
 from common.randomness import shuffled_by_hash
-from dataset.files import pair_files
+from dataset.files import Pair, pair_files
 from dataset.folders import PairedFolder
 from dataset.mask_folder import MaskFolder, MaskItem
 from dataset.masks import MaskRule
@@ -248,7 +248,7 @@ class Split:
     """Names of the judge's training pairs and held-out pairs.
 
     If ``held_out`` is empty, the real images of the set's own masks give the ceiling. ``masks_seen`` counts the
-    synthetic images whose mask is in a training pair of the judge.
+    synthetic images whose mask, or the real image of it, is in a training pair of the judge.
     """
 
     train: list[str]
@@ -259,8 +259,9 @@ class Split:
 def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
     """Choose the judge's training pairs, so that it is evaluated on images that it has not seen.
 
-    1. If the set names its real images, the judge is trained on the pairs whose mask is not in the set. The real images
-       of the set's masks give the ceiling. This needs at least a fifth of the pairs, and at least four, for training.
+    1. If the set names its real images, the judge is trained on the pairs that have neither mask nor image in the set:
+       the same cells may have masks of two kinds. The real images of the set's masks give the ceiling. This needs at
+       least a fifth of the pairs, and at least four, for training.
     2. Otherwise a fifth of the pairs is held out. A hash of seed and name chooses them. The judge may then know masks
        of the set. The report says how many.
 
@@ -268,10 +269,10 @@ def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
         InputError: there are fewer than two pairs.
     """
     pairs = pair_files(request.images, request.masks)
-    used = {sample.columns.get("source_mask_sha256", "") for sample in samples.samples} - {""}
-    hashes = {pair.name: file_sha256(pair.mask_path) for pair in pairs}
-    free = [pair.name for pair in pairs if hashes[pair.name] not in used]
-    if samples.has_real and used and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
+    sources, hashes = _hashes_of_sources(samples), _hashes_of_pairs(pairs, samples.has_real)
+    used = set().union(*sources)
+    free = [name for name, of_pair in hashes.items() if not of_pair & used]
+    if samples.has_real and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
         return Split(free, [], 0)
     if len(pairs) < 2:
         raise InputError(
@@ -279,9 +280,27 @@ def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
         )
     names = shuffled_by_hash(hashes, request.seed)
     held_out = max(1, round(HELD_OUT_SHARE * len(names)))
-    known = {hashes[name] for name in names[held_out:]}
-    seen = sum(sample.columns.get("source_mask_sha256") in known for sample in samples.samples)
+    known = set().union(*(hashes[name] for name in names[held_out:]))
+    seen = sum(bool(of_sample & known) for of_sample in sources)
     return Split(sorted(names[held_out:]), sorted(names[:held_out]), seen)
+
+
+def _hashes_of_sources(samples: SampleSet) -> list[set[str]]:
+    """For each row of the set: hashes of the mask file and, if it is known, of the real image."""
+    paths = {sample.real_path for sample in samples.samples if sample.real_path is not None and samples.has_real}
+    images = {path: file_sha256(path) for path in paths}
+    return [
+        {sample.columns.get("source_mask_sha256", ""), images.get(sample.real_path, "")} - {""}
+        for sample in samples.samples
+    ]
+
+
+def _hashes_of_pairs(pairs: Sequence[Pair], with_images: bool) -> dict[str, set[str]]:
+    """Name -> hashes of the mask file and, if asked for, of the image file."""
+    return {
+        pair.name: {file_sha256(path) for path in (pair.mask_path, *([pair.image_path] if with_images else []))}
+        for pair in pairs
+    }
 
 
 # --- the measure -----------------------------------------------------------------------------------------------------

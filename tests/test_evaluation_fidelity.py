@@ -39,6 +39,7 @@ from evaluation.judge import (
     predict,
     train_judge,
 )
+from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
 SIZE = 32
@@ -228,6 +229,22 @@ def test_masks_of_the_set_are_kept_from_the_judge_when_their_real_images_are_kno
     split = split_pairs(samples, request_for(real, tmp_path))
     assert split.held_out == [] and split.masks_seen == 0
     assert split.train == [f"real_{seed:02d}" for seed in range(3, 20)]
+
+
+@pytest.mark.parametrize("count", [12, 20])
+def test_real_images_of_the_set_are_kept_from_the_judge_if_it_learns_from_masks_of_another_kind(real, tmp_path, count):
+    """The set was sampled from instance labels, whose files differ from the binary masks of the same cells."""
+    samples = make_set(tmp_path / "set", list(range(count)), list(range(count)))
+    rows = [
+        sample.columns | {"source_mask_sha256": f"ids {n}", "real_image": str(real / "images" / f"real_{n:02d}.png")}
+        for n, sample in enumerate(samples.samples)
+    ]
+    write_manifest(samples.folder, rows)
+    split = split_pairs(SampleSet(samples.folder), request_for(real, tmp_path))
+    if count == 12:
+        assert (split.train, split.held_out) == ([f"real_{n:02d}" for n in range(12, 20)], []) and split.masks_seen == 0
+    else:  # too few others: a fifth is held out, and the images of the rest are known
+        assert (len(split.train), len(split.held_out), split.masks_seen) == (16, 4, 16)
 
 
 def test_without_real_images_a_fifth_is_held_out_and_known_masks_are_counted(real, tmp_path):
