@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -27,10 +27,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derived_seed(seed, step, rank))
 
 
-def random_halves(count: int) -> list[list[np.ndarray]]:
-    """The numbers 0..count-1 in two random halves, ``HALVINGS`` times. Always the same halves; none if count < 2."""
+def random_halves(groups: Sequence[Hashable]) -> list[list[np.ndarray]]:
+    """Places of a list in two halves, ``HALVINGS`` times. Always the same halves; none for a single group.
+
+    Args:
+        groups: for every place what it belongs to, such as the image of a crop. A group lies in one half.
+    """
+    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    numbers, count = np.array([number_of[group] for group in groups]), len(number_of)
     rng = np.random.default_rng(0)
-    return [np.array_split(rng.permutation(count), 2) for _ in range(HALVINGS if count > 1 else 0)]
+    halvings = [np.array_split(rng.permutation(count), 2) for _ in range(HALVINGS if count > 1 else 0)]
+    return [[np.flatnonzero(np.isin(numbers, half)) for half in halves] for halves in halvings]
 
 
 def shuffled_by_hash(names: Iterable[str], seed: int) -> list[str]:

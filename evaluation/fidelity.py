@@ -369,11 +369,15 @@ def held_out_images(
     yield from folder_images(folder, names, request.seed)
 
 
+def crops_per_image(folder: MaskFolder) -> int:
+    """How often :func:`folder_images` gives each image."""
+    return CROPS_PER_IMAGE if folder.config.crop == "random" and folder.whole_scale is None else 1
+
+
 def folder_images(folder: MaskFolder, names: Sequence[str], seed: int) -> Iterator[LabelledImage]:
     """Pairs of a folder, read as in training. With random crops, each image gives several crops."""
     for number, name in enumerate(names):
-        drawn = folder.config.crop == "random" and folder.whole_scale is None
-        for crop in range(CROPS_PER_IMAGE if drawn else 1):
+        for crop in range(crops_per_image(folder)):
             item = folder.load(name, rng=np.random.default_rng([seed, number, crop]))
             yield labelled_image(item, folder.rule)
 

@@ -96,14 +96,16 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksRepor
     """
     config = samples.require_config()
     if image_dir is not None:
-        real = [read_whole(path, config) for path in find_files(image_dir, "image").values()]
+        files = list(find_files(image_dir, "image").values())
+        real = [read_whole(path, config) for path in files]
     elif samples.has_real:
+        files = samples.real_files()
         real = [samples.real(one) for one in samples.samples]
     else:
         raise InputError(f"the manifest of {samples.folder} names no real images: give a folder of real images")
     theirs = _measure(samples, real)
     ours = _measure(samples, (samples.synthetic(one) for one in samples.samples))
-    halves = [[np.concatenate([theirs[i] for i in half]) for half in pair] for pair in random_halves(len(theirs))]
+    halves = [[np.concatenate([theirs[i] for i in half]) for half in pair] for pair in random_halves(files)]
     all_ours, all_theirs = np.concatenate(ours), np.concatenate(theirs)
     numbers = {}
     for column, name in enumerate(look_names(config.channels)):
@@ -112,7 +114,7 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksRepor
     return LooksReport(
         numbers=numbers,
         synthetic_images=len(samples),
-        real_images=len(real),
+        real_images=len(set(files)),
         looks=len({one.columns["look_image"] for one in samples.samples if one.columns.get("look_image")}),
     )
 

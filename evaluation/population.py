@@ -7,7 +7,7 @@ comparison, each distance is also computed between two random halves of the real
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from common.errors import InputError
 from common.randomness import random_halves
 from dataset.config import DataConfig
 from dataset.mask_folder import MaskFolder
-from evaluation.fidelity import LabelledImage, folder_images, set_images
+from evaluation.fidelity import LabelledImage, crops_per_image, folder_images, set_images
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure
 from synthetic.reader import SampleSet
 
@@ -157,9 +157,15 @@ SECTION = Section(
 )
 
 
-def compare_populations(synthetic: Population, real: Population) -> dict[str, QuantityScore]:
-    """Wasserstein distance of every quantity: synthetic to real, and between random halves of the real images."""
-    halves = random_halves(len(real))
+def compare_populations(
+    synthetic: Population, real: Population, groups: Sequence[Hashable]
+) -> dict[str, QuantityScore]:
+    """Wasserstein distance of every quantity: synthetic to real, and between random halves of the real images.
+
+    Args:
+        groups: for every entry of ``real`` the image that it was cropped from. An image lies in one half.
+    """
+    halves = random_halves(groups)
     scores = {}
     for quantity, (title, _) in QUANTITIES.items():
         ours, theirs = values_of(synthetic, quantity), values_of(real, quantity)
@@ -206,19 +212,18 @@ def score_population(
         )
         ids = ids and folder.rule.mask_type == "instances"
         real = measure_population(_cells_alike(folder_images(folder, folder.names, SEED), ids))
+        groups: Sequence[Hashable] = np.repeat(folder.names, crops_per_image(folder)).tolist()
         real_are = f"those of {image_dir}"
     elif samples.has_real:
-        real, real_are = (
-            measure_population(_cells_alike(set_images(samples, real=True), ids)),
-            "those of the same masks",
-        )
+        real = measure_population(_cells_alike(set_images(samples, real=True), ids))
+        groups, real_are = samples.real_files(), "those of the same masks"
     else:
         raise InputError(f"the manifest of {samples.folder} names no real images: give real images and their masks")
     synthetic = measure_population(_cells_alike(set_images(samples, real=False), ids))
     report = PopulationReport(
-        quantities=compare_populations(synthetic, real),
+        quantities=compare_populations(synthetic, real, groups),
         synthetic_images=len(synthetic),
-        real_images=len(real),
+        real_images=len(set(groups)),
         real_images_are=real_are,
         cells_are="instances" if ids else "connected components",
         provenance=samples.provenance(),

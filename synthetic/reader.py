@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.disk import SETTINGS
+from common.disk import SETTINGS, real_path
 from common.errors import InputError, list_some
 from common.pictures import repeat_gray, to_uint8
 from common.plain import build
@@ -179,6 +179,10 @@ class SampleSet:
             )
         return _windowed(image, view, config)
 
+    def real_files(self) -> list[Path]:
+        """For every row the file of its real image. Several samples or crops of one image have the same file."""
+        return [real_path(sample.real_path) for sample in self.samples if sample.real_path is not None]
+
     def squares(self, array: np.ndarray) -> list[np.ndarray]:
         """Evenly spread squares of the training size that cover an image or label (H, W, ...).
 
@@ -238,9 +242,9 @@ class SampleSet:
 
     def _sample(self, row: dict[str, str], real_dir: Path | None) -> Sample:
         real, mask = row.get("real_image"), row.get("source_mask")
-        real_path = path_in_set(real, self.folder) if real else None
-        if real_path is not None and real_dir is not None:
-            real_path = real_dir / real_path.name
+        real_image = path_in_set(real, self.folder) if real else None
+        if real_image is not None and real_dir is not None:
+            real_image = real_dir / real_image.name
         try:
             numbers = [int(row[name]) for name in VIEW_COLUMNS] if row.get(VIEW_COLUMNS[0]) else None
         except (KeyError, ValueError) as error:
@@ -250,7 +254,7 @@ class SampleSet:
         return Sample(
             image_path=self.folder / row["image"],
             label_path=self.folder / row["label"],
-            real_path=real_path,
+            real_path=real_image,
             source_mask=path_in_set(mask, self.folder) if mask else None,
             view=View(*numbers) if numbers else None,
             mask_type=row.get("mask_type") or "binary",

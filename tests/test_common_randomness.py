@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common.randomness import derived_seed, seed_step, shuffled_by_hash
+from common.randomness import derived_seed, random_halves, seed_step, shuffled_by_hash
 
 
 def test_neighbouring_seeds_are_unrelated_and_fit_torch():
@@ -30,3 +30,13 @@ def test_order_by_hash_follows_seed_and_names_and_not_the_order_given():
     assert shuffled_by_hash(names[::-1], 0) == order != shuffled_by_hash(names, 1)
     assert shuffled_by_hash(names[:20], 0) == [name for name in order if name in names[:20]]
     assert shuffled_by_hash(["a", "b", "c", "d"], 0) == list("bacd")  # sets made before stay as they are
+
+
+def test_halves_never_share_a_group():
+    groups = ["a", "b", "a", "c", "c", "c"]
+    halvings = random_halves(groups)
+    assert len(halvings) == 20
+    for first, second in halvings:
+        assert sorted([*first, *second]) == list(range(6))
+        assert not {groups[place] for place in first} & {groups[place] for place in second}
+    assert random_halves(["a", "a"]) == random_halves([]) == []

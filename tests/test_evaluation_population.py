@@ -7,12 +7,14 @@ import json
 
 import numpy as np
 import pytest
-from drawn_sets import Row, disk, paint, place, write_set
+from drawn_sets import Row, disk, five_rows, paint, place, write_set
 from PIL import Image
 
 import evaluate
 from common.errors import InputError
+from dataset.config import DataConfig
 from evaluation.fidelity import LabelledImage
+from evaluation.looks import score_looks
 from evaluation.population import (
     compare_populations,
     measure_image,
@@ -20,6 +22,7 @@ from evaluation.population import (
     score_population,
     write_population_report,
 )
+from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
 SIZE = 64
@@ -113,7 +116,7 @@ def population_of(radius: float, cell: int, count: int = 12, seed: int = 0):
 
 def test_brighter_cells_are_that_far_apart_and_nothing_else_is():
     real, brighter = population_of(9, 150), population_of(9, 175, seed=1)
-    scores = compare_populations(brighter, real)
+    scores = compare_populations(brighter, real, range(len(real)))
     assert scores["intensity"].distance == pytest.approx(25 / 255) == scores["contrast"].distance
     assert scores["intensity"].real_distance == pytest.approx(0, abs=1e-9)
     assert scores["count"].distance == 0 and scores["eccentricity"].distance < 0.1
@@ -127,13 +130,13 @@ def test_equal_populations_differ_no_more_than_real_halves():
         return [{name: rng.normal(5, 1, 20) for name in ("area", "eccentricity", "intensity", "contrast", "texture")}
                 | {"count": rng.poisson(9, 1).astype(float)} for _ in range(count)]  # fmt: skip
 
-    for score in compare_populations(draw(30), draw(30)).values():
+    for score in compare_populations(draw(30), draw(30), range(30)).values():
         assert score.distance < 1.5 * score.real_distance_max
 
 
 def test_missing_cells_leave_the_distance_unknown():
     empty = measure_population([item_of(np.zeros((20, 20), int))] * 2)
-    scores = compare_populations(empty, population_of(9, 150))
+    scores = compare_populations(empty, population_of(9, 150), range(12))
     assert scores["area"].distance is None and scores["count"].distance == 1
 
 
@@ -162,6 +165,38 @@ def test_set_against_its_own_real_images_and_against_a_folder(tmp_path):
     other, _, _ = score_population(samples, tmp_path / "images", tmp_path / "masks")
     expected = disk(SIZE, 30, 30, 9).sum() - disk(SIZE, 30, 30, 6).sum()
     assert other.quantities["area"].distance == pytest.approx(expected) and other.real_images == 3
+
+
+def test_several_samples_of_one_mask_leave_the_distance_of_real_halves_as_it_is(tmp_path):
+    rows = [
+        Row(np.where(cells, 255, 0).astype(np.uint8), paint(cells, 170), paint(cells, 150 - 9 * number))
+        for number, cells in enumerate(disk(SIZE, 25 + number, 30, 5 + number) for number in range(6))
+    ]
+    samples = SampleSet(write_set(tmp_path / "set", rows))
+    once, looks_once = score_population(samples)[0], score_looks(samples)
+    write_manifest(samples.folder, [row.columns for row in samples.samples for _ in range(4)])
+    samples = SampleSet(samples.folder)
+    report, looks = score_population(samples)[0], score_looks(samples)
+    assert (report.synthetic_images, report.real_images, looks.synthetic_images, looks.real_images) == (24, 6, 24, 6)
+    for quantity in ("area", "intensity", "contrast"):
+        distance = report.quantities[quantity].real_distance
+        assert distance == pytest.approx(once.quantities[quantity].real_distance) and distance > 0
+    for name, number in looks.numbers.items():
+        assert number.real_distance == pytest.approx(looks_once.numbers[name].real_distance)
+
+
+def test_crops_of_one_real_image_lie_in_one_half(tmp_path):
+    """Each image has cells of its own gray value, so only halves that share images are alike."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    cells = np.tile(disk(16, 8, 8, 5), (8, 8))
+    for number in range(4):
+        Image.fromarray(paint(cells, 80 + 40 * number)).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(np.where(cells, 255, 0).astype(np.uint8)).save(tmp_path / "masks" / f"{number}.png")
+    samples = SampleSet(write_set(tmp_path / "set", five_rows(SIZE), DataConfig(SIZE, crop="random")))
+    report, _, real = score_population(samples, tmp_path / "images", tmp_path / "masks")
+    assert len(real) == 16 and report.real_images == 4
+    assert report.quantities["intensity"].real_distance > 40 / 255
 
 
 def test_files_hold_the_table_every_value_and_the_histograms(tmp_path):
