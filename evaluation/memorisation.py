@@ -18,7 +18,7 @@ at the picture of the closest pairs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,12 @@ from tqdm import tqdm
 from common.disk import file_sha256, write_csv, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import find_files, read_image
-from dataset.gray import fit_channels, image_window, to_display
-from dataset.views import center_view, turn
+from dataset.files import find_files
+from dataset.views import turn, view_of_file
 from evaluation.image_facts import image_facts, near_duplicates
 from evaluation.nearest import Match, NearestTraining, small_gray
 from evaluation.output import Section, Table, cell, new_figure, results_folder, save_figure, show_image
-from synthetic.reader import SampleSet, read_real
+from synthetic.reader import SampleSet, read_real, read_whole
 
 SIDE = 32
 CLOSEST = 10
@@ -55,7 +54,9 @@ class MemorisationReport:
         reference_is: text that names the reference.
         reference_left_out: number of reference images left out because they (nearly) equal a training image.
         closer_than_any: number of synthetic images nearer to a training image than every reference image.
-        closer_by_chance: expected value of ``closer_than_any`` if synthetic images were like the reference images.
+        closer_by_chance: expected value of ``closer_than_any`` if synthetic images were like the reference images: the
+            sum over the images of k / (k + n), with the k squares of an image and n reference images. The nearest of
+            these k + n pictures is one of the k with this probability.
         made_from_training_masks: number of synthetic images made from training masks. None if the masks are unknown.
         closer_of_other_masks: number of images in ``closer_than_any`` that were made from other masks.
         closest: the nearest pairs.
@@ -143,7 +144,8 @@ def score_memorisation(
     drawn = [[small_gray(square, factor) for square in one] for one in squares]  # a large field has several squares
     nearest = NearestTraining(training, side)
     found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
-    matches = [_closest(itertools.islice(found, len(pictures))) for pictures in drawn]
+    by_square = [[one for one in itertools.islice(found, len(pictures)) if one is not None] for pictures in drawn]
+    matches = [min(one, key=lambda match: match.distance, default=None) for one in by_square]
     others = paths if held_out_dir is None else list(find_files(held_out_dir, "image").values())
     kept = _references(paths, others, held_out_dir or train_dir)
     real = [small_gray(read_real(others[index], config), factor) for index in bar(kept, desc="reading reference")]
@@ -162,7 +164,7 @@ def score_memorisation(
         reference_is="training images to the nearest other one" if held_out_dir is None else "held-out real images",
         reference_left_out=len(others) - len(kept),
         closer_than_any=sum(near),
-        closer_by_chance=len(order) / (len(reference) + 1),
+        closer_by_chance=sum(len(one) / (len(reference) + len(one)) for one in by_square if one),
         made_from_training_masks=None if from_training is None else sum(from_training),
         closer_of_other_masks=None
         if from_training is None
@@ -174,11 +176,6 @@ def score_memorisation(
         provenance=samples.provenance(),
     )
     return report, closest, paths
-
-
-def _closest(matches: Iterable[Match | None]) -> Match | None:
-    """The nearest match of the squares of one image. None if all squares are flat."""
-    return min((match for match in matches if match is not None), key=lambda match: match.distance, default=None)
 
 
 def _references(training: Sequence[Path], others: Sequence[Path], where: str | Path) -> list[int]:
@@ -200,10 +197,13 @@ def _references(training: Sequence[Path], others: Sequence[Path], where: str | P
 def _shown_in_training(training: Sequence[Path], others: Sequence[Path]) -> set[Path]:
     """The other images that (nearly) equal a training image. If ``others`` are the training images, those that equal
     another training image."""
-    known, facts = set(map(str, training)), {path: image_facts(path) for path in {*training, *others}}
+    known, facts = set(map(str, training)), {path: image_facts(path) for path in dict.fromkeys([*training, *others])}
     pairs = near_duplicates([replace(one, name=str(path)) for path, one in facts.items()])
     found = {Path(name) for first, second, _ in pairs if {first, second} & known for name in (first, second)}
-    return (found if others is training else found.union(training)) & set(others)
+    if others is not training:
+        digests = {facts[path].digest for path in training}  # the pairs name each copy with one other copy only
+        found |= {path for path in others if facts[path].digest in digests}
+    return found & set(others)
 
 
 def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bool] | None:
@@ -215,11 +215,14 @@ def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bo
 
 
 def _training_picture(path: Path, config: DataConfig) -> np.ndarray:
-    """The part of a training image that training can use, uint8 (H, W, C): the middle square, or the whole image."""
-    image = fit_channels(read_image(path), config.channels, path)
-    if config.crop == "center":
-        image = center_view(image.shape[0], image.shape[1], config.image_size).apply_image(image)
-    return to_display(image, image_window(image, config))
+    """The part of a training image that training can use, uint8 (H, W, C): the middle square, or the whole image.
+
+    Raises:
+        InputError: the file is unreadable, or smaller than a random crop.
+    """
+    image = read_whole(path, config)
+    view_of_file(path, image.shape, config)  # refuses an image that is too small
+    return image
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

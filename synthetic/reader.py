@@ -23,7 +23,7 @@ from dataset.config import DataConfig
 from dataset.files import read_image, read_mask
 from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
 from dataset.masks import MaskRule
-from dataset.views import View, center_view, native_view, whole_view
+from dataset.views import View, center_view, view_of_file, whole_view
 from engine.tiling import covering_squares
 from synthetic.manifest import (
     AGAIN,
@@ -294,12 +294,7 @@ def read_real(path: Path, config: DataConfig, rng: np.random.Generator | None = 
         InputError: the file is unreadable, or the image is smaller than the square.
     """
     image = fit_channels(read_image(path), config.channels, path)
-    height, width = image.shape[:2]
-    if config.crop == "center":
-        view = center_view(height, width, config.image_size)
-    else:
-        view = native_view(height, width, config.image_size, rng)
-    return _windowed(image, view, config)
+    return _windowed(image, view_of_file(path, image.shape, config, rng), config)
 
 
 def read_whole(path: Path, config: DataConfig) -> np.ndarray:

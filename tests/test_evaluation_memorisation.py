@@ -19,7 +19,7 @@ from dataset.views import SYMMETRIES, turn
 from evaluation.memorisation import score_memorisation, write_memorisation_report
 from evaluation.nearest import Match, NearestTraining, small_gray
 from synthetic.manifest import write_manifest
-from synthetic.reader import SampleSet
+from synthetic.reader import SampleSet, read_real
 
 SIZE = 48
 
@@ -177,6 +177,48 @@ def test_images_that_training_holds_twice_are_no_yardstick(tmp_path, training, h
     assert (report.closer_than_any, report.reference_left_out, len(report.reference)) == (2, 1, 8)
     with pytest.raises(InputError, match="every image shows what a training image shows"):
         score_memorisation(copies, training, training)
+
+
+def test_every_copy_of_a_training_image_leaves_the_references(tmp_path, training, held_out):
+    """Whatever the order in which a set of paths is walked: no copy is left, so copies in the synthetic set show."""
+    copies = blob_set(tmp_path / "set", [blobs(3), blobs(300)])
+    for number in range(6):
+        Image.fromarray(blobs(3)).save(held_out / f"copy_{number}.png")
+    report, _, _ = score_memorisation(copies, training, held_out)
+    assert (report.closer_than_any, report.reference_left_out, len(report.reference)) == (1, 6, 8)
+
+
+def test_a_field_of_several_squares_is_expected_nearer_than_all_references_more_often(tmp_path, training, held_out):
+    fields = [blobs(400 + number, 2 * SIZE, 2 * SIZE) for number in range(3)]
+    fields[2][:SIZE, :SIZE] = 90  # a flat square is compared with nothing
+    label = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
+    rows = [Row(label, image) for image in fields]
+    samples = SampleSet(write_set(tmp_path / "set", rows, DataConfig(image_size=SIZE), tile_scale=1.0))
+    report, _, _ = score_memorisation(samples, training, held_out)
+    squares = [4, 4, 3]
+    assert [len(samples.squares(field)) for field in fields] == [4, 4, 4]
+    assert report.closer_by_chance == pytest.approx(sum(k / (8 + k) for k in squares))
+
+
+def test_a_training_image_is_at_distance_zero_from_itself_if_its_brightest_part_lies_outside_of_the_square(tmp_path):
+    """The gray range is that of the whole image, as in training and in sampling."""
+    config = DataConfig(image_size=SIZE, window=(0.0, 99.0))
+    image = np.concatenate([blobs(1, SIZE, SIZE), np.full((SIZE // 2, SIZE, 3), 255, np.uint8)]) // 2
+    image[SIZE:] = 255
+    training = save(tmp_path / "train", {"a": np.concatenate([image[SIZE:], image]), "b": blobs(2)})
+    own = read_real(training / "a.png", config)
+    samples = SampleSet(write_set(tmp_path / "set", [Row(np.zeros((SIZE, SIZE), np.uint8), own)], config))
+    report, _, _ = score_memorisation(samples, training)
+    assert report.samples[0] < 1e-6
+
+
+def test_images_smaller_than_a_random_crop_are_refused_by_name(tmp_path, training, held_out):
+    samples = blob_set(tmp_path / "set", [blobs(300)], crop="random")
+    for folder in (training, held_out):
+        Image.fromarray(blobs(5, SIZE - 8, SIZE)).save(folder / "small.png")
+        with pytest.raises(InputError, match=rf"{folder.name}.small\.png: an image of 48 x 40 pixels is smaller"):
+            score_memorisation(samples, training, held_out)
+        (folder / "small.png").unlink()
 
 
 def test_samples_made_from_training_masks_are_counted_apart(tmp_path, training, held_out):
