@@ -272,8 +272,16 @@ def run_realism(args: argparse.Namespace) -> None:
     both distances are equal. With --inception-weights, the distances are FID and KID. Without it, the distance is a
     Frechet distance on the features of the judge (see evaluate.py fidelity). This distance is not FID.
     """
+    from dataset.files import find_files
     from evaluation.fidelity import prepare_judge
-    from evaluation.realism import SECTION, describe_weights, inception_features, score_realism, write_realism_report
+    from evaluation.realism import (
+        SECTION,
+        describe_weights,
+        inception_features,
+        refuse_too_few,
+        score_realism,
+        write_realism_report,
+    )
 
     samples = _open_set(args)
     channels = samples.require_config().channels if args.inception_weights is not None else 3
@@ -282,6 +290,7 @@ def run_realism(args: argparse.Namespace) -> None:
             f"--inception-weights: Inception needs gray or RGB images, but the set has {channels} "
             "channels; leave the flag out to use the judge's features"
         )
+    refuse_too_few(len(samples), len(find_files(args.data_path, "image")))
     if args.inception_weights is not None:
         extract = inception_features(args.inception_weights, resolve_device(args.device))
         features = describe_weights(args.inception_weights)

@@ -204,11 +204,7 @@ def compare_with_splits(
         InputError: there are too few images.
     """
     images = np.unique(groups)
-    if len(images) < LEAST_REAL or len(synthetic) < LEAST_SYNTHETIC:
-        raise InputError(
-            f"{len(synthetic)} synthetic and {len(images)} real images are too few to compare; at least "
-            f"{LEAST_SYNTHETIC} and {LEAST_REAL} are needed, better some hundred"
-        )
+    refuse_too_few(len(synthetic), len(images))
     rng = np.random.default_rng(seed)
     against_synthetic, against_real = [], []
     count = min(len(synthetic), len(images) // 2)
@@ -220,6 +216,15 @@ def compare_with_splits(
         against_synthetic.append(distance(synthetic[order[:count]], real[rows[:count]]))
         against_real.append(distance(real[rows[-count:]], real[rows[:count]]))
     return Distances(name, count, against_synthetic, against_real, distance(synthetic, real))
+
+
+def refuse_too_few(synthetic: int, real: int) -> None:
+    """Raise an InputError if these numbers of images cannot be compared."""
+    if real < LEAST_REAL or synthetic < LEAST_SYNTHETIC:
+        raise InputError(
+            f"{synthetic} synthetic and {real} real images are too few to compare; at least {LEAST_SYNTHETIC} and "
+            f"{LEAST_REAL} are needed, better some hundred"
+        )
 
 
 def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -268,6 +268,8 @@ def load_sweep_data(trained: TrainedModel, request: JudgeRequest, images: int) -
     Raises:
         InputError: files are unusable, or there are too few pairs for masks and judge.
     """
+    if images < LEAST_IMAGES:
+        raise InputError(f"`images` {images}: too few masks to compare settings; give at least {LEAST_IMAGES}")
     order = shuffled_by_hash((pair.name for pair in pair_files(request.images, request.masks)), request.seed)
     if len(order) < 2 * LEAST_IMAGES:
         raise InputError(

@@ -287,3 +287,14 @@ def test_command_without_weights_needs_masks_and_uses_the_judge(tmp_path, real, 
     evaluate.main(evaluate.parse_args(command + more))
     printed = capsys.readouterr().out
     assert JUDGE_DISTANCE in printed and "FID" not in printed and "20 random splits" in printed
+
+
+def test_command_refuses_too_few_images_before_the_judge_is_trained(tmp_path, real):
+    (tmp_path / "few").mkdir()
+    for path in sorted((real / "images").iterdir())[:3]:
+        (tmp_path / "few" / path.name).write_bytes(path.read_bytes())
+    command = ["realism", str(gray_set(tmp_path / "set", 60).folder), "--data-path", str(tmp_path / "few")]
+    command += ["--mask-path", str(real / "masks"), "--steps", "2", "--cache-dir", str(tmp_path / "judges")]
+    with pytest.raises(InputError, match="and 3 real images are too few to compare"):
+        evaluate.main(evaluate.parse_args(command))
+    assert not (tmp_path / "judges").exists()

@@ -5,17 +5,30 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from drawn_sets import disk, paint, place
 from PIL import Image
 
 import evaluate
 from common.errors import InputError
+from dataset.config import DataConfig
 from engine.sampling import SamplingSettings
 from evaluation.fidelity import LabelledImage
-from evaluation.sweep import SECTION, SOLVERS, SweepRow, recommend, run_sweep, settings_grid, write_sweep_report
+from evaluation.judge import JudgeRequest
+from evaluation.sweep import (
+    SECTION,
+    SOLVERS,
+    SweepRow,
+    load_sweep_data,
+    recommend,
+    run_sweep,
+    settings_grid,
+    write_sweep_report,
+)
 from transport import TIME_SHIFT
 
 SIZE = 24
@@ -127,6 +140,21 @@ def test_flags_of_a_setting_are_understood_by_sample_ddp():
 def test_too_few_masks_are_refused(real):
     with pytest.raises(InputError, match="too few"):
         run_sweep(draw_by_scale(real[:3]), settings_grid([1], [WHOLE], ["heun"], [5]), real[:3], DrawnJudge(), 2)
+
+
+def test_too_few_masks_are_refused_before_the_judge_is_trained(real, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number, item in enumerate(real):
+        Image.fromarray(item.image).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(item.classes * 255).save(tmp_path / "masks" / f"{number}.png")
+    cpu = torch.device("cpu")
+    request = JudgeRequest(tmp_path / "images", tmp_path / "masks", tmp_path / "judges", cpu, steps=2)
+    trained = SimpleNamespace(data=DataConfig(image_size=SIZE), normalize_masks=False)
+    with pytest.raises(InputError, match="images 3: too few masks"):
+        load_sweep_data(trained, request, 3)
+    assert not (tmp_path / "judges").exists()
+    assert len(load_sweep_data(trained, request, 4).items) == 4
 
 
 def test_files_hold_every_setting_and_the_plot(real, tmp_path):
