@@ -288,7 +288,7 @@ def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
 def _hashes_of_sources(samples: SampleSet) -> list[set[str]]:
     """For each row of the set: hashes of the mask file and, if it is known, of the real image."""
     paths = {sample.real_path for sample in samples.samples if sample.real_path is not None and samples.has_real}
-    images = {path: file_sha256(path) for path in paths}
+    images: dict[Path | None, str] = {path: file_sha256(path) for path in paths}
     return [
         {sample.columns.get("source_mask_sha256", ""), images.get(sample.real_path, "")} - {""}
         for sample in samples.samples
