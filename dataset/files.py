@@ -220,6 +220,24 @@ def pair_files(
     return pairs
 
 
+def labels_of_images(images: Iterable[Path], image_dir: str | Path, label_dir: str | Path) -> dict[Path, Path]:
+    """Label files of images that have a mask in another folder: image file -> label file, matched as masks are.
+
+    Args:
+        images: those files of ``image_dir`` that need one.
+        label_dir: folder of label images, which may be ``image_dir`` itself.
+
+    Raises:
+        InputError: an image has none (all of them in one message).
+    """
+    wanted = set(images)
+    found, labels = find_images_and_masks(image_dir, label_dir)
+    pairs, without, _ = match_names({stem: path for stem, path in found.items() if path in wanted}, labels)
+    if without:
+        raise InputError(f"{len(without)} images of {image_dir} have no file in {label_dir}: {list_some(without)}")
+    return {pair.image_path: pair.mask_path for pair in pairs}
+
+
 # ------------------------------------------------------------------------------------------------------- read files
 
 

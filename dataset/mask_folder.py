@@ -25,7 +25,7 @@ from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats
 from dataset.mask_warnings import mask_warnings
 from dataset.masks import decide_mask_rule
-from dataset.names import MASK_ENDINGS, bare_image_name, bare_mask_names, name_of, split_together
+from dataset.names import MASK_ENDINGS, name_of, without_images
 from dataset.views import View, view_of_file, whole_view
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class MaskFolder:
         names: names of the masks, sorted.
         paths: name -> mask file (or folder of nuclei).
         image_paths: name -> real image. None without ``image_dir``.
+        sizes: name -> height and width of the mask's file.
         rule: how the masks are read.
     """
 
@@ -99,7 +100,7 @@ class MaskFolder:
         for warning in other_files_warnings(listings) + sub_folder_warnings(listings, self.paths.values()):
             logger.warning("%s", warning)
         checked = self._read_all(f"masks of {mask_path}", progress)
-        self._sizes = {name: size for name, (_, size) in checked.items()}
+        self.sizes = {name: size for name, (_, size) in checked.items()}
         stats = [checked[name][0] for name in self.names]
         self.rule = decide_mask_rule(
             stats, config.num_classes, mask_type, mask_path, normalize, config.mask_values, learned
@@ -160,7 +161,7 @@ class MaskFolder:
 
     def view(self, name: str, rng: np.random.Generator | None = None) -> View:
         """The part that :meth:`load` uses. Does not read the file."""
-        return self._view(name, self._sizes[name], rng)
+        return self._view(name, self.sizes[name], rng)
 
     def view_sizes(self) -> set[tuple[int, int]]:
         """Different heights and widths of the views of all masks."""
@@ -199,11 +200,7 @@ def _find_masks(
         if lonely:
             logger.info("%d masks without an image in %s are left out: %s", len(lonely), image_dir, list_some(lonely))
         return {pair.name: pair.mask_path for pair in pairs}, {pair.name: pair.image_path for pair in pairs}
-    # Cellpose keeps NAME_img and NAME_masks in one folder. Only NAME_masks are masks.
-    image_stems, mask_stems = split_together(masks)
-    beside = image_stems | {bare_image_name(stem) for stem in image_stems}
-    if mask_stems and beside and all(beside.intersection(bare_mask_names(stem)) for stem in mask_stems):
-        masks = {stem: path for stem, path in masks.items() if stem in mask_stems}
+    masks = without_images(masks)
     short = {_without_ending(stem): path for stem, path in masks.items()}
     return (short if len(short) == len(masks) else masks), None
 

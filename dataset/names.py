@@ -158,6 +158,15 @@ def split_together(stems: Iterable[str]) -> tuple[set[str], set[str]]:
     return stems - masks, masks
 
 
+def without_images(masks: dict[str, Path]) -> dict[str, Path]:
+    """The masks of a folder, by stem, without the images beside them: Cellpose keeps both in one folder."""
+    image_stems, mask_stems = split_together(masks)
+    beside = image_stems | {bare_image_name(stem) for stem in image_stems}
+    if mask_stems and beside and all(beside.intersection(bare_mask_names(stem)) for stem in mask_stems):
+        return {stem: path for stem, path in masks.items() if stem in mask_stems}
+    return masks
+
+
 def partners(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str], list[str]]:
     """Pair stems: NAME with NAME, else with NAME and a word for masks. A word for images may be left out.
 

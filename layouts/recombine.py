@@ -20,6 +20,7 @@ from common.plain import read_json
 from dataset.files import find_files, read_mask
 from dataset.mask_facts import mask_stats
 from dataset.mask_warnings import refuse_no_labels
+from dataset.names import without_images
 from dataset.views import turn
 from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
 
@@ -290,7 +291,7 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
         InputError: lists all unusable files.
         OneValueForAll: most files hold a single value for all cells, and ``components`` is off.
     """
-    files = find_files(folder, "instance labels")
+    files = without_images(find_files(folder, "instance labels"))
     maps, unusable, one_value = {}, [], []
     for name, path in tqdm(files.items(), desc="reading instances", unit="file", disable=None):
         try:

@@ -24,6 +24,7 @@ from common.cells import connected_cells
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.files import encode_image
 from dataset.mask_folder import MaskFolder
 from dataset.views import center_view
 from engine.checkpoint import save_checkpoint
@@ -51,7 +52,7 @@ from evaluation.experiments.segmenter import IGNORE, Segmenter, SegmenterConfig
 from evaluation.experiments.sources import CopyPaste
 from evaluation.experiments.trial_report import UNKNOWN
 from evaluation.fidelity import LabelledImage
-from layouts.recombine import read_origin
+from layouts.recombine import read_origin, read_sources
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
@@ -475,6 +476,67 @@ def test_masks_that_hold_an_id_per_cell_are_the_instances(monkeypatch, data, tmp
     assert ids.with_ids_of_masks(2).instances == ids.with_ids_of_masks(3).instances == ids.masks
     assert binary.with_ids_of_masks(2) == binary
     assert binary._replace(instances=data / "instances").with_ids_of_masks(2).instances == data / "instances"
+
+
+def test_labels_pair_by_the_names_that_training_takes(data, tmp_path):
+    shared, cells = tmp_path / "shared", tmp_path / "cells"
+    shared.mkdir(), cells.mkdir()
+    for seed in range(2):
+        Image.open(data / "images" / f"real_{seed}.png").save(shared / f"a{seed}.png")
+        for folder in (shared, cells):
+            Image.open(data / "instances" / f"real_{seed}.png").save(folder / f"a{seed}_masks.png")
+    (tmp_path / "images").mkdir()
+    for path in shared.glob("a?.png"):
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+    kinds = [(shared, shared, None), (tmp_path / "images", cells, None), (shared, shared, cells)]
+    for images, masks, instances in kinds:
+        folders = LabelledFolders(images, masks, instances, "instances").with_ids_of_masks(2)
+        folders.check_instances()
+        found = real_pairs(folders, CONFIG, 2)
+        assert [pair.name for pair in found] == ["a0", "a1"] and folders.instances in (shared, cells)
+        for seed, pair in enumerate(found):
+            np.testing.assert_array_equal(pair.item.cells, cells_at(seed))
+        assert list(read_sources(folders.instances, components=False)) == ["a0_masks", "a1_masks"]
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("names", "1 images of .* have no file in .*: real_0"),
+        ("size", "are its rows and columns swapped"),
+        ("planes", "is no label image"),
+        ("classes", r"real_0.png \(2\).*With instances, masks hold cell and background"),
+    ],
+)
+def test_labels_are_refused_before_anything_is_trained(monkeypatch, data, tmp_path, fault, words):
+    own, drawing = tmp_path / "own", Drawing()
+    more = ["--mask-type", "classes"] if fault == "classes" else []
+    shutil.copytree(data, own)
+    cells, masks = own / "instances" / "real_0.png", own / "masks" / "real_0.png"
+    if fault == "names":
+        cells.rename(cells.with_name("other.png"))
+    elif fault == "size":
+        for kind in ("images", "masks"):
+            Image.fromarray(np.array(Image.open(own / kind / "real_0.png"))[:-8]).save(own / kind / "real_0.png")
+        Image.fromarray(np.array(Image.open(cells))[:, :-8]).save(cells)
+    elif fault == "planes":
+        cells.unlink()
+        np.save(cells.with_suffix(".npy"), np.zeros((3, SIZE, SIZE), np.uint8))
+    else:
+        for seed, path in enumerate(sorted(masks.parent.iterdir())):
+            Image.fromarray(np.minimum(cells_at(seed), 2)).save(path)
+    with pytest.raises(InputError, match=words):
+        practise(monkeypatch, own, tmp_path / "out", drawing, *SHORT, *more)
+    assert drawing.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_images_of_two_channels_have_masks_with_ids(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "images" / "a.tif").write_bytes(encode_image(noisy(cells_at(0), 0).repeat(2, 2)[..., :2]))
+    Image.fromarray(cells_at(0)).save(tmp_path / "masks" / "a.png")
+    folders = LabelledFolders(tmp_path / "images", tmp_path / "masks", mask_type="instances")
+    assert folders.with_ids_of_masks(2).instances == tmp_path / "masks"
 
 
 def test_a_cell_of_the_largest_8_bit_id_leaves_room_for_pasted_ones(tmp_path):

@@ -184,6 +184,14 @@ def test_test_images_of_a_split_by_shares_keep_their_cells(real, tmp_path):
             assert path.read_bytes() == (cells / path.name).read_bytes()
 
 
+def test_instances_of_another_size_are_refused(real, tmp_path):
+    (tmp_path / "cells").mkdir()
+    for path in (real / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path))[:, :-2]).save(tmp_path / "cells" / path.name)
+    with pytest.raises(InputError, match="real_00.png: has 30 x 32 pixels, but its image 32 x 32"):
+        make_split(tmp_path / "split", (real / "images", real / "masks"), instance_dir=tmp_path / "cells")
+
+
 # --- leaks -----------------------------------------------------------------------------------------------------------
 
 

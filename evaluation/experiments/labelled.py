@@ -12,8 +12,9 @@ import numpy as np
 from common.cells import connected_cells, without_gaps
 from common.errors import InputError
 from common.randomness import shuffled_by_hash
+from dataset.checks import check_same_size
 from dataset.config import DataConfig
-from dataset.files import find_files, read_mask
+from dataset.files import FileError, find_files, labels_of_images, read_image, read_mask
 from dataset.mask_folder import MaskFolder
 from evaluation.fidelity import LabelledImage, labelled_image
 from synthetic.reader import SampleSet, read_whole
@@ -58,9 +59,55 @@ class LabelledFolders(NamedTuple):
         """The same; the masks are the instances, too, if training with ``num_classes`` reads an id per cell in them."""
         if self.instances is not None:
             return self
-        any_size = DataConfig(image_size=1, num_classes=num_classes)
-        rule = MaskFolder(self.masks, any_size, self.mask_type, self.images, whole_scale=1.0).rule
+        rule = self._read_masks(num_classes).rule
         return self._replace(instances=self.masks) if rule.mask_type == "instances" else self
+
+    def check_instances(self) -> None:
+        """Read all labels as :func:`real_pairs` reads those with instances, before anything trains on them.
+
+        Raises:
+            InputError: an image has no instances, masks do not tell cell from background, or files are unusable.
+        """
+        if self.instances is None:
+            return
+        try:
+            masks = self._read_masks(num_classes=2)
+        except InputError as error:
+            raise InputError(f"{error}. With `instances`, masks hold cell and background, or the ids") from error
+        cells = self.cells_of(masks)
+        for name in masks.names:
+            read_cells(cells[name], masks.sizes[name])
+
+    def cells_of(self, masks: MaskFolder) -> dict[str, Path]:
+        """Name of each mask -> file of its instances; none without instances."""
+        if self.instances is None or masks.image_paths is None:
+            return {}
+        found = labels_of_images(masks.image_paths.values(), self.images, self.instances)
+        return {name: found[path] for name, path in masks.image_paths.items()}
+
+    def _read_masks(self, num_classes: int) -> MaskFolder:
+        """The masks at the size of their files; images of any number of channels."""
+        first = next(iter(find_files(self.images, "image").values()))
+        channels = read_image(first).shape[2]
+        config = DataConfig(image_size=1, num_classes=num_classes, channels=3 if channels == 1 else channels)
+        return MaskFolder(self.masks, config, self.mask_type, self.images, whole_scale=1.0)
+
+
+def read_cells(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Instance labels of an image, (H, W) with the ids of the file.
+
+    Args:
+        path: label file, or folder of nuclei.
+        size: height and width of the image.
+
+    Raises:
+        FileError: unreadable, of another size, or no label image.
+    """
+    cells = read_mask(path)
+    check_same_size(size, cells.shape, path)
+    if cells.ndim != 2 or (cells < 0).any() or (cells != np.floor(cells)).any():
+        raise FileError(path, "is no label image: it must hold one plane of whole numbers, 0 for background")
+    return cells
 
 
 def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -> list[Named]:
@@ -68,16 +115,14 @@ def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -
     own = dataclasses.replace(config, num_classes=num_classes)
     scale = 1.0 if config.crop == "random" else None
     masks = MaskFolder(folders.masks, own, folders.mask_type, folders.images, whole_scale=scale)
-    cells = find_files(folders.instances, "instance labels") if folders.instances is not None else {}
+    cells = folders.cells_of(masks)
     found = []
     for name in masks.names:
         item = masks.load(name)
         pair = labelled_image(item, masks.rule)
         ids = pair.cells
         if cells:
-            if name not in cells:
-                raise InputError(f"{folders.instances} has no file for {name}")
-            ids = item.view.apply_labels(read_mask(cells[name]))
+            ids = item.view.apply_labels(read_cells(cells[name], masks.sizes[name]))
         found.append(Named(name, pair._replace(cells=without_gaps(ids.astype(np.int64)))))
     return found
 

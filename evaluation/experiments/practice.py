@@ -163,6 +163,7 @@ class Practice:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
         if self.settings.generators > 1 and (self.unlabelled is None or not self.settings.pseudo_masks):
             raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
+        self.folders.check_instances()
         made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings), "mask_type": self.folders.mask_type}
         made_with |= hashes_of_labels(self.folders, self.unlabelled) | self.tools.settings
         with open_work(self.folder, made_with, upgrade=partial(refuse_other_files, self.folder, made_with)):

@@ -13,6 +13,7 @@ from common.disk import SETTINGS, link_or_copy, write_bytes, write_json
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files
 from dataset.masks import MaskRule
+from dataset.names import without_images
 from dataset.views import center_view, whole_view
 from engine.tiling import covering_squares
 from evaluation.experiments.segmenter import split_cells
@@ -156,7 +157,7 @@ def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
 def link_labelled(masks: Path, output: Path) -> None:
     """The labelled images' own masks as a part."""
     (output / "instances").mkdir(parents=True, exist_ok=True)
-    for name, path in find_files(masks, "mask").items():
+    for name, path in without_images(find_files(masks, "mask")).items():
         link_or_copy(path, output / "instances" / f"{name}{path.suffix}")
 
 

@@ -17,7 +17,8 @@ from common.disk import check_folder, file_sha256, new_folder, write_json
 from common.errors import InputError, list_some
 from common.plain import read_json
 from common.randomness import shuffled_by_hash
-from dataset.files import Pair, find_files, match_names, pair_files
+from dataset.checks import check_same_size
+from dataset.files import Pair, find_files, labels_of_images, pair_files, read_size
 from evaluation.image_facts import image_facts, near_duplicates
 
 SPLIT_FILE = "split.json"
@@ -187,12 +188,15 @@ def hashes_of(pairs: Mapping[str, Pair]) -> tuple[dict[str, str], dict[str, str]
 
 
 def instances_of(pairs: dict[str, Pair], image_dir: str | Path, instance_dir: str | Path | None) -> dict[str, Path]:
+    """Name -> file of instance labels, for all pairs; none without ``instance_dir``."""
     if instance_dir is None:
         return {}
-    found, without, _ = match_names(find_files(image_dir, "image"), find_files(instance_dir, "instance labels"))
-    if without:
-        raise InputError(f"{len(without)} images of {image_dir} have no file in {instance_dir}: {list_some(without)}")
-    return {pair.name: pair.mask_path for pair in found if pair.name in pairs}
+    found = labels_of_images([pair.image_path for pair in pairs.values()], image_dir, instance_dir)
+    for image, cells in found.items():
+        size, own = read_size(image), read_size(cells)
+        if size is not None and own is not None:
+            check_same_size(size, own, cells)
+    return {name: found[pair.image_path] for name, pair in pairs.items()}
 
 
 def copy_pairs(pairs: Iterable[Pair], folder: Path, instances: Mapping[str, Path]) -> None:
