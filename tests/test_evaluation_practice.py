@@ -357,6 +357,31 @@ def test_command_makes_masks_rounds_reasons_sets_and_a_page_and_continues(monkey
         practise(monkeypatch, data, output, drawing, *SHORT, "--masks", 9)
 
 
+def test_a_stopped_run_neither_counts_as_finished_nor_spoils_a_finished_one(monkeypatch, data, tmp_path):
+    words = [*SHORT[:4], "--masks", 2, "--most-rounds", 0, "--square", 16]
+
+    def stop(practice: Practice, variant: str, made: list) -> list:
+        if variant != "real":
+            raise KeyboardInterrupt
+        return score(practice, variant, made)
+
+    score, content = Practice.cross_validate, {}
+    for finished in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(Practice, "cross_validate", stop)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                practise(patch, data, tmp_path / "out", Drawing(), *words)
+        if finished:
+            assert json.loads((tmp_path / "out" / "practice.json").read_text()) == content
+        else:
+            assert not (tmp_path / "out" / "practice.json").exists()
+            content = practise(monkeypatch, data, tmp_path / "out", Drawing(), *words)
+    earlier = {name: value for name, value in content.items() if name != "results"}
+    (tmp_path / "out" / "practice.json").write_text(json.dumps(earlier))
+    with pytest.raises(InputError, match="out is not finished: run the same evaluate.py practise again$"):
+        PracticeFolder(tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["images", "masks", "instances", "unlabelled"])
 def test_a_folder_is_not_continued_with_corrected_files(monkeypatch, data, tmp_path, kind):
     words = [*SHORT[:4], "--masks", 2, "--most-rounds", 0, "--square", 16]

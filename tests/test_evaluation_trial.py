@@ -489,7 +489,7 @@ def test_unknown_selections_are_refused(data, tmp_path):
 def test_pixels_to_ignore_belong_to_the_stamp_of_arms_that_ignore(data, tmp_path):
     (plan,) = split_of(tmp_path / "split", data)
     samples = make_set(tmp_path / "made" / "round_0" / "samples", plan, 2, count=2)
-    (tmp_path / "made" / "practice.json").write_text(json.dumps({"rounds": [{"round": 0}]}))
+    (tmp_path / "made" / "practice.json").write_text(json.dumps({"rounds": [{"round": 0}], "results": {}}))
     (tmp_path / "made" / "round_0" / "ignore").mkdir()
 
     def stamps() -> list[dict]:

@@ -41,7 +41,7 @@ from dataset.files import encode_image, find_files, read_image
 from engine.checkpoint import read_checkpoint
 from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
-from evaluation.experiments.practice_folder import PRACTICE_FILE, ignored
+from evaluation.experiments.practice_folder import ignored
 from evaluation.experiments.practice_masks import (
     LayoutStatistics,
     MaskPart,
@@ -396,7 +396,6 @@ class Practice:
             new = self._draw(f"round_{number}", draws, drawn, self.settings.seed + number)
             made += new
             content["rounds"].append({"round": number, "images": len(new), "draws": draws, "hardness": hardness})
-            write_json(self.folder / PRACTICE_FILE, content)
             _announce(f"round {number}: train segmenters on real and synthetic images, and score them")
             if number == 0:
                 results[PLAIN] = self.cross_validate(PLAIN, self.made("round_0", with_ignored=False))

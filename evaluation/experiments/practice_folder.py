@@ -1,6 +1,6 @@
 """A practice folder on disk: its rounds, its synthetic sets and the pixels to ignore.
 
-FOLDER/practice.json           settings and what every round gave
+FOLDER/practice.json           settings and what every round gave; written last
 FOLDER/round_0/samples         a set of sample_ddp.py; round_1 and so on draw the hard masks again
 FOLDER/round_0/ignore/NAME.png 8-bit, 255 where the image was drawn wrongly, else 0
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from common.disk import SETTINGS
 from common.errors import InputError
-from common.plain import read_as
+from common.plain import read_as, read_json
 from dataset.files import read_mask
 from evaluation.experiments.labelled import Named, set_pairs
 from evaluation.experiments.segmenter import IGNORE
@@ -23,6 +23,7 @@ from synthetic.manifest import MANIFEST
 from synthetic.reader import SampleSet
 
 PRACTICE_FILE = "practice.json"
+AGAIN = "run the same evaluate.py practise again"
 
 
 class PracticeFolder:
@@ -32,7 +33,7 @@ class PracticeFolder:
         folder: of ``evaluate.py practise``, or a set.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or practise has not finished.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +42,10 @@ class PracticeFolder:
         if self.is_plain_set:
             self.rounds = [folder]
         elif (folder / PRACTICE_FILE).is_file():
-            self.rounds = read_as(folder / PRACTICE_FILE, self._rounds, "run evaluate.py practise again")
+            content = read_json(folder / PRACTICE_FILE, AGAIN)
+            if "results" not in content:  # earlier versions wrote the file after every round
+                raise InputError(f"{folder} is not finished: {AGAIN}")
+            self.rounds = read_as(folder / PRACTICE_FILE, self._rounds, AGAIN)
         else:
             raise InputError(f"{folder} is neither a set of sample_ddp.py nor a folder of evaluate.py practise")
 
