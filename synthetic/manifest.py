@@ -42,6 +42,7 @@ class KnownSettings:
     trained_on: list[str] | None
     labelled_on: list[str] | None
     mask_origin: dict[str, Any] | None
+    look: dict[str, Any] | None
 
 
 COLUMNS = (

@@ -332,6 +332,16 @@ def test_filter_by_a_judge_that_has_seen_more_is_found(split, tmp_path):
     assert "unknown training images" in find_leaks(split, 25, unknown)[0]
 
 
+def test_looks_of_test_images_are_found_and_those_of_other_images_pass(split, tmp_path):
+    masks, images = files_of(split, 25, "masks"), seen(split, 25)
+    looks = {"none": None, "all": {"source": "path", "images_sha256": seen(split, 100)}}
+    for name, look in looks.items():
+        assert find_leaks(split, 25, set_of(tmp_path / name, masks, trained_on=images, look=look)) == []
+    tested = {"source": "path", "images_sha256": seen(split, None)}
+    bad = set_of(tmp_path / "bad", masks, trained_on=images, look=tested)
+    assert find_leaks(split, 25, bad) == ["its looks are those of 4 images of the test set"]
+
+
 def test_leaks_are_refused_in_one_message_before_any_training(split, tmp_path):
     samples = set_of(tmp_path / "set", files_of(split, None, "masks"), trained_on=seen(split, 100))
     with pytest.raises(InputError, match=r"leaks at 25 % .*masks of the test set.*outside of the share"):

@@ -6,6 +6,8 @@ At a given share of the labels, everything behind the synthetic set may know tha
 - the masks that were sampled: masks of the share, recombined cells of the share, or simulated cells,
 - the training images of a judge that selected images.
 
+The looks of the set may be those of any image that is not tested on.
+
 The check uses manifests and hashes. Unknown origin counts as a leak.
 """
 
@@ -50,6 +52,7 @@ def find_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: Pat
         *_masks(split, share, samples),
         *_labels(split, samples),
         *_generator(split, share, samples, checkpoint),
+        *_looks(split, share, samples),
         *_judge(split, share, samples),
     ]
 
@@ -231,6 +234,13 @@ def trained_on_by_checkpoint(samples: SampleSet, checkpoint: Path) -> list[str] 
     if not folder or not Path(folder).is_dir():
         return f"the folder with the training images of its generator ({folder}) is missing, so it cannot be checked"
     return [file_sha256(path) for path in find_files(folder, "image").values()]
+
+
+def _looks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
+    """Leaks by the images that gave the looks, if they are not those that the generator learned."""
+    seen = (samples.settings.get("look") or {}).get("images_sha256", [])
+    tested = _where(split, share, seen, split.images)["test"]
+    return [f"its looks are those of {tested} images of the test set"] if tested else []
 
 
 def _judge(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
