@@ -47,7 +47,7 @@ from dataset.masks import MaskRule, decide_mask_rule
 from dataset.names import name_hints
 from dataset.scale import scale_warning
 from dataset.views import native_view
-from evaluation.image_facts import ImageFacts, image_facts, near_duplicates
+from evaluation.image_facts import ImageFacts, image_facts, near_duplicates, with_own_names
 from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,7 @@ def survey(
     images, masks = find_images_and_masks(image_dir, mask_dir, listings)
     pairs, without_mask, without_image = match_names(images, masks)
     facts, image_errors = _read_all(images, image_facts, "reading images", progress)
+    facts = with_own_names(facts, images)
     stats, mask_errors = _read_all(masks, _mask_facts, "reading masks", progress)
     report = DataReport(
         images=len(images),

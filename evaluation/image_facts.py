@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,13 @@ def image_facts(path: Path) -> ImageFacts:
     )
 
 
+def with_own_names(facts: Mapping[Path, ImageFacts], files: Mapping[str, Path]) -> dict[Path, ImageFacts]:
+    """The same facts; files of one name, as in a folder per image, are named by the keys of ``files``."""
+    often = Counter(path.name for path in files.values())
+    names = {path: name if often[path.name] > 1 else path.name for name, path in files.items()}
+    return {path: replace(one, name=names[path]) for path, one in facts.items()}
+
+
 def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[str, str, float]]:
     """Pairs of images with the same content, whatever their size, brightness and compression.
 
@@ -82,8 +90,9 @@ def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[str, str, float]]
             first, second = start + int(row), int(column)
             if first < second and facts[first].digest != facts[second].digest:
                 found.append((facts[first].name, facts[second].name, round(float(table[row, column]), 4)))
-    by_digest: dict[str, str] = {}
+    by_digest: dict[str, ImageFacts] = {}
     for one in facts:
-        if by_digest.setdefault(one.digest, one.name) != one.name:
-            found.append((by_digest[one.digest], one.name, 1.0))
+        earlier = by_digest.setdefault(one.digest, one)
+        if earlier is not one:
+            found.append((earlier.name, one.name, 1.0))
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))

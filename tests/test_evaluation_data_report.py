@@ -144,6 +144,18 @@ def test_planted_copies_are_found_and_different_images_are_not(drawn):
     assert next(entry[2] for entry in duplicates if set(entry[:2]) == {"cell_2.png", "copy.png"}) == 1.0
 
 
+def test_copies_of_one_file_name_are_found(tmp_path):
+    draw_pair(tmp_path / "drawn", "a", 3)
+    draw_pair(tmp_path / "drawn", "b", 4, seed=1)
+    for case, name in ((1, "a"), (2, "b"), (3, "a")):
+        for kind, own in (("images", "image"), ("masks", "mask")):
+            (tmp_path / "all" / f"case{case}" / own).mkdir(parents=True)
+            content = (tmp_path / "drawn" / kind / f"{name}.png").read_bytes()
+            (tmp_path / "all" / f"case{case}" / own / f"{own}.png").write_bytes(content)
+    report = survey(tmp_path / "all", tmp_path / "all")[0]
+    assert report.duplicates == [("case1", "case3", 1.0)]
+
+
 def test_images_of_one_gray_value_are_duplicates_only_where_equal(tmp_path):
     for number, gray in enumerate((10, 10, 90)):
         draw_pair(tmp_path, f"flat_{number}", 1)

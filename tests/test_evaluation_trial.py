@@ -162,6 +162,20 @@ def test_patients_are_labelled_and_tested_as_a_whole():
         choose(groups, SelectionSettings([5], whole_groups=True, test_groups=2), 0)
 
 
+def test_test_groups_that_show_the_images_of_other_groups_are_refused(data, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for path in (data / "train" / kind).iterdir():
+            (tmp_path / kind / path.name).write_bytes(path.read_bytes())
+        (tmp_path / kind / "copy.png").write_bytes((data / "train" / kind / "a_03.png").read_bytes())
+    folders, settings = (tmp_path / "images", tmp_path / "masks"), SelectionSettings([2], 4, test_groups=1)
+    groups = {path.stem: str(int(path.stem[2:]) // 4) for path in folders[0].iterdir() if path.stem != "copy"}
+    with pytest.raises(InputError, match="1 images of the test_groups .* leak: (a_03|copy). Give .* group, of 0, 2"):
+        make_selections(tmp_path / "split", folders, settings, groups=groups | {"copy": "2"})
+    plans = make_selections(tmp_path / "split", folders, settings, groups=groups | {"copy": "0"})
+    assert {("copy" in plan.test, "a_03" in plan.test) for plan in plans} == {(True, True), (False, False)}
+
+
 def test_bad_group_tables_and_test_images_among_the_training_images_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="no column stain; it has name, look"):
         read_groups(data / "index.csv", "stain")

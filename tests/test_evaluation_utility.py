@@ -144,6 +144,18 @@ def test_near_duplicates_stay_on_one_side(real, tmp_path):
     )
 
 
+def test_copies_of_one_file_name_stay_on_one_side(real, tmp_path):
+    for case in range(12):
+        for kind, own in (("images", "image"), ("masks", "mask")):
+            (tmp_path / f"case{case}" / own).mkdir(parents=True)
+            content = (real / kind / f"real_{case % 6:02d}.png").read_bytes()
+            (tmp_path / f"case{case}" / own / f"{own}.png").write_bytes(content)
+    for seed in range(3):
+        plan = make_split(tmp_path / f"split_{seed}", (tmp_path, tmp_path), [100], test_share=0.3, seed=seed)
+        tested, trained = ({int(name[4:]) % 6 for name in names} for names in (plan.test, plan.shares[100]))
+        assert len(plan.test) == 4 and not tested & trained
+
+
 def test_given_test_images_are_used_and_refused_where_they_are_training_images(real, split, tmp_path):
     folders = (split.part(25) / "images", split.part(25) / "masks")
     output, paths = tmp_path / "bad", (real / "images", real / "masks")

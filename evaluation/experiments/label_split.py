@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.disk import check_folder, link_or_copy, new_folder, write_json
-from common.errors import InputError
+from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
 from dataset.files import Pair
@@ -151,7 +151,24 @@ def _choose_all(
         test, _ = plan_shares(group_near_duplicates(list(pairs.values())), settings.test_share, [100], settings.seed)
     free = {name: groups[name] for name in pairs if name not in test}
     found = [choose(free, settings, number) for number in range(settings.selections)]
+    if settings.test_groups:
+        _refuse_shown_in_both(list(pairs.values()), [own for own, _ in found], groups)
     return [(own or test, by_labels) for own, by_labels in found]
+
+
+def _refuse_shown_in_both(pairs: Sequence[Pair], tests: Sequence[Sequence[str]], groups: Mapping[str, str]) -> None:
+    """Raise InputError if test groups of a selection show nearly the same as the other groups."""
+    alike = group_near_duplicates(pairs)
+    for number, test in enumerate(tests):
+        own = set(test)
+        both = sorted(name for names in alike if not own.issuperset(names) for name in own.intersection(names))
+        if both:
+            other = sorted({groups[name] for names in alike if own.intersection(names) for name in names})
+            raise InputError(
+                f"selection {number}: {len(both)} images of the `test_groups` show nearly the same as images of other "
+                f"groups, that is a leak: {list_some(both)}. Give images that show the same one group, of "
+                f"{list_some(other)}"
+            )
 
 
 def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path], pool: Path) -> None:

@@ -94,10 +94,10 @@ def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequ
 
 def group_near_duplicates(pairs: Sequence[Pair]) -> list[list[str]]:
     """Names in groups that show nearly the same."""
-    facts = {pair.image_path.name: pair.name for pair in pairs}
+    facts = [replace(image_facts(pair.image_path), name=pair.name) for pair in pairs]
     group = {pair.name: [pair.name] for pair in pairs}
-    for first, second, _ in near_duplicates([image_facts(pair.image_path) for pair in pairs]):
-        one, other = group[facts[first]], group[facts[second]]
+    for first, second, _ in near_duplicates(facts):
+        one, other = group[first], group[second]
         if one is not other:
             one += other
             for name in other:
