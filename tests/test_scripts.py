@@ -144,6 +144,12 @@ def test_init_from_starts_a_new_run_from_the_averaged_weights(pairs, trained, ch
     assert torch.allclose(end["model"][name], start["ema"][name], atol=1e-6)
 
 
+def test_init_from_a_checkpoint_of_another_time_scale_is_warned_about(pairs, trained, checkpoint):
+    words = [*train_arguments(*pairs, trained.parent, "scaled", 1)[1:], "--init-from", checkpoint, "--time-scale", "7"]
+    code, lines = run_here(train, *words)
+    assert code == 0 and any("trained with a time scale of 1000.0, and this run has 7.0" in line for line in lines)
+
+
 def test_latent_space_and_native_crops_from_training_to_bulk_set(autoencoder_folder, pairs, tmp_path):
     words = [*train_arguments(*pairs, tmp_path, "latent", 2)[1:], "--vae", autoencoder_folder, "--model", "SiT-Ti/2"]
     call(train, *words, "--crop", "random", "--window", "1", "99")
