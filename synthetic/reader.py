@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ class Sample:
 
 
 class SampleSet:
-    """The rows of ``SAMPLE_DIR/manifest.csv`` and their files. All files exist when the object is made.
+    """The rows of ``SAMPLE_DIR/manifest.csv`` and their files. All files of the set exist when the object is made.
 
     Args:
         sample_dir: folder written by ``sample_ddp.py``.
@@ -82,14 +83,14 @@ class SampleSet:
         self.settings = read_settings(self.folder)
         self.columns, rows = read_manifest(self.folder)
         self.samples = [self._sample(row, None if real_dir is None else Path(real_dir)) for row in rows]
-        self._check_files(real_dir)
+        self._check_files()
         config, rule = self.settings.get("data_config"), self.settings.get("mask_rule")
         try:
             self.config = DataConfig.from_dict(config) if config else None
             self._rule: MaskRule | None = build(MaskRule, rule) if rule else None
         except ValueError as error:
             raise InputError(f"{self.folder / SETTINGS}: {error}; {AGAIN}") from error
-        if self.has_real and self.config is None:
+        if self.samples[0].real_path is not None and self.config is None:
             raise InputError(
                 f"{self.folder / SETTINGS} has no data_config, so real images cannot be brought to the gray values of "
                 "training; sample the set again with sample_ddp.py"
@@ -99,10 +100,20 @@ class SampleSet:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def has_real(self) -> bool:
-        """Whether the rows name their real images (all do, or none)."""
-        return self.samples[0].real_path is not None
+        """Whether the rows name their real images (all do, or none).
+
+        Raises:
+            InputError: real images are missing. What needs none of them opens the set all the same.
+        """
+        real = [row.real_path for row in self.samples if row.real_path is not None]
+        absent = [path for path in real if not path.is_file()]
+        if absent:
+            raise InputError(
+                f"{len(absent)} real images are not there: {list_some(absent)}; say with `real_dir` where they are now"
+            )
+        return bool(real)
 
     @property
     def num_classes(self) -> int:
@@ -205,15 +216,18 @@ class SampleSet:
     def class_map(self, sample: Sample) -> np.ndarray:
         """Class ids of the label, (H, W) uint8 in 0..K-1. For probabilities, the most probable class.
 
+        The rule of the set's mask folder decides. In a set without a rule, the values of the label decide; if they do
+        not either, the largest value of its type means 1.
+
         Raises:
             InputError: the label is unreadable, or holds other values than its type allows.
         """
         label = self._label(sample)
         if label.ndim == 3:
             return label.argmax(axis=0).astype(np.uint8)
-        if self._rule is not None and self._rule.values:
-            return self._rule_of(sample, label).class_map(label)
-        if sample.mask_type == "classes" or (sample.mask_type == "probability" and _holds_ids(label, self.num_classes)):
+        if self._rule is not None and (self._rule.values or sample.mask_type != "classes"):
+            return self._rule.class_map(label)
+        if sample.mask_type == "classes" or self._holds_ids(sample, label):
             if label.max(initial=0) >= self.num_classes:
                 raise InputError(
                     f"{sample.label_path} holds class {label.max()}, the set has {self.num_classes} classes"
@@ -221,7 +235,10 @@ class SampleSet:
             return label.astype(np.uint8)
         if sample.mask_type == "binary" and len(np.unique(label[label > 0])) < 2:  # {0, 1} as well as {0, 255}
             return (label > 0).astype(np.uint8)
-        return self._rule_of(sample, label).class_map(label)
+        whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
+        return MaskRule(sample.mask_type, self.num_classes, whole, "the whole range of the label's type").class_map(
+            label
+        )
 
     def instance_map(self, sample: Sample) -> np.ndarray | None:
         """Instance map of the label, (H, W) int, 0 background. None if the label has no instances."""
@@ -233,12 +250,11 @@ class SampleSet:
             raise InputError(f"{sample.label_path} is a stack of {len(label)} planes, not a label of sample_ddp.py")
         return label
 
-    def _rule_of(self, sample: Sample, label: np.ndarray) -> MaskRule:
-        """The rule of the mask folder. If the set has none, the largest value of the label's type means 1."""
-        if self._rule is not None:
-            return self._rule
-        whole = float(np.iinfo(label.dtype).max) if label.dtype.kind in "ui" else 1.0
-        return MaskRule(sample.mask_type, self.num_classes, whole, "the whole range of the label's type")
+    def _holds_ids(self, sample: Sample, label: np.ndarray) -> bool:
+        """Whether a single-plane label of a probability set holds class ids."""
+        return (
+            sample.mask_type == "probability" and label.dtype.kind in "ui" and label.max(initial=0) < self.num_classes
+        )
 
     def _sample(self, row: dict[str, str], real_dir: Path | None) -> Sample:
         real, mask = row.get("real_image"), row.get("source_mask")
@@ -261,8 +277,8 @@ class SampleSet:
             columns=row,
         )
 
-    def _check_files(self, real_dir: str | os.PathLike | None) -> None:
-        """Name all missing files in one message: first those of the set, then real images."""
+    def _check_files(self) -> None:
+        """Name all missing files of the set in one message. Real images must be named in all rows or in none."""
         own = [path for row in self.samples for path in (row.image_path, row.label_path) if not path.is_file()]
         if own:
             raise InputError(
@@ -274,11 +290,6 @@ class SampleSet:
             raise InputError(
                 f"{self.folder / MANIFEST}: real_image is empty in {len(self.samples) - len(real)} of "
                 f"{len(self.samples)} rows; sample the set again, with all real images or without any"
-            )
-        absent = [path for path in real if not path.is_file()]
-        if absent:
-            raise InputError(
-                f"{len(absent)} real images are not there: {list_some(absent)}; say with `real_dir` where they are now"
             )
 
 
@@ -309,11 +320,6 @@ def _windowed(image: np.ndarray, view: View, config: DataConfig) -> np.ndarray:
     window = image_window(image, config)  # the range of the whole image, as in training
     gray = window_image(view.apply_image(image), window)  # (S, S, C) in [-1, 1]
     return repeat_gray(to_uint8(torch.from_numpy(gray).permute(2, 0, 1)))
-
-
-def _holds_ids(label: np.ndarray, num_classes: int) -> bool:
-    """Whether a single-plane label of a probability set holds class ids."""
-    return label.dtype.kind in "ui" and label.max(initial=0) < num_classes
 
 
 def describe_provenance(provenance: dict[str, list[str]]) -> list[str]:

@@ -7,16 +7,19 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_sets import Row, disk, paint, write_set
+from drawn_sets import Row, disk, five_rows, paint, write_set
 from PIL import Image
 
 import evaluate
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.masks import MaskRule
+from evaluation.experiments.labelled import set_pairs
 from evaluation.instances import dice
 from evaluation.threshold import (
     SECTION,
@@ -182,6 +185,23 @@ def test_every_kind_of_label_gives_the_same_cells(tmp_path, mask_type, encode):
     assert np.array_equal(samples.foreground(samples.samples[0]), truth)
 
 
+@pytest.mark.parametrize(
+    ("mask_type", "values", "cells"),
+    [
+        ("probability", (0, 1), False),  # 1 of 255 is 0.4 %, not class 1
+        ("probability", (0, 200), True),
+        ("binary", (0, 20), False),  # 20 of 255 is background with a JPEG's noise
+        ("binary", (0, 255), True),
+    ],
+)
+def test_a_crop_of_few_values_is_read_by_the_rule_of_its_set(tmp_path, mask_type, values, cells):
+    truth = disk(SIZE, 30, 25, 12)
+    rule = MaskRule(mask_type, 2, 255.0, "255 is the largest value of the folder")
+    rows = [Row(np.where(truth, values[1], values[0]).astype(np.uint8), paint(truth), mask_type=mask_type)]
+    samples = SampleSet(write_set(tmp_path / "set", rows, mask_rule=asdict(rule)))
+    assert np.array_equal(samples.foreground(samples.samples[0]), truth & cells)
+
+
 def test_real_image_is_cut_by_the_view_of_its_label(tmp_path):
     whole = paint(disk(200, 70, 120, 12))[:90, :150]  # not square, larger than the crop
     window = disk(200, 70, 120, 12)[20 : 20 + SIZE, 80 : 80 + SIZE]
@@ -262,8 +282,26 @@ def test_moved_real_images_are_found_by_real_dir(tmp_path):
     folder = write_set(tmp_path / "set", [shifted_row(0)])
     (tmp_path / "set_real").rename(tmp_path / "moved")
     with pytest.raises(InputError, match="real_dir"):
-        SampleSet(folder)
+        score_by_threshold(SampleSet(folder))
     assert score_by_threshold(SampleSet(folder, tmp_path / "moved")).dice_real == 1
+
+
+def test_what_needs_no_real_image_works_without_them(tmp_path, capsys):
+    folder, other = write_set(tmp_path / "set", five_rows(SIZE), patch_pixels=8), tmp_path / "other"
+    SampleSet(folder).write_fidelity([0.9, 0.8, 0.7, 0.6, 0.5])
+    (tmp_path / "set_real").rename(other)
+    for command in (
+        ["filter", folder, "--keep-share", "0.5"],
+        ["memorisation", folder, "--data-path", other],
+        ["looks", folder, "--data-path", other],
+    ):
+        evaluate.main(evaluate.parse_args(list(map(str, command))))
+    assert len(set_pairs(SampleSet(folder), 2)) == 5  # as for evaluate.py utility
+    printed = capsys.readouterr().out
+    assert "kept 3 of 5" in printed and "5 synthetic images" in printed
+    for command in ("threshold", "grid", "population", "looks"):
+        with pytest.raises(InputError, match="5 real images are not there"):
+            evaluate.main(evaluate.parse_args([command, str(folder)]))
 
 
 def test_rows_partly_without_real_image_are_refused(tmp_path):
