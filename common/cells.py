@@ -51,12 +51,17 @@ def without_gaps(labels: np.ndarray) -> np.ndarray:
     """The same cells, numbered 1..n in the order of their ids.
 
     Args:
-        labels: (H, W) integers, at least 0.
+        labels: (H, W) whole numbers of any type, at least 0.
 
     Returns:
         (H, W) int32.
     """
-    return relabel_sequential(labels)[0].astype(np.int32, copy=False)
+    return relabel_sequential(labels.astype(np.int64, copy=False))[0].astype(np.int32, copy=False)
+
+
+def as_ids(labels: np.ndarray) -> np.ndarray:
+    """An instance map of whole numbers (H, W) as integers. Fiji, for one, stores ids as 32-bit floats."""
+    return labels if labels.dtype.kind in "ui" else labels.astype(np.int64)
 
 
 def touches_border(labels: np.ndarray) -> np.ndarray:

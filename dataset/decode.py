@@ -113,7 +113,7 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
         detail = " ".join((str(error) or type(error).__name__).split())[:120]
         raise FileError(path, "cannot be read, it is damaged or no image file", detail) from None
-    return array, table
+    return array.astype(array.dtype.newbyteorder("="), copy=False), table
 
 
 def _decode_with_pillow(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
@@ -192,7 +192,7 @@ def _decode_tiff(file: BinaryIO, path: Path, as_mask: bool) -> tuple[np.ndarray,
         array = _without_opaque_alpha(array)
     if extra and not as_mask and kind not in ("RGB", "YCBCR"):
         table = CHANNELS
-    return array.astype(array.dtype.newbyteorder("="), copy=False), table
+    return array, table
 
 
 def colour_note(path: Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 
-from common.cells import connected_cells
+from common.cells import as_ids, connected_cells
 from common.disk import file_sha256, write_json
 from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
@@ -386,7 +386,7 @@ def labelled_image(item: MaskItem, rule: MaskRule) -> LabelledImage:
     """A mask and its real image. The image is rounded to 8 bits, like synthetic images."""
     image = to_uint8(torch.as_tensor(item.image))  # (S, S, C)
     classes = np.asarray(item.prob_map).argmax(axis=0).astype(np.uint8)
-    cells = item.label if rule.mask_type == "instances" else connected_cells(classes > 0)
+    cells = as_ids(item.label) if rule.mask_type == "instances" else connected_cells(classes > 0)
     return LabelledImage(repeat_gray(image), classes, cells)
 
 

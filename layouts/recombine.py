@@ -304,7 +304,7 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
                 f"{path}: not a single layer of whole numbers from 0 (shape {labels.shape}, {labels.dtype})"
             )
             continue
-        maps[name] = connected_cells(labels) if components else without_gaps(labels.astype(np.int64))
+        maps[name] = connected_cells(labels) if components else without_gaps(labels)
         if are_noise(maps[name].max(), labels.size):
             unusable.append(f"{path}: {maps[name].max()} cells in {labels.size} pixels cannot be cells")
             continue

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from common.cells import connected_cells, without_gaps
+from common.cells import as_ids, connected_cells, without_gaps
 from common.disk import write_bytes, write_json
 from common.errors import InputError
 from dataset.annotations.outlines import outlines
@@ -90,7 +90,7 @@ def export_set(sample_dir: Path, images: Sequence[Path], rule: MaskRule, format_
 def instances_of(label: np.ndarray, rule: MaskRule) -> np.ndarray:
     """(H, W) instance map of a label: its own ids, or a new id for each connected region of a class."""
     if rule.mask_type == "instances":
-        return label if label.dtype.kind in "ui" else label.astype(np.int64)  # whole numbers, stored as float
+        return as_ids(label)
     cells, classes = np.zeros(label.shape, dtype=np.int64), rule.class_map(label)
     for number in range(1, rule.num_classes):
         regions = connected_cells(classes == number)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.cells import as_ids
 from common.disk import SETTINGS, real_path
 from common.errors import InputError, list_some
 from common.pictures import repeat_gray, to_uint8
@@ -242,7 +243,7 @@ class SampleSet:
 
     def instance_map(self, sample: Sample) -> np.ndarray | None:
         """Instance map of the label, (H, W) int, 0 background. None if the label has no instances."""
-        return self._label(sample) if sample.mask_type == "instances" else None
+        return as_ids(self._label(sample)) if sample.mask_type == "instances" else None
 
     def _label(self, sample: Sample) -> np.ndarray:
         label = read_mask(sample.label_path)

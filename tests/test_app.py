@@ -317,8 +317,9 @@ def test_a_large_mask_gives_a_square_with_cells(two):
     assert np.count_nonzero(unpack(reply["height"], reply["width"], reply["label"])) == 80  # nearest to 0.3 of 256
 
 
-def test_a_label_file_keeps_its_cells(two):
-    status, reply = ask(two, "/api/mask?name=label.tif&mask_type=instances", tiff(cells()))
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_label_file_keeps_its_cells(two, dtype):
+    status, reply = ask(two, "/api/mask?name=label.tif&mask_type=instances", tiff(cells().astype(dtype)))
     assert status == 200, reply
     label = unpack(reply["height"], reply["width"], reply["label"])
     expected = cells()

@@ -24,7 +24,7 @@ def test_touching_ids_are_one_component_because_only_background_parts():
     assert connected_cells(np.zeros((4, 6), np.float32)).max() == 0
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint32, np.float32, ">u2", ">f4"])
 def test_without_gaps_keeps_cells_background_and_order(dtype):
     labels = np.array([[0, 0, 9], [120, 9, 9], [120, 3, 0]], dtype)
     assert without_gaps(labels).tolist() == [[0, 0, 2], [3, 2, 2], [3, 1, 0]]

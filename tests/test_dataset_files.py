@@ -106,6 +106,18 @@ def test_tiff_keeps_dtype_and_values(tmp_path, dtype, compression):
     assert np.array_equal(read_mask(path), array)
 
 
+@pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4"])
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.tif"])
+def test_numbers_have_the_byte_order_of_this_machine(tmp_path, name, dtype):
+    array = noise(HEIGHT, WIDTH, dtype=np.dtype(dtype).newbyteorder("=")).astype(dtype)
+    if name == "a.tif":
+        save(tmp_path / name, array, byteorder=">")
+    else:
+        (np.save if name == "a.npy" else np.savez)(tmp_path / name, array)
+    mask = read_mask(tmp_path / name)
+    assert np.array_equal(mask, array) and mask.dtype == np.dtype(dtype).newbyteorder("=")
+
+
 @pytest.mark.parametrize("channels", [2, 3, 5])
 @pytest.mark.parametrize("writer", ["imagej", "ome", "planar"])
 def test_channels_of_a_tiff_come_last(tmp_path, channels, writer):

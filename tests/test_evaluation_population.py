@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 from drawn_sets import Row, disk, five_rows, paint, place, write_set
 from PIL import Image
 
@@ -197,6 +198,24 @@ def test_crops_of_one_real_image_lie_in_one_half(tmp_path):
     report, _, real = score_population(samples, tmp_path / "images", tmp_path / "masks")
     assert len(real) == 16 and report.real_images == 4
     assert report.quantities["intensity"].real_distance > 40 / 255
+
+
+def test_ids_that_are_stored_as_float_are_cells(tmp_path):
+    """Fiji stores label images with large ids as 32-bit floats."""
+    cells = np.zeros((SIZE, SIZE), np.float32)
+    cells[10:20, 10:20], cells[10:20, 20:30] = 70000, 3
+    samples = SampleSet(write_set(tmp_path / "set", [Row(cells.astype(np.uint8), paint(cells), mask_type="instances")]))
+    (tmp_path / "set" / "masks" / "cells_00.png").unlink()
+    tifffile.imwrite(tmp_path / "set" / "masks" / "cells_00.tif", cells)
+    write_manifest(samples.folder, [row.columns | {"label": "masks/cells_00.tif"} for row in samples.samples])
+    for kind, content in (("images", paint(cells)), ("masks", cells)):
+        (tmp_path / kind).mkdir()
+        tifffile.imwrite(tmp_path / kind / "a.tif", content)
+    samples = SampleSet(samples.folder)
+    report, synthetic, real = score_population(samples, tmp_path / "images", tmp_path / "masks", "instances")
+    for population in (synthetic, real):
+        assert population[0]["area"].tolist() == [100, 100]
+    assert report.cells_are == "instances" and samples.instance_map(samples.samples[0]).dtype.kind == "i"
 
 
 def test_files_hold_the_table_every_value_and_the_histograms(tmp_path):

@@ -123,7 +123,7 @@ def real_pairs(folders: LabelledFolders, config: DataConfig, num_classes: int) -
         ids = pair.cells
         if cells:
             ids = item.view.apply_labels(read_cells(cells[name], masks.sizes[name]))
-        found.append(Named(name, pair._replace(cells=without_gaps(ids.astype(np.int64)))))
+        found.append(Named(name, pair._replace(cells=without_gaps(ids))))
     return found
 
 
@@ -134,7 +134,7 @@ def set_pairs(samples: SampleSet, num_classes: int) -> list[Named]:
         classes, cells = samples.class_map(sample), samples.instance_map(sample)
         if num_classes == 2:
             classes = (classes > 0).astype(np.uint8)
-        cells = connected_cells(classes > 0) if cells is None else without_gaps(cells.astype(np.int64))
+        cells = connected_cells(classes > 0) if cells is None else without_gaps(cells)
         found.append(Named(sample.name, LabelledImage(samples.synthetic(sample), classes, cells)))
     return found
 
