@@ -23,7 +23,7 @@ from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gr
 from common.plain import build, read_json
 from common.randomness import derived_seed
 from common.spread import evenly
-from dataset.files import FileError, read_image
+from dataset.files import FileError, read_image, read_mask
 from dataset.gray import ImageFormat, to_display, window_columns
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder, MaskItem
@@ -232,7 +232,7 @@ class SetWriter:
         item = self.load(job)
         content, suffix = label_bytes(item.label)
         label = self.folder / LABELS / f"{job.name}{suffix}"
-        if not label.is_file() or label.read_bytes() != content:
+        if not label.is_file() or not (label.read_bytes() == content or label_is_equal(label, item.label)):
             return False
         return image_is_whole(self.image_path(job), (*item.view.size, self.form.channels))
 
@@ -408,16 +408,30 @@ def choose_pairs(count: int, has_cells: Callable[[int], bool]) -> list[int]:
 
 def label_bytes(label: np.ndarray) -> tuple[bytes, str]:
     """Encode a label without loss. Returns content and suffix: PNG for 8 and 16 bits, TIFF for other types."""
-    buffer = io.BytesIO()
+    buffer, label = io.BytesIO(), _stored(label)
     if label.ndim == 2 and label.dtype in (np.uint8, np.uint16):
         Image.fromarray(label).save(buffer, format="PNG")
         return buffer.getvalue(), ".png"
-    if label.ndim == 2 and np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() < 2**16:
-        return label_bytes(label.astype(np.uint16))
     import tifffile
 
     tifffile.imwrite(buffer, label, compression="zlib", photometric="minisblack")
     return buffer.getvalue(), ".tif"
+
+
+def label_is_equal(path: Path, label: np.ndarray) -> bool:
+    """Whether a file holds this label. Other versions of Pillow and zlib write the same values differently."""
+    try:
+        found = read_mask(path)
+    except FileError:
+        return False
+    return found.dtype == _stored(label).dtype and np.array_equal(found, label)
+
+
+def _stored(label: np.ndarray) -> np.ndarray:
+    """A label in the type of its file: integers of a flat label in 8 or 16 bits, if they fit."""
+    if label.ndim != 2 or label.dtype in (np.uint8, np.uint16) or not np.issubdtype(label.dtype, np.integer):
+        return label
+    return label.astype(np.uint16) if label.min() >= 0 and label.max() < 2**16 else label
 
 
 def image_is_whole(path: Path, shape: tuple[int, int, int]) -> bool:

@@ -12,10 +12,12 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from script_helpers import ROOT, write_pairs
 
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.files import read_mask
 from dataset.gray import ImageFormat
 from dataset.mask_folder import MaskFolder
 from engine.sampling import ImageSampler, SamplingSettings
@@ -23,7 +25,7 @@ from evaluation.redraw import Redraw
 from synthetic.bulk import draw_missing
 from synthetic.manifest import COLUMNS, FIDELITY_COLUMN, read_manifest, write_column
 from synthetic.reader import SampleSet
-from synthetic.writer import MOST_SHOWN, Attempt, SetWriter, choose_pairs, plan_jobs
+from synthetic.writer import MOST_SHOWN, Attempt, SetWriter, choose_pairs, label_bytes, label_is_equal, plan_jobs
 
 
 class NoisyDrawings:
@@ -144,6 +146,31 @@ def test_a_score_goes_with_the_image_that_it_was_of(masks, tmp_path):
     assert make(tmp_path / "set", masks) == 1
     _, rows = read_manifest(tmp_path / "set")
     assert [row[FIDELITY_COLUMN] for row in rows] == ["0.5", "", *["0.5"] * 10]
+
+
+def test_labels_that_another_version_of_pillow_wrote_are_kept_and_others_are_not(masks, tmp_path):
+    make(tmp_path / "set", masks)
+    paths = sorted((tmp_path / "set" / "masks").glob("*.png"))
+    for path in paths:
+        before = path.read_bytes()
+        Image.fromarray(read_mask(path)).save(path, compress_level=1)
+        assert path.read_bytes() != before
+    assert make(tmp_path / "set", masks) == 0
+    label = read_mask(paths[3])
+    label[0, 0] ^= 255
+    Image.fromarray(label).save(paths[3])  # another value
+    Image.fromarray(read_mask(paths[5]).astype(np.uint16)).save(paths[5])  # another type
+    paths[7].write_bytes(paths[7].read_bytes()[:-30])  # torn
+    assert make(tmp_path / "set", masks) == 3
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+def test_a_label_of_any_type_equals_its_file_and_no_other(tmp_path, dtype):
+    label = np.arange(12).reshape(3, 4).astype(dtype)
+    content, suffix = label_bytes(label)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    assert label_is_equal(path, label) and not label_is_equal(path, label.T) and not label_is_equal(path, label + 1)
 
 
 def test_a_damaged_manifest_is_written_anew(masks, tmp_path):
