@@ -42,6 +42,7 @@ from dataset.names import (
 )
 
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
+NUCLEI = ".one-file-per-nucleus"  # written beside folders of nuclei that a part of a data set is left with
 _FLOWS_ENDING = "_flows"
 TWO_FORMS = " (they look alike: the accents are stored in two forms, NFC and NFD)"
 
@@ -112,7 +113,8 @@ def find_files(folder: str | Path, what: str, listing: Listing | None = None) ->
 def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: bool) -> dict[str, Path]:
     """The layout ``NAME/images/FILE`` and ``NAME/masks/FILES``: NAME -> image file or folder of masks.
 
-    If each folder of masks has a single file, these are the masks of whole images, and not of nuclei.
+    If each folder of masks has a single file, these are the masks of whole images, and not of nuclei, unless the folder
+    holds the file ``NUCLEI``.
     """
     found = {}
     for name in (name for name in names if not leads_up(folder / name)):
@@ -142,7 +144,7 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
             folder, f"holds folders of labelme_json_to_dataset (as {of_labelme[0]}): give the .json files to "
             "make_masks.py convert",
         )  # fmt: skip
-    if all(len(files) == 1 for files in nuclei.values()):
+    if all(len(files) == 1 for files in nuclei.values()) and not (folder / NUCLEI).is_file():
         found |= {name: files[0] for name, files in nuclei.items()}
     return found
 

@@ -19,9 +19,12 @@ import evaluate
 import make_masks
 from common.disk import file_sha256
 from common.errors import InputError
+from dataset.config import DataConfig
+from dataset.mask_folder import MaskFolder
 from engine.checkpoint import save_checkpoint
 from evaluation.experiments.arms import SHARE_ARMS
 from evaluation.experiments.instance_score import InstanceScore
+from evaluation.experiments.label_split import SelectionSettings, make_selections, read_selections
 from evaluation.experiments.labelled import set_pairs
 from evaluation.experiments.leaks import find_leaks, refuse_leaks
 from evaluation.experiments.split import SplitPlan, make_split, plan_shares, read_split
@@ -194,6 +197,26 @@ def test_test_images_of_a_split_by_shares_keep_their_cells(real, tmp_path):
     for folder in (own, given):
         for path in (folder.part(None) / "instances").iterdir():
             assert path.read_bytes() == (cells / path.name).read_bytes()
+
+
+def test_images_of_a_single_nucleus_stay_nuclei_in_a_split(real, tmp_path):
+    for seed in range(12):
+        path = real / "images" / f"real_{seed:02d}.png"
+        (tmp_path / f"case{seed}" / "images").mkdir(parents=True)
+        (tmp_path / f"case{seed}" / "masks").mkdir()
+        (tmp_path / f"case{seed}" / "images" / "a.png").write_bytes(path.read_bytes())
+        for number in range(1 + (seed == 0)):  # one image has two nuclei
+            nucleus = label_of(disk(SIZE, 8 + 16 * number, 16, 5))
+            Image.fromarray(nucleus).save(tmp_path / f"case{seed}" / "masks" / f"{number}.png")
+    make_split(tmp_path / "shares", (tmp_path, tmp_path), [10, 100])
+    make_selections(tmp_path / "labels", (tmp_path, tmp_path), SelectionSettings([2], selections=2))
+    by_share = read_split(tmp_path / "shares")
+    for plan in (by_share, *read_selections(tmp_path / "labels")):
+        for part in (None, *plan.shares):
+            masks = MaskFolder(plan.part(part) / "masks", DataConfig(image_size=SIZE), whole_scale=1.0)
+            assert masks.rule.mask_type == "instances" and all(path.is_dir() for path in masks.paths.values())
+            if part is not None:
+                assert set(masks.names) == set(plan.shares[part])
 
 
 def test_instances_of_another_size_are_refused(real, tmp_path):

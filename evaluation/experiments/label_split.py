@@ -26,6 +26,7 @@ from evaluation.experiments.split import (
     group_near_duplicates,
     hashes_of,
     instances_of,
+    mark_nuclei,
     plan_shares,
     read_pairs,
     read_split,
@@ -181,6 +182,7 @@ def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path]
     parts = {plan.part(None): plan.test} | {plan.part(count): names for count, names in plan.shares.items()}
     for folder, names in parts.items():
         _link(pool, folder, [_flat(name) for name in names], ("images", "masks", "instances"))
+        mark_nuclei(folder)
     for count, names in plan.unlabelled.items():
         _link(pool, plan.part(count) / UNLABELLED, [_flat(name) for name in names], ("images",))
     plan.write()
