@@ -87,6 +87,8 @@ COLUMNS = (
 VIEW_COLUMNS = ("crop_scaled_height", "crop_scaled_width", "crop_top", "crop_left", "crop_height", "crop_width")
 # Columns that say how the images were made: a measure without them is not repeatable.
 PROVENANCE_COLUMNS = ("cfg_scale", "sampler", "method", "num_steps", "time_shift", "seed", "ckpt_sha256")
+# Columns that decide what is read as an image and its label. The others, and those that measures add, do not.
+READ_COLUMNS = ("image", "label", "mask_type", "intensity", "window_low", "window_high")
 ATTEMPT_COLUMNS = tuple(column.name for column in COLUMNS if column.writer == MIN_FIDELITY)
 ATTEMPT_FIDELITY = ATTEMPT_COLUMNS[1]
 (FIDELITY_COLUMN,) = (column.name for column in COLUMNS if column.writer == FIDELITY)

@@ -39,7 +39,7 @@ from evaluation.experiments.trial_report import (
     trial_notes,
     trial_table,
 )
-from synthetic.manifest import write_manifest
+from synthetic.manifest import write_column, write_manifest
 from synthetic.reader import SampleSet
 
 SIZE, CPU = 32, torch.device("cpu")
@@ -491,6 +491,24 @@ def test_a_result_of_another_set_is_left_out_and_one_whose_set_is_not_named_stay
     assert "left out: 1 results" in "\n".join(warned)
     second = try_out(plans, out, tmp_path / "sets", arms=arms)
     assert second[0] == first[0] and second[1].arm == first[1].arm and len(list((out / "replaced").iterdir())) == 1
+
+
+def test_a_measure_of_a_set_leaves_its_results_and_another_reading_does_not(data, tmp_path):
+    (plan,) = split_of(tmp_path / "split", data)
+    samples = make_set(tmp_path / "set", plan, 2, count=3)
+
+    def stamp() -> dict:
+        return Stamps().of(plan, 2, ARMS["real + synthetic"], PracticeFolder(tmp_path / "set"), {})
+
+    before = stamp()
+    samples.write_fidelity([0.1, 0.2, 0.3])
+    write_column(samples.folder, "my notes", ["a", "b", "c"])
+    assert stamp() == before
+    stamps = [before]
+    for column in ("mask_type", "intensity", "window_high"):
+        write_column(samples.folder, column, ["x"] * 3)
+        stamps.append(stamp())
+    assert len({json.dumps(one) for one in stamps}) == 4
 
 
 def test_unknown_selections_are_refused(data, tmp_path):

@@ -8,7 +8,7 @@ FOLDER/round_0/ignore/NAME.png 8-bit, 255 where the image was drawn wrongly, els
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,11 +19,18 @@ from dataset.files import read_mask
 from evaluation.experiments.labelled import Named, set_pairs
 from evaluation.experiments.segmenter import IGNORE
 from evaluation.fidelity import LabelledImage
-from synthetic.manifest import MANIFEST
+from synthetic.manifest import MANIFEST, READ_COLUMNS
 from synthetic.reader import SampleSet
 
 PRACTICE_FILE = "practice.json"
 AGAIN = "run the same evaluate.py practise again"
+
+
+class SetFiles(NamedTuple):
+    """What is read of a set: columns of its manifest, row by row, and files."""
+
+    rows: list[list[str]]
+    paths: list[Path]
 
 
 class PracticeFolder:
@@ -77,16 +84,17 @@ class PracticeFolder:
             found += [ignored(pair, self.rounds[number]) if ignore else pair.item for pair in pairs]
         return found
 
-    def files(self, ignore: bool, practise: bool) -> list[list[Path]]:
-        """The files of every set that :meth:`images` reads with the same rules. Errors as there."""
+    def files(self, ignore: bool, practise: bool) -> list[SetFiles]:
+        """What :meth:`images` reads of every set with the same rules. Errors as there."""
         found = []
         for number in self._numbers(ignore, practise):
             samples = SampleSet(self.set_folder(number))
-            paths = [path for path in (samples.folder / MANIFEST, samples.folder / SETTINGS) if path.is_file()]
+            paths = [path for path in [samples.folder / SETTINGS] if path.is_file()]
             for sample in samples.samples:
                 wrong = [ignore_file(self.rounds[number], sample.name)] if ignore else []
                 paths += [sample.image_path, sample.label_path, *wrong]
-            found.append(paths)
+            rows = [[sample.columns.get(name, "") for name in READ_COLUMNS] for sample in samples.samples]
+            found.append(SetFiles(rows, paths))
         return found
 
     def _numbers(self, ignore: bool, practise: bool) -> range:

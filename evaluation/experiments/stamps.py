@@ -128,6 +128,8 @@ class Stamps:
     def _sets(self, made: PracticeFolder, arm: Arm) -> list[str]:
         key = (made.folder, arm.ignores, arm.practises)
         if key not in self._digests:
-            rounds = made.files(arm.ignores, arm.practises)
-            self._digests[key] = [digest_of([file_sha256(path, self._known) for path in paths]) for paths in rounds]
+            self._digests[key] = [
+                digest_of([one.rows, [file_sha256(path, self._known) for path in one.paths]])
+                for one in made.files(arm.ignores, arm.practises)
+            ]
         return self._digests[key]
