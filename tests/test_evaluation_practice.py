@@ -24,7 +24,7 @@ from common.cells import connected_cells
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import encode_image
+from dataset.files import encode_image, read_image
 from dataset.mask_folder import MaskFolder
 from dataset.views import center_view
 from engine.checkpoint import save_checkpoint
@@ -46,7 +46,7 @@ from evaluation.experiments.practice_masks import (
     soft_mask,
     write_pseudo_masks,
 )
-from evaluation.experiments.practice_report import recommend
+from evaluation.experiments.practice_report import recommend, write_training_set
 from evaluation.experiments.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
 from evaluation.experiments.segmenter import IGNORE, Segmenter, SegmenterConfig
 from evaluation.experiments.sources import CopyPaste
@@ -553,6 +553,18 @@ def test_labels_are_refused_before_anything_is_trained(monkeypatch, data, tmp_pa
     with pytest.raises(InputError, match=words):
         practise(monkeypatch, own, tmp_path / "out", drawing, *SHORT, *more)
     assert drawing.calls == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("channels, suffix", [(2, ".tif"), (3, ".png"), (4, ".tif")])
+def test_files_of_a_training_set_are_what_their_suffix_says(tmp_path, channels, suffix):
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, channels), dtype=np.uint8)
+    cells = cells_at(0)
+    for _ in range(2):
+        write_training_set(tmp_path / "set", [("a.b", LabelledImage(image, (cells > 0).astype(np.uint8), cells))])
+    (path,) = (tmp_path / "set" / "images").iterdir()
+    assert path.name == f"a.b{suffix}" and (path.read_bytes()[:4] == b"\x89PNG") == (suffix == ".png")
+    np.testing.assert_array_equal(read_image(path), image)
+    assert {path.name for path in (tmp_path / "set" / "cellpose").iterdir()} == {"a.b_img.tif", "a.b_masks.tif"}
 
 
 def test_images_of_two_channels_have_masks_with_ids(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.disk import link_or_copy, write_bytes, write_csv, write_json
-from dataset.files import encode_image
+from dataset.files import encode_image, image_suffix
 from evaluation.experiments.practice import PLAIN, REAL, Practice
 from evaluation.experiments.practice_folder import PRACTICE_FILE
 from evaluation.experiments.segmenter import IGNORE
@@ -135,6 +135,8 @@ def write_training_set(
 ) -> None:
     """Images, masks (class ids, 255 is ignored) and instances as PNG, and the layouts of Cellpose and StarDist.
 
+    Images that are neither gray nor RGB are TIFF.
+
     These tools draw every pair equally often, but half of the examples shall be real. So their layouts hold each real
     pair several times (links ``copyN_NAME``), until about half of the pairs are real.
     """
@@ -147,8 +149,10 @@ def write_training_set(
         }
         for kind, array in arrays.items():
             (folder / kind).mkdir(parents=True, exist_ok=True)
-            content = encode_image(np.ascontiguousarray(array))
-            write_bytes(folder / kind / f"{name}.png", content)
+            path = _file_of(folder / kind, name, array)
+            write_bytes(path, encode_image(np.ascontiguousarray(array)))
+            if path.suffix != ".png":  # earlier versions named every file so
+                path.with_suffix(".png").unlink(missing_ok=True)
     for layout in ("cellpose", "stardist"):
         (folder / layout).mkdir(exist_ok=True)
         EXPORTS[layout](folder / layout, _exported(folder, images))
@@ -156,6 +160,11 @@ def write_training_set(
         for copied in range(2, 1 + round(len(made) / len(real))):
             for path in once:
                 link_or_copy(path, path.with_name(f"copy{copied}_{path.name}"))
+
+
+def _file_of(folder: Path, name: str, array: np.ndarray) -> Path:
+    """The file of an (H, W, C) array; its suffix says its format."""
+    return folder / f"{name}{image_suffix(array.shape[2], array.dtype)}"
 
 
 def _files_of(layout: Path, names: Sequence[str]) -> list[Path]:
@@ -168,7 +177,7 @@ def _files_of(layout: Path, names: Sequence[str]) -> list[Path]:
 def _exported(folder: Path, images: Sequence[tuple[str, LabelledImage]]) -> Iterator[ExportedPair]:
     for name, item in images:
         classes = np.where(item.classes == IGNORE, 0, item.classes).astype(np.uint8)
-        path = folder / "images" / f"{name}.png"
+        path = _file_of(folder / "images", name, item.image)
         yield ExportedPair(name, path, item.image, True, item.cells.astype(np.uint16), classes)
 
 
