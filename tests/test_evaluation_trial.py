@@ -252,6 +252,28 @@ def test_report_recommends_what_helps_and_warns_of_what_harms():
     assert gains == {"0": pytest.approx(-0.1), "1": pytest.approx(-0.09), "2": pytest.approx(-0.1)}
 
 
+def test_arms_are_ranked_and_worth_labels_in_the_selections_that_they_share():
+    values = {
+        (5, "real"): [0.60, 0.40, 0.40, 0.40], (30, "real"): [0.90, 0.60, 0.60, 0.60],
+        (5, "real + synthetic"): [0.65, 0.50, 0.50, 0.52], (5, "80 % synthetic"): [0.64], (5, "copy-paste"): [0.70],
+    }  # fmt: skip
+    content = summarize_trial(rows_of(values), 7)
+    (found,) = content["comparisons"]
+    assert (found["synthetic"], found["other"], found["count"]) == ("real + synthetic", "real", 4)
+    assert found["mean"] == pytest.approx(0.37 / 4) and found["verdict"] == "helps"
+    assert found["left_out"] == ["copy-paste", "80 % synthetic"]
+    text = "\n".join(trial_notes(content))
+    assert "5 labels: not compared, because selections are missing: copy-paste; 80 % synthetic." in text
+    worth = {one["arm"]: one["worth"] for one in content["summary"] if one["labels"] == 5}
+    assert worth["80 % synthetic"] == f"{5 * 6 ** (0.04 / 0.3):.0f}" == "6"  # in selection 0; "14" if over all
+    first = {key: found[:1] for key, found in values.items()}
+    (found,) = summarize_trial(rows_of(first), 7)["comparisons"]
+    assert (found["synthetic"], found["other"], found["left_out"]) == ("real + synthetic", "copy-paste", [])
+    arms = {(5, "real"): [0.4, 0.5, 0.6], (5, "real + synthetic"): [0.5, 0.6], (5, "80 % synthetic"): [0.4, 0.6]}
+    (found,) = summarize_trial(rows_of(arms), 7)["comparisons"]  # selection 2 is still running
+    assert (found["count"], found["left_out"]) == (2, []) and found["mean"] == pytest.approx(0.1)
+
+
 def test_report_says_whether_the_segmenters_are_trained_out():
     alone, made = {(5, "real"): [0.40, 0.50]}, {(5, "real + synthetic"): [0.45, 0.56]}
     risen = summarize_trial(rows_of(alone | made | {(5, "real, longer"): [0.48, 0.60]}), 7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -114,16 +114,14 @@ def summarize_trial(rows: Sequence[TrialRow], steps: int, unit: str = "labels") 
         rows = [replace(row, selection=row.seed) for row in rows]
     counts = sorted({row.labels for row in rows})
     known = {labels: by_selection(rows, labels, REAL) for labels in counts}
-    real_curve = {labels: float(np.mean(list(known[labels].values()))) for labels in counts if known[labels]}
-    entries = [
-        _entry(rows, labels, arm, known[labels], real_curve)
-        for labels in counts
-        for arm in sorted({row.arm for row in rows if row.labels == labels}, key=list(ALL_ARMS).index)
-    ]
+    arms = {
+        labels: sorted({row.arm for row in rows if row.labels == labels}, key=list(ALL_ARMS).index) for labels in counts
+    }
+    entries = [_entry(rows, labels, arm, known) for labels in counts for arm in arms[labels]]
     if not by_labels:
         for entry in entries:
             entry["gain"] = entry["gain"] and entry["gain"] | {"verdict": None}
-    comparisons = [_best_against_best(rows, labels, entries) for labels in counts if by_labels]
+    comparisons = [_best_against_best(rows, labels, arms[labels]) for labels in counts if by_labels]
     return {
         "version": TRIAL_VERSION,
         "kind": unit,
@@ -134,9 +132,13 @@ def summarize_trial(rows: Sequence[TrialRow], steps: int, unit: str = "labels") 
     }
 
 
-def _entry(
-    rows: Sequence[TrialRow], labels: int, arm: str, real: Mapping[int, float], real_curve: Mapping[int, float]
-) -> dict:
+def _entry(rows: Sequence[TrialRow], labels: int, arm: str, known: Mapping[int, Mapping[int, float]]) -> dict:
+    """What the tables say of an arm at a number of labels.
+
+    Args:
+        known: number of labels -> selection -> score of real images alone.
+    """
+    real = known[labels]
     own = [row for row in rows if (row.labels, row.arm) == (labels, arm)]
     entry: dict = {"labels": labels, "arm": arm, "trainings": len(own), "selections": len({r.selection for r in own})}
     for score in SCORES:
@@ -147,33 +149,49 @@ def _entry(
     entry["gain"] = None if gain is None else asdict(gain) | {"verdict": gain.verdict}
     scores = by_selection(rows, labels, arm)
     entry["gains"] = {str(key): scores[key] - real[key] for key in sorted(set(scores) & set(real))}
-    entry["worth"] = None
-    if arm not in WITHOUT_SYNTHETIC and len(real_curve) > 1 and entry["ap50"] is not None:
-        entry["worth"] = labels_worth(real_curve, entry["ap50"])[1]
+    entry["worth"] = None if arm in WITHOUT_SYNTHETIC else _worth(scores, labels, known)
     entry["images"] = (
         f"{own[0].real_images} + {round(np.mean([row.synthetic_images + row.pseudo_images for row in own]))}"
     )
     return entry
 
 
-def _best_against_best(rows: Sequence[TrialRow], labels: int, entries: Sequence[dict]) -> dict | None:
-    """The best arm with synthetic images against the best without, selection by selection."""
-    own = [entry for entry in entries if entry["labels"] == labels and entry["ap50"] is not None]
-    made = [entry for entry in own if entry["arm"] not in WITHOUT_SYNTHETIC]
-    others = [entry for entry in own if entry["arm"] in WITHOUT_SYNTHETIC]
-    if not made or not others:
+def _worth(scores: Mapping[int, float], labels: int, known: Mapping[int, Mapping[int, float]]) -> str | None:
+    """Labels that real images alone need for the scores of an arm, in the same selections; None if not known."""
+    shared = set(scores) & set(known[labels])
+    curve = {count: _mean_over(shared, real) for count, real in known.items() if shared and shared <= set(real)}
+    return labels_worth(curve, _mean_over(shared, scores))[1] if len(curve) > 1 else None
+
+
+def _mean_over(selections: Iterable[int], scores: Mapping[int, float]) -> float:
+    return float(np.mean([scores[selection] for selection in sorted(selections)]))
+
+
+def _best_against_best(rows: Sequence[TrialRow], labels: int, arms: Sequence[str]) -> dict | None:
+    """The best arm with synthetic images against the best without, in the same selections.
+
+    These are the most selections that two such arms share. Arms that lack some of them are left out.
+    """
+    scores = {arm: by_selection(rows, labels, arm) for arm in arms}
+    made, others = ([arm for arm in arms if (arm in WITHOUT_SYNTHETIC) == alone] for alone in (False, True))
+    shared = max((set(scores[one]) & set(scores[other]) for one in made for other in others), key=len, default=set())
+    if not shared:
         return None
-    best, other = (max(part, key=lambda entry: entry["ap50"])["arm"] for part in (made, others))
-    found = difference(by_selection(rows, labels, best), by_selection(rows, labels, other))
-    if found is None:
-        return None
-    groups = {}
-    for name in _group_names(rows):
-        own_gain = difference(*(by_selection(rows, labels, arm, group=name) for arm in (best, other)))
-        if own_gain is not None:
-            groups[name] = asdict(own_gain) | {"verdict": own_gain.verdict}
-    named = {"labels": labels, "synthetic": best, "other": other, "groups": groups}
-    return named | asdict(found) | {"verdict": found.verdict}
+    complete = [arm for arm in arms if shared <= set(scores[arm])]
+    best, other = (
+        max((arm for arm in part if arm in complete), key=lambda arm: _mean_over(shared, scores[arm]))
+        for part in (made, others)
+    )
+
+    def gain(group: str | None = None) -> dict | None:
+        pair = (by_selection(rows, labels, arm, group=group) for arm in (best, other))
+        found = difference(*({key: value for key, value in one.items() if key in shared} for one in pair))
+        return None if found is None else asdict(found) | {"verdict": found.verdict}
+
+    groups = {name: found for name in _group_names(rows) if (found := gain(name)) is not None}
+    left_out = [arm for arm in arms if scores[arm] and arm not in complete]
+    named = {"labels": labels, "synthetic": best, "other": other, "groups": groups, "left_out": left_out}
+    return named | (gain() or {})
 
 
 def _group_names(rows: Sequence[TrialRow]) -> list[str]:
@@ -228,6 +246,9 @@ def trial_notes(content: dict) -> list[str]:
             f"({one['other']}): {shown}{error} in AP 0.5 over {one['count']} selections: {one['verdict']}. "
             f"{advice(one)}"
         )
+        if one.get("left_out"):
+            missing = "; ".join(one["left_out"])
+            lines.append(f"{one['labels']} labels: not compared, because selections are missing: {missing}.")
         gains = [f"{name} {with_spread(gain['mean'], gain['error'], '+')}" for name, gain in one["groups"].items()]
         lines += [f"{one['labels']} labels, the same difference by group: {', '.join(gains)}"] if gains else []
     lines += [longer_note(one) for one in longer if one["gain"] is not None]
