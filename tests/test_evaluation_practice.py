@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import sys
 from dataclasses import asdict
@@ -632,6 +633,13 @@ def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
         assert words[0] == "make_masks.py"
         make_masks.check_args(make_masks.parse_args(words[1:]))
     assert "--components" in called[0] and "--no-touching" in called[1]
+
+
+def test_shells_take_the_shown_commands_if_the_path_has_a_space(tmp_path):
+    folder = tmp_path / "my practice"
+    for name, (cellpose, stardist) in practice_commands.segmenter_commands(folder).items():
+        assert str(folder / name / "cellpose") in shlex.split(cellpose)
+        assert str(folder / name) in shlex.split(stardist)
 
 
 def test_generator_sees_the_unlabelled_images_and_their_looks(monkeypatch, data, tmp_path):

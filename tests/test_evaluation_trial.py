@@ -23,11 +23,13 @@ from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.groups import read_groups
+from evaluation.experiments import trial
 from evaluation.experiments.arms import ARMS, Arm, arm_of
 from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, choose, make_selections, read_selections
 from evaluation.experiments.leaks import find_leaks
 from evaluation.experiments.practice_folder import PracticeFolder
+from evaluation.experiments.segmenter import train_segmenter
 from evaluation.experiments.split import SplitPlan, make_split
 from evaluation.experiments.stamps import Stamps
 from evaluation.experiments.trial import Case, Study, TrialRow, TrialSettings, run_trial
@@ -531,6 +533,16 @@ def test_a_measure_of_a_set_leaves_its_results_and_another_reading_does_not(data
         write_column(samples.folder, column, ["x"] * 3)
         stamps.append(stamp())
     assert len({json.dumps(one) for one in stamps}) == 4
+
+
+def test_arms_and_labels_that_are_named_twice_are_trained_once(data, monkeypatch, tmp_path):
+    split_of(tmp_path / "split", data)
+    trained = []
+    monkeypatch.setattr(trial, "train_segmenter", lambda *given: trained.append(given) or train_segmenter(*given))
+    words = ["--steps", 2, "--image-size", SIZE, "--square", 16, "--arms", "copy-paste", "real", "copy-paste", "real"]
+    call(evaluate, "utility", tmp_path / "split", "--labels", 2, 2, *words, "--output", tmp_path / "out",
+         "--device", "cpu")  # fmt: skip
+    assert len(trained) == 2
 
 
 def test_unknown_selections_are_refused(data, tmp_path):

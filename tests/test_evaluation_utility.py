@@ -117,6 +117,10 @@ def test_shares_are_nested_and_never_meet_the_test_names():
     assert len(test) == 10 and [len(part) for part in shares.values()] == [4, 8, 20, 40]
     assert set(shares[10]) < set(shares[20]) < set(shares[50]) < set(shares[100])
     assert not set(test) & set(shares[100])
+    hundred = [[f"n{number}"] for number in range(100)]
+    counts = {share: len(part) for share, part in plan_shares(hundred, 0, range(1, 101), seed=0)[1].items()}
+    assert counts == {share: share for share in range(1, 101)}
+    assert len(plan_shares(names, 0, [7], seed=0)[1][7]) == 4  # 3.5, rounded up
     assert plan_shares(names[::-1], 0.2, [10], 0)[0] == test != plan_shares(names, 0.2, [10], 1)[0]
 
 

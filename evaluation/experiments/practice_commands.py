@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,13 +73,18 @@ def _run(script: str, *words: object) -> None:
         raise InputError(f"{script} ended with exit code {code}; its message is above")
 
 
+def _quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
 def segmenter_commands(folder: Path) -> dict[str, list[str]]:
     """How to train users' segmenters with each of the sets."""
     return {
         name: [
-            f"Cellpose: python -m cellpose --train --dir {folder / name / 'cellpose'} --img_filter _img "
+            f"Cellpose: python -m cellpose --train --dir {_quoted(folder / name / 'cellpose')} --img_filter _img "
             "--mask_filter _masks --pretrained_model None --no_norm --min_train_masks 1",
-            f"StarDist, as we measured it: benchmarks/segmenters/run.sh {folder / name} TEST OUTPUT stardist "
+            f"StarDist, as we measured it: benchmarks/segmenters/run.sh {_quoted(folder / name)} TEST OUTPUT stardist "
             "(TEST holds images/ and instances/ as PNG)",
         ]
         for name in ("real", "real_and_synthetic")

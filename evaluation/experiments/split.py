@@ -89,7 +89,12 @@ def plan_shares(groups: Sequence[Sequence[str]], test_share: float, shares: Sequ
     while order and len(test) < test_share * total - 1e-9:
         test += order.pop(0)
     rest = [name for names in order for name in names]
-    return sorted(test), {share: sorted(rest[: max(1, math.ceil(share / 100 * len(rest)))]) for share in sorted(shares)}
+    return sorted(test), {share: sorted(rest[: _share_of(len(rest), share)]) for share in sorted(set(shares))}
+
+
+def _share_of(count: int, percent: int) -> int:
+    """A share of a number of names, rounded up, at least 1."""
+    return max(1, math.ceil(count * percent / 100 - 1e-9))
 
 
 def group_near_duplicates(pairs: Sequence[Pair]) -> list[list[str]]:

@@ -49,7 +49,8 @@ class TrialSettings:
     """Settings that decide a score, besides the data.
 
     Attributes:
-        labels: numbers of labels, or percentages.
+        arms: to train; an arm that is named twice is trained once.
+        labels: numbers of labels, or percentages; each once, too.
         seeds: number of trainings of every arm and selection.
         steps: steps of every training.
         crop: side of the training squares, pixels.
@@ -68,6 +69,10 @@ class TrialSettings:
     mask_type: str = "auto"
     mask_values: Sequence[int] | None = None
     config: DataConfig | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arms", tuple(dict.fromkeys(self.arms)))
+        object.__setattr__(self, "labels", tuple(dict.fromkeys(self.labels)))
 
     def fixed(self) -> dict:
         """Settings that all results in one folder share."""
