@@ -602,6 +602,11 @@ def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, 
     words = ["--data-path", tmp_path / "one" / "images", "--mask-path", tmp_path / "one" / "masks"]
     with pytest.raises(InputError, match="needs two or more"):
         call(evaluate, "practise", *words, "--output", tmp_path / "out")
+    shared = tmp_path / "one" / "images"
+    (tmp_path / "one" / "masks" / "a.png").rename(shared / "a_masks.png")
+    words = ["--data-path", shared, "--mask-path", shared]
+    with pytest.raises(InputError, match="holds 1 image: cross-validation needs two or more"):
+        call(evaluate, "practise", *words, "--output", tmp_path / "out")
     with pytest.raises(InputError, match="1 folds"):
         make_folds([Named("a", None), Named("b", None)], 1, 0)
 

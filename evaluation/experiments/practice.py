@@ -37,7 +37,7 @@ from common.errors import InputError
 from common.log import Pace
 from common.plain import read_as
 from dataset.config import DataConfig
-from dataset.files import encode_image, find_files, read_image
+from dataset.files import encode_image, find_files, find_images_and_masks, read_image
 from engine.checkpoint import read_checkpoint
 from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
@@ -158,7 +158,7 @@ class Practice:
         Raises:
             InputError: too few labelled images, or a folder of other work.
         """
-        images = sorted(find_files(self.folders.images, "image").values())
+        images, _ = find_images_and_masks(self.folders.images, self.folders.masks)
         if len(images) < 2:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
         if self.settings.generators > 1 and (self.unlabelled is None or not self.settings.pseudo_masks):
