@@ -70,8 +70,11 @@ class UnlabelledFolder(TrainingImages):
 
     def _read(self, path: Path) -> tuple[np.ndarray, Window, np.dtype]:
         """An image as kept in memory, its window, and the type of its gray values."""
-        image = fit_channels(read_image(path), self.config.channels, path)
+        image = self._decode(path)
         return self._cut(path, image), image_window(image, self.config), image.dtype
+
+    def _decode(self, path: Path) -> np.ndarray:
+        return fit_channels(read_image(path), self.config.channels, path)
 
     def _cut(self, path: Path, image: np.ndarray) -> np.ndarray:
         """What is kept of an image: with crop "center" the square, else all."""
@@ -84,8 +87,7 @@ class UnlabelledFolder(TrainingImages):
         latest = self._latest
         if latest is None or latest[0] != index:  # the look of an example comes from the same image
             path = self.image_paths[index]
-            image = fit_channels(read_image(path), self.config.channels, path)
-            self._latest = latest = (index, self._cut(path, image))
+            self._latest = latest = (index, self._cut(path, self._decode(path)))
         return latest[1]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:

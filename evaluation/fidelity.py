@@ -287,12 +287,12 @@ def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
 
 def _hashes_of_sources(samples: SampleSet) -> list[set[str]]:
     """For each row of the set: hashes of the mask file and, if it is known, of the real image."""
-    paths = {sample.real_path for sample in samples.samples if sample.real_path is not None and samples.has_real}
-    images: dict[Path | None, str] = {path: file_sha256(path) for path in paths}
-    return [
-        {sample.columns.get("source_mask_sha256", ""), images.get(sample.real_path, "")} - {""}
-        for sample in samples.samples
-    ]
+    masks = [sample.columns.get("source_mask_sha256", "") for sample in samples.samples]
+    if not samples.has_real:
+        return [{mask} - {""} for mask in masks]
+    files = samples.real_files()
+    images = {path: file_sha256(path) for path in set(files)}
+    return [{mask, images[path]} - {""} for mask, path in zip(masks, files, strict=True)]
 
 
 def _hashes_of_pairs(pairs: Sequence[Pair], with_images: bool) -> dict[str, set[str]]:

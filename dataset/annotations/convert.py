@@ -174,7 +174,7 @@ def _pair(
     """Annotations by the name of their image, images without annotations, annotations without an image."""
     loads: dict[str, Load] = {}
     files = _files(source, paths, settings.format_name)
-    among_stacks = any(map(stacks.has_pages, files))
+    among_stacks = settings.format_name == "auto" and any(map(stacks.has_pages, files))
     for file in files:
         for name, load in _loads(file, paths, settings, among_stacks).items():
             if name in loads and _is_copy(file, name):

@@ -161,7 +161,7 @@ class Practice:
         images, _ = find_images_and_masks(self.folders.images, self.folders.masks)
         if len(images) < 2:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
-        if self.settings.generators > 1 and (self.unlabelled is None or not self.settings.pseudo_masks):
+        if self.settings.generators > 1 and not self._has_pseudo_masks:
             raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
         self.folders.check_instances()
         made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings), "mask_type": self.folders.mask_type}
@@ -171,9 +171,13 @@ class Practice:
             self._train_generators()
             return self._rounds()
 
+    @property
+    def _has_pseudo_masks(self) -> bool:
+        return self.unlabelled is not None and self.settings.pseudo_masks
+
     def _train_generators(self) -> None:
         """Train the generator. With pseudo-masks, train for one step first: the checkpoint says how images are read."""
-        if self.unlabelled is None or not self.settings.pseudo_masks:
+        if self.unlabelled is None or not self._has_pseudo_masks:
             _announce("train the generator")
             self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "generator")
             return
