@@ -31,7 +31,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,49 +73,12 @@ from engine.machine import (
 from engine.run_folder import CONFIG, LOG, RunFolder, choose_run_folder
 from engine.training import Training
 from models import SiT_models
+from presets import PRESETS, Preset
 from settings import resolve
 
 logger = logging.getLogger("train")
 MOST_WORKERS = 1024
 MOST_UNLABELLED = 0.9
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Flags of a run that has been measured.
-
-    Attributes:
-        flags: as on a command line.
-        record: file with the measurement.
-        ratio: its Dice ratio, as the record writes it.
-        needs: flags that the user adds.
-    """
-
-    flags: str
-    record: str
-    ratio: str
-    needs: tuple[str, ...] = ()
-
-
-PIXELS = "--vae none --model SiT-Ti/8 --crop random --lr 1e-3"
-GRAY = f"{PIXELS} --in-channels 1 --window 0 99.8"
-SMALL = f"{GRAY} --image-size 64 --global-batch-size 16 --cfg-scale 1"
-NUCLEI = "benchmarks/reference_nuclei/README.md"
-PRESETS = {
-    "quickstart": Preset(f"{SMALL} --cooldown-steps 160 --max-steps 800", "benchmarks/grid.md", "0.981"),
-    "nuclei-64-cpu": Preset(f"{SMALL} --cooldown-steps 840 --max-steps 4200", NUCLEI, "0.994"),
-    "nuclei-128-cpu": Preset(
-        f"{GRAY} --image-size 128 --global-batch-size 32 --cooldown-steps 700 --max-steps 2500 --cfg-scale 1",
-        NUCLEI,
-        "0.998",
-        ("init_from",),
-    ),
-    "histology-64-cpu": Preset(
-        f"{PIXELS} --in-channels 3 --image-size 64 --global-batch-size 32 --cooldown-steps 2000 --max-steps 10000",
-        NUCLEI,
-        "0.953",
-    ),
-}
 
 
 def build_parser() -> CommandParser:

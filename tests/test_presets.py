@@ -6,22 +6,23 @@ import pytest
 from script_helpers import ROOT, run_here, write_pairs
 
 import train
+from presets import PRESETS
 from settings import resolve
 
 PATHS = ["--data-path", "images", "--mask-path", "masks"]
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_its_number_in_its_record(name):
-    preset = train.PRESETS[name]
+    preset = PRESETS[name]
     assert preset.ratio in (ROOT / preset.record).read_text()
     (row,) = [line for line in (ROOT / "benchmarks/presets.md").read_text().splitlines() if f"| `{name}` |" in line]
     assert f"| {preset.ratio} " in row
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_run_that_can_start(name):
-    preset = train.PRESETS[name]
+    preset = PRESETS[name]
     config = resolve(train.parse_args([*PATHS, "--preset", name]))
     words = preset.flags.split()
     assert config.optimiser.max_steps == int(words[words.index("--max-steps") + 1])
@@ -39,7 +40,7 @@ def test_the_flags_of_the_user_override_those_of_a_preset():
 
 def test_an_unknown_preset_is_refused_with_the_list():
     code, lines = run_here(train, *PATHS, "--preset", "nuclei")
-    assert code == 2 and all(name in lines[-1] for name in train.PRESETS)
+    assert code == 2 and all(name in lines[-1] for name in PRESETS)
 
 
 @pytest.mark.usefixtures("one_block")
