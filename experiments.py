@@ -113,7 +113,8 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     )
     train = (
         f"flags of train.py, in one pair of quotes (default: {PRACTISE_TRAINING}; with --instances also "
-        "--num-classes 3, with --unlabelled-path also --unlabelled-share 0.5)"
+        "--num-classes 3, with --unlabelled-path also --unlabelled-share 0.5); with --unlabelled-path, "
+        "--look reference is added to your own flags, too, unless they hold --look"
     )
     parser.add_argument("--train-flags", type=shlex.split, metavar="FLAGS", help=train)
     sample = "flags of sample_ddp.py, in one pair of quotes"
@@ -139,8 +140,8 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     more = "trainings of the generator; each after the first gets better pseudo-masks from a segmenter of its images"
     group.add_argument("--generators", type=positive_int, default=1, metavar="N", help=more)
-    rounds = "largest number of rounds after round 0; 0 makes one image of each mask"
-    group.add_argument("--most-rounds", type=non_negative_int, default=3, metavar="N", help=rounds)
+    rounds = "largest number of further rounds, which draw hard masks again; 0 makes one image of each mask"
+    group.add_argument("--most-rounds", type=non_negative_int, default=0, metavar="N", help=rounds)
     group.add_argument(
         "--most-draws", type=positive_int, default=20,
         help="number of images of the hardest mask; the others get fewer",
@@ -325,7 +326,7 @@ def run_split(args: argparse.Namespace) -> None:
 
 def run_utility(args: argparse.Namespace) -> None:
     """Train a segmenter on real, synthetic, and real + synthetic images at several shares or numbers of labels, with
-    the same steps, and test it on real images.
+    the same steps ("real, longer": three times as many), and test it on real images.
 
     A synthetic set that has seen more than its share, or the test images, is refused.
     """

@@ -48,6 +48,7 @@ READING_FLAGS = ("image_size", "in_channels", "crop", "window", "num_classes")  
 LOOK_FLAGS = ("look", "look_path", "look_index", "look_group", "balance_groups", "look_table")
 NEEDS = (
     Need(("tile_scale", "tile_overlap"), "tile", bool, "without --tile: add --tile"),
+    Need(("most_draws",), "most_rounds", bool, "without further rounds: give --most-rounds, too"),
     Need(
         ("guidance_interval",), ("cfg_scale", "look_scale"), lambda scale, look: scale != 1 or look != 1,
         "with --cfg-scale 1 and --look-scale 1: give one of them another value", idle=((0.0, 1.0), [0.0, 1.0]),

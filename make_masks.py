@@ -331,8 +331,8 @@ def _add_images(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for flat TIFFs")
     projections = " or ".join(PROJECTIONS)
     needed = "needed if a file has several"
-    parser.add_argument("--z", metavar="PLANE", help=f"plane in depth, from 1, or {projections} of all; {needed}")
-    parser.add_argument("--time", metavar="MOMENT", help=f"moment, from 1, or {projections} of all; {needed}")
+    parser.add_argument("--z", metavar="PLANE", help=f"z slice, from 1, or {projections} of all; {needed}")
+    parser.add_argument("--time", metavar="TIMEPOINT", help=f"time point, from 1, or {projections} of all; {needed}")
     parser.add_argument("--scene", type=positive_int, metavar="FIELD", help=f"field of view, from 1; {needed}")
     parser.add_argument("--channels", type=positive_int, nargs="+", help="channels to keep, from 1 (default: all)")
     parser.add_argument("--axes", metavar="LETTERS", help="axes of files that do not name them, such as ZYX or CYX")

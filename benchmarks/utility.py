@@ -107,7 +107,8 @@ def practise_command(one: Benchmark, output: Path, case: Path, args: argparse.Na
     words += ["--unlabelled-path", f"{part}/unlabelled/images", "--output", f"{output}/sets/{case}"]
     train = f"{one.train} --max-steps {args.generator_steps} --cooldown-steps {cooldown} {args.train_flags}".strip()
     words += ["--train-flags", train, "--sample-flags", f"{SAMPLER} {args.sample_flags}".strip()]
-    words += ["--masks", str(args.masks), "--most-rounds", str(args.most_rounds), "--most-draws", str(args.most_draws)]
+    words += ["--masks", str(args.masks), "--most-rounds", str(args.most_rounds)]
+    words += ["--most-draws", str(args.most_draws)] if args.most_rounds else []
     words += ["--folds", str(args.folds), "--steps", str(args.steps), "--seed", str(args.seed)]
     return [*words, *args.practise_flags.split()]
 

@@ -124,6 +124,12 @@ class CommandParser(argparse.ArgumentParser):
         for name, action in kinds.items():
             self.register("action", name, action)
 
+    def add_subparsers(self, **arguments: Any) -> Any:
+        """As argparse, and the help says where the flags of a subcommand are listed."""
+        name = str(arguments.get("metavar", "NAME")).partition("|")[0]
+        self.epilog = f"All flags: {self.prog} {name} --help"
+        return super().add_subparsers(**arguments)
+
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr and exit code 2. Under torchrun, only the first process prints."""
         if speaks_first():

@@ -119,6 +119,7 @@ def test_a_flag_that_turns_something_off_is_known_by_its_own_name():
 @pytest.mark.parametrize(
     ("measure", "words", "flag"),
     [
+        ("practise", ["--most-draws", "3"], "--most-draws"),
         ("realism", ["--inception-weights", "w.pth", "--steps", "9"], "--steps"),
         ("realism", ["--inception-weights", "w.pth", "--mask-path", "masks"], "--mask-path"),
         ("population", ["--mask-type", "binary"], "--mask-type"),

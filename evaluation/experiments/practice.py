@@ -100,7 +100,7 @@ class PracticeSettings:
     pseudo_share: float = 0.0
     pseudo_masks: bool = True
     generators: int = 1
-    most_rounds: int = 3
+    most_rounds: int = 0
     most_draws: int = MOST_DRAWS
     ignore_factor: float = IGNORE_FACTOR
     folds: int = 3
