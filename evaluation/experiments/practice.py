@@ -394,9 +394,9 @@ class Practice:
         draws, drawn = dict.fromkeys(kinds, 1), dict.fromkeys(kinds, 0)
         hardness: dict[str, float] = {}
         made: list[Made] = []
-        stopped = f"{self.settings.most_rounds + 1} rounds were asked for"
+        stopped = "no further rounds were asked for"
         for number in range(self.settings.most_rounds + 1):
-            _announce(f"round {number}, of {self.settings.most_rounds + 1} at most: make synthetic images")
+            _announce(f"round {number}, the last is {self.settings.most_rounds} at most: make synthetic images")
             new = self._draw(f"round_{number}", draws, drawn, self.settings.seed + number)
             made += new
             content["rounds"].append({"round": number, "images": len(new), "draws": draws, "hardness": hardness})
