@@ -9,6 +9,7 @@ from common.arguments import (
     batch_size,
     finite_float,
     fraction,
+    guidance_scale,
     non_negative_float,
     non_negative_int,
     overlap,
@@ -17,6 +18,7 @@ from common.arguments import (
     positive_float,
     positive_int,
     seed_number,
+    time_shift,
 )
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES
 from dataset.look_choice import LOOK_SOURCES
@@ -144,7 +146,7 @@ def add_solver_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Ar
         "--num-sampling-steps", type=positive_int, help=f"steps of a fixed-step solver (default: {ODE_STEPS})"
     )
     group.add_argument(
-        "--time-shift", type=positive_float, metavar="FACTOR",
+        "--time-shift", type=time_shift, metavar="FACTOR",
         help="how much shorter the first steps of a fixed-step solver are; 1 gives equal steps "
         f"(default: {TIME_SHIFT:g})",
     )  # fmt: skip
@@ -226,11 +228,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float) ->
     )
     group.add_argument("--balance-groups", action="store_true", help="draw looks of every group equally often")
     group.add_argument(
-        "--look-scale", type=non_negative_float, default=1.0, help="scale of guidance on the look alone; 1 means none"
+        "--look-scale", type=guidance_scale, default=1.0, help="scale of guidance on the look alone; 1 means none"
     )
     group = parser.add_argument_group("guidance and randomness")
     group.add_argument(
-        "--cfg-scale", type=non_negative_float, default=cfg_scale,
+        "--cfg-scale", type=guidance_scale, default=cfg_scale,
         help="scale of classifier-free guidance: above 1 exaggerates what the mask asks for, 1 means none",
     )  # fmt: skip
     group.add_argument(

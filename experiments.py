@@ -24,8 +24,8 @@ from common.arguments import (
     batch_size,
     by_share,
     fraction,
+    guidance_scale,
     interval,
-    non_negative_float,
     non_negative_int,
     number,
     percent,
@@ -34,6 +34,7 @@ from common.arguments import (
     positive_fraction,
     positive_int,
     seed_number,
+    time_shift,
 )
 from common.errors import InputError, as_flag
 from common.log import say
@@ -171,7 +172,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         "--images", type=positive_int, default=48, metavar="N", help="masks to sample with every setting"
     )
     parser.add_argument(
-        "--cfg-scales", type=non_negative_float, nargs="+", default=[1.0, 1.5, 2.0, 4.0], metavar="SCALE",
+        "--cfg-scales", type=guidance_scale, nargs="+", default=[1.0, 1.5, 2.0, 4.0], metavar="SCALE",
         help="scales of classifier-free guidance to compare; 1 means none",
     )  # fmt: skip
     spans = "time intervals of guidance to compare, such as 0:1 0.2:0.8; 0 is noise, 1 is data (default: 0:1)"
@@ -187,7 +188,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         help="numbers of steps to compare",
     )  # fmt: skip
     parser.add_argument(
-        "--time-shifts", type=positive_float, nargs="+", default=[TIME_SHIFT], metavar="FACTOR",
+        "--time-shifts", type=time_shift, nargs="+", default=[TIME_SHIFT], metavar="FACTOR",
         help="time shifts of the ODE solvers to compare; 1 gives equal steps",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=batch_size, default=32, help="images to sample at once; limits memory")

@@ -52,7 +52,7 @@ from common.log import start_logging
 from dataset.gray import INTENSITIES, SOURCE_WINDOWS, choose_format
 from dataset.look_choice import LookChoice
 from dataset.mask_folder import MaskFolder
-from engine.agreement import agree_on_file
+from engine.agreement import agree_on_file, agree_on_set
 from engine.machine import Machine, check_compiler, log_provenance, start_machine, stop_machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel
 from layouts.recombine import read_origin
@@ -62,7 +62,7 @@ from synthetic.export import EXPORTS, check_export, export_set
 from synthetic.gallery import GALLERY, write_gallery
 from synthetic.manifest import MANIFEST
 from synthetic.reader import SampleSet
-from synthetic.writer import Attempt, SetWriter, plan_jobs
+from synthetic.writer import FREE_SETTINGS, Attempt, SetWriter, plan_jobs
 
 if TYPE_CHECKING:
     from evaluation.redraw import Redraw
@@ -214,6 +214,8 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     redraw, judged = load_redraw(args, trained, machine)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged, looks)
+    decisive = {name: value for name, value in made_with.items() if name not in FREE_SETTINGS}
+    agree_on_set(machine, decisive, list(masks.paths.values()))
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
     machine.on_main(lambda: open_set(args, writer), "open the folder of the set")
     agree_on_file(
@@ -234,7 +236,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     machine.barrier("draw their images")
     if machine.is_main:
         if args.shard is None or writer.take_over():
-            finish(args, writer, exports)
+            finish(args, writer, exports, machine)
         else:
             logger.info("part %d of %d is done; the part that ends last finishes the set", number, count)
     machine.barrier("write manifest and exports")
@@ -248,9 +250,10 @@ def open_set(args: argparse.Namespace, writer: SetWriter) -> None:
     writer.open(shared=args.shard is not None)
 
 
-def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) -> None:
-    """Write what needs all images: manifest, contact sheet, exports, gallery."""
+def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str], machine: Machine) -> None:
+    """Write what needs all images: manifest, contact sheet, exports, gallery. The other processes wait."""
     writer.write_manifest()
+    machine.progress()
     if args.min_fidelity is not None:
         found = [attempt for job in writer.jobs if (attempt := writer.attempt(job)) is not None]
         log_attempts(args.min_fidelity, found, len(writer.jobs))
@@ -258,8 +261,10 @@ def finish(args: argparse.Namespace, writer: SetWriter, exports: Sequence[str]) 
     images = [writer.image_path(job) for job in writer.jobs]
     for name in exports:
         logger.info("exported %s", export_set(args.sample_dir, images, writer.masks.rule, name))
+        machine.progress()
     if args.npz:
         writer.write_npz()
+        machine.progress()
     if args.gallery:
         count = write_gallery(SampleSet(args.sample_dir), args.sample_dir / GALLERY)
         logger.info("%s: %d of %d pairs", args.sample_dir / GALLERY, count, len(writer.jobs))

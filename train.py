@@ -40,6 +40,7 @@ from cli import add_data_arguments, add_machine_arguments, add_transport_argumen
 from common.arguments import (
     batch_size,
     fraction,
+    guidance_scale,
     non_negative_float,
     non_negative_int,
     number,
@@ -199,7 +200,7 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
         help="at the end, also write model.safetensors with averaged weights and configuration",
     )  # fmt: skip
     group.add_argument("--sample-every", type=positive_int, help="steps between previews: pictures of a few masks")
-    group.add_argument("--cfg-scale", type=non_negative_float, help="guidance scale of the previews; 1 means none")
+    group.add_argument("--cfg-scale", type=guidance_scale, help="guidance scale of the previews; 1 means none")
     group.add_argument("--wandb", action="store_true", help="also log to Weights and Biases")
     group.add_argument(
         "--num-workers", type=number(int, 0, MOST_WORKERS),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.disk import file_sha256
 from common.weights import archive_checksum
@@ -15,6 +16,7 @@ from engine.config import LOCAL, RunConfig
 from engine.machine import Machine
 from engine.run_folder import RunFolder
 
+LONGEST_TEXT = 80  # of a setting in a message; longer ones are shown as a checksum
 SEEN_AFTER_SECONDS = 60.0  # network file systems show a new file on other machines that late
 # Places of files, and how a process loads them. Each machine may have its own.
 OF_A_MACHINE = {"vae", "latent_cache", "init_from", "unlabelled_path", "unlabelled_mask_path", "groups", "num_workers"}
@@ -108,6 +110,37 @@ def agree_on_run(
     fields = ["data_path", "mask_path", *(["unlabelled_path"] if unlabelled else []), *(["groups"] if groups else [])]
     shown = ", ".join(f"`{name}`" for name in fields)
     machine.check_same(found, f"Give the same command on every machine; {shown} must hold the same on all.")
+
+
+def agree_on_set(machine: Machine, settings: Mapping[str, Any], masks: Sequence[Path]) -> None:
+    """Refuse to make a set with different settings or masks, such as by two commands on two machines.
+
+    Settings are compared by all processes. If there are several machines, one process of each also compares the masks.
+
+    Args:
+        settings: what decides the content of the set, as for settings.json.
+        masks: files of the masks, in the same order on every process.
+
+    Raises:
+        InputError: on every rank. It names the first thing that differs.
+    """
+    if machine.peers is None:
+        return
+    found: dict[str, object] = dict(_flat(settings))
+    found["content of the masks"] = None
+    if machine.peers.several_hosts and machine.peers.first_on_host:
+        found["content of the masks"] = _checksum([file_sha256(path) for path in masks])
+    machine.check_same(found, "Give the same command on every machine; checkpoint and masks must be the same on all.")
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Settings by the words that lead to each, as texts."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{name} {inner}", text) for inner, text in _flat(value))
+        else:
+            text = str(value)
+            yield name, text if len(text) <= LONGEST_TEXT else _checksum([text])
 
 
 def _checksum(texts: Sequence[str]) -> str:

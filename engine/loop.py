@@ -258,7 +258,12 @@ def preview_is_due(training: Training) -> bool:
 
 
 def save_preview(previews: Previews, run: RunFolder, step: int) -> None:
-    picture, grid = previews.draw()
+    """Draw and write the preview of a step. If its samples are not finite, warn: the training goes on."""
+    try:
+        picture, grid = previews.draw()
+    except FloatingPointError as error:
+        logger.warning("no preview of step %d: %s", step, error)
+        return
     if grid is not None:  # before the picture, because RunFolder.cut_metrics drops a line without its picture
         run.log_metrics({"step": step, PREVIEW_GRID: grid})
     path = run.preview_path(step)

@@ -115,9 +115,9 @@ class RunFolder:
         sign_lock(self._lock)
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, ascending."""
-        names = (path.stem for path in self.checkpoints.glob("*.pt"))
-        return sorted(int(name) for name in names if name.isdigit())
+        """Steps of all checkpoints, ascending. Copies that the user made under other names do not count."""
+        paths = [path for path in self.checkpoints.glob("*.pt") if path.stem.isdecimal()]
+        return sorted(step for path in paths if path == self.checkpoint_path(step := int(path.stem)))
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"{step:07d}.pt"

@@ -201,6 +201,10 @@ class Drawer:
             self._line.release()
             del future  # else an error keeps this frame and all that the work held, such as a large mask
 
+    def end(self) -> None:
+        """Begin nothing more. Work that runs ends as its task says."""
+        self._worker.shutdown(wait=False)
+
     @torch.no_grad()
     def draw(self, request: DrawRequest, task: Task) -> Drawing:
         """Images of a label.

@@ -12,6 +12,7 @@ import logging
 import math
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -90,9 +91,23 @@ class Service(ThreadingHTTPServer):
 
     def __init__(self, port: int, drawer: Drawer) -> None:
         self.drawer = drawer
+        self.is_ending = False
         self.tasks = Tasks()
         self.files = {url: ((STATIC / name).read_bytes(), kind) for url, (name, kind) in FILES.items()}
         super().__init__((ADDRESS, port), Handler)
+
+    def server_close(self) -> None:
+        """Stop listening, and end what is drawn now before its next network call."""
+        self.is_ending = True
+        self.drawer.end()
+        super().server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection that broke is no fault of ours; all else is, and the page goes on."""
+        if isinstance(sys.exception(), OSError):
+            logger.debug("a connection broke", exc_info=True)
+        else:
+            logger.exception("this is a bug of ours")
 
     @property
     def url(self) -> str:
@@ -144,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             if url.path not in calls:
                 raise Refusal(HTTPStatus.NOT_FOUND, "There is no such page.")
             query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            self.task = Task(self._has_left)
+            self.task = Task(lambda: self.server.is_ending or self._has_left())
             with self.server.tasks.known_by(query.get("ticket", "")[:LONGEST_NAME], self.task):
                 values = calls[url.path](query)
             return self._send_json(HTTPStatus.OK, values)
@@ -156,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": str(error)})
         except InputError as error:
             self._send_json(HTTPStatus.BAD_REQUEST, {"error": " ".join(str(error).split())})
-        except OSError as error:
+        except (OSError, FloatingPointError) as error:
             self._send_json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": one_line(error)})
         except Exception as error:  # noqa: BLE001 - the page goes on, whatever one drawing met
             fault = fault_of_machine(error, {})

@@ -154,10 +154,11 @@ def _coco(folder: Path, pairs: Iterator[ExportedPair]) -> None:
         shutil.copyfile(pair.image_path, folder / "images" / pair.image_path.name)
         height, width = pair.instance_map.shape
         images.append({"id": number, "file_name": pair.image_path.name, "height": height, "width": width})
-        for cell in np.unique(pair.instance_map[pair.instance_map > 0]).tolist():
-            region = pair.instance_map == cell
-            code = rle.encode(np.asfortranarray(region.astype(np.uint8)))
-            category = int(np.bincount(pair.class_map[region]).argmax())
+        for cell, place, region in _regions(pair):
+            whole = np.zeros((height, width), np.uint8, order="F")
+            whole[place] = region
+            code = rle.encode(whole)
+            category = int(np.bincount(pair.class_map[place][region]).argmax())
             categories.add(category)
             annotations.append(
                 {
@@ -180,12 +181,17 @@ def class_name(number: int) -> str:
     return "cell" if number == 1 else f"class {number}"
 
 
-def _cells(pair: ExportedPair) -> Iterator[tuple[int, str, list[list[np.ndarray]]]]:
-    """Id, class name and outlines of every cell. Points (x, y) are pixel corners of the whole image."""
+def _regions(pair: ExportedPair) -> Iterator[tuple[int, tuple[slice, slice], np.ndarray]]:
+    """Id of every cell, the rectangle around it, and its pixels in there."""
     cells = without_gaps(pair.instance_map)
     numbers = np.unique(pair.instance_map[pair.instance_map > 0]).tolist()
     for index, (number, place) in enumerate(zip(numbers, ndimage.find_objects(cells), strict=True), start=1):
-        region = cells[place] == index
+        yield number, place, cells[place] == index
+
+
+def _cells(pair: ExportedPair) -> Iterator[tuple[int, str, list[list[np.ndarray]]]]:
+    """Id, class name and outlines of every cell. Points (x, y) are pixel corners of the whole image."""
+    for number, place, region in _regions(pair):
         name = class_name(int(np.bincount(pair.class_map[place][region]).argmax()))
         offset = (place[1].start, place[0].start)
         yield number, name, [[ring + offset for ring in polygon] for polygon in outlines(region)]

@@ -31,6 +31,7 @@ from synthetic.manifest import (
     ATTEMPT_COLUMNS,
     ATTEMPTS,
     IMAGES,
+    LABEL_SUFFIXES,
     LABELS,
     MANIFEST,
     VIEW_COLUMNS,
@@ -276,6 +277,9 @@ class SetWriter:
         """Write label, note and image (C, H, W) in [-1, 1]. The image is last, so its presence proves the others."""
         self.image_path(job).unlink(missing_ok=True)  # an earlier draw, or one from an older mask
         content, suffix = label_bytes(item.label)
+        for other in LABEL_SUFFIXES:
+            if other != suffix:
+                (self.folder / LABELS / f"{job.name}{other}").unlink(missing_ok=True)
         write_atomically(self.folder / LABELS / f"{job.name}{suffix}", lambda file: file.write(content))
         if attempt is not None:
             self.write_attempt(job, attempt)

@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import shlex
+import socket
 import struct
 import threading
 import urllib.error
@@ -549,6 +550,47 @@ def test_who_leaves_the_line_makes_room(two):
     while two.drawer._line._value < room:
         pass
     free.set()
+
+
+def test_a_drawing_ends_with_the_page(folder, monkeypatch):
+    """Ctrl-C in the terminal. The drawing would take 250 steps, each of which waits until the page is closed."""
+    calls, first_call, closed = [], threading.Event(), threading.Event()
+    predict = ImageSampler._predict
+
+    def slow(self, *values, **named):
+        calls.append(1)
+        first_call.set()
+        assert closed.wait(30)
+        return predict(self, *values, **named)
+
+    monkeypatch.setattr(ImageSampler, "_predict", slow)
+    with serving(checkpoint_of(folder / "ending.pt", 2)) as service:
+        connection = post_and_leave(service, order(cells(), num_steps=250))
+        assert first_call.wait(30)
+    closed.set()
+    service.drawer._worker.shutdown(wait=True)
+    assert len(calls) < 5
+    connection.close()
+
+
+def test_a_connection_that_breaks_leaves_no_traceback(two, capfd, caplog):
+    """Such as a tab that is closed, or a scan of the ports."""
+    for _ in range(3):
+        connection = socket.create_connection(("127.0.0.1", two.server_port))
+        connection.sendall(b"GET")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+        connection.close()
+    assert ask(two, "/api/draw", order(cells()))[0] == 200
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_samples_that_are_not_finite_are_said_and_no_bug_of_ours(two, monkeypatch):
+    def explode(self, *values, **named):
+        raise FloatingPointError("the ODE gave values that are not finite")
+
+    monkeypatch.setattr(ImageSampler, "_predict", explode)
+    status, reply = ask(two, "/api/draw", order(cells()))
+    assert (status, "not finite" in reply["error"], "bug" in reply["error"]) == (500, True, False)
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts

@@ -325,6 +325,10 @@ def test_a_mask_of_the_folder_starts_a_drawing_and_the_page_says_when_the_servic
             page.wait(IS_DONE)
             page.run("byId('mask_filter').value = '0'; byId('mask_filter').dispatchEvent(new Event('input'))")
             page.wait("byId('masks').children.length === 1")
+            page.run("byId('mask_filter').value = ''; showMasks(false); showMasks(false)")  # a double click
+            page.wait("byId('masks').children.length === 2")
+            page.run("byId('masks').lastChild.remove(); showMasks(true); return showMasks(true)")
+            assert page.run("return [...byId('masks').children].map((one) => one.title)") == ["0", "1"]
         page.click("#next")
         page.wait("!byId('error').hidden")
         assert "does not answer" in page.run("return byId('error').textContent")
@@ -389,8 +393,16 @@ def test_a_preview_that_takes_long_comes_after_a_sketch_of_the_image_shown(page)
     page.wait(IS_DONE)
     page.click("#thumbs button:nth-child(3)")
     page.run("asked.length = 0; pace = 1")
+    page.run(
+        "window.thumbs = []; window.sketch = showSketch;"
+        "showSketch = (values) => { sketch(values);"
+        " thumbs.push([...byId('thumbs').children].map((one) => one.disabled)); }"
+    )
     page.click("#next")
     page.wait(IS_DONE)
+    assert page.run("return thumbs") == [[True] * 4]  # they show the mask before
+    assert page.run("return [...byId('thumbs').children].some((one) => one.disabled)") is False
+    page.run("showSketch = sketch")
     assert page.run("return asked") == [["sketch", 2, 2], ["preview", 6, None], ["full", 32, None]]
     assert page.run("return byId('which').textContent") == "3 of 4"
     page.run("onlyRequest = before")

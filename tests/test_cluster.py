@@ -134,6 +134,7 @@ def test_the_tasks_of_an_array_make_a_whole_set(pairs, slurm, tmp_path):
             "SLURM_CPUS_PER_TASK": "3",
             "SLURM_ARRAY_TASK_ID": str(number),
             "SLURM_ARRAY_TASK_MIN": "7",
+            "SLURM_ARRAY_TASK_MAX": "9",
             "SLURM_ARRAY_TASK_COUNT": "3",
         }
         script = ["bash", "cluster/sample.sbatch", *map(str, words), "--sample-dir", str(tmp_path / "set")]
@@ -141,3 +142,12 @@ def test_the_tasks_of_an_array_make_a_whole_set(pairs, slurm, tmp_path):
         subprocess.run(script, cwd=ROOT, env=slurm | array, check=True, timeout=PATIENCE)
     assert len((tmp_path / "set" / "manifest.csv").read_text().splitlines()) == 7
     assert (tmp_path / "flags_of_srun").read_text().splitlines() == ["--cpus-per-task=3"] * 3
+
+
+def test_an_array_with_gaps_is_refused(slurm):
+    """Its tasks would make other parts than those that failed."""
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}
+    job = slurm | array | {"SLURM_ARRAY_TASK_COUNT": "2"}
+    script = ["bash", "cluster/sample.sbatch", "ODE"]
+    refused = subprocess.run(script, cwd=ROOT, env=job, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "submit the whole range again" in refused.stderr

@@ -21,7 +21,7 @@ from dataset.config import DataConfig
 from dataset.folders import PairedFolder
 from dataset.unlabelled import UnlabelledFolder
 from engine import agreement, peers
-from engine.agreement import agree_on_checkpoint, agree_on_run
+from engine.agreement import agree_on_checkpoint, agree_on_run, agree_on_set
 from engine.checkpoint import save_checkpoint
 from engine.machine import Machine
 from engine.peers import Peers, meet
@@ -352,3 +352,41 @@ def test_one_process_of_each_machine_compares_the_content_of_the_files(tmp_path,
 def test_equal_runs_begin_and_each_machine_may_keep_its_files_elsewhere(tmp_path):
     own = {"flags": ["--num-workers", "1", "--results-dir", "elsewhere", "--device", "cpu"]}
     assert agree(tmp_path, {}, {"flags": ["--num-workers", "2"]}, own) == ["None"] * 3
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"seed": 1}, "seed: process 0 on nodea has 0, process 2 on nodeb has 1"),
+        ({"cfg_scale": 2.0}, "sampling cfg_scale: process 0 on nodea has 1.0, process 2 on nodeb has 2.0"),
+        ({"names": ["x" * 99]}, "names: process 0 on nodea has checksum "),
+    ],
+)
+def test_processes_with_other_settings_make_no_mixed_set(own, says):
+    usual: dict[str, Any] = {"seed": 0, "cfg_scale": 1.0, "names": ["y" * 99]}
+    settings = [
+        {"seed": it["seed"], "sampling": {"cfg_scale": it["cfg_scale"]}, "names": it["names"]}
+        for it in (usual, usual, usual | own)
+    ]
+    with launch("nodea", "nodeb", "nodeb") as three:
+        machines = [Machine(one.rank, 3, torch.device("cpu"), "float32", one) for one in three]
+        work = [
+            lambda machine=machine, one=one: agree_on_set(machine, one, [])
+            for machine, one in zip(machines, settings, strict=True)
+        ]
+        said = [str(error) for error in together(*work)]
+    assert len(set(said)) == 1 and said[0].startswith(says) and "Give the same command" in said[0]
+
+
+def test_machines_with_other_masks_of_the_same_names_make_no_mixed_set(tmp_path):
+    folders = [write_pairs(tmp_path / str(seed), 2, seed=seed)[1] for seed in (0, 1)]
+    paths = [sorted(folder.iterdir()) for folder in folders]
+    with launch("nodea", "nodeb") as both:
+        machines = [Machine(one.rank, 2, torch.device("cpu"), "float32", one) for one in both]
+        same = [lambda machine=machine: agree_on_set(machine, {}, paths[0]) for machine in machines]
+        assert together(*same) == [None, None]
+        others = [
+            lambda machine=machine, own=own: agree_on_set(machine, {}, own)
+            for machine, own in zip(machines, paths, strict=True)
+        ]
+        assert all(str(error).startswith("content of the masks: ") for error in together(*others))

@@ -204,3 +204,14 @@ def test_a_restarted_run_waits_for_the_lock_of_its_earlier_self(tmp_path, monkey
         monkeypatch.setenv(counter, restarts)
         RunFolder(tmp_path, 3).lock()
     assert waited == [0, 120]
+
+
+def test_copies_of_checkpoints_that_the_user_made_neither_count_nor_end_a_run(run):
+    run.save(state(1))
+    for name in ("1.pt", "99.pt", "00000099.pt", "\u00b2.pt", "best.pt"):
+        shutil.copy(run.checkpoint_path(1), run.checkpoints / name)
+    again = reopened(run)
+    assert again.steps() == [1] and again.newest()[1]["step"] == 1
+    for step in (2, 3):
+        again.save(state(step))
+    assert again.steps() == [2, 3] and len(list(run.checkpoints.iterdir())) == 7

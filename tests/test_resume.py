@@ -13,6 +13,7 @@ from script_helpers import run_here, train_arguments, write_pairs
 
 import train
 from engine.checkpoint import read_checkpoint, save_checkpoint
+from engine.loop import save_preview
 from engine.machine import resolve_precision
 
 pytestmark = pytest.mark.usefixtures("one_block")
@@ -340,3 +341,12 @@ def test_an_edited_checkpoint_is_not_continued_and_the_line_names_the_file(pairs
     assert line.isprintable()
     assert [path.name.removesuffix(".damaged") for path in file.parent.iterdir()] == [file.name]
     assert next(file.parent.iterdir()).read_bytes() == before
+
+
+def test_a_preview_that_is_not_finite_does_not_end_a_run(run, caplog):
+    class Exploding:
+        def draw(self) -> None:
+            raise FloatingPointError("the ODE gave values that are not finite")
+
+    save_preview(Exploding(), run, 7)
+    assert "no preview of step 7: the ODE gave values" in caplog.text and not run.preview_path(7).exists()

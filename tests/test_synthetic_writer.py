@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from script_helpers import ROOT, write_pairs
@@ -267,3 +268,20 @@ def test_few_pairs_of_a_large_set_are_read():
     read = []
     choose_pairs(100_000, lambda number: read.append(number) or True)
     assert len(read) == 64
+
+
+def test_a_label_of_another_type_replaces_the_old_one(tmp_path):
+    """Ids beyond 16 bits are written as TIFF, others as PNG."""
+    images, folder = write_pairs(tmp_path / "pairs", 1)
+    path = folder / "cell_0.tif"
+    for largest in (9, 70_000, 9):
+        label = np.zeros((24, 20), np.int32)
+        label[4:9, 4:9] = largest
+        for old in folder.iterdir():
+            old.unlink()
+        tifffile.imwrite(path, label)
+        masks = MaskFolder(folder, DataConfig(image_size=16), "instances", images)
+        make(tmp_path / "set", masks)
+        rows = read_manifest(tmp_path / "set")[1]
+        assert {read_mask(tmp_path / "set" / row["label"]).max() for row in rows} == {largest}
+        assert len(list((tmp_path / "set" / "masks").iterdir())) == 2

@@ -39,8 +39,7 @@ def check_finite(x: Tensor, what: str) -> None:
     """Raise FloatingPointError if a sample is not finite."""
     if not torch.isfinite(x).all():
         raise FloatingPointError(
-            f"{what} gave values that are not finite; check the model's output, or give a larger "
-            "sample_eps or more steps"
+            f"{what} gave values that are not finite; take more steps or less guidance, or check the model's weights"
         )
 
 
@@ -299,8 +298,8 @@ class Sampler:
         """
         method = choose(sampling_method, ODE_METHODS, "ODE method")
         check_steps(num_steps, atol, rtol)
-        if not time_shift > 0:
-            raise ValueError(f"time_shift is {time_shift}; it must be above 0")
+        if not 0.01 <= time_shift <= 100:
+            raise ValueError(f"time_shift is {time_shift}; it must be between 0.01 and 100, or steps vanish")
         return OdeSolver(self.transport, method, num_steps, atol, rtol, reverse, trajectory, time_shift)
 
     def sample_sde(

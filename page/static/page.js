@@ -200,6 +200,7 @@ function forgetWay() {
 }
 
 let changeTimer = 0;
+let newestMasks = 0; // number of the newest request for masks of the folder
 function changedSoon() {
   clearTimeout(changeTimer);
   changeTimer = setTimeout(changed, 150);
@@ -260,6 +261,7 @@ function show(values, stage) {
 function showSketch(values) {
   setFresh(true);
   byId("thumbs").classList.add("stale");
+  for (const thumb of byId("thumbs").children) thumb.disabled = true;  // images of an older mask
   byId("image").src = `data:image/png;base64,${values.images[0].picture}`;
   byId("image").hidden = false;
   byId("image").alt = "Rough sketch of the image";
@@ -465,6 +467,7 @@ async function randomLayout() {
 async function showMasks(more) {
   const group = byId("masks");
   const first = more ? group.children.length : 0;
+  const request = ++newestMasks;
   let found;
   try {
     found = await post("/api/masks", { contains: byId("mask_filter").value, first });
@@ -472,6 +475,7 @@ async function showMasks(more) {
     showError(error.message);
     return;
   }
+  if (request !== newestMasks) return;  // another click came after
   if (!more) group.replaceChildren();
   for (const { index, name, picture } of found.masks) {
     const button = document.createElement("button");
