@@ -272,7 +272,7 @@ def run_realism(args: argparse.Namespace) -> None:
     both distances are equal. With --inception-weights, the distances are FID and KID. Without it, the distance is a
     Frechet distance on the features of the judge (see evaluate.py fidelity). This distance is not FID.
     """
-    from dataset.files import find_files
+    from dataset.files import find_images
     from evaluation.fidelity import prepare_judge
     from evaluation.realism import (
         SECTION,
@@ -290,7 +290,7 @@ def run_realism(args: argparse.Namespace) -> None:
             f"--inception-weights: Inception needs gray or RGB images, but the set has {channels} "
             "channels; leave the flag out to use the judge's features"
         )
-    refuse_too_few(len(samples), len(find_files(args.data_path, "image")))
+    refuse_too_few(len(samples), len(find_images(args.data_path)))
     if args.inception_weights is not None:
         extract = inception_features(args.inception_weights, resolve_device(args.device))
         features = describe_weights(args.inception_weights)

@@ -8,6 +8,7 @@ can run code or fill the memory. What the values of masks mean is decided in ``m
 from __future__ import annotations
 
 import io
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ from dataset.names import (
     odd_names,
     partners,
     split_together,
+    without_masks,
 )
 
+logger = logging.getLogger(__name__)
 MAX_NUCLEI_OVERLAP = 0.2  # share of the pixels that two nuclei of one image may both claim
 NUCLEI = ".one-file-per-nucleus"  # written beside folders of nuclei that a part of a data set is left with
 _FLOWS_ENDING = "_flows"
@@ -110,6 +113,18 @@ def find_files(folder: str | Path, what: str, listing: Listing | None = None) ->
     return {stem: path for stem, path in sorted(found.items()) if stem not in flows}
 
 
+def find_images(folder: str | Path) -> dict[str, Path]:
+    """:func:`find_files` of images alone: masks that lie beside their images are none."""
+    found = find_files(folder, "image")
+    if any(path.parent != Path(folder) for path in found.values()):  # a folder per image
+        return found
+    images = without_masks(found)
+    masks = [stem for stem in found if stem not in images]
+    if masks:
+        logger.info("%s: %d files are masks beside their images, not images: %s", folder, len(masks), list_some(masks))
+    return images
+
+
 def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: bool) -> dict[str, Path]:
     """The layout ``NAME/images/FILE`` and ``NAME/masks/FILES``: NAME -> image file or folder of masks.
 
@@ -153,9 +168,11 @@ def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[P
     """Pair files by their stems, see :func:`dataset.names.partners`.
 
     Returns:
-        pairs sorted by name, stems of images without mask, stems of masks without image.
+        pairs sorted by name, stems of images without mask, stems of masks without image. Masks beside the images need
+        no mask.
     """
     pairs, lonely_images, lonely_masks = partners(images, masks)
+    lonely_images = [stem for stem in lonely_images if stem in without_masks(images)] if lonely_images else []
     return [Pair(name, images[a], masks[b]) for name, (a, b) in sorted(pairs.items())], lonely_images, lonely_masks
 
 

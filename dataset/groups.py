@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.disk import check_folder, link_or_copy, new_folder, write_csv
 from common.errors import InputError, list_some
-from dataset.files import Pair, find_files, pair_files
+from dataset.files import Pair, find_images, pair_files
 from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, read_names
 
 TABLE = "groups.csv"
@@ -96,7 +96,7 @@ def _pairs_of_groups(image_dir: Path, mask_dir: Path) -> dict[tuple[str, str], P
 
 def _files_of_groups(folder: Path) -> dict[tuple[str, str], Path]:
     """(group, name in the flat folder) -> image."""
-    images = {group: find_files(inner, "image") for group, inner in group_folders(folder, "image").items()}
+    images = {group: find_images(inner) for group, inner in group_folders(folder, "image").items()}
     return {(group, f"{group}_{name}"): path for group, found in images.items() for name, path in found.items()}
 
 

@@ -15,7 +15,7 @@ from common.disk import file_sha256
 from common.errors import InputError, list_some
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig
-from dataset.files import FileError, find_files, read_image
+from dataset.files import FileError, find_images, read_image
 from dataset.gray import check_type, fit_channels
 from dataset.looks import Looks, measure_file, measure_tensor
 from dataset.mask_folder import MaskItem
@@ -178,7 +178,7 @@ def _measure_files(
     """Looks of a folder of images (or one image), and hashes of the files."""
     if not path.exists():
         raise InputError(f"`look_path` {path}: no such file or folder.")
-    files = find_files(path, "image") if path.is_dir() else {name_of(path.name): path}
+    files = find_images(path) if path.is_dir() else {name_of(path.name): path}
 
     def measure(file: Path) -> np.ndarray:
         image = fit_channels(read_image(file), config.channels, file)

@@ -16,6 +16,7 @@ from dataset.files import (
     FileError,
     Pair,
     find_files,
+    find_images,
     find_images_and_masks,
     match_names,
     read_mask_and_table,
@@ -190,7 +191,7 @@ def _find_masks(
         images, masks = find_images_and_masks(image_dir, mask_path, (None, listing))
     else:
         masks = find_files(mask_path, "mask", listing) if listing else {name_of(mask_path.name): mask_path}
-        images = find_files(image_dir, "image") if image_dir is not None else {}
+        images = find_images(image_dir) if image_dir is not None else {}
     if image_dir is not None:
         pairs, _, lonely = match_names(images, masks)
         if not pairs:

@@ -160,11 +160,24 @@ def split_together(stems: Iterable[str]) -> tuple[set[str], set[str]]:
 
 def without_images(masks: dict[str, Path]) -> dict[str, Path]:
     """The masks of a folder, by stem, without the images beside them: Cellpose keeps both in one folder."""
-    image_stems, mask_stems = split_together(masks)
+    _, mask_stems = _pairs_together(masks)
+    return {stem: path for stem, path in masks.items() if stem in mask_stems} if mask_stems else masks
+
+
+def without_masks(images: dict[str, Path]) -> dict[str, Path]:
+    """The images of a folder, by stem, without the masks beside them: the other half of :func:`without_images`."""
+    _, mask_stems = _pairs_together(images)
+    return {stem: path for stem, path in images.items() if stem not in mask_stems}
+
+
+def _pairs_together(stems: Iterable[str]) -> tuple[set[str], set[str]]:
+    """:func:`split_together`, but no masks unless each of them has its image among the stems."""
+    stems = set(stems)
+    image_stems, mask_stems = split_together(stems)
     beside = image_stems | {bare_image_name(stem) for stem in image_stems}
-    if mask_stems and beside and all(beside.intersection(bare_mask_names(stem)) for stem in mask_stems):
-        return {stem: path for stem, path in masks.items() if stem in mask_stems}
-    return masks
+    if all(beside.intersection(bare_mask_names(stem)) for stem in mask_stems):
+        return image_stems, mask_stems
+    return stems, set()
 
 
 def partners(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str], list[str]]:

@@ -16,7 +16,7 @@ from common.errors import InputError, list_some
 from common.randomness import derived_seed
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig, Window
-from dataset.files import FileError, find_files, read_image
+from dataset.files import FileError, find_images, read_image
 from dataset.folders import PairedFolder, TrainingImages
 from dataset.gray import check_type, fit_channels, image_window, to_tensor
 from dataset.looks import Looks
@@ -42,7 +42,7 @@ class UnlabelledFolder(TrainingImages):
         Raises:
             InputError: files are unusable. The message names them all.
         """
-        files = find_files(image_dir, "image")
+        files = find_images(image_dir)
         self.names, self.image_paths = list(files), list(files.values())
         self.config, self.seed = config, seed
         self.windows, self.pixel_sizes = [], [pixel_size(path) for path in self.image_paths]
@@ -142,7 +142,7 @@ def read_unlabelled(
             "give one for each, in the same order"
         )
     for folder in image_dirs:
-        refuse_shared_names(find_files(folder, "image"), folder, labelled)
+        refuse_shared_names(find_images(folder), folder, labelled)
     found: list[ImageFolder]
     if mask_dirs:
         config = dataclasses.replace(labelled.config, mask_values=None)  # probabilities store no class ids

@@ -17,7 +17,7 @@ from scipy.stats import wasserstein_distance
 from common.disk import write_json
 from common.errors import InputError
 from common.randomness import random_halves
-from dataset.files import find_files
+from dataset.files import find_images
 from dataset.looks import look_names, measure_image
 from dataset.names import name_of
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, show_image
@@ -96,7 +96,7 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksRepor
     """
     config = samples.require_config()
     if image_dir is not None:
-        files = list(find_files(image_dir, "image").values())
+        files = list(find_images(image_dir).values())
         real = [read_whole(path, config) for path in files]
     elif samples.has_real:
         files = samples.real_files()
@@ -212,7 +212,7 @@ def _aligned(samples: SampleSet, looks: Sequence[str]) -> dict[str, list[Sample 
 
 def _real_images(samples: SampleSet, looks: Sequence[str], image_dir: Path | None) -> dict[str, np.ndarray]:
     """Look -> a square of the real image that has it, if its file is known."""
-    paths = {} if image_dir is None else find_files(image_dir, "image")
+    paths = {} if image_dir is None else find_images(image_dir)
     paths = {name_of(one.real_path.name): one.real_path for one in samples.samples if one.real_path is not None} | paths
     config = samples.require_config()
     return {look: samples.squares(read_whole(paths[look], config))[0] for look in looks if look in paths}

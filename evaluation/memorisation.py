@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common.disk import file_sha256, write_csv, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import find_files
+from dataset.files import find_files, find_images
 from dataset.views import turn, view_of_file
 from evaluation.image_facts import image_facts, near_duplicates
 from evaluation.nearest import Match, NearestTraining, small_gray
@@ -135,7 +135,7 @@ def score_memorisation(
     config = samples.require_config()
     factor = max(1.0, config.image_size / SIDE)
     side = max(1, round(config.image_size / factor))
-    paths = list(find_files(train_dir, "image").values())
+    paths = list(find_images(train_dir).values())
     if held_out_dir is None and len(paths) < 2:
         raise InputError(f"{train_dir} holds one image: give held-out real images as well")
     bar = partial(tqdm, unit="image", disable=None if progress else True)
@@ -146,7 +146,7 @@ def score_memorisation(
     found = iter(nearest.find([picture for pictures in drawn for picture in pictures], progress=progress))
     by_square = [[one for one in itertools.islice(found, len(pictures)) if one is not None] for pictures in drawn]
     matches = [min(one, key=lambda match: match.distance, default=None) for one in by_square]
-    others = paths if held_out_dir is None else list(find_files(held_out_dir, "image").values())
+    others = paths if held_out_dir is None else list(find_images(held_out_dir).values())
     kept = _references(paths, others, held_out_dir or train_dir)
     real = [small_gray(read_real(others[index], config), factor) for index in bar(kept, desc="reading reference")]
     skip = kept if held_out_dir is None else None

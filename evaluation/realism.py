@@ -24,7 +24,7 @@ import torch
 from common.disk import file_sha256, real_path, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import find_files
+from dataset.files import find_images
 from evaluation.fidelity import CROPS_PER_IMAGE
 from evaluation.output import Section, Table, new_figure, results_folder, save_figure, with_spread
 from synthetic.reader import SampleSet, read_real
@@ -318,7 +318,7 @@ def real_crops(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tupl
         For every crop its file, and the crop as uint8 (S, S, C).
     """
     paths, images = [], []
-    for index, path in enumerate(find_files(image_dir, "image").values()):
+    for index, path in enumerate(find_images(image_dir).values()):
         for crop in range(CROPS_PER_IMAGE if config.crop == "random" else 1):
             paths.append(path)
             images.append(read_real(path, config, np.random.default_rng([seed, index, crop])))

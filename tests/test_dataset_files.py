@@ -23,7 +23,7 @@ from PIL import Image
 from common.errors import InputError
 from dataset import decode
 from dataset.decode import FileError
-from dataset.files import find_files, pair_files, read_image, read_mask, read_mask_and_table
+from dataset.files import find_files, find_images, pair_files, read_image, read_mask, read_mask_and_table
 
 READERS = Path(__file__).parents[2] / "shared" / "data" / "readers"
 needs_readers = pytest.mark.skipif(not READERS.is_dir(), reason="the reader files in ../shared/data/readers are absent")
@@ -452,6 +452,18 @@ def test_names_of_cellpose_are_understood_in_one_folder_and_in_two(tmp_path):
     assert names_of(images, masks) == expected
     with pytest.raises(InputError, match="_cp_masks"):
         pair_files(images, images)
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path):
+    one = touch(tmp_path / "one", "a.tif", "a_masks.tif", "b_img.tif", "b_cp_masks.png")
+    assert list(find_images(one)) == ["a", "b_img"]
+    masks = touch(tmp_path / "m", "a.npz", "b_img.npz")
+    assert names_of(one, masks) == [("a", "a.tif", "a.npz"), ("b_img", "b_img.tif", "b_img.npz")]
+    lonely = touch(tmp_path / "lonely", "c.png", "c_masks.png", "two_masks.png")
+    assert list(find_images(lonely)) == ["c", "c_masks", "two_masks"]  # no image "two": the word need not mean a mask
+    for name in ("d", "d_mask"):
+        touch(tmp_path / "folders" / name / "images", "x.png")
+    assert list(find_images(tmp_path / "folders")) == ["d", "d_mask"]
 
 
 def test_only_flows_beside_their_image_are_left_out(tmp_path):

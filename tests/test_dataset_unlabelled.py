@@ -55,6 +55,18 @@ def test_unlabelled_images_are_read_as_labelled_ones_and_have_no_cells(lab, othe
     assert not torch.equal(example["image"], folder[2, 8]["image"])
 
 
+def test_masks_beside_unlabelled_images_are_no_images(lab, others, tmp_path):
+    pseudo = tmp_path / "pseudo"
+    pseudo.mkdir()
+    for mask in (others.parent / "masks").iterdir():
+        cells = np.asarray(Image.open(mask)) > 0
+        np.savez(pseudo / f"{mask.stem}.npz", mask=np.uint8(255) * np.stack([~cells, cells]))
+        mask.rename(others / f"{mask.stem}_masks.png")
+    names = [f"new_cell_{number}" for number in range(4)]
+    assert read_unlabelled([others], [], lab, progress=False)[0].names == names
+    assert read_unlabelled([others], [pseudo], lab, progress=False)[0].names == names
+
+
 def test_images_that_do_not_fit_the_memory_are_read_again_and_are_the_same(others, monkeypatch):
     held = UnlabelledFolder(others, CONFIG, seed=0, progress=False)
     monkeypatch.setattr(module, "MEMORY_GB", 1e-6)

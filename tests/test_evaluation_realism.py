@@ -173,6 +173,14 @@ def test_real_images_get_the_window_of_training(tmp_path):
     assert max(image.max() for image in plain) <= 50 and stretched[0].max() > 220
 
 
+def test_masks_beside_the_real_images_are_no_real_images(real):
+    images = real / "images"
+    for mask in (real / "masks").iterdir():
+        mask.rename(images / f"{mask.stem}_masks.png")
+    paths, crops = real_crops(images, DataConfig(image_size=SIZE))
+    assert len(crops) == 24 and {path.stem for path in paths} == {f"r{seed:02d}" for seed in range(24)}
+
+
 def test_report_is_written_with_means_and_picture(tmp_path, real):
     samples = gray_set(tmp_path / "set", 60)
     report = score_realism(samples, real / "images", mean_and_spread, "known", True, splits=3)

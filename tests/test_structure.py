@@ -135,6 +135,14 @@ def test_what_has_one_owner_is_written_once(word):
     assert found == {ONE_PLACE[word]}
 
 
+def test_folders_of_images_are_read_without_the_masks_beside_them():
+    def wrong(name: str, call: ast.Call) -> bool:
+        return name == "find_files" and "image" in [one.value for one in call.args if isinstance(one, ast.Constant)]
+
+    owners = {"dataset/files.py", "dataset/annotations/convert.py"}
+    assert places([path for path in SOURCES if str(path.relative_to(ROOT)) not in owners], wrong) == []
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_argparse_is_known_to_commands_only(path):
     allowed = owner(path) in COMMAND_LINE or str(path.relative_to(ROOT)) in KNOWS_ARGPARSE

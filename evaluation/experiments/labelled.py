@@ -14,7 +14,14 @@ from common.errors import InputError
 from common.randomness import shuffled_by_hash
 from dataset.checks import check_same_size
 from dataset.config import DataConfig
-from dataset.files import FileError, find_files, labels_of_images, read_image, read_mask
+from dataset.files import (
+    FileError,
+    find_images,
+    find_images_and_masks,
+    labels_of_images,
+    read_image,
+    read_mask,
+)
 from dataset.mask_folder import MaskFolder
 from evaluation.fidelity import LabelledImage, labelled_image
 from synthetic.reader import SampleSet, read_whole
@@ -87,7 +94,7 @@ class LabelledFolders(NamedTuple):
 
     def _read_masks(self, num_classes: int) -> MaskFolder:
         """The masks at the size of their files; images of any number of channels."""
-        first = next(iter(find_files(self.images, "image").values()))
+        first = next(iter(find_images_and_masks(self.images, self.masks)[0].values()))
         channels = read_image(first).shape[2]
         config = DataConfig(image_size=1, num_classes=num_classes, channels=3 if channels == 1 else channels)
         return MaskFolder(self.masks, config, self.mask_type, self.images, whole_scale=1.0)
@@ -141,6 +148,6 @@ def set_pairs(samples: SampleSet, num_classes: int) -> list[Named]:
 
 def plain_images(folder: Path, config: DataConfig, most: int | None, seed: int) -> list[tuple[str, np.ndarray]]:
     """Images without labels as uint8 (H, W, C): all, or ``most`` of them, chosen by the seed and their names."""
-    files = find_files(folder, "image")
+    files = find_images(folder)
     names: Sequence[str] = shuffled_by_hash(files, seed)[:most]
     return [(name, read_whole(files[name], config)) for name in names]

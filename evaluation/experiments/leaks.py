@@ -25,7 +25,7 @@ import numpy as np
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import find_files, read_mask
+from dataset.files import find_files, find_images, read_mask
 from dataset.views import View, center_view, whole_view
 from download import PUBLISHED_URLS
 from engine.checkpoint import read_checkpoint
@@ -233,7 +233,7 @@ def trained_on_by_checkpoint(samples: SampleSet, checkpoint: Path) -> list[str] 
     folder = config.get("train", {}).get("data_path")
     if not folder or not Path(folder).is_dir():
         return f"the folder with the training images of its generator ({folder}) is missing, so it cannot be checked"
-    return [file_sha256(path) for path in find_files(folder, "image").values()]
+    return [file_sha256(path) for path in find_images(folder).values()]
 
 
 def _looks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:

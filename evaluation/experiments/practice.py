@@ -37,7 +37,7 @@ from common.errors import InputError
 from common.log import Pace
 from common.plain import read_as
 from dataset.config import DataConfig
-from dataset.files import encode_image, find_files, find_images_and_masks, read_image
+from dataset.files import encode_image, find_files, find_images, find_images_and_masks, read_image
 from engine.checkpoint import read_checkpoint
 from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
@@ -353,7 +353,7 @@ class Practice:
         if (place / SETTINGS).is_file():
             return place / "masks"
         segmenter = Segmenter([self._student(number) if number else self.teacher], self.device)
-        files = find_files(images, "image")
+        files = find_images(images)
         pace = Pace(len(files), "images")
         for done, (name, path) in enumerate(files.items(), start=1):
             target = place / "masks" / f"{name}.npz"

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.disk import file_sha256
 from common.errors import InputError
-from dataset.files import find_files
+from dataset.files import find_files, find_images, find_images_and_masks
 from evaluation.experiments.arms import SELF_TRAINING, Arm
 from evaluation.experiments.label_split import UNLABELLED
 from evaluation.experiments.labelled import LabelledFolders
@@ -29,10 +29,11 @@ def folder_digest(folder: Path, what: str, known: dict[tuple[int, ...], str] | N
     """SHA-256 of the names and contents of a folder's files. Errors as of ``find_files``.
 
     Args:
-        what: what the files are, as for ``find_files``.
+        what: what the files are, as for ``find_files``. Masks beside images do not count as images.
         known: see ``file_sha256``.
     """
-    return digest_of({name: file_sha256(path, known) for name, path in find_files(folder, what).items()})
+    files = find_images(folder) if what == "image" else find_files(folder, what)
+    return digest_of({name: file_sha256(path, known) for name, path in files.items()})
 
 
 # --- of a practice folder --------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ FILES = {  # setting of a practice folder -> what its files are
 def hashes_of_labels(folders: LabelledFolders, unlabelled: Path | None) -> dict[str, Any]:
     """The values of ``FILES``: a hash of each labelled image, and one of all files for each of the others, or None."""
     known: dict[tuple[int, ...], str] = {}
-    images = sorted(find_files(folders.images, "image").values())
+    images = sorted(find_images_and_masks(folders.images, folders.masks)[0].values())
     return {
         "images_sha256": [file_sha256(path, known) for path in images],
         "masks_sha256": folder_digest(folders.masks, "mask", known),
