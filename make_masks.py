@@ -45,6 +45,7 @@ from dataset.microscopes import flatten_folder
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
     LARGEST_CLUSTER,
+    RESIZE_LIMITS,
     ROTATIONS,
     Layouts,
     LayoutSettings,
@@ -187,8 +188,9 @@ def check_args(args: argparse.Namespace) -> None:
         require(1 <= args.elongation <= 4, "--elongation", args.elongation, "1 (round) to 4")
         require(args.irregularity <= 0.2, "--irregularity", args.irregularity, "0 to 0.2")
     else:
-        low, high = args.scale
-        require(0.1 <= low <= high <= 10, "--scale", f"{low} {high}", "LOW at most HIGH, between 0.1 and 10")
+        (low, high), (least, most) = args.scale, RESIZE_LIMITS
+        span = f"LOW at most HIGH, between {least:g} and {most:g}"
+        require(least <= low <= high <= most, "--scale", f"{low} {high}", span)
         require(args.density_scale <= 10, "--density-scale", args.density_scale, "above 0, at most 10")
         require(args.gap <= 100, "--gap", args.gap, "0 to 100 pixels")
         require(args.max_overlap <= 0.9, "--max-overlap", args.max_overlap, "0 to 0.9")

@@ -29,6 +29,7 @@ LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
 MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
 LEAST_POOL = 100  # least number of pieces to choose from for a layout, if the data has that many
 ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # keys in settings.json of a folder of masks
+RESIZE_LIMITS = (0.01, 10.0)  # least and largest factor on the size of cells
 ROTATIONS = ("free", "quarter", "none")
 
 

@@ -54,6 +54,7 @@ from evaluation.experiments.sources import CopyPaste
 from evaluation.experiments.trial_report import UNKNOWN
 from evaluation.fidelity import LabelledImage
 from layouts.recombine import read_origin, read_sources
+from layouts.statistics import measure, summarize
 from synthetic.manifest import write_manifest
 from synthetic.reader import SampleSet
 
@@ -182,6 +183,27 @@ def test_layouts_follow_the_density_sizes_and_touching_of_what_was_counted(tmp_p
     assert layout_statistics([np.zeros((9, 9), int)], small, SIZE) is None
 
 
+def test_cells_of_resized_images_have_the_size_that_the_generator_sees(data, tmp_path):
+    for kind in ("images", "masks", "instances"):
+        (tmp_path / kind).mkdir()
+        for path in (data / kind).iterdir():
+            large = np.kron(np.asarray(Image.open(path)), np.ones((4, 4) if kind != "images" else (4, 4, 1), np.uint8))
+            Image.fromarray(large).save(tmp_path / kind / path.name)
+    folders = LabelledFolders(tmp_path / "images", tmp_path / "masks", tmp_path / "instances")
+    settings = PracticeSettings(masks=8, simulated_share=0.0, steps=2, folds=2, crop=16)
+    drawing = Drawing(config=DataConfig(image_size=SIZE, crop="center"))
+    (tmp_path / "out").mkdir()
+    run = Practice(folders, None, settings, drawing, tmp_path / "out", CPU)
+    run._train_generators()
+    _, statistics = run.make_masks()
+    assert statistics is not None and statistics.file_scale == pytest.approx(0.25, rel=0.05)
+    made = [np.asarray(Image.open(path)) for path in (tmp_path / "out" / "masks" / "instances").iterdir()]
+    summary = summarize(measure(one) for one in made)
+    real = summarize(measure(connected_cells(cells_at(seed) > 0)) for seed in range(6))
+    name = "cell diameter in pixels, mean"
+    assert summary[name] == pytest.approx(real[name], rel=0.15)
+
+
 def test_layouts_of_sparse_cells_are_sparse():
     field = np.zeros((512, 512), int)
     for number in range(3):
@@ -274,8 +296,8 @@ def drawn_set(folder: Path, masks: Path, config: DataConfig, trained_on: list[st
 class Drawing:
     """A generator that is a drawing: faithful, or with ``shift`` one that draws the masks of other images."""
 
-    def __init__(self, shift: int = 0) -> None:
-        self.shift = shift
+    def __init__(self, shift: int = 0, config: DataConfig = CONFIG) -> None:
+        self.shift, self.config = shift, config
         self.calls: list = []
         self.settings: dict = {}
 
@@ -288,7 +310,7 @@ class Drawing:
         self.unlabelled = unlabelled
         self.seen = [file_sha256(path) for path in sorted(folders.images.iterdir())]
         made = state(1)
-        made["config"]["data"] = CONFIG.to_dict()
+        made["config"]["data"] = self.config.to_dict()
         path = run / "checkpoints" / "0000001.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, made)

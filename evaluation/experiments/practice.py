@@ -45,6 +45,7 @@ from evaluation.experiments.practice_folder import ignored
 from evaluation.experiments.practice_masks import (
     LayoutStatistics,
     MaskPart,
+    cells_of_files,
     layout_statistics,
     link_labelled,
     merge_masks,
@@ -71,7 +72,7 @@ from evaluation.output import number as show_number
 from synthetic.reader import SampleSet, read_whole
 
 logger = logging.getLogger(__name__)
-PRACTICE_VERSION = 4  # raise it when the same settings would give another result
+PRACTICE_VERSION = 5  # raise it when the same settings would give another result
 REAL, PLAIN = "real", "round 0, nothing ignored"
 
 
@@ -304,11 +305,12 @@ class Practice:
         found = self._segmented()
         statistics = None
         if self.cells_only:
-            labelled = [one.item.cells for one in self.real]
-            statistics = layout_statistics([one for _, one in found], labelled, self.config.image_size)
+            labelled, side = [one.item.cells for one in self.real], self.config.image_size
+            files = cells_of_files(*self._cell_files, self.config)
+            statistics = layout_statistics([one for _, one in found], labelled, side, files)
             if statistics is None and found:
                 logger.warning("too few cells are found in the unlabelled images; masks follow the labelled ones")
-            statistics = statistics or layout_statistics(labelled, labelled, self.config.image_size)
+            statistics = statistics or layout_statistics(labelled, labelled, side, files)
             if statistics is None:
                 raise InputError("the labelled images hold too few whole cells to make new layouts of them")
         place.mkdir(exist_ok=True)
@@ -333,6 +335,11 @@ class Practice:
             parts += [place / "pseudo"] if made else []
         return parts, made
 
+    @property
+    def _cell_files(self) -> tuple[Path, bool]:
+        """Folder of the files to cut cells from, and whether their connected parts are the cells."""
+        return self.folders.instances or self.folders.masks, self.folders.instances is None
+
     def _new_layouts(self, statistics: LayoutStatistics | None, count: int, place: Path) -> list[Path]:
         """``count`` masks of recombined and simulated cells."""
         if statistics is None:
@@ -341,8 +348,7 @@ class Practice:
         parts = []
         for number, part in enumerate(plan_parts(statistics, count, settings.simulated_share, side)):
             output = place / f"{part.kind}_{number}"
-            source, components = self.folders.instances or self.folders.masks, self.folders.instances is None
-            self.tools.make_masks(part, source, components, side, settings.seed + number, output)
+            self.tools.make_masks(part, *self._cell_files, side, settings.seed + number, output)
             parts.append(output)
         return parts
 

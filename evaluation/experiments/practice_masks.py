@@ -18,7 +18,7 @@ from dataset.views import center_view, whole_view
 from engine.tiling import covering_squares
 from evaluation.experiments.segmenter import split_cells
 from layouts.nuclei import HEADROOM
-from layouts.recombine import read_origin
+from layouts.recombine import RESIZE_LIMITS, read_origin, read_sources
 from layouts.statistics import measure, summarize
 
 LEVELS = 4  # of density: a part of the masks is made for each
@@ -40,6 +40,7 @@ class LayoutStatistics:
         touching: fraction of the cells that touch another cell.
         scale: median diameter divided by that of the labelled cells.
         labelled_touching: fraction of the labelled cells that touch another cell.
+        file_scale: median diameter of the labelled cells divided by that in the files that new masks cut cells from.
     """
 
     images: int
@@ -50,10 +51,11 @@ class LayoutStatistics:
     touching: float
     scale: float
     labelled_touching: float
+    file_scale: float = 1.0
 
 
 def layout_statistics(
-    found: Sequence[np.ndarray], labelled: Sequence[np.ndarray], side: int
+    found: Sequence[np.ndarray], labelled: Sequence[np.ndarray], side: int, files: Sequence[np.ndarray] | None = None
 ) -> LayoutStatistics | None:
     """Statistics of instance maps.
 
@@ -61,6 +63,7 @@ def layout_statistics(
         found: (H, W) instance maps of the unlabelled images.
         labelled: (H, W) instance maps of the labelled images.
         side: side of a mask, pixels.
+        files: (H, W) instance maps of the label files, if images are resized and ``labelled`` are, too.
 
     Returns:
         None if there are fewer than ``LEAST_CELLS`` whole cells.
@@ -78,6 +81,8 @@ def layout_statistics(
     levels = np.quantile(dense if len(dense) else shares[shares > 0], (np.arange(LEVELS) + 0.5) / LEVELS)
     diameters = np.sqrt(4 / math.pi * areas)
     scale = float(np.median(diameters) / np.median(np.sqrt(4 / math.pi * own_areas)))
+    in_files = own_summary if files is None else summarize(measure(one) for one in files)
+    median_area = "cell area in pixels, median"
     return LayoutStatistics(
         images=len(measured),
         densities=[float(value) for value in levels],
@@ -87,7 +92,13 @@ def layout_statistics(
         touching=float(summary["share of cells that touch another"]),
         scale=float(np.clip(scale, *SCALE_LIMITS)),
         labelled_touching=float(own_summary["share of cells that touch another"]),
+        file_scale=math.sqrt(own_summary[median_area] / in_files[median_area]),
     )
+
+
+def cells_of_files(folder: Path, components: bool, config: DataConfig) -> list[np.ndarray] | None:
+    """Instance maps of the files that ``make_masks.py recombine`` cuts cells from; None if images are not resized."""
+    return list(read_sources(folder, components).values()) if config.crop == "center" else None
 
 
 @dataclass(frozen=True)
@@ -107,12 +118,13 @@ def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float,
         side: side of a mask, pixels.
     """
     simulated = round(count * simulated_share)
+    scale = statistics.scale * statistics.file_scale
+    low, high = (float(np.clip(end, *RESIZE_LIMITS)) for end in (scale / SCALE_SPREAD, scale * SCALE_SPREAD))
     parts = []
     for level, density in enumerate(statistics.densities):
-        low, high = statistics.scale / SCALE_SPREAD, statistics.scale * SCALE_SPREAD
         recombined: dict[str, object] = {
             "density": round(min(density, 0.9), 4),
-            "scale": (round(low, 3), round(high, 3)),
+            "scale": (round(low, 4), round(high, 4)),
         }
         if statistics.touching > statistics.labelled_touching:
             recombined["max_overlap"] = 0.1  # cells may be laid against each other beyond their source's clusters
