@@ -103,7 +103,7 @@ def train_judge(args: argparse.Namespace, trained: TrainedModel, machine: Machin
     from evaluation.judge import judge_of_folders
 
     request = own_judge_request(args, machine.device)
-    judge = judge_of_folders(request, trained.data, trained.normalize_masks).judge
+    judge = judge_of_folders(request, trained.data, trained.normalize_masks, trained.mask_type).judge
 
     def find_cells(image: np.ndarray, truth: np.ndarray) -> Verdict:
         found = judge.class_maps([repeat_gray(image)])[0] > 0

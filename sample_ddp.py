@@ -281,7 +281,8 @@ def load_redraw(
     from evaluation.redraw import Redraw, TrainedJudge, portable_judge
 
     def train() -> TrainedJudge:
-        found = judge_of_folders(own_judge_request(args, machine.device), trained.data, args.normalize_masks)
+        request = own_judge_request(args, machine.device)
+        found = judge_of_folders(request, trained.data, args.normalize_masks, trained.mask_type)
         return portable_judge(found, args.min_fidelity, args.max_attempts or MAX_ATTEMPTS)
 
     with torch.inference_mode(False):  # training needs gradients

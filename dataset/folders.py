@@ -172,6 +172,7 @@ class PairedFolder(TrainingImages):
         progress: bool = False,
         names: Iterable[str] | None = None,
         normalize: bool = False,
+        learned: str = "auto",
     ) -> None:
         """Read and check all pairs.
 
@@ -183,6 +184,7 @@ class PairedFolder(TrainingImages):
             memory_gb: most memory for decoded files.
             names: use these pairs only. None: all.
             normalize: divide soft maps by their sum. If False, refuse those that do not sum to one.
+            learned: type of the masks that a model was trained on, as of ``decide_mask_rule``.
 
         Raises:
             InputError: files are unusable. The message names them all.
@@ -208,7 +210,9 @@ class PairedFolder(TrainingImages):
         _warn(flat_warning(list(compared), [one.is_flat for one in compared.values()]))
         _warn(burnt_in_warning(list(compared), [one.is_burnt_in for one in compared.values()]))
         stats = [one.stats for one in checked]
-        self.rule = decide_mask_rule(stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values)
+        self.rule = decide_mask_rule(
+            stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values, learned
+        )
         refuse_one_class(stats, self.rule, mask_dir)
         _warn(mask_warnings(stats, self.rule), f"masks in {mask_dir}: ")
         self._decide_windows(checked)

@@ -337,7 +337,7 @@ def prepare_judge(samples: SampleSet, request: JudgeRequest) -> tuple[FolderJudg
     """Choose the judge's pairs by :func:`split_pairs`, then load the judge from the cache or train it."""
     config = samples.require_config()
     split = split_pairs(samples, request)
-    return judge_of_folders(request, config, samples.normalizes, split.train), split
+    return judge_of_folders(request, config, samples.normalizes, samples.mask_type, split.train), split
 
 
 def _judge(judge: Judge, images: Iterator[LabelledImage], num_classes: int, separated: bool) -> AgreementScore:

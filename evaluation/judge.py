@@ -217,12 +217,13 @@ class FolderJudge(NamedTuple):
 
 
 def judge_of_folders(
-    request: JudgeRequest, config: DataConfig, normalize_masks: bool, names: Sequence[str] | None = None
+    request: JudgeRequest, config: DataConfig, normalize_masks: bool, learned: str, names: Sequence[str] | None = None
 ) -> FolderJudge:
     """Load the judge from the cache, or train it.
 
     Args:
         normalize_masks: divide soft masks by their sum.
+        learned: type of the masks of the model or set that is judged, as of ``decide_mask_rule``.
         names: pairs to use; None uses all.
 
     Raises:
@@ -230,7 +231,7 @@ def judge_of_folders(
     """
     pairs = PairedFolder(
         request.images, request.masks, config, request.mask_type, seed=request.seed, progress=request.progress,
-        names=names, normalize=normalize_masks,
+        names=names, normalize=normalize_masks, learned=learned,
     )  # fmt: skip
     judge_config = JudgeConfig(config.num_classes, judged_channels(config), request.steps, seed=request.seed)
     return FolderJudge(

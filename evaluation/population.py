@@ -204,12 +204,13 @@ def score_population(
     Raises:
         InputError: no real images are known.
     """
-    ids = samples.samples[0].mask_type == "instances"
+    ids = samples.mask_type == "instances"
     if image_dir is not None and mask_dir is not None:
         config: DataConfig = samples.require_config()
         folder = MaskFolder(
-            mask_dir, config, mask_type, image_dir, normalize=samples.normalizes, whole_scale=samples.whole_scale
-        )
+            mask_dir, config, mask_type, image_dir, normalize=samples.normalizes, whole_scale=samples.whole_scale,
+            learned=samples.mask_type,
+        )  # fmt: skip
         ids = ids and folder.rule.mask_type == "instances"
         real = measure_population(_cells_alike(folder_images(folder, folder.names, SEED), ids))
         groups: Sequence[Hashable] = np.repeat(folder.names, crops_per_image(folder)).tolist()

@@ -277,7 +277,7 @@ def load_sweep_data(trained: TrainedModel, request: JudgeRequest, images: int) -
         )
     chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
     normalize = trained.normalize_masks
-    judge, _, _, pairs = judge_of_folders(request, trained.data, normalize, rest)
+    judge, _, _, pairs = judge_of_folders(request, trained.data, normalize, trained.mask_type, rest)
     masks = MaskFolder(request.masks, pairs.config, pairs.rule.mask_type, request.images, normalize=normalize)
     seeds = [np.random.default_rng([request.seed, place]) for place in range(len(chosen))]
     items = [masks.load(name, rng=rng) for name, rng in zip(sorted(chosen), seeds, strict=True)]

@@ -101,6 +101,11 @@ class SampleSet:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def mask_type(self) -> str:
+        """What the labels hold. Real masks are read alike, where their values leave a choice."""
+        return self.samples[0].mask_type
+
     @cached_property
     def has_real(self) -> bool:
         """Whether the rows name their real images (all do, or none).

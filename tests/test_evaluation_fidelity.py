@@ -23,6 +23,7 @@ from evaluation.fidelity import (
     cells_of_classes,
     class_iou,
     fidelity_of,
+    prepare_judge,
     score_agreement,
     score_fidelity,
     split_pairs,
@@ -245,6 +246,19 @@ def test_real_images_of_the_set_are_kept_from_the_judge_if_it_learns_from_masks_
         assert (split.train, split.held_out) == ([f"real_{n:02d}" for n in range(12, 20)], []) and split.masks_seen == 0
     else:  # too few others: a fifth is held out, and the images of the rest are known
         assert (len(split.train), len(split.held_out), split.masks_seen) == (16, 4, 16)
+
+
+def test_judge_reads_ids_of_few_cells_as_the_set_does(real, tmp_path):
+    ids = np.zeros((SIZE, SIZE), np.uint8)
+    ids[8:16, 8:16], ids[8:16, 16:24] = 1, 2  # two cells that touch, not the classes 1 and 2
+    (tmp_path / "masks").mkdir()
+    for path in (real / "masks").iterdir():
+        Image.fromarray(ids).save(tmp_path / "masks" / path.name)
+    rows = [Row(ids, noisy(ids > 0, 1), mask_type="instances")]
+    samples = SampleSet(write_set(tmp_path / "set", rows, DataConfig(SIZE, num_classes=3)))
+    request = JudgeRequest(real / "images", tmp_path / "masks", tmp_path / "judges", CPU, steps=2)
+    found, _ = prepare_judge(samples, request)
+    assert found.pairs.rule.mask_type == "instances" and found.pairs.rule.has_boundary
 
 
 def test_without_real_images_a_fifth_is_held_out_and_known_masks_are_counted(real, tmp_path):

@@ -218,6 +218,18 @@ def test_ids_that_are_stored_as_float_are_cells(tmp_path):
     assert report.cells_are == "instances" and samples.instance_map(samples.samples[0]).dtype.kind == "i"
 
 
+def test_real_ids_of_few_cells_are_read_as_those_of_the_set(tmp_path):
+    cells = np.zeros((SIZE, SIZE), np.uint8)
+    cells[10:20, 10:20], cells[10:20, 20:30] = 1, 2  # two cells that touch, not the classes 1 and 2
+    rows = [Row(cells, paint(cells > 0), mask_type="instances")]
+    samples = SampleSet(write_set(tmp_path / "set", rows, DataConfig(SIZE, num_classes=3)))
+    for kind, content in (("images", paint(cells > 0)), ("masks", cells)):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(content).save(tmp_path / kind / "a.png")
+    report, _, real = score_population(samples, tmp_path / "images", tmp_path / "masks")
+    assert report.cells_are == "instances" and real[0]["count"].tolist() == [2]
+
+
 def test_files_hold_the_table_every_value_and_the_histograms(tmp_path):
     samples = bright_set(tmp_path / "set", 175)
     folder = write_population_report(samples, *score_population(samples))

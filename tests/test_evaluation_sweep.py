@@ -150,11 +150,26 @@ def test_too_few_masks_are_refused_before_the_judge_is_trained(real, tmp_path):
         Image.fromarray(item.classes * 255).save(tmp_path / "masks" / f"{number}.png")
     cpu = torch.device("cpu")
     request = JudgeRequest(tmp_path / "images", tmp_path / "masks", tmp_path / "judges", cpu, steps=2)
-    trained = SimpleNamespace(data=DataConfig(image_size=SIZE), normalize_masks=False)
+    trained = SimpleNamespace(data=DataConfig(image_size=SIZE), normalize_masks=False, mask_type="auto")
     with pytest.raises(InputError, match="images 3: too few masks"):
         load_sweep_data(trained, request, 3)
     assert not (tmp_path / "judges").exists()
     assert len(load_sweep_data(trained, request, 4).items) == 4
+
+
+def test_ids_of_few_cells_are_read_as_the_model_learned_them(real, tmp_path):
+    ids = np.zeros((SIZE, SIZE), np.uint8)
+    ids[8:16, 4:12], ids[8:16, 12:20] = 1, 2  # two cells that touch, not the classes 1 and 2
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number, item in enumerate(real):
+        Image.fromarray(item.image).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(ids).save(tmp_path / "masks" / f"{number}.png")
+    request = JudgeRequest(tmp_path / "images", tmp_path / "masks", tmp_path / "judges", torch.device("cpu"), steps=2)
+    config = DataConfig(image_size=SIZE, num_classes=3)
+    trained = SimpleNamespace(data=config, normalize_masks=False, mask_type="instances")
+    found = load_sweep_data(trained, request, 4)
+    assert found.separated and all(item.cells.max() == 2 for item in found.real)
 
 
 def test_files_hold_every_setting_and_the_plot(real, tmp_path):
