@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,24 @@ def test_planted_test_mask_is_found(split, tmp_path):
     leaks = find_leaks(split, 25, set_of(tmp_path / "set", masks, trained_on=seen(split, 25)))
     assert leaks[0] == "1 images are made from masks of the test set"
     assert leaks[1] == "1 labels show the cells of test masks"
+
+
+def test_empty_masks_in_test_and_share_are_no_leak_but_equal_cells_are(real, tmp_path):
+    """Fields without cells have equal mask files."""
+    folders = tmp_path / "images", tmp_path / "masks"
+    shutil.copytree(real / "images", folders[0])
+    shutil.copytree(real / "masks", folders[1])
+    drawn, shares = plan_shares([[f"real_{seed:02d}"] for seed in range(20)], 0.2, [25], seed=0)
+    for name in (drawn[0], shares[25][0]):
+        Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(folders[1] / f"{name}.png")
+    shutil.copy(folders[1] / f"{drawn[1]}.png", folders[1] / f"{shares[25][1]}.png")
+    split = make_split(tmp_path / "split", folders, shares=[25])
+    assert (split.test, split.shares[25]) == (drawn, shares[25])
+    masks = files_of(split, 25, "masks")
+    without = [path for path in masks if path.stem != shares[25][1]]
+    assert find_leaks(split, 25, set_of(tmp_path / "a", without, trained_on=seen(split, 25))) == []
+    leaks = find_leaks(split, 25, set_of(tmp_path / "b", masks, trained_on=seen(split, 25)))
+    assert leaks == ["1 labels show the cells of test masks"]
 
 
 def test_test_mask_under_another_name_and_hash_is_found_by_its_pixels(split, tmp_path):

@@ -64,10 +64,20 @@ def refuse_leaks(split: SplitPlan, share: int, samples: SampleSet, checkpoint: P
         raise InputError(f"{samples.folder} leaks at {split.words(share)}: {'; '.join(leaks)}")
 
 
-def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str, str]) -> dict[str, int]:
-    """Count the hashes that belong to test pairs ("test"), to pairs outside of the share ("outside"), or to no pair."""
+def _where(
+    split: SplitPlan, share: int, digests: Iterable[str], known: dict[str, str], may_be_equal: bool = False
+) -> dict[str, int]:
+    """Count the hashes that belong to test pairs ("test"), to pairs outside of the share ("outside"), or to no pair.
+
+    Args:
+        may_be_equal: a file of the share may be in the test set, too. It then counts as one of the share.
+    """
     test = {known[name] for name in split.test}
-    inside = {known[name] for name in split.shares[share]} - test
+    inside = {known[name] for name in split.shares[share]}
+    if may_be_equal:
+        test -= inside
+    else:
+        inside -= test
     everything = set(known.values())
     counts: dict[str, int] = defaultdict(int)
     for digest in digests:
@@ -82,10 +92,14 @@ def _where(split: SplitPlan, share: int, digests: Iterable[str], known: dict[str
 
 
 def _masks(split: SplitPlan, share: int, samples: SampleSet) -> list[str]:
-    """Leaks by masks, from their hashes. A mask that is not in the split must come from make_masks.py."""
+    """Leaks by masks, from their hashes. A mask that is not in the split must come from make_masks.py.
+
+    Empty masks are often equal, so a mask of the share may be in the test set, too. :func:`_labels` finds equal cells.
+    """
     if "source_mask_sha256" not in samples.columns:
         return ["its manifest has no column source_mask_sha256, so its masks cannot be checked"]
-    counts = _where(split, share, (sample.columns["source_mask_sha256"] for sample in samples.samples), split.masks)
+    digests = (sample.columns["source_mask_sha256"] for sample in samples.samples)
+    counts = _where(split, share, digests, split.masks, may_be_equal=True)
     leaks = []
     if counts["test"]:
         leaks.append(f"{counts['test']} images are made from masks of the test set")
