@@ -43,7 +43,10 @@ def groups_of(names: Sequence[str], groups: Mapping[str, str]) -> list[str]:
 
 def members_of(groups: Sequence[str]) -> list[list[int]]:
     """Numbers of the members of each group, groups sorted by name."""
-    return [[number for number, one in enumerate(groups) if one == group] for group in sorted(set(groups))]
+    members: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    return [members[group] for group in sorted(members)]
 
 
 def gather_groups(
