@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.randomness import derived_seed
+from common.spread import evenly
 from dataset.config import DataConfig, Window
 from dataset.gray import image_window, to_tensor
 from dataset.groups import members_of
@@ -34,6 +35,7 @@ LEAST_ENERGY = 1e-6  # keeps the logarithm finite for a crop of one gray value
 LEAST_SPREAD = 1e-3  # least standard deviation: avoids division by zero
 FARTHEST = 5.0  # standardised numbers are clipped to this absolute value
 MOST_LOOKS = 4096  # most looks in a checkpoint; of larger data sets, an even selection
+LEAST_OF_GROUP = 32  # least looks of each group in this selection, if it has as many
 RECIPE = 1  # version of the numbers; raise it when their meaning changes
 _DRAW, _DRAW_GROUP = 3, 4  # other random draws of the same image use other numbers
 
@@ -145,6 +147,25 @@ def _starts(length: int, side: int) -> np.ndarray:
     return np.linspace(0, length - side, count).round().astype(int)
 
 
+def kept_images(count: int, groups: Sequence[str] = ()) -> list[int]:
+    """Numbers of the images whose looks a checkpoint stores, evenly spread over the images of every group.
+
+    Groups keep their shares, but a rare group has at least :data:`LEAST_OF_GROUP` looks.
+
+    Args:
+        count: of the images.
+        groups: of the images; empty if they have none.
+    """
+    members = members_of(groups)
+    if count <= MOST_LOOKS or not MOST_LOOKS >= len(members) > 0:
+        return evenly(count, MOST_LOOKS)
+    least = min(LEAST_OF_GROUP, MOST_LOOKS // len(members))
+    certain = sum(min(len(one), least) for one in members)
+    share = (MOST_LOOKS - certain) / (count - certain)  # of the other images
+    kept = [evenly(len(one), least + int(share * max(0, len(one) - least))) for one in members]
+    return sorted(one[place] for one, places in zip(members, kept, strict=True) for place in places)
+
+
 @dataclass(frozen=True)
 class Looks:
     """Looks of images, and the mean and spread that standardise them and new ones. Checkpoints store plain numbers.
@@ -196,6 +217,10 @@ class Looks:
         names, groups = (tuple(one[number] for number in kept) for one in (self.names, self.groups))
         return Looks(names, self.numbers[kept], self.mean, self.spread, groups)
 
+    @functools.cached_property
+    def _members(self) -> list[list[int]]:
+        return members_of(self.groups)
+
     def draw(self, seed: int, index: int, balanced: bool = False) -> int:
         """Number of the look that image ``index`` of a set drawn with ``seed`` takes.
 
@@ -203,8 +228,7 @@ class Looks:
             balanced: all groups are equally likely, instead of all looks.
         """
         if balanced:
-            members = members_of(self.groups)
-            group = members[derived_seed(seed, index, _DRAW_GROUP) % len(members)]
+            group = self._members[derived_seed(seed, index, _DRAW_GROUP) % len(self._members)]
             return group[derived_seed(seed, index, _DRAW) % len(group)]
         return derived_seed(seed, index, _DRAW) % len(self.names)
 

@@ -28,7 +28,7 @@ from dataset.batches import Batch
 from dataset.checks import for_all
 from dataset.folders import PairedFolder
 from dataset.gray import SourceIntensity
-from dataset.looks import MOST_LOOKS, Looks, measure_tensor
+from dataset.looks import Looks, kept_images, measure_tensor
 from dataset.masks import to_prob_map
 from dataset.unlabelled import ImageFolder, UnlabelledFolder
 from download import PUBLISHED_URLS, find_weights
@@ -188,7 +188,7 @@ class Training:
         if self.looks is not None:
             return
         images = [(folder, i, name) for folder in (labelled, *unlabelled) for i, name in enumerate(folder.names)]
-        kept = evenly(len(images), MOST_LOOKS)
+        kept = kept_images(len(images), self.groups)
         chosen = [images[number] for number in kept]
         groups = [self.groups[number] for number in kept] if self.groups else []
         windows = for_all(lambda one: one[0].look_windows(one[1]), chosen, "measuring looks", self.machine.is_main)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from common.errors import InputError
+from common.spread import evenly
 from dataset.config import DataConfig
+from dataset.groups import members_of
 from dataset.looks import (
     FARTHEST,
+    LEAST_OF_GROUP,
+    MOST_LOOKS,
     Looks,
+    kept_images,
     look_count,
     look_names,
     measure_draw,
@@ -120,6 +128,34 @@ def test_looks_go_through_plain_numbers_unchanged():
     assert {looks.draw(3, index) for index in range(20)} == {0, 1}
     with pytest.raises(InputError, match="measures looks by recipe 0"):
         Looks.from_dict(looks.to_dict() | {"recipe": 0})
+
+
+def test_as_many_groups_as_looks_are_drawn_in_no_time():
+    names = [str(number) for number in range(MOST_LOOKS)]
+    looks = Looks.of(names, [np.zeros((1, 10), np.float32)] * MOST_LOOKS, names)
+    begun = time.process_time()
+    drawn = [looks.draw(0, index, balanced=True) for index in range(200)]
+    assert time.process_time() - begun < 2 and len(set(drawn)) > 180
+    by_name = sorted(range(MOST_LOOKS), key=lambda number: names[number])
+    assert members_of(names) == [[number] for number in by_name]
+    assert members_of(["b", "a", "b", "c", "a"]) == [[1, 4], [0, 2], [3]] and members_of([]) == []
+
+
+def test_rare_groups_of_a_large_set_keep_looks_and_others_their_shares():
+    count = 10 * MOST_LOOKS
+    assert kept_images(count) == kept_images(count, ["a"] * count) == evenly(count, MOST_LOOKS)
+    assert kept_images(3, ["a", "b", "a"]) == [0, 1, 2]
+    groups = np.array(["large"] * count)
+    groups[count // 2 :] = "half"
+    groups[[5, 7]], groups[20:220] = "two", "rare"
+    kept = kept_images(count, list(groups))
+    assert kept == sorted(set(kept)) and MOST_LOOKS - 4 <= len(kept) <= MOST_LOOKS
+    named = Counter(groups[kept])
+    assert named["two"] == 2 and LEAST_OF_GROUP <= named["rare"] <= LEAST_OF_GROUP + 20
+    assert abs(named["large"] - named["half"]) < 40
+    many = [f"g{number // 11}" for number in range(count)]  # 3724 groups
+    assert len(Counter(many[number] for number in kept_images(count, many))) == len(set(many))
+    assert len(kept_images(count, [str(number) for number in range(count)])) == MOST_LOOKS
 
 
 def test_looks_of_chosen_groups_and_groups_drawn_equally_often():

@@ -207,6 +207,14 @@ def test_real_images_go_to_noise_and_back_with_their_own_looks(lab, tmp_path):
     assert code == 2 and "--look-index has no effect with --likelihood or --reverse" in lines[-1]
 
 
+def test_a_rare_group_keeps_its_look_if_there_are_too_many_images(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.looks.MOST_LOOKS", 2)
+    table = tmp_path / "groups.csv"
+    table.write_text("name,group\n" + "".join(f"cell_{n},{'often' if n != 1 else 'rare'}\n" for n in range(5)))
+    start(lab, "rare", 1, "--look", "reference", "--groups", table)
+    assert read_checkpoint(newest(lab, "rare"))["looks"]["groups"] == ["often", "rare"]
+
+
 def test_groups_choose_and_balance_the_looks_of_a_set(lab, tmp_path):
     table = tmp_path / "groups.csv"
     names = [*(f"cell_{n}" for n in range(5)), *(f"new_cell_{n}" for n in range(3))]
