@@ -164,6 +164,13 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
     return found
 
 
+def mark_nuclei(folder: Path) -> None:
+    """Note in a part that its folders of masks hold nuclei, also if each image of the part has a single nucleus."""
+    for kind in ("masks", "instances"):
+        if (folder / kind).is_dir() and any(path.is_dir() for path in (folder / kind).iterdir()):
+            (folder / kind / NUCLEI).touch()
+
+
 def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[Pair], list[str], list[str]]:
     """Pair files by their stems, see :func:`dataset.names.partners`.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.disk import check_folder, link_or_copy, new_folder, write_csv
 from common.errors import InputError, list_some
-from dataset.files import Pair, find_images, pair_files
+from dataset.files import Pair, find_images, mark_nuclei, pair_files
 from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, read_names
 
 TABLE = "groups.csv"
@@ -83,6 +84,7 @@ def gather_groups(
         for kind, name, path in files:
             (folder / kind).mkdir(exist_ok=True)
             link_or_copy(path, folder / kind / (name if path.is_dir() else f"{name}{path.suffix}"))
+        mark_nuclei(folder)
         write_csv(folder / TABLE, ("name", "group"), rows)
     return dict(sorted(Counter(group for _, group in rows).items()))
 
@@ -94,7 +96,20 @@ def _pairs_of_groups(image_dir: Path, mask_dir: Path) -> dict[tuple[str, str], P
     if lonely:
         raise InputError(f"{image_dir} and {mask_dir} have different groups: only one of them has {list_some(lonely)}")
     pairs = {group: pair_files(groups[group], others[group]) for group in groups}
+    nuclei = [group for group, found in pairs.items() if any(pair.mask_path.is_dir() for pair in found)]
+    if nuclei:
+        pairs = {group: _pairs_with_nuclei(found, others[group], nuclei[0]) for group, found in pairs.items()}
     return {(group, f"{group}_{pair.name}"): pair for group, found in pairs.items() for pair in found}
+
+
+def _pairs_with_nuclei(pairs: Sequence[Pair], mask_dir: Path, other: str) -> list[Pair]:
+    """Pairs of a group, if another group has one file per nucleus: a folder with a single file holds a nucleus, too."""
+    if any(pair.mask_path.parent == mask_dir and pair.mask_path.is_file() for pair in pairs):
+        raise InputError(
+            f"{mask_dir} has one mask for each image, but the masks of the group {other} have one file for each "
+            "nucleus: gather the groups of each kind on their own"
+        )
+    return [pair if pair.mask_path.is_dir() else replace(pair, mask_path=pair.mask_path.parent) for pair in pairs]
 
 
 def _files_of_groups(folder: Path) -> dict[tuple[str, str], Path]:

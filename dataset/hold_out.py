@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.disk import write_bytes
 from common.errors import CommandParser, InputError, list_some, run_command
-from dataset.files import Pair, find_images_and_masks, match_names
+from dataset.files import Pair, find_images_and_masks, mark_nuclei, match_names
 
 LEAST_PAIRS = 5
 PARTS = ("train", "heldout")
@@ -79,6 +79,7 @@ def _link(pairs: list[Pair], folder: Path) -> None:
         for kind, path in (("images", pair.image_path), ("masks", pair.mask_path)):
             suffix = "" if path.is_dir() else path.suffix  # a folder of nuclei has none
             (folder / kind / f"{pair.name}{suffix}").symlink_to(path.absolute(), target_is_directory=path.is_dir())
+    mark_nuclei(folder)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -70,6 +70,31 @@ def test_a_split_keeps_the_groups_of_sub_folders(lab, tmp_path):
         assert {plan.groups[name] for name in plan.test} | {plan.groups[name] for name in plan.shares[1]} == set(GROUPS)
 
 
+@pytest.mark.parametrize("inner", ["", "masks"])
+def test_a_group_of_single_nuclei_keeps_one_file_per_nucleus_as_the_others(lab, tmp_path, inner):
+    for path in sorted((lab / "masks").rglob("*.png")):
+        folder = path.with_name(path.stem.removesuffix("_masks")) / inner
+        folder.mkdir(parents=True)
+        if path.parent.name == "patient_03":
+            shutil.copy(path, folder / "2.png")
+        path.rename(folder / "1.png")
+    assert not any(path.is_dir() for path in find_files(lab / "masks/patient.4", "mask").values())
+    gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
+    pairs = pair_files(tmp_path / "flat" / "images", tmp_path / "flat" / "masks")
+    counts = {pair.name: len(list(pair.mask_path.iterdir())) for pair in pairs if pair.mask_path.is_dir()}
+    assert counts == {f"{g}_{n:03d}": 2 if g == "patient_03" else 1 for g, many in GROUPS.items() for n in range(many)}
+
+
+def test_whole_masks_of_one_group_and_nuclei_of_another_are_refused(lab, tmp_path):
+    for path in sorted((lab / "masks/patient_03").iterdir()):
+        folder = path.with_name(path.stem.removesuffix("_masks"))
+        folder.mkdir()
+        shutil.copy(path, folder / "2.png")
+        path.rename(folder / "1.png")
+    with pytest.raises(InputError, match=r"patient\.4 has one mask for each image, but .* group patient_03"):
+        gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -12,7 +12,7 @@ import pytest
 from script_helpers import ROOT, write_pairs
 
 from common.errors import InputError
-from dataset.files import pair_files
+from dataset.files import find_files, pair_files
 from dataset.hold_out import hold_out
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -100,6 +100,19 @@ def test_every_layout_of_training_is_linked_in_pairs(tmp_path, layout):
     hold_out(tmp_path / "set", tmp_path / "out")
     expected = {"train": [f"cell_{n}" for n in range(8)], "heldout": ["cell_8", "cell_9"]}
     assert names_of(tmp_path / "out") == expected
+
+
+def test_held_out_images_of_a_single_nucleus_keep_their_folders(tmp_path):
+    _, masks = write_pairs(tmp_path / "set", count=10)
+    for number in range(10):
+        folder = masks / f"cell_{number}"
+        folder.mkdir()
+        (masks / f"cell_{number}.png").rename(folder / "1.png")
+    shutil.copy(masks / "cell_0" / "1.png", masks / "cell_0" / "2.png")
+    for _ in range(2):
+        hold_out(tmp_path / "set", tmp_path / "out")
+        for part in ("train", "heldout"):
+            assert all(path.is_dir() for path in find_files(tmp_path / "out" / part / "masks", "mask").values())
 
 
 def test_tiles_of_dotted_names_stay_with_their_own_mask(tmp_path):

@@ -17,7 +17,7 @@ from common.disk import check_folder, link_or_copy, new_folder, write_json
 from common.errors import InputError, list_some
 from common.plain import read_as
 from common.randomness import derived_seed, shuffled_by_hash
-from dataset.files import Pair
+from dataset.files import Pair, mark_nuclei
 from dataset.groups import groups_of
 from evaluation.experiments.split import (
     SplitPlan,
@@ -26,7 +26,6 @@ from evaluation.experiments.split import (
     group_near_duplicates,
     hashes_of,
     instances_of,
-    mark_nuclei,
     plan_shares,
     read_pairs,
     read_split,

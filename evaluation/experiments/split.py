@@ -18,7 +18,7 @@ from common.errors import InputError, list_some
 from common.plain import read_json
 from common.randomness import shuffled_by_hash
 from dataset.checks import check_same_size
-from dataset.files import NUCLEI, Pair, find_files, labels_of_images, pair_files, read_size
+from dataset.files import Pair, find_files, labels_of_images, mark_nuclei, pair_files, read_size
 from evaluation.image_facts import image_facts, near_duplicates
 
 SPLIT_FILE = "split.json"
@@ -214,13 +214,6 @@ def copy_pairs(pairs: Iterable[Pair], folder: Path, instances: Mapping[str, Path
             (folder / kind).mkdir(parents=True, exist_ok=True)
             copy_files(path, folder / kind / f"{pair.name}{'' if path.is_dir() else path.suffix}")
     mark_nuclei(folder)
-
-
-def mark_nuclei(folder: Path) -> None:
-    """Note in a part that its folders of masks hold nuclei, also if each image of the part has a single nucleus."""
-    for kind in ("masks", "instances"):
-        if (folder / kind).is_dir() and any(path.is_dir() for path in (folder / kind).iterdir()):
-            (folder / kind / NUCLEI).touch()
 
 
 def copy_files(source: Path, target: Path) -> None:
