@@ -568,6 +568,13 @@ def test_coco_outlines_of_two_corners_are_dropped_and_no_box_is_made_of_them(tmp
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("image", [{"height": [40]}, {"width": {"a": 1}}, {"height": float("inf")}, {"width": "wide"}])
+def test_a_size_of_coco_that_is_no_number_is_refused_in_words(tmp_path, images, image):
+    path = coco_file(tmp_path, [{"id": 1, "segmentation": [square(2)]}], **image)
+    with pytest.raises(InputError, match="gives a.png a height or width that is no number"):
+        converted(tmp_path, images, path)
+
+
 @pytest.mark.parametrize(
     ("annotations", "image", "words"),
     [

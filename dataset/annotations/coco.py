@@ -69,8 +69,7 @@ class _Image:
         self._path, self._image, self._annotations, self._names = path, image, annotations, names
 
     def __call__(self, size: tuple[int, int]) -> list[Cell]:
-        stated = tuple(int(self._image.get(side) or own) for side, own in zip(("height", "width"), size, strict=True))
-        name = self._image["file_name"]
+        stated, name = self._stated_size(size), self._image["file_name"]
         if stated != size:
             raise FileError(
                 self._path, f"says {name} has {stated[1]} x {stated[0]} pixels, it has {size[1]} x {size[0]}"
@@ -81,6 +80,14 @@ class _Image:
         except Exception as error:  # noqa: BLE001 - pycocotools raises nearly any type on odd values
             words = f"{type(error).__name__}: {error}"[:120]
             raise FileError(self._path, f"has an outline of {name} that cannot be read", words) from None
+
+    def _stated_size(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """(height, width) by the file; those of ``size`` if it does not say them."""
+        try:
+            return tuple(int(self._image.get(side) or own) for side, own in zip(("height", "width"), size, strict=True))
+        except (TypeError, ValueError, OverflowError) as error:
+            words = f"gives {self._image['file_name']} a height or width that is no number"
+            raise FileError(self._path, words, f"{type(error).__name__}: {error}"[:120]) from None
 
     def _numbers(self) -> list[int] | list[None]:
         """Ids of the cells; None for all if those of the file do not fit a label image."""
