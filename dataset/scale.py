@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ _MICROMETRES = {
     "nm": 1e-3, "um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0,
     "micrometre": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0,
 }  # fmt: skip
-_OME_SIZE = re.compile(r'\bPhysicalSizeX\s*=\s*"([^"]+)"')
-_OME_UNIT = re.compile(r'\bPhysicalSizeXUnit\s*=\s*"([^"]+)"')
+_OME_SIZE = re.compile(r"""\bPhysicalSizeX\s*=\s*(["'])(.+?)\1""")
+_OME_UNIT = re.compile(r"""\bPhysicalSizeXUnit\s*=\s*(["'])(.+?)\1""")
 _OME_PIXELS = re.compile(r"<(?:\w+:)?Pixels\b[^>]*>")
 _IMAGEJ_UNIT = re.compile(r"^unit=(.+)$", re.MULTILINE)
 _APERIO = re.compile(r"\bMPP\s*=\s*([\d.eE+-]+)")
@@ -59,8 +60,8 @@ def _size_of_page(page: tifffile.TiffPage) -> float | None:
     if pixels := _OME_PIXELS.search(text):
         given, unit = _OME_SIZE.search(pixels.group()), _OME_UNIT.search(pixels.group())
         if given:
-            factor = _MICROMETRES.get(unit.group(1).strip() if unit else "um")
-            return float(given.group(1)) * factor if factor else None
+            factor = _MICROMETRES.get(html.unescape(unit.group(2)).strip() if unit else "um")
+            return float(given.group(2)) * factor if factor else None
     if aperio := _APERIO.search(text):
         return float(aperio.group(1))
     tag = page.tags.get("XResolution")

@@ -62,6 +62,13 @@ def test_the_size_of_a_pixel_is_read_from_the_header(tmp_path, write, size, unit
     assert found == (None if micrometres is None else pytest.approx(micrometres, rel=1e-4))
 
 
+@pytest.mark.parametrize("unit", ['"&#181;m"', '"&#xB5;m"', "'&#x3BC;m'", "'um'"])
+def test_xml_may_write_a_unit_in_other_characters(tmp_path, unit):
+    text = f'<?xml version="1.0"?><OME><Image><Pixels PhysicalSizeX="0.65" PhysicalSizeXUnit={unit}/></Image></OME>'
+    tifffile.imwrite(tmp_path / "a.tif", IMAGE, description=text, metadata=None)
+    assert pixel_size(tmp_path / "a.tif") == 0.65
+
+
 def test_a_scanner_says_it_as_mpp(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", IMAGE, description="Aperio Image Library|AppMag = 40|MPP = 0.2525|Left = 3")
     assert pixel_size(tmp_path / "a.tif") == 0.2525
