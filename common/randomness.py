@@ -40,6 +40,24 @@ def random_halves(groups: Sequence[Hashable]) -> list[list[np.ndarray]]:
     return [[np.flatnonzero(np.isin(numbers, half)) for half in halves] for halves in halvings]
 
 
+def divide(groups: Sequence[Sequence[str]], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Names in two random parts, the first with at most ``count`` names. No group lies in both.
+
+    If every group has more than ``count`` names, the first part is the smallest one.
+    """
+    by_name = {min(names): names for names in groups}
+    first: list[str] = []
+    rest: list[Sequence[str]] = []
+    for names in (by_name[name] for name in shuffled_by_hash(by_name, seed)):
+        if len(first) + len(names) <= count:
+            first += names
+        else:
+            rest.append(names)
+    if not first and rest:
+        first += rest.pop(rest.index(min(rest, key=len)))
+    return first, [name for names in rest for name in names]
+
+
 def shuffled_by_hash(names: Iterable[str], seed: int) -> list[str]:
     """Names in random order. The sort key depends on seed and name only, so a new name never reorders the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())

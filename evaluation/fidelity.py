@@ -22,11 +22,12 @@ from common.cells import as_ids, connected_cells
 from common.disk import file_sha256, write_json
 from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
-from common.randomness import shuffled_by_hash
+from common.randomness import divide
 from dataset.files import Pair, pair_files
 from dataset.folders import PairedFolder
 from dataset.mask_folder import MaskFolder, MaskItem
 from dataset.masks import MaskRule
+from evaluation.image_facts import group_near_duplicates, groups_to_divide
 from evaluation.instances import AP_THRESHOLDS, InstanceCounts, boundary_f, dice, mean_of_known
 from evaluation.judge import FolderJudge, Judge, JudgeRequest, judge_of_folders
 from evaluation.output import Section, Table, results_folder
@@ -265,24 +266,28 @@ def split_pairs(samples: SampleSet, request: JudgeRequest) -> Split:
     2. Otherwise a fifth of the pairs is held out. A hash of seed and name chooses them. The judge may then know masks
        of the set. The report says how many.
 
+    Images that show nearly the same, such as one image under two names, stay together.
+
     Raises:
         InputError: there are fewer than two pairs.
     """
     pairs = pair_files(request.images, request.masks)
     sources, hashes = _hashes_of_sources(samples), _hashes_of_pairs(pairs, samples.has_real)
     used = set().union(*sources)
-    free = [name for name, of_pair in hashes.items() if not of_pair & used]
+    groups = group_near_duplicates(pairs)
+    known = {name for names in groups if any(hashes[name] & used for name in names) for name in names}
+    free = [name for name in hashes if name not in known]
     if samples.has_real and len(free) >= max(4, HELD_OUT_SHARE * len(pairs)):
         return Split(free, [], 0)
     if len(pairs) < 2:
         raise InputError(
             f"{request.images} holds one pair; the judge needs at least two: one for training and one held out"
         )
-    names = shuffled_by_hash(hashes, request.seed)
-    held_out = max(1, round(HELD_OUT_SHARE * len(names)))
-    known = set().union(*(hashes[name] for name in names[held_out:]))
-    seen = sum(bool(of_sample & known) for of_sample in sources)
-    return Split(sorted(names[held_out:]), sorted(names[:held_out]), seen)
+    count = max(1, round(HELD_OUT_SHARE * len(pairs)))
+    held_out, train = divide(groups_to_divide(groups), count, request.seed)
+    learned = set().union(*(hashes[name] for name in train))
+    seen = sum(bool(of_sample & learned) for of_sample in sources)
+    return Split(sorted(train), sorted(held_out), seen)
 
 
 def _hashes_of_sources(samples: SampleSet) -> list[set[str]]:

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
-from common.randomness import shuffled_by_hash
+from common.randomness import divide
 from dataset.files import pair_files
 from dataset.look_choice import choose_looks
 from dataset.mask_folder import MaskFolder, MaskItem
 from engine.machine import Machine
 from engine.sampling import ImageSampler, SamplingSettings, TrainedModel, image_seed, is_in_interval
 from evaluation.fidelity import LabelledImage, labelled_image, score_agreement
+from evaluation.image_facts import group_near_duplicates, groups_to_divide
 from evaluation.judge import Judge, JudgeRequest, judge_of_folders
 from evaluation.output import Section, Table, new_figure, save_figure
 from evaluation.realism import compare_with_splits, extract_all, frechet_distance, real_components
@@ -265,17 +266,25 @@ class SweepData:
 def load_sweep_data(trained: TrainedModel, request: JudgeRequest, images: int) -> SweepData:
     """Choose ``images`` pairs by a hash of seed and name, and train the judge on the others.
 
+    Images that show nearly the same, such as one image under two names, stay together.
+
     Raises:
         InputError: files are unusable, or there are too few pairs for masks and judge.
     """
     if images < LEAST_IMAGES:
         raise InputError(f"`images` {images}: too few masks to compare settings; give at least {LEAST_IMAGES}")
-    order = shuffled_by_hash((pair.name for pair in pair_files(request.images, request.masks)), request.seed)
-    if len(order) < 2 * LEAST_IMAGES:
+    found = pair_files(request.images, request.masks)
+    if len(found) < 2 * LEAST_IMAGES:
         raise InputError(
-            f"{request.images} holds {len(order)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
+            f"{request.images} holds {len(found)} pairs; a sweep needs at least {2 * LEAST_IMAGES}, half for the judge"
         )
-    chosen, rest = order[: min(images, len(order) // 2)], order[min(images, len(order) // 2) :]
+    groups = groups_to_divide(group_near_duplicates(found))
+    chosen, rest = divide(groups, min(images, len(found) // 2), request.seed)
+    if len(chosen) < LEAST_IMAGES:
+        raise InputError(
+            f"`images` {images}: images that show nearly the same stay together, which leaves {len(chosen)} masks to "
+            f"compare settings; give at least {images + LEAST_IMAGES}"
+        )
     normalize = trained.normalize_masks
     judge, _, _, pairs = judge_of_folders(request, trained.data, normalize, trained.mask_type, rest)
     masks = MaskFolder(request.masks, pairs.config, pairs.rule.mask_type, request.images, normalize=normalize)

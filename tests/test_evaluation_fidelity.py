@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,23 @@ def test_judge_reads_ids_of_few_cells_as_the_set_does(real, tmp_path):
     request = JudgeRequest(real / "images", tmp_path / "masks", tmp_path / "judges", CPU, steps=2)
     found, _ = prepare_judge(samples, request)
     assert found.pairs.rule.mask_type == "instances" and found.pairs.rule.has_boundary
+
+
+def test_an_image_under_two_names_stays_on_one_side_of_the_judge(real, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for path in (real / kind).iterdir():
+            for start in ("", "copy_"):
+                (tmp_path / kind / f"{start}{path.name}").write_bytes(path.read_bytes())
+    request = JudgeRequest(tmp_path / "images", tmp_path / "masks", tmp_path / "judges", CPU)
+
+    def shown(names: list[str]) -> set[str]:
+        return {name.removeprefix("copy_") for name in names}
+
+    drawn = make_set(tmp_path / "drawn", [90, 91], [90, 91])
+    for seed in range(3):
+        split = split_pairs(drawn, replace(request, seed=seed))
+        assert not shown(split.train) & shown(split.held_out) and (len(split.train), len(split.held_out)) == (32, 8)
 
 
 def test_without_real_images_a_fifth_is_held_out_and_known_masks_are_counted(real, tmp_path):

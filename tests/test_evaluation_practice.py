@@ -148,6 +148,17 @@ def test_every_image_is_held_out_once_and_a_mask_stays_in_its_fold():
         make_folds(pairs[:1], 3, 0)
 
 
+def test_an_image_under_two_names_is_held_out_with_its_copy():
+    cells = [cells_at(seed) for seed in range(6)]
+    items = [LabelledImage(noisy(one, seed), (one > 0).astype(np.uint8), one) for seed, one in enumerate(cells)]
+    brighter = [item._replace(image=item.image // 2 + 20) for item in items]
+    pairs = [Named(f"n{number}", item) for number, item in enumerate([*items, *items[:2], *brighter[2:4]])]
+    for seed in range(3):
+        for fold in make_folds(pairs, 3, seed):
+            shown = [{int(one.name[1:]) % 6 for one in part} for part in (fold.train, fold.held_out)]
+            assert not shown[0] & shown[1] and len(fold.train) + len(fold.held_out) == 10 and fold.held_out
+
+
 def results(values: list[float | None]) -> list[dict]:
     scores = [InstanceScore(value, value, value, None, value, value, [value]) for value in values]
     return [{"fold": number, "score": asdict(one), "hardness": {}} for number, one in enumerate(scores)]

@@ -157,6 +157,20 @@ def test_too_few_masks_are_refused_before_the_judge_is_trained(real, tmp_path):
     assert len(load_sweep_data(trained, request, 4).items) == 4
 
 
+def test_an_image_under_two_names_is_not_shown_to_the_judge_of_its_copy(real, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number, item in enumerate(real):
+        for start in ("", "copy_"):
+            Image.fromarray(item.image).save(tmp_path / "images" / f"{start}{number}.png")
+            Image.fromarray(item.classes * 255).save(tmp_path / "masks" / f"{start}{number}.png")
+    trained = SimpleNamespace(data=DataConfig(image_size=SIZE), normalize_masks=False, mask_type="auto")
+    request = JudgeRequest(tmp_path / "images", tmp_path / "masks", tmp_path / "judges", torch.device("cpu"), steps=2)
+    found = load_sweep_data(trained, request, 4)
+    names = [item.name for item in found.items]
+    assert len(names) == 4 and len({name.removeprefix("copy_") for name in names}) == 2
+
+
 def test_ids_of_few_cells_are_read_as_the_model_learned_them(real, tmp_path):
     ids = np.zeros((SIZE, SIZE), np.uint8)
     ids[8:16, 4:12], ids[8:16, 12:20] = 1, 2  # two cells that touch, not the classes 1 and 2

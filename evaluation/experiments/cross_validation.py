@@ -19,6 +19,7 @@ from evaluation.experiments.practice_rules import Scored, hardness
 from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
 from evaluation.fidelity import LabelledImage
+from evaluation.image_facts import Shown, group_alike, groups_to_divide
 
 
 class Fold(NamedTuple):
@@ -60,6 +61,8 @@ class FoldResult:
 def make_folds(pairs: Sequence[Named], count: int, seed: int) -> list[Fold]:
     """Folds of the labelled images, at most one per image; every image is held out once.
 
+    Images that show nearly the same, such as one image under two names, are held out together.
+
     Raises:
         InputError: fewer than two images or folds.
     """
@@ -67,13 +70,18 @@ def make_folds(pairs: Sequence[Named], count: int, seed: int) -> list[Fold]:
         raise InputError(f"{count} `folds`: cross-validation needs two or more")
     if len(pairs) < 2:
         raise InputError(f"{len(pairs)} labelled image: cross-validation needs two or more")
-    order = {name: place for place, name in enumerate(shuffled_by_hash([one.name for one in pairs], seed))}
-    count = min(count, len(pairs))
+    groups = {min(names): names for names in groups_to_divide(group_alike([_shown(one) for one in pairs]))}
+    order = {name: place for place, first in enumerate(shuffled_by_hash(groups, seed)) for name in groups[first]}
+    count = min(count, len(groups))
     parts = [[one for one in pairs if order[one.name] % count == number] for number in range(count)]
     return [
         Fold(number, [one for other in parts if other is not part for one in other], part)
         for number, part in enumerate(parts)
     ]
+
+
+def _shown(one: Named) -> Shown:
+    return Shown.of(one.name, one.item.image)
 
 
 def fold_of_mask(mask: str, count: int, seed: int) -> int:

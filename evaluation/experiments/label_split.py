@@ -23,13 +23,13 @@ from evaluation.experiments.split import (
     SplitPlan,
     copy_files,
     copy_pairs,
-    group_near_duplicates,
     hashes_of,
     instances_of,
     plan_shares,
     read_pairs,
     read_split,
 )
+from evaluation.image_facts import group_near_duplicates
 
 SELECTIONS_FILE = "selections.json"
 UNLABELLED = "unlabelled"

@@ -18,8 +18,8 @@ from common.errors import InputError, list_some
 from common.plain import read_json
 from common.randomness import shuffled_by_hash
 from dataset.checks import check_same_size
-from dataset.files import Pair, find_files, labels_of_images, mark_nuclei, pair_files, read_size
-from evaluation.image_facts import image_facts, near_duplicates
+from dataset.files import Pair, find_files, labels_of_images, mark_nuclei, pair_files, read_image, read_size
+from evaluation.image_facts import Shown, group_near_duplicates, near_duplicates
 
 SPLIT_FILE = "split.json"
 DEFAULT_SHARES = (10, 20, 50, 100)
@@ -97,23 +97,10 @@ def _share_of(count: int, percent: int) -> int:
     return max(1, math.ceil(count * percent / 100 - 1e-9))
 
 
-def group_near_duplicates(pairs: Sequence[Pair]) -> list[list[str]]:
-    """Names in groups that show nearly the same."""
-    facts = [replace(image_facts(pair.image_path), name=pair.name) for pair in pairs]
-    group = {pair.name: [pair.name] for pair in pairs}
-    for first, second, _ in near_duplicates(facts):
-        one, other = group[first], group[second]
-        if one is not other:
-            one += other
-            for name in other:
-                group[name] = one
-    return list({id(names): names for names in group.values()}.values())
-
-
 def shown_in_both(pairs: Iterable[Pair], test_pairs: Iterable[Pair]) -> list[str]:
     """Names of test pairs whose image is (nearly) one of the others."""
-    facts = [replace(image_facts(pair.image_path), name=f"train {pair.name}") for pair in pairs]
-    facts += [replace(image_facts(pair.image_path), name=f"test {pair.name}") for pair in test_pairs]
+    facts = [Shown.of(f"train {pair.name}", read_image(pair.image_path)) for pair in pairs]
+    facts += [Shown.of(f"test {pair.name}", read_image(pair.image_path)) for pair in test_pairs]
     found = [{first, second} for first, second, _ in near_duplicates(facts)]
     crossing = [names for names in found if len({name.split()[0] for name in names}) == 2]
     return sorted({name.removeprefix("test ") for names in crossing for name in names if name.startswith("test ")})
