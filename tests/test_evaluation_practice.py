@@ -282,6 +282,14 @@ def test_merged_masks_are_no_leak_if_every_part_knows_the_selection_only(data, t
     assert "the segmenter of its masks was trained on 1 images outside" in leaks[0]
 
 
+def test_pseudo_masks_show_cells_whatever_values_the_files_store(tmp_path):
+    classes = np.zeros((16, 32), np.uint8)
+    classes[4:8, 20:24], classes[10:14, 24:28] = 1, 2
+    assert write_pseudo_masks([("u", classes)], [], 16, 5, tmp_path / "p", stored=(255, 0, 128)) == 1
+    written = np.asarray(Image.open(tmp_path / "p" / "instances" / "u.png"))
+    np.testing.assert_array_equal(written, np.array([255, 0, 128])[classes[:, 16:]])
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 

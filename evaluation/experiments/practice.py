@@ -331,7 +331,8 @@ class Practice:
             parts.append(place / "labelled")
         count = round(self.settings.masks * (self.settings.pseudo_share if self.cells_only else 1))
         if count and found:
-            made = write_pseudo_masks(found, self.seen, self.config.image_size, count, place / "pseudo")
+            stored, side = None if self.cells_only else self.config.mask_values, self.config.image_size
+            made = write_pseudo_masks(found, self.seen, side, count, place / "pseudo", stored)
             parts += [place / "pseudo"] if made else []
         return parts, made
 
@@ -380,10 +381,7 @@ class Practice:
         segmenter = Segmenter([self.teacher], self.device)
         images = plain_images(self.unlabelled, self.config, self.settings.unlabelled_images, self.settings.seed)
         found = [(name, segmenter(image)) for name, image in images]
-        if self.cells_only:
-            return [(name, one.cells) for name, one in found]
-        stored = np.array(self.config.mask_values or range(self.num_classes))
-        return [(name, stored[one.classes]) for name, one in found]
+        return [(name, one.cells if self.cells_only else one.classes) for name, one in found]
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 

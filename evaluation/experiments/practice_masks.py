@@ -174,7 +174,12 @@ def link_labelled(masks: Path, output: Path) -> None:
 
 
 def write_pseudo_masks(
-    found: Sequence[tuple[str, np.ndarray]], seen: Sequence[str], side: int, count: int, output: Path
+    found: Sequence[tuple[str, np.ndarray]],
+    seen: Sequence[str],
+    side: int,
+    count: int,
+    output: Path,
+    stored: Sequence[int] | None = None,
 ) -> int:
     """Masks that a segmenter found in unlabelled images, as one square of each image with cells.
 
@@ -184,6 +189,7 @@ def write_pseudo_masks(
         side: of the squares.
         count: masks at most.
         output: gets ``instances`` and ``settings.json``.
+        stored: value that a file stores for each class of a class map; None: its number.
 
     Returns:
         How many were made.
@@ -195,7 +201,8 @@ def write_pseudo_masks(
         square = max(squares, key=lambda one: np.count_nonzero(one))
         if made == count or not square.any():
             continue
-        content = encode_image(square.astype(np.uint16)[..., None])
+        values = square if stored is None else np.array(stored)[square]
+        content = encode_image(values.astype(np.uint16)[..., None])
         write_bytes(output / "instances" / f"{name}.png", content)
         made += 1
     note_pseudo_masks(output, seen)
