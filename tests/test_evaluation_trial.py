@@ -384,6 +384,16 @@ def test_real_masks_may_store_classes_as_other_values(split):
     assert evaluate.parse_args(["utility", str(split), "--mask-values", "0", "255"]).mask_values == [0, 255]
 
 
+@pytest.mark.parametrize(("mask_type", "classes"), [("instances", 2), ("classes", 3)])
+def test_without_a_set_the_masks_say_whether_the_third_class_is_a_boundary(data, tmp_path, mask_type, classes):
+    folders = (data / "train" / "images", data / "train" / "instances")
+    (plan,) = make_selections(tmp_path / "split", folders, SelectionSettings([2], selections=1))
+    settings = TrialSettings((ARMS["real"],), (2,), mask_type=mask_type, config=replace(CONFIG, num_classes=3))
+    case = Case(plan, 0, 2, None, settings)
+    assert case.num_classes == case.segmenter(0).num_classes == classes
+    assert {value for one in case.test for value in np.unique(one.item.classes)} == set(range(classes))
+
+
 def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, capsys):
     sets, out = sets_of(split, tmp_path / "sets", 2), tmp_path / "out"
     words = ["utility", split, "--sets", sets, "--labels", 2, "--steps", 2, "--square", 16, "--pseudo-images", 2]

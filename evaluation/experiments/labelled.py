@@ -34,13 +34,6 @@ class Named(NamedTuple):
     item: LabelledImage
 
 
-def segmenter_classes(samples: SampleSet | None, config: DataConfig) -> int:
-    """Classes that a segmenter learns: those of the masks, but a boundary made from instances is no class."""
-    rule = (samples.settings.get("mask_rule") or {}) if samples is not None else {}
-    has_boundary = rule.get("mask_type") == "instances" and rule.get("num_classes") == 3
-    return 2 if has_boundary else config.num_classes
-
-
 class LabelledFolders(NamedTuple):
     """Where labelled images lie.
 
@@ -66,7 +59,7 @@ class LabelledFolders(NamedTuple):
         """The same; the masks are the instances, too, if training with ``num_classes`` reads an id per cell in them."""
         if self.instances is not None:
             return self
-        rule = self._read_masks(num_classes).rule
+        rule = self.read_masks(num_classes).rule
         return self._replace(instances=self.masks) if rule.mask_type == "instances" else self
 
     def check_instances(self) -> None:
@@ -78,7 +71,7 @@ class LabelledFolders(NamedTuple):
         if self.instances is None:
             return
         try:
-            masks = self._read_masks(num_classes=2)
+            masks = self.read_masks(num_classes=2)
         except InputError as error:
             raise InputError(f"{error}. With `instances`, masks hold cell and background, or the ids") from error
         cells = self.cells_of(masks)
@@ -92,12 +85,27 @@ class LabelledFolders(NamedTuple):
         found = labels_of_images(masks.image_paths.values(), self.images, self.instances)
         return {name: found[path] for name, path in masks.image_paths.items()}
 
-    def _read_masks(self, num_classes: int) -> MaskFolder:
+    def read_masks(self, num_classes: int) -> MaskFolder:
         """The masks at the size of their files; images of any number of channels."""
         first = next(iter(find_images_and_masks(self.images, self.masks)[0].values()))
         channels = read_image(first).shape[2]
         config = DataConfig(image_size=1, num_classes=num_classes, channels=3 if channels == 1 else channels)
         return MaskFolder(self.masks, config, self.mask_type, self.images, whole_scale=1.0)
+
+
+def segmenter_classes(samples: SampleSet | None, config: DataConfig, parts: Sequence[LabelledFolders] = ()) -> int:
+    """Classes that a segmenter learns: those of the masks, but a boundary made from instances is no class.
+
+    Args:
+        samples: a synthetic set, which says what its masks are. None: the masks of ``parts`` decide.
+    """
+    if samples is not None:
+        rule = samples.settings.get("mask_rule") or {}
+        has_boundary = rule.get("mask_type") == "instances" and rule.get("num_classes") == 3
+    else:
+        is_unclear = config.num_classes == 3 and config.mask_values is None
+        has_boundary = is_unclear and any(part.read_masks(config.num_classes).rule.has_boundary for part in parts)
+    return 2 if has_boundary else config.num_classes
 
 
 def read_cells(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -141,7 +141,8 @@ class Case:
                 "no synthetic set says how images are read: give `image_size` and the other fields of training"
             )
         self.config = config.with_mask_values(settings.mask_values)
-        self.num_classes = segmenter_classes(sets[0] if sets else None, config)
+        parts = [self._folders(labels), self._folders(None)]
+        self.num_classes = segmenter_classes(sets[0] if sets else None, self.config, parts)
 
     @property
     def arms(self) -> list[Arm]:
@@ -158,9 +159,11 @@ class Case:
         """The test images."""
         return self._read(None)
 
+    def _folders(self, share: int | None) -> LabelledFolders:
+        return LabelledFolders.of_part(self.plan.part(share), self.settings.mask_type)
+
     def _read(self, share: int | None) -> list[Named]:
-        folders = LabelledFolders.of_part(self.plan.part(share), self.settings.mask_type)
-        return real_pairs(folders, self.config, self.num_classes)
+        return real_pairs(self._folders(share), self.config, self.num_classes)
 
     def group(self, name: str) -> str:
         """Look or patient of an image."""
