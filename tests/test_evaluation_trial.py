@@ -394,6 +394,23 @@ def test_without_a_set_the_masks_say_whether_the_third_class_is_a_boundary(data,
     assert {value for one in case.test for value in np.unique(one.item.classes)} == set(range(classes))
 
 
+def test_training_images_may_begin_as_the_files_of_test_images_do(data, tmp_path):
+    for seed, name in enumerate(("test__p", "test__q", "r", "s")):
+        write_pair(tmp_path / "train", name, seed)
+    write_pair(tmp_path / "val", "v", 100)
+    folders = [(tmp_path / part / "images", tmp_path / part / "masks") for part in ("train", "val")]
+    groups = {"test__p": "1", "test__q": "2", "r": "1", "s": "2", "v": "2"}
+    settings = SelectionSettings([4], selections=1)
+    (plan,) = make_selections(tmp_path / "split", folders[0], settings, folders[1], groups=groups)
+    case = Case(plan, 0, 4, None, TrialSettings((ARMS["real"],), (4,), config=CONFIG))
+    del groups["v"]
+    assert {one.name: case.group(one.name) for one in case.real} == groups
+    assert [case.group(one.name) for one in case.test] == ["2"]
+    write_pair(tmp_path / "val", "p", 101)
+    with pytest.raises(InputError, match="test__p and test/p would get one file name: rename the training image"):
+        make_selections(tmp_path / "again", folders[0], settings, folders[1], groups=groups | {"v": "2", "p": "1"})
+
+
 def test_command_runs_all_arms_resumes_and_writes_its_report(split, tmp_path, capsys):
     sets, out = sets_of(split, tmp_path / "sets", 2), tmp_path / "out"
     words = ["utility", split, "--sets", sets, "--labels", 2, "--steps", 2, "--square", 16, "--pseudo-images", 2]

@@ -121,6 +121,7 @@ def make_selections(
     if groups is not None:
         names = [pair.name for pair in everything.values()]
         of_group = dict(zip(everything, groups_of(names, groups), strict=True))
+    _refuse_one_name(everything)
     chosen = _choose_all(pairs, tested, of_group, settings)
     hashes = hashes_of(everything)
     cells = instances_of(pairs, folders[0], instance_dir)
@@ -190,6 +191,15 @@ def _write(plan: SplitPlan, pairs: Mapping[str, Pair], cells: Mapping[str, Path]
 def _flat(name: str) -> str:
     """The name of a file of a test pair, which may be that of a training pair, too."""
     return name.replace("/", "__")
+
+
+def _refuse_one_name(names: Iterable[str]) -> None:
+    """Raise InputError if files of a training and of a test pair would get one name."""
+    by_file: dict[str, str] = {}
+    for name in names:
+        other = by_file.setdefault(_flat(name), name)
+        if other != name:
+            raise InputError(f"{other} and {name} would get one file name: rename the training image {other}")
 
 
 def _link(pool: Path, folder: Path, names: Iterable[str], kinds: Sequence[str]) -> None:

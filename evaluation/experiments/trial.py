@@ -166,8 +166,10 @@ class Case:
         return real_pairs(self._folders(share), self.config, self.num_classes)
 
     def group(self, name: str) -> str:
-        """Look or patient of an image."""
-        return self.plan.groups.get(name.replace("__", "/", 1) if name.startswith("test__") else name, "")
+        """Look or patient of an image: of a training image by its own name, of a test image by that of its file."""
+        groups = self.plan.groups
+        tested = name.replace("__", "/", 1) if name.startswith("test__") else name
+        return groups.get(name) or groups.get(tested, "")
 
     def segmenter(self, seed: int, step_factor: int = 1) -> SegmenterConfig:
         """Settings of a segmenter."""
