@@ -21,7 +21,7 @@ import evaluate
 import make_masks
 import sample_ddp
 import train
-from common.cells import connected_cells
+from common.cells import connected_cells, without_gaps
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -192,6 +192,21 @@ def test_layouts_follow_the_density_sizes_and_touching_of_what_was_counted(tmp_p
     assert sum(part.count for part in parts if part.kind == "simulate") == 4
     assert not any(part.values.get("touching") for part in parts)
     assert layout_statistics([np.zeros((9, 9), int)], small, SIZE) is None
+
+
+def test_sizes_of_layouts_are_not_smaller_because_borders_cut_large_cells():
+    rng, side, maps = np.random.default_rng(0), 48, []
+    for _ in range(300):  # a window on a plane with as many large cells as small ones
+        cells, placed = np.zeros((3 * side, 3 * side), int), 0
+        while placed < 6:
+            cell = disk(3 * side, *rng.uniform(16, 3 * side - 16, 2), (4, 14)[placed % 2])
+            if not cells[cell].any():
+                placed += 1
+                cells[cell] = placed
+        maps.append(without_gaps(cells[side : 2 * side, side : 2 * side]))
+    found = layout_statistics(maps, [connected_cells(disk(48, 24, 24, 9))], side)
+    assert found is not None and found.diameter == pytest.approx(18, rel=0.07)
+    assert found.size_spread == pytest.approx(10 / 18, rel=0.07)
 
 
 def test_cells_of_resized_images_have_the_size_that_the_generator_sees(data, tmp_path):

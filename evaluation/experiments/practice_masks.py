@@ -19,7 +19,7 @@ from engine.tiling import covering_squares
 from evaluation.experiments.segmenter import split_cells
 from layouts.nuclei import HEADROOM
 from layouts.recombine import RESIZE_LIMITS, read_origin, read_sources
-from layouts.statistics import measure, summarize
+from layouts.statistics import Measurement, measure, summarize
 
 LEVELS = 4  # of density: a part of the masks is made for each
 LEAST_DENSITY, LEAST_CELLS = 0.01, 3
@@ -57,7 +57,7 @@ class LayoutStatistics:
 def layout_statistics(
     found: Sequence[np.ndarray], labelled: Sequence[np.ndarray], side: int, files: Sequence[np.ndarray] | None = None
 ) -> LayoutStatistics | None:
-    """Statistics of instance maps.
+    """Statistics of instance maps. Sizes are those of whole cells, weighted as :class:`Measurement` says.
 
     Args:
         found: (H, W) instance maps of the unlabelled images.
@@ -71,29 +71,32 @@ def layout_statistics(
     if not found:
         return None
     measured, own = [measure(one) for one in found], [measure(one) for one in labelled]
-    areas = np.concatenate([np.zeros(0), *(one.areas for one in measured)])
-    own_areas = np.concatenate([np.zeros(0), *(one.areas for one in own)])
-    if len(areas) < LEAST_CELLS or len(own_areas) < 1:
+    if sum(len(one.areas) for one in measured) < LEAST_CELLS or not any(len(one.areas) for one in own):
         return None
     summary, own_summary = summarize(measured), summarize(own)
     shares = np.array([square.mean() for one in found for square in covering_squares(one > 0, side)])
     dense = shares[shares >= LEAST_DENSITY]
     levels = np.quantile(dense if len(dense) else shares[shares > 0], (np.arange(LEVELS) + 0.5) / LEVELS)
-    diameters = np.sqrt(4 / math.pi * areas)
-    scale = float(np.median(diameters) / np.median(np.sqrt(4 / math.pi * own_areas)))
     in_files = own_summary if files is None else summarize(measure(one) for one in files)
-    median_area = "cell area in pixels, median"
+    diameter, median_area = summary["cell diameter in pixels, mean"], "cell area in pixels, median"
+    scale = math.sqrt(summary[median_area] / own_summary[median_area])
     return LayoutStatistics(
         images=len(measured),
         densities=[float(value) for value in levels],
-        diameter=float(diameters.mean()),
-        size_spread=float(min(1.0, diameters.std() / diameters.mean())),
+        diameter=diameter,
+        size_spread=min(1.0, _deviation(measured, diameter) / diameter),
         elongation=max(1.0, float(summary["elongation, mean"])),
         touching=float(summary["share of cells that touch another"]),
         scale=float(np.clip(scale, *SCALE_LIMITS)),
         labelled_touching=float(own_summary["share of cells that touch another"]),
         file_scale=math.sqrt(own_summary[median_area] / in_files[median_area]),
     )
+
+
+def _deviation(measured: Sequence[Measurement], mean: float) -> float:
+    """Weighted standard deviation of the diameter of cells with this mean."""
+    areas, weights = (np.concatenate([getattr(one, name) for one in measured]) for name in ("areas", "weights"))
+    return math.sqrt(np.average((np.sqrt(4 / math.pi * areas) - mean) ** 2, weights=weights))
 
 
 def cells_of_files(folder: Path, components: bool, config: DataConfig) -> list[np.ndarray] | None:
