@@ -50,7 +50,7 @@ def test_a_number_beyond_all_reason_ends_in_one_line(flag, value):
 )
 def test_a_shift_or_guidance_that_the_solver_cannot_take_ends_in_one_line(flag, value):
     code, lines = run_here(sample_ddp, "ODE", "--ckpt", "a.pt", "--mask-path", "masks", flag, value)
-    assert code == 2 and f"{flag}: {value} is not a number between" in lines[-1]
+    assert code == 2 and f"{flag}: {value} is not between" in lines[-1]
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "-1/4", "1/0", "1/2/3", "a/b", "1/1000000000000", "\u00b2/4"])
