@@ -233,7 +233,7 @@ def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
 
 
-def real_components(features: np.ndarray, real: np.ndarray) -> np.ndarray:
+def real_components(features: np.ndarray, real: np.ndarray, images: int | None = None) -> np.ndarray:
     """Whitened principal components: features along the main directions of the real images, each with unit spread.
 
     Raw features of a network have arbitrary scales and are correlated, so that brightness alone decides. The record
@@ -242,6 +242,7 @@ def real_components(features: np.ndarray, real: np.ndarray) -> np.ndarray:
     Args:
         features: (N, D).
         real: (M, D).
+        images: number of real images, if ``real`` has several crops of each; None: M.
 
     Returns:
         (N, k). k is :data:`COMPONENTS`, or less if the real images span fewer directions, or if there are fewer than
@@ -252,7 +253,7 @@ def real_components(features: np.ndarray, real: np.ndarray) -> np.ndarray:
     standard = (real - mean)[:, varies] / spread[varies]
     _, lengths, directions = np.linalg.svd(standard, full_matrices=False)
     known = int((lengths > 1e-6 * lengths[0]).sum()) if len(lengths) else 0
-    count = max(1, min(COMPONENTS, known, len(real) // 4))
+    count = max(1, min(COMPONENTS, known, (images or len(real)) // 4))
     scale = lengths[:count] / np.sqrt(len(real) - 1)
     return ((features - mean)[:, varies] / spread[varies]) @ (directions[:count].T / scale)
 
@@ -369,8 +370,8 @@ def score_realism(
         measures = {"FID": frechet_distance, "KID": kernel_inception_distance}
     else:
         measures = {JUDGE_DISTANCE: frechet_distance}
-        synthetic_features = real_components(synthetic_features, real_features)
-        real_features = real_components(real_features, real_features)
+        synthetic_features = real_components(synthetic_features, real_features, len(number_of))
+        real_features = real_components(real_features, real_features, len(number_of))
     places = {real_path(path): number for path, number in number_of.items()}
     partners = np.array([places.get(real_path(one.real_path), -1) if one.real_path else -1 for one in samples.samples])
     distances = [

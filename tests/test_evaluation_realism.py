@@ -144,6 +144,23 @@ def test_components_are_the_directions_of_the_real_images_in_units_of_their_spre
     assert real_components(real[:5], real[:8]).shape == (5, 2) and real_components(real[:5], real[:4]).shape == (5, 1)
 
 
+def test_crops_of_one_image_do_not_count_as_images_for_the_directions(tmp_path, real, monkeypatch):
+    """Four crops of each of 24 images: 6 directions, not 24."""
+    config, shapes = DataConfig(image_size=SIZE - 2, crop="random"), []
+
+    def noted(first: np.ndarray, second: np.ndarray) -> float:
+        shapes.append((first.shape[1], second.shape[1]))
+        return frechet_distance(first, second)
+
+    monkeypatch.setattr(realism, "frechet_distance", noted)
+    rows = [Row(np.full((SIZE - 2, SIZE - 2), 255, np.uint8), gray_image(60, seed)[:-2, :-2]) for seed in range(12)]
+    samples = SampleSet(write_set(tmp_path / "set", rows, config))
+    report = score_realism(
+        samples, real / "images", lambda images: np.stack(images)[:, 4:9, 4:9, 0].reshape(-1, 25), "", False
+    )
+    assert (report.real_images, report.real_crops) == (24, 96) and set(shapes) == {(6, 6)}
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(InputError, match="too few"):
         compare_with_splits("d", frechet_distance, gaussian(5, 2, 0), gaussian(3, 2, 1), np.arange(3))
