@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.ndimage
+import scipy.sparse
 
 from layouts.recombine import touching_pairs
 
 AP_THRESHOLDS = (0.5, 0.75, 0.9)
 
 
-def overlap_table(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """IoU of every predicted with every true cell.
+def overlap_table(predicted: np.ndarray, truth: np.ndarray) -> scipy.sparse.coo_array:
+    """IoU of every predicted with every true cell. Only pairs that overlap have an entry, in the order of their rows.
 
     Args:
         predicted: (H, W) int, 0 background, any positive ids.
@@ -28,12 +29,15 @@ def overlap_table(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"instance maps of different shapes: {predicted.shape} and {truth.shape}")
-    ids_predicted, predicted = np.unique(predicted, return_inverse=True)
-    ids_truth, truth = np.unique(truth, return_inverse=True)
-    table = np.zeros((len(ids_predicted), len(ids_truth)))
-    np.add.at(table, (predicted.ravel(), truth.ravel()), 1)
-    union = table.sum(axis=1, keepdims=True) + table.sum(axis=0, keepdims=True) - table
-    return (table / np.maximum(union, 1))[ids_predicted != 0][:, ids_truth != 0]
+    ids_predicted, predicted, areas_predicted = np.unique(predicted, return_inverse=True, return_counts=True)
+    ids_truth, truth, areas_truth = np.unique(truth, return_inverse=True, return_counts=True)
+    pairs, counts = np.unique(predicted.ravel() * len(ids_truth) + truth.ravel(), return_counts=True)
+    rows, columns = np.divmod(pairs, len(ids_truth))
+    iou = counts / (areas_predicted[rows] + areas_truth[columns] - counts)
+    cells = (ids_predicted[rows] != 0) & (ids_truth[columns] != 0)
+    number_predicted, number_truth = (np.cumsum(ids != 0) - 1 for ids in (ids_predicted, ids_truth))
+    places = number_predicted[rows[cells]], number_truth[columns[cells]]
+    return scipy.sparse.coo_array((iou[cells], places), shape=(np.sum(ids_predicted != 0), np.sum(ids_truth != 0)))
 
 
 @dataclass
@@ -60,10 +64,11 @@ class InstanceCounts:
         self.predicted += table.shape[0]
         self.true += table.shape[1]
         self.count_errors.append(table.shape[0] - table.shape[1])
-        predicted_ids, true_ids = np.nonzero(table >= 0.5)
+        high = table.data >= 0.5
+        predicted_ids, true_ids, overlaps = table.row[high], table.col[high], table.data[high]
         first = np.unique(predicted_ids, return_index=True)[1]  # one match for each predicted cell
         first = first[np.unique(true_ids[first], return_index=True)[1]]  # and for each true cell
-        self.matched += table[predicted_ids[first], true_ids[first]].tolist()
+        self.matched += overlaps[first].tolist()
 
     def ap(self, threshold: float) -> float | None:
         """Average precision at one IoU threshold of at least 0.5; None without any cell.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from drawn_sets import disk
@@ -30,7 +32,21 @@ def counts(predicted: np.ndarray, truth: np.ndarray) -> InstanceCounts:
 def test_overlap_table_of_shifted_boxes():
     truth = boxes((2, 2, 10, 10), (20, 30, 10, 10))
     predicted = boxes((2, 4, 10, 10), (20, 30, 10, 5))
-    np.testing.assert_allclose(overlap_table(predicted, truth), [[80 / 120, 0], [0, 50 / 100]])
+    np.testing.assert_allclose(overlap_table(predicted, truth).toarray(), [[80 / 120, 0], [0, 50 / 100]])
+
+
+def test_thousands_of_cells_need_no_table_of_all_pairs():
+    side, cell = 80, 6
+    truth = np.kron(np.arange(1, side**2 + 1).reshape(side, side), np.ones((cell, cell), int))
+    predicted = np.roll(truth, 1, axis=1)
+    tracemalloc.start()
+    score = counts(predicted, truth)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * side**4 / 10  # a tenth of one table of numbers
+    inside = 5 / 7
+    assert score.predicted == score.true == side**2 == len(score.matched)
+    assert score.matched == [inside] * side**2 and score.ap(0.5) == 1 and score.ap(0.75) == 0
 
 
 def test_equal_maps_score_one_whatever_their_ids():
@@ -70,7 +86,7 @@ def test_matches_are_those_of_the_optimal_assignment():
     rng = np.random.default_rng(0)
     for _ in range(200):  # coarse blocks on both sides, so that many pairs have exactly one half
         predicted, truth = (np.kron(rng.integers(0, 4, (2, 6)), np.ones((2, 2), int)) for _ in range(2))
-        table = overlap_table(predicted, truth)
+        table = overlap_table(predicted, truth).toarray()
         for threshold in (0.5, 0.75):
             ours = round(sum(value >= threshold for value in counts(predicted, truth).matched))
             assigned = linear_sum_assignment(np.where(table >= threshold, 1, 0), maximize=True)

@@ -168,7 +168,7 @@ def test_pseudo_labels_ignore_what_is_not_sure():
 
 def matching_of_the_tools(predicted: np.ndarray, truth: np.ndarray, threshold: float) -> float:
     """AP as StarDist and Cellpose define it: the assignment with most pairs at this IoU, then TP / (TP + FP + FN)."""
-    iou = overlap_table(predicted, truth)
+    iou = overlap_table(predicted, truth).toarray()
     least = max(1, min(iou.shape))
     rows, columns = linear_sum_assignment(-(iou >= threshold).astype(float) - iou / (2 * least))
     hits = int((iou[rows, columns] >= threshold).sum())
