@@ -20,6 +20,7 @@ from common.pictures import from_uint8
 from dataset.views import SYMMETRIES, turn
 
 CANDIDATES = 24  # training pictures per query that are compared at full resolution
+BLOCK = 64  # training pictures after which only the best are kept; limits the memory
 PRODUCTS = 2**22  # most correlations computed at once; limits the memory
 FLAT = 1e-3  # a picture with a smaller standard deviation (gray in [-1, 1]) is flat and is not compared
 
@@ -87,21 +88,22 @@ class NearestTraining:
         """
         found: list[Match | None] = [None] * len(queries)
         shown = [index for index, query in enumerate(queries) if query.std() >= FLAT]
-        best, place = self._search([queries[index] for index in shown], progress)
-        for index, values, places in zip(shown, best, place, strict=True):
-            if skip is not None:
-                values[skip[index]] = -np.inf
-            order = np.argsort(-values, kind="stable")[: self._candidates].tolist()
-            matches = [self._exact(queries[index], k, *places[k].tolist()) for k in order if values[k] > -np.inf]
+        best = self._search([queries[index] for index in shown], progress)
+        for index, values, numbers, places in zip(shown, best.values, best.numbers, best.places, strict=True):
+            skipped = None if skip is None else skip[index]
+            kept = [rank for rank, number in enumerate(numbers) if values[rank] > -np.inf and number != skipped]
+            matches = [
+                self._exact(queries[index], int(numbers[rank]), *places[rank].tolist())
+                for rank in kept[: self._candidates]
+            ]
             found[index] = min(matches, key=lambda match: match.distance, default=None)
         return found
 
-    def _search(self, queries: list[np.ndarray], progress: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(q, n) best correlation of each query with each training picture; (q, n, 3) symmetry, top and left of it."""
-        best = np.full((len(queries), len(self.pictures)), -np.inf, np.float32)
-        place = np.zeros((*best.shape, 3), int)
+    def _search(self, queries: list[np.ndarray], progress: bool) -> _Best:
+        """The candidates of each query, and one more, because one may be skipped."""
+        best = _Best(len(queries), self._candidates + 1)
         if not queries:
-            return best, place
+            return best
         turned = [turn(query, (0, 1), inverse(symmetry)) for query in queries for symmetry in range(SYMMETRIES)]
         kernels = units(self._reduced(turned)).flatten(1).float()  # (q * 8, d)
         side = self.side // self._step
@@ -110,14 +112,17 @@ class NearestTraining:
             rows, columns = windows.shape[:2]
             windows = units(windows).reshape(rows * columns, -1).float()
             step = SYMMETRIES * max(1, PRODUCTS // (SYMMETRIES * len(windows)))
+            values, places = np.empty(len(queries), np.float32), np.empty((len(queries), 3), np.int32)
             for first in range(0, len(kernels), step):
-                values = kernels[first : first + step] @ windows.T  # (q * 8, rows * columns)
-                highest, where = values.view(len(values) // SYMMETRIES, -1).max(dim=1)
+                products = kernels[first : first + step] @ windows.T  # (q * 8, rows * columns)
+                highest, where = products.view(len(products) // SYMMETRIES, -1).max(dim=1)
                 some = slice(first // SYMMETRIES, (first + step) // SYMMETRIES)
                 symmetry, top, left = np.unravel_index(where.numpy(), (SYMMETRIES, rows, columns))
-                best[some, index] = highest.numpy()
-                place[some, index] = np.stack([symmetry, self._step * top, self._step * left], axis=1)
-        return best, place
+                values[some] = highest.numpy()
+                places[some] = np.stack([symmetry, self._step * top, self._step * left], axis=1)
+            best.add(index, values, places)
+        best.sort()
+        return best
 
     def _reduced(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Pictures (n, h, w) float64 at the resolution of the search."""
@@ -133,6 +138,38 @@ class NearestTraining:
         row, column = divmod(int(values.argmax()), values.shape[1])
         distance = math.sqrt(max(0.0, 2 * (1 - float(values[row, column]))))
         return Match(distance, index, symmetry, first[0] + row, first[1] + column)
+
+
+class _Best:
+    """The training pictures with the highest correlation, for each query; of equal ones, those that came first.
+
+    Attributes:
+        values: (q, k) float32 correlations, highest first.
+        numbers: (q, k) of the training pictures.
+        places: (q, k, 3) symmetry, top and left.
+    """
+
+    def __init__(self, queries: int, count: int) -> None:
+        self.count = count
+        self.values = np.empty((queries, 0), np.float32)
+        self.numbers = np.empty((queries, 0), np.int32)
+        self.places = np.empty((queries, 0, 3), np.int32)
+        self._new: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, number: int, values: np.ndarray, places: np.ndarray) -> None:
+        """Correlation (q,) and place (q, 3) of training picture ``number``."""
+        self._new.append((values[:, None], np.full((len(values), 1), number, np.int32), places[:, None]))
+        if len(self._new) == BLOCK:
+            self.sort()
+
+    def sort(self) -> None:
+        """Keep the best of those that were added."""
+        known = zip((self.values, self.numbers, self.places), *self._new, strict=True)
+        values, numbers, places = (np.concatenate(parts, axis=1) for parts in known)
+        self._new = []
+        order = np.argsort(-values, axis=1, kind="stable")[:, : self.count]
+        self.values, self.numbers = (np.take_along_axis(one, order, axis=1) for one in (values, numbers))
+        self.places = np.take_along_axis(places, order[:, :, None], axis=1)
 
 
 def units(pictures: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,32 @@ def test_a_picture_that_is_skipped_does_not_match_itself():
         own, others = nearest.find(windows), nearest.find(windows, range(40))
         assert [match.index for match in own] == list(range(40)) and max(match.distance for match in own) < 1e-6
         assert all(match.index != number and match.distance > 0.1 for number, match in enumerate(others))
+
+
+@pytest.mark.parametrize("size", [32, 36])
+def test_the_matches_are_the_same_in_blocks_of_training_pictures(size, monkeypatch):
+    rng = np.random.default_rng(0)
+    pictures = [*rng.normal(size=(60, size, size))] * 2  # of two copies, the first is found
+    places = range(0, 120, 5)
+    queries = [rng.normal(size=(32, 32)) + pictures[place][:32, :32] for place in places]
+    found = []
+    for block in (7, len(pictures)):
+        monkeypatch.setattr("evaluation.nearest.BLOCK", block)
+        nearest = NearestTraining(pictures, 32)
+        found.append([nearest.find(queries), nearest.find(queries, places)])
+    assert found[0] == found[1]
+    own, others = ([match.index for match in matches] for matches in found[0])
+    assert own == [place % 60 for place in places] and others == [(place + 60) % 120 for place in places]
+
+
+def test_the_memory_does_not_grow_with_the_training_pictures():
+    rng = np.random.default_rng(0)
+    queries, pictures = [*rng.normal(size=(200, 4, 4))], [*rng.normal(size=(2000, 4, 4))]
+    tracemalloc.start()
+    NearestTraining(pictures, 4).find(queries)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(queries) * len(pictures)  # less than one number for each pair
 
 
 def all_distances(query: np.ndarray, picture: np.ndarray) -> dict[tuple[int, int, int], float]:
