@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -312,18 +312,17 @@ def extract_all(extract: Extractor, images: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([extract(batch) for batch in batches])
 
 
-def real_crops(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tuple[list[Path], list[np.ndarray]]:
+def real_crops(image_dir: str | Path, config: DataConfig, seed: int = 0) -> tuple[list[Path], Iterator[np.ndarray]]:
     """All real images of a folder, read as in training. With random crops, each image gives several crops.
 
     Returns:
-        For every crop its file, and the crop as uint8 (S, S, C).
+        For every crop its file; and the crops as uint8 (S, S, C), each read when it is asked for.
     """
-    paths, images = [], []
-    for index, path in enumerate(find_images(image_dir).values()):
-        for crop in range(CROPS_PER_IMAGE if config.crop == "random" else 1):
-            paths.append(path)
-            images.append(read_real(path, config, np.random.default_rng([seed, index, crop])))
-    return paths, images
+    often = CROPS_PER_IMAGE if config.crop == "random" else 1
+    files = enumerate(find_images(image_dir).values())
+    crops = [(path, [seed, index, crop]) for index, path in files for crop in range(often)]
+    images = (read_real(path, config, np.random.default_rng(seeds)) for path, seeds in crops)
+    return [path for path, _ in crops], images
 
 
 def describe_window(config: DataConfig) -> str:

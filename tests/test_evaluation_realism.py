@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -184,8 +185,8 @@ def test_real_images_get_the_window_of_training(tmp_path):
     (tmp_path / "images").mkdir()
     dark = np.tile(np.linspace(0, 50, 30), (26, 1)).astype(np.uint8)
     Image.fromarray(dark).save(tmp_path / "images" / "a.png")
-    plain = real_crops(tmp_path / "images", DataConfig(image_size=26, crop="random"))[1]
-    stretched = real_crops(tmp_path / "images", DataConfig(image_size=26, window=(0, 100)))[1]
+    plain = list(real_crops(tmp_path / "images", DataConfig(image_size=26, crop="random"))[1])
+    stretched = list(real_crops(tmp_path / "images", DataConfig(image_size=26, window=(0, 100)))[1])
     assert len(plain) == 4 and len(stretched) == 1
     assert max(image.max() for image in plain) <= 50 and stretched[0].max() > 220
 
@@ -196,6 +197,25 @@ def test_masks_beside_the_real_images_are_no_real_images(real):
         mask.rename(images / f"{mask.stem}_masks.png")
     paths, crops = real_crops(images, DataConfig(image_size=SIZE))
     assert len(crops) == 24 and {path.stem for path in paths} == {f"r{seed:02d}" for seed in range(24)}
+
+
+def test_real_images_are_never_all_in_memory(tmp_path):
+    (tmp_path / "images").mkdir()
+    count, config = 3 * realism.FEATURE_BATCH, DataConfig(image_size=SIZE, crop="random")
+    for number in range(count):
+        Image.fromarray(gray_image(60, number)).save(tmp_path / "images" / f"r{number:03d}.png")
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def extract(images) -> np.ndarray:
+        nonlocal most
+        alive.extend(weakref.ref(image) for image in images)
+        most = max(most, sum(one() is not None for one in alive))
+        return mean_and_spread(images)
+
+    paths, images = real_crops(tmp_path / "images", config)
+    assert len(extract_all(extract, images)) == len(paths) == 4 * count and len(alive) == 4 * count
+    assert most <= 2 * realism.FEATURE_BATCH
 
 
 def test_report_is_written_with_means_and_picture(tmp_path, real):
