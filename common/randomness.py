@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,42 @@ def random_halves(groups: Sequence[Hashable]) -> list[list[np.ndarray]]:
     rng = np.random.default_rng(0)
     halvings = [np.array_split(rng.permutation(count), 2) for _ in range(HALVINGS if count > 1 else 0)]
     return [[np.flatnonzero(np.isin(numbers, half)) for half in halves] for halves in halvings]
+
+
+class Sides(NamedTuple):
+    """Places of images of two sides, and those of half of the real images, which both are compared with."""
+
+    synthetic: np.ndarray
+    real: np.ndarray
+    half: np.ndarray
+
+
+def compared_sides(groups: Sequence[Hashable], synthetic: int, is_paired: bool) -> list[Sides]:
+    """What to compare, ``HALVINGS`` times, so that synthetic and real images of one distribution are equally far.
+
+    The sides are alike: as many images, none of the half's own masks, and no more crops of one image than in the half.
+    None for a single group.
+
+    Args:
+        groups: for every real place the image that it was cropped from.
+        synthetic: number of synthetic places.
+        is_paired: synthetic place i was made from the mask of real place i.
+    """
+    rng, found = np.random.default_rng(1), []
+    for half, rest in random_halves(groups):
+        if is_paired:
+            found.append(Sides(rest, rest, half))
+            continue
+        own, other = (_one_of_each([groups[place] for place in places], places, rng) for places in (half, rest))
+        count = min(len(own), len(other), synthetic)
+        found.append(Sides(rng.permutation(synthetic)[:count], other[:count], own[:count]))
+    return found
+
+
+def _one_of_each(groups: Sequence[Hashable], places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One random place of every group, in random order."""
+    chosen = {groups[number]: places[number] for number in rng.permutation(len(groups))}
+    return rng.permutation(list(chosen.values()))
 
 
 def divide(groups: Sequence[Sequence[str]], count: int, seed: int) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """Looks: are colour, contrast and grain of the synthetic images those of the real ones?
 
-Each number that describes a look (``dataset/looks.py``) is compared over the images of both sides. For comparison, each
-distance is also computed between two random halves of the real images.
+Each number that describes a look (``dataset/looks.py``) is compared with random halves of the real images. For
+comparison, each distance is also computed for the other half.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy.stats import wasserstein_distance
 
 from common.disk import write_json
 from common.errors import InputError
-from common.randomness import random_halves
+from common.randomness import compared_sides
 from dataset.files import find_images
 from dataset.looks import look_names, measure_image
 from dataset.names import name_of
@@ -34,8 +34,9 @@ class NumberScore:
 
     Attributes:
         synthetic_mean, real_mean: over the images.
-        distance: Wasserstein distance of synthetic and real values, divided by the standard deviation of the real ones.
-        real_distance: mean of the same between random halves of the real images; None for a single image.
+        distance: mean Wasserstein distance of synthetic images to random halves of the real ones, divided by the
+            standard deviation of the real values; to all of a single image.
+        real_distance: the same for as many images of the other half; None for a single image.
     """
 
     synthetic_mean: float
@@ -77,8 +78,9 @@ def _notes(content: dict) -> list[str]:
 SECTION = Section(
     "looks",
     "Looks: colour, contrast and grain",
-    "Means over the images on [-1, 1], and Wasserstein distances in standard deviations of the real images. 'real - "
-    "real' is the distance between random halves of the real images. Gradients are logarithms.",
+    "Means over the images on [-1, 1], and Wasserstein distances in standard deviations of the real images: of "
+    "synthetic images to random halves of the real ones, and ('real - real') of as many images of the other half. "
+    "Gradients are logarithms.",
     _table,
     _notes,
     ("looks.png",),
@@ -105,11 +107,14 @@ def score_looks(samples: SampleSet, image_dir: Path | None = None) -> LooksRepor
         raise InputError(f"the manifest of {samples.folder} names no real images: give a folder of real images")
     theirs = _measure(samples, real)
     ours = _measure(samples, (samples.synthetic(one) for one in samples.samples))
-    halves = [[np.concatenate([theirs[i] for i in half]) for half in pair] for pair in random_halves(files)]
+    triples = [
+        (_at(ours, side.synthetic), _at(theirs, side.real), _at(theirs, side.half))
+        for side in compared_sides(files, len(ours), is_paired=image_dir is None)
+    ]
     all_ours, all_theirs = np.concatenate(ours), np.concatenate(theirs)
     numbers = {}
     for column, name in enumerate(look_names(config.channels)):
-        sides = [[half[:, column] for half in pair] for pair in halves]
+        sides = [tuple(side[:, column] for side in triple) for triple in triples]
         numbers[name] = _compare(all_ours[:, column], all_theirs[:, column], sides)
     return LooksReport(
         numbers=numbers,
@@ -129,14 +134,21 @@ def _measure(samples: SampleSet, images: Iterable[np.ndarray]) -> list[np.ndarra
     ]
 
 
-def _compare(ours: np.ndarray, theirs: np.ndarray, halves: Sequence[Sequence[np.ndarray]]) -> NumberScore:
+def _at(looks: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
+    """Looks (n, N) of all squares of some images."""
+    return np.concatenate([looks[place] for place in places])
+
+
+def _compare(ours: np.ndarray, theirs: np.ndarray, sides: Sequence[tuple[np.ndarray, ...]]) -> NumberScore:
+    """Score of one number, from all values and from those of ``compared_sides``."""
     spread = max(float(theirs.std()), 1e-3)
-    floor = [wasserstein_distance(one, other) / spread for one, other in halves]
+    distances = [wasserstein_distance(drawn, half) for drawn, _, half in sides] or [wasserstein_distance(ours, theirs)]
+    floor = [wasserstein_distance(other, half) for _, other, half in sides]
     return NumberScore(
         synthetic_mean=float(ours.mean()),
         real_mean=float(theirs.mean()),
-        distance=float(wasserstein_distance(ours, theirs)) / spread,
-        real_distance=float(np.mean(floor)) if floor else None,
+        distance=float(np.mean(distances)) / spread,
+        real_distance=float(np.mean(floor)) / spread if floor else None,
     )
 
 

@@ -1,8 +1,8 @@
 """Population: do synthetic and real cells agree in number, size, shape, brightness and texture?
 
 Numbers and shapes come from the labels, brightness and texture from the images inside the labels. If the set was made
-from the real masks, shapes agree by construction. Then only brightness, contrast and texture are informative. For
-comparison, each distance is also computed between two random halves of the real images.
+from the real masks, shapes agree by construction. Then only brightness, contrast and texture are informative. Each
+distance is one to random halves of the real images. For comparison, it is also computed for the other half.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from skimage.measure import regionprops_table
 from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import write_csv, write_json
 from common.errors import InputError
-from common.randomness import random_halves
+from common.randomness import compared_sides
 from dataset.config import DataConfig
 from dataset.mask_folder import MaskFolder
 from evaluation.fidelity import LabelledImage, crops_per_image, folder_images, set_images
@@ -101,9 +101,10 @@ class QuantityScore:
     Attributes:
         title: name with the unit.
         synthetic_mean, real_mean, synthetic_std, real_std: mean and standard deviation of the values.
-        distance: Wasserstein distance of synthetic and real values, in the quantity's unit.
+        distance: mean Wasserstein distance of synthetic images to random halves of the real ones, in the quantity's
+            unit.
         relative: distance divided by the standard deviation of the real values.
-        real_distance: mean distance between random halves of the real images.
+        real_distance: as the distance, of as many images of the other half.
         real_distance_max: largest distance between random halves of the real images.
     """
 
@@ -148,9 +149,10 @@ def _notes(content: dict) -> list[str]:
 SECTION = Section(
     "population",
     "Population: are synthetic and real cells alike?",
-    "Means, and Wasserstein distances between synthetic and real cells. 'real - real' is the distance between random "
-    "halves of the real images: the best to expect. The last column gives the distance in standard deviations of the "
-    "real cells. Numbers and shapes come from the masks; brightness, contrast and texture come from the images.",
+    "Means, and Wasserstein distances to the cells of random halves of the real images: of synthetic images, and "
+    "('real - real') of as many images of the other half, which is the best to expect. The last column gives the "
+    "distance in standard deviations of the real cells. Numbers and shapes come from the masks; brightness, contrast "
+    "and texture come from the images.",
     _table,
     _notes,
     ("population.png",),
@@ -158,14 +160,17 @@ SECTION = Section(
 
 
 def compare_populations(
-    synthetic: Population, real: Population, groups: Sequence[Hashable]
+    synthetic: Population, real: Population, groups: Sequence[Hashable], is_paired: bool = False
 ) -> dict[str, QuantityScore]:
-    """Wasserstein distance of every quantity: synthetic to real, and between random halves of the real images.
+    """Wasserstein distances of every quantity to random halves of the real images, see :func:`compared_sides`.
+
+    If all real images are crops of one, the synthetic images are compared with all of them.
 
     Args:
         groups: for every entry of ``real`` the image that it was cropped from. An image lies in one half.
+        is_paired: entry i of ``synthetic`` was made from the mask of entry i of ``real``.
     """
-    halves = random_halves(groups)
+    sides = compared_sides(groups, len(synthetic), is_paired)
     scores = {}
     for quantity, (title, _) in QUANTITIES.items():
         ours, theirs = values_of(synthetic, quantity), values_of(real, quantity)
@@ -174,16 +179,28 @@ def compare_populations(
             score.synthetic_mean, score.synthetic_std = float(ours.mean()), float(ours.std())
         if len(theirs):
             score.real_mean, score.real_std = float(theirs.mean()), float(theirs.std())
-        if len(ours) and len(theirs):
-            score.distance = distance = float(wasserstein_distance(ours, theirs))
-            mean, std = float(theirs.mean()), float(theirs.std())
-            score.relative = distance / std if std > 1e-9 * max(1.0, abs(mean)) else None  # more than rounding
-        sides = [[values_of([real[i] for i in part], quantity) for part in half] for half in halves]
-        floor = [wasserstein_distance(one, other) for one, other in sides if len(one) and len(other)]
+        halves = [_values_at(real, side.half, quantity) for side in sides] or [theirs]
+        drawn = [_values_at(synthetic, side.synthetic, quantity) for side in sides] or [ours]
+        distances = _distances(drawn, halves)
+        if distances and score.real_mean is not None and score.real_std is not None:
+            score.distance = distance = float(np.mean(distances))
+            is_spread = score.real_std > 1e-9 * max(1.0, abs(score.real_mean))  # more than rounding
+            score.relative = distance / score.real_std if is_spread else None
+        floor = _distances([_values_at(real, side.real, quantity) for side in sides], halves)
         if floor:
             score.real_distance, score.real_distance_max = float(np.mean(floor)), float(np.max(floor))
         scores[quantity] = score
     return scores
+
+
+def _values_at(population: Population, places: np.ndarray, quantity: str) -> np.ndarray:
+    return values_of([population[place] for place in places], quantity)
+
+
+def _distances(sides: Sequence[np.ndarray], halves: Sequence[np.ndarray]) -> list[float]:
+    """Wasserstein distances of sides and halves that have values."""
+    pairs = zip(sides, halves, strict=False)  # a single half has no other one
+    return [wasserstein_distance(side, half) for side, half in pairs if len(side) and len(half)]
 
 
 def score_population(
@@ -205,6 +222,7 @@ def score_population(
         InputError: no real images are known.
     """
     ids = samples.mask_type == "instances"
+    is_paired = image_dir is None or mask_dir is None
     if image_dir is not None and mask_dir is not None:
         config: DataConfig = samples.require_config()
         folder = MaskFolder(
@@ -222,7 +240,7 @@ def score_population(
         raise InputError(f"the manifest of {samples.folder} names no real images: give real images and their masks")
     synthetic = measure_population(_cells_alike(set_images(samples, real=False), ids))
     report = PopulationReport(
-        quantities=compare_populations(synthetic, real, groups),
+        quantities=compare_populations(synthetic, real, groups, is_paired),
         synthetic_images=len(synthetic),
         real_images=len(set(groups)),
         real_images_are=real_are,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common.randomness import derived_seed, random_halves, seed_step, shuffled_by_hash
+from common.randomness import compared_sides, derived_seed, random_halves, seed_step, shuffled_by_hash
 
 
 def test_neighbouring_seeds_are_unrelated_and_fit_torch():
@@ -40,3 +40,16 @@ def test_halves_never_share_a_group():
         assert sorted([*first, *second]) == list(range(6))
         assert not {groups[place] for place in first} & {groups[place] for place in second}
     assert random_halves(["a", "a"]) == random_halves([]) == []
+
+
+def test_compared_sides_are_alike():
+    groups = ["a", "b", "a", "c", "c", "c", "d", "e"]
+    for synthetic, expected in ((1, 1), (2, 2), (9, 2)):
+        for side in compared_sides(groups, synthetic, is_paired=False):
+            assert len(side.synthetic) == len(side.real) == len(side.half) == expected
+            assert set(side.synthetic) <= set(range(synthetic)) and len(set(side.synthetic)) == expected
+            shown = [groups[place] for place in (*side.real, *side.half)]
+            assert len(set(shown)) == 2 * expected  # one crop of an image, in one half
+    for side in compared_sides(groups, 8, is_paired=True):
+        assert side.synthetic.tolist() == side.real.tolist() and sorted([*side.real, *side.half]) == list(range(8))
+    assert compared_sides(["a", "a"], 5, is_paired=False) == []

@@ -133,6 +133,33 @@ def test_equal_populations_differ_no_more_than_real_halves():
 
     for score in compare_populations(draw(30), draw(30), range(30)).values():
         assert score.distance < 1.5 * score.real_distance_max
+    for synthetic, real in ((400, 40), (40, 400), (10, 40)):  # however many there are, they are equally far
+        scores = compare_populations(draw(synthetic), draw(real), range(real)).values()
+        ratios = [score.distance / score.real_distance for score in scores]
+        assert 0.8 < np.mean(ratios) < 1.25
+
+
+def test_shapes_of_the_same_masks_are_as_far_from_half_of_the_real_images_as_the_other_half_is(tmp_path):
+    score = score_population(bright_set(tmp_path / "set", 175))[0].quantities
+    assert all(score[name].distance == score[name].real_distance for name in ("count", "area", "eccentricity"))
+    assert score["intensity"].distance > 0 and score["intensity"].real_distance == pytest.approx(0, abs=1e-9)
+
+
+def test_a_single_real_image_is_compared_as_a_whole(tmp_path):
+    real, brighter = population_of(9, 150, count=2), population_of(9, 175, count=3)
+    score = compare_populations(brighter, real, ["one", "one"])["intensity"]
+    assert score.distance == pytest.approx(25 / 255) and score.real_distance is None
+
+
+def test_looks_that_are_those_of_the_real_images_are_as_far_from_half_of_them_as_the_other_half_is(tmp_path):
+    rng = np.random.default_rng(0)
+    label = np.where(disk(SIZE, 30, 30, 9), 255, 0).astype(np.uint8)
+    images = [paint(label > 0, int(rng.integers(100, 200)), int(rng.integers(10, 90))) for _ in range(20)]
+    samples = SampleSet(write_set(tmp_path / "set", [Row(label, image, image) for image in images]))
+    paired = score_looks(samples).numbers.values()
+    assert all(one.distance == one.real_distance for one in paired)
+    in_folder = score_looks(samples, tmp_path / "set_real").numbers.values()
+    assert sum(one.distance for one in in_folder) > 0.5 * sum(one.real_distance for one in in_folder) > 0
 
 
 def test_missing_cells_leave_the_distance_unknown():
