@@ -78,7 +78,7 @@ class DataReport:
         unreadable: file and reason.
         left_out: files in the two folders that are neither image nor mask.
         mismatched: pairs whose image and mask differ in size.
-        duplicates: (name, other name, correlation). 1.0 means equal pixels.
+        duplicates: (name, other name, correlation). 1.0 means equal pixels. See ``near_duplicates``.
         problems: faults that stop training.
     """
 

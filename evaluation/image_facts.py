@@ -97,25 +97,45 @@ def with_own_names(facts: Mapping[Path, ImageFacts], files: Mapping[str, Path]) 
 def near_duplicates(facts: Sequence[ImageFacts | Shown]) -> list[tuple[str, str, float]]:
     """Pairs of images with the same content, whatever their size, brightness and compression.
 
+    n images that show the same give n - 1 pairs that join them, not all pairs.
+
     Returns:
         (name, other name, correlation), highest first. 1.0 means equal pixels.
     """
     if not facts:
         return []
+    found, groups = [], np.arange(len(facts))
+
+    def join(first: int, second: int, correlation: float) -> None:
+        groups[groups == groups[second]] = groups[first]
+        found.append((facts[first].name, facts[second].name, round(correlation, 4)))
+
+    by_digest: dict[str, int] = {}
+    for number, one in enumerate(facts):
+        if (earlier := by_digest.setdefault(one.digest, number)) != number:
+            join(earlier, number, 1.0)
     signatures = np.stack([one.signature for one in facts])
-    found = []
     for start in range(0, len(facts), BLOCK):
-        table = signatures[start : start + BLOCK] @ signatures.T
-        for row, column in np.argwhere(table >= NEAR_DUPLICATE):
-            first, second = start + int(row), int(column)
-            if first < second and facts[first].digest != facts[second].digest:
-                found.append((facts[first].name, facts[second].name, round(float(table[row, column]), 4)))
-    by_digest: dict[str, ImageFacts | Shown] = {}
-    for one in facts:
-        earlier = by_digest.setdefault(one.digest, one)
-        if earlier is not one:
-            found.append((earlier.name, one.name, 1.0))
+        part = signatures[start : start + BLOCK]
+        for number, values in enumerate(part @ signatures[: start + BLOCK].T, start):
+            near = np.flatnonzero(values[:number] >= NEAR_DUPLICATE)
+            while len(near := near[groups[near] != groups[number]]):
+                nearest = int(near[values[near].argmax()])
+                join(nearest, number, float(values[nearest]))
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
+
+
+def shown_among(images: Sequence[ImageFacts | Shown], others: Sequence[ImageFacts | Shown]) -> list[bool]:
+    """Whether each image shows (nearly) the same as one of the others."""
+    if not others:
+        return [False] * len(images)
+    digests, signatures = {one.digest for one in others}, np.stack([one.signature for one in others])
+    found: list[bool] = []
+    for start in range(0, len(images), BLOCK):
+        part = images[start : start + BLOCK]
+        near = (np.stack([one.signature for one in part]) @ signatures.T >= NEAR_DUPLICATE).any(axis=1)
+        found += [bool(alike) or one.digest in digests for alike, one in zip(near, part, strict=True)]
+    return found
 
 
 def group_alike(images: Sequence[Shown]) -> list[list[str]]:

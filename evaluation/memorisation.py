@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from tqdm import tqdm
 from common.disk import file_sha256, write_csv, write_json
 from common.errors import InputError
 from dataset.config import DataConfig
-from dataset.files import find_files, find_images
+from dataset.files import find_files, find_images, read_image
 from dataset.views import turn, view_of_file
-from evaluation.image_facts import image_facts, near_duplicates
+from evaluation.image_facts import Shown, near_duplicates, shown_among
 from evaluation.nearest import Match, NearestTraining, small_gray
 from evaluation.output import Section, Table, cell, new_figure, results_folder, save_figure, show_image
 from synthetic.reader import SampleSet, read_real, read_whole
@@ -197,13 +197,11 @@ def _references(training: Sequence[Path], others: Sequence[Path], where: str | P
 def _shown_in_training(training: Sequence[Path], others: Sequence[Path]) -> set[Path]:
     """The other images that (nearly) equal a training image. If ``others`` are the training images, those that equal
     another training image."""
-    known, facts = set(map(str, training)), {path: image_facts(path) for path in dict.fromkeys([*training, *others])}
-    pairs = near_duplicates([replace(one, name=str(path)) for path, one in facts.items()])
-    found = {Path(name) for first, second, _ in pairs if {first, second} & known for name in (first, second)}
-    if others is not training:
-        digests = {facts[path].digest for path in training}  # the pairs name each copy with one other copy only
-        found |= {path for path in others if facts[path].digest in digests}
-    return found & set(others)
+    shown = {path: Shown.of(str(path), read_image(path)) for path in dict.fromkeys([*training, *others])}
+    if others is training:
+        return {Path(name) for *pair, _ in near_duplicates(list(shown.values())) for name in pair}
+    known = shown_among([shown[path] for path in others], [shown[path] for path in training])
+    return {path for path, one in zip(others, known, strict=True) if one}
 
 
 def _made_from(samples: SampleSet, train_mask_dir: str | Path | None) -> list[bool] | None:

@@ -14,6 +14,7 @@ from PIL import Image
 import evaluate
 from common.errors import InputError
 from evaluation.data_report import survey, write_data_report
+from evaluation.image_facts import Shown, group_alike, near_duplicates, shown_among
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HEIGHT, WIDTH = 48, 64
@@ -137,11 +138,29 @@ def test_planted_copies_are_found_and_different_images_are_not(drawn):
     Image.fromarray(image).save(drawn / "images" / "again.jpg", quality=70)
     Image.fromarray((image * 0.6).astype(np.uint8)).save(drawn / "images" / "dark.png")
     duplicates = look(drawn)[0].duplicates
-    assert {frozenset(entry[:2]) for entry in duplicates} >= {
-        frozenset(("cell_2.png", other)) for other in ("copy.png", "again.jpg", "dark.png")
-    }
-    assert len(duplicates) == 6 and not any({"cell_0.png", "cell_1.png", "cell_3.png"} & set(e[:2]) for e in duplicates)
+    assert {name for entry in duplicates for name in entry[:2]} == {"cell_2.png", "copy.png", "again.jpg", "dark.png"}
+    assert len(duplicates) == 3  # they join the four
     assert next(entry[2] for entry in duplicates if set(entry[:2]) == {"cell_2.png", "copy.png"}) == 1.0
+
+
+def test_a_series_gives_a_pair_for_each_further_image(monkeypatch):
+    """Two series that one image joins late, copies, an image of one gray value, and one that shows something else."""
+    monkeypatch.setattr("evaluation.image_facts.BLOCK", 7)
+    first, second, other = np.linalg.qr(np.random.default_rng(0).normal(size=(1024, 3)))[0].T
+    turned = 0.985 * first + np.sqrt(1 - 0.985**2) * second  # too far from the first
+    between = (first + turned) / np.linalg.norm(first + turned)
+    signatures = [*[first] * 300, other, *[turned] * 300, np.zeros(1024), np.zeros(1024), between]
+    digests = [*"abc" * 100, *(f"d{number}" for number in range(301)), "gray", "gray", "e"]
+    names = [f"n{number:03d}" for number in range(len(signatures))]
+    shown = [Shown(*one) for one in zip(names, digests, np.array(signatures, np.float32), strict=True)]
+    pairs = near_duplicates(shown)
+    assert len(pairs) == 299 + 299 + 1 + 2
+    groups = group_alike(shown)
+    assert sorted(map(len, groups)) == [1, 2, 601]
+    apart = near_duplicates(shown[:-1])
+    assert len(apart) == 299 + 299 + 1 and {pair for pair in pairs if "n603" in pair} == set(pairs) - set(apart)
+    assert shown_among(shown[301:], shown[:300]) == [False] * 302 + [True]
+    assert shown_among(shown[:5], []) == [False] * 5 and shown_among([shown[601]], [shown[602]]) == [True]
 
 
 def test_copies_of_one_file_name_are_found(tmp_path):

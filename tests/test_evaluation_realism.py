@@ -196,7 +196,7 @@ def test_masks_beside_the_real_images_are_no_real_images(real):
     for mask in (real / "masks").iterdir():
         mask.rename(images / f"{mask.stem}_masks.png")
     paths, crops = real_crops(images, DataConfig(image_size=SIZE))
-    assert len(crops) == 24 and {path.stem for path in paths} == {f"r{seed:02d}" for seed in range(24)}
+    assert len(list(crops)) == 24 and {path.stem for path in paths} == {f"r{seed:02d}" for seed in range(24)}
 
 
 def test_real_images_are_never_all_in_memory(tmp_path):

@@ -19,7 +19,7 @@ from common.plain import read_json
 from common.randomness import shuffled_by_hash
 from dataset.checks import check_same_size
 from dataset.files import Pair, find_files, labels_of_images, mark_nuclei, pair_files, read_image, read_size
-from evaluation.image_facts import Shown, group_near_duplicates, near_duplicates
+from evaluation.image_facts import Shown, group_near_duplicates, shown_among
 
 SPLIT_FILE = "split.json"
 DEFAULT_SHARES = (10, 20, 50, 100)
@@ -99,11 +99,9 @@ def _share_of(count: int, percent: int) -> int:
 
 def shown_in_both(pairs: Iterable[Pair], test_pairs: Iterable[Pair]) -> list[str]:
     """Names of test pairs whose image is (nearly) one of the others."""
-    facts = [Shown.of(f"train {pair.name}", read_image(pair.image_path)) for pair in pairs]
-    facts += [Shown.of(f"test {pair.name}", read_image(pair.image_path)) for pair in test_pairs]
-    found = [{first, second} for first, second, _ in near_duplicates(facts)]
-    crossing = [names for names in found if len({name.split()[0] for name in names}) == 2]
-    return sorted({name.removeprefix("test ") for names in crossing for name in names if name.startswith("test ")})
+    known = [Shown.of(pair.name, read_image(pair.image_path)) for pair in pairs]
+    tested = [Shown.of(pair.name, read_image(pair.image_path)) for pair in test_pairs]
+    return sorted(one.name for one, shown in zip(tested, shown_among(tested, known), strict=True) if shown)
 
 
 def read_pairs(
