@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def _project(planes: np.ndarray, projection: str) -> np.ndarray:
 
 
 def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
-    """Write one flat TIFF for every file; all are read before the first is written.
+    """Write one flat TIFF for every file, or none.
 
     Returns:
         The files.
@@ -88,16 +89,15 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     if not files:
         raise InputError(f"{source} holds no files of {' '.join(SUFFIXES)}")
     names = [one.name.removesuffix(one.suffix).removesuffix(".ome") for one in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise InputError(f"{source} has two files with one name: {list_some(twice)}. Keep one of each")
     sizes: dict[str, float | None] = {}
-    contents = [_content(path, choice, sizes) for path in files]
+    with new_folder(output) as folder:
+        for name, path in zip(names, files, strict=True):
+            write_bytes(folder / f"{name}.tif", _content(path, choice, sizes))
     for warning in scale_warning(sizes):
         logger.warning("%s: %s", source, warning)
-    with new_folder(output) as folder:
-        for name, content in zip(names, contents, strict=True):
-            write_bytes(folder / f"{name}.tif", content)
     return [output / f"{name}.tif" for name in names]
 
 

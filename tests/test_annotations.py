@@ -591,6 +591,29 @@ def test_coco_files_without_a_usable_cell_are_refused_in_words(tmp_path, images,
     assert not (tmp_path / "out").exists()
 
 
+def test_label_images_are_written_one_by_one_and_only_all_of_them_stay(tmp_path, images, monkeypatch):
+    content = {"images": [], "annotations": [], "categories": []}
+    for number in range(4):
+        (images / f"b{number}.png").write_bytes((images / "a.png").read_bytes())
+        content["images"].append({"id": number, "file_name": f"b{number}.png"})
+        content["annotations"].append({"id": number + 1, "image_id": number, "segmentation": [square(2)]})
+    path, written = tmp_path / "coco.json", []
+    path.write_text(json.dumps(content))
+
+    def counted(*given):
+        written.append(len(list((tmp_path / "out").rglob("*.tif"))))
+        return draw_cells(*given)
+
+    monkeypatch.setattr("dataset.annotations.convert.draw_cells", counted)
+    convert(path, images, tmp_path / "out", ConvertSettings())
+    assert written == [0, 1, 2, 3] and len(list((tmp_path / "out").iterdir())) == 5
+    content["images"][3]["height"] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="1 of 4 annotations cannot be used"):
+        convert(path, images, tmp_path / "again", ConvertSettings())
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_missing_entry_of_coco_is_named(tmp_path, images):
     path = coco_file(tmp_path, [])
     path.write_text(path.read_text().replace("file_name", "filename"))

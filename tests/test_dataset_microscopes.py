@@ -15,7 +15,7 @@ from script_helpers import run_here
 import make_masks
 from common.errors import InputError
 from dataset.files import read_image_and_kind
-from dataset.microscope_files import Choice
+from dataset.microscope_files import Choice, read_stack
 from dataset.microscopes import flatten_folder
 
 STACK = np.random.default_rng(0).integers(0, 60_000, (3, 4, 2, 20, 24), dtype=np.uint16)  # T, Z, C, Y, X
@@ -185,3 +185,21 @@ def test_an_output_that_holds_something_is_refused_before_the_input_is_looked_at
     (tmp_path / "out" / "old.tif").touch()
     with pytest.raises(InputError, match="out is not empty"):
         flatten_folder(tmp_path / "none", tmp_path / "out", Choice())
+
+
+def test_files_are_written_one_by_one_and_only_all_of_them_stay(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        tifffile.imwrite(tmp_path / "in" / f"a{number}.tif", STACK[0, 0, 0] + number)
+    written = []
+
+    def counted(*given: Any) -> Any:
+        written.append(len(list((tmp_path / "out").rglob("*.tif"))))
+        return read_stack(*given)
+
+    monkeypatch.setattr("dataset.microscopes.read_stack", counted)
+    assert len(flatten_folder(tmp_path / "in", tmp_path / "out", Choice())) == 4 and written == [0, 1, 2, 3]
+    (tmp_path / "in" / "a3.tif").write_bytes((tmp_path / "in" / "a3.tif").read_bytes()[:300])
+    with pytest.raises(InputError, match=r"a3\.tif"):
+        flatten_folder(tmp_path / "in", tmp_path / "again", Choice())
+    assert not (tmp_path / "again").exists()

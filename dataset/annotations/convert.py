@@ -92,9 +92,7 @@ class Conversion:
 
 
 def convert(source: Path, images: Path, output: Path, settings: ConvertSettings) -> Conversion:
-    """Write a label TIFF for every image that has annotations, and ``report.csv``.
-
-    All files are read before the first one is written.
+    """Write a label TIFF for every image that has annotations, and ``report.csv``, or nothing.
 
     Args:
         source: file or folder of annotations.
@@ -111,28 +109,36 @@ def convert(source: Path, images: Path, output: Path, settings: ConvertSettings)
     pairs, without, lonely = _pair(source, images, paths, settings)
     if settings.kind == "classes" and not settings.classes:
         raise InputError(_which_classes(source, pairs, paths))
-    result, labels, errors = Conversion(without=without, lonely=lonely, asked=settings.classes), {}, []
+    result = Conversion(without=without, lonely=lonely, asked=settings.classes)
+    with new_folder(output) as folder:
+        _draw_all(pairs, paths, settings, result, folder)
+        if not any(one.written for one in result.counts.values()):
+            found = list_some(sorted(result.found), 8) if settings.classes else ""
+            held = f"; the files hold the classes {found}" if found else ""
+            raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}{held}")
+        _write_report(result, folder / REPORT)
+    return result
+
+
+def _draw_all(
+    pairs: Mapping[str, Load], paths: Mapping[str, Path], settings: ConvertSettings, result: Conversion, folder: Path
+) -> None:
+    """Write the label images, and add to the result what was drawn. Raises InputError with all faults of the files."""
+    errors = []
     for name, load in tqdm(pairs.items(), desc="converting", unit="image", disable=None):
         try:
-            labels[name], result.counts[name], names = _draw(paths[name], load, settings)
-            result.found |= names
+            content, result.counts[name], names = _draw(paths[name], load, settings)
         except FileError as error:
             errors.append(str(error))
         except InputError:  # of the settings, and so of every file
             raise
         except ValueError as error:
             errors.append(f"annotations of {name}: {error}")
+        else:
+            result.found |= names
+            write_bytes(folder / f"{paths[name].name.rpartition('.')[0]}.tif", content)
     if errors:
         raise InputError(f"{len(errors)} of {len(pairs)} annotations cannot be used: {list_some(errors)}")
-    if not any(one.written for one in result.counts.values()):
-        found = list_some(sorted(result.found), 8) if settings.classes else ""
-        held = f"; the files hold the classes {found}" if found else ""
-        raise InputError(f"no cell of {source} can be drawn: {result.lines()[0]}{held}")
-    with new_folder(output) as folder:
-        for name, content in labels.items():
-            write_bytes(folder / f"{paths[name].name.rpartition('.')[0]}.tif", content)
-        _write_report(result, folder / REPORT)
-    return result
 
 
 def _draw(image: Path, load: Load, settings: ConvertSettings) -> tuple[bytes, CellCounts, set[str]]:
