@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections import Counter
@@ -12,14 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.agreement import gray_checksum, is_flat, signature
+from dataset.agreement import SIGNATURE_SIDE, gray_checksum, is_flat, signature
 from dataset.files import Pair, read_image, read_image_and_kind
 from dataset.gray import channel_shares, is_burnt_in, robust_maximum
 from dataset.scale import pixel_size
 
 logger = logging.getLogger(__name__)
-BLOCK = 1024  # images compared with all others at once: bounds the memory
+BLOCK = 512  # images compared with all others at once: bounds the memory
 NEAR_DUPLICATE = 0.99  # least correlation of two duplicates, reduced to SIGNATURE_SIDE x SIGNATURE_SIDE pixels
+# Uneven illumination makes different fields of one microscope correlate. So what remains without a smooth surface must
+# correlate, too: below 0.25 for different fields, above 0.75 for weak cells and their JPEG of quality 50.
+NEAR_DETAIL = 0.4
+SURFACE_DEGREE = 4  # of the polynomial that is this surface
+LEAST_DETAIL = 1e-3  # length of what remains, below which it is rounding
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,11 @@ def near_duplicates(facts: Sequence[ImageFacts | Shown]) -> list[tuple[str, str,
     for number, one in enumerate(facts):
         if (earlier := by_digest.setdefault(one.digest, number)) != number:
             join(earlier, number, 1.0)
-    signatures = np.stack([one.signature for one in facts])
+    views = _views(facts)
     for start in range(0, len(facts), BLOCK):
-        part = signatures[start : start + BLOCK]
-        for number, values in enumerate(part @ signatures[: start + BLOCK].T, start):
-            near = np.flatnonzero(values[:number] >= NEAR_DUPLICATE)
+        table = _correlations(views[:, start : start + BLOCK], views[:, : start + BLOCK])
+        for number, values in enumerate(table, start):
+            near = np.flatnonzero(values[:number])
             while len(near := near[groups[near] != groups[number]]):
                 nearest = int(near[values[near].argmax()])
                 join(nearest, number, float(values[nearest]))
@@ -129,13 +135,39 @@ def shown_among(images: Sequence[ImageFacts | Shown], others: Sequence[ImageFact
     """Whether each image shows (nearly) the same as one of the others."""
     if not others:
         return [False] * len(images)
-    digests, signatures = {one.digest for one in others}, np.stack([one.signature for one in others])
+    digests, views = {one.digest for one in others}, _views(others)
     found: list[bool] = []
     for start in range(0, len(images), BLOCK):
         part = images[start : start + BLOCK]
-        near = (np.stack([one.signature for one in part]) @ signatures.T >= NEAR_DUPLICATE).any(axis=1)
+        near = _correlations(_views(part), views).max(axis=1) > 0
         found += [bool(alike) or one.digest in digests for alike, one in zip(near, part, strict=True)]
     return found
+
+
+def _views(images: Sequence[ImageFacts | Shown]) -> np.ndarray:
+    """(2, n, D): signatures (n, D), and what remains of them without a smooth surface, of unit length or 0."""
+    whole = np.stack([one.signature for one in images])
+    surfaces = _surfaces()
+    details = whole - (whole @ surfaces) @ surfaces.T
+    lengths = np.linalg.norm(details, axis=1, keepdims=True)
+    return np.stack([whole, np.where(lengths > LEAST_DETAIL, details / np.maximum(lengths, LEAST_DETAIL), 0)])
+
+
+@functools.cache
+def _surfaces() -> np.ndarray:
+    """(SIGNATURE_SIDE ** 2, k) orthonormal polynomials in x and y."""
+    y, x = np.mgrid[-1 : 1 : SIGNATURE_SIDE * 1j, -1 : 1 : SIGNATURE_SIDE * 1j]
+    degrees = range(SURFACE_DEGREE + 1)
+    terms = [(x**i * y**j).ravel() for i in degrees for j in degrees if i + j <= SURFACE_DEGREE]
+    return np.linalg.qr(np.stack(terms, axis=1))[0].astype(np.float32)
+
+
+def _correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(n, m) correlations of two sets of :func:`_views`; 0 if they do not show the same."""
+    table = first[0] @ second[0].T
+    table[table < NEAR_DUPLICATE] = 0
+    table[first[1] @ second[1].T < NEAR_DETAIL] = 0
+    return table
 
 
 def group_alike(images: Sequence[Shown]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 import evaluate
 from common.errors import InputError
+from dataset.files import read_image
 from evaluation.data_report import survey, write_data_report
-from evaluation.image_facts import Shown, group_alike, near_duplicates, shown_among
+from evaluation.image_facts import NEAR_DUPLICATE, Shown, group_alike, near_duplicates, shown_among
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HEIGHT, WIDTH = 48, 64
@@ -161,6 +163,51 @@ def test_a_series_gives_a_pair_for_each_further_image(monkeypatch):
     assert len(apart) == 299 + 299 + 1 and {pair for pair in pairs if "n603" in pair} == set(pairs) - set(apart)
     assert shown_among(shown[301:], shown[:300]) == [False] * 302 + [True]
     assert shown_among(shown[:5], []) == [False] * 5 and shown_among([shown[601]], [shown[602]]) == [True]
+
+
+def field_under_a_lamp(seed: int) -> np.ndarray:
+    """A field (200, 230, 1) of weak cells of its own, 40 % darker in the corners than in the middle, with noise."""
+    rng = np.random.default_rng(seed)
+    cells = np.zeros((230, 230), bool)
+    for _ in range(9):
+        cells |= disk(230, rng.uniform(10, 190), rng.uniform(10, 190), rng.uniform(5, 8))
+    y, x = np.mgrid[-1:1:200j, -1:1:230j]
+    gray = (120 + 9 * cells[:200]) * (1 - 0.2 * (x**2 + y**2)) + rng.normal(0, 1, x.shape)
+    return gray.clip(0, 255).astype(np.uint8)[..., None]
+
+
+def copies_of(image: np.ndarray) -> list[np.ndarray]:
+    """The image saved as JPEG, darker, brighter, and at half its size."""
+    picture, stream = Image.fromarray(image.squeeze()), io.BytesIO()
+    picture.save(stream, "JPEG", quality=60)
+    small = picture.resize((picture.width // 2, picture.height // 2))
+    return [
+        np.atleast_3d(one) for one in (np.array(Image.open(stream)), image * 0.6, image * 0.8 + 40, np.array(small))
+    ]
+
+
+def test_different_fields_under_the_same_uneven_light_are_no_copies_but_copies_are():
+    fields = [field_under_a_lamp(seed) for seed in range(6)]
+    shown = [Shown.of(f"f{number}", image) for number, image in enumerate(fields)]
+    signatures = np.stack([one.signature for one in shown])
+    assert (signatures @ signatures.T)[np.triu_indices(6, 1)].max() > NEAR_DUPLICATE  # the light decides
+    assert near_duplicates(shown) == [] and shown_among(shown[:3], shown[3:]) == [False] * 3
+    for number, image in enumerate(fields):
+        copies = [Shown.of(f"copy {place}", one) for place, one in enumerate(copies_of(image))]
+        assert shown_among(copies, shown) == [True] * 4
+        assert sorted(map(len, group_alike([*shown, *copies]))) == [1] * 5 + [5], number
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the reference sets")
+@pytest.mark.parametrize("name", ["nuclei", "histology", "leukocytes"])
+def test_copies_of_real_images_are_found(name):
+    paths = sorted((DATA / name / "train" / "images").iterdir())[:8]
+    shown = [Shown.of(path.stem, read_image(path)) for path in paths]
+    assert near_duplicates(shown) == []
+    for path in paths[:3]:
+        image = read_image(path)
+        gray = image[..., :3].mean(axis=2, keepdims=True).astype(np.uint8)
+        assert shown_among([Shown.of("copy", one) for one in copies_of(gray)], shown) == [True] * 4
 
 
 def test_copies_of_one_file_name_are_found(tmp_path):
