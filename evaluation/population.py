@@ -34,6 +34,7 @@ QUANTITIES = {
     "area": ("area of a cell, pixels", "cell"),
     "eccentricity": ("eccentricity of a cell", "cell"),
     "intensity": ("mean gray of a cell, 0 to 1", "cell"),
+    "spread": ("spread of these in an image, gray", "image"),
     "contrast": ("cell minus background, gray", "cell"),
     "texture": ("fine structure in a cell, gray", "cell"),
 }
@@ -48,6 +49,7 @@ def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
     - ``area`` and ``eccentricity``: only of cells that do not touch the image's edge. Eccentricity is
       sqrt(1 - minor^2 / major^2) of the ellipse with the cell's second moments: 0 for a disk, near 1 for a line.
     - ``intensity``: mean gray value inside, 0..1.
+    - ``spread``: standard deviation of the intensity over the cells of the image, if it has two or more.
     - ``contrast``: intensity minus the mean gray value outside of all cells.
     - ``texture``: standard deviation of the fine structure inside. Fine structure is the gray value minus a Gaussian
       mean (:data:`TEXTURE_SIGMA`) over pixels of cells, so the edge and the brightness of the cell do not count.
@@ -56,20 +58,21 @@ def measure_image(item: LabelledImage) -> dict[str, np.ndarray]:
         item: image uint8 (S, S, C) with its instance map.
 
     Returns:
-        quantity -> one value per cell (``count``: one value).
+        quantity -> one value per cell (``count`` and ``spread``: one value, or none).
     """
     gray = item.image.mean(axis=-1) / 255.0
     cells = without_gaps(item.cells)
     fine = gray - _smooth_within(gray, cells)
     table = regionprops_table(cells, np.dstack([gray, fine]), PROPERTIES)
     whole = ~np.isin(table["label"], touches_border(cells))
-    outside = gray[cells == 0]
+    outside, intensity = gray[cells == 0], table["intensity_mean-0"]
     return {
         "count": np.array([float(len(whole))]),
         "area": table["area"][whole],
         "eccentricity": table["eccentricity"][whole],
-        "intensity": table["intensity_mean-0"],
-        "contrast": table["intensity_mean-0"] - outside.mean() if outside.size else np.zeros(0),
+        "intensity": intensity,
+        "spread": np.array([intensity.std()] if len(intensity) > 1 else []),
+        "contrast": intensity - outside.mean() if outside.size else np.zeros(0),
         "texture": table["intensity_std-1"],
     }
 
@@ -276,9 +279,11 @@ def write_population_report(
 
 def draw_histograms(report: PopulationReport, synthetic: Population, real: Population, path: Path) -> None:
     """Draw one histogram per quantity. Real and synthetic values share the bins."""
-    figure = new_figure(10.5, 5.6)
-    axes = figure.subplots(2, 3).ravel()
-    for axis, (quantity, score) in zip(axes, report.quantities.items(), strict=True):
+    figure = new_figure(13, 5.6)
+    axes = figure.subplots(2, 4).ravel()
+    for axis in axes[len(report.quantities) :]:
+        axis.set_axis_off()
+    for axis, (quantity, score) in zip(axes, report.quantities.items(), strict=False):
         sides = {"real": values_of(real, quantity), "synthetic": values_of(synthetic, quantity)}
         both = np.concatenate(list(sides.values()))
         axis.set_title(score.title, fontsize=9)

@@ -84,6 +84,15 @@ def test_brightness_and_contrast_are_the_painted_gray_values():
     assert found["intensity"] == pytest.approx([0.6, 0.8]) and found["contrast"] == pytest.approx([0.4, 0.6])
 
 
+def test_the_spread_in_an_image_is_that_of_its_cells_means():
+    cells = np.zeros((SIZE, SIZE), int)
+    cells[5:15, 5:15], cells[30:40, 30:45] = 1, 2
+    image = np.full((SIZE, SIZE, 1), 40, np.uint8)
+    image[cells == 1], image[cells == 2] = 100, 200
+    assert measure_image(item_of(cells, image))["spread"] == pytest.approx([50 / 255])
+    assert measure_image(item_of(np.where(cells == 1, 1, 0), image))["spread"].size == 0
+
+
 def test_flat_cells_have_no_texture_and_noise_has_its_standard_deviation():
     cells = disk(SIZE, 30, 30, 20).astype(int)
     assert measure_image(item_of(cells))["texture"] == pytest.approx(0, abs=1e-6)
@@ -128,8 +137,12 @@ def test_equal_populations_differ_no_more_than_real_halves():
     rng = np.random.default_rng(0)
 
     def draw(count):
-        return [{name: rng.normal(5, 1, 20) for name in ("area", "eccentricity", "intensity", "contrast", "texture")}
-                | {"count": rng.poisson(9, 1).astype(float)} for _ in range(count)]  # fmt: skip
+        names = ("area", "eccentricity", "intensity", "contrast", "texture")
+        ones = {"count": lambda: rng.poisson(9, 1).astype(float), "spread": lambda: rng.normal(5, 1, 1)}
+        return [
+            {name: rng.normal(5, 1, 20) for name in names} | {name: one() for name, one in ones.items()}
+            for _ in range(count)
+        ]
 
     for score in compare_populations(draw(30), draw(30), range(30)).values():
         assert score.distance < 1.5 * score.real_distance_max

@@ -137,7 +137,8 @@ def test_easy_masks_are_drawn_once_and_the_hardest_most_often():
 
 
 def test_every_image_is_held_out_once_and_a_mask_stays_in_its_fold():
-    pairs = [Named(f"n{number}", LabelledImage(*np.zeros((3, 4, 4), np.uint8))) for number in range(7)]
+    labels = np.zeros((4, 4), np.uint8)
+    pairs = [Named(f"n{number}", LabelledImage(labels[..., None], labels, labels)) for number in range(7)]
     folds = make_folds(pairs, 3, seed=0)
     held = [one.name for fold in folds for one in fold.held_out]
     assert sorted(held) == [one.name for one in pairs]

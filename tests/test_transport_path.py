@@ -79,7 +79,7 @@ def test_names_are_case_insensitive_and_unknown_ones_list_the_choices():
         (lambda: create_transport(loss_weight="snr"), "unknown loss weight 'snr'; choose one of None, velocity"),
         (lambda: create_transport(time_sampling="beta"), "unknown time sampling 'beta'; choose one of uniform"),
         (lambda: sampler.sample_ode("heun2"), "unknown ODE method 'heun2'; choose one of euler, midpoint, heun, ab2"),
-        (lambda: sampler.sample_ode(time_shift=0), "time_shift is 0; it must be above 0"),
+        (lambda: sampler.sample_ode(time_shift=0), "time_shift is 0; it must be between 0.01 and 100"),
         (lambda: sampler.sample_ode_likelihood("rk45"), "unknown ODE method 'rk45'"),
         (lambda: sampler.sample_sde("Milstein"), "unknown SDE method 'Milstein'; choose one of Euler, Heun"),
         (lambda: sampler.sample_sde(diffusion_form="inccreasing"), "choose one of constant, SBDM, sigma, linear"),
