@@ -12,13 +12,13 @@ from common.arguments import (
     guidance_scale,
     non_negative_float,
     non_negative_int,
+    number,
     overlap,
     part_of_time,
     percentile,
     positive_float,
     positive_int,
     seed_number,
-    time_shift,
 )
 from dataset.config import CROPS, WINDOW_CHANNELS, WINDOW_SCOPES
 from dataset.look_choice import LOOK_SOURCES
@@ -36,9 +36,11 @@ from transport import (
     SDE_METHODS,
     TIME_SAMPLINGS,
     TIME_SHIFT,
+    TIME_SHIFTS,
 )
 
 JUDGE_STEPS, JUDGE_CACHE = 400, Path("judges")
+time_shift = number(float, *TIME_SHIFTS)
 
 
 def add_mask_type_argument(group: argparse._ActionsContainer) -> None:

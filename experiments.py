@@ -18,6 +18,7 @@ from cli import (
     add_mask_values_argument,
     add_output_argument,
     add_real_pairs,
+    time_shift,
 )
 from common.arguments import (
     MOST,
@@ -34,7 +35,6 @@ from common.arguments import (
     positive_fraction,
     positive_int,
     seed_number,
-    time_shift,
 )
 from common.errors import InputError, as_flag
 from common.log import say

@@ -56,22 +56,22 @@ def crops_of_set(samples: SampleSet) -> np.ndarray:
     return np.column_stack([fractions, np.array(means)])
 
 
-def expected_mean(training: np.ndarray, fractions: np.ndarray) -> float:
+def expected_grays(training: np.ndarray, fractions: np.ndarray) -> np.ndarray:
     """Mean gray value of crops with these fractions of cell pixels, on the straight line of the training crops."""
     fraction, gray = training.reshape(-1, 2).T
-    slope, base = np.polyfit(fraction, gray, 1)
-    return float(base + slope * fractions.mean())
+    return np.polyval(np.polyfit(fraction, gray, 1), fractions)
 
 
 def expected_with_error(training: np.ndarray, fractions: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
     """The expected mean, and its standard error over training images."""
     picks = rng.integers(len(training), size=(BOOTSTRAP, len(training)))
-    return expected_mean(training, fractions), float(np.std([expected_mean(training[one], fractions) for one in picks]))
+    means = [expected_grays(training[one], fractions).mean() for one in picks]
+    return float(expected_grays(training, fractions).mean()), float(np.std(means))
 
 
 def error_of_real(rows: np.ndarray, files: Sequence[Path], training: np.ndarray, rng: np.random.Generator) -> float:
     """Standard error of the mean of the real images around the line, over whole images."""
-    rest = np.array([gray - expected_mean(training, np.array([fraction])) for fraction, _, gray in rows])
+    rest = rows[:, 2] - expected_grays(training, rows[:, 0])
     numbers = np.unique([str(file) for file in files], return_inverse=True)[1]
     means = np.array([rest[numbers == number].mean() for number in range(numbers.max() + 1)])
     return float(np.std([rng.choice(means, len(means)).mean() for _ in range(BOOTSTRAP)]))

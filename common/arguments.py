@@ -76,7 +76,6 @@ positive_fraction = number(float, 0, 1, open_least=True)
 part_of_time = number(float, 0, 1, open_least=True, open_most=True)
 percentile = number(float, 0, 100)
 guidance_scale = number(float, 0, 100)  # beyond, numbers of 16 bits overflow
-time_shift = number(float, 0.01, 100)  # beyond, steps vanish
 percent = number(int, 1, 100)
 
 

@@ -34,11 +34,22 @@ def random_halves(groups: Sequence[Hashable]) -> list[list[np.ndarray]]:
     Args:
         groups: for every place what it belongs to, such as the image of a crop. A group lies in one half.
     """
-    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    numbers, count = np.array([number_of[group] for group in groups]), len(number_of)
+    numbers, count = _numbers(groups), len(set(groups))
     rng = np.random.default_rng(0)
     halvings = [np.array_split(rng.permutation(count), 2) for _ in range(HALVINGS if count > 1 else 0)]
     return [[np.flatnonzero(np.isin(numbers, half)) for half in halves] for halves in halvings]
+
+
+def _numbers(groups: Sequence[Hashable]) -> np.ndarray:
+    """The number of each place's group; groups are numbered in the order in which they come."""
+    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return np.array([number_of[group] for group in groups])
+
+
+def one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One random place of every group, in random order. Crops of one image are not independent images."""
+    order = rng.permutation(len(groups))
+    return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
 
 
 class Sides(NamedTuple):
@@ -60,21 +71,15 @@ def compared_sides(groups: Sequence[Hashable], synthetic: int, is_paired: bool) 
         synthetic: number of synthetic places.
         is_paired: synthetic place i was made from the mask of real place i.
     """
-    rng, found = np.random.default_rng(1), []
+    rng, numbers, found = np.random.default_rng(1), _numbers(groups), []
     for half, rest in random_halves(groups):
         if is_paired:
             found.append(Sides(rest, rest, half))
             continue
-        own, other = (_one_of_each([groups[place] for place in places], places, rng) for places in (half, rest))
+        own, other = (places[one_of_each(numbers[places], rng)] for places in (half, rest))
         count = min(len(own), len(other), synthetic)
         found.append(Sides(rng.permutation(synthetic)[:count], other[:count], own[:count]))
     return found
-
-
-def _one_of_each(groups: Sequence[Hashable], places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One random place of every group, in random order."""
-    chosen = {groups[number]: places[number] for number in rng.permutation(len(groups))}
-    return rng.permutation(list(chosen.values()))
 
 
 def divide(groups: Sequence[Sequence[str]], count: int, seed: int) -> tuple[list[str], list[str]]:
@@ -82,10 +87,9 @@ def divide(groups: Sequence[Sequence[str]], count: int, seed: int) -> tuple[list
 
     If every group has more than ``count`` names, the first part is the smallest one.
     """
-    by_name = {min(names): names for names in groups}
     first: list[str] = []
     rest: list[Sequence[str]] = []
-    for names in (by_name[name] for name in shuffled_by_hash(by_name, seed)):
+    for names in shuffled_groups(groups, seed):
         if len(first) + len(names) <= count:
             first += names
         else:
@@ -93,6 +97,12 @@ def divide(groups: Sequence[Sequence[str]], count: int, seed: int) -> tuple[list
     if not first and rest:
         first += rest.pop(rest.index(min(rest, key=len)))
     return first, [name for names in rest for name in names]
+
+
+def shuffled_groups(groups: Iterable[Sequence[str]], seed: int) -> list[Sequence[str]]:
+    """Groups of names in random order, as :func:`shuffled_by_hash` orders the least name of each."""
+    by_name = {min(names): names for names in groups}
+    return [by_name[name] for name in shuffled_by_hash(by_name, seed)]
 
 
 def shuffled_by_hash(names: Iterable[str], seed: int) -> list[str]:

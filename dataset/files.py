@@ -179,7 +179,9 @@ def match_names(images: dict[str, Path], masks: dict[str, Path]) -> tuple[list[P
         no mask.
     """
     pairs, lonely_images, lonely_masks = partners(images, masks)
-    lonely_images = [stem for stem in lonely_images if stem in without_masks(images)] if lonely_images else []
+    if lonely_images:
+        known = without_masks(images)
+        lonely_images = [stem for stem in lonely_images if stem in known]
     return [Pair(name, images[a], masks[b]) for name, (a, b) in sorted(pairs.items())], lonely_images, lonely_masks
 
 

@@ -34,7 +34,7 @@ QUANTITIES = {
     "area": ("area of a cell, pixels", "cell"),
     "eccentricity": ("eccentricity of a cell", "cell"),
     "intensity": ("mean gray of a cell, 0 to 1", "cell"),
-    "spread": ("spread of these in an image, gray", "image"),
+    "spread": ("spread of mean grays in an image", "image"),
     "contrast": ("cell minus background, gray", "cell"),
     "texture": ("fine structure in a cell, gray", "cell"),
 }

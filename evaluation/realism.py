@@ -23,6 +23,7 @@ import torch
 
 from common.disk import file_sha256, real_path, write_json
 from common.errors import InputError
+from common.randomness import one_of_each
 from dataset.config import DataConfig
 from dataset.files import find_images
 from evaluation.fidelity import CROPS_PER_IMAGE
@@ -209,7 +210,7 @@ def compare_with_splits(
     against_synthetic, against_real = [], []
     count = min(len(synthetic), len(images) // 2)
     for _ in range(splits):
-        rows = _one_of_each(groups, rng)
+        rows = one_of_each(groups, rng)
         order = rng.permutation(len(synthetic))
         if partners is not None:  # images of other masks come first
             order = order[np.argsort(np.isin(partners[order], groups[rows[:count]]), kind="stable")]
@@ -225,12 +226,6 @@ def refuse_too_few(synthetic: int, real: int) -> None:
             f"{synthetic} synthetic and {real} real images are too few to compare; at least {LEAST_SYNTHETIC} and "
             f"{LEAST_REAL} are needed, better some hundred"
         )
-
-
-def _one_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One random row of every group, in random order. Crops of one image are not independent images."""
-    order = rng.permutation(len(groups))
-    return rng.permutation(order[np.unique(groups[order], return_index=True)[1]])
 
 
 def real_components(features: np.ndarray, real: np.ndarray, images: int | None = None) -> np.ndarray:

@@ -479,25 +479,32 @@ def post_and_leave(service: Service, body: dict) -> http.client.HTTPConnection:
     return connection
 
 
+class HeldCalls:
+    """Network calls that wait until they are let go. Counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.begun, self.let_go = 0, threading.Event(), threading.Event()
+        predict = ImageSampler._predict
+
+        def held(sampler: ImageSampler, *values: Any, **named: Any) -> Any:
+            self.count += 1
+            self.begun.set()
+            assert self.let_go.wait(30)
+            return predict(sampler, *values, **named)
+
+        monkeypatch.setattr(ImageSampler, "_predict", held)
+
+
 def test_a_drawing_ends_when_the_browser_leaves(two, monkeypatch):
     """It would take 250 steps, each of which waits until the connection is closed."""
-    calls, first_call, closed = [], threading.Event(), threading.Event()
-    predict = ImageSampler._predict
-
-    def slow(self, *values, **named):
-        calls.append(1)
-        first_call.set()
-        assert closed.wait(30)
-        return predict(self, *values, **named)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ImageSampler, "_predict", slow)
+        calls = HeldCalls(patch)
         connection = post_and_leave(two, order(cells(), num_steps=250))
-        assert first_call.wait(30)
+        assert calls.begun.wait(30)
         connection.close()
-        closed.set()
+        calls.let_go.set()
         two.drawer.in_turn(lambda: None, Task(lambda: False))  # the worker is free again
-    assert len(calls) < 5
+    assert calls.count < 5
     assert ask(two, "/api/draw", order(cells()))[0] == 200
 
 
@@ -554,22 +561,13 @@ def test_who_leaves_the_line_makes_room(two):
 
 def test_a_drawing_ends_with_the_page(folder, monkeypatch):
     """Ctrl-C in the terminal. The drawing would take 250 steps, each of which waits until the page is closed."""
-    calls, first_call, closed = [], threading.Event(), threading.Event()
-    predict = ImageSampler._predict
-
-    def slow(self, *values, **named):
-        calls.append(1)
-        first_call.set()
-        assert closed.wait(30)
-        return predict(self, *values, **named)
-
-    monkeypatch.setattr(ImageSampler, "_predict", slow)
+    calls = HeldCalls(monkeypatch)
     with serving(checkpoint_of(folder / "ending.pt", 2)) as service:
         connection = post_and_leave(service, order(cells(), num_steps=250))
-        assert first_call.wait(30)
-    closed.set()
+        assert calls.begun.wait(30)
+    calls.let_go.set()
     service.drawer._worker.shutdown(wait=True)
-    assert len(calls) < 5
+    assert calls.count < 5
     connection.close()
 
 

@@ -12,7 +12,7 @@ benchmarks/solver_error.md holds the errors of the solvers.
 from .integrators import ODE_METHODS, SDE_METHODS
 from .likelihood import LikelihoodResult, LikelihoodSolver
 from .path import DIFFUSION_FORMS, PATHS, PREDICTIONS, choose
-from .sampler import LAST_STEPS, ODE_METHOD, ODE_STEPS, TIME_SHIFT, OdeSolver, Sampler, SdeSolver
+from .sampler import LAST_STEPS, ODE_METHOD, ODE_STEPS, TIME_SHIFT, TIME_SHIFTS, OdeSolver, Sampler, SdeSolver
 from .transport import LOSS_WEIGHTS, TIME_SAMPLINGS, Transport, create_transport
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SDE_METHODS",
     "TIME_SAMPLINGS",
     "TIME_SHIFT",
+    "TIME_SHIFTS",
     "LikelihoodResult",
     "LikelihoodSolver",
     "OdeSolver",

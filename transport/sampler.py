@@ -26,6 +26,7 @@ from .transport import Model, ModelField, Transport
 
 # heun takes more calls and leaves noise in the image, fewer steps blur (benchmarks/design_choices.md)
 ODE_METHOD, ODE_STEPS = "ab2", 32
+TIME_SHIFTS = (0.01, 100.0)  # least and largest; beyond, steps vanish
 TIME_SHIFT = 2.0  # of the commands: with equal steps, images are too bright and too alike (docs/transport.md)
 LAST_STEPS: dict[str, str] = {
     "Mean": "the SDE's drift without its noise",
@@ -298,8 +299,9 @@ class Sampler:
         """
         method = choose(sampling_method, ODE_METHODS, "ODE method")
         check_steps(num_steps, atol, rtol)
-        if not 0.01 <= time_shift <= 100:
-            raise ValueError(f"time_shift is {time_shift}; it must be between 0.01 and 100, or steps vanish")
+        least, most = TIME_SHIFTS
+        if not least <= time_shift <= most:
+            raise ValueError(f"time_shift is {time_shift}; it must be between {least:g} and {most:g}, or steps vanish")
         return OdeSolver(self.transport, method, num_steps, atol, rtol, reverse, trajectory, time_shift)
 
     def sample_sde(

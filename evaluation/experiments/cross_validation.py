@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.errors import InputError
-from common.randomness import shuffled_by_hash
+from common.randomness import shuffled_groups
 from evaluation.experiments.instance_score import InstanceScore, score_segmenter
 from evaluation.experiments.labelled import Named
 from evaluation.experiments.practice_rules import Scored, hardness
@@ -70,18 +70,15 @@ def make_folds(pairs: Sequence[Named], count: int, seed: int) -> list[Fold]:
         raise InputError(f"{count} `folds`: cross-validation needs two or more")
     if len(pairs) < 2:
         raise InputError(f"{len(pairs)} labelled image: cross-validation needs two or more")
-    groups = {min(names): names for names in groups_to_divide(group_alike([_shown(one) for one in pairs]))}
-    order = {name: place for place, first in enumerate(shuffled_by_hash(groups, seed)) for name in groups[first]}
+    alike = group_alike([Shown.of(one.name, one.item.image) for one in pairs])
+    groups = shuffled_groups(groups_to_divide(alike), seed)
+    order = {name: place for place, names in enumerate(groups) for name in names}
     count = min(count, len(groups))
     parts = [[one for one in pairs if order[one.name] % count == number] for number in range(count)]
     return [
         Fold(number, [one for other in parts if other is not part for one in other], part)
         for number, part in enumerate(parts)
     ]
-
-
-def _shown(one: Named) -> Shown:
-    return Shown.of(one.name, one.item.image)
 
 
 def fold_of_mask(mask: str, count: int, seed: int) -> int:

@@ -162,7 +162,7 @@ class Practice:
         images, _ = find_images_and_masks(self.folders.images, self.folders.masks)
         if len(images) < 2:
             raise InputError(f"{self.folders.images} holds {len(images)} image: cross-validation needs two or more")
-        if self.settings.generators > 1 and not self._has_pseudo_masks:
+        if self.settings.generators > 1 and self._to_segment is None:
             raise InputError("`generators` above 1 need unlabelled images with pseudo-masks")
         self.folders.check_instances()
         made_with = {"practice": PRACTICE_VERSION, **asdict(self.settings), "mask_type": self.folders.mask_type}
@@ -173,23 +173,25 @@ class Practice:
             return self._rounds()
 
     @property
-    def _has_pseudo_masks(self) -> bool:
-        return self.unlabelled is not None and self.settings.pseudo_masks
+    def _to_segment(self) -> Path | None:
+        """Folder of the unlabelled images that get pseudo-masks."""
+        return self.unlabelled if self.settings.pseudo_masks else None
 
     def _train_generators(self) -> None:
         """Train the generator. With pseudo-masks, train for one step first: the checkpoint says how images are read."""
-        if self.unlabelled is None or not self._has_pseudo_masks:
+        images = self._to_segment
+        if images is None:
             _announce("train the generator")
             self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "generator")
             return
         _announce("read all images, in a training of a single step")
-        self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled), self.folder / "reading", steps=1)
+        self.checkpoint = self.tools.train(self.folders, Unlabelled(images), self.folder / "reading", steps=1)
         for number in range(self.settings.generators):
             _announce("give the unlabelled images pseudo-masks, by a segmenter of the labelled images")
-            masks = self._soft_masks(self.unlabelled, number)
+            masks = self._soft_masks(images, number)
             _announce("train the generator")
             run = self.folder / _numbered("generator", number)
-            self.checkpoint = self.tools.train(self.folders, Unlabelled(self.unlabelled, masks), run)
+            self.checkpoint = self.tools.train(self.folders, Unlabelled(images, masks), run)
 
     # --- what is read once --------------------------------------------------------------------------------------------
 

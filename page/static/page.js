@@ -200,7 +200,6 @@ function forgetWay() {
 }
 
 let changeTimer = 0;
-let newestMasks = 0; // number of the newest request for masks of the folder
 function changedSoon() {
   clearTimeout(changeTimer);
   changeTimer = setTimeout(changed, 150);
@@ -462,6 +461,8 @@ async function randomLayout() {
     density: Number(byId("density").value), seed: Math.floor(Math.random() * 2 ** 31),
   }, take);
 }
+
+let newestMasks = 0; // number of the newest request for masks of the folder
 
 /** Thumbnails of the folder's masks whose names hold the text: the first ones, or more of them. */
 async function showMasks(more) {
