@@ -42,6 +42,7 @@ DEFAULT_PROJECT = "mask-to-image"
 CONNECT_SECONDS = 5
 INIT_SECONDS = 30
 FINISH_SECONDS = 600.0  # longest wait for the upload at the end
+STOPPED_SECONDS = 10.0  # the same if a signal ends the run: torchrun kills its processes after 30 seconds
 SAY_SECONDS = 10.0  # a longer wait is logged
 KEYLESS_MODES = ("offline", "dryrun", "disabled")
 MODES = ("online", "run", "shared", *KEYLESS_MODES)  # modes of wandb; empty means online
@@ -92,7 +93,7 @@ def check_server() -> None:
     except OSError as error:
         raise InputError(
             f"wandb: {address.hostname} cannot be reached ({error.strerror or error}); check the network, or set "
-            "WANDB_MODE=offline (upload later with wandb sync), or leave it out"
+            "WANDB_MODE=offline (upload later with wandb sync), or leave out `wandb`"
         ) from None
 
 
@@ -103,7 +104,7 @@ def check_wandb() -> None:
         InputError: wandb is not installed, its mode is unknown, or there is neither key, nor login, nor offline mode.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise InputError("wandb is not installed; run pip install wandb, or leave out the flag that asks for it")
+        raise InputError("wandb is not installed; run pip install wandb, or leave out `wandb`")
     mode = os.environ.get("WANDB_MODE", "").strip().lower()
     if mode and mode not in MODES:
         raise InputError(f"wandb: WANDB_MODE={mode} is unknown: set it to online, offline or disabled, or unset it")
@@ -113,7 +114,7 @@ def check_wandb() -> None:
         return
     raise InputError(
         "wandb: no key found; set WANDB_API_KEY in the environment, or run wandb login once, or set "
-        "WANDB_MODE=offline (upload later with wandb sync), or leave it out"
+        "WANDB_MODE=offline (upload later with wandb sync), or leave out `wandb`"
     )
 
 
@@ -171,7 +172,7 @@ def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str,
         reason = without_key(" ".join(str(error).split()) or type(error).__name__)
         raise InputError(
             f"wandb: the run could not start ({reason[:300]}); check the key and the network, or set "
-            "WANDB_MODE=offline, or leave it out"
+            "WANDB_MODE=offline, or leave out `wandb`"
         ) from None  # the chained exception could show the key
 
 
@@ -213,24 +214,26 @@ def _log(values: dict[str, Any], step: int) -> None:
 
 
 def finish(exit_code: int = 0) -> None:
-    """End the run and wait for its upload, at most ``FINISH_SECONDS``. A code other than 0 marks it as failed.
+    """End the run and wait for its upload, at most ``FINISH_SECONDS``.
 
-    If the upload takes longer, the files stay in the run folder, and a warning says how to upload them.
+    A code other than 0 says that a signal ends the run: it is marked as failed, and the wait is ``STOPPED_SECONDS`` at
+    most. If the upload takes longer, the files stay in the run folder, and a warning says how to upload them.
     """
     global _run
     if _run is None:
         return
     run, _run = _run, None
+    most = STOPPED_SECONDS if exit_code else FINISH_SECONDS
     ending = threading.Thread(target=_finish, args=(run, exit_code), daemon=True)
     ending.start()
-    ending.join(SAY_SECONDS)
-    if ending.is_alive():
-        logger.info("waiting for the upload to wandb, at most %.0f minutes", FINISH_SECONDS / 60)
-        ending.join(FINISH_SECONDS - SAY_SECONDS)
+    ending.join(min(SAY_SECONDS, most))
+    if ending.is_alive() and most > SAY_SECONDS:
+        logger.info("waiting for the upload to wandb, at most %.0f seconds", most)
+        ending.join(most - SAY_SECONDS)
     if ending.is_alive():
         logger.warning(
-            "wandb: the upload did not end in %.0f minutes. The files are kept: run wandb sync %s",
-            FINISH_SECONDS / 60, getattr(run, "dir", "RUN_FOLDER/wandb/run-*"),
+            "wandb: the upload did not end in %.0f seconds. The files are kept: run wandb sync %s",
+            most, getattr(run, "dir", "RUN_FOLDER/wandb/run-*"),
         )  # fmt: skip
         atexit.register(_leave, exit_code)  # runs before wandb's own, which would wait again
 

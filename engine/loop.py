@@ -120,13 +120,15 @@ def take_steps(
             started, steps_before = time.perf_counter(), step
         stopped = machine.any_rank(stop.signal is not None) and not last
         if step % settings.ckpt_every == 0 or last or stopped:
-            save(training, run, last)
+            saved = save(training, run, last)
         if previews is not None and preview_is_due(training) and not stopped:
             save_preview(previews, run, step)
         if step % settings.ckpt_every == 0 or last or stopped or preview_is_due(training):
             machine.barrier(f"save what step {step} gave")  # saving may take longer than the limit of an exchange
         if stopped:
-            logger.warning("signal received: leaving at step %d; the same command continues", step)
+            where = "" if saved else " from the last checkpoint"
+            logger.warning("signal received: leaving at step %d; the same command continues%s", step, where)
+            wandb_utils.finish(stop.exit_code)
             sys.exit(stop.exit_code)
 
 
@@ -196,8 +198,8 @@ def limit_workers(asked: int) -> int:
     return min(asked, most)
 
 
-def save(training: Training, run: RunFolder, last: bool) -> None:
-    """Save a checkpoint. All ranks must call this together.
+def save(training: Training, run: RunFolder, last: bool) -> bool:
+    """Save a checkpoint, and say whether that was done. All ranks must call this together.
 
     If the latest step was skipped, only the end of the run is saved. Weights can be finite and still give no finite
     gradient any more. A continued run then starts from the checkpoint before.
@@ -205,10 +207,11 @@ def save(training: Training, run: RunFolder, last: bool) -> None:
     training.check_finite(run)
     if training.skipped_in_a_row.item() and not last:
         logger.warning("step %d was skipped (not finite): no checkpoint now", training.step)
-        return
+        return False
     state = training.state()
     if training.machine.is_main:
         logger.info("saved %s", run.save(state))
+    return True
 
 
 def export_weights(training: Training, run: RunFolder) -> None:

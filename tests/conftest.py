@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -52,6 +53,14 @@ def _hear_ctrl_c() -> None:
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests, and the commands that they start, keep out of the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def forget_wandb() -> Iterator[None]:
+    """wandb reads its settings once in a process. A test must not get the mode of another one."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 @pytest.fixture(scope="module")

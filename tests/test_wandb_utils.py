@@ -256,16 +256,18 @@ class Run:
         time.sleep(60)
 
 logging.basicConfig()
-wandb_utils._run, wandb_utils.FINISH_SECONDS, wandb_utils.SAY_SECONDS = Run(), 0.2, 0.1
-wandb_utils.finish()
+wandb_utils._run, wandb_utils.{longest}, wandb_utils.SAY_SECONDS = Run(), 0.2, 0.1
+wandb_utils.finish({exit_code})
 print("done")
 """
 
 
-def test_an_upload_that_does_not_end_is_left_with_the_way_to_repeat_it():
+@pytest.mark.parametrize(("exit_code", "longest"), [(0, "FINISH_SECONDS"), (143, "STOPPED_SECONDS")])
+def test_an_upload_that_does_not_end_is_left_with_the_way_to_repeat_it(exit_code, longest):
     begun = time.monotonic()
-    words = [sys.executable, "-c", HANGING]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    words = [sys.executable, "-c", HANGING.format(exit_code=exit_code, longest=longest)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == exit_code
     assert time.monotonic() - begun < 20
     assert done.stdout == "done\n" and "run wandb sync run/wandb/run-1" in done.stderr
 
