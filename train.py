@@ -12,8 +12,9 @@ How a run continues:
     both, the model is new.
  3. A flag that is not given keeps the checkpoint's value. A flag that is given and differs is refused if its field is
     fixed (architecture, transport, data). If the field may change, the new value is used and logged. The folders of
-    images, masks and results, --device, --compile and --recompute-activations never come from a checkpoint. Other
-    places do: give them again if they have moved. The autoencoder must stay the same. engine/config.py has all fields.
+    images, masks and results, --device, --compile, --recompute-activations and --wandb never come from a checkpoint.
+    Other places do: give them again if they have moved. The autoencoder must stay the same. engine/config.py has all
+    fields.
  4. No random state is saved. Random numbers follow from (seed, step, rank), batches from (seed, images seen so far).
     With another number of processes or --global-batch-size, the run continues in the data where it stopped.
  5. The checkpoint holds the sums of the metrics since the last line. Lines after its step are cut and written again.
@@ -429,6 +430,8 @@ def find_state(args: argparse.Namespace, run: RunFolder, machine: Machine) -> tu
     agree_on_checkpoint(machine, run, path)
     if path is None:
         return None
+    if args.ckpt and real_path(path) != real_path(args.ckpt):
+        logger.info("--ckpt %s is not used: the run folder has a checkpoint of its own, %s", args.ckpt, path.name)
     return path, read_checkpoint(path) if state is None else state
 
 

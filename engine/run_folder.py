@@ -183,8 +183,9 @@ class RunFolder:
         return None
 
     def cut_metrics(self, step: int) -> None:
-        """Remove lines that a continued run writes again: those after ``step``, an incomplete last line, and lines of
-        previews without a picture.
+        """Remove lines that a continued run writes again.
+
+        These are the lines after ``step``, an incomplete last line, and the preview at ``step`` without its picture.
         """
         if not self.metrics.exists():
             return
@@ -192,8 +193,8 @@ class RunFolder:
         for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 content = json.loads(line)
-                lost = PREVIEW_GRID in content and not self.preview_path(content["step"]).exists()
-                if content["step"] <= step and not lost:
+                again = PREVIEW_GRID in content and content["step"] == step and not self.preview_path(step).exists()
+                if content["step"] <= step and not again:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
@@ -244,6 +245,6 @@ def _noted_number(results_dir: Path) -> int:
 
 
 def _number_of(path: Path) -> int:
-    """The number of a run folder. -1 for other files."""
+    """The number of a run folder, or of a file or broken link that takes its name. -1 for other names."""
     match = re.match(r"(\d{3,})-", path.name)
-    return int(match[1]) if match and path.is_dir() else -1
+    return int(match[1]) if match else -1

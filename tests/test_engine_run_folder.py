@@ -153,6 +153,21 @@ def test_metrics_after_the_resumed_step_and_torn_lines_are_cut(run, torn):
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [2, 4]
 
 
+def test_only_the_preview_of_the_resumed_step_is_written_again(run):
+    """A picture that the user removed takes no number with it."""
+    for step in (2, 4):
+        run.log_metrics({"step": step, "preview/grid": 1.0})
+    run.cut_metrics(4)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [2]
+
+
+def test_a_broken_link_takes_its_number(tmp_path):
+    """Such as one to a disk that was cleared: no folder can be made in its place."""
+    (tmp_path / "004-SiT").symlink_to(tmp_path / "gone")
+    (tmp_path / "005-SiT").touch()
+    assert choose_run_folder(tmp_path, None, "SiT").name == "006-SiT"
+
+
 def test_numbers_of_run_folders_are_never_reused(tmp_path):
     for name in ("000-SiT", "001-SiT", "007-SiT", "notes"):
         (tmp_path / name).mkdir()
