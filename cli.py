@@ -265,10 +265,15 @@ def add_judge_arguments(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def add_judge_training(parser: argparse.ArgumentParser) -> None:
-    """Training of the judge (a small segmenter), for the measures of evaluate.py that need one."""
+def add_judge_training(
+    parser: argparse.ArgumentParser, seed: str = "seed of the judge's training and of the choice of held-out images"
+) -> None:
+    """Training of the judge (a small segmenter), for the measures of evaluate.py that need one.
+
+    Args:
+        seed: help of ``--seed``.
+    """
     parser.add_argument("--steps", type=positive_int, default=JUDGE_STEPS, help="training steps of the judge")
-    seed = "seed of the judge's training and of the choice of held-out images"
     parser.add_argument("--seed", type=seed_number, default=0, help=seed)
     cache = "folder that keeps trained judges, for reuse"
     parser.add_argument("--cache-dir", default=str(JUDGE_CACHE), metavar="FOLDER", help=cache)

@@ -193,7 +193,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=batch_size, default=32, help="images to sample at once; limits memory")
     add_output_argument(parser, "sweep")
-    add_judge_training(parser)
+    add_judge_training(parser, "seed of the judge's training, of the choice of held-out images, and of the noise")
     add_machine_arguments(parser)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from cli import JUDGE_CACHE, JUDGE_STEPS
+from common.arguments import number_as_text
 from common.errors import InputError, as_flag
 from dataset.config import DataConfig
 from dataset.gray import default_window_channels
@@ -145,7 +146,7 @@ def _check_same_model(asked: ModelConfig, saved: ModelConfig) -> None:
 def _shown(value: Any) -> str:
     """A value in the form of the command line."""
     values = value if isinstance(value, (list, tuple)) else [str(value)]
-    return " ".join(one if isinstance(one, str) else f"{one:g}" for one in values)
+    return " ".join(one if isinstance(one, str) else number_as_text(one) for one in values)
 
 
 def _check_batch(args: argparse.Namespace, world_size: int) -> None:

@@ -27,6 +27,14 @@ def plain_number(kind: type[int] | type[float], text: str) -> int | float:
     return kind(text)
 
 
+def number_as_text(value: float) -> str:
+    """The shortest text of a number that a command reads back as this number."""
+    short = f"{value:g}"  # six digits
+    if float(short) == value:
+        return short
+    return str(value)
+
+
 def number(
     kind: type[int] | type[float], least: float, most: float, *, open_least: bool = False, open_most: bool = False
 ) -> Callable[[str], int | float]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.arguments import number_as_text
 from common.disk import write_csv, write_json
 from common.errors import InputError
 from common.pictures import repeat_gray, to_uint8
@@ -113,11 +114,11 @@ class SweepRow:
         """The setting as flags of sample.py and sample_ddp.py."""
         settings = self.settings
         words = [settings.mode, f"--sampling-method {settings.method}", f"--num-sampling-steps {settings.num_steps}"]
-        words.append(f"--cfg-scale {settings.cfg_scale:g}")
+        words.append(f"--cfg-scale {number_as_text(settings.cfg_scale)}")
         if settings.guidance_interval != NO_INTERVAL:
-            words.append("--guidance-interval {:g} {:g}".format(*settings.guidance_interval))
+            words.append(f"--guidance-interval {' '.join(map(number_as_text, settings.guidance_interval))}")
         if settings.time_shift != TIME_SHIFT:
-            words.append(f"--time-shift {settings.time_shift:g}")
+            words.append(f"--time-shift {number_as_text(settings.time_shift)}")
         return " ".join(words)
 
 

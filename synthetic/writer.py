@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.arguments import number_as_text
 from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, real_path, write_atomically, write_json
 from common.errors import InputError, list_some
 from common.outputs import check_output_arrays
@@ -320,7 +321,7 @@ class SetWriter:
             **window_columns(self.form.window(self.seed, job.index) or self.masks.config.window_values),
             "cfg_scale": sampling["cfg_scale"],
             **self._look_columns(job),
-            "guidance_interval": "{:g} {:g}".format(*sampling["guidance_interval"]),
+            "guidance_interval": " ".join(map(number_as_text, sampling["guidance_interval"])),
             "sampler": sampling["mode"],
             "method": sampling["method"],
             "num_steps": sampling["num_steps"],

@@ -131,7 +131,7 @@ def test_flags_of_a_setting_are_understood_by_sample_ddp():
     import sample_ddp
     from settings import sampling_settings
 
-    for settings in settings_grid([2.5], [(0.25, 0.75)], ["sde-heun", "ab2"], [7], [1, TIME_SHIFT]):
+    for settings in settings_grid([2.5, 1.2345678], [(0.25, 0.7512345)], ["sde-heun", "ab2"], [7], [1, TIME_SHIFT]):
         flags = SweepRow(settings, 0.5, 1, 0.5, 0.1, 1, 1).flags().split()
         args = sample_ddp.parse_args([*flags, "--ckpt", "a.pt", "--mask-path", "masks"])
         assert sampling_settings(args).to_dict() == settings.to_dict()

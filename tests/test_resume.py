@@ -59,6 +59,12 @@ def test_resume_accepts_default_values_and_refuses_other_values(pairs, tmp_path)
         assert code == 2 and f"contradicts {flag} {value}" in said.replace(".0 ", " ")
 
 
+def test_values_that_differ_in_a_late_digit_differ(pairs, tmp_path):
+    start(pairs, tmp_path, "run", 1, "--window", "0", "99.8")
+    code, said = start(pairs, tmp_path, "run", 2, "--window", "0", "99.80001")
+    assert code == 2 and "contradicts --window 0 99.80001 (the checkpoint has 0 99.8)" in said
+
+
 def test_preview_guidance_is_refused_if_masks_are_never_dropped(pairs, tmp_path):
     start(pairs, tmp_path, "run", 1, "--mask-dropout", 0)
     code, said = start(pairs, tmp_path, "run", 2, "--cfg-scale", 2)
@@ -226,8 +232,9 @@ def test_the_folder_of_a_branch_has_the_name_of_the_model_in_the_checkpoint(pair
 def test_a_branch_with_nothing_left_to_do_holds_the_checkpoint_that_it_names(pairs, tmp_path):
     start(pairs, tmp_path, "old", 2)
     old, new = (tmp_path / name / "checkpoints" / "0000002.pt" for name in ("old", "new"))
-    for _ in range(2):
+    for restart in (False, True):
         code, said = start(pairs, tmp_path, "new", 2, "--ckpt", old)
+        assert (f"--ckpt {old} is not used: the run folder has a checkpoint of its own, {new.name}" in said) is restart
         assert (
             code == 0
             and f"nothing left to do: the run is at step 2 of 2; the checkpoint to sample from is {new}" in said
