@@ -12,7 +12,7 @@ anew. Results: OUT/results.md.
     python benchmarks/equal_minutes.py launch [--muon] train.py ...flags...
 
 runs a command with the networks of this benchmark in the table of models: the U-Nets of unet_baseline.py, and SiTs of
-other shapes.
+other shapes or with the patch embeddings of stems.py.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import table
+from benchmarks.stems import convolutions, stemmed_sit, wider_window
 from benchmarks.unet_baseline import COMMANDS, add_unets
 from common.arguments import positive_int, seed_number
 from common.children import run_child
@@ -48,6 +49,11 @@ from models import SiT, SiT_models
 SHAPES = {  # depth, width, heads, patch: about as many weights in the blocks as SiT-Ti/8, which has 4, 256, 4, 8
     "SiT-2x352/8": (2, 352, 4, 8),
     "SiT-8x176/8": (8, 176, 4, 8),
+}
+STEMS = {  # patch embedding and patch size; blocks are those of SiT-Ti/8
+    "SiT-convolutions/8": (convolutions, 8),
+    "SiT-wider-window/8": (wider_window, 8),
+    "SiT-convolutions/4": (convolutions, 4),
 }
 COMMON = "--vae none --in-channels 1 --image-size 64 --crop random --window 0 99.8 --cfg-scale 1 --num-workers 0"
 DEFAULT = {"--model": "SiT-Ti/8", "--global-batch-size": "16", "--lr": "1e-3"}
@@ -68,6 +74,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "patch-4": {"--model": "SiT-Ti/4"},
     "wide": {"--model": "SiT-2x352/8"},
     "deep": {"--model": "SiT-8x176/8"},
+    "stem": {"--model": "SiT-convolutions/8"},
+    "wider-window": {"--model": "SiT-wider-window/8"},
+    "patch-4-stem": {"--model": "SiT-convolutions/4"},
     "u-net": {"--model": "U-Net"},
     "u-net-lr-2e-3": {"--model": "U-Net", "--lr": "2e-3"},
 }
@@ -147,6 +156,9 @@ def launch(words: list[str]) -> None:
     add_unets()
     for name, (depth, width, heads, patch) in SHAPES.items():
         SiT_models[name] = partial(SiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for name, (make_stem, patch) in STEMS.items():
+        sizes = {"depth": 4, "hidden_size": 256, "num_heads": 4, "patch_size": patch}
+        SiT_models[name] = partial(stemmed_sit, make_stem, **sizes)
     sys.argv = words
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
