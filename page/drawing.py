@@ -48,7 +48,7 @@ class DrawRequest:
 
     Attributes:
         label: (H, W) uint16.
-        kind: what the label holds, ``cells`` or ``classes``.
+        kind: what the label holds, one of ``Drawer.kinds``.
         blur: standard deviation in pixels of the Gaussian that makes the edges soft; 0 keeps the mask hard.
         seed: of the noise.
         count: images, each with its own noise.
@@ -259,8 +259,6 @@ class Drawer:
             InputError: labels that the model does not know, or soft edges that it cannot take.
         """
         config, label = self.trained.data, request.label
-        if request.kind not in self.kinds:
-            raise InputError(f"kind {request.kind!r} does not fit this model; choose one of {', '.join(self.kinds)}.")
         if request.kind != CELLS and label.max() >= config.num_classes:
             raise InputError(f"class {label.max()}: this model has the classes 0 to {config.num_classes - 1}.")
         if request.kind != CELLS and config.mask_values is not None:

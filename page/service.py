@@ -153,7 +153,10 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with a file, or with what a call makes of the query. Errors become a status and one line."""
         try:
             self._check_origin()
-            url = urlsplit(self.path)
+            try:
+                url = urlsplit(self.path)
+            except ValueError as error:
+                raise Refusal(HTTPStatus.BAD_REQUEST, "The address of the request cannot be read.") from error
             if url.path in files:
                 return self._send(HTTPStatus.OK, *files[url.path])
             if url.path not in calls:
@@ -263,8 +266,8 @@ class Handler(BaseHTTPRequestHandler):
         height, width, seed = (integer(values, name) for name in ("height", "width", "seed"))
         if seed < 0:
             raise InputError(f"seed {seed}: give 0 or more.")
-        size, density, kind = number(values, "cell_size"), number(values, "density"), text(values, "kind")
-        num_classes = self.server.drawer.trained.data.num_classes
+        size, density, drawer = number(values, "cell_size"), number(values, "density"), self.server.drawer
+        kind, num_classes = kind_of(values, drawer), drawer.trained.data.num_classes
         reach = self.task.reach
         return pack(self._in_turn(lambda: random_label(height, width, size, density, seed, kind, num_classes, reach)))
 
@@ -278,8 +281,11 @@ class Handler(BaseHTTPRequestHandler):
         return {"total": total, "masks": [{"index": n, "name": masks.names[n], "picture": png} for n, png in shown]}
 
     def _start(self, values: dict[str, Any]) -> dict[str, Any]:
-        masks, index, kind = self._start_masks(), integer(values, "index"), text(values, "kind")
-        return pack(self._in_turn(lambda: masks.label(index, kind, values.get("whole") is True)))
+        masks, index, kind = self._start_masks(), integer(values, "index"), kind_of(values, self.server.drawer)
+        whole = values.get("whole", False)
+        if not isinstance(whole, bool):
+            raise InputError("whole: give true or false.")
+        return pack(self._in_turn(lambda: masks.label(index, kind, whole)))
 
     def _start_masks(self) -> StartMasks:
         masks = self.server.drawer.masks
@@ -289,10 +295,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _mask(self, query: dict[str, str]) -> dict[str, Any]:
         content, name, drawer = self._body(), file_name(query), self.server.drawer
-        kind = query.get("kind", drawer.kinds[0])
-        mask_type, whole = query.get("mask_type", "auto"), query.get("whole") == "1"
+        kind = kind_of({"kind": drawer.kinds[0], **query}, drawer)
+        mask_type, whole = query.get("mask_type", "auto"), query.get("whole", "0")
+        if whole not in ("0", "1"):
+            raise InputError(f"whole {whole!r}: give 0 or 1.")
         trained = drawer.trained
-        how = (trained.data, kind, mask_type, whole, trained.normalize_masks, trained.mask_type)
+        how = (trained.data, kind, mask_type, whole == "1", trained.normalize_masks, trained.mask_type)
         return pack(self._in_turn(lambda: read_label(content, name, *how)))
 
     def _send_json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
@@ -348,7 +356,7 @@ def read_request(values: dict[str, Any], drawer: Drawer) -> DrawRequest:
     """The JSON of a drawing, every value checked."""
     return DrawRequest(
         label=unpack(integer(values, "height"), integer(values, "width"), text(values, "label")),
-        kind=text(values, "kind"),
+        kind=kind_of(values, drawer),
         blur=number(values, "blur"),
         seed=integer(values, "seed"),
         count=integer(values, "count"),
@@ -382,6 +390,14 @@ def text(values: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{name}: give a text.")
     return value
+
+
+def kind_of(values: dict[str, Any], drawer: Drawer) -> str:
+    """What the label of a request holds, ``cells`` or ``classes``, or an InputError."""
+    kind = text(values, "kind")
+    if kind not in drawer.kinds:
+        raise InputError(f"kind {kind!r} does not fit this model; choose one of {', '.join(drawer.kinds)}.")
+    return kind
 
 
 def file_name(query: dict[str, str]) -> str:

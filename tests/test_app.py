@@ -39,6 +39,7 @@ from page.tasks import Task
 
 SIDE = 16
 FLAGS = ["--device", "cpu", "--precision", "float32"]
+LAYOUT = {"height": 24, "width": 40, "kind": "cells", "cell_size": 6, "density": 0.3, "seed": 1}
 
 
 def checkpoint_of(path: Path, num_classes: int, looks: int = 0, **data: Any) -> Path:
@@ -415,6 +416,33 @@ def test_a_wrong_value_is_named(two, changes, part):
     assert part in reply["error"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "part"),
+    [
+        ("/api/mask?name=m.png&kind=bogus", png(cells()), "kind 'bogus'"),
+        ("/api/mask?name=m.png&kind=classes", png(cells()), "kind 'classes' does not fit this model"),
+        ("/api/mask?name=m.png&whole=yes", png(cells()), "whole 'yes': give 0 or 1"),
+        ("/api/layout", LAYOUT | {"kind": "bogus"}, "kind 'bogus'"),
+        ("/api/layout", LAYOUT | {"kind": "classes"}, "kind 'classes' does not fit this model"),
+    ],
+)
+def test_a_word_that_means_nothing_is_named(two, path, body, part):
+    status, reply = ask(two, path, body)
+    assert (status, part in reply["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(("method", "address"), [("GET", "http://["), ("POST", "http://]/api/draw")])
+def test_an_address_that_cannot_be_read_is_refused_without_a_traceback(two, caplog, method, address):
+    connection = http.client.HTTPConnection("127.0.0.1", two.server_port, timeout=60)
+    connection.putrequest(method, address, skip_host=True)  # else the client reads the address, and refuses it, too
+    connection.putheader("Host", "localhost")
+    connection.endheaders()
+    reply = connection.getresponse()
+    assert (reply.status, "address" in json.load(reply)["error"]) == (400, True)
+    connection.close()
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"seed": NaN}', b"\xff", b"[" * 10**5])
 def test_what_is_no_json_object_is_refused(two, body):
     assert ask(two, "/api/draw", body)[0] == 400
@@ -595,9 +623,7 @@ def test_samples_that_are_not_finite_are_said_and_no_bug_of_ours(two, monkeypatc
 
 
 def test_a_random_layout_has_the_asked_size_and_classes(two):
-    status, reply = ask(
-        two, "/api/layout", {"height": 24, "width": 40, "kind": "cells", "cell_size": 6, "density": 0.3, "seed": 1}
-    )
+    status, reply = ask(two, "/api/layout", LAYOUT)
     assert status == 200
     label = unpack(reply["height"], reply["width"], reply["label"])
     assert label.shape == (24, 40)

@@ -96,6 +96,8 @@ def test_the_square_of_a_large_mask_shows_its_cells(tmp_path):
         ("/api/start", {"index": 30, "kind": "cells"}),
         ("/api/start", {"index": -1, "kind": "cells"}),
         ("/api/start", {"index": "../../etc/passwd", "kind": "cells"}),
+        ("/api/start", {"index": 0, "kind": "bogus"}),
+        ("/api/start", {"index": 0, "kind": "cells", "whole": 1}),
         ("/api/masks", {"contains": 3, "first": 0}),
         ("/api/masks", {"contains": "", "first": -1}),
     ],
