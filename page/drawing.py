@@ -29,7 +29,7 @@ from page.tasks import Cancelled, Task
 from transport import ODE_METHODS
 
 METHODS = tuple(name for name, method in ODE_METHODS.items() if not method.adaptive)
-MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE, MOST_BLUR = 250, 16, 20.0, 16.0
+MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE, MOST_BLUR = 250, 16, 20, 16
 MOST_SEED = 2**53 - 1  # the largest whole number that a browser keeps exactly
 MOST_IN_LINE = 8  # requests that run or wait
 BATCH = 32  # images, or windows of a large canvas, at once
@@ -72,15 +72,15 @@ class DrawRequest:
 
     def __post_init__(self) -> None:
         bounds = {
-            "blur": (0.0, MOST_BLUR),
+            "blur": (0, MOST_BLUR),
             "seed": (0, MOST_SEED),
             "count": (1, MOST_IMAGES),
             "num_steps": (1, MOST_STEPS),
-            "cfg_scale": (0.0, MOST_GUIDANCE),
+            "cfg_scale": (0, MOST_GUIDANCE),
         }
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:  # NaN fails, too
-                raise InputError(f"{name} {getattr(self, name):g}: give {low:g} to {high:g}.")
+                raise InputError(f"{name} {getattr(self, name)}: give {low} to {high}.")
         if self.method not in METHODS:
             raise InputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
         if self.only is not None and not 0 <= self.only < self.count:
@@ -290,7 +290,7 @@ class Drawer:
             "mask_type": mask.mask_type,
             "sampling_method": request.method,
             "num_sampling_steps": request.num_steps,
-            "cfg_scale": f"{request.cfg_scale:g}",
+            "cfg_scale": request.cfg_scale,
             "seed": request.seed,
             "num_samples": request.count,
             **({"tile": True, "tile_scale": 1} if self._is_field(request) else {}),

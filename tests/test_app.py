@@ -138,6 +138,7 @@ def ask(service: Service, path: str, body: object = None, **headers: str) -> tup
     [
         ("two", cells(), {}),
         ("two", cells(), {"blur": 1.5}),
+        ("two", cells(), {"cfg_scale": 1.500005, "count": 16}),
         ("two", cells(17, 30), {"count": 1}),
         ("two", np.zeros((SIDE, SIDE), np.uint16), {"cfg_scale": 1}),
         ("three", cells(), {"method": "ab2"}),
@@ -151,12 +152,14 @@ def ask(service: Service, path: str, body: object = None, **headers: str) -> tup
     ],
 )
 def test_what_the_page_draws_equals_sample_with_the_command_shown(name, label, changes, request, tmp_path, monkeypatch):
-    status, reply = ask(request.getfixturevalue(name), "/api/draw", order(label, **changes))
+    asked = order(label, **changes)
+    status, reply = ask(request.getfixturevalue(name), "/api/draw", asked)
     assert status == 200, reply
     monkeypatch.chdir(tmp_path)
     Path(reply["mask"]["name"]).write_bytes(base64.b64decode(reply["mask"]["content"]))
     words = shlex.split(reply["command"])
     assert words[:2] == ["python", "sample.py"]
+    assert float(words[words.index("--cfg-scale") + 1]) == asked["cfg_scale"]
     call(sample, *words[2:])
     assert Path("samples.png").read_bytes() == base64.b64decode(reply["sheet"])
 
@@ -400,6 +403,7 @@ def test_files_from_the_browser_leave_nothing_behind(two, tmp_path, monkeypatch)
         ({"label": "AAAA"}, "512"),
         ({"label": "***"}, "base64"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**53}, "seed 9007199254740992: give 0 to 9007199254740991."),
         ({"count": 17}, "count"),
         ({"num_steps": 10**9}, "num_steps"),
         ({"cfg_scale": "x"}, "cfg_scale"),
