@@ -13,8 +13,10 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 import argparse
+import contextlib
 import errno
 import logging
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from flag_rules import check_needs
 from page.drawing import Drawer, JudgeCall, Verdict
 from page.labels import MOST_SIDE
 from page.masks import StartMasks
-from page.service import Service
+from page.service import ADDRESS, Service
 from settings import load_checkpoint, own_judge_request
 
 logger = logging.getLogger("app")
@@ -65,22 +67,30 @@ def start_service(args: argparse.Namespace) -> Service:
         raise InputError("--judge-images and --judge-masks belong together: give both.")
     if args.port > LARGEST_PORT:
         raise InputError(f"--port {args.port}: the largest port is {LARGEST_PORT}.")
-    machine = start_machine(args.device, args.precision)
-    trained = load_checkpoint(args, machine)
-    if trained.data.image_size > MOST_SIDE:
-        raise InputError(
-            f"{args.ckpt}: the model draws squares of {trained.data.image_size} pixels a side, and the page at most "
-            f"{MOST_SIDE}: use sample.py."
-        )
-    given = {name: getattr(args, name) for name in ("ckpt", "raw_weights", "vae") if name in args.given}
-    masks = find_masks(args, trained)
-    drawer = Drawer(trained, machine, given, train_judge(args, trained, machine), masks)
+    with contextlib.ExitStack() as until_served:
+        listener = until_served.enter_context(open_port(args.port))  # before the judge, whose training takes minutes
+        machine = start_machine(args.device, args.precision)
+        trained = load_checkpoint(args, machine)
+        if trained.data.image_size > MOST_SIDE:
+            raise InputError(
+                f"{args.ckpt}: the model draws squares of {trained.data.image_size} pixels a side, and the page at "
+                f"most {MOST_SIDE}: use sample.py."
+            )
+        given = {name: getattr(args, name) for name in ("ckpt", "raw_weights", "vae") if name in args.given}
+        masks = find_masks(args, trained)
+        service = Service(listener, Drawer(trained, machine, given, train_judge(args, trained, machine), masks))
+        until_served.pop_all()
+    return service
+
+
+def open_port(port: int) -> socket.socket:
+    """A socket that listens on this port of this machine. A browser that comes before the page is served, waits."""
     try:
-        return Service(args.port, drawer)
+        return socket.create_server((ADDRESS, port))
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        raise InputError(f"--port {args.port}: {error.strerror}. Give another one, or 0 for a free one.") from error
+        raise InputError(f"--port {port}: {error.strerror}. Give another one, or 0 for a free one.") from error
 
 
 def find_masks(args: argparse.Namespace, trained: TrainedModel) -> StartMasks | None:

@@ -83,18 +83,22 @@ class Service(ThreadingHTTPServer):
     """The page of one model.
 
     Args:
-        port: to listen on; 0 takes a free one.
+        port: to listen on; 0 takes a free one. Or a socket that listens already.
         drawer: of the model.
     """
 
     daemon_threads = True
 
-    def __init__(self, port: int, drawer: Drawer) -> None:
+    def __init__(self, port: int | socket.socket, drawer: Drawer) -> None:
         self.drawer = drawer
         self.is_ending = False
         self.tasks = Tasks()
         self.files = {url: ((STATIC / name).read_bytes(), kind) for url, (name, kind) in FILES.items()}
-        super().__init__((ADDRESS, port), Handler)
+        listener = socket.create_server((ADDRESS, port)) if isinstance(port, int) else port
+        super().__init__(listener.getsockname(), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.server_name, self.server_port = listener.getsockname()
 
     def server_close(self) -> None:
         """Stop listening, and end what is drawn now before its next network call."""

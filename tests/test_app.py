@@ -655,8 +655,19 @@ def test_the_pen_draws_what_the_model_was_trained_on():
     assert label_kinds(DataConfig(64, 5), "auto") == ("classes",)
 
 
-def test_a_taken_port_ends_in_one_line(two, folder):
-    code, lines = run_here(app, "--ckpt", folder / "two.pt", "--port", two.server_address[1], *FLAGS)
+def test_a_taken_port_ends_in_one_line_before_the_judge_is_trained(two, folder, tmp_path):
+    images, masks = write_pairs(tmp_path / "real")
+    judge = ["--judge-images", images, "--judge-masks", masks, "--judge-steps", 1, "--judge-cache", tmp_path / "judges"]
+    code, lines = run_here(app, "--ckpt", folder / "two.pt", "--port", two.server_address[1], *FLAGS, *judge)
     assert code == 2
     assert "--port" in lines[-1]
     assert "Give another one" in lines[-1]
+    assert not (tmp_path / "judges").exists()
+
+
+def test_a_page_that_does_not_start_gives_its_port_back(folder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for _ in range(2):
+        code, lines = run_here(app, "--ckpt", folder / "none.pt", "--port", port, *FLAGS)
+        assert code == 2 and "none.pt" in lines[-1]
