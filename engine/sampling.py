@@ -7,7 +7,7 @@ has its own random generator on the CPU, all batches are padded to the same size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -301,13 +301,14 @@ class ImageSampler:
         Returns:
             (S, C, H, W) float32 in [-1, 1] on the device: first the noise, last the image.
         """
-        solver = create_solver(self.transport, self.settings, trajectory=True)
+        shown = evenly(self.settings.num_steps + 1, most)
+        solver = create_solver(self.transport, self.settings, trajectory=shown)
         if self.settings.tile_overlap is not None:
             states, decode = self._solve_field(solver, prob_map, seed, batch_size, look)
-            return torch.stack([decode(states[number]) for number in evenly(len(states), most)])
+            return torch.stack([decode(state) for state in states])
         condition = self._condition(prob_map[None], None if look is None else look[None])
         states = self._solve(solver, [seed], self.latent_shape, self._predict, condition)
-        return torch.cat([self._decode(states[number]) for number in evenly(len(states), most)])
+        return torch.cat([self._decode(state) for state in states])
 
     def _solve_field(
         self, solver: Solver, prob_map: Tensor, seed: int, batch_size: int, look: Tensor | None
@@ -433,7 +434,10 @@ def is_in_interval(t: float, low: float, high: float) -> bool:
 
 
 def create_solver(
-    transport: Transport, settings: SamplingSettings, reverse: bool = False, trajectory: bool = False
+    transport: Transport,
+    settings: SamplingSettings,
+    reverse: bool = False,
+    trajectory: bool | Collection[int] = False,
 ) -> Solver:
     """The transport's solver for these settings.
 

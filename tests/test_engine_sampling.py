@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -253,6 +254,23 @@ def test_a_trajectory_of_a_field_ends_at_the_field(sampler):
     frames = draw.trajectory(field, SEEDS[0], batch_size=3, most=100)
     assert frames.shape == (4, 4, 17, 15)
     assert torch.equal(frames[-1], draw.draw_field(field, SEEDS[0], batch_size=3))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [{}, {"mode": "SDE", "method": "Euler"}, {"tile_overlap": 0.25}])
+def test_a_trajectory_keeps_only_the_states_that_it_shows(sampler, settings):
+    """A field of a million pixels with 250 steps would fill gigabytes."""
+    draw, kept = sampler(num_steps=60, **settings), []
+    shape = (1, *draw.latent_shape)  # of a state, also of a field of this size
+    y = masks(1)[0]
+
+    def count(time: float) -> None:
+        if time > 0.9:
+            kept.append(sum(type(one) is torch.Tensor and one.shape == shape for one in gc.get_objects()))
+
+    draw.before_call = count
+    assert len(draw.trajectory(y, SEEDS[0], batch_size=1, most=4)) == 4
+    assert kept and max(kept) < 4 + 12  # and those of the present step
 
 
 @torch.inference_mode()

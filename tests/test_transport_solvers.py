@@ -14,6 +14,7 @@ import torch
 from transport_truth import CALLS, MEAN, STD, GaussianModel, MixtureModel, normal_quantiles, sde_moments, stated_calls
 
 from transport import DIFFUSION_FORMS, ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS, Sampler, create_transport
+from transport.sampler import LAST_STEPS
 
 FIXED = [name for name, row in ODE_METHODS.items() if not row.adaptive]
 
@@ -101,11 +102,26 @@ def test_trajectory_stores_every_state_and_ends_like_a_run_without(method):
         end = sampler.sample_ode(method, 10, reverse=reverse)(x, model)
         assert end.shape == (1, 5, 1)
         torch.testing.assert_close(states[-1], end[-1], rtol=1e-3, atol=1e-3)
+        for asked in ([0, 4], (10, 4), []):  # the final one always comes with them
+            some = sampler.sample_ode(method, 10, reverse=reverse, trajectory=asked)(x, model)
+            torch.testing.assert_close(some, states[sorted({*asked, 10})], rtol=1e-3, atol=1e-3)
 
 
-def test_sde_trajectory_stores_every_state():
-    solver = Sampler(create_transport()).sample_sde(num_steps=10, trajectory=True)
-    assert solver(normal_quantiles(5), GaussianModel("Linear", "velocity")).shape == (11, 5, 1)
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+def test_sde_trajectory_stores_every_state_or_those_that_are_asked_for(last_step):
+    def states(trajectory: bool | list[int]) -> torch.Tensor:
+        torch.manual_seed(0)
+        solver = Sampler(create_transport()).sample_sde(num_steps=10, last_step=last_step, trajectory=trajectory)
+        return solver(normal_quantiles(5), GaussianModel("Linear", "velocity"))
+
+    assert states(True).shape == (11, 5, 1)
+    assert torch.equal(states([0, 4]), states(True)[[0, 4, 10]])
+
+
+@pytest.mark.parametrize("asked", [[-1], [3, 11]])
+def test_a_state_that_no_run_has_is_refused(asked):
+    with pytest.raises(ValueError, match="its states have the numbers 0 to 10"):
+        Sampler(create_transport()).sample_ode(num_steps=10, trajectory=asked)
 
 
 def test_batch_neighbours_do_not_change_a_fixed_step_image():

@@ -13,7 +13,7 @@ derivation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 import torch
@@ -44,6 +44,15 @@ def check_finite(x: Tensor, what: str) -> None:
         )
 
 
+def kept_states(trajectory: bool | Collection[int], num_steps: int) -> list[int]:
+    """Numbers of the states that a run returns, rising. 0 is the start, ``num_steps`` the final state."""
+    if isinstance(trajectory, bool):
+        return list(range(num_steps + 1)) if trajectory else [num_steps]
+    if not all(0 <= number <= num_steps for number in trajectory):
+        raise ValueError(f"trajectory is {trajectory}; its states have the numbers 0 to {num_steps}")
+    return sorted({*trajectory, num_steps})
+
+
 class OdeSolver:
     """Probability flow ODE between noise and data. Made by ``Sampler.sample_ode``.
 
@@ -59,10 +68,10 @@ class OdeSolver:
         atol: float,
         rtol: float,
         reverse: bool,
-        trajectory: bool,
+        trajectory: bool | Collection[int],
         time_shift: float,
     ) -> None:
-        self.transport, self.reverse, self.trajectory = transport, reverse, trajectory
+        self.transport, self.reverse, self.kept = transport, reverse, kept_states(trajectory, num_steps)
         self.method, self.num_steps, self.atol, self.rtol = method, num_steps, atol, rtol
         self.t_min, self.t_max = transport.sample_interval()
         self.time_shift, self.nfe = time_shift, 0
@@ -76,7 +85,7 @@ class OdeSolver:
             **model_kwargs: further arguments of the model. Gradients flow to them.
 
         Returns:
-            (S, B, ...) states, the final one last. S = 1, or num_steps + 1 with ``trajectory``.
+            (S, B, ...) states, the final one last. S = 1, or as many as ``trajectory`` asks for.
 
         Raises:
             ValueError: the model's output does not have the shape of x0.
@@ -100,9 +109,9 @@ class OdeSolver:
         times = [*times[:-1], 1.0]
         if self.reverse:
             times.reverse()
-        kept: list[Tensor] = [x] if self.trajectory else []
+        states = [x] if 0 in self.kept else []
         before: Call | None = None
-        for t, t_next in pairwise(times):
+        for number, (t, t_next) in enumerate(pairwise(times), start=1):
             if t == 1 and self.t_max < 1:
                 x = leave_data(field, row.order, x, t_next)
             else:
@@ -112,18 +121,18 @@ class OdeSolver:
                 else:
                     x_next = row.step(field.velocity, x, t, t_next - t, v, before)
                 before, x = Call(x, t, v), x_next
-            if self.trajectory:
-                kept.append(x)
-        return torch.stack(kept) if self.trajectory else x[None]
+            if number in self.kept:
+                states.append(x)
+        return torch.stack(states)
 
     def _adaptive(self, field: ModelField, x: Tensor, times: list[float]) -> Tensor:
         singular = self.t_max < 1
         if self.reverse:
             times.reverse()
             x = leave_data(field, 1, x, self.t_max) if singular else x
-        times = times if self.trajectory else [times[0], times[-1]]
+        times = [time for number, time in enumerate(times) if number == 0 or number in self.kept]
         states = solve_adaptive(field.velocity, x, times, self.method, self.atol, self.rtol)
-        states = states if self.trajectory else states[1:]
+        states = states if 0 in self.kept else states[1:]
         if self.reverse or not singular:
             return states
         data = field.predict("data", states[-1], self.t_max)
@@ -208,9 +217,9 @@ class SdeSolver:
         last_step: str,
         last_step_size: float | None,
         num_steps: int,
-        trajectory: bool,
+        trajectory: bool | Collection[int],
     ) -> None:
-        self.transport, self.method, self.trajectory = transport, method, trajectory
+        self.transport, self.method, self.kept = transport, method, kept_states(trajectory, num_steps)
         self.diffusion_form, self.diffusion_norm = diffusion_form, diffusion_norm
         self.last_step, self.num_steps = last_step, num_steps
         t_min, t_max = transport.sample_interval(needs_score=True, diffusion_form=diffusion_form)
@@ -247,20 +256,19 @@ class SdeSolver:
             velocity, score = field.velocity_and_score(x, t)
             return velocity + self.diffusion(t) * score
 
-        step, kept = SDE_METHODS[self.method], [x] if self.trajectory else []
+        step, states = SDE_METHODS[self.method], [x] if 0 in self.kept else []
         try:
-            for t, t_next in pairwise(self.times):
+            for number, (t, t_next) in enumerate(pairwise(self.times), start=1):
                 x = step(drift, self.diffusion, x, t, t_next - t, (noise_fn or torch.randn_like)(x))
-                if self.trajectory:
-                    kept.append(x)
+                if number in self.kept:
+                    states.append(x)
             if self.last_step != "None":
                 x = self._finish(field, drift, x)
-                if self.trajectory:
-                    kept.append(x)
+                states.append(x)
         finally:
             self.nfe = field.nfe
         check_finite(x, f"SDE with diffusion form {self.diffusion_form} and method {self.method}")
-        return torch.stack(kept) if self.trajectory else x[None]
+        return torch.stack(states)
 
     def _finish(self, field: ModelField, drift: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:
         t = self.times[-1]
@@ -283,7 +291,7 @@ class Sampler:
         atol: float = 1e-6,
         rtol: float = 1e-3,
         reverse: bool = False,
-        trajectory: bool = False,
+        trajectory: bool | Collection[int] = False,
         time_shift: float = 1.0,
     ) -> OdeSolver:
         """A solver of the probability flow ODE.
@@ -293,7 +301,8 @@ class Sampler:
             num_steps: number of steps of a fixed-step method. Adaptive methods choose their own steps. For them, it is
                 the number of intervals between the stored states of a trajectory.
             reverse: whether to go from data to noise.
-            trajectory: whether to return every state, not only the final one.
+            trajectory: whether to return every state, not only the final one. Or the numbers of some, from 0 to
+                ``num_steps``: no others stay in memory. The final one always comes with them.
             time_shift: how much shorter the steps near the noise are: ``integrators.shifted_times``. 1 gives equal
                 steps. Adaptive methods choose their own.
         """
@@ -312,7 +321,7 @@ class Sampler:
         last_step: str | None = "Tweedie",
         last_step_size: float | None = None,
         num_steps: int = 250,
-        trajectory: bool = False,
+        trajectory: bool | Collection[int] = False,
     ) -> SdeSolver:
         """A solver of the reverse-time SDE.
 
@@ -323,7 +332,8 @@ class Sampler:
             last_step: key of ``LAST_STEPS``. None returns the state at t_max.
             last_step_size: length of the last step in t, in (0, 1). None: same length as the other steps.
             num_steps: total number of steps, including the last one.
-            trajectory: whether to return every state, not only the final one.
+            trajectory: whether to return every state, not only the final one. Or the numbers of some, from 0 to
+                ``num_steps``: no others stay in memory. The final one always comes with them.
         """
         method = choose(sampling_method, SDE_METHODS, "SDE method")
         form = choose(diffusion_form, DIFFUSION_FORMS, "diffusion form")
