@@ -151,7 +151,12 @@ def label_of_mask(mask: np.ndarray, rule: MaskRule, kind: str, view: View) -> np
     if kind == CELLS and rule.mask_type == "instances":
         return _cells(view.apply_labels(mask))
     classes = rule.class_map(mask, view)
-    return classes.astype(np.uint16) if kind == CLASSES else _cells(connected_cells(classes == 1))
+    return classes.astype(np.uint16) if kind == CLASSES else cells_of_classes(classes)
+
+
+def cells_of_classes(class_map: np.ndarray) -> np.ndarray:
+    """(H, W) uint16 label map of the connected areas of class 1. All other classes become background."""
+    return _cells(connected_cells(class_map == 1))
 
 
 def _cells(instance_map: np.ndarray) -> np.ndarray:

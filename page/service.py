@@ -40,7 +40,7 @@ from page.drawing import (
     DrawRequest,
     TooManyRequests,
 )
-from page.labels import MOST_SIDE, pack, random_label, read_label, unpack
+from page.labels import MOST_SIDE, cells_of_classes, pack, random_label, read_label, unpack
 from page.looks import LONGEST_NAME, measure_reference, read_look
 from page.masks import StartMasks
 from page.tasks import Cancelled, Task, Tasks
@@ -142,6 +142,7 @@ class Handler(BaseHTTPRequestHandler):
                 "/api/draw": lambda query: self._draw(self._json()),
                 "/api/trajectory": lambda query: self._trajectory(self._json()),
                 "/api/layout": lambda query: self._layout(self._json()),
+                "/api/cells": lambda query: self._cells(self._json()),
                 "/api/mask": self._mask,
                 "/api/masks": lambda query: self._masks(self._json()),
                 "/api/start": lambda query: self._start(self._json()),
@@ -275,6 +276,10 @@ class Handler(BaseHTTPRequestHandler):
         reach = self.task.reach
         return pack(self._in_turn(lambda: random_label(height, width, size, density, seed, kind, num_classes, reach)))
 
+    def _cells(self, values: dict[str, Any]) -> dict[str, Any]:
+        classes = label_of(values)
+        return pack(self._in_turn(lambda: cells_of_classes(classes)))
+
     def _masks(self, values: dict[str, Any]) -> dict[str, Any]:
         masks, contains, first = self._start_masks(), text(values, "contains"), integer(values, "first")
         if first < 0:
@@ -359,7 +364,7 @@ def describe(drawer: Drawer) -> dict[str, Any]:
 def read_request(values: dict[str, Any], drawer: Drawer) -> DrawRequest:
     """The JSON of a drawing, every value checked."""
     return DrawRequest(
-        label=unpack(integer(values, "height"), integer(values, "width"), text(values, "label")),
+        label=label_of(values),
         kind=kind_of(values, drawer),
         blur=number(values, "blur"),
         seed=integer(values, "seed"),
@@ -394,6 +399,11 @@ def text(values: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{name}: give a text.")
     return value
+
+
+def label_of(values: dict[str, Any]) -> np.ndarray:
+    """The label map (H, W) uint16 of a request, or an InputError."""
+    return unpack(integer(values, "height"), integer(values, "width"), text(values, "label"))
 
 
 def kind_of(values: dict[str, Any], drawer: Drawer) -> str:

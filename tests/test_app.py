@@ -31,9 +31,10 @@ import sample
 from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.looks import Looks, look_count
+from dataset.masks import MaskRule
 from engine.sampling import ImageSampler
 from evaluation.instances import dice
-from page.labels import label_kinds, random_label, read_label, unpack
+from page.labels import label_kinds, pack, random_label, read_label, unpack
 from page.service import MOST_BYTES, Service
 from page.tasks import Task
 
@@ -640,6 +641,20 @@ def test_a_model_of_larger_images_than_a_canvas_is_refused_at_the_start(tmp_path
     checkpoint = write_checkpoint(tmp_path / "large.pt", DataConfig(1032, channels=1), step=1, num_heads=2)
     code, lines = run_here(app, "--ckpt", checkpoint, "--port", "0", *FLAGS)
     assert code == 2 and "squares of 1032 pixels a side, and the page at most 1024: use sample.py" in lines[-1]
+
+
+def test_connected_areas_of_class_1_become_cells(three):
+    classes = MaskRule("instances", 3, 1.0, "drawn").class_map(cells())
+    assert set(np.unique(classes)) == {0, 1, 2}
+    status, reply = ask(three, "/api/cells", pack(classes))
+    assert status == 200, reply
+    expected = np.where(classes == 1, cells(), 0)
+    expected[expected == 300] = 3
+    assert np.array_equal(unpack(reply["height"], reply["width"], reply["label"]), expected)
+    crowded = np.zeros((1024, 1024), np.uint16)
+    crowded[::3, ::3] = 1
+    status, reply = ask(three, "/api/cells", pack(crowded))
+    assert (status, "more than 16 bits can number" in reply["error"]) == (400, True)
 
 
 @pytest.mark.parametrize(("size", "density"), [(3, 0.2), (500, 0.2), (8, 0), (8, 0.9)])

@@ -462,18 +462,37 @@ def test_the_tab_key_stops_once_in_every_group_of_choices(page):
     page.wait(IS_DONE)
 
 
-def test_undo_brings_cells_back_that_became_classes(tmp_path):
+def test_cells_become_classes_and_classes_become_cells_and_undo_goes_back(tmp_path):
+    classes = MaskRule("instances", 3, 1.0, "drawn").class_map(cells())
+    apart = np.where(classes == 1, np.minimum(cells(), 3), 0)
     checkpoint = checkpoint_of(tmp_path / "three.pt", 3)
     with serving(checkpoint) as service, Browser(tmp_path / "browser") as page:
         page.open(service.url)
         page.wait(IS_DONE)
         page.run("editor.replace(Uint16Array.from(arguments[0]))", cells().ravel().tolist())
-        page.run("byId('kind').value = 'classes'; byId('kind').dispatchEvent(new Event('change'))")
-        assert np.array_equal(label_of(page), cells() > 0)
-        assert page.run("return byId('classes').children.length") == 3
+        page.wait(IS_DONE)
+        seen = page.run("return reply.mask_picture")
+
+        def shows(kind: str, label: np.ndarray) -> None:
+            assert np.array_equal(label_of(page), label)
+            assert page.run("return [editor.kind, byId('kind').value]") == [kind, kind]
+            assert page.run("return byId('classes').children.length") == (3 if kind == "classes" else 0)
+
+        def choose(kind: str) -> None:
+            page.run("byId('kind').value = arguments[0]; byId('kind').dispatchEvent(new Event('change'))", kind)
+            page.wait(f"editor.kind === '{kind}'")
+            page.wait(IS_DONE)
+
+        choose("classes")
+        shows("classes", classes)
+        assert page.run("return reply.mask_picture") == seen
+        choose("cells")
+        shows("cells", apart)
+        assert page.run("return byId('count').textContent").startswith("3 cells")
         page.click("#undo")
-        assert np.array_equal(label_of(page), cells())
-        assert page.run("return [byId('kind').value, byId('classes').children.length]") == ["cells", 0]
+        shows("classes", classes)
+        page.click("#undo")
+        shows("cells", cells())
         page.wait(IS_DONE)
 
 

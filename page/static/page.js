@@ -120,7 +120,7 @@ function setState(state) {
   for (const name of ["style", "aria-valuenow"]) byId("progress").removeAttribute(name);
 }
 
-const WORDS = { way: "From noise to image", looks: "Looks", layout: "Random layout", mask: "Mask" };
+const WORDS = { way: "From noise to image", looks: "Looks", layout: "Random layout", mask: "Mask", cells: "Cells" };
 for (const [stage, { words }] of Object.entries(STAGES)) WORDS[stage] = words;
 
 /** Show how far a request is, until it ends or another one replaces it. */
@@ -434,8 +434,8 @@ async function loadReference(file) {
 // ------------------------------------------------------------------------------------------------------ masks
 
 /** Show a label that the service gives. */
-function take(values) {
-  editor.replace(unpackLabel(values.label), values.width, values.height);
+function take(values, kind = editor.kind) {
+  editor.replace(unpackLabel(values.label), values.width, values.height, kind);
 }
 
 /** Say so if the service would not take a file, before it is sent. */
@@ -698,10 +698,17 @@ function nextSeed() {
   changed();
 }
 
-/** Cells become class 1; undo brings them back. */
-function setKind(kind) {
-  const label = kind === "classes" ? editor.label.map((value) => Math.min(value, 1)) : editor.label;
-  editor.replace(label, editor.width, editor.height, kind);
+/** Cells become class 1, and class 2 where they touch. Connected areas of class 1 become cells. Undo goes back. */
+async function setKind(kind) {
+  byId("kind").value = editor.kind; // until the label is of the other kind
+  if (kind === "classes") {
+    const label = editor.label.map((value, index) => (editor.isBoundary(index) ? 2 : Math.min(value, 1)));
+    editor.replace(label, editor.width, editor.height, kind);
+    return;
+  }
+  stop();
+  const { width, height, label } = editor;
+  await onlyRequest("cells", "/api/cells", { width, height, label: packLabel(label) }, (values) => take(values, kind));
 }
 
 const MASK_WORDS = {
