@@ -32,7 +32,7 @@ from engine.machine import Machine, start_machine
 from engine.sampling import TrainedModel
 from flag_rules import check_needs
 from page.drawing import Drawer, JudgeCall, Verdict
-from page.labels import MOST_SIDE
+from page.labels import LEAST_SIDE, MOST_SIDE
 from page.masks import StartMasks
 from page.service import ADDRESS, Service
 from settings import load_checkpoint, own_judge_request
@@ -60,7 +60,7 @@ def start_service(args: argparse.Namespace) -> Service:
     """The page, ready to serve.
 
     Raises:
-        InputError: files that cannot be used, a model of larger images than the page draws, or a port that is taken.
+        InputError: files that cannot be used, a model whose images fit no canvas, or a port that is taken.
     """
     check_needs(args)
     if (args.judge_images is None) != (args.judge_masks is None):
@@ -71,10 +71,10 @@ def start_service(args: argparse.Namespace) -> Service:
         listener = until_served.enter_context(open_port(args.port))  # before the judge, whose training takes minutes
         machine = start_machine(args.device, args.precision)
         trained = load_checkpoint(args, machine)
-        if trained.data.image_size > MOST_SIDE:
+        if not LEAST_SIDE <= trained.data.image_size <= MOST_SIDE:
             raise InputError(
-                f"{args.ckpt}: the model draws squares of {trained.data.image_size} pixels a side, and the page at "
-                f"most {MOST_SIDE}: use sample.py."
+                f"{args.ckpt}: the model draws squares of {trained.data.image_size} pixels a side, and the page "
+                f"{LEAST_SIDE} to {MOST_SIDE}: use sample.py."
             )
         given = {name: getattr(args, name) for name in ("ckpt", "raw_weights", "vae") if name in args.given}
         masks = find_masks(args, trained)

@@ -23,7 +23,7 @@ from dataset.views import View, view_of, whole_view
 from layouts.nuclei import HEADROOM, NucleiSettings, simulate_field
 from page.uploads import uploaded
 
-LEAST_SIDE, MOST_SIDE = 16, 1024  # pixels of a canvas
+LEAST_SIDE, MOST_SIDE = 4, 1024  # pixels of a canvas
 LARGEST_LABEL = 65535
 MOST_DECODED = 2**26  # bytes of an uploaded mask: a few seconds of work; others wait meanwhile
 BEST_COVER = 0.3  # of a large mask, the square is shown whose cell fraction is nearest to this

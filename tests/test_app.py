@@ -141,6 +141,7 @@ def ask(service: Service, path: str, body: object = None, **headers: str) -> tup
         ("two", cells(), {"blur": 1.5}),
         ("two", cells(), {"cfg_scale": 1.500005, "count": 16}),
         ("two", cells(17, 30), {"count": 1}),
+        ("two", cells()[3:7, :9], {"count": 1}),
         ("two", np.zeros((SIDE, SIDE), np.uint16), {"cfg_scale": 1}),
         ("three", cells(), {"method": "ab2"}),
         ("three", cells(), {"blur": 0.75}),
@@ -362,7 +363,7 @@ def test_a_large_mask_gives_the_square_that_sample_takes():
         (png(np.zeros((8, 8), np.uint8)), "cells.exe", "kinds .png"),
         (png(np.arange(400, dtype=np.uint8).reshape(20, 20)), "ramp.png", "unclear"),
         (png(np.zeros((2000, 20), np.uint8)), "long.png&whole=1", "20 x 2000 pixels, and a canvas at most 1024"),
-        (png(np.zeros((8, 20), np.uint8)), "low.png&whole=1", "16 to 1024 pixels"),
+        (png(np.zeros((3, 20), np.uint8)), "low.png&whole=1", "4 to 1024 pixels"),
         (large_label(), "slide.tif", "at most 64 MiB are read"),
         (b"PK\x03\x04 broken", "../../etc/passwd.npz", "passwd.npz"),
         (b"", "empty.tif", "empty.tif"),
@@ -399,7 +400,7 @@ def test_files_from_the_browser_leave_nothing_behind(two, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"width": 4096, "height": 4096}, "16 to 1024"),
+        ({"width": 4096, "height": 4096}, "4 to 1024"),
         ({"width": True}, "whole number"),
         ({"label": "AAAA"}, "512"),
         ({"label": "***"}, "base64"),
@@ -637,10 +638,12 @@ def test_a_random_layout_has_the_asked_size_and_classes(two):
     assert set(np.unique(classes)) == {0, 1, 2, 3}
 
 
-def test_a_model_of_larger_images_than_a_canvas_is_refused_at_the_start(tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "large.pt", DataConfig(1032, channels=1), step=1, num_heads=2)
+@pytest.mark.parametrize(("side", "patch"), [(1032, 8), (2, 2)])
+def test_a_model_whose_images_fit_no_canvas_is_refused_at_the_start(tmp_path, side, patch):
+    sizes = {"name": f"SiT-Ti/{patch}", "num_heads": 2}
+    checkpoint = write_checkpoint(tmp_path / "model.pt", DataConfig(side, channels=1), step=1, **sizes)
     code, lines = run_here(app, "--ckpt", checkpoint, "--port", "0", *FLAGS)
-    assert code == 2 and "squares of 1032 pixels a side, and the page at most 1024: use sample.py" in lines[-1]
+    assert code == 2 and f"squares of {side} pixels a side, and the page 4 to 1024: use sample.py" in lines[-1]
 
 
 def test_connected_areas_of_class_1_become_cells(three):

@@ -17,8 +17,10 @@ from browser import CHROMIUM, DRIVER, MISSING, Browser
 from PIL import Image
 from script_helpers import call
 from test_app import FLAGS, cells, checkpoint_of, serving
+from tiny_sit import write_checkpoint
 
 import sample
+from dataset.config import DataConfig
 from dataset.files import encode_image
 from dataset.masks import MaskRule
 from page.service import Service
@@ -460,6 +462,16 @@ def test_the_tab_key_stops_once_in_every_group_of_choices(page):
     assert len(groups) >= 3 and set(groups) == {1}
     page.click("[data-count='1']")
     page.wait(IS_DONE)
+
+
+@pytest.mark.parametrize("side", [4, 8])
+def test_a_model_of_few_pixels_shows_a_first_image(tmp_path, side):
+    sizes = {"name": f"SiT-Ti/{side}", "num_heads": 2}
+    checkpoint = write_checkpoint(tmp_path / "small.pt", DataConfig(side, 2, channels=1), step=7, **sizes)
+    with serving(checkpoint) as service, Browser(tmp_path / "browser") as page:
+        page.open(service.url)
+        page.wait(f"document.body.dataset.state === 'idle' || ({IS_DONE})")
+        assert page.run("return [byId('error').hidden, byId('image').naturalWidth]") == [True, side]
 
 
 def test_cells_become_classes_and_classes_become_cells_and_undo_goes_back(tmp_path):

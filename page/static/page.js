@@ -772,7 +772,7 @@ async function start() {
   editor.setLabel(side, side, new Uint16Array(side * side));
   byId("brush").max = Math.max(12, Math.round(side / 3));
   byId("brush").value = Math.max(3, Math.round(side / 12));
-  byId("cell_size").value = Math.max(6, Math.min(24, Math.round(side / 5)));
+  byId("cell_size").value = Math.min(side, Math.max(6, Math.min(24, Math.round(side / 5))));
   byId("steps").max = model.most.steps;
   byId("blur").max = Math.min(model.most.blur, Math.max(3, side / 16));
   byId("guidance_row").hidden = !model.has_guidance;
