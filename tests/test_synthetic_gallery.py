@@ -112,12 +112,14 @@ def test_a_line_parts_touching_cells(tmp_path):
     assert mask[10, 15].tolist() == [0, 0, 0]
 
 
-def test_sampling_writes_a_gallery(tmp_path):
+@pytest.mark.parametrize(("has_real", "pictures"), [(True, 9), (False, 6)])
+def test_sampling_writes_a_gallery_with_or_without_real_images(tmp_path, has_real, pictures):
     images, masks = write_pairs(tmp_path / "pairs", count=3)
     checkpoint = checkpoint_of(tmp_path / "two.pt", 2)
-    data = ["--mask-path", masks, "--data-path", images, "--sample-dir", tmp_path / "set"]
+    data = ["--mask-path", masks, "--sample-dir", tmp_path / "set", *(["--data-path", images] if has_real else [])]
     call(sample_ddp, "ODE", "--ckpt", checkpoint, *data, "--gallery", *FEW_STEPS)
-    assert len(Page(tmp_path / "set" / GALLERY).figures) == 3
+    page = Page(tmp_path / "set" / GALLERY)
+    assert (len(page.figures), len(page.pictures())) == (3, pictures)
 
 
 @pytest.mark.slow
