@@ -14,6 +14,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from common.arguments import number_as_text
 from common.errors import InputError, as_flag
 from common.pictures import mask_picture, sheet_png, to_uint8
 from dataset.files import encode_image, encode_tiff, image_suffix
@@ -290,7 +291,7 @@ class Drawer:
             "mask_type": mask.mask_type,
             "sampling_method": request.method,
             "num_sampling_steps": request.num_steps,
-            "cfg_scale": request.cfg_scale,
+            "cfg_scale": number_as_text(request.cfg_scale),
             "seed": request.seed,
             "num_samples": request.count,
             **({"tile": True, "tile_scale": 1} if self._is_field(request) else {}),
