@@ -105,7 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         group.add_argument("--npz", action="store_true", help="also write SAMPLE_DIR.npz for FID programs, as SiT does")
         group.add_argument(
             "--gallery", action="store_true",
-            help="also write SAMPLE_DIR/gallery.html, to look at in a browser: masks, images, with --data-path real ones",
+            help="also write SAMPLE_DIR/gallery.html, to look at: masks, images, with --data-path real ones",
         )  # fmt: skip
         group.add_argument(
             "--intensity", choices=INTENSITIES, default="display",
