@@ -31,7 +31,7 @@ import argparse
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,12 @@ def set_settings(
     }
 
 
+def compared(args: argparse.Namespace, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What all processes must have the same: all that decides the content of a set, and the part that is made."""
+    decisive = {name: value for name, value in made_with.items() if name not in FREE_SETTINGS}
+    return decisive | {"`shard`": args.shard and "{}/{}".format(*args.shard)}
+
+
 # ---------------------------------------------------------------------------------------------------------- the work
 
 
@@ -214,8 +220,7 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     redraw, judged = load_redraw(args, trained, machine)
     sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     made_with = set_settings(args, settings, trained, masks, judged, looks)
-    decisive = {name: value for name, value in made_with.items() if name not in FREE_SETTINGS}
-    agree_on_set(machine, decisive, list(masks.paths.values()))
+    agree_on_set(machine, compared(args, made_with), list(masks.paths.values()))
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
     machine.on_main(lambda: open_set(args, writer), "open the folder of the set")
     agree_on_file(

@@ -319,7 +319,7 @@ def prepare(
     table, column = config.train.groups, config.train.group_column
     with naming(args, path, "groups"):
         groups = [] if table is None else groups_of(names, read_groups(Path(table), column))
-    agree_on_run(machine, config, dataset, unlabelled, groups)
+    agree_on_run(machine, config, dataset, unlabelled, groups, space.fingerprint)
     if unlabelled:
         machine.on_main(lambda: refuse_shared_images(unlabelled, dataset), "compare images")
     config = replace(config, data=dataset.config)

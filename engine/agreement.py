@@ -12,7 +12,7 @@ from common.disk import file_sha256
 from common.weights import archive_checksum
 from dataset.folders import PairedFolder
 from dataset.unlabelled import ImageFolder
-from engine.config import LOCAL, RunConfig
+from engine.config import LOCAL, NO_CACHE, RunConfig
 from engine.machine import Machine
 from engine.run_folder import RunFolder
 
@@ -75,6 +75,7 @@ def agree_on_run(
     dataset: PairedFolder,
     unlabelled: Sequence[ImageFolder],
     groups: Sequence[str] = (),
+    autoencoder: str | None = None,
 ) -> None:
     """Refuse to train with different settings, files or groups, such as by two commands on two machines.
 
@@ -82,6 +83,7 @@ def agree_on_run(
 
     Args:
         groups: of all images, labelled ones first; empty without groups.
+        autoencoder: its fingerprint. Each machine may have it in another place.
 
     Raises:
         InputError: on every rank. It names the first thing that differs.
@@ -101,6 +103,8 @@ def agree_on_run(
         "content of the unlabelled images": None,
         "number of groups": len(set(groups)),
         "groups of the images": _checksum(groups),
+        "autoencoder": autoencoder,
+        "`latent_cache`": _kind_of_cache(config.train.latent_cache),
     }
     if machine.peers.several_hosts and machine.peers.first_on_host:
         masks = [file_sha256(pair.mask_path) for pair in dataset.pairs]
@@ -110,6 +114,11 @@ def agree_on_run(
     fields = ["data_path", "mask_path", *(["unlabelled_path"] if unlabelled else []), *(["groups"] if groups else [])]
     shown = ", ".join(f"`{name}`" for name in fields)
     machine.check_same(found, f"Give the same command on every machine; {shown} must hold the same on all.")
+
+
+def _kind_of_cache(latent_cache: str | None) -> str:
+    """What is asked for: each machine may have a folder of its own, but all encode once, or none does."""
+    return "no value" if latent_cache is None else NO_CACHE if latent_cache == NO_CACHE else "a folder"
 
 
 def agree_on_set(machine: Machine, settings: Mapping[str, Any], masks: Sequence[Path]) -> None:
@@ -134,11 +143,11 @@ def agree_on_set(machine: Machine, settings: Mapping[str, Any], masks: Sequence[
 
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Settings by the words that lead to each, as texts."""
+    """Settings by the words that lead to each, as texts. Leaves out what is not set."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from ((f"{name} {inner}", text) for inner, text in _flat(value))
-        else:
+        elif value is not None:
             text = str(value)
             yield name, text if len(text) <= LONGEST_TEXT else _checksum([text])
 

@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 
 PRECISIONS = ("auto", "bf16", "float32")
 DEVICES = ("auto", "cuda", "cpu")
+NOTHING = "nothing"  # what a process has that lacks a name which another one compares
 # Connections are made when all processes have met. gloo waits five times as long for one that never comes.
 CONNECT_TIMEOUT = timedelta(seconds=30)
 # For what the training loop exchanges at each step. Longer work is waited for through the store: see engine/peers.py.
@@ -126,10 +127,11 @@ class Machine:
         return result
 
     def check_same(self, values: dict[str, Any], mend: str) -> None:
-        """Refuse to go on if a process has found something else than rank 0.
+        """Refuse to go on if processes have found different things.
 
         Args:
-            values: plain values by their names, such as {"step": 10}. None: this process does not know it.
+            values: plain values by their names, such as {"step": 10}. None: this process does not know it. A name that
+                only some processes have is a difference.
             mend: what to do about a difference.
 
         Raises:
@@ -137,13 +139,16 @@ class Machine:
         """
         if self.peers is None:
             return
-        texts = self.peers.gather(json.dumps(values), "check that all see the same files")
+        texts = self.peers.gather(json.dumps(values), "compare settings and files")
         found = [json.loads(text) for text in texts]
-        for rank, other in enumerate(found):
-            for name, value in found[0].items():
-                if other[name] is not None and other[name] != value:
-                    one, two = self.peers.name(0), self.peers.name(rank)
-                    raise InputError(f"{name}: {one} has {value}, {two} has {other[name]}. {mend}")
+        for name in dict.fromkeys(name for one in found for name in one):
+            has = {rank: one.get(name, NOTHING) for rank, one in enumerate(found)}
+            known = {rank: value for rank, value in has.items() if value is not None}
+            for rank, value in known.items():
+                first = next(iter(known))
+                if value != known[first]:
+                    one, two = self.peers.name(first), self.peers.name(rank)
+                    raise InputError(f"{name}: {one} has {known[first]}, {two} has {value}. {mend}")
 
     # ------------------------------------------------------------- in the loop: no process waits long for these
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 from script_helpers import state, write_pairs
 
+import sample_ddp
 import train
-from common.errors import InputError, LostProcess
+from common.errors import InputError, LostProcess, with_flags
 from dataset.config import DataConfig
 from dataset.folders import PairedFolder
 from dataset.unlabelled import UnlabelledFolder
@@ -26,7 +28,7 @@ from engine.checkpoint import save_checkpoint
 from engine.machine import Machine
 from engine.peers import Peers, meet
 from engine.run_folder import RunFolder
-from settings import resolve
+from settings import resolve, sampling_settings
 
 
 @pytest.fixture(autouse=True)
@@ -245,14 +247,26 @@ def test_an_error_of_our_own_is_no_lost_process():
         assert second.words_of(0) == "shapes do not match"
 
 
-def test_processes_that_found_different_things_all_end_with_the_same_line():
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ([{"step": 3, "data": None}] * 2, None),
+        ([{"step": 3, "data": None}, {"step": 3, "data": 1}], None),  # None: not known there
+        ([{"step": 0}, {"step": 1}], "step: process 0 on nodea has 0, process 1 on nodeb has 1. Mend it."),
+        ([{}, {"scale": 2}], "scale: process 0 on nodea has nothing, process 1 on nodeb has 2. Mend it."),
+        ([{"scale": 2}, {}], "scale: process 0 on nodea has 2, process 1 on nodeb has nothing. Mend it."),
+    ],
+)
+def test_processes_that_found_different_things_all_end_with_the_same_line(found, says):
     cpu = torch.device("cpu")
     with launch("nodea", "nodeb") as both:
         machines = [Machine(one.rank, 2, cpu, "float32", one) for one in both]
-        same = together(*(lambda one=one: one.check_same({"step": 3, "data": None}, "Mend it.") for one in machines))
-        errors = together(*(lambda one=one: one.check_same({"step": one.rank}, "Mend it.") for one in machines))
-    assert same == [None, None]
-    assert [str(one) for one in errors] == ["step: process 0 on nodea has 0, process 1 on nodeb has 1. Mend it."] * 2
+        work = [
+            lambda machine=machine, values=values: machine.check_same(values, "Mend it.")
+            for machine, values in zip(machines, found, strict=True)
+        ]
+        errors = together(*work)
+    assert [str(error) for error in errors] == [str(says)] * 2
 
 
 @pytest.mark.parametrize("has", ["nothing", "another", "more"])
@@ -308,13 +322,16 @@ def agree(tmp_path: Path, *others: dict[str, Any]) -> list[str]:
     """What every process says; each has its own flags, groups, and files of other seeds. The last two share a host."""
     usual: dict[str, Any]
     usual = {"flags": [], "groups": ["a", "b", "b"] * 3, "seed": 0, "count": 6, "new": 1, "unlabelled": 3}
+    usual |= {"autoencoder": "a", "cache": None}
     runs = []
     for number, own in enumerate(others):
         it = usual | own
         pairs = PairedFolder(*write_pairs(tmp_path / f"pairs_{number}", it["count"], seed=it["seed"]), DATA)
         images, _ = write_pairs(tmp_path / f"more_{number}", it["unlabelled"], (30, 24), seed=it["new"])
         unlabelled = [UnlabelledFolder(images, DATA, seed=0, progress=False)]
-        runs.append((resolve(train.parse_args([*WORDS, *it["flags"]])), pairs, unlabelled, it["groups"]))
+        config = resolve(train.parse_args([*WORDS, *it["flags"]]))
+        config = replace(config, train=replace(config.train, latent_cache=it["cache"]))
+        runs.append((config, pairs, unlabelled, it["groups"], it["autoencoder"]))
     with launch("nodea", "nodeb", "nodeb") as three:
         machines = [Machine(one.rank, 3, torch.device("cpu"), "float32", one) for one in three]
         work = [
@@ -334,6 +351,8 @@ def agree(tmp_path: Path, *others: dict[str, Any]) -> list[str]:
         ({"groups": ["a", "b", "c"] * 3}, "number of groups: process 0 on nodea has 2, process 2 on nodeb has 3"),
         ({"groups": ["b", "a", "b"] * 3}, "groups of the images: process 0 on nodea has checksum "),
         ({"groups": []}, "number of groups: process 0 on nodea has 2, process 2 on nodeb has 0"),
+        ({"autoencoder": "b"}, "autoencoder: process 0 on nodea has a, process 2 on nodeb has b"),
+        ({"cache": "kept"}, "latent_cache: process 0 on nodea has no value, process 2 on nodeb has a folder"),
     ],
 )
 def test_processes_with_other_settings_or_groups_do_not_begin(tmp_path, own, says):
@@ -351,31 +370,48 @@ def test_one_process_of_each_machine_compares_the_content_of_the_files(tmp_path,
 
 def test_equal_runs_begin_and_each_machine_may_keep_its_files_elsewhere(tmp_path):
     own = {"flags": ["--num-workers", "1", "--results-dir", "elsewhere", "--device", "cpu"]}
-    assert agree(tmp_path, {}, {"flags": ["--num-workers", "2"]}, own) == ["None"] * 3
+    first, second = {"cache": "a"}, {"cache": "b", "flags": ["--num-workers", "2"]}
+    assert agree(tmp_path, first, second, own | {"cache": "c"}) == ["None"] * 3
+
+
+SET = ["ODE", "--ckpt", "c.pt", "--mask-path", "m"]
+LOOK = {"source": "training", "index": None}
 
 
 @pytest.mark.parametrize(
-    ("own", "says"),
+    ("flags", "own", "name", "values"),
     [
-        ({"seed": 1}, "seed: process 0 on nodea has 0, process 2 on nodeb has 1"),
-        ({"cfg_scale": 2.0}, "sampling cfg_scale: process 0 on nodea has 1.0, process 2 on nodeb has 2.0"),
-        ({"names": ["x" * 99]}, "names: process 0 on nodea has checksum "),
+        ([], {"seed": 1}, "seed", ["0", "1"]),
+        ([], {"names": ["x" * 99]}, "names", ["checksum", "checksum"]),
+        (["--cfg-scale", "2"], {}, "sampling cfg_scale", ["1.0", "2.0"]),
+        (["--look-scale", "2"], {}, "sampling look_scale", ["nothing", "2.0"]),
+        ([], {"look": LOOK | {"groups": ["g1"]}}, "look groups", ["nothing", "['g1']"]),
+        ([], {"look": LOOK | {"balanced": True}}, "look balanced", ["nothing", "True"]),
+        ([], {"look": None}, "look source", ["training", "nothing"]),
+        (["--shard", "2/2"], {}, "--shard", ["nothing", "2/2"]),
     ],
 )
-def test_processes_with_other_settings_make_no_mixed_set(own, says):
-    usual: dict[str, Any] = {"seed": 0, "cfg_scale": 1.0, "names": ["y" * 99]}
-    settings = [
-        {"seed": it["seed"], "sampling": {"cfg_scale": it["cfg_scale"]}, "names": it["names"]}
-        for it in (usual, usual, usual | own)
-    ]
+@pytest.mark.parametrize("is_first", [False, True])
+def test_processes_with_other_settings_make_no_mixed_set(flags, own, name, values, is_first):
+    """What is not set has no key in the settings, be it on the first process or on another one."""
+    usual: dict[str, Any] = {"seed": 0, "look": LOOK, "precision": "auto", "names": ["y" * 99]}
+
+    def settings(words: list[str], made_with: dict[str, Any]) -> dict[str, Any]:
+        args = sample_ddp.parse_args([*SET, *words])
+        return sample_ddp.compared(args, {**usual, "sampling": sampling_settings(args).to_dict(), **made_with})
+
+    found = [settings([], {}), settings([], {}), settings(flags, own)]
     with launch("nodea", "nodeb", "nodeb") as three:
         machines = [Machine(one.rank, 3, torch.device("cpu"), "float32", one) for one in three]
         work = [
             lambda machine=machine, one=one: agree_on_set(machine, one, [])
-            for machine, one in zip(machines, settings, strict=True)
+            for machine, one in zip(machines, reversed(found) if is_first else found, strict=True)
         ]
-        said = [str(error) for error in together(*work)]
-    assert len(set(said)) == 1 and said[0].startswith(says) and "Give the same command" in said[0]
+        said = [with_flags(error.marked) for error in together(*work) if isinstance(error, InputError)]
+    one, two = reversed(values) if is_first else values
+    place = "process 1 on nodeb" if is_first else "process 2 on nodeb"
+    assert len(said) == 3 and len(set(said)) == 1 and "Give the same command" in said[0]
+    assert said[0].startswith(f"{name}: process 0 on nodea has {one}") and f", {place} has {two}" in said[0]
 
 
 def test_machines_with_other_masks_of_the_same_names_make_no_mixed_set(tmp_path):
