@@ -151,10 +151,9 @@ def set_settings(
     settings: SamplingSettings,
     trained: TrainedModel,
     masks: MaskFolder,
-    judged: dict[str, Any] | None,
     looks: LookChoice | None,
 ) -> dict[str, Any]:
-    """All that decides the content of a set, for settings.json. ``judged`` is the note of its judge, if any."""
+    """All that decides the content of a set, for settings.json, but the note of its judge (``redraw``)."""
     return {
         "ckpt_sha256": trained.sha256,
         "weights": "raw" if args.raw_weights else "ema",
@@ -174,7 +173,7 @@ def set_settings(
         "data_config": trained.data.to_dict(),
         "trained_on": trained.trained_on,
         "labelled_on": trained.labelled_on,
-        "redraw": judged,
+        "redraw": None,
         "look": None if looks is None else looks.origin,
         "precision": args.precision,
         "compile": args.compile,
@@ -183,9 +182,14 @@ def set_settings(
 
 
 def compared(args: argparse.Namespace, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """What all processes must have the same: all that decides the content of a set, and the part that is made."""
+    """What all processes must have the same: what decides the content of a set, the part that is made, and its judge.
+
+    Only the first process reads the judge's real pairs.
+    """
     decisive = {name: value for name, value in made_with.items() if name not in FREE_SETTINGS}
-    return decisive | {"`shard`": args.shard and "{}/{}".format(*args.shard)}
+    judge = ("min_fidelity", "max_attempts", "judge_mask_type", "judge_steps")
+    flags = {f"`{name}`": getattr(args, name) for name in judge}
+    return decisive | flags | {"`shard`": args.shard and "{}/{}".format(*args.shard)}
 
 
 # ---------------------------------------------------------------------------------------------------------- the work
@@ -217,10 +221,10 @@ def sample(args: argparse.Namespace, settings: SamplingSettings, machine: Machin
     exports = [name for name in args.export if name != "plain"]
     check_export(exports, masks.rule)
     jobs = plan_jobs(masks.names, args.samples_per_mask, args.num_samples)
-    redraw, judged = load_redraw(args, trained, machine)
-    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
-    made_with = set_settings(args, settings, trained, masks, judged, looks)
+    made_with = set_settings(args, settings, trained, masks, looks)
     agree_on_set(machine, compared(args, made_with), list(masks.paths.values()))
+    redraw, made_with["redraw"] = load_redraw(args, trained, machine)
+    sampler = ImageSampler(trained.model, trained.transport, trained.space, machine, settings, args.compile)
     writer = SetWriter(args.sample_dir, masks, form, jobs, made_with, looks)
     machine.on_main(lambda: open_set(args, writer), "open the folder of the set")
     agree_on_file(

@@ -376,6 +376,7 @@ def test_equal_runs_begin_and_each_machine_may_keep_its_files_elsewhere(tmp_path
 
 SET = ["ODE", "--ckpt", "c.pt", "--mask-path", "m"]
 LOOK = {"source": "training", "index": None}
+JUDGE = ["--judge-images", "i", "--judge-masks", "m"]
 
 
 @pytest.mark.parametrize(
@@ -389,6 +390,7 @@ LOOK = {"source": "training", "index": None}
         ([], {"look": LOOK | {"balanced": True}}, "look balanced", ["nothing", "True"]),
         ([], {"look": None}, "look source", ["training", "nothing"]),
         (["--shard", "2/2"], {}, "--shard", ["nothing", "2/2"]),
+        (["--min-fidelity", "0.8", *JUDGE], {}, "--min-fidelity", ["nothing", "0.8"]),
     ],
 )
 @pytest.mark.parametrize("is_first", [False, True])

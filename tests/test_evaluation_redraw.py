@@ -13,15 +13,20 @@ import torch
 from drawn_sets import disk, paint
 from PIL import Image
 from script_helpers import run, run_here, train_arguments, write_pairs
+from test_engine_peers import launch, together
 
 import sample_ddp
 import train
 from common.disk import file_sha256
+from common.errors import with_flags
 from common.randomness import derived_seed
+from engine import peers
+from engine.machine import Machine
 from engine.sampling import image_seed
 from evaluation.fidelity import fidelity_of
 from evaluation.judge import Judge, build_network
 from evaluation.redraw import Redraw, weights_sha256
+from settings import sampling_settings
 from synthetic.writer import Attempt
 
 SIZE = 18
@@ -194,6 +199,25 @@ def test_a_reachable_threshold_keeps_the_first_attempt_that_reaches_it(hopeless,
         reached = float(other["attempt_fidelity"]) >= threshold - 1e-4
         assert row["fidelity_reached"] == ("yes" if reached else "no")
         assert int(row["attempt"]) <= int(other["attempt"]) if reached else row["attempt"] == other["attempt"]
+
+
+@pytest.mark.parametrize("flag", ["--min-fidelity", "--max-attempts"])
+def test_a_flag_of_the_judge_that_only_one_machine_has_is_named_before_it_is_trained(made, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(peers, "ANSWER_SECONDS", 2.0)
+    words = judged(made, "--judge-cache", tmp_path / "judges", "--min-fidelity", 0.9)
+    given = [words, []] if flag == "--min-fidelity" else [[*words, flag, 3], words]
+    every = [sample_ddp.parse_args(arguments(made, tmp_path / "set", *words)) for words in given]
+    with launch("nodea", "nodeb") as both:
+        machines = [Machine(one.rank, 2, torch.device("cpu"), "float32", one) for one in both]
+        work = [
+            lambda machine=machine, args=args: sample_ddp.sample(args, sampling_settings(args), machine)
+            for machine, args in zip(machines, every, strict=True)
+        ]
+        said = [with_flags(getattr(error, "marked", str(error))) for error in together(*work)]
+    value = {"--min-fidelity": 0.9, "--max-attempts": 3}[flag]
+    assert said[0] == said[1] and "Give the same command" in said[0]
+    assert said[0].startswith(f"{flag}: process 0 on nodea has {value}, process 1 on nodeb has nothing.")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
