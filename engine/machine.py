@@ -29,6 +29,10 @@ Result = TypeVar("Result")
 
 PRECISIONS = ("auto", "bf16", "float32")
 DEVICES = ("auto", "cuda", "cpu")
+SAME_DEVICE = (
+    "If one of them does not find its GPU, mend the driver there (nvidia-smi must show the GPU). Else give all of them "
+    "`device` cpu or one `precision`."
+)
 NOTHING = "nothing"  # what a process has that lacks a name which another one compares
 # Connections are made when all processes have met. gloo waits five times as long for one that never comes.
 CONNECT_TIMEOUT = timedelta(seconds=30)
@@ -213,7 +217,7 @@ def start_machine(device: str, precision: str) -> Machine:
     gloo joins processes on CPUs; on GPUs nccl moves tensors and gloo what lies on the CPU.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, or processes have chosen different devices or precisions.
         LostProcess: another process did not come, or cannot be reached.
     """
     world_size = _world_size()
@@ -225,9 +229,11 @@ def start_machine(device: str, precision: str) -> Machine:
             torch.cuda.set_device(resolved)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
+        chosen = resolve_precision(precision, resolved)
+        machine.check_same({"`device`": resolved.type, "`precision`": chosen}, SAME_DEVICE)
         if peers is not None:
             _connect(peers, resolved)
-        return replace(machine, device=resolved, precision=resolve_precision(precision, resolved))
+        return replace(machine, device=resolved, precision=chosen)
 
 
 def _world_size() -> int:

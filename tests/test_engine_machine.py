@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from script_helpers import ROOT
+import torch.distributed as dist
+from script_helpers import PATIENCE, ROOT
 
 from common.errors import InputError
 from engine.machine import Machine, resolve_precision
@@ -29,6 +32,46 @@ def test_a_fault_on_the_first_rank_keeps_its_fields():
     with pytest.raises(InputError, match="vae x") as caught:
         Machine(0, 1, CPU, "float32").on_main(fail, "fail")
     assert caught.value.marked.startswith("`vae` ")
+
+
+# One process of two. The second one has a GPU, if the words say so; its driver is asked for no more than this.
+START = """
+import sys, torch
+from common.errors import InputError, with_flags
+from engine.machine import start_machine
+
+rank, has_gpu, precision = int(sys.argv[1]), sys.argv[2] == "gpu", sys.argv[3 + int(sys.argv[1])]
+torch.cuda.is_available = lambda: has_gpu and rank == 1
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda device: None
+try:
+    machine = start_machine("auto", precision)
+    print(machine.device, machine.precision)
+except InputError as error:
+    print(with_flags(error.marked))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gpu", "float32", "float32"], "--device: process 0 on {0} has cpu, process 1 on {0} has cuda. If one"),
+        (["none", "float32", "bf16"], "--precision: process 0 on {0} has float32, process 1 on {0} has bf16. If one"),
+    ],
+)
+def test_processes_that_chose_different_devices_or_precisions_do_not_begin(words, says):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # outlives both, as torchrun's
+    usual = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    usual |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, str(rank), *words], text=True, stdout=subprocess.PIPE,
+            env={**os.environ, **usual, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    assert said[0] == said[1] and said[0].startswith(says.format(socket.gethostname()))
 
 
 def test_ranks_train_without_a_warning_of_torch(tmp_path):
