@@ -84,9 +84,9 @@ class LatentPairs(torch.utils.data.Dataset):
             self._check_disk(machine)
             made = self._encode_share(machine.rank, machine.world_size, machine)
             machine.barrier("encode images")
-            # If machines share no disk, encode the images of the other machines here as well.
+            # If machines share no disk, nobody has looked here at the files of the other machines.
             local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self._encode_share(*local, machine, check=False)
+            self._encode_share(*local, machine, done=range(machine.rank, len(self), machine.world_size))
             machine.barrier("encode images")
         except OSError as error:
             raise InputError(
@@ -112,18 +112,19 @@ class LatentPairs(torch.utils.data.Dataset):
                 "are free. Give a folder on another disk, or none to encode at each step."
             )
 
-    def _encode_share(self, rank: int, ranks: int, machine: Machine, check: bool = True) -> int:
-        """Encode every ``ranks``-th image that is missing. With ``check``, also those with a damaged file.
+    def _encode_share(self, rank: int, ranks: int, machine: Machine, done: Sequence[int] = ()) -> int:
+        """Encode those of every ``ranks``-th image whose file is missing or damaged. Leaves out those in ``done``.
 
         Returns:
             The number of encoded images.
         """
         made = 0
-        share = range(rank, len(self), ranks)
-        for index in tqdm(share, desc="encoding images", unit="image", disable=None if machine.is_main else True):
+        share = [index for index in range(rank, len(self), ranks) if index not in done]
+        hide = None if machine.is_main and share else True  # None: shown on a terminal
+        for index in tqdm(share, desc="encoding images", unit="image", disable=hide):
             machine.progress()
             path = self.paths[index]
-            if path.is_file() and not (check and self._is_damaged(index)):
+            if path.is_file() and not self._is_damaged(index):
                 continue
             moments = self.encode(index)
             content = safetensors.torch.save({"moments": moments}, {"crc32": checksum(moments)})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from script_helpers import run, train_arguments
+from test_engine_peers import launch, together
 
 import engine.latents
 import train
@@ -155,6 +156,29 @@ def test_ranks_share_out_the_work(pairs, space, tmp_path):
     assert latents._encode_share(0, 4, ALONE) == 2  # images 0 and 4
     assert [path.is_file() for path in latents.paths] == [True, False, False, False, True, False]
     assert sum(latents._encode_share(rank, 4, ALONE) for rank in (1, 2, 3)) == 4
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_damaged_file_of_a_machine_without_the_others_disk_is_made_anew(
+    make_latents, pairs, space, tmp_path, monkeypatch, damaged
+):
+    """Two machines with one process each: the files of the first one's share lie on the second one, too."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    path = make_latents().paths[damaged]
+    content = path.read_bytes()
+    path.write_bytes(content[:-50])
+    with launch("nodea", "nodeb") as both:
+        disks = [tmp_path / "disk_of_nodea", tmp_path / "latents"]
+        machines = [Machine(one.rank, 2, ALONE.device, "float32", one) for one in both]
+        latents = [ListingLatents(pairs, space, disk, pairs.image_hashes) for disk in disks]
+        work = [
+            lambda one=one, machine=machine: one.prepare(machine)
+            for one, machine in zip(latents, machines, strict=True)
+        ]
+        assert together(*work) == [None, None]
+    assert [sorted(one.encoded) for one in latents] == [[0, 1, 2, 3, 4, 5], [damaged]]
+    assert path.read_bytes() == content
 
 
 def test_key_knows_all_that_changes_an_image(space):
