@@ -29,6 +29,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from common.errors import InputError, LostProcess, list_some, one_line, unmarked
+from common.faults import fault_of_machine
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,8 +42,8 @@ REMINDER_SECONDS = 300.0  # between lines that say who is waited for
 LOOK_SECONDS = 10.0  # in which a failed exchange finds out who is gone
 STORE_TIMEOUT = timedelta(minutes=2)  # until the store is found
 ANSWER_SECONDS = 120.0  # of one request to the store
-# What gloo, nccl and the store say of a connection.
-EXCHANGE_FAILED = r"gloo|NCCL|nccl|DistNetwork|DistStore|TCPStore|store"
+# In what torch says of a connection, if the error has no class of its own.
+EXCHANGE_FAILED = r"\b[Gg]loo\b|NCCL|\bnccl|TCPStore"
 TIMED_OUT = r"[Tt]imed? ?out|[Tt]imeout"
 REFUSED = r"refused"
 CONNECTING = r"[Cc]onnect"
@@ -122,7 +123,7 @@ class Requests:
                 if error is not None:
                     raise error
                 return found  # type: ignore[return-value]
-        raise RuntimeError(f"the store gives no answer in {_minutes(ANSWER_SECONDS)}")
+        raise dist.DistStoreError(f"the store gives no answer in {_minutes(ANSWER_SECONDS)}")
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> tuple[dist.Store, list[str]]:
@@ -315,8 +316,9 @@ class Peers:
             self.leave(str(error))
             raise
         except RuntimeError as error:
-            if not re.search(EXCHANGE_FAILED, f"{type(error).__name__} {error}"):
-                self.leave(_brief(error))
+            fault = fault_of_machine(error, {})  # such as a failed compilation, whose text may hold any word
+            if fault or not (isinstance(error, dist.DistError) or re.search(EXCHANGE_FAILED, str(error))):
+                self.leave(fault or _brief(error))
                 raise
             lost = self.explain(error)
             self.leave(str(lost))

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from script_helpers import state, write_pairs
+from torch._inductor.exc import CppCompileError
 
 import sample_ddp
 import train
@@ -239,12 +240,32 @@ def test_a_silent_machine_of_the_store_ends_every_wait_in_words(moment):
     store.end.set()
 
 
-def test_an_error_of_our_own_is_no_lost_process():
+COMPILER = CppCompileError(["g++", "a.cpp"], "error: tmp3.store(out_ptr0 + gloo);")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("shapes do not match"), "shapes do not match"),
+        (RuntimeError("cannot restore the weights"), "cannot restore the weights"),
+        (RuntimeError("/home/igloo/a.pt: tmp3.store(out_ptr0)"), "/home/igloo/a.pt: tmp3.store(out_ptr0)"),
+        (COMPILER, "--compile: torch.compile cannot build the network"),
+        (RuntimeError("NCCL error: out of memory"), "out of memory on this machine"),
+    ],
+)
+def test_an_error_of_our_own_is_no_lost_process(error, words):
     with launch("nodea", "nodeb") as (first, second):
-        with pytest.raises(RuntimeError, match="shapes") as caught, first.sharing_errors():
-            raise RuntimeError("shapes do not match")
-        assert not isinstance(caught.value, LostProcess)
-        assert second.words_of(0) == "shapes do not match"
+        with pytest.raises(type(error)) as caught, first.sharing_errors():
+            raise error
+        assert caught.value is error and second.words_of(0).startswith(words)
+
+
+@pytest.mark.parametrize("kind", [dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError])
+def test_an_error_of_a_class_for_connections_is_one_whatever_it_says(kind):
+    with launch("nodea", "nodeb") as (first, second):
+        second.leave("full disk")
+        with pytest.raises(LostProcess, match="process 1 on nodeb ended: full disk"), first.sharing_errors():
+            raise kind("failed to recv, got 0 bytes")
 
 
 @pytest.mark.parametrize(
