@@ -38,6 +38,7 @@ NOTES = (
     "mask_type",
 )  # an export keeps them beside the weights
 MOST_STEPS = 10**12
+MOST_IMAGES = 10**15
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class CheckpointTypes:
     intensity: dict[str, Any] | None
     looks: dict[str, Any] | None
     mask_type: str | None
+    images_seen: int
+    since_log: int
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _check_types(state: dict[str, Any]) -> None:
     """Raise ValueError if a value of a checkpoint has the wrong type, or one that sampling reads is missing."""
     check_fields(CheckpointTypes, state)
-    if not 0 <= state["step"] <= MOST_STEPS:
-        raise ValueError(f"step is {state['step']}")
+    for name, most in (("step", MOST_STEPS), ("images_seen", MOST_IMAGES), ("since_log", state["step"])):
+        if not 0 <= state.get(name, 0) <= most:
+            raise ValueError(f"{name} is {state[name]}")
     for part, kind in SECTIONS.items():
         check_fields(kind, state["config"].get(part, {}))
     DataConfig.from_dict(state["config"]["data"])
@@ -238,6 +242,20 @@ def check_numbers(weights: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError(f"these weights are not finite numbers: {list_some(wrong)}")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if AdamW cannot go on with what it has remembered of each parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        moments = optimizer.state.get(parameter, {})
+        shapes = {"step": (), "exp_avg": _shape(parameter), "exp_avg_sq": _shape(parameter)} if moments else {}
+        found = {f"{name} of parameter {number}": moments[name] for name in shapes}
+        check_numbers(found)
+        wrong = [name for name, shape in zip(found, shapes.values(), strict=True) if _shape(found[name]) != shape]
+        wrong += [name for name, value in found.items() if "exp_avg of" not in name and (value < 0).any()]
+        if wrong:
+            raise ValueError(f"the optimiser's state does not fit the weights: {list_some(wrong)}")
 
 
 def _from_export(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from dataset.masks import to_prob_map
 from dataset.unlabelled import ImageFolder, UnlabelledFolder
 from download import PUBLISHED_URLS, find_weights
 from engine.autoencoder import LatentSpace, Space, space_config
-from engine.checkpoint import check_numbers
+from engine.checkpoint import check_moments, check_numbers
 from engine.config import RunConfig
 from engine.init_from import adapt_sit_weights, meaning_warnings
 from engine.machine import Machine
@@ -136,15 +136,21 @@ class Training:
             check_numbers(state[part])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
+        options = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["opt"])
-        for group in self.optimizer.param_groups:  # the value of this start, which may differ from the checkpoint's
-            group["weight_decay"] = self.config.optimiser.weight_decay
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # options of this start: the weight decay may have changed
+        check_moments(self.optimizer)
         self.step = state["step"]
         self.images_seen = state["images_seen"]
         self.trained_on, self.labelled_on = state.get("trained_on"), state.get("labelled_on")
         self.looks = Looks.from_dict(state["looks"]) if state.get("looks") else None
-        same_ranks = len(state["sums"]) == self.machine.world_size
-        self.sums.copy_(state["sums"][self.machine.rank] if same_ranks else state["sums"].mean(0))
+        sums = state["sums"]  # of every rank of the run that saved them
+        check_numbers({"sums": sums})
+        if sums.ndim != 2 or len(sums) < 1 or sums.shape[1:] != self.sums.shape:
+            raise ValueError(f"sums have the shape {tuple(sums.shape)}")
+        same_ranks = len(sums) == self.machine.world_size
+        self.sums.copy_(sums[self.machine.rank] if same_ranks else sums.mean(0))
         self.since_log = state["since_log"]
 
     def start_from(self, source: str) -> list[str]:

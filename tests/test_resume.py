@@ -301,6 +301,12 @@ def with_bias(state: dict, part: str, change: Callable[[torch.Tensor], object]) 
     return state | {part: state[part] | {name: change(state[part][name])}}
 
 
+def with_moments(state: dict, change: Callable[[dict], object]) -> dict:
+    """The checkpoint with other moments of one parameter in the optimiser's state."""
+    opt = state["opt"]
+    return state | {"opt": opt | {"state": opt["state"] | {0: change(opt["state"][0])}}}
+
+
 EDITS: dict[str, Callable[[dict], dict]] = {
     "no train": lambda s: s | {"config": {name: part for name, part in s["config"].items() if name != "train"}},
     "train is a list": lambda s: s | {"config": s["config"] | {"train": [1]}},
@@ -320,6 +326,26 @@ EDITS: dict[str, Callable[[dict], dict]] = {
     "more about the autoencoder": lambda s: edited(s, "space", x=1),
     "machine is text": lambda s: s | {"config": s["config"] | {"machine": "cpu"}},
     "optimiser's state": lambda s: s | {"opt": {"state": 5}},
+    "moments are a number": lambda s: with_moments(s, lambda moments: 5),
+    "moments are missing": lambda s: with_moments(s, lambda moments: {"step": moments["step"]}),
+    "moments not finite": lambda s: with_moments(s, lambda m: m | {"exp_avg": m["exp_avg"] * float("nan")}),
+    "squares not finite": lambda s: with_moments(s, lambda m: m | {"exp_avg_sq": m["exp_avg_sq"] + float("inf")}),
+    "squares below 0": lambda s: with_moments(s, lambda m: m | {"exp_avg_sq": m["exp_avg_sq"] - 1}),
+    "moments of another shape": lambda s: with_moments(s, lambda m: m | {"exp_avg": m["exp_avg"][:1]}),
+    "moments are text": lambda s: with_moments(s, lambda m: m | {"exp_avg": "x"}),
+    "their step is not finite": lambda s: with_moments(s, lambda m: m | {"step": m["step"] * float("nan")}),
+    "images seen are text": lambda s: s | {"images_seen": "5"},
+    "images seen are a fraction": lambda s: s | {"images_seen": 2.5},
+    "images seen below 0": lambda s: s | {"images_seen": -3},
+    "too many images seen": lambda s: s | {"images_seen": 10**16},
+    "no images seen": lambda s: {name: part for name, part in s.items() if name != "images_seen"},
+    "steps since the log are text": lambda s: s | {"since_log": "x"},
+    "no steps since the log": lambda s: s | {"since_log": None},
+    "more steps since the log than steps": lambda s: s | {"since_log": 2},
+    "sums not finite": lambda s: s | {"sums": s["sums"] * float("nan")},
+    "sums are a list": lambda s: s | {"sums": [[0.0, 0.0, 0.0]]},
+    "sums of no process": lambda s: s | {"sums": s["sums"][:0]},
+    "sums of another shape": lambda s: s | {"sums": s["sums"][:, :2]},
     "weights not finite": lambda s: with_bias(s, "model", lambda bias: bias * float("nan")),
     "averages not finite": lambda s: with_bias(s, "ema", lambda bias: bias * float("inf")),
     "whole numbers": lambda s: with_bias(s, "model", lambda bias: bias.to(torch.int8)),
@@ -330,9 +356,21 @@ EDITS: dict[str, Callable[[dict], dict]] = {
 def test_a_fact_about_the_machine_that_this_version_does_not_know_stops_no_run(pairs, tmp_path, trained):
     file = tmp_path / "run" / "checkpoints" / "0000001.pt"
     file.parent.mkdir(parents=True)
-    save_checkpoint(file, edited(trained, "machine", cores=8, world_size=3))
+    sums = trained["sums"].expand(3, -1)  # one row for each process
+    save_checkpoint(file, edited(trained, "machine", cores=8, world_size=3) | {"sums": sums})
     code, said = start(pairs, tmp_path, "run", 2, "--sample-every", 5)
     assert code == 0 and "changed on resume: world_size: 3 -> 1" in said, said
+
+
+def test_options_of_the_optimiser_are_those_of_this_start(pairs, tmp_path, trained):
+    file = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    file.parent.mkdir(parents=True)
+    (group,) = trained["opt"]["param_groups"]
+    other = {"lr": "x", "betas": 5, "eps": None, "amsgrad": True, "weight_decay": "x", "fused": False}
+    save_checkpoint(file, trained | {"opt": trained["opt"] | {"param_groups": [group | other]}})
+    code, said = start(pairs, tmp_path, "run", 2, "--sample-every", 5)
+    assert code == 0, said
+    assert newest(tmp_path / "run")["opt"]["param_groups"][0] == group | {"lr": pytest.approx(1e-3)}
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
