@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
-from common.plain import check_fields, read_json
+from common.plain import WRONG, check_fields, read_json
 from engine.tiling import Tiles
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ HUB_CONFIG: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
 }  # of both
 PIXEL_SPACE = "none"
+COUNTS = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")  # of a config.json
+MOST_CHANNELS = 2**13
+MOST_BLOCKS = 8  # each but the first halves the sides
+NOT_LOADABLE = (*WRONG, OSError, RuntimeError)  # what diffusers raises for damaged files
 
 
 class PixelSpace(nn.Module):
@@ -169,9 +173,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"`vae` {folder}: {path} does not exist. {mend}, or {PIXEL_SPACE} to work on pixels.")
     try:
-        return check_fields(_Shape, read_json(path, mend))
+        config = check_fields(_Shape, read_json(path, mend))
+        _check_counts(config)
     except ValueError as error:
         raise _not_loadable(folder, error) from error
+    return config
 
 
 @dataclass(frozen=True)
@@ -179,10 +185,27 @@ class _Shape:
     """Types of the settings of a diffusers autoencoder that decide its shape."""
 
     in_channels: int
+    out_channels: int
     latent_channels: int
+    layers_per_block: int
+    norm_num_groups: int
     block_out_channels: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
     scaling_factor: float
     shift_factor: float | None
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    """Raise ValueError if a number of channels, layers or groups is out of bounds, or there are no blocks."""
+    blocks = config.get("block_out_channels", (64,))
+    counts = [(name, config.get(name, 1)) for name in COUNTS] + [("block_out_channels", count) for count in blocks]
+    for name, count in counts:
+        if not 1 <= count <= MOST_CHANNELS:
+            raise ValueError(f"{name} is {count}")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not 1 <= len(config.get(name, blocks)) == len(blocks) <= MOST_BLOCKS:
+            raise ValueError(f"{name} has {len(config.get(name, blocks))} entries")
 
 
 def _not_loadable(folder: Path, error: Exception) -> InputError:
@@ -219,7 +242,7 @@ def fingerprint(vae: AutoencoderKL) -> str:
 def _from_folder(folder: Path) -> AutoencoderKL:
     try:
         return _load(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except NOT_LOADABLE as error:
         raise _not_loadable(folder, error) from error
 
 
@@ -227,11 +250,11 @@ def _from_hub(vae: str) -> AutoencoderKL:
     repository = HUB_AUTOENCODERS[vae]
     try:
         return _load(repository, local_files_only=True)
-    except OSError:
-        logger.info("%s is not on disk; asking the hub", repository)
+    except NOT_LOADABLE:
+        logger.info("%s is not on disk, or damaged; asking the hub", repository)
     try:
         return _load(repository, local_files_only=False)
-    except (OSError, RuntimeError) as error:
+    except NOT_LOADABLE as error:
         raise InputError(
             f"`vae` {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
             "that repository where there is a network and give its folder: `vae` FOLDER; or `vae` none for pixels."
@@ -241,14 +264,20 @@ def _from_hub(vae: str) -> AutoencoderKL:
 def _load(source: str, local_files_only: bool) -> AutoencoderKL:
     """Load weights from safetensors only, because a pickle could run code."""
     from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
+    from diffusers.utils import logging as words_of_diffusers
 
-    vae, info = AutoencoderKL.from_pretrained(
-        source,
-        use_safetensors=True,
-        local_files_only=local_files_only,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
+    before = words_of_diffusers.get_verbosity()
+    words_of_diffusers.set_verbosity_error()  # else it lists all tensors that are missing
+    try:
+        vae, info = AutoencoderKL.from_pretrained(
+            source,
+            use_safetensors=True,
+            local_files_only=local_files_only,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    finally:
+        words_of_diffusers.set_verbosity(before)
     if info["missing_keys"]:  # diffusers would continue with random weights
         raise OSError(f"the weights lack {info['missing_keys'][0]}")
     if not vae.config.scaling_factor:

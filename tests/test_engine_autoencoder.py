@@ -244,6 +244,29 @@ def test_corrupt_config_is_refused(copy, config):
     refused(copy, "not a diffusers autoencoder that can be loaded")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"block_out_channels": []},
+        {"block_out_channels": [0]},
+        {"block_out_channels": [8, -12, 16]},
+        {"block_out_channels": [8] * 60, "down_block_types": ["a"] * 60, "up_block_types": ["a"] * 60},
+        {"norm_num_groups": 0},
+        {"norm_num_groups": "x"},
+        {"latent_channels": 0},
+        {"layers_per_block": -1},
+        {"down_block_types": []},
+        {"up_block_types": ["UpDecoderBlock2D"]},
+    ],
+)
+def test_a_config_of_impossible_numbers_is_refused_before_anything_is_loaded(copy, entry):
+    edit_config(copy, **entry)
+    name = list(entry)[0]
+    refused(copy, rf"not a diffusers autoencoder that can be loaded \({name} (is|has) ")
+    with pytest.raises(InputError, match=name):
+        check_space(str(copy))
+
+
 def test_weights_of_another_shape_are_refused(copy):
     edit_weights(copy, lambda state: state.update({"encoder.conv_in.weight": torch.zeros(9, 3, 3, 3)}))
     refused(copy, "not a diffusers autoencoder that can be loaded")
@@ -251,7 +274,14 @@ def test_weights_of_another_shape_are_refused(copy):
 
 def test_weights_that_lack_a_part_are_refused(copy):
     edit_weights(copy, lambda state: [state.pop(key) for key in list(state) if key.startswith("decoder.")])
+    logger, said = logging.getLogger("diffusers"), list[logging.LogRecord]()
+    keep = logging.Handler()
+    keep.emit = said.append  # type: ignore[method-assign]
+    logger.addHandler(keep)
+    level = logger.level
     refused(copy, "decoder")
+    logger.removeHandler(keep)
+    assert said == [] and logger.level == level  # diffusers would list all tensors that are missing
 
 
 def test_pickled_weights_are_refused_unread(copy):
