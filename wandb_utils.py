@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 from common.disk import write_bytes
 from common.errors import InputError
+from common.faults import short_line
 
 logger = logging.getLogger(__name__)
 WANDB_ENTITY = "YOUR_WANDB_ENTITY"
@@ -169,9 +170,8 @@ def start_run(run_folder: str | os.PathLike, run_name: str, config: Mapping[str,
             settings=wandb.Settings(disable_git=True, save_code=False, init_timeout=INIT_SECONDS),
         )
     except Exception as error:  # wandb has many exceptions, of its own, of the network and of the settings
-        reason = without_key(" ".join(str(error).split()) or type(error).__name__)
         raise InputError(
-            f"wandb: the run could not start ({reason[:300]}); check the key and the network, or set "
+            f"wandb: the run could not start ({_reason(error)}); check the key and the network, or set "
             "WANDB_MODE=offline, or leave out `wandb`"
         ) from None  # the chained exception could show the key
 
@@ -182,6 +182,11 @@ def without_key(text: str) -> str:
         if key and not key.startswith(PLACEHOLDER_PREFIX):
             text = text.replace(key, "***")
     return text
+
+
+def _reason(error: Exception) -> str:
+    """An error as one short line. A key is hidden before the line is cut."""
+    return without_key(short_line(error, most=sys.maxsize))[:300]
 
 
 def log(metrics: Mapping[str, float], step: int) -> None:
@@ -208,8 +213,7 @@ def _log(values: dict[str, Any], step: int) -> None:
     try:
         _run.log(values, step=step)
     except Exception as error:  # noqa: BLE001 - metrics.jsonl has the same numbers; wandb has many exceptions
-        reason = without_key(" ".join(str(error).split()) or type(error).__name__)[:300]
-        logger.warning("wandb: no more is logged there (%s); metrics.jsonl has all metrics", reason)
+        logger.warning("wandb: no more is logged there (%s); metrics.jsonl has all metrics", _reason(error))
         _run = None
 
 
@@ -242,7 +246,7 @@ def _finish(run: Any, exit_code: int) -> None:
     try:
         run.finish(exit_code=exit_code)
     except Exception as error:  # noqa: BLE001 - the training is done; wandb has many exceptions
-        logger.warning("wandb: the run did not end in order (%s)", without_key(" ".join(str(error).split()))[:300])
+        logger.warning("wandb: the run did not end in order (%s)", _reason(error))
 
 
 def _leave(exit_code: int) -> None:

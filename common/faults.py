@@ -32,8 +32,16 @@ _MENDS = {
     "per_proc_batch_size": "a smaller --per-proc-batch-size",
     "batch_size": "a smaller --batch-size",
 }
+# In errors of torch: places in its sources, and its C++ stack.
+_PLACES = re.compile(r"\[[^\]]*/[\w.]+:\d+\]\s*|\nException raised from [\s\S]*")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "tifffile", "diffusers", "monai", "wandb")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
+
+def short_line(error: BaseException, most: int = 200) -> str:
+    """The first paragraph of an error as one line of at most ``most`` characters. Its type if it has no words."""
+    words, _, _ = _PLACES.sub("", str(error)).strip().partition("\n\n")
+    return " ".join(words.split())[:most] or type(error).__name__
 
 
 def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | None:
@@ -57,8 +65,7 @@ def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | N
             "in this process)"
         )
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        last = str(error).strip().splitlines()[:1]
-        return f"--compile: torch.compile cannot build the network ({' '.join(last)[:200]}). Leave it out"
+        return f"--compile: torch.compile cannot build the network ({short_line(error)}). Leave it out"
     if no_memory or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         return _out_of_memory(text, values)
     return None
@@ -69,7 +76,7 @@ def package_fault(error: BaseException) -> str | None:
     library = isinstance(error, OSError) and ".so" in str(error)  # such as the libraries of CUDA
     if not isinstance(error, ImportError) and not library:
         return None
-    said = f"({' '.join(str(error).split())[:200]})"
+    said = f"({short_line(error)})"
     if _OUT_OF_MEMORY.search(said):
         return f"too little memory to load a library {said}: give more, by ulimit -v unlimited or --mem of the job"
     name = str(getattr(error, "name", None) or "").partition(".")[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
+from common.faults import short_line
 
 MOST_NUMBER = 2**64  # seeds have up to 64 bits
 # What code raises if a value is missing or has the wrong type.
@@ -65,7 +66,7 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     try:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # UnicodeDecodeError is a ValueError
-        raise InputError(f"{path} is not readable JSON ({str(error)[:120]}); {mend}") from error
+        raise InputError(f"{path} is not readable JSON ({short_line(error)}); {mend}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__} instead of an object; {mend}")
     return content
@@ -82,7 +83,7 @@ def read_as(path: Path, convert: Callable[[dict[str, Any]], Any], mend: str) -> 
         return convert(content)
     except WRONG as error:
         raise InputError(
-            f"{path} holds unexpected values ({type(error).__name__}: {str(error)[:120]}); {mend}"
+            f"{path} holds unexpected values ({type(error).__name__}: {short_line(error)}); {mend}"
         ) from error
 
 

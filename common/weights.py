@@ -16,6 +16,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from common.faults import short_line
+
 
 class DamagedFile(ValueError):
     """The file is damaged or not a weights file."""
@@ -82,7 +84,7 @@ def _read_torch(path: Path, allowed: Sequence[type]) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise WouldRunCode(refused.group(1)) from error
-        raise DamagedFile(_first_line(error)) from error
+        raise DamagedFile(f"{type(error).__name__}: {short_line(error)}") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -142,7 +144,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:  # a damaged header can raise any exception
-        raise DamagedFile(_first_line(error)) from error
+        raise DamagedFile(f"{type(error).__name__}: {short_line(error)}") from error
 
 
 def _tensors(content: Any) -> Iterable[Tensor]:
@@ -176,7 +178,3 @@ def _written_out(content: Any) -> float:
             left.append((item, True))
             left.extend((one, False) for one in inside)
     return sizes.get(id(content), 1.0)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"

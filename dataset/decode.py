@@ -18,6 +18,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import InputError, list_some
+from common.faults import short_line
 
 MAX_DECODED_BYTES = 2**30  # one file; 32768 x 32768 pixels of 8-bit gray. A whole slide has to be cut into tiles
 ORIENTATION_TAG = 274  # of EXIF and TIFF; 1 is upright
@@ -111,8 +112,7 @@ def decode(path: Path, as_mask: bool) -> tuple[np.ndarray, str]:
     except UnidentifiedImageError:
         raise FileError(path, "cannot be read, it is damaged or no image file") from None
     except Exception as error:  # noqa: BLE001 - on damaged bytes the decoders raise nearly any type
-        detail = " ".join((str(error) or type(error).__name__).split())[:120]
-        raise FileError(path, "cannot be read, it is damaged or no image file", detail) from None
+        raise FileError(path, "cannot be read, it is damaged or no image file", short_line(error)) from None
     return array.astype(array.dtype.newbyteorder("="), copy=False), table
 
 

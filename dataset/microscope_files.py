@@ -18,6 +18,7 @@ import numpy as np
 import tifffile
 
 from common.errors import InputError, list_some
+from common.faults import short_line
 from dataset.decode import MAX_DECODED_BYTES, FileError, check_page
 from dataset.scale import pixel_size, sane
 
@@ -90,8 +91,7 @@ def read_stack(path: Path, choice: Choice) -> Stack:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the readers raise nearly any type
-        detail = " ".join(str(error).split())[:120]
-        raise FileError(path, "cannot be read, it is damaged or of another kind", detail) from None
+        raise FileError(path, "cannot be read, it is damaged or of another kind", short_line(error)) from None
     kept = [one for one in zip(stack.axes, stack.array.shape, strict=True) if one[1] > 1 or one[0] in "YX"]
     array = stack.array.reshape([count for _, count in kept])
     return dataclasses.replace(stack, array=array, axes="".join(axis for axis, _ in kept))

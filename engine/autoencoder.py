@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.faults import short_line
 from common.plain import WRONG, check_fields, read_json
 from engine.tiling import Tiles
 
@@ -210,7 +211,7 @@ def _check_counts(config: dict[str, Any]) -> None:
 
 def _not_loadable(folder: Path, error: Exception) -> InputError:
     return InputError(
-        f"`vae` {folder}: not a diffusers autoencoder that can be loaded ({_first_line(error)}). The folder needs "
+        f"`vae` {folder}: not a diffusers autoencoder that can be loaded ({short_line(error)}). The folder needs "
         "config.json and diffusion_pytorch_model.safetensors."
     )
 
@@ -256,7 +257,7 @@ def _from_hub(vae: str) -> AutoencoderKL:
         return _load(repository, local_files_only=False)
     except NOT_LOADABLE as error:
         raise InputError(
-            f"`vae` {vae}: {repository} is neither on disk nor to be had from the hub ({_first_line(error)}). Download "
+            f"`vae` {vae}: {repository} is neither on disk nor to be had from the hub ({short_line(error)}). Download "
             "that repository where there is a network and give its folder: `vae` FOLDER; or `vae` none for pixels."
         ) from error
 
@@ -283,10 +284,6 @@ def _load(source: str, local_files_only: bool) -> AutoencoderKL:
     if not vae.config.scaling_factor:
         raise OSError("scaling_factor in config.json is 0 or missing")
     return vae.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_same_space(space: Space, saved: dict[str, Any]) -> None:

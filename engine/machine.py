@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import InputError, one_line
+from common.faults import short_line
 from engine.peers import Peers, join_peers
 
 logger = logging.getLogger(__name__)
@@ -328,7 +329,7 @@ def _compiler_fault(compiler: str) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         except (OSError, subprocess.SubprocessError) as error:
-            return " ".join(str(error).split())[:200]
+            return short_line(error)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return "" if done.returncode == 0 else (lines[0][:200] if lines else f"exit code {done.returncode}")
 

@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from common.errors import InputError, LostProcess, list_some, one_line, unmarked
-from common.faults import fault_of_machine
+from common.faults import fault_of_machine, short_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,14 +60,14 @@ def join_peers() -> Peers:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=STORE_TIMEOUT))
     except (RuntimeError, ValueError) as error:
         raise LostProcess(
-            f"no answer from {address}, where the processes of a launch meet ({_brief(error)})"
+            f"no answer from {address}, where the processes of a launch meet ({short_line(error)})"
         ) from error
     try:
         fresh, hosts = meet(store, rank, world_size)
     except RuntimeError as error:
         if isinstance(error, LostProcess):
             raise
-        raise LostProcess(f"{address}, where the processes of a launch meet, is gone ({_brief(error)})") from error
+        raise LostProcess(f"{address}, where the processes of a launch meet, is gone ({short_line(error)})") from error
     return Peers(fresh, rank, hosts)
 
 
@@ -318,7 +318,7 @@ class Peers:
         except RuntimeError as error:
             fault = fault_of_machine(error, {})  # such as a failed compilation, whose text may hold any word
             if fault or not (isinstance(error, dist.DistError) or re.search(EXCHANGE_FAILED, str(error))):
-                self.leave(fault or _brief(error))
+                self.leave(fault or short_line(error))
                 raise
             lost = self.explain(error)
             self.leave(str(lost))
@@ -346,17 +346,18 @@ class Peers:
                 return LostProcess(f"{list_some([self.name(rank) for rank in gone])} is gone without a word")
             behind = [rank for rank in others if _number(self.beat_of(rank)[1]) < self._progress]
         except RuntimeError as lost_store:
-            return LostProcess(f"the launch has ended, or its network is down ({_brief(lost_store)})")
+            return LostProcess(f"the launch has ended, or its network is down ({short_line(lost_store)})")
         timed_out = re.search(TIMED_OUT, str(error))
         if re.search(REFUSED, str(error)) or (timed_out and re.search(CONNECTING, str(error)) and not behind):
             return LostProcess(
                 f"a connection to another process {'timed out' if timed_out else 'was refused'}, and every process "
-                f"lives: a firewall, or the wrong network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) ({_brief(error)})"
+                "lives: a firewall, or the wrong network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) "
+                f"({short_line(error)})"
             )
         if timed_out:
             late = list_some([self.name(rank) for rank in behind]) if behind else "the others"
             return LostProcess(f"waited too long for {late}; every process lives, and one is stuck or very slow")
-        return LostProcess(f"the connection to another process broke ({_brief(error)})")
+        return LostProcess(f"the connection to another process broke ({short_line(error)})")
 
 
 class _Watch:
@@ -406,9 +407,3 @@ def _number(text: str) -> int:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of an error of torch, without its place in the source."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\[[^\]]*/([\w.]+:\d+)\]\s*", "", line)[:200]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.disk import file_sha256
 from common.errors import InputError
+from common.faults import short_line
 from common.plain import WRONG
 from common.randomness import derived_seed
 from common.spread import evenly
@@ -131,8 +132,7 @@ def load_trained(
         intensity = notes["intensity"] and SourceIntensity.from_dict(notes["intensity"])
         looks = notes["looks"] and Looks.from_dict(notes["looks"])
     except (*WRONG, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its configuration is not as train.py writes it ({reason}).") from error
+        raise InputError(f"{path}: its configuration is not as train.py writes it ({short_line(error)}).") from error
     _check_expected(path, config["model"]["name"], data, expected or {})
     if config["model"].get("class_dropout_prob") == 0 and any(scale != 1 for scale in cfg_scales):
         raise InputError(

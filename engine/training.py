@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError
+from common.faults import short_line
 from common.patch_grid import grid_ratio
 from common.pictures import captioned_sheet, mask_picture
 from common.plain import WRONG
@@ -128,8 +129,9 @@ class Training:
         try:
             self._load(state)
         except (*WRONG, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"the checkpoint does not fit this run ({reason}). Give another one.") from error
+            raise InputError(
+                f"the checkpoint does not fit this run ({short_line(error)}). Give another one."
+            ) from error
 
     def _load(self, state: dict[str, Any]) -> None:
         for part in ("model", "ema"):

@@ -23,6 +23,7 @@ import torch
 
 from common.disk import file_sha256, real_path, write_json
 from common.errors import InputError
+from common.faults import short_line
 from common.randomness import one_of_each
 from dataset.config import DataConfig
 from dataset.files import find_images
@@ -277,9 +278,8 @@ def inception_features(weights: Path, device: torch.device) -> Extractor:
         safe.seek(0)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
     except Exception as error:  # a damaged or foreign file can raise anything
-        reason = " ".join(str(error).split())[:120]
         raise InputError(
-            f"{weights} holds other weights than {INCEPTION_URL} ({type(error).__name__}: {reason})"
+            f"{weights} holds other weights than {INCEPTION_URL} ({type(error).__name__}: {short_line(error)})"
         ) from error
     network = network.to(device).eval()
 

@@ -14,7 +14,7 @@ import torch
 from script_helpers import exit_code
 
 from common.errors import CommandParser, InputError, run_command
-from common.faults import fault_of_machine, without_secrets, write_bug_report
+from common.faults import fault_of_machine, short_line, without_secrets, write_bug_report
 from engine.machine import check_compiler, start_machine
 from evaluation.output import new_figure
 
@@ -36,6 +36,23 @@ def end(monkeypatch, capsys, tmp_path, error: Exception, args: argparse.Namespac
     with pytest.raises(SystemExit) as ended:
         run_command(main, lambda: args)
     return exit_code(ended.value), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("  no such\n\tlayer \n"), "no such layer"),
+        (ValueError(""), "ValueError"),
+        (ValueError(" \n"), "ValueError"),
+        (ValueError("x" * 999), "x" * 200),
+        (RuntimeError("C++ compile error\n\nCommand:\ng++ a.cpp"), "C++ compile error"),
+        (RuntimeError("[/build/gloo/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:9"),
+         "Connection closed by peer [10.0.0.1]:9"),
+        (RuntimeError("Broken pipe\nException raised from sendBytes at /torch/Utils.hpp:1\nframe #0"), "Broken pipe"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_short_line_with_words(error, line):
+    assert short_line(error) == line
 
 
 def test_memory_that_really_runs_out_is_known_by_its_text():

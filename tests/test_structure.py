@@ -135,6 +135,12 @@ def test_what_has_one_owner_is_written_once(word):
     assert found == {ONE_PLACE[word]}
 
 
+def test_errors_are_shortened_in_one_place():
+    pattern = re.compile(r"str\(error\)[^\n]*\[(:\d+|0)\]")
+    found = [path for path in SOURCES if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == []  # common.faults.short_line does it
+
+
 def test_folders_of_images_are_read_without_the_masks_beside_them():
     def wrong(name: str, call: ast.Call) -> bool:
         return name == "find_files" and "image" in [one.value for one in call.args if isinstance(one, ast.Constant)]

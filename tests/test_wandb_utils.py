@@ -179,21 +179,31 @@ def test_repeated_steps_of_a_continued_run_are_left_out(monkeypatch):
     assert [step for step, _ in Run.lines] == [10, 11]
 
 
-def test_a_run_at_wandb_that_takes_no_more_is_a_warning_without_the_key_and_training_goes_on(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"mailbox of {KEY} is closed", "mailbox of *** is closed"),
+        (f"{'x' * 295} {KEY}", f"{'x' * 295} ***"),  # the key is hidden before the line is cut
+        ("", "Exception"),
+    ],
+)
+def test_a_run_at_wandb_that_takes_no_more_is_a_warning_without_the_key_and_training_goes_on(
+    monkeypatch, caplog, text, said
+):
     """wandb logs through a process of its own, which may be killed."""
 
     class Run:
         step = 0
 
         def log(self, metrics, step):
-            raise Exception(f"mailbox of {KEY} is closed")  # noqa: TRY002 - the error of wandb is no other one
+            raise Exception(text)  # noqa: TRY002 - the error of wandb is no other one
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb_utils, "_run", Run())
     for step in (1, 2):
         wandb_utils.log({"train/loss": 1.0}, step)
     wandb_utils.finish()
-    assert caplog.text.count("no more is logged there (mailbox of *** is closed)") == 1
+    assert caplog.text.count(f"no more is logged there ({said})") == 1 and KEY[:9] not in caplog.text
 
 
 OFFLINE_RUN = """

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from common.faults import short_line
 from dataset.annotations.cells import Cell, check_size, labels_to_cells
 from dataset.annotations.plain_arrays import PLAIN, Array, NotPlain
 from dataset.decode import MAX_DECODED_BYTES, FileError
@@ -71,7 +72,7 @@ def read_seg(path: Path) -> dict[str, Any]:
         words = f"holds something else than numbers, strings and arrays, and is not read: {_MEND}"
         raise FileError(path, words, str(error)) from None
     except Exception as error:  # noqa: BLE001 - on damaged bytes an unpickler raises nearly any type
-        raise FileError(path, "cannot be read, it is damaged or no _seg.npy", str(error)[:120]) from None
+        raise FileError(path, "cannot be read, it is damaged or no _seg.npy", short_line(error)) from None
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.faults import short_line
 from dataset.annotations.cells import Cell, ids_of_names, rings_to_cell
 from dataset.decode import FileError
 
@@ -28,7 +29,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())  # UTF-8, 16 or 32
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise FileError(path, "is no JSON, or a damaged one", str(error)[:120]) from None
+        raise FileError(path, "is no JSON, or a damaged one", short_line(error)) from None
 
 
 def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:

@@ -11,6 +11,7 @@ import numpy as np
 import roifile
 
 from common.errors import list_some
+from common.faults import short_line
 from dataset.annotations.cells import Cell, ids_of_names, rings_to_cell
 from dataset.decode import FileError
 from dataset.names import is_litter
@@ -43,7 +44,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     except FileError:
         raise
     except Exception as error:  # noqa: BLE001 - on damaged bytes the reader raises nearly any type
-        raise FileError(path, "cannot be read, it is damaged or holds no ROIs", str(error)[:120]) from None
+        raise FileError(path, "cannot be read, it is damaged or holds no ROIs", short_line(error)) from None
 
 
 def _check_places(path: Path, rois: Sequence[roifile.ImagejRoi]) -> None:
@@ -67,7 +68,7 @@ def _read_zip(path: Path) -> list[roifile.ImagejRoi]:
             try:
                 rois.append(roifile.ImagejRoi.frombytes(archive.read(member)))
             except Exception as error:  # noqa: BLE001 - on damaged bytes the reader raises nearly any type
-                raise FileError(path, f"holds a damaged ROI ({member.filename})", str(error)[:120]) from None
+                raise FileError(path, f"holds a damaged ROI ({member.filename})", short_line(error)) from None
         others = [one.filename for one in archive.infolist() if not one.is_dir()]
     if not rois and others:
         raise FileError(path, f"holds no ROIs but {list_some(others, 1)}: unpack it")

@@ -9,6 +9,7 @@ import numpy as np
 import tifffile
 
 from common.errors import list_some
+from common.faults import short_line
 from dataset.annotations.cells import LARGEST_ID, Cell, labels_to_cells
 from dataset.decode import MAX_DECODED_BYTES, FileError, check_page
 
@@ -45,7 +46,7 @@ def read_array(path: Path) -> np.ndarray:
                 "holds Python objects, which are not read. If it is of Cellpose, name it NAME_seg.npy and leave the "
                 "format out",
             ) from None
-        raise FileError(path, "cannot be read, it is damaged or no array of numbers", str(error)[:120]) from None
+        raise FileError(path, "cannot be read, it is damaged or no array of numbers", short_line(error)) from None
 
 
 def _read_pages(path: Path) -> np.ndarray:
