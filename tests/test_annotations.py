@@ -28,7 +28,7 @@ from dataset.annotations.convert import ConvertSettings, convert, unpack_images
 from dataset.annotations.imagej import roi_of
 from dataset.annotations.outlines import outlines
 from dataset.annotations.plain_arrays import Call, NotPlain
-from dataset.files import FileError, read_mask
+from dataset.files import FileError, pair_files, read_mask
 from dataset.masks import MaskRule
 from synthetic.export import EXPORTS, export_set, instances_of
 
@@ -526,6 +526,20 @@ def test_one_file_of_each_pairs_whatever_the_names(tmp_path, images):
     np.save(tmp_path / "something_seg.npy", {"masks": drawn()})
     convert(tmp_path / "something_seg.npy", images / "a.png", tmp_path / "out", ConvertSettings())
     assert np.array_equal(read_mask(tmp_path / "out" / "a.tif"), drawn())
+    assert next(csv.DictReader((tmp_path / "out" / "report.csv").open()))["image"] == "a"
+
+
+@pytest.mark.parametrize("file_names", [("image.png", "image.png"), ("x.png", "y.png")])
+def test_labels_have_the_names_by_which_training_pairs_them(tmp_path, file_names):
+    source = folder_of(tmp_path)
+    for number, (name, file_name) in enumerate(zip("AB", file_names, strict=True), start=1):
+        (tmp_path / "images" / name / "images").mkdir(parents=True)
+        Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "images" / name / "images" / file_name)
+        (source / f"{name}.geojson").write_text(json.dumps([feature(2, 4, 4 + number)]))
+    result = convert(source, tmp_path / "images", tmp_path / "out", ConvertSettings())
+    pairs = pair_files(tmp_path / "images", tmp_path / "out")
+    assert [pair.name for pair in pairs] == list(result.counts) == ["A", "B"]
+    assert [np.count_nonzero(read_mask(pair.mask_path)) for pair in pairs] == [25, 36]
 
 
 def coco_file(folder: Path, annotations: list[dict], **image: object) -> Path:

@@ -136,7 +136,7 @@ def _draw_all(
             errors.append(f"annotations of {name}: {error}")
         else:
             result.found |= names
-            write_bytes(folder / f"{paths[name].name.rpartition('.')[0]}.tif", content)
+            write_bytes(folder / f"{name}.tif", content)
     if errors:
         raise InputError(f"{len(errors)} of {len(pairs)} annotations cannot be used: {list_some(errors)}")
 
@@ -192,9 +192,9 @@ def _pair(
         kind = "" if settings.format_name == "auto" else f" of the format {settings.format_name}"
         raise InputError(f"{source} holds no annotations{kind}{_others(source)}; {READ}")
     if images.is_file() and len(loads) == 1:  # one of each: whatever their names
-        return {"image": next(iter(loads.values()))}, [], []
+        return dict.fromkeys(paths, next(iter(loads.values()))), [], []
     if images.is_file():
-        by_name = {_stem(images): "image"}
+        by_name = {known: name for name in paths for known in (name, _stem(images))}
     else:
         by_name = {stem.removesuffix(IMAGE_ENDING): stem for stem in paths} | {stem: stem for stem in paths}
     pairs = _by_image(source, loads, by_name)
@@ -227,7 +227,7 @@ def _by_image(source: Path, loads: Mapping[str, Load], by_name: Mapping[str, str
 def _images(source: Path, images: Path) -> dict[str, Path]:
     """Images by their names. Masks that lie beside them, and annotations, are none."""
     if images.is_file():
-        return {"image": images}
+        return {name_of(images.name): images}
     paths = find_files(images, "image")
     if not source.is_dir() or not source.samefile(images):
         return paths
