@@ -25,6 +25,7 @@ from common.errors import InputError
 from dataset.annotations import cellpose, coco
 from dataset.annotations.cells import Cell, draw_cells, rings_to_cell
 from dataset.annotations.convert import ConvertSettings, convert, unpack_images
+from dataset.annotations.formats import format_of
 from dataset.annotations.imagej import roi_of
 from dataset.annotations.outlines import outlines
 from dataset.annotations.plain_arrays import Call, NotPlain
@@ -504,6 +505,7 @@ def test_the_report_says_what_has_no_partner_and_what_became_of_the_cells(tmp_pa
         ("a.roi", b"Iout", "holds no ROIs"),
         ("a_seg.npy", b"\x93NUMPY", "damaged or no _seg.npy"),
         ("a.npy", b"junk", "damaged or no array"),
+        ("a.tif", b"II*\0\x08\0", "damaged or no image file"),
         ("a.txt", b"", "holds no annotations"),
         ("other.geojson", b'{"type": "FeatureCollection", "features": []}', "has the name of an image"),
     ],
@@ -1039,6 +1041,18 @@ def test_stacks_in_every_file_and_what_is_none(tmp_path, images):
         np.save(source / "a.npy", array)
         with pytest.raises(InputError, match=words):
             converted(tmp_path, images, source)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_format_of_a_tiff_that_lost_or_changed_any_byte_is_known(tmp_path, count):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pages_of_cells()[:count], photometric="minisblack")
+    content = path.read_bytes()
+    damaged = [content[:end] for end in range(1, 400)]
+    damaged += [content[:place] + bytes([value]) + content[place + 1 :] for place in range(250) for value in (0, 255)]
+    for one in damaged:
+        path.write_bytes(one)
+        assert format_of(path, among_stacks=True) in ("pages", "colours")
 
 
 def test_a_flat_tiff_among_stacks_is_one_cell(tmp_path, images):

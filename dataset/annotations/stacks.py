@@ -112,7 +112,7 @@ def has_pages(path: Path) -> bool:
             return len(tiff.pages) > 1 or (
                 len(tiff.series) == 1 and tiff.series[0].axes in ("ZYX", "TYX", "CYX", "QYX", "IYX")
             )
-    except (OSError, ValueError):
+    except Exception:  # noqa: BLE001 - what is wrong with the file is said when it is read
         return False
 
 
@@ -124,7 +124,7 @@ def is_flat_and_gray(path: Path) -> bool:
         with tifffile.TiffFile(path, _multifile=False) as tiff:
             page = tiff.pages.first
             return len(tiff.pages) == 1 and page.ndim == 2 and page.photometric != tifffile.PHOTOMETRIC.PALETTE
-    except (OSError, ValueError):
+    except Exception:  # noqa: BLE001 - what is wrong with the file is said when it is read
         return False
 
 
