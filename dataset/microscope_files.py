@@ -63,12 +63,14 @@ class Stack:
     Attributes:
         pixel_um: width of a pixel in micrometres, if the file says it.
         is_recording: a microscope wrote the file, and planes that it did not record are 0.
+        axes_given: whether the axes are those of the choice, as the file does not name its own.
     """
 
     array: np.ndarray
     axes: str
     pixel_um: float | None = None
     is_recording: bool = False
+    axes_given: bool = False
 
 
 def read_stack(path: Path, choice: Choice) -> Stack:
@@ -126,12 +128,24 @@ def _read_tiff(path: Path, choice: Choice) -> Stack:
         _check_bytes(path, chosen.nbytes)
         check_page(chosen.keyframe, chosen.dtype == bool, path)
         array, axes = chosen.asarray(maxworkers=1), chosen.axes
+        is_colour = tifffile.PHOTOMETRIC(chosen.keyframe.photometric).name in ("RGB", "YCBCR")
+    given = axes
     if choice.axes and axes.strip("YX"):
-        if len(choice.axes) != len(axes):
-            raise InputError(f"`axes` {choice.axes}: {path} has {len(axes)} axes ({axes})")
-        axes = choice.axes.upper()
-    _refuse_unnamed_axes(path, array.shape, axes)
-    return _take_planes(Stack(array, axes, pixel_size(path)), choice, path)
+        given = choice.axes.upper()
+        _check_given_axes(path, given, axes, "TZCS" if is_colour else "TZC")
+    _refuse_unnamed_axes(path, array.shape, given)
+    return _take_planes(Stack(array, given, pixel_size(path), axes_given=given != axes), choice, path)
+
+
+def _check_given_axes(path: Path, given: str, axes: str, named: str) -> None:
+    """Refuse other letters than those that a file names. Height and width count as named if all other axes are."""
+    if len(given) != len(axes):
+        raise InputError(f"`axes` {given}: {path} has {len(axes)} axes ({axes})")
+    keeps_names = all(one == letter for one, letter in zip(given, axes, strict=True) if letter in named)
+    if given != axes and not (keeps_names and axes.strip(f"{named}YX")):
+        raise InputError(
+            f"`axes` {given}: {path} names its axes itself ({axes}): leave it out, or keep this file in another folder"
+        )
 
 
 def _refuse_unnamed_axes(path: Path, shape: Sequence[int], axes: str) -> None:

@@ -93,19 +93,23 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     if twice:
         raise InputError(f"{source} has two files with one name: {list_some(twice)}. Keep one of each")
     sizes: dict[str, float | None] = {}
+    axes_given = False
     with new_folder(output) as folder:
         for name, path in zip(names, files, strict=True):
-            write_bytes(folder / f"{name}.tif", _content(path, choice, sizes))
+            content, sizes[path.name], needs_axes = _content(path, choice)
+            write_bytes(folder / f"{name}.tif", content)
+            axes_given |= needs_axes
+        if choice.axes and not axes_given:
+            raise InputError(f"`axes` {choice.axes} has no effect: no file of {source} needs it: leave it out")
     for warning in scale_warning(sizes):
         logger.warning("%s: %s", source, warning)
     return [output / f"{name}.tif" for name in names]
 
 
-def _content(path: Path, choice: Choice, sizes: dict[str, float | None]) -> bytes:
-    """The flat TIFF of a file. Adds its pixel size to ``sizes``."""
+def _content(path: Path, choice: Choice) -> tuple[bytes, float | None, bool]:
+    """The flat TIFF of a file, its pixel size, and whether its axes are those of the choice."""
     stack = read_stack(path, choice)
-    sizes[path.name] = stack.pixel_um
     image, colours = flatten(stack, choice, path)
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise FileError(path, "holds NaN or infinite values: replace them")
-    return encode_tiff(image, colours=colours, pixel_um=stack.pixel_um)
+    return encode_tiff(image, colours=colours, pixel_um=stack.pixel_um), stack.pixel_um, stack.axes_given

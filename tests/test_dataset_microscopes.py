@@ -123,6 +123,41 @@ def test_axes_without_a_name_must_be_named(tmp_path):
     assert np.array_equal(flat(tmp_path / "in", z="2", axes="ZYX")[..., 0], STACK[0, 1, 0])
 
 
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [
+        ("CYX", {"ome": True}),
+        ("CYX", {"imagej": True}),
+        ("CYX", {"photometric": "minisblack"}),
+        ("YXS", {"photometric": "rgb"}),
+    ],
+)
+def test_axes_that_a_file_names_are_never_read_as_others(tmp_path, axes, options):
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "plain.tif", STACK[0, :3, 0], photometric="minisblack")
+    array = STACK[0, :3, 0] if axes == "CYX" else np.zeros((20, 24, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "in" / "named.ome.tif", array, metadata={"axes": axes}, **options)
+    words = ["images", tmp_path / "in", "--output", tmp_path / "out", "--z", "max", "--axes", "ZYX"]
+    code, lines = run_here(make_masks, *words)
+    assert code == 2 and f"--axes ZYX: {tmp_path}/in/named.ome.tif names its axes itself ({axes})" in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_axes_are_given_for_files_that_need_them_beside_flat_ones(tmp_path):
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "flat.tif", STACK[0, 0, 0])
+    tifffile.imwrite(tmp_path / "in" / "named.ome.tif", STACK[0, :, 0], ome=True, metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=r"axes ZYX has no effect: no file of \S+in needs it"):
+        flat(tmp_path / "in", z="max", axes="ZYX")
+    tifffile.imwrite(tmp_path / "in" / "last.tif", STACK[0, :, 0].transpose(1, 2, 0), photometric="minisblack")
+    with pytest.raises(InputError, match=r"named.ome.tif names its axes itself"):
+        flat(tmp_path / "in", z="max", axes="YXZ")
+    (tmp_path / "in" / "named.ome.tif").unlink()
+    written = flatten_folder(tmp_path / "in", tmp_path / "out", Choice(z="max", axes="YXZ"))
+    assert np.array_equal(read_image_and_kind(written[0])[0][..., 0], STACK[0, 0, 0])
+    assert np.array_equal(read_image_and_kind(written[1])[0][..., 0], STACK[0, :, 0].max(axis=0))
+
+
 def test_a_wrong_number_of_axes_is_said_with_one_flag(folder):
     words = ["images", folder, "--z", 1, "--time", 1, "--axes", "TYX", "--output", folder.parent / "out"]
     code, lines = run_here(make_masks, *words)
