@@ -441,14 +441,14 @@ def encode_image(image: np.ndarray, colours: bool = True) -> bytes:
 def encode_tiff(image: np.ndarray, planes: bool = True, colours: bool = True, pixel_um: float | None = None) -> bytes:
     """(H, W, C) or (H, W) as TIFF, compressed.
 
-    With ``colours``, three channels of whole numbers are RGB. Others become one plane per channel (axes CYX), or,
-    without ``planes``, stay the last axis. ``pixel_um`` is the width of a pixel in micrometres, if it is known.
+    With ``colours``, three channels are RGB. Others become one plane per channel (axes CYX), or, without ``planes``,
+    stay the last axis. ``pixel_um`` is the width of a pixel in micrometres, if it is known.
     """
     buffer = io.BytesIO()
     known: dict[str, Any] = (
         {} if pixel_um is None else {"resolution": (1e4 / pixel_um,) * 2, "resolutionunit": "CENTIMETER"}
     )
-    if colours and image.ndim == 3 and image.shape[2] == 3 and image.dtype.kind == "u":
+    if colours and image.ndim == 3 and image.shape[2] == 3:
         tifffile.imwrite(buffer, image, photometric="rgb", compression="zlib", **known)
     elif image.ndim == 2 or image.shape[2] == 1:
         plane = image.reshape(image.shape[:2])

@@ -29,7 +29,7 @@ from dataset.annotations.formats import format_of
 from dataset.annotations.imagej import roi_of
 from dataset.annotations.outlines import outlines
 from dataset.annotations.plain_arrays import Call, NotPlain
-from dataset.files import FileError, pair_files, read_mask
+from dataset.files import FileError, pair_files, read_image_and_kind, read_mask
 from dataset.masks import MaskRule
 from synthetic.export import EXPORTS, export_set, instances_of
 
@@ -473,6 +473,33 @@ def test_pannuke_arrays_give_images_ids_and_classes(tmp_path):
     assert (read_mask(tmp_path / "classes" / "images_000002.tif")[22:30, 20:30] == 3).all()
     with pytest.raises(InputError, match="is not empty"):
         unpack_images(tmp_path / "images.npy", tmp_path / "png")
+
+
+LEVELS = np.arange(2 * 6 * 7 * 3).reshape(2, 6, 7, 3)  # 0 to 251
+
+
+@pytest.mark.parametrize(
+    ("array", "stored"),
+    [
+        (LEVELS.astype(np.int64), LEVELS.astype(np.uint8)),
+        (LEVELS.astype(np.float64), LEVELS.astype(np.uint8)),
+        ((LEVELS / 255).astype(np.float32), LEVELS.astype(np.uint8)),
+        (LEVELS * 200.0, (LEVELS * 200).astype(np.uint16)),
+        (LEVELS.astype(np.uint16), LEVELS.astype(np.uint16)),
+        (LEVELS > 99, np.where(LEVELS > 99, 255, 0).astype(np.uint8)),
+        (LEVELS - 9, LEVELS - 9),
+        (LEVELS / 251, (LEVELS / 251).astype(np.float32)),
+        ((LEVELS / 251).astype(np.float32)[..., 0], (LEVELS / 251).astype(np.float32)[..., :1]),
+    ],
+)
+def test_images_of_an_array_are_files_of_one_type_and_three_channels_are_colours(tmp_path, array, stored):
+    array = np.concatenate([array, np.zeros_like(array[:1])])  # a blank image decides nothing
+    np.save(tmp_path / "images.npy", array)
+    folder = unpack_images(tmp_path / "images.npy", tmp_path / "out")
+    read = [read_image_and_kind(path) for path in sorted(folder.iterdir())]
+    assert [image.dtype for image, _ in read] == [stored.dtype] * 3 and not any(kind for _, kind in read)
+    assert np.array_equal(np.stack([image for image, _ in read[:2]]), stored) and not read[2][0].any()
+    assert len({path.suffix for path in folder.iterdir()}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ folders, report

@@ -156,15 +156,17 @@ def test_an_autoencoder_takes_its_own_channels_only(vae, autoencoder_folder):
 @pytest.mark.parametrize(
     ("channels", "dtype"),
     [(1, np.uint8), (3, np.uint8), (1, np.uint16), (3, np.uint16), (2, np.uint8), (4, np.uint16), (1, np.float32),
-     (3, np.float32), (5, np.float32)],
+     (3, np.float32), (5, np.float32), (3, np.int32)],
 )  # fmt: skip
 def test_written_images_are_read_back_with_every_value(tmp_path, channels, dtype):
     image = np.random.default_rng(0).integers(0, 256, (12, 7, channels)).astype(dtype)
     image[..., -1] = np.iinfo(dtype).max if dtype != np.float32 else 1  # a saturated channel is no alpha channel
     for content in (encode_image(image), encode_tiff(image), encode_tiff(image, planes=False)):
         (tmp_path / "a").write_bytes(content)
-        read = read_image(tmp_path / "a")
-        assert read.dtype == dtype and np.array_equal(read, image)
+        read, has_channels = read_image_and_kind(tmp_path / "a")
+        assert read.dtype == dtype and np.array_equal(read, image) and has_channels == (channels not in (1, 3))
+    (tmp_path / "a").write_bytes(encode_image(image, colours=False))
+    assert read_image_and_kind(tmp_path / "a")[1] == (channels > 1)
     assert encode_image(image) == encode_image(np.asfortranarray(image))  # as a tensor with channels first gives it
 
 

@@ -17,7 +17,7 @@ from common.errors import InputError, list_some
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
 from dataset.annotations.formats import READ, SUFFIXES, format_of
-from dataset.files import FileError, encode_image, encode_tiff, find_files, read_image
+from dataset.files import FileError, encode_image, encode_tiff, find_files, image_suffix, read_image
 from dataset.folder_hints import other_program
 from dataset.names import IMAGE_ENDING, IMAGE_SUFFIXES, bare_mask_names, is_litter, name_of, split_together
 
@@ -26,6 +26,7 @@ MAPS = ("instances", "classes")
 REPORT = "report.csv"
 # Endings that programs add to the name of the image. Longer ones come first.
 ENDINGS = ("_annotations", "_cp_masks", "_RoiSet", "_labels", "_masks", "_rois", "_mask", "_seg")
+ROUNDING = 1e-3  # gray levels by which 8-bit values differ that were divided by 255
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,8 @@ def _which_classes(source: Path, pairs: Mapping[str, Load], paths: Mapping[str, 
 def unpack_images(array_path: Path, folder: Path) -> Path:
     """Write the images of a (N, H, W) or (N, H, W, 3) array as files of their own, as PanNuke's need it.
 
+    All files have one type. Three channels are RGB.
+
     Returns:
         The folder.
 
@@ -376,15 +379,38 @@ def unpack_images(array_path: Path, folder: Path) -> Path:
     """
     array = stacks.read_array(array_path)
     check_folder(folder)
-    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)) or not array.size:
         shape = " x ".join(map(str, array.shape))
         raise FileError(array_path, f"has the shape {shape}: (images, height, width) or (images, height, width, 3)")
     folder.mkdir(parents=True, exist_ok=True)
+    dtype, factor = _type_of_files(array)
     for index in range(len(array)):
-        image = np.asarray(array[index])
-        if image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 255 and (image == np.round(image)).all():
-            image = image.astype(np.uint8)  # PanNuke keeps 8-bit colours as float64
-        image = image.reshape(*image.shape[:2], -1)
-        suffix = ".png" if image.dtype in (np.uint8, np.uint16) else ".tif"
-        write_bytes(folder / f"{array_path.stem}_{index:06d}{suffix}", encode_image(image))
+        image = np.asarray(array[index]).reshape(*array.shape[1:3], -1)
+        image = image if dtype == array.dtype else np.rint(image * factor).astype(dtype)
+        path = folder / f"{array_path.stem}_{index:06d}{image_suffix(image.shape[2], dtype)}"
+        write_bytes(path, encode_image(image))
     return folder
+
+
+def _type_of_files(array: np.ndarray) -> tuple[np.dtype, int]:
+    """Type of the files of all images, and the factor on their values.
+
+    8 bits if these hold every value: PanNuke keeps 8-bit colours as float64, others divide them by 255. Whole numbers
+    may also fit into 16 bits.
+    """
+    if array.dtype == bool:
+        return np.dtype(np.uint8), 255
+    if array.dtype in (np.uint8, np.uint16):
+        return array.dtype, 1
+    low, high, whole, parts = np.inf, -np.inf, True, array.dtype.kind == "f"  # parts: multiples of 1 / 255
+    for image in array:
+        low, high = min(low, image.min()), max(high, image.max())
+        whole = whole and bool((image == np.round(image)).all())
+        if parts:
+            levels = image * 255.0
+            parts = bool(np.abs(levels - np.round(levels)).max() < ROUNDING)
+    if parts and low >= 0 and high <= 1:
+        return np.dtype(np.uint8), 255
+    if whole and low >= 0 and high <= 65535:
+        return np.dtype(np.uint8 if high <= 255 else np.uint16), 1
+    return array.dtype, 1
