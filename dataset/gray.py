@@ -299,7 +299,11 @@ def window_columns(window: Window | None) -> dict[str, str]:
 
 
 def window_from_columns(row: dict[str, str]) -> Window | None:
-    """The inverse of :func:`window_columns`. None if the columns are empty or missing."""
+    """The inverse of :func:`window_columns`. None if the columns are empty or missing.
+
+    Raises:
+        ValueError: no numbers, or not as many in both columns.
+    """
     ends = [[float(word) for word in (row.get(name) or "").split()] for name in ("window_low", "window_high")]
     return tuple(zip(*ends, strict=True)) or None
 

@@ -23,6 +23,7 @@ from dataset.unclear_masks import why_unclear
 from dataset.views import View
 
 MASK_TYPES = ("auto", "binary", "classes", "probability", "instances")
+DECIDED_TYPES = MASK_TYPES[1:]
 HARD_TYPES = ("binary", "classes", "instances")
 SUM_TOLERANCE = 0.01
 # Thresholds for masks of numbered cells: pieces have constant values, each id is one piece except for small crumbs, and
@@ -37,7 +38,7 @@ class MaskRule:
     """How to read the masks of one folder. Decided once per folder.
 
     Attributes:
-        mask_type: one of :data:`MASK_TYPES`, never "auto".
+        mask_type: one of :data:`DECIDED_TYPES`.
         maximum: gray value that means "certainly cell" (binary and probability; 1 otherwise).
         reason: one sentence for the log.
         normalize: divide soft maps by their sum. If False, refuse those that do not sum to one.
@@ -50,6 +51,13 @@ class MaskRule:
     reason: str
     normalize: bool = False
     values: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that no rule has, as a damaged file may hold."""
+        if self.mask_type not in DECIDED_TYPES:
+            raise ValueError(f"mask_type is {self.mask_type!r} instead of one of {', '.join(DECIDED_TYPES)}")
+        if self.maximum <= 0:
+            raise ValueError(f"maximum is {self.maximum:g} instead of a number above 0")
 
     @property
     def is_hard(self) -> bool:

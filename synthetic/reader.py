@@ -7,6 +7,7 @@ as in training, cut by the view of their label, and rounded to 8 bits like synth
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from common.disk import SETTINGS, real_path
 from common.errors import InputError, list_some
 from common.pictures import repeat_gray, to_uint8
 from common.plain import build
-from dataset.config import DataConfig
+from dataset.config import DataConfig, Window
 from dataset.files import read_image, read_mask
 from dataset.gray import fit_channels, image_window, to_display, window_from_columns, window_image
-from dataset.masks import MaskRule
+from dataset.mask_facts import listed
+from dataset.masks import DECIDED_TYPES, MaskRule
 from dataset.views import View, center_view, view_of_file, whole_view
 from engine.tiling import covering_squares
 from synthetic.manifest import (
@@ -51,6 +53,7 @@ class Sample:
         source_mask: the mask file that the label was cut from, or None if the manifest does not name it.
         view: the part of the real image that the label shows, or None.
         mask_type: what the label holds: ``binary``, ``classes``, ``probability`` or ``instances``.
+        window: range of gray values that the image holds. None: 8 bits over the whole range.
         columns: the whole row as text.
     """
 
@@ -60,6 +63,7 @@ class Sample:
     source_mask: Path | None
     view: View | None
     mask_type: str
+    window: Window | None
     columns: dict[str, str]
 
     @property
@@ -163,8 +167,12 @@ class SampleSet:
     def synthetic(self, sample: Sample) -> np.ndarray:
         """The synthetic image, uint8 (H, W, C)."""
         image = read_image(sample.image_path)
-        if sample.columns.get("intensity") == "source":
-            image = to_display(image, window_from_columns(sample.columns))
+        if sample.window is not None and len(sample.window) not in (1, image.shape[2]):
+            raise InputError(
+                f"{sample.image_path} has {image.shape[2]} channels, but window_low and window_high in {MANIFEST} hold "
+                f"{len(sample.window)} numbers; {AGAIN}"
+            )
+        image = to_display(image, sample.window)
         if image.dtype != np.uint8:
             raise InputError(f"{sample.image_path} is {image.dtype}, not 8-bit as sample_ddp.py writes its images")
         if self.config is None:  # a set of another tool: gray or RGB
@@ -231,13 +239,13 @@ class SampleSet:
         label = self._label(sample)
         if label.ndim == 3:
             return label.argmax(axis=0).astype(np.uint8)
-        if self._rule is not None and (self._rule.values or sample.mask_type != "classes"):
+        values = None if self._rule is None else self._rule.values
+        holds_ids = sample.mask_type == "classes" or self._holds_ids(sample, label)
+        if values or holds_ids:
+            self._check_ids(sample, label, values or range(self.num_classes))
+        if self._rule is not None and (values or sample.mask_type != "classes"):
             return self._rule.class_map(label)
-        if sample.mask_type == "classes" or self._holds_ids(sample, label):
-            if label.max(initial=0) >= self.num_classes:
-                raise InputError(
-                    f"{sample.label_path} holds class {label.max()}, the set has {self.num_classes} classes"
-                )
+        if holds_ids:
             return label.astype(np.uint8)
         if sample.mask_type == "binary" and len(np.unique(label[label > 0])) < 2:  # {0, 1} as well as {0, 255}
             return (label > 0).astype(np.uint8)
@@ -254,7 +262,19 @@ class SampleSet:
         label = read_mask(sample.label_path)
         if label.ndim == 3 and sample.mask_type != "probability":
             raise InputError(f"{sample.label_path} is a stack of {len(label)} planes, not a label of sample_ddp.py")
+        if label.ndim == 3 and self.config is not None and len(label) != self.num_classes:
+            raise InputError(f"{sample.label_path} has {len(label)} planes, the set has {self.num_classes} classes")
         return label
+
+    def _check_ids(self, sample: Sample, label: np.ndarray, known: Sequence[int]) -> None:
+        """Refuse a label with other values than those of the classes."""
+        others = np.setdiff1d(label, known)
+        if len(others) and isinstance(known, range):
+            raise InputError(f"{sample.label_path} holds class {others[-1]}, the set has {self.num_classes} classes")
+        if len(others):
+            raise InputError(
+                f"{sample.label_path} holds the value {others[0]}, the classes of the set have {listed(known)}; {AGAIN}"
+            )
 
     def _holds_ids(self, sample: Sample, label: np.ndarray) -> bool:
         """Whether a single-plane label of a probability set holds class ids."""
@@ -267,19 +287,33 @@ class SampleSet:
         real_image = path_in_set(real, self.folder) if real else None
         if real_image is not None and real_dir is not None:
             real_image = real_dir / real_image.name
+        where = f"{self.folder / MANIFEST}: row of {row['image']}"
         try:
             numbers = [int(row[name]) for name in VIEW_COLUMNS] if row.get(VIEW_COLUMNS[0]) else None
         except (KeyError, ValueError) as error:
+            raise InputError(f"{where} has no whole numbers in {', '.join(VIEW_COLUMNS)}") from error
+        try:
+            window = window_from_columns(row) if row.get("intensity") == "source" else None
+            if not all(-math.inf < low < high < math.inf for low, high in window or ()):
+                raise ValueError("a range without gray values")
+        except ValueError as error:
             raise InputError(
-                f"{self.folder / MANIFEST}: row of {row['image']} has no whole numbers in {', '.join(VIEW_COLUMNS)}"
+                f"{where} has window_low {row.get('window_low')!r} and window_high {row.get('window_high')!r}: as many "
+                f"numbers are needed in both, the low ones below the high ones; {AGAIN}"
             ) from error
+        mask_type = row.get("mask_type") or "binary"
+        if mask_type not in DECIDED_TYPES:
+            raise InputError(
+                f"{where} has mask_type {mask_type!r} instead of one of {', '.join(DECIDED_TYPES)}; {AGAIN}"
+            )
         return Sample(
             image_path=self.folder / row["image"],
             label_path=self.folder / row["label"],
             real_path=real_image,
             source_mask=path_in_set(mask, self.folder) if mask else None,
             view=View(*numbers) if numbers else None,
-            mask_type=row.get("mask_type") or "binary",
+            mask_type=mask_type,
+            window=window,
             columns=row,
         )
 

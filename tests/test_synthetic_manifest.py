@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from drawn_sets import Row, disk, paint, write_set
+from PIL import Image
 
 from common.disk import check_folder
 from common.errors import InputError
+from dataset.config import DataConfig
 from evaluation.filter import filter_set, write_filter_report
 from evaluation.threshold import score_by_threshold
 from synthetic.manifest import (
@@ -163,10 +166,14 @@ def test_an_empty_folder_and_a_locked_one_are_free(tmp_path):
     assert not check_folder(tmp_path) and not check_folder(tmp_path, {"seed": 0})
 
 
+GOOD = {"data_config": {"image_size": 16}}
+RULE = {"mask_type": "binary", "num_classes": 2, "maximum": 255.0, "reason": ""}
 WRONG_SETTINGS = [
     {"data_config": [1]}, {"data_config": {"image_size": 16, "x": 1}}, {"data_config": {"image_size": "16"}},
     {"data_config": {"image_size": 16, "window": "ab"}}, {"mask_rule": {"x": 1}}, {"mask_rule": [1]}, {"filter": [1]},
     {"redraw": "x"}, {"tile_scale": "x"}, {"tile_scale": -1}, {"trained_on": [1]}, {"mask_origin": 5},
+    {**GOOD, "mask_rule": RULE | {"mask_type": "foo"}},
+    {**GOOD, "mask_rule": RULE | {"maximum": 0.0}},
 ]  # fmt: skip
 
 
@@ -176,6 +183,65 @@ def test_settings_of_the_wrong_kind_are_refused_with_the_file(tmp_path, wrong):
     (folder / "settings.json").write_text(json.dumps(wrong))
     with pytest.raises(InputError, match=r"settings\.json.*sample the set again"):
         SampleSet(folder)
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ({"window_low": "abc", "window_high": "5"}, "window_low 'abc' and window_high '5'"),
+        ({"window_low": "0,5", "window_high": "9"}, "window_low '0,5'"),
+        ({"window_low": "0 1", "window_high": "9"}, "as many numbers are needed in both"),
+        ({"window_low": "7", "window_high": "7"}, "the low ones below the high ones"),
+        ({"window_low": "0", "window_high": "inf"}, "window_high 'inf'"),
+        ({"window_low": "nan", "window_high": "9"}, "window_low 'nan'"),
+        ({"window_low": "", "window_high": "9"}, "window_low ''"),
+        ({"mask_type": "foo"}, "mask_type 'foo' instead of one of binary, classes, probability, instances"),
+        ({"mask_type": "auto"}, "mask_type 'auto' instead of one of"),
+        ({"crop_top": "x"}, "no whole numbers in crop_scaled_height"),
+    ],
+)
+def test_a_row_with_wrong_cells_is_named(tmp_path, cells, words):
+    folder = small_set(tmp_path / "set")
+    _, rows = read_manifest(folder)
+    write_manifest(folder, [rows[0], rows[1] | {"intensity": "source"} | cells])
+    with pytest.raises(InputError, match=rf"manifest\.csv: row of {rows[1]['image']} .*{words}"):
+        SampleSet(folder)
+
+
+def test_a_gray_range_of_other_channels_than_the_image_is_named(tmp_path):
+    folder = small_set(tmp_path / "set")
+    _, rows = read_manifest(folder)
+    write_manifest(folder, [row | {"intensity": "source", "window_low": "0 1", "window_high": "8 9"} for row in rows])
+    samples = SampleSet(folder)
+    with pytest.raises(InputError, match=r"cells_00\.png has 3 channels, .*hold 2 numbers; sample the set again"):
+        samples.synthetic(samples.samples[0])
+
+
+@pytest.mark.parametrize(("value", "words"), [(7, "the value 7"), (1, "the value 1")])
+def test_a_label_with_a_value_of_no_class_is_named(tmp_path, value, words):
+    rule = {"mask_type": "classes", "num_classes": 3, "maximum": 1.0, "reason": "", "values": [0, 2, 5]}
+    folder = small_set(tmp_path / "set", config=DataConfig(24, num_classes=3), mask_rule=rule)
+    _, rows = read_manifest(folder)
+    write_manifest(folder, [row | {"mask_type": "classes"} for row in rows])
+    label = np.full((24, 24), 5, np.uint8)
+    label[3, 4] = value
+    Image.fromarray(label).save(folder / "masks" / "cells_00.png")
+    samples = SampleSet(folder)
+    with pytest.raises(InputError, match=rf"cells_00\.png holds {words}, .* have \(0, 2, 5\); sample the set again"):
+        samples.class_map(samples.samples[0])
+    label[3, 4] = 0
+    Image.fromarray(label).save(folder / "masks" / "cells_00.png")
+    assert np.array_equal(samples.class_map(samples.samples[0]), np.where(label == 5, 2, 0))
+
+
+def test_a_label_with_planes_of_other_classes_is_named(tmp_path):
+    folder = small_set(tmp_path / "set")
+    _, rows = read_manifest(folder)
+    write_manifest(folder, [row | {"mask_type": "probability", "label": "masks/soft.tif"} for row in rows])
+    tifffile.imwrite(folder / "masks" / "soft.tif", np.full((5, 24, 24), 0.2, np.float32))
+    samples = SampleSet(folder)
+    with pytest.raises(InputError, match=r"soft\.tif has 5 planes, the set has 2 classes"):
+        samples.class_map(samples.samples[0])
 
 
 @pytest.mark.parametrize(
