@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
-from common.disk import new_folder, open_work
+from common.disk import new_folder, open_work, real_path
 from common.errors import CommandParser, InputError, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_images
@@ -139,6 +139,8 @@ def run_convert(args: argparse.Namespace) -> None:
     in_array = images.is_file() and images.suffix.lower() in ARRAYS
     if in_array != (args.images_output is not None):
         raise InputError("--images-output says where the images of an array (--images FILE.npy) go: give both, or none")
+    if in_array and real_path(args.images_output).is_relative_to(real_path(args.output)):
+        raise InputError(f"--images-output {args.images_output}: give another folder than --output, and not one in it")
     colours = tuple(colour.lower() for colour in args.class_colours or ())
     settings = ConvertSettings(args.format, args.kind, args.classes or (), colours)
     if in_array:  # its images are only kept if the annotations are good

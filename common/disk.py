@@ -90,6 +90,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if not existed:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, InputError):  # the user knows nothing of the folder within
+            error.args = (error.marked.replace(f"/{temporary.name}", ""),)
         if isinstance(error, OSError) and error.errno:
             of_copy = error.filename2 or error.filename  # of a copy, the second is the new file
             name = str(of_copy or folder).replace(f"/{temporary.name}", "")

@@ -475,6 +475,26 @@ def test_pannuke_arrays_give_images_ids_and_classes(tmp_path):
         unpack_images(tmp_path / "images.npy", tmp_path / "png")
 
 
+@pytest.mark.parametrize("images_output", ["out", "out/images", "link"])
+def test_images_of_an_array_and_their_labels_go_to_two_folders(tmp_path, images_output):
+    np.save(tmp_path / "images.npy", np.zeros((2, *SIZE), np.uint8))
+    np.save(tmp_path / "masks.npy", planes_of_classes(0, 2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    words = ["convert", tmp_path / "masks.npy", "--images", tmp_path / "images.npy", "--output", tmp_path / "out"]
+    code, lines = run_here(make_masks, *words, "--images-output", tmp_path / images_output)
+    assert code == 2 and f"--images-output {tmp_path / images_output}: give another folder" in lines[-1]
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_faults_of_images_of_an_array_name_the_folder_that_was_given(tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((2, *SIZE), np.uint8))
+    (tmp_path / "other.geojson").write_text(json.dumps([feature(2, 4, 6)]))
+    words = ["convert", tmp_path / "other.geojson", "--images", tmp_path / "images.npy", "--output", tmp_path / "out"]
+    code, lines = run_here(make_masks, *words, "--images-output", tmp_path / "png")
+    assert code == 2 and f"has the name of an image in {tmp_path / 'png'}: annotations are named" in lines[-1]
+
+
 LEVELS = np.arange(2 * 6 * 7 * 3).reshape(2, 6, 7, 3)  # 0 to 251
 
 

@@ -195,3 +195,10 @@ def test_a_new_folder_is_filled_whole_or_not_at_all(tmp_path):
         assert [path.name for path in folder.iterdir()] == ["a.tif"]
         with pytest.raises(InputError, match="is not empty"), new_folder(folder):
             pass
+
+
+def test_a_fault_names_the_new_folder_and_not_the_one_within(tmp_path):
+    with pytest.raises(InputError) as failed, new_folder(tmp_path / "new") as inner:
+        raise InputError(f"`images`: {inner / 'a.png'} is empty")
+    assert failed.value.marked == f"`images`: {tmp_path / 'new' / 'a.png'} is empty"
+    assert str(failed.value) == f"images: {tmp_path / 'new' / 'a.png'} is empty"
