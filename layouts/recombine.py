@@ -24,6 +24,7 @@ from dataset.names import without_images
 from dataset.views import turn
 from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
 
+ID_LIMIT = 2**63  # ids are sorted as 64-bit integers
 LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a new layout
 LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
 MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
@@ -300,9 +301,11 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
         except InputError as error:
             unusable.append(str(error))
             continue
-        if labels.ndim != 2 or np.any(labels < 0) or np.any(labels != np.floor(labels)):
+        in_range = labels.min() >= 0 and float(labels.max()) < ID_LIMIT
+        if labels.ndim != 2 or not in_range or np.any(labels != np.floor(labels)):
             unusable.append(
-                f"{path}: not a single layer of whole numbers from 0 (shape {labels.shape}, {labels.dtype})"
+                f"{path}: not a single layer of whole numbers from 0 and below 2^63 (shape {labels.shape}, "
+                f"{labels.dtype})"
             )
             continue
         maps[name] = connected_cells(labels) if components else without_gaps(labels)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cells import touches_border
+from common.cells import touches_border, without_gaps
 from common.disk import write_csv
 from layouts.recombine import boxes_of, share_seen_whole, touching_pairs
 
@@ -32,11 +32,12 @@ class Measurement:
 
 
 def measure(instance_map: np.ndarray) -> Measurement:
-    """Count and measure the cells of an (H, W) instance map whose ids have no gaps.
+    """Count and measure the cells of an (H, W) instance map. Ids may have gaps, as after a cell was deleted by hand.
 
     Elongation is the ratio of the axes of the ellipse with the cell's second moments. A pixel counts as a square with
     variance 1/12. scikit-image leaves this out, so that a cell one pixel wide would be infinitely elongated.
     """
+    instance_map = without_gaps(instance_map)
     boxes = boxes_of(instance_map)
     inner = np.setdiff1d(np.arange(1, len(boxes) + 1), touches_border(instance_map))
     areas, elongations = np.zeros(len(inner)), np.zeros(len(inner))

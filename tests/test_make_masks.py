@@ -441,6 +441,18 @@ def test_a_shorter_repeat_keeps_every_image_and_its_statistics(tmp_path):
         assert [row["name"] for row in csv.DictReader(file)] == ["sim_000000", "sim_000001", "sim_000002"]
 
 
+def test_a_set_from_which_a_cell_was_deleted_by_hand_is_continued(tmp_path):
+    simulate(tmp_path / "set", "--count", 2)
+    for name in ("sim_000000.png", "sim_000001.png"):
+        path = tmp_path / "set" / "instances" / name
+        labels = read_png(path)
+        Image.fromarray(np.where(labels == 2, 0, labels)).save(path)
+    simulate(tmp_path / "set", "--count", 1)  # one image of this run, one of the longer run before
+    with (tmp_path / "set" / "statistics.csv").open(newline="") as file:
+        counts = [int(row["cells"]) for row in csv.DictReader(file)]
+    assert counts == [len(np.unique(read_png(path))) - 1 for path in sorted((tmp_path / "set" / "instances").iterdir())]
+
+
 def test_settings_are_kept_with_the_set(tmp_path):
     simulate(tmp_path / "set", "--count", 1, "--no-touching")
     settings = json.loads((tmp_path / "set" / "settings.json").read_text())
@@ -566,6 +578,16 @@ def test_noise_in_place_of_cells_is_refused_before_it_is_cut_into_millions_of_pi
     tifffile.imwrite(tmp_path / "noise" / "a.tif", np.arange(1000 * 1000, dtype=np.int32).reshape(1000, 1000))
     with pytest.raises(InputError, match=r"a\.tif: 999999 cells in 1000000 pixels cannot be cells"):
         recombine.read_sources(tmp_path / "noise", components=False)
+
+
+@pytest.mark.parametrize("components", [True, False])
+@pytest.mark.parametrize("labels", [np.full((9, 8), 2**63, np.uint64), np.full((9, 8), 1e20, np.float32)])
+def test_ids_beyond_64_bits_are_refused_by_name(tmp_path, labels, components):
+    (tmp_path / "labels").mkdir()
+    labels[0] = 0
+    np.save(tmp_path / "labels" / "a.npy", labels)
+    with pytest.raises(InputError, match=r"a\.npy: not a single layer of whole numbers from 0 and below 2\^63"):
+        recombine.read_sources(tmp_path / "labels", components)
 
 
 def grid(size: int = 48, step: int = 8) -> np.ndarray:
