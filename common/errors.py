@@ -40,11 +40,13 @@ MENDS = {
 # Fields whose flag has a different name.
 FLAGS = {"channels": "in_channels"}
 _FIELD = re.compile("`([a-z_]+)`")
-# NAME=VALUE of a setting that is also a flag of the commands.
+# NAME=VALUE of a setting that is also a flag of the commands, as a word: folders have such names, too.
 _NAMES = (
     "crop|image_size|in_channels|intensity|mask_type|mask_values|normalize_masks|num_classes|vae|window(?:_[a-z]+)?"
 )
-_SETTING = re.compile(rf"\b(?P<name>{_NAMES})=(?P<value>\([^)]*\)|-?[\w.]*\w)")
+_SETTING = re.compile(
+    rf"""(?<![^\s('"])(?P<name>{_NAMES})=(?P<value>\([^)]*\)|-?[\w.]*\w)(?![^\s).,;:'"])(?![.,;:]\w)"""
+)
 
 
 class InputError(ValueError):

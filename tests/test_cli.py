@@ -10,11 +10,12 @@ import pytest
 from script_helpers import run_here
 
 import evaluate
+import make_masks
 import sample
 import sample_ddp
 import train
 from common.arguments import number, part
-from common.errors import CommandParser, InputError, with_flags
+from common.errors import CommandParser, InputError, settings_as_flags, with_flags
 from flag_rules import NEEDS, check_needs
 from settings import sampling_settings
 
@@ -204,3 +205,28 @@ def test_a_batch_or_picture_that_would_fill_the_memory_is_refused(command, capsy
     with pytest.raises(SystemExit):
         command.parse_args([*mode, flags[command], "1000000000"])
     assert "is not a whole number from 1 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mask_type=binary is unknown", "--mask-type binary is unknown"),
+        ("likely: ids (mask_type=classes num_classes=3).", "likely: ids (--mask-type classes --num-classes 3)."),
+        ("give window=(0, 99.8), or crop=center", "give --window 0 99.8, or --crop center"),
+        ("normalize_masks=True. If", "--normalize-masks. If"),
+        ("intensity=source: leave it out", "--intensity source: leave it out"),
+        ("image_size=64/none: is no folder", None),
+        ("/data/image_size=64: is no folder", None),
+        ("masks in runs/image_size=64,crop=random have no image", None),
+        ("out/crop=random/masks/a.png is empty", None),
+        ("my_image_size=64 and x-crop=random", None),
+    ],
+)
+def test_settings_become_flags_and_names_of_folders_stay(text, shown):
+    assert settings_as_flags(text) == (shown or text)
+
+
+def test_a_folder_named_after_a_setting_is_named_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, lines = run_here(make_masks, "recombine", "--instances", "image_size=64/none", "--output", tmp_path / "out")
+    assert code == 2 and " image_size=64/none: " in lines[-1]
