@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,18 +55,33 @@ def write_gallery(samples: SampleSet, path: Path) -> int:
     column = next((name for name in (FIDELITY_COLUMN, ATTEMPT_FIDELITY) if name in samples.columns), None)
     values = [number_or_none(sample.columns.get(column or "")) for sample in samples.samples]
     order = sorted(range(len(values)), key=lambda number: (values[number] or 0.0, number))
-    pairs = [_pair(samples, order[0], values[order[0]])]
-    each = sum(len(picture) for _, picture in pairs[0].pictures)
-    count = min(len(order), MOST_PAIRS, max(1, MOST_BYTES // each))
     # evenly spread from the lowest fidelity to the highest, or over the set if no fidelity is known
-    chosen = [order[place] for place in evenly(len(order), count)]
-    pairs += [_pair(samples, number, values[number]) for number in chosen[1:]]
+    chosen = [order[place] for place in evenly(len(order), MOST_PAIRS)]
+    pairs: list[Shown] = []
+    size = 0
+    for place in _ends_first(len(chosen)):
+        pair = _pair(samples, chosen[place], values[chosen[place]])
+        size += sum(len(picture) for _, picture in pair.pictures)
+        if pairs and size > MOST_BYTES:
+            break
+        pairs.append(pair)
     pairs.sort(key=lambda pair: pair.number)
     text = TEMPLATE.render(
         name=real_path(samples.folder).name, total=len(samples), pairs=pairs, has_fidelity=column is not None
     )
     write_bytes(path, text.encode())
     return len(pairs)
+
+
+def _ends_first(count: int) -> Iterator[int]:
+    """The numbers 0..count-1, each once: the first, the last, the middle, then the middles of what lies between."""
+    yield from (0, count - 1) if count > 1 else range(count)
+    gaps = [(0, count - 1)]
+    for low, high in gaps:  # the list grows during the loop
+        if high - low > 1:
+            middle = (low + high) // 2
+            yield middle
+            gaps += [(low, middle), (middle, high)]
 
 
 def _pair(samples: SampleSet, number: int, fidelity: float | None) -> Shown:

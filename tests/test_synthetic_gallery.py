@@ -102,6 +102,25 @@ def test_pictures_take_a_bounded_number_of_bytes(folder, monkeypatch):
     assert {picture.shape for picture in Page(folder / GALLERY).pictures()} == {(10, 10, 3)}
 
 
+def test_many_pictures_stay_within_the_limit_whatever_the_first_one_takes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = [np.zeros((SIZE, SIZE, 3), np.uint8)]  # a blank image takes few bytes
+    images += [rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8) for _ in range(30)]
+    folder = write_set(tmp_path / "set", [Row(np.zeros((SIZE, SIZE), np.uint8), image) for image in images])
+    monkeypatch.setattr(gallery, "MOST_BYTES", 60_000)
+    count = write_gallery(SampleSet(folder), folder / GALLERY)
+    page = Page(folder / GALLERY)
+    assert 40_000 < sum(len(source) for source in page.sources) < 60_000 + 40 * len(page.sources)
+    names = [int(re.search(r"cells_(\d+)", word)[1]) for word in page.words if "cells_" in word]
+    assert len(names) == count and {0, 30, 15, 7} <= set(names)  # from all over the set
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_every_pair_has_its_turn_once(count):
+    found = list(gallery._ends_first(count))
+    assert sorted(found) == list(range(count)) and found[:2] == [0, count - 1][:count]
+
+
 def test_a_line_parts_touching_cells(tmp_path):
     label = np.zeros((SIZE, SIZE), np.uint16)
     label[5:20, 5:15], label[5:20, 15:30] = 1, 2
