@@ -58,6 +58,8 @@ from layouts.recombine import (
 from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
 from layouts.writer import KINDS, label_files, make_set, record_of
 
+MOST_COVERED = 0.9  # largest density of recombined layouts
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -181,8 +183,8 @@ def check_args(args: argparse.Namespace) -> None:
         require(len(args.image_size) in (1, 2), "--image-size", shown, "one number, or height and width")
         require(all(16 <= size <= 16384 for size in args.image_size), "--image-size", shown, "16 to 16384 pixels")
     if args.density is not None:
-        limit = HEADROOM[args.touching] if args.command == "simulate" else 0.9
-        hint = " (0.7 with --touching)" if limit == HEADROOM[False] else ""
+        limit = HEADROOM[args.touching] if args.command == "simulate" else MOST_COVERED
+        hint = f" ({HEADROOM[True]} with --touching)" if limit == HEADROOM[False] else ""
         require(args.density <= limit, "--density", args.density, f"above 0 and at most {limit}{hint}")
     if args.command == "simulate":
         largest = min(args.image_size)
@@ -235,8 +237,10 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     layout = parser.add_argument_group("layout")
     layout.add_argument(
-        "--density", type=positive_float, default=0.15, help="mean fraction of the image that cells cover, 0 to 1"
-    )
+        "--density", type=positive_float, default=0.15,
+        help="mean fraction of the image that cells cover, above 0, at most "
+        f"{HEADROOM[True]} ({HEADROOM[False]} with --no-touching)",
+    )  # fmt: skip
     layout.add_argument(
         "--density-spread", type=fraction, default=0.4, help="spread of the density from image to image"
     )
@@ -275,7 +279,8 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
     layout = parser.add_argument_group("layout")
     layout.add_argument(
         "--density", type=positive_float,
-        help="fraction of the image that cells cover, 0 to 1 (default: that of a random source image)",
+        help=f"fraction of the image that cells cover, above 0, at most {MOST_COVERED} (default: that of a random "
+        "source image)",
     )  # fmt: skip
     layout.add_argument(
         "--density-scale", type=positive_float, default=1.0,

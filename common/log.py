@@ -7,9 +7,17 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from common.errors import forget_stdout, printable, settings_as_flags
+
+logger = logging.getLogger(__name__)
+LINE_SECONDS = 10.0  # between two lines about the progress of work
+Item = TypeVar("Item")
 
 
 class LogFile(logging.FileHandler):
@@ -66,6 +74,22 @@ class Pace:
         """Such as ``2.50 steps/s, 00:01:40 left``, if ``done`` of the work is done."""
         rate = done / max(time.perf_counter() - self._started, 1e-9)
         return f"{rate:.3g} {self.unit}/s, {duration((self.total - done) / rate if rate else math.inf)} left"
+
+
+def with_progress(items: Collection[Item], title: str, unit: str) -> Iterator[Item]:
+    """The items one by one. A terminal shows a progress bar; else, the log gets a line every :data:`LINE_SECONDS`.
+
+    Args:
+        title: of the work, such as ``converting``.
+        unit: what an item is, such as ``image``.
+    """
+    bar = tqdm(items, desc=title, unit=unit, disable=None)
+    pace, last = Pace(len(items), f"{unit}s"), time.perf_counter()
+    for done, item in enumerate(bar, start=1):
+        yield item
+        if bar.disable and time.perf_counter() - last >= LINE_SECONDS:
+            last = time.perf_counter()
+            logger.info("%s: %d of %d %ss, %s", title, done, len(items), unit, pace(done))
 
 
 def start_logging(is_main: bool, log_file: Path | None = None) -> None:

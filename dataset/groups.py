@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.disk import check_folder, link_or_copy, new_folder, write_csv
 from common.errors import InputError, list_some
+from common.log import with_progress
 from dataset.files import Pair, find_images, mark_nuclei, pair_files
 from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, read_names
 
@@ -81,7 +82,7 @@ def gather_groups(
     files += [(MASKS, name, pair.mask_path) for (_, name), pair in pairs.items()]
     files += [(UNLABELLED, name, path) for (_, name), path in others.items()]
     with new_folder(output) as folder:
-        for kind, name, path in files:
+        for kind, name, path in with_progress(files, "gathering", "file"):
             (folder / kind).mkdir(exist_ok=True)
             link_or_copy(path, folder / kind / (name if path.is_dir() else f"{name}{path.suffix}"))
         mark_nuclei(folder)

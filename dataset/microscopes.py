@@ -10,6 +10,7 @@ import numpy as np
 
 from common.disk import check_folder, new_folder, write_bytes
 from common.errors import InputError, list_some
+from common.log import with_progress
 from dataset.decode import FileError
 from dataset.files import encode_tiff
 from dataset.microscope_files import PACKAGES, PROJECTIONS, Choice, Stack, read_stack
@@ -95,7 +96,7 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     sizes: dict[str, float | None] = {}
     axes_given = False
     with new_folder(output) as folder:
-        for name, path in zip(names, files, strict=True):
+        for name, path in with_progress(list(zip(names, files, strict=True)), "flattening", "file"):
             content, sizes[path.name], needs_axes = _content(path, choice)
             write_bytes(folder / f"{name}.tif", content)
             axes_given |= needs_axes

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
 from common.cells import NEIGHBOURS, are_noise, connected_cells, touches_border, without_gaps
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
+from common.log import with_progress
 from common.plain import read_json
 from dataset.files import find_files, read_mask
 from dataset.mask_facts import mask_stats
@@ -295,7 +295,7 @@ def read_sources(folder: Path, components: bool) -> dict[str, np.ndarray]:
     """
     files = without_images(find_files(folder, "instance labels"))
     maps, unusable, one_value = {}, [], []
-    for name, path in tqdm(files.items(), desc="reading instances", unit="file", disable=None):
+    for name, path in with_progress(files.items(), "reading instances", "file"):
         try:
             labels = read_mask(path)
         except InputError as error:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from common.disk import write_bytes
 from common.errors import InputError
+from common.log import with_progress
 from dataset.files import find_files, read_mask
 from layouts.nuclei import NucleiSettings
 from layouts.recombine import LayoutSettings
@@ -44,7 +44,7 @@ def make_set(
         make_image: index -> array by kind.
     """
     measurements = {}
-    for index in tqdm(range(count), desc="masks", unit="image", disable=None):
+    for index in with_progress(range(count), "masks", "image"):
         name = f"{prefix}_{index:06d}"
         files = {kind: output / kind / f"{name}.png" for kind in kinds}
         if all(path.is_file() for path in files.values()):

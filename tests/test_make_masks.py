@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from scipy import ndimage
 from script_helpers import run_here
 
+import common.log
 import make_masks
 from common.cells import touches_border
 from common.errors import InputError
@@ -563,6 +566,44 @@ def test_shortened_and_misspelt_flags_are_refused(flag, capsys):
         make_masks.parse_args(["simulate", "--output", "x", flag, "0.2"])
     assert stop.value.code == 2
     assert flag in capsys.readouterr().err
+
+
+def test_every_command_says_in_a_file_how_far_it_is(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.log, "LINE_SECONDS", 0.0)
+    group, masks, outline = tmp_path / "images" / "g", tmp_path / "masks" / "g", [[2, 2], [12, 2], [12, 12], [2, 2]]
+    for folder in (group, masks, tmp_path / "notes"):
+        folder.mkdir(parents=True)
+    for name in "ab":
+        Image.fromarray(np.zeros((40, 50), np.uint8)).save(group / f"{name}.tif")
+        Image.fromarray(np.zeros((40, 50), np.uint8)).save(masks / f"{name}.png")
+        polygon = {"type": "Polygon", "coordinates": [outline]}
+        (tmp_path / "notes" / f"{name}.geojson").write_text(json.dumps(polygon))
+    commands = {
+        "masks: 2 of 2 images": ["simulate", "--count", 2, "--image-size", 48, "--cell-size", 10],
+        "reading instances: 3 of 3 files": ["recombine", "--instances", lab, "--count", 2],
+        "converting: 2 of 2 images": ["convert", tmp_path / "notes", "--images", group],
+        "flattening: 2 of 2 files": ["images", group],
+        "gathering: 4 of 4 files": ["groups", "--data-path", group.parent, "--mask-path", masks.parent],
+    }
+    for line, words in commands.items():
+        code, lines = run_here(make_masks, *words, "--output", tmp_path / "out" / words[0])
+        assert code == 0 and any(line in one for one in lines), lines
+
+
+def test_the_largest_density_in_the_help_is_the_largest_that_is_taken(lab, tmp_path, capsys):
+    for command, flags in (("simulate", []), ("simulate", ["--no-touching"]), ("recombine", ["--instances", lab])):
+        with pytest.raises(SystemExit):
+            make_masks.parse_args([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        first, *rest = re.findall(
+            r"[\d.]+", re.search(r"image that cells cover, above 0, at most (.*?) \(?default", text)[1]
+        )
+        limit = float(rest[0] if "--no-touching" in flags else first)
+        for density, good in ((limit, True), (limit + 0.01, False)):
+            words = [command, "--output", tmp_path / "out", *flags, "--density", density]
+            args = make_masks.parse_args([str(word) for word in words])
+            with contextlib.nullcontext() if good else pytest.raises(InputError, match="--density"):
+                make_masks.check_args(args)
 
 
 @pytest.mark.parametrize("command", [[], ["simulate"], ["recombine"]])

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.disk import check_folder, new_folder, real_path, write_bytes, write_csv
 from common.errors import InputError, list_some
+from common.log import with_progress
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
 from dataset.annotations.cells import Cell, CellCounts, draw_cells
 from dataset.annotations.formats import READ, SUFFIXES, format_of
@@ -126,7 +126,7 @@ def _draw_all(
 ) -> None:
     """Write the label images, and add to the result what was drawn. Raises InputError with all faults of the files."""
     errors = []
-    for name, load in tqdm(pairs.items(), desc="converting", unit="image", disable=None):
+    for name, load in with_progress(pairs.items(), "converting", "image"):
         try:
             content, result.counts[name], names = _draw(paths[name], load, settings)
         except FileError as error:
@@ -384,7 +384,7 @@ def unpack_images(array_path: Path, folder: Path) -> Path:
         raise FileError(array_path, f"has the shape {shape}: (images, height, width) or (images, height, width, 3)")
     folder.mkdir(parents=True, exist_ok=True)
     dtype, factor = _type_of_files(array)
-    for index in range(len(array)):
+    for index in with_progress(range(len(array)), "writing images", "image"):
         image = np.asarray(array[index]).reshape(*array.shape[1:3], -1)
         image = image if dtype == array.dtype else np.rint(image * factor).astype(dtype)
         path = folder / f"{array_path.stem}_{index:06d}{image_suffix(image.shape[2], dtype)}"
