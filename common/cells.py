@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from skimage.measure import label
 from skimage.segmentation import relabel_sequential
@@ -12,10 +14,22 @@ FEW_IDS = 2**16  # so many fit into any memory
 # Slices of a map, and of its neighbours to the right, below, below right and below left: all pairs of neighbours.
 NEIGHBOURS = (
     (np.s_[:, :-1], np.s_[:, 1:]),
-    (np.s_[:-1], np.s_[1:]),
+    (np.s_[:-1, :], np.s_[1:, :]),
     (np.s_[:-1, :-1], np.s_[1:, 1:]),
     (np.s_[:-1, 1:], np.s_[1:, :-1]),
 )
+
+
+def meetings(instance_map: np.ndarray) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], np.ndarray]]:
+    """Where two cells touch, at a side or a corner of a pixel.
+
+    Yields:
+        The slices of each of ``NEIGHBOURS``, and which pixels of the first (bool) belong to a cell whose neighbour in
+        the second belongs to another cell.
+    """
+    for first, second in NEIGHBOURS:
+        one, other = instance_map[first], instance_map[second]
+        yield first, second, (one != other) & (one > 0) & (other > 0)
 
 
 def are_noise(count: int, pixels: int) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cells import NEIGHBOURS
+from common.cells import meetings
 from common.errors import InputError, list_some
 from dataset.mask_facts import MaskStats, are_patchy, certainty, few_values, full_scale, listed
 from dataset.mask_warnings import refuse_other_colours
@@ -394,11 +394,9 @@ def _check_probability(stats: Sequence[MaskStats], num_classes: int, where: str 
 def _touches_other_cell(instance_map: np.ndarray) -> np.ndarray:
     """(H, W) bool: pixels of a cell with another cell among the eight neighbours."""
     touching = np.zeros(instance_map.shape, dtype=bool)
-    for first, second in NEIGHBOURS:
-        one, other = instance_map[first], instance_map[second]
-        unequal = (one != other) & (one > 0) & (other > 0)
-        touching[first] |= unequal
-        touching[second] |= unequal
+    for first, second, meets in meetings(instance_map):
+        touching[first] |= meets
+        touching[second] |= meets
     return touching
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from common.cells import NEIGHBOURS, are_noise, connected_cells, touches_border, without_gaps
+from common.cells import are_noise, connected_cells, meetings, touches_border, without_gaps
 from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.log import with_progress
@@ -82,10 +82,10 @@ class Source:
 
 def touching_pairs(instance_map: np.ndarray) -> np.ndarray:
     """(N, 2) pairs of ids that touch at a side or a corner of a pixel. Each pair is listed once, smaller id first."""
-    pairs = []
-    for first, second in ((instance_map[one], instance_map[other]) for one, other in NEIGHBOURS):
-        meets = (first != second) & (first > 0) & (second > 0)
-        pairs.append(np.stack([first[meets], second[meets]], axis=1))
+    pairs = [
+        np.stack([instance_map[first][meets], instance_map[second][meets]], axis=1)
+        for first, second, meets in meetings(instance_map)
+    ]
     return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
 
 

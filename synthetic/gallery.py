@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from common.cells import meetings
 from common.disk import real_path, write_bytes
 from common.pictures import as_rgb, class_color
 from common.spread import evenly
@@ -99,9 +100,10 @@ def mask_colours(samples: SampleSet, sample: Sample) -> np.ndarray:
     picture = np.array([class_color(k) for k in range(256)], np.uint8)[classes]
     cells = samples.instance_map(sample)
     if cells is not None:
-        line = np.zeros(cells.shape, bool)
-        line[:, 1:] |= (cells[:, 1:] != cells[:, :-1]) & (cells[:, 1:] > 0) & (cells[:, :-1] > 0)
-        line[1:] |= (cells[1:] != cells[:-1]) & (cells[1:] > 0) & (cells[:-1] > 0)
+        line = np.zeros(cells.shape, bool)  # in the cell with the larger id, so that it is one pixel wide
+        for first, second, meets in meetings(cells):
+            line[first] |= meets & (cells[first] > cells[second])
+            line[second] |= meets & (cells[first] < cells[second])
         picture[line & (classes == 1)] = 0
     return picture
 
