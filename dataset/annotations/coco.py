@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import list_some
 from dataset.annotations.cells import LARGEST_ID, Cell, rings_to_cell
-from dataset.annotations.geojson import read_json, union
+from dataset.annotations.geojson import read_annotations, union
 from dataset.decode import FileError
 from dataset.names import plain_name
 
@@ -26,7 +26,7 @@ def sources(path: Path) -> dict[str, Callable[[tuple[int, int]], list[Cell]]]:
     Raises:
         FileError: it is no COCO file.
     """
-    content = read_json(path)
+    content = read_annotations(path)
     try:
         names = {_key(one["id"]): str(one["name"]) for one in content.get("categories") or []}
         by_image: dict[str, list[dict[str, Any]]] = {_key(one["id"]): [] for one in content["images"]}

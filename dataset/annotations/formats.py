@@ -55,7 +55,7 @@ def format_of(path: Path, among_stacks: bool = False) -> str:
     if suffix == ".geojson":
         return "qupath"
     if suffix == ".json":
-        return _format_of_json(path, geojson.read_json(path))
+        return _format_of_json(path, geojson.read_annotations(path))
     if suffix in stacks.ARRAYS:
         return "planes" if stacks.is_image_stack(path) else "pages"
     if suffix not in IMAGE_SUFFIXES:

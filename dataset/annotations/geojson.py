@@ -20,8 +20,8 @@ SUBCELLULAR = "Subcellular"  # how QuPath begins the classes of spots and cluste
 IGNORED = "*"  # QuPath ignores classes with this ending, such as Region* and Ignore*
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def read_annotations(path: Path) -> Any:
+    """The content of a JSON file of another program: of any kind, with any numbers.
 
     Raises:
         FileError: the file is no JSON, or damaged.
@@ -42,7 +42,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
         FileError: the file is no GeoJSON of polygons.
     """
     try:
-        features = list(_features(read_json(path)))
+        features = list(_features(read_annotations(path)))
         numbers = ids_of_names([str((one.get("properties") or {}).get("name", "")) for one in features])
         cells = [_cell(one, number, size) for one, number in zip(features, numbers, strict=True)]
         return _without_regions(cells, [_kind(one) for one in features])

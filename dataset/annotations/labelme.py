@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.annotations.cells import Cell, rings_to_cell
-from dataset.annotations.geojson import read_json, union
+from dataset.annotations.geojson import read_annotations, union
 from dataset.decode import FileError
 
 CIRCLE_CORNERS = 90
@@ -24,7 +24,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
     Raises:
         FileError: the file is no LabelMe file, or belongs to an image of another size.
     """
-    content = read_json(path)
+    content = read_annotations(path)
     try:
         stated = (int(content.get("imageHeight") or size[0]), int(content.get("imageWidth") or size[1]))
         if stated != size:
@@ -49,7 +49,7 @@ def cells_of(path: Path, size: tuple[int, int]) -> list[Cell]:
 
 def image_name(path: Path) -> str:
     """File name of the image that a file of annotations names. Empty if it names none."""
-    content = read_json(path)
+    content = read_annotations(path)
     name = content.get("imagePath") if isinstance(content, dict) else None
     return str(name or "").replace("\\", "/").rpartition("/")[2]
 
