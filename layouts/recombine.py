@@ -117,7 +117,7 @@ def boxes_of(instance_map: np.ndarray) -> np.ndarray:
 
 
 def share_seen_whole(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Probability that a cell with this bounding box is seen whole, given that it meets the image; at least 0.1.
+    """Probability that a cell with this bounding box is seen whole, if its corner lies in the image. At least 0.1.
 
     The border cuts large cells more often than small ones. Only whole cells are used here. Weighting each by one over
     this probability makes the distribution of sizes unbiased (Miles 1974, Lantuejoul 1978).
