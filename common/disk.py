@@ -107,7 +107,8 @@ def real_path(path: str | Path) -> Path:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make a hard link, or a copy if the disk has no links. An existing file stays.
 
-    Of a folder, link all its files.
+    Of a folder, link all its files. Of a symbolic link, link the file that it leads to: a second name of the link
+    itself would lead elsewhere if the link is relative.
 
     Raises:
         FileExistsError: the source is a folder, and the target exists.
@@ -118,7 +119,7 @@ def link_or_copy(source: Path, target: Path) -> None:
             link_or_copy(path, target / path.name)
     elif not target.exists():
         try:
-            os.link(source, target)
+            os.link(real_path(source), target)
         except OSError:
             write_bytes(target, source.read_bytes())
 

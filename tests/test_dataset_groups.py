@@ -58,6 +58,19 @@ def test_sub_folders_become_pairs_of_their_groups(lab, tmp_path):
         assert pair.image_path.samefile(lab / "images" / group / f"{number}.png")  # no space is used
 
 
+def test_relative_links_as_of_datalad_lead_to_their_files_from_the_flat_folders(lab, tmp_path):
+    (tmp_path / "raw").mkdir()
+    for number, path in enumerate(sorted([*lab.rglob("*.png")])):
+        path.rename(tmp_path / "raw" / f"{number}.png")
+        path.symlink_to(Path("../../../raw") / f"{number}.png")
+    gather_groups(tmp_path / "out" / "deeper" / "flat", lab / "images", lab / "masks")
+    for pair in pair_files(tmp_path / "out/deeper/flat/images", tmp_path / "out/deeper/flat/masks"):
+        group, number = pair.name.rsplit("_", 1)
+        assert pair.image_path.samefile(lab / "images" / group / f"{number}.png")
+        assert pair.mask_path.samefile(lab / "masks" / group / f"{number}_masks.png")
+        assert not pair.image_path.is_symlink() and not pair.mask_path.is_symlink()
+
+
 def test_a_split_keeps_the_groups_of_sub_folders(lab, tmp_path):
     gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
     plans = make_selections(
