@@ -130,6 +130,9 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
     File names come from users and from downloaded data. A spreadsheet runs a cell that begins with = + - or @ as a
     formula, even in quotes. An apostrophe in front prevents this. So such texts get an apostrophe, and `read_csv`
     removes it. Refusing such names would exclude files such as ``-3.png``. Numbers stay unchanged, also as text.
+
+    Raises:
+        InputError: see :func:`table_bytes`.
     """
     text = io.StringIO()
     plain = csv.writer(text, lineterminator="\n")
@@ -139,7 +142,21 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         cells = [_guarded(cell) for cell in row]
         writer = quoted if any("\r" in str(cell) for cell in cells) else plain
         writer.writerow(cells)
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, table_bytes(text.getvalue(), path))
+
+
+def table_bytes(text: str, path: Path) -> bytes:
+    """Text of the table ``path`` as UTF-8.
+
+    Raises:
+        InputError: the text holds the name of a file or folder that is not UTF-8.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        cell = re.split('[,"\n]', text[: error.start])[-1] + re.split('[,"\n]', text[error.start :])[0]
+        mend = "rename the file or folder"
+        raise InputError(f"{path} cannot name {ascii(cell)}: these are bytes that are not UTF-8, so {mend}") from None
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -16,7 +16,7 @@ from common.disk import check_folder, link_or_copy, new_folder, write_csv
 from common.errors import InputError, list_some
 from common.log import with_progress
 from dataset.files import Pair, find_images, mark_nuclei, pair_files
-from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, read_names
+from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, odd_names, read_names
 
 TABLE = "groups.csv"
 NO_GROUPS = {"images", "image", "masks", "mask", "labels", "instances"}  # folders that mean something else
@@ -141,6 +141,9 @@ def group_folders(folder: Path, what: str) -> dict[str, Path]:
         )
     if not folders:
         raise InputError(f"{folder} has no sub-folders, one for each group")
+    unprintable = odd_names(folders)  # they end in a table, and in names of files
+    if unprintable:
+        raise InputError(f"{folder} {unprintable}")
     odd = [name for name in folders if name.lower() in NO_GROUPS or is_split(name)]
     if odd:
         raise InputError(f"{folder} has the sub-folders {list_some(odd)}, whose names mean no group: rename them")

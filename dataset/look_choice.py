@@ -19,7 +19,7 @@ from dataset.files import FileError, find_images, read_image
 from dataset.gray import check_type, fit_channels
 from dataset.looks import Looks, measure_file, measure_tensor
 from dataset.mask_folder import MaskItem
-from dataset.names import bare_mask_name, by_bare_names, name_of, read_names
+from dataset.names import bare_mask_name, by_bare_names, name_of, odd_names, read_names
 
 LOOK_SOURCES = (TRAINING, SAME, NOBODY) = ("training", "same", "none")
 PATH = "path"  # looks of given images
@@ -179,6 +179,9 @@ def _measure_files(
     if not path.exists():
         raise InputError(f"`look_path` {path}: no such file or folder.")
     files = find_images(path) if path.is_dir() else {name_of(path.name): path}
+    odd = odd_names(files)  # they end in the manifest
+    if odd:
+        raise InputError(f"`look_path` {path.parent} {odd}")
 
     def measure(file: Path) -> np.ndarray:
         image = fit_channels(read_image(file), config.channels, file)

@@ -17,7 +17,16 @@ import torch
 from PIL import Image
 
 from common.arguments import number_as_text
-from common.disk import SETTINGS, check_folder, file_sha256, lock_folder, real_path, write_atomically, write_json
+from common.disk import (
+    SETTINGS,
+    check_folder,
+    file_sha256,
+    lock_folder,
+    real_path,
+    table_bytes,
+    write_atomically,
+    write_json,
+)
 from common.errors import InputError, list_some
 from common.outputs import check_output_arrays
 from common.pictures import captioned_sheet, from_uint8, mask_picture, repeat_gray
@@ -155,9 +164,13 @@ class SetWriter:
             shared: other launches make other parts of the set at the same time.
 
         Raises:
-            InputError: the folder holds something else, or another process works in it.
+            InputError: the folder holds something else, another process works in it, or the manifest cannot name a
+                mask or image.
         """
         check_folder(self.folder, self.settings, FREE_SETTINGS, upgrade_settings)
+        sources = [*self.masks.paths.values(), *(self.masks.image_paths or {}).values()]
+        for path in {path.parent: path for path in sources}.values():  # one of each folder: the others differ in name
+            table_bytes(relative_to_set(path, self.folder), self.folder / MANIFEST)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._shared = shared
         self._hold()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,12 @@ def test_any_text_comes_back(tmp_path_factory, text):
 def test_a_table_that_a_spreadsheet_saved_as_utf_8_has_the_names_of_its_columns(tmp_path):
     (tmp_path / "a.csv").write_bytes("\ufeffname,größe\r\nf1,2\r\n".encode())
     assert read_csv(tmp_path / "a.csv") == (["name", "größe"], [{"name": "f1", "größe": "2"}])
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"a\.csv cannot name '\.\./p\\udce4/f1\.png': .*not UTF-8, so rename the"):
+        write_csv(tmp_path / "a.csv", ["image", "mask"], [["é.png", os.fsdecode(b"../p\xe4/f1.png")]])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b'a,b\n"torn', b"\xff\xfe\x00"])

@@ -114,6 +114,7 @@ def test_whole_masks_of_one_group_and_nuclei_of_another_are_refused(lab, tmp_pat
         (lambda lab: shutil.copy(lab / "images/patient.4/000.png", lab / "images"), "1 image files .* in no group"),
         (lambda lab: (lab / "masks/patient.4").rename(lab / "masks/p4"), "different groups: .* has p4, patient.4"),
         (lambda lab: (lab / "images/patient.4").rename(lab / "images/Test"), "sub-folders Test, whose names mean no"),
+        (lambda lab: (lab / "images/patient.4").rename(lab / os.fsdecode(b"images/p\xe4")), "cannot be printed: 'p"),
         (lambda lab: (lab / "images/patient.4/001.png").unlink(), "masks .* have no image"),
         (lambda lab: shutil.rmtree(lab / "images"), "no such folder"),
         (lambda lab: shutil.move(lab / "images/patient.4", lab / "images/patient_03/x"), "patient_03 holds images and"),

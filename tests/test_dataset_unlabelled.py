@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def test_images_of_another_type_than_the_window_of_the_data_set_are_refused(tmp_
     each = PairedFolder(images, masks, CONFIG)
     assert len(read_unlabelled(*folders, each, progress=False)[0]) == 4
     assert len(choose_looks(looks_of(each), each.config, None, others, None, dtypes=["uint16"]).looks.names) == 4
+
+
+def test_an_image_for_a_look_whose_name_no_manifest_can_hold_is_refused(lab, others):
+    odd = (others / "new_cell_0.png").rename(others / os.fsdecode(b"p\xe4.png"))
+    with pytest.raises(InputError, match=r"look_path .*cannot be printed: 'p\\udce4'"):
+        choose_looks(looks_of(lab), lab.config, None, odd, None)
 
 
 def test_a_look_comes_from_another_window_than_the_example(lab):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -101,6 +102,17 @@ def test_a_set_is_complete_and_read_back(masks, tmp_path):
     paths = [sample.columns[name] for sample in samples.samples for name in ("source_mask", "real_image")]
     assert not any(Path(path).is_absolute() for path in paths)
     assert samples.samples[2].source_mask.samefile(masks.paths["cell_1"])
+
+
+def test_masks_that_the_manifest_cannot_name_are_refused_before_any_image_is_drawn(masks, tmp_path, monkeypatch):
+    odd = tmp_path / os.fsdecode(b"p\xe4")
+    write_pairs(odd)
+    monkeypatch.chdir(odd)
+    own = MaskFolder("masks", masks.config)
+    with pytest.raises(InputError, match=r"manifest\.csv cannot name '.*udce4.*rename the"):
+        writer_of(tmp_path / "set", own, None)
+    assert not (tmp_path / "set").exists()
+    assert make(Path("set"), own) == 12  # from here, the path to the masks has no such name
 
 
 HOLD_SHARED = """if True:
