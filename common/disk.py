@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 SETTINGS = "settings.json"  # file in a folder: the settings that made its files
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
+# What systems leave in folders and at the top of disks.
+LITTER = {
+    "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin",
+    "system volume information",
+}  # fmt: skip
 # Names of unfinished files. The second form comes from earlier versions.
 TEMPORARY_NAME = re.compile(r"\.sit-[0-9a-f]{8}\.tmp|\.[0-9a-f]{16}\.tmp")
 # A spreadsheet runs a cell that begins with one of these as a formula. Apostrophes may come first: see write_csv.
@@ -228,9 +233,9 @@ def file_sha256(path: str | Path, known: dict[tuple[int, ...], str] | None = Non
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def is_passing(name: str) -> bool:
-    """Whether a file is one of our locks or temporary files, which another process may be writing now."""
-    return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
+def is_litter(name: str) -> bool:
+    """Whether a name counts for nothing in a folder: a hidden one, as our locks and temporary files, or of LITTER."""
+    return name.startswith(".") or name.lower() in LITTER
 
 
 def check_folder(
@@ -257,15 +262,12 @@ def check_folder(
         raise InputError(f"{folder} is a file; name a folder")
     path = folder / SETTINGS
     # Looked at first: a process that fills the folder at this moment writes its settings before anything else.
-    is_used = folder.is_dir() and any(not is_passing(entry.name) for entry in folder.iterdir())
+    others = [entry.name for entry in folder.iterdir() if not is_litter(entry.name)] if folder.is_dir() else []
     if settings is None or not path.is_file():
-        if is_used:
-            what = (
-                "is not empty"
-                if settings is None
-                else f"is not empty and has no {SETTINGS}, so this command did not make it"
-            )
-            raise InputError(f"{folder} {what}; name a new or an empty folder")
+        if others:
+            why = "" if settings is None else f" and has no {SETTINGS}, so this command did not make it"
+            held = list_some(sorted(others), 1)
+            raise InputError(f"{folder} is not empty (it holds {held}){why}; name a new or an empty folder")
         return False
     old = upgrade(read_json(path, "the work cannot be continued, so name another folder"))
     new = json.loads(json.dumps(settings))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from common.disk import is_passing, real_path
-from common.errors import InputError
+from common.disk import is_litter, real_path
+from common.errors import InputError, list_some
 from common.plain import read_json
 
 MAKER = "SiT for cell segmentation"  # text chunk "Software" of our pictures
@@ -135,11 +135,14 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     check_apart(folder, inputs)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output` {folder} is a file. Name a folder.")
-    if not folder.is_dir() or all(is_passing(entry.name) for entry in folder.iterdir()):
+    others = [entry.name for entry in folder.iterdir() if not is_litter(entry.name)] if folder.is_dir() else []
+    if not others:
         return
     try:
         is_own = set(keys) <= set(read_json(folder / results, "name a new folder"))
     except (OSError, ValueError):
         is_own = False
     if not is_own:
-        raise InputError(f"`output` {folder} holds other files and no {results} of this command. Name a new folder.")
+        raise InputError(
+            f"`output` {folder} holds other files ({list_some(sorted(others), 1)}) and no {results} of this command. Name a new folder."
+        )

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.disk import is_litter
 from common.errors import list_some
 from dataset.decode import FileError
-from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, is_litter
+from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES
 
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")

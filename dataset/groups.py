@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.disk import check_folder, link_or_copy, new_folder, write_csv
+from common.disk import check_folder, is_litter, link_or_copy, new_folder, write_csv
 from common.errors import InputError, list_some
 from common.log import with_progress
 from dataset.files import Pair, find_images, mark_nuclei, pair_files
@@ -120,7 +120,7 @@ def _files_of_groups(folder: Path) -> dict[tuple[str, str], Path]:
 
 
 def group_folders(folder: Path, what: str) -> dict[str, Path]:
-    """Sub-folders that stand for groups, by name. Hidden ones are left out.
+    """Sub-folders that stand for groups, by name. Hidden ones and those that systems leave are left out.
 
     Args:
         what: "image" or "mask".
@@ -130,7 +130,7 @@ def group_folders(folder: Path, what: str) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = sorted(path for path in folder.iterdir() if not is_litter(path.name))
     suffixes = IMAGE_SUFFIXES if what == "image" else MASK_SUFFIXES
     files = [path.name for path in entries if path.is_file() and path.suffix.lower() in suffixes]
     folders = {path.name: path for path in entries if path.is_dir()}
@@ -154,5 +154,5 @@ def group_folders(folder: Path, what: str) -> dict[str, Path]:
 
 
 def _has_files_and_folders(folder: Path) -> bool:
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    entries = [path for path in folder.iterdir() if not is_litter(path.name)]
     return any(path.is_dir() for path in entries) and any(path.suffix.lower() in IMAGE_SUFFIXES for path in entries)

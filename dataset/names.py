@@ -45,18 +45,11 @@ _SPLIT = re.compile(
     r"(fold|split|cv)[ _-]?\d*",
     re.IGNORECASE,
 )
-# Files that systems leave in every folder.
-LITTER = {"icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 
 
 def is_split(name: str) -> bool:
     """Whether a folder's name says that it holds a part of a data set: ``train``, ``test_set``, ``fold1``."""
     return _SPLIT.fullmatch(name) is not None
-
-
-def is_litter(name: str) -> bool:
-    """Whether a file is hidden, or one that systems leave in every folder."""
-    return name.startswith(".") or name.lower() in LITTER
 
 
 def plain_name(stem: str) -> str:

@@ -147,8 +147,18 @@ def test_a_folder_with_a_lock_and_a_half_written_file_of_ours_counts_as_empty(tm
     (tmp_path / ".sit-0a1b2c3d.tmp").touch()
     assert not check_folder(tmp_path, {"seed": 0})
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match=r"is not empty \(it holds notes\.txt\) and has no settings\.json"):
         check_folder(tmp_path, {"seed": 0})
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "lost+found", "System Volume Information", "__MACOSX"])
+def test_a_folder_that_looks_empty_counts_as_empty(tmp_path, name):
+    (tmp_path / name).mkdir()
+    check_folder(tmp_path)
+    with new_folder(tmp_path) as folder:
+        (folder / "a.png").touch()
+    with pytest.raises(InputError, match=r"is not empty \(it holds a\.png\); name"):
+        check_folder(tmp_path)
 
 
 HOLDER = """if True:

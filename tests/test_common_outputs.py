@@ -106,12 +106,14 @@ def test_arrays_are_written_over_only_if_all_of_them_are_written_again(tmp_path)
 
 def test_a_folder_is_used_again_only_if_it_holds_results_of_the_command(tmp_path):
     check_output_folder(tmp_path / "new", "data.json", ("problems",), [])
+    (tmp_path / "lost+found").mkdir()
+    check_output_folder(tmp_path, "data.json", ("problems",), [])
     (tmp_path / "data.json").write_text(json.dumps({"problems": [], "other": 1}))
     (tmp_path / "picture.png").write_bytes(b"")
     check_output_folder(tmp_path, "data.json", ("problems",), [])
     for text in ('{"mine": 1}', "[" * 100_000, "no JSON", "[]"):
         (tmp_path / "data.json").write_text(text)
-        with pytest.raises(InputError, match="holds other files"):
+        with pytest.raises(InputError, match=r"holds other files \(data\.json and 1 more\)"):
             check_output_folder(tmp_path, "data.json", ("problems",), [])
     with pytest.raises(InputError, match="is a file"):
         check_output_folder(tmp_path / "picture.png", "data.json", (), [])

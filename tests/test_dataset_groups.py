@@ -38,7 +38,8 @@ def lab(tmp_path) -> Path:
             Image.fromarray(image).save(tmp_path / "lab" / "images" / group / f"{number:03d}.png")
             Image.fromarray(mask).save(tmp_path / "lab" / "masks" / group / f"{number:03d}_masks.png")
             Image.fromarray(255 - image).save(tmp_path / "lab" / "new" / group / f"new {number}.png")
-    (tmp_path / "lab" / "images" / ".DS_Store").touch()
+    for litter in (".DS_Store", "__MACOSX/deep", "lost+found", "patient_03/lost+found"):
+        (tmp_path / "lab" / "images" / litter).mkdir(parents=True)
     return tmp_path / "lab"
 
 

@@ -135,7 +135,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(run):
 
 def test_a_run_that_was_killed_while_its_first_file_was_written_is_a_run(run):
     (run.path / "log.txt").write_text("begun")
-    for name in (".lock", ".sit-0123abcd.tmp"):
+    for name in (".lock", ".sit-0123abcd.tmp", "lost+found"):
         (run.path / name).touch()
     assert RunFolder(run.path, 3).create()
     (run.path / "notes.txt").touch()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.disk import check_folder, new_folder, real_path, write_bytes, write_csv
+from common.disk import check_folder, is_litter, new_folder, real_path, write_bytes, write_csv
 from common.errors import InputError, list_some
 from common.log import with_progress
 from dataset.annotations import cellpose, coco, colours, geojson, imagej, labelme, stacks
@@ -19,7 +19,7 @@ from dataset.annotations.cells import Cell, CellCounts, draw_cells
 from dataset.annotations.formats import READ, SUFFIXES, format_of
 from dataset.files import FileError, encode_image, encode_tiff, find_files, image_suffix, read_image
 from dataset.folder_hints import other_program
-from dataset.names import IMAGE_ENDING, IMAGE_SUFFIXES, bare_mask_names, is_litter, name_of, split_together
+from dataset.names import IMAGE_ENDING, IMAGE_SUFFIXES, bare_mask_names, name_of, split_together
 
 Load = Callable[[tuple[int, int]], list[Cell]]  # height and width of the image -> its cells
 MAPS = ("instances", "classes")

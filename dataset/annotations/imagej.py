@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import roifile
 
+from common.disk import is_litter
 from common.errors import list_some
 from common.faults import short_line
 from dataset.annotations.cells import Cell, ids_of_names, rings_to_cell
 from dataset.decode import FileError
-from dataset.names import is_litter
 
 NO_CELLS = {"TEXT": "a text", "IMAGE": "a picture", "NOROI": "an empty ROI"}
 AREAS = ("POLYGON", "FREEHAND", "TRACED", "RECT", "OVAL")
