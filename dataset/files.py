@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -131,8 +132,11 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
     If each folder of masks has a single file, these are the masks of whole images, and not of nuclei, unless the folder
     holds the file ``NUCLEI``.
     """
-    found = {}
+    found, closed = {}, []
     for name in (name for name in names if not leads_up(folder / name)):
+        if (folder / name).is_dir() and not os.access(folder / name, os.R_OK | os.X_OK):
+            closed.append(name)
+            continue
         kinds = ("images", "image") if is_image else ("masks", "mask")
         inner = next((path for kind in kinds if (path := folder / name / kind).is_dir()), None)
         if inner is not None:
@@ -145,6 +149,8 @@ def _find_one_folder_per_image(folder: Path, names: Iterable[str], is_image: boo
             found[name] = files[0] if is_image else inner
         elif not is_image and name not in ("images", "masks") and (folder / name).is_dir() and files_in(folder / name):
             found[name] = folder / name
+    if found and closed:
+        raise FileError(folder, f"has folders that may not be read: {list_some(closed)}. Move them, or get permission")
     splits = [name for name, path in found.items() if path == folder / name and is_split(name)]
     if splits and len(splits) == len(found):
         first = min(splits, key=lambda name: not name.lower().startswith("train"))

@@ -86,6 +86,14 @@ def files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Pat
     return [folder / name for name in names if Path(name).suffix.lower() in suffixes]
 
 
+def _files_if_readable(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """:func:`files_in` for hints, which stop no command: none of a folder without permission."""
+    try:
+        return files_in(folder, suffixes)
+    except OSError:
+        return []
+
+
 def other_program(suffix: str) -> str:
     """What to do with files of this suffix, which are not read; empty if nothing is known."""
     mend = _OTHERS.get(suffix.lower())
@@ -150,7 +158,7 @@ def _which_folder(folder: Path, what: str, inner: Sequence[str], suffixes: Seque
     if wanted is None:
         return f", nor do its sub-folders ({list_some(inner)}), it must hold {' '.join(suffixes)}"
     path = deepest[wanted] or folder / wanted
-    below = files_in(path, suffixes)
+    below = _files_if_readable(path, suffixes)
     kept = [name for name in full if files_in(folder / name, suffixes)]
     has_mask = any(_MASK_WORD.search(file.name) for file in below)
     if len(kept) > 1 and len(below) == 2 and has_mask and not parts:
@@ -164,12 +172,15 @@ def _which_folder(folder: Path, what: str, inner: Sequence[str], suffixes: Seque
 
 def _first_with_files(folder: Path, suffixes: Sequence[str], levels: int = MOST_LEVELS) -> Path | None:
     """The folder, or the first one below it, that holds such files."""
-    if files_in(folder, suffixes):
+    if _files_if_readable(folder, suffixes):
         return folder
     if levels == 0:
         return None
-    with os.scandir(folder) as entries:
-        kept = [entry.name for entry in entries if not is_litter(entry.name) and _is_folder(entry)]
+    try:
+        with os.scandir(folder) as entries:
+            kept = [entry.name for entry in entries if not is_litter(entry.name) and _is_folder(entry)]
+    except OSError:  # no permission
+        return None
     inner = sorted(name for name in kept if not leads_up(folder / name))
     found = (_first_with_files(folder / name, suffixes, levels - 1) for name in inner[:20])
     return next((path for path in found if path is not None), None)
@@ -220,7 +231,7 @@ def sub_folder_warnings(listings: Sequence[Listing], known: Iterable[Path]) -> l
         start = os.path.join(os.path.abspath(listing.folder), "")  # noqa: PTH100, PTH118
         tops = {path[len(start) :].partition(os.sep)[0] for path in used if path.startswith(start)}
         for name in listing.folders:
-            count = 0 if name in tops else len(files_in(listing.folder / name, MASK_SUFFIXES))
+            count = 0 if name in tops else len(_files_if_readable(listing.folder / name, MASK_SUFFIXES))
             if count:
                 warnings.append(f"{listing.folder}: files in the sub-folder {name} ({count}) are not read")
     return warnings

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from PIL import Image
 
 from common.errors import InputError
 from dataset.config import DataConfig
+from dataset.files import find_files
 from dataset.folders import PairedFolder
 from dataset.gray import fit_channels, image_window, window_image
 from dataset.mask_folder import MaskFolder
@@ -545,6 +548,41 @@ def test_files_and_sub_folders_that_are_not_read_are_warned_about(folders, caplo
     assert "files in the sub-folder more (1) are not read" in caplog.text
     assert "files of a kind that is not read: y.gif" in caplog.text and "notes.txt" not in caplog.text
     assert any("sub-folder more" in remark for remark in survey(images, masks)[0].remarks)
+
+
+def close(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder that the system refuses to read, as it does for users without permission (not for root)."""
+    folder.mkdir()
+    scandir, stat, access = os.scandir, os.stat, os.access
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if Path(path) == folder else scandir(path))
+    monkeypatch.setattr(os, "stat", lambda path, **k: refuse(path) if folder in Path(path).parents else stat(path, **k))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+
+
+def test_a_sub_folder_without_permission_stops_no_command(folders, monkeypatch, caplog):
+    images, masks = folders
+    (images / "more").mkdir()
+    shutil.copy(next(images.glob("*.png")), images / "more" / "x.png")
+    close(images / "private", monkeypatch)
+    PairedFolder(images, masks, DataConfig(image_size=16))
+    assert "files in the sub-folder more (1) are not read" in caplog.text
+
+
+def test_a_sub_folder_without_permission_does_not_hide_which_folder_is_meant(folders, monkeypatch):
+    images, masks = folders
+    close(images.parent / "private", monkeypatch)
+    with pytest.raises(InputError, match="did you mean .*images"):
+        find_files(images.parent, "image")
+    for path in [*masks.iterdir()]:
+        (masks / path.stem / "masks").mkdir(parents=True)
+        path.rename(masks / path.stem / "masks" / "1.png")
+    close(masks / "c9", monkeypatch)  # it may be one of the masks
+    with pytest.raises(InputError, match="folders that may not be read: c9"):
+        find_files(masks, "mask")
 
 
 def test_transparency_and_lookup_tables_are_warned_about(tmp_path, caplog):
