@@ -2,16 +2,20 @@
 
 The facts about a file are kept with its size and time of change. Files that were changed, added or renamed are decoded
 again. The cache lies in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``), because folders of data may
-be read-only. All commands share it. If it is lost, all files are decoded once more.
+be read-only. All commands share it. If it is lost, all files are decoded once more. Files of it that nobody has used
+for ``DAYS_KEPT`` are removed: another version of the code, or other settings, has files of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import logging
 import os
+import time
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +34,7 @@ PACKAGES = {  # name of the module: name of the package
     "imagecodecs": "imagecodecs", "liffile": "liffile", "nd2": "nd2", "pylibCZIrw": "pylibCZIrw",
     "pycocotools": "pycocotools", "roifile": "roifile",
 }  # fmt: skip
+DAYS_KEPT = 90
 
 
 def cache_folder() -> Path | None:
@@ -63,9 +68,12 @@ class CheckedFiles:
             return {}
         try:
             with gzip.open(self.path, "rt", encoding="utf-8") as file:
-                return dict(line.rstrip("\n").split("\t", 1) for line in file)
-        except (OSError, EOFError, ValueError):  # none yet, or damaged
+                lines = dict(line.rstrip("\n").split("\t", 1) for line in file)
+        except (OSError, EOFError, ValueError, zlib.error):  # none yet, or damaged
             return {}
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # it is used
+        return lines
 
     def recall(self, files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
         """Facts by name. Leaves out names whose files have changed since."""
@@ -95,6 +103,10 @@ class CheckedFiles:
             write_atomically(self.path, lambda file: file.write(gzip.compress(text.encode(), compresslevel=1)))
         except OSError as error:
             logger.info("the check of the files cannot be remembered in %s (%s)", self.path.parent, error.strerror)
+        with contextlib.suppress(OSError):  # another process may remove the same files
+            for path in self.path.parent.iterdir():
+                if time.time() - path.stat().st_mtime > DAYS_KEPT * 24 * 3600:
+                    path.unlink()
 
 
 def _version(package: str) -> str:

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks import many_files
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset import checked_files, checks, mask_folder
+from dataset.checked_files import CheckedFiles
 from dataset.config import DataConfig
 from dataset.files import read_image, read_mask_and_table, read_size
 from dataset.folders import PairedFolder
@@ -148,6 +150,41 @@ def test_a_cache_that_cannot_be_written_or_read_costs_a_decode_only(pairs, reads
     monkeypatch.setenv("XDG_CACHE_HOME", str(pairs[1] / "cell_0.png"))  # no folder can be made below a file
     MaskFolder(pairs[1], CONFIG)
     assert len(reads) == 12
+
+
+def test_a_flipped_byte_of_the_cache_costs_a_decode_at_most(tmp_path):
+    files = {"a": [Path(__file__)], "b": [ROOT]}
+    known = {"a": [1, 2.5, "text"], "b": {"none": None}}
+    memory = CheckedFiles("key")
+    memory.recall(files)
+    for name, facts in known.items():
+        memory.remember(name, facts)
+    memory.save()
+    (stored,) = (tmp_path / "cache").rglob("*.gz")
+    whole = stored.read_bytes()
+    assert CheckedFiles("key").recall(files) == known
+    found = []
+    for place in range(len(whole)):
+        stored.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        found.append(CheckedFiles("key").recall(files))
+    assert all(one in ({}, known) for one in found)
+    assert found.count(known) < 10  # the time of writing and the like
+
+
+def test_files_of_the_cache_that_nobody_used_for_long_are_removed(pairs, tmp_path):
+    def age(path: Path, days: float) -> None:
+        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+
+    MaskFolder(pairs[1], CONFIG)
+    (used,) = (tmp_path / "cache").rglob("*.gz")
+    age(used, 100)
+    for name, days in (("recent.jsonl.gz", 60), ("old.jsonl.gz", 100), (".sit-0123abcd.tmp", 100)):
+        (used.parent / name).touch()
+        age(used.parent / name, days)
+    MaskFolder(pairs[1], CONFIG)  # uses its own
+    MaskFolder(pairs[1], DataConfig(8))  # writes another, and removes what is old
+    names = {path.name for path in used.parent.iterdir()}
+    assert {used.name, "recent.jsonl.gz"} < names and len(names) == 3
 
 
 def test_facts_of_a_mask_survive_json():
