@@ -143,6 +143,7 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     except (OSError, ValueError):
         is_own = False
     if not is_own:
+        held = list_some(sorted(others), 1)
         raise InputError(
-            f"`output` {folder} holds other files ({list_some(sorted(others), 1)}) and no {results} of this command. Name a new folder."
+            f"`output` {folder} holds other files ({held}) and no {results} of this command. Name a new folder."
         )
