@@ -73,25 +73,25 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Fill a new or empty folder, whole or not at all, so that the same command can run again after a full disk.
 
     The files are written into a folder within it, and moved up at the end. So the folder may be a volume of a
-    container.
+    container. It is locked meanwhile. What a killed process left is removed.
 
     Yields:
         The folder to fill.
 
     Raises:
-        InputError: the folder is a file or holds something.
+        InputError: the folder is a file or holds something, or another process works in it.
     """
     check_folder(folder)
     existed = folder.is_dir()
     temporary = folder / f".sit-{secrets.token_hex(4)}.tmp"
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for path in sorted(temporary.iterdir()):
-            path.replace(folder / path.name)
-        temporary.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock_until_filled(folder):
+            check_folder(folder)  # again: another process may have been first
+            temporary.mkdir()
+            with _moved_up(temporary):
+                yield temporary
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not existed:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -99,8 +99,38 @@ def new_folder(folder: Path) -> Iterator[Path]:
             error.args = (error.marked.replace(f"/{temporary.name}", ""),)
         if isinstance(error, OSError) and error.errno:
             of_copy = error.filename2 or error.filename  # of a copy, the second is the new file
-            name = str(of_copy or folder).replace(f"/{temporary.name}", "")
+            name = str(of_copy or folder).replace(f"/{temporary.name}", "").removesuffix(f"/{LOCK_FILE}")
             raise OSError(error.errno, error.strerror, name) from error
+        raise
+
+
+@contextlib.contextmanager
+def _lock_until_filled(folder: Path) -> Iterator[None]:
+    """Lock a folder, and remove the lock file at the end."""
+    lock = lock_folder(folder, "name another folder")
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: see lock_folder
+        lock.close()
+
+
+@contextlib.contextmanager
+def _moved_up(temporary: Path) -> Iterator[None]:
+    """Move what the block puts into a folder to its parent, all or nothing, and remove the folder."""
+    paths: list[Path] = []
+    try:
+        yield
+        paths = sorted(temporary.iterdir())
+        for path in paths:
+            path.replace(temporary.parent / path.name)
+        temporary.rmdir()
+    except BaseException:
+        for path in paths:
+            if not os.path.lexists(path):  # it was moved
+                with contextlib.suppress(OSError):
+                    _remove(temporary.parent / path.name)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -328,6 +358,9 @@ def lock_folder(
     lock = (folder / LOCK_FILE).open("a+b")  # a shared lock needs a file that can be read
     try:
         _wait_for_lock(lock, folder, shared, wait_seconds)
+        if not os.fstat(lock.fileno()).st_nlink:  # new_folder removed the file before it ended
+            lock.close()
+            return lock_folder(folder, mend, parts, shared, wait_seconds)
     except (BlockingIOError, PermissionError) as error:  # another process has the lock
         lock.close()
         holder, advice = _holder(folder)

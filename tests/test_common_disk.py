@@ -197,6 +197,10 @@ def test_a_lock_is_waited_for_as_long_as_asked(tmp_path, caplog):
     assert f"waiting up to 30 s for another process ({process.pid})" in caplog.text
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_new_folder_is_filled_whole_or_not_at_all(tmp_path):
     for folder in (tmp_path / "new" / "out", tmp_path / "empty"):
         if folder.name == "empty":
@@ -219,3 +223,61 @@ def test_a_fault_names_the_new_folder_and_not_the_one_within(tmp_path):
         raise InputError(f"`images`: {inner / 'a.png'} is empty")
     assert failed.value.marked == f"`images`: {tmp_path / 'new' / 'a.png'} is empty"
     assert str(failed.value) == f"images: {tmp_path / 'new' / 'a.png'} is empty"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error", "b")])
+def test_files_that_were_moved_into_a_new_folder_go_if_another_cannot_be_moved(tmp_path, monkeypatch, error):
+    def fill() -> None:
+        with new_folder(tmp_path / "out") as inner:
+            (inner / "a").mkdir()
+            for name in ("a/1.tif", "b.tif", "c.tif"):
+                (inner / name).touch()
+
+    def replace(path: Path, target: Path) -> None:
+        if path.name == "c.tif":
+            raise error
+        os.replace(path, target)  # noqa: PTH105 - the method is replaced
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(Path, "replace", replace)
+        fill()
+    assert not (tmp_path / "out").exists()
+    fill()
+    assert names_in(tmp_path / "out") == ["a", "b.tif", "c.tif"]
+
+
+FILLER = """if True:
+    import sys
+    from pathlib import Path
+    from common.disk import new_folder
+    with new_folder(Path(sys.argv[1])) as inner:
+        (inner / "half.tif").touch()
+        print("begun", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_fill_one_folder_and_what_a_killed_one_left_is_removed(tmp_path):
+    words, pipes = [sys.executable, "-c", FILLER, str(tmp_path / "out")], {"stdin": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        with pytest.raises(InputError, match="another process works in this folder"), new_folder(tmp_path / "out"):
+            pass
+        process.kill()
+    assert len(names_in(tmp_path / "out")) == 2  # the lock and the unfinished folder
+    with new_folder(tmp_path / "out") as inner:
+        (inner / "a.tif").touch()
+    assert names_in(tmp_path / "out") == ["a.tif"]
+
+
+def test_a_lock_file_that_new_folder_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    opened = []
+
+    def wait(lock, *rest):
+        opened.append(lock)
+        if len(opened) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+
+    monkeypatch.setattr("common.disk._wait_for_lock", wait)
+    with lock_folder(tmp_path, "wait") as lock:
+        assert os.fstat(lock.fileno()).st_ino == (tmp_path / LOCK_FILE).stat().st_ino and len(opened) == 2
