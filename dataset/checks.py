@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -20,6 +19,7 @@ from dataset.config import DataConfig
 from dataset.decode import LAST_AXIS
 from dataset.files import FileError, Pair, read_image_and_kind, read_mask_and_table, read_size
 from dataset.gray import fit_channels
+from dataset.names import short_names
 from dataset.views import view_of_file
 
 PAIRS_WORTH_A_LOOK = 2000  # with so many, headers are read first
@@ -70,9 +70,7 @@ def refuse_bad(errors: Sequence[FileError], total: int, what: str) -> None:
         raise errors[0]
     if errors:
         names_by_reason: dict[str, list[str]] = {}
-        often = Counter(error.path.name for error in errors)  # NAME/masks of one folder per image
-        for error in errors:
-            name = error.path.name if often[error.path.name] == 1 else f"{error.path.parent.name}/{error.path.name}"
+        for error, name in zip(errors, short_names([error.path for error in errors]), strict=True):
             names_by_reason.setdefault(error.reason, []).append(name)
         faults = [f"{list_some(names)}: {reason}" for reason, names in names_by_reason.items()]
         more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""

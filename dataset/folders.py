@@ -52,9 +52,10 @@ from dataset.gray import (
     to_tensor,
 )
 from dataset.looks import measure_draw, measure_spread
-from dataset.mask_facts import MaskStats, mask_stats
+from dataset.mask_facts import MaskStats, mask_stats, named_apart
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import decide_mask_rule
+from dataset.names import short_names
 from dataset.scale import pixel_size, scale_warning
 from dataset.views import SYMMETRIES, View, native_view, turn, view_of, view_of_file
 
@@ -122,10 +123,6 @@ class TrainingImages(torch.utils.data.Dataset, ABC):
         """Number of images."""
         return len(self.names)
 
-    def sizes_by_name(self) -> dict[str, float | None]:
-        """Width of a pixel by file name."""
-        return {path.name: size for path, size in zip(self.image_paths, self.pixel_sizes, strict=True)}
-
     @cached_property
     def image_hashes(self) -> list[str]:
         """SHA-256 of every image file."""
@@ -143,6 +140,12 @@ class TrainingImages(torch.utils.data.Dataset, ABC):
     def look_windows(self, index: int) -> np.ndarray:
         """Look numbers (n, N) of windows spread over the image."""
         return measure_spread(self._kept_image(index), self.windows[index], self.config)
+
+
+def sizes_by_name(folders: Sequence[TrainingImages]) -> dict[str, float | None]:
+    """Width of a pixel by name of the image file, of one or several folders."""
+    paths = [path for folder in folders for path in folder.image_paths]
+    return dict(zip(short_names(paths), [size for folder in folders for size in folder.pixel_sizes], strict=True))
 
 
 class PairedFolder(TrainingImages):
@@ -209,7 +212,7 @@ class PairedFolder(TrainingImages):
         refuse_masks_as_images([one.is_equal for one in compared.values()], image_dir, mask_dir)
         _warn(flat_warning(list(compared), [one.is_flat for one in compared.values()]))
         _warn(burnt_in_warning(list(compared), [one.is_burnt_in for one in compared.values()]))
-        stats = [one.stats for one in checked]
+        stats = named_apart([one.stats for one in checked], [pair.mask_path for pair in self.pairs])
         self.rule = decide_mask_rule(
             stats, config.num_classes, mask_type, mask_dir, normalize, config.mask_values, learned
         )
@@ -220,7 +223,7 @@ class PairedFolder(TrainingImages):
         _warn(agreement_warnings(list(compared), *small), f"{image_dir} and {mask_dir}: ")
         notes = _odd_images(checked, self.pairs, self.config)
         notes += narrow_channels_warning([one.channel_shares for one in checked], self.config, checked[0].dtype)
-        notes += colour_warnings(self.image_paths, self.stored_channels) + scale_warning(self.sizes_by_name())
+        notes += colour_warnings(self.image_paths, self.stored_channels) + scale_warning(sizes_by_name([self]))
         _warn(notes, f"images in {image_dir}: ")
         for index, mask in enumerate(self._masks):
             self._masks[index] = self._prepare_mask(mask)
@@ -295,7 +298,7 @@ class PairedFolder(TrainingImages):
     def _check_pair(self, pair: Pair) -> tuple[np.ndarray, np.ndarray, _Checked, np.ndarray | None]:
         image, mask, table, has_channels = read_pair(pair.image_path, pair.mask_path, self.config.channels)
         view = view_of_file(pair.image_path, image.shape, self.config)
-        stats = mask_stats(pair.mask_path.name, mask, pair.mask_path.is_dir(), table)
+        stats = mask_stats(pair.mask_path, mask, pair.mask_path.is_dir(), table)
         config = self.config
         if config.window_channels is None:
             channels = default_window_channels(image.shape[2], has_channels)
@@ -426,9 +429,9 @@ def _all_have_channels(checked: Sequence[_Checked], pairs: Sequence[Pair], confi
         InputError: the files disagree, and the config does not decide.
     """
     names: dict[bool, list[str]] = {False: [], True: []}
-    for one, pair in zip(checked, pairs, strict=True):
+    for one, name in zip(checked, short_names([pair.image_path for pair in pairs]), strict=True):
         if one.channels == 3:
-            names[one.has_channels].append(pair.image_path.name)
+            names[one.has_channels].append(name)
     if names[True] and names[False] and config.window_channels is None:
         raise InputError(
             f"{len(names[False])} images are RGB (as {names[False][0]}), {len(names[True])} hold three channels that "
@@ -462,11 +465,11 @@ def _hint_at_window(checked: Sequence[_Checked], config: DataConfig) -> None:
 def _odd_images(checked: Sequence[_Checked], pairs: Sequence[Pair], config: DataConfig) -> list[str]:
     """Warnings about images of a single gray value, files of several data types, images dark in the common range."""
     found = []
-    named = list(zip(checked, pairs, strict=True))
-    blank = [pair.image_path.name for one, pair in named if one.brightest == one.darkest]
+    named = list(zip(checked, short_names([pair.image_path for pair in pairs]), strict=True))
+    blank = [name for one, name in named if one.brightest == one.darkest]
     if config.window_values is not None:
         least = NARROW_IMAGE * max(high - low for low, high in config.window_values)
-        narrow = [pair.image_path.name for one, pair in named if 0 < one.brightest - one.darkest < least]
+        narrow = [name for one, name in named if 0 < one.brightest - one.darkest < least]
         if narrow:
             names = list_some(narrow)
             found.append(f"{len(narrow)} use less than 2 % of the common gray range: {names}. Have they another scale?")

@@ -25,6 +25,7 @@ from common.spread import evenly
 from dataset.config import DataConfig, Window
 from dataset.decode import colour_note
 from dataset.files import FileError, encode_image, image_suffix
+from dataset.names import short_names
 
 ROBUST_PERCENTILES = (0.1, 99.9)  # of gray values, so that a few odd pixels do not count
 BURNT_SHARE = 0.001  # of the pixels have the largest value if something was drawn into an image
@@ -392,9 +393,10 @@ def colour_warnings(paths: Sequence[Path], channels: int) -> list[str]:
 
     Looks at the headers of a few images. ``channels`` is the largest number of channels, as the images are read.
     """
-    notes = {paths[index]: colour_note(paths[index]) for index in evenly(len(paths), _NOTED_IMAGES)}
-    clear = next((path.name for path, note in notes.items() if note == "transparency"), None)
-    tinted = next((path.name for path, note in notes.items() if note == "colour table"), None)
+    some = [paths[index] for index in evenly(len(paths), _NOTED_IMAGES)]
+    notes = dict(zip(short_names(some), map(colour_note, some), strict=True))
+    clear = next((name for name, note in notes.items() if note == "transparency"), None)
+    tinted = next((name for name, note in notes.items() if note == "colour table"), None)
     warnings = []
     if clear and channels in (2, 4):
         warnings.append(

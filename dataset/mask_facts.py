@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import scipy.ndimage
 
 from common.cells import are_noise, count_pieces, distinct
 from dataset.decode import FileError
+from dataset.names import short_names
 
 FEW_VALUES = 16
 MAX_UNEQUAL_SHARE = 0.2  # of the pairs of pixels above 0, in masks of constant pieces
@@ -64,10 +66,16 @@ class MaskStats:
         return cls(**plain | {"dtype": np.dtype(plain["dtype"]), "values": frozenset(plain["values"])})
 
 
-def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: str = "") -> MaskStats:
+def named_apart(stats: Iterable[MaskStats], paths: Sequence[Path]) -> list[MaskStats]:
+    """The facts, named by their files so that the names differ: see ``short_names``."""
+    return [replace(one, name=name) for one, name in zip(stats, short_names(paths), strict=True)]
+
+
+def mask_stats(file: str | Path, mask: np.ndarray, from_folder: bool = False, table: str = "") -> MaskStats:
     """Facts about one mask.
 
     Args:
+        file: for messages.
         mask: (H, W) or (K, H, W) from ``read_mask``.
         from_folder: whether the mask was put together from one file per nucleus.
         table: kind of the file's colour table.
@@ -79,7 +87,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
     values = np.flatnonzero(np.bincount(mask.ravel())) if narrow else distinct(mask)
     is_whole = mask.dtype.kind in "ui" or bool((values == np.round(values)).all())
     if is_whole and are_noise(len(values), mask.size):
-        raise FileError(name, f"has {len(values)} values in {mask.size} pixels, which cannot be cells or classes")
+        raise FileError(file, f"has {len(values)} values in {mask.size} pixels, which cannot be cells or classes")
     facts: dict[str, Any] = {
         "dtype": mask.dtype,
         "planes": len(mask) if mask.ndim == 3 else 0,
@@ -108,7 +116,7 @@ def mask_stats(name: str, mask: np.ndarray, from_folder: bool = False, table: st
                 facts["cell_area"] = np.count_nonzero(mask) / max(facts["pieces"], 1)
     elif len(mask) > 1:
         facts.update(_frame((mask[0] < certainty(mask.dtype, facts["maximum"]) / 2).astype(np.uint8)))
-    return MaskStats(name=name, from_folder=from_folder, table=table, **facts)
+    return MaskStats(name=Path(file).name, from_folder=from_folder, table=table, **facts)
 
 
 def _grays(mask: np.ndarray, near: float) -> dict[str, float]:

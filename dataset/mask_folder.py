@@ -23,7 +23,7 @@ from dataset.files import (
 )
 from dataset.folder_hints import Listing, list_folder, other_files_warnings, sub_folder_warnings
 from dataset.gray import image_window, to_tensor
-from dataset.mask_facts import MaskStats, mask_stats
+from dataset.mask_facts import MaskStats, mask_stats, named_apart
 from dataset.mask_warnings import mask_warnings
 from dataset.masks import decide_mask_rule
 from dataset.names import MASK_ENDINGS, name_of, without_images
@@ -102,7 +102,7 @@ class MaskFolder:
             logger.warning("%s", warning)
         checked = self._read_all(f"masks of {mask_path}", progress)
         self.sizes = {name: size for name, (_, size) in checked.items()}
-        stats = [checked[name][0] for name in self.names]
+        stats = named_apart([checked[name][0] for name in self.names], [self.paths[name] for name in self.names])
         self.rule = decide_mask_rule(
             stats, config.num_classes, mask_type, mask_path, normalize, config.mask_values, learned
         )
@@ -149,7 +149,7 @@ class MaskFolder:
         _, mask, table = self._read(name)
         size = (mask.shape[-2], mask.shape[-1])
         self._view(name, size)
-        return mask_stats(self.paths[name].name, mask, self.paths[name].is_dir(), table), size
+        return mask_stats(self.paths[name], mask, self.paths[name].is_dir(), table), size
 
     def _view(self, name: str, size: tuple[int, int], rng: np.random.Generator | None = None) -> View:
         if self.whole_scale is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def name_of(file_name: str) -> str:
     """Name of an image or a mask by its file, with or without suffix: ``f1.ome.tif`` -> ``f1``, ``f.1`` -> ``f.1``."""
     stem, dot, suffix = file_name.rpartition(".")
     return plain_name(stem if stem and dot + suffix.lower() in MASK_SUFFIXES else file_name)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of files for messages: each with as many parent folders as make the names differ."""
+    names = [path.name for path in paths]
+    for count in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
+        often = Counter(names)
+        if len(often) == len(names):
+            break
+        longer = ["/".join(path.parts[-count:]) for path in paths]
+        names = [other if often[name] > 1 else name for name, other in zip(names, longer, strict=True)]
+    return names
 
 
 def read_names(path: Path, key: str, column: str, once: bool = False) -> dict[str, str]:

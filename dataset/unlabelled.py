@@ -17,7 +17,7 @@ from common.randomness import derived_seed
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, find_images, read_image
-from dataset.folders import PairedFolder, TrainingImages
+from dataset.folders import PairedFolder, TrainingImages, sizes_by_name
 from dataset.gray import check_type, fit_channels, image_window, to_tensor
 from dataset.looks import Looks
 from dataset.masks import to_prob_map
@@ -154,11 +154,9 @@ def read_unlabelled(
         ]
     else:
         found = [UnlabelledFolder(folder, labelled.config, labelled.seed, progress) for folder in image_dirs]
-    sizes = labelled.sizes_by_name()
     for folder, source in zip(image_dirs, found, strict=True):
         _refuse_other_types(source, folder, labelled)
-        sizes |= source.sizes_by_name()
-    for warning in scale_warning(sizes, "labelled and unlabelled images"):
+    for warning in scale_warning(sizes_by_name([labelled, *found]), "labelled and unlabelled images"):
         logger.warning("%s", warning)
     return found
 

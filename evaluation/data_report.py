@@ -41,7 +41,7 @@ from dataset.gray import (
     narrow_channels_warning,
     to_display,
 )
-from dataset.mask_facts import MaskStats, mask_stats
+from dataset.mask_facts import MaskStats, mask_stats, named_apart
 from dataset.mask_warnings import mask_warnings, refuse_one_class
 from dataset.masks import MaskRule, decide_mask_rule
 from dataset.names import name_hints
@@ -202,7 +202,8 @@ def survey(
     hints = name_hints(without_mask, without_image, [pair.name for pair in pairs])
     _find_problems(report, hints, list(facts.values()), image_dir, mask_dir, image_size, crop)
     report.remarks += sub_folder_warnings(listings, [*images.values(), *masks.values()])
-    rule = _decide(report, [one[0] for one in stats.values()], num_classes, mask_type, mask_dir, normalize, mask_values)
+    named = named_apart([one[0] for one in stats.values()], list(stats))
+    rule = _decide(report, named, num_classes, mask_type, mask_dir, normalize, mask_values)
     if rule is not None:
         _count_cells(report, usable, rule, progress)
         some = [usable[index] for index in evenly(len(usable), MOST_PAIRS)]
@@ -237,7 +238,7 @@ def _others(listings: Sequence[Listing], known: set[Path]) -> list[str]:
 
 def _mask_facts(path: Path) -> tuple[MaskStats, tuple[int, ...], np.ndarray]:
     mask, table = read_mask_and_table(path)
-    return mask_stats(path.name, mask, path.is_dir(), table), mask.shape, mask_signature(mask)
+    return mask_stats(path, mask, path.is_dir(), table), mask.shape, mask_signature(mask)
 
 
 def common_channels(facts: Sequence[ImageFacts]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,12 @@ def test_images_and_masks_of_one_name_in_one_folder_are_told_what_to_do(tmp_path
         (tmp_path / file).write_bytes(b"x")
     with pytest.raises(InputError, match="move the masks into a folder of their own"):
         find_files(tmp_path, "image")
+
+
+def test_names_for_messages_have_the_parent_folders_that_tell_files_apart():
+    paths = [Path("/lab/A/images/image.tif"), Path("/lab/B/images/image.tif"), Path("/lab/B/images/other.tif")]
+    assert names.short_names(paths) == ["A/images/image.tif", "B/images/image.tif", "other.tif"]
+    assert names.short_names([Path("a.png"), Path("a.png")]) == ["a.png", "a.png"] and names.short_names([]) == []
 
 
 def test_a_shell_that_misreads_names_is_told_the_setting(monkeypatch):

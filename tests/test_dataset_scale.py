@@ -11,9 +11,11 @@ from PIL import Image
 from script_helpers import run_here
 
 import evaluate
+from common.errors import InputError
 from dataset.config import DataConfig
 from dataset.files import encode_tiff
 from dataset.folders import PairedFolder
+from dataset.mask_folder import MaskFolder
 from dataset.scale import pixel_size, scale_warning
 from dataset.unlabelled import read_unlabelled
 
@@ -113,6 +115,36 @@ def folders(root: Path, sizes: list[float]) -> tuple[Path, Path]:
                          metadata={"unit": "um"})  # fmt: skip
         Image.fromarray(mask).save(root / "masks" / f"f{number}.png")
     return root / "images", root / "masks"
+
+
+def test_files_of_one_name_in_a_folder_per_image_are_told_apart(tmp_path, caplog):
+    sizes = [0.2, 0.8, 0.2, 0.8, 0.8]
+    images, masks = folders(tmp_path / "flat", sizes)
+    for number in range(5):
+        inner = tmp_path / "lab" / "ABCDE"[number]
+        (inner / "images").mkdir(parents=True)
+        (inner / "masks").mkdir()
+        (images / f"f{number}.tif").rename(inner / "images" / "image.tif")
+        (masks / f"f{number}.png").rename(inner / "masks" / "mask.png")
+    data = PairedFolder(tmp_path / "lab", tmp_path / "lab", DataConfig(32, 2, channels=1))
+    assert "0.2 um (2, as A/images/image.tif), 0.8 um (3, as B/images/image.tif)" in caplog.text
+    caplog.clear()
+    read_unlabelled([folders(tmp_path / "new", [0.4])[0]], [], data, progress=False)
+    assert "0.2 um (2, as A/images/image.tif), 0.4 um (1, as f0.tif), 0.8 um (3, as B/im" in caplog.text
+    for name in "BD":
+        (tmp_path / "lab" / name / "images" / "image.tif").write_bytes(b"II*\0")
+    with pytest.raises(InputError, match="2 of 5 .* used. B/images/image.tif, D/images/image.tif: cannot be read"):
+        PairedFolder(tmp_path / "lab", tmp_path / "lab", DataConfig(32, 2, channels=1))
+
+
+def test_a_mask_of_one_name_in_each_folder_is_named_with_its_folder(tmp_path):
+    for number in range(3):
+        (tmp_path / "ABC"[number]).mkdir()
+        mask = np.full((40, 48), 255 if number < 2 else 7, np.uint8)
+        mask[:20] = 0
+        Image.fromarray(mask).save(tmp_path / "ABC"[number] / "mask.png")
+    with pytest.raises(InputError, match=r"C/mask\.png"):
+        MaskFolder(tmp_path, DataConfig(32, 2), "binary")
 
 
 @pytest.mark.parametrize(("sizes", "warns"), [([0.5, 0.5, 0.25], True), ([0.5, 0.5, 0.5], False)])
