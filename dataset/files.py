@@ -114,9 +114,9 @@ def find_files(folder: str | Path, what: str, listing: Listing | None = None) ->
     return {stem: path for stem, path in sorted(found.items()) if stem not in flows}
 
 
-def find_images(folder: str | Path) -> dict[str, Path]:
+def find_images(folder: str | Path, listing: Listing | None = None) -> dict[str, Path]:
     """:func:`find_files` of images alone: masks that lie beside their images are none."""
-    found = find_files(folder, "image")
+    found = find_files(folder, "image", listing)
     if any(path.parent != Path(folder) for path in found.values()):  # a folder per image
         return found
     images = without_masks(found)

@@ -203,27 +203,37 @@ def _holds_rois(path: Path) -> bool:
         return False
 
 
-def other_files_warnings(listings: Sequence[Listing]) -> list[str]:
+def skipped_warnings(
+    listings: Sequence[Listing], known: Iterable[Path], suffixes: Sequence[str] = MASK_SUFFIXES
+) -> list[str]:
+    """Warnings about files in folders of images and of masks that are not read.
+
+    Args:
+        listings: folders of images and of masks.
+        known: files, or folders of nuclei, that are read.
+        suffixes: kinds of files that are read.
+    """
+    return _other_files_warnings(listings, suffixes) + sub_folder_warnings(listings, known, suffixes)
+
+
+def _other_files_warnings(listings: Sequence[Listing], suffixes: Sequence[str]) -> list[str]:
     """Warnings about files that look like data and are of a kind that is not read, such as .gif and .jp2."""
     warnings = []
     for listing in dict.fromkeys(listings):
         others = [
             name
             for name in listing.files
-            if Path(name).suffix.lower() not in _NOTES.union(MASK_SUFFIXES) and not BY_PRODUCTS.search(name)
+            if Path(name).suffix.lower() not in _NOTES.union(suffixes) and not BY_PRODUCTS.search(name)
         ]
         if others:
             warnings.append(f"{listing.folder}: files of a kind that is not read: {list_some(others)}")
     return warnings
 
 
-def sub_folder_warnings(listings: Sequence[Listing], known: Iterable[Path]) -> list[str]:
-    """Warnings about sub-folders with files that are not read, beside files that are.
-
-    Args:
-        listings: folders of images and of masks.
-        known: files, or folders of nuclei, that are read.
-    """
+def sub_folder_warnings(
+    listings: Sequence[Listing], known: Iterable[Path], suffixes: Sequence[str] = MASK_SUFFIXES
+) -> list[str]:
+    """Warnings about sub-folders with files that are not read, beside files that are, as of `skipped_warnings`."""
     folders = [listing.folder for listing in listings]
     used = [os.path.abspath(path) for path in (*folders, *known)]  # noqa: PTH100 - many files: strings are quicker
     warnings = []
@@ -231,7 +241,7 @@ def sub_folder_warnings(listings: Sequence[Listing], known: Iterable[Path]) -> l
         start = os.path.join(os.path.abspath(listing.folder), "")  # noqa: PTH100, PTH118
         tops = {path[len(start) :].partition(os.sep)[0] for path in used if path.startswith(start)}
         for name in listing.folders:
-            count = 0 if name in tops else len(_files_if_readable(listing.folder / name, MASK_SUFFIXES))
+            count = 0 if name in tops else len(_files_if_readable(listing.folder / name, suffixes))
             if count:
                 warnings.append(f"{listing.folder}: files in the sub-folder {name} ({count}) are not read")
     return warnings

@@ -21,7 +21,7 @@ from dataset.files import (
     match_names,
     read_mask_and_table,
 )
-from dataset.folder_hints import Listing, list_folder, other_files_warnings, sub_folder_warnings
+from dataset.folder_hints import Listing, list_folder, skipped_warnings
 from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats, named_apart
 from dataset.mask_warnings import mask_warnings
@@ -98,7 +98,7 @@ class MaskFolder:
         self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir, listing)
         self.names = sorted(self.paths)
         listings = [listing] if listing else []
-        for warning in other_files_warnings(listings) + sub_folder_warnings(listings, self.paths.values()):
+        for warning in skipped_warnings(listings, self.paths.values()):
             logger.warning("%s", warning)
         checked = self._read_all(f"masks of {mask_path}", progress)
         self.sizes = {name: size for name, (_, size) in checked.items()}

@@ -13,6 +13,7 @@ from common.errors import InputError, list_some
 from common.log import with_progress
 from dataset.decode import FileError
 from dataset.files import encode_tiff
+from dataset.folder_hints import list_folder, skipped_warnings
 from dataset.microscope_files import PACKAGES, PROJECTIONS, Choice, Stack, read_stack
 from dataset.scale import scale_warning
 
@@ -85,14 +86,17 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
         InputError: nothing to read, a folder that holds something, a file that cannot be read or needs a choice.
     """
     check_folder(output)
-    files = [source] if source.is_file() else sorted(source.iterdir()) if source.is_dir() else []
-    files = [one for one in files if one.suffix.lower() in SUFFIXES and not one.name.startswith(".")]
+    listings = [list_folder(source, "image")] if source.is_dir() else []
+    files = [source] if source.is_file() else [source / name for one in listings for name in one.files]
+    files = [one for one in files if one.suffix.lower() in SUFFIXES]
     if not files:
         raise InputError(f"{source} holds no files of {' '.join(SUFFIXES)}")
     names = [one.name.removesuffix(one.suffix).removesuffix(".ome") for one in files]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise InputError(f"{source} has two files with one name: {list_some(twice)}. Keep one of each")
+    for warning in skipped_warnings(listings, files, SUFFIXES):
+        logger.warning("%s", warning)
     sizes: dict[str, float | None] = {}
     axes_given = False
     with new_folder(output) as folder:

@@ -72,6 +72,14 @@ def test_relative_links_as_of_datalad_lead_to_their_files_from_the_flat_folders(
         assert not pair.image_path.is_symlink() and not pair.mask_path.is_symlink()
 
 
+def test_files_that_are_in_no_flat_folder_are_named(lab, tmp_path, caplog):
+    for folder in ("images", "masks", "new"):
+        (lab / folder / "patient.4" / f"{folder}.gif").write_bytes(b"GIF8")
+    gather_groups(tmp_path / "flat", lab / "images", lab / "masks", lab / "new")
+    for folder in ("images", "masks", "new"):
+        assert f"{folder}/patient.4: files of a kind that is not read: {folder}.gif" in caplog.text
+
+
 def test_a_split_keeps_the_groups_of_sub_folders(lab, tmp_path):
     gather_groups(tmp_path / "flat", lab / "images", lab / "masks")
     plans = make_selections(

@@ -222,6 +222,18 @@ def test_an_output_that_holds_something_is_refused_before_the_input_is_looked_at
         flatten_folder(tmp_path / "none", tmp_path / "out", Choice())
 
 
+def test_files_and_sub_folders_that_are_not_read_are_named(tmp_path, caplog):
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    for name in ("a.tif", "more/b.tif"):
+        tifffile.imwrite(tmp_path / "in" / name, STACK[0, 0, 0])
+    (tmp_path / "in" / "more" / "c.nd2").touch()
+    (tmp_path / "in" / "d.oib").touch()
+    (tmp_path / "in" / "e.png").touch()
+    assert len(flatten_folder(tmp_path / "in", tmp_path / "out", Choice())) == 1
+    assert "files of a kind that is not read: d.oib, e.png" in caplog.text
+    assert "files in the sub-folder more (2) are not read" in caplog.text
+
+
 def test_files_are_written_one_by_one_and_only_all_of_them_stay(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for number in range(4):

@@ -94,6 +94,20 @@ def test_images_of_another_type_than_the_window_of_the_data_set_are_refused(tmp_
     assert len(choose_looks(looks_of(each), each.config, None, others, None, dtypes=["uint16"]).looks.names) == 4
 
 
+def test_files_that_are_not_read_are_named(lab, others, caplog):
+    (others / "more").mkdir()
+    (others / "new_cell_0.png").rename(others / "more" / "x.png")
+    (others / "y.gif").write_bytes(b"GIF8")
+    for read in (
+        lambda: read_unlabelled([others], [], lab, False),
+        lambda: choose_looks(looks_of(lab), CONFIG, None, others, None),
+    ):
+        caplog.clear()
+        read()
+        assert "files in the sub-folder more (1) are not read" in caplog.text
+        assert "files of a kind that is not read: y.gif" in caplog.text
+
+
 def test_an_image_for_a_look_whose_name_no_manifest_can_hold_is_refused(lab, others):
     odd = (others / "new_cell_0.png").rename(others / os.fsdecode(b"p\xe4.png"))
     with pytest.raises(InputError, match=r"look_path .*cannot be printed: 'p\\udce4'"):
