@@ -15,6 +15,7 @@ from dataset.decode import FileError
 from dataset.files import encode_tiff
 from dataset.folder_hints import list_folder, skipped_warnings
 from dataset.microscope_files import PACKAGES, PROJECTIONS, Choice, Stack, read_stack
+from dataset.names import odd_names, plain_name
 from dataset.scale import scale_warning
 
 SUFFIXES = (".tif", ".tiff", *PACKAGES)
@@ -91,7 +92,10 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     files = [one for one in files if one.suffix.lower() in SUFFIXES]
     if not files:
         raise InputError(f"{source} holds no files of {' '.join(SUFFIXES)}")
-    names = [one.name.removesuffix(one.suffix).removesuffix(".ome") for one in files]
+    odd = odd_names(one.name for one in files)
+    if odd:
+        raise InputError(f"{source} {odd}")
+    names = [plain_name(one.stem) for one in files]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise InputError(f"{source} has two files with one name: {list_some(twice)}. Keep one of each")

@@ -54,8 +54,8 @@ def is_split(name: str) -> bool:
 
 
 def plain_name(stem: str) -> str:
-    """A name without ``.ome``, in NFC: a Mac writes accents as letters apart."""
-    return unicodedata.normalize("NFC", stem.removesuffix(".ome"))
+    """A name without ``.ome`` or ``.OME``, in NFC: a Mac writes accents as letters apart."""
+    return unicodedata.normalize("NFC", stem[:-4] if stem.lower().endswith(".ome") else stem)
 
 
 def name_of(file_name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from script_helpers import run_here
 
 import make_masks
 from common.errors import InputError
-from dataset.files import read_image_and_kind
+from dataset.files import find_images, read_image_and_kind
 from dataset.microscope_files import Choice, read_stack
 from dataset.microscopes import flatten_folder
 
@@ -232,6 +233,19 @@ def test_files_and_sub_folders_that_are_not_read_are_named(tmp_path, caplog):
     assert len(flatten_folder(tmp_path / "in", tmp_path / "out", Choice())) == 1
     assert "files of a kind that is not read: d.oib, e.png" in caplog.text
     assert "files in the sub-folder more (2) are not read" in caplog.text
+
+
+@pytest.mark.parametrize("ending", [".OME.TIF", ".ome.tif", ".TIFF"])
+def test_a_flat_image_has_the_name_that_a_folder_of_images_gives_it(tmp_path, ending):
+    (tmp_path / "in").mkdir()
+    accent = unicodedata.normalize("NFD", "zélle.1")
+    tifffile.imwrite(tmp_path / "in" / f"{accent}{ending}", STACK[0, 0, 0])
+    (path,) = flatten_folder(tmp_path / "in", tmp_path / "out", Choice())
+    assert path.name == "zélle.1.tif"
+    assert list(find_images(tmp_path / "in")) == list(find_images(tmp_path / "out")) == ["zélle.1"]
+    tifffile.imwrite(tmp_path / "in" / "zélle.1.tif", STACK[0, 0, 0])
+    with pytest.raises(InputError, match="two files with one name: zélle.1"):
+        flatten_folder(tmp_path / "in", tmp_path / "new", Choice())
 
 
 def test_files_are_written_one_by_one_and_only_all_of_them_stay(tmp_path, monkeypatch):
