@@ -200,14 +200,22 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     Raises:
         InputError: the file is not valid CSV, or a row has another number of columns than the header.
     """
+    columns, rows = read_csv_lines(path)
+    return columns, [row for _, row in rows]
+
+
+def read_csv_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """:func:`read_csv`, with the number of each row's last line: blank lines are no rows, a cell may have several."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = list(reader.fieldnames or [])  # reads the first line, if there is one
-            rows = [{name: _unguarded(cell) for name, cell in row.items()} for row in reader]
+            rows = [  # DictReader has a line_num, too, but counts no blank lines
+                (reader.reader.line_num, {name: _unguarded(cell) for name, cell in row.items()}) for row in reader
+            ]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable CSV file ({error}); make it again, or restore it") from error
-    odd = [str(number) for number, row in enumerate(rows, 2) if None in row or None in row.values()]
+    odd = [str(number) for number, row in rows if None in row or None in row.values()]
     if odd:
         raise InputError(f"{path}: line {list_some(odd)} has another number of columns than the header")
     return columns, rows

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from common.disk import read_csv
+from common.disk import read_csv_lines
 from common.errors import InputError, list_some
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -88,13 +88,13 @@ def read_names(path: Path, key: str, column: str, once: bool = False) -> dict[st
     Raises:
         InputError: a column or a name is missing, or two rows of one name have different values.
     """
-    columns, rows = read_csv(path)
+    columns, rows = read_csv_lines(path)
     missing = [name for name in (key, column) if name not in columns]
     if missing:
         mend = ". Commas must separate the columns" if len(columns) == 1 and re.search("[;\t]", columns[0]) else ""
         raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}{mend}")
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         if not row[key] and any(row.values()):
             raise InputError(f"{path}: line {number} has no {key}")
         if row[key]:

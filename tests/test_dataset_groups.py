@@ -210,6 +210,8 @@ def test_a_row_of_another_image_gives_no_group(tmp_path):
         ("group,name", ["a,f1", "b"], "table.csv: line 3 has another number of columns than the header"),
         ("name,group", ["f1,2,a"], "table.csv: line 2 has another number of columns than the header"),
         ("name,group", ["f1,a", ",b"], "table.csv: line 3 has no name"),
+        ("name,group", ["", "f1,a", "", "", ",b", "f2,c"], "table.csv: line 6 has no name"),
+        ("name,group", ['f1,"a', 'b"', "", "f2"], "table.csv: line 5 has another number of columns"),
         ("name,group", ["f1.png,a", "f2,b", "f1.tif,b"], "table.csv: names with more than one group: f1"),
         ("name;group", ["f1;a"], "table.csv has no column name; it has name;group. Commas must separate the columns"),
     ],
