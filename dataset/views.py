@@ -91,9 +91,18 @@ def _area_weights(source: int, scaled: int, start: int, size: int) -> np.ndarray
 
 
 def center_view(height: int, width: int, size: int) -> View:
-    """Resize the short side to ``size`` and take the middle square, as SiT and ADM do."""
+    """Resize the short side to ``size`` and take the middle square, as SiT and ADM do.
+
+    Raises:
+        InputError: the long side would become longer than ``MAX_SIDE``.
+    """
     scale = size / min(height, width)
     scaled_height, scaled_width = max(size, round(height * scale)), max(size, round(width * scale))
+    if max(scaled_height, scaled_width) > MAX_SIDE:
+        raise InputError(
+            f"an image of {width} x {height} pixels is too long for crop=center: with a short side of {size}, the long "
+            f"one would have more than {MAX_SIDE} pixels. Cut it into shorter images"
+        )
     return View(scaled_height, scaled_width, (scaled_height - size) // 2, (scaled_width - size) // 2, size, size)
 
 

@@ -102,6 +102,14 @@ def test_center_view_keeps_image_labels_and_probabilities_on_the_same_pixels(hei
     assert abs(image[:, :, 0] - soft[0]).max() <= 1 + width / view.scaled_width
 
 
+def test_a_strip_whose_resized_side_would_fill_the_memory_is_refused(tmp_path):
+    save(tmp_path / "images" / "strip.png", np.zeros((1, 4096), np.uint8))
+    save(tmp_path / "masks" / "strip.png", np.zeros((1, 4096), np.uint8))
+    with pytest.raises(InputError, match=r"strip\.png: an image of 4096 x 1 pixels is too long for crop=center"):
+        PairedFolder(tmp_path / "images", tmp_path / "masks", DataConfig(256))
+    assert center_view(1, 256, 256).scaled_width == 256 * 256
+
+
 @given(height=st.integers(3, 40), width=st.integers(3, 40), size=st.integers(1, 48))
 @settings(max_examples=40, deadline=None)
 def test_probabilities_are_averaged_by_exact_area_and_keep_their_sum(height, width, size):
