@@ -190,8 +190,9 @@ def table_bytes(text: str, path: Path) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         cell = re.split('[,"\n]', text[: error.start])[-1] + re.split('[,"\n]', text[error.start :])[0]
-        mend = "rename the file or folder"
-        raise InputError(f"{path} cannot name {ascii(cell)}: these are bytes that are not UTF-8, so {mend}") from None
+        raise InputError(
+            f"{path} cannot name {ascii(cell)}, which has bytes that are not UTF-8, so rename the file or folder"
+        ) from None
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -233,7 +233,7 @@ def _other_files_warnings(listings: Sequence[Listing], suffixes: Sequence[str]) 
 def sub_folder_warnings(
     listings: Sequence[Listing], known: Iterable[Path], suffixes: Sequence[str] = MASK_SUFFIXES
 ) -> list[str]:
-    """Warnings about sub-folders with files that are not read, beside files that are, as of `skipped_warnings`."""
+    """Warnings about sub-folders with files that are not read. Arguments: see :func:`skipped_warnings`."""
     folders = [listing.folder for listing in listings]
     used = [os.path.abspath(path) for path in (*folders, *known)]  # noqa: PTH100 - many files: strings are quicker
     warnings = []

@@ -53,7 +53,7 @@ def test_a_table_that_a_spreadsheet_saved_as_utf_8_has_the_names_of_its_columns(
 
 
 def test_a_name_that_is_not_utf_8_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"a\.csv cannot name '\.\./p\\udce4/f1\.png': .*not UTF-8, so rename the"):
+    with pytest.raises(InputError, match=r"a\.csv cannot name '\.\./p\\udce4/f1\.png', .*not UTF-8, so rename the"):
         write_csv(tmp_path / "a.csv", ["image", "mask"], [["é.png", os.fsdecode(b"../p\xe4/f1.png")]])
     assert not list(tmp_path.iterdir())
 
