@@ -9,7 +9,9 @@ import torch
 
 import models
 from benchmarks import equal_minutes
+from benchmarks.stems import stemmed_sit
 from common.errors import InputError
+from layers.transformer import PatchEmbed
 from train import parse_args
 
 
@@ -56,11 +58,28 @@ def test_train_knows_the_flags_of_a_variant(name, monkeypatch):
     for shape, (depth, width, heads, patch) in equal_minutes.SHAPES.items():
         monkeypatch.setitem(models.SiT_models, shape, None)
         assert width % heads == 0 and depth > 0 and 64 % patch == 0
+    for stemmed in equal_minutes.STEMS:
+        monkeypatch.setitem(models.SiT_models, stemmed, None)
     monkeypatch.setitem(models.SiT_models, "U-Net", None)
     flags = equal_minutes.flags_of(name)
     words = [word for key, value in flags.items() if key != "--muon" for word in (key, value)]
     args = parse_args(["--data-path", "a", "--mask-path", "b", *equal_minutes.COMMON.split(), *words])
     assert args.lr == float(flags["--lr"]) and args.model == flags["--model"]
+
+
+@pytest.mark.parametrize(("make_stem", "patch"), equal_minutes.STEMS.values())
+def test_a_stem_starts_as_the_plain_embedding_and_then_sees_beyond_its_patch(make_stem, patch):
+    config = {"hidden_size": 8, "patch_size": patch, "in_channels": 1, "depth": 1, "num_heads": 1, "input_size": 32}
+    model = stemmed_sit(make_stem, **config)
+    embed, image = model.x_embedder, torch.randn(1, 1, 32, 32)
+    assert torch.equal(embed(image), PatchEmbed.forward(embed, image))
+    assert set(models.SiT(**config).state_dict()) < set(model.state_dict())
+    last = list(embed.stem.children())[-1]
+    torch.nn.init.normal_(last.weight)
+    other = image.clone()
+    other[..., patch - 1] += 1  # the last column of the first patch of each row
+    changed = (embed(other) != embed(image)).any(dim=2).reshape(32 // patch, -1).any(dim=0)
+    assert changed[:2].all() and not changed[2:].any()
 
 
 def test_measures_are_those_that_evaluate_has_written(tmp_path):

@@ -556,8 +556,8 @@ def test_a_measure_of_a_set_leaves_its_results_and_another_reading_does_not(data
     write_column(samples.folder, "my notes", ["a", "b", "c"])
     assert stamp() == before
     stamps = [before]
-    for column in ("mask_type", "intensity", "window_high"):
-        write_column(samples.folder, column, ["x"] * 3)
+    for column, value in (("mask_type", "classes"), ("intensity", "x"), ("window_high", "200")):
+        write_column(samples.folder, column, [value] * 3)
         stamps.append(stamp())
     assert len({json.dumps(one) for one in stamps}) == 4
 
