@@ -36,6 +36,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measures import COLUMNS, read_measures
 from benchmarks.report import table
 from benchmarks.stems import convolutions, stemmed_sit, wider_window
 from benchmarks.unet_baseline import COMMANDS, add_unets
@@ -84,16 +85,6 @@ FREE = {"--lr", "--warmup-steps", "--time-sampling", "--time-mean", "--time-std"
 RATE_STEPS = 40  # steps that give the time of a step, after as many to warm up
 RATE_TRIES = 3  # of default and variant in turn; the median counts
 COOLDOWN = 0.2  # share of the steps over which the learning rate falls
-COLUMNS = (
-    "grid",
-    "grain",
-    "Dice of the judge",
-    "AP 0.5",
-    "Dice of the threshold",
-    "mean",
-    "standard deviation",
-    "distance",
-)
 
 
 # --------------------------------------------------------------------------------------------------------- the launcher
@@ -252,27 +243,6 @@ class Trial:
 def flags_of(variant: str) -> dict[str, str]:
     """What train.py gets; --muon is for the launcher."""
     return DEFAULT | VARIANTS[variant]
-
-
-def read_measures(samples: Path) -> dict[str, float]:
-    """The columns of the table, from what evaluate.py has written."""
-    found = {
-        name: json.loads((samples / "evaluation" / f"{name}.json").read_text())
-        for name in ("grid", "threshold", "fidelity", "realism")
-    }
-    synthetic, real = found["fidelity"]["synthetic"], found["fidelity"]["real"]
-    distances = found["realism"]["distances"][0]["synthetic"]
-    values = (
-        found["grid"]["grid_synthetic"],
-        found["grid"]["grain_ratio"],
-        synthetic["dice"] / real["dice"],
-        synthetic["ap"]["0.5"] / real["ap"]["0.5"],
-        found["threshold"]["dice_ratio"],
-        1 + found["threshold"]["mean_difference"],
-        1 + found["threshold"]["std_difference"],
-        sum(distances) / len(distances),
-    )
-    return dict(zip(COLUMNS, values, strict=True))
 
 
 def table_of(results: Sequence[tuple[str, int, dict[str, Any]]]) -> list[str]:

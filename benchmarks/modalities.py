@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measures import COLUMNS, read_measures
 from benchmarks.report import table
 from common.arguments import positive_int, seed_number
 from common.children import run_child
@@ -42,7 +43,7 @@ JOINT = {
     "one, looks, balanced": ["--look", "reference", "--balance-groups"],
 }
 ARMS = (*JOINT, "one each")
-COLUMNS = ("Dice", "AP 0.5", "mean", "standard deviation", "grid", "looks", "looks, real", "distance", "distance, real")
+LOOKS = ("looks", "looks, real", "distance, real")
 
 
 class Fold:
@@ -124,7 +125,7 @@ class Fold:
             ("realism", [*test, *judge]),
         ):
             self.run("evaluate.py", measure, samples, *flags)
-        return read_measures(samples / "evaluation")
+        return read_measures(samples) | look_distances(samples)
 
     def run(self, script: str, *words: object) -> None:
         code = run_child([sys.executable, ROOT / script, *map(str, words)])
@@ -137,25 +138,18 @@ def named(arm: str) -> str:
     return arm.replace(", ", "_").replace(" ", "_")
 
 
-def read_measures(folder: Path) -> dict[str, float]:
-    """The columns of the table, from what evaluate.py has written."""
-    names = ("threshold", "grid", "fidelity", "looks", "realism")
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
-    synthetic, real = found["fidelity"]["synthetic"], found["fidelity"]["real"]
-    looks = list(found["looks"]["numbers"].values())
-    distance = found["realism"]["distances"][0]
-    values = (
-        synthetic["dice"] / real["dice"],
-        synthetic["ap"]["0.5"] / real["ap"]["0.5"],
-        1 + found["threshold"]["mean_difference"],
-        1 + found["threshold"]["std_difference"],
-        found["grid"]["grid_synthetic"] / found["grid"]["grid_real"],
-        sum(one["distance"] for one in looks) / len(looks),
-        sum(one["real_distance"] for one in looks) / len(looks),
-        distance["synthetic_mean"],
-        distance["real_mean"],
+def look_distances(samples: Path) -> dict[str, float]:
+    """Mean distance of the looks to those of real images, that of real halves, and the distance of real halves."""
+    looks, realism = (
+        json.loads((samples / "evaluation" / f"{name}.json").read_text()) for name in ("looks", "realism")
     )
-    return dict(zip(COLUMNS, values, strict=True))
+    numbers = list(looks["numbers"].values())
+    values = (
+        sum(one["distance"] for one in numbers) / len(numbers),
+        sum(one["real_distance"] for one in numbers) / len(numbers),
+        realism["distances"][0]["real_mean"],
+    )
+    return dict(zip(LOOKS, values, strict=True))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -181,8 +175,8 @@ def main(args: argparse.Namespace) -> None:
             for modality in MODALITIES:
                 found = fold.result(arm, modality)
                 if found is not None:
-                    rows.append([modality, arm, part, *(number(found[column]) for column in COLUMNS)])
-                    lines = table(["modality", "generator", "fold", *COLUMNS], sorted(rows))
+                    rows.append([modality, arm, part, *(number(found[column]) for column in (*COLUMNS, *LOOKS))])
+                    lines = table(["modality", "generator", "fold", *COLUMNS, *LOOKS], sorted(rows))
                     (args.output / "results.md").write_text("\n".join(lines) + "\n")
     print(f"nothing is left to do; see {args.output / 'results.md'}")
 
