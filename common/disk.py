@@ -277,6 +277,11 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in LITTER
 
 
+def names_in(folder: Path) -> list[str]:
+    """Sorted names in a folder that count, see :func:`is_litter`. Empty if the folder does not exist."""
+    return sorted(entry.name for entry in folder.iterdir() if not is_litter(entry.name)) if folder.is_dir() else []
+
+
 def check_folder(
     folder: Path,
     settings: Mapping[str, Any] | None = None,
@@ -301,11 +306,11 @@ def check_folder(
         raise InputError(f"{folder} is a file; name a folder")
     path = folder / SETTINGS
     # Looked at first: a process that fills the folder at this moment writes its settings before anything else.
-    others = [entry.name for entry in folder.iterdir() if not is_litter(entry.name)] if folder.is_dir() else []
+    others = names_in(folder)
     if settings is None or not path.is_file():
         if others:
             why = "" if settings is None else f" and has no {SETTINGS}, so this command did not make it"
-            held = list_some(sorted(others), 1)
+            held = list_some(others, 1)
             raise InputError(f"{folder} is not empty (it holds {held}){why}; name a new or an empty folder")
         return False
     old = upgrade(read_json(path, "the work cannot be continued, so name another folder"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from common.disk import is_litter, real_path
+from common.disk import names_in, real_path
 from common.errors import InputError, list_some
 from common.plain import read_json
 
@@ -135,7 +135,7 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     check_apart(folder, inputs)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output` {folder} is a file. Name a folder.")
-    others = [entry.name for entry in folder.iterdir() if not is_litter(entry.name)] if folder.is_dir() else []
+    others = names_in(folder)
     if not others:
         return
     try:
@@ -143,7 +143,7 @@ def check_output_folder(folder: Path, results: str, keys: Iterable[str], inputs:
     except (OSError, ValueError):
         is_own = False
     if not is_own:
-        held = list_some(sorted(others), 1)
+        held = list_some(others, 1)
         raise InputError(
             f"`output` {folder} holds other files ({held}) and no {results} of this command. Name a new folder."
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from common.disk import is_litter, lock_folder, sign_lock, sync_folder, write_bytes
+from common.disk import lock_folder, names_in, sign_lock, sync_folder, write_bytes
 from common.errors import InputError
 from common.plain import read_json
 from engine.checkpoint import read_checkpoint, save_checkpoint
@@ -71,8 +71,7 @@ class RunFolder:
     def _check_is_a_run(self) -> None:
         if not self.path.is_dir():
             raise InputError(f"{self.path} is a file. Choose another `run_name` for this run.")
-        names = {entry.name for entry in self.path.iterdir() if not is_litter(entry.name)}
-        barely_begun = names <= self._first_names()
+        barely_begun = set(names_in(self.path)) <= self._first_names()
         if not (self.steps() or barely_begun or self._has_config()):
             raise InputError(
                 f"{self.path} holds other files and is no run of train.py. Choose another `run_name` for this run."
