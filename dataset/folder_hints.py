@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import zipfile
@@ -15,6 +16,7 @@ from common.errors import list_some
 from dataset.decode import FileError
 from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES
 
+logger = logging.getLogger(__name__)
 # What Cellpose writes beside images and masks and that is neither. NAME_flows counts only beside NAME.
 BY_PRODUCTS = re.compile(r"(_seg\.npy|_(flows|outlines)_cp_masks\.\w+)$")
 _ANNOTATIONS = (".roi", ".zip", ".json", ".geojson")
@@ -203,17 +205,18 @@ def _holds_rois(path: Path) -> bool:
         return False
 
 
-def skipped_warnings(
+def warn_of_skipped(
     listings: Sequence[Listing], known: Iterable[Path], suffixes: Sequence[str] = MASK_SUFFIXES
-) -> list[str]:
-    """Warnings about files in folders of images and of masks that are not read.
+) -> None:
+    """Log warnings about files in folders of images and of masks that are not read.
 
     Args:
         listings: folders of images and of masks.
         known: files, or folders of nuclei, that are read.
         suffixes: kinds of files that are read.
     """
-    return _other_files_warnings(listings, suffixes) + sub_folder_warnings(listings, known, suffixes)
+    for warning in _other_files_warnings(listings, suffixes) + sub_folder_warnings(listings, known, suffixes):
+        logger.warning("%s", warning)
 
 
 def _other_files_warnings(listings: Sequence[Listing], suffixes: Sequence[str]) -> list[str]:
@@ -233,7 +236,7 @@ def _other_files_warnings(listings: Sequence[Listing], suffixes: Sequence[str]) 
 def sub_folder_warnings(
     listings: Sequence[Listing], known: Iterable[Path], suffixes: Sequence[str] = MASK_SUFFIXES
 ) -> list[str]:
-    """Warnings about sub-folders with files that are not read. Arguments: see :func:`skipped_warnings`."""
+    """Warnings about sub-folders with files that are not read. Arguments: see :func:`warn_of_skipped`."""
     folders = [listing.folder for listing in listings]
     used = [os.path.abspath(path) for path in (*folders, *known)]  # noqa: PTH100 - many files: strings are quicker
     warnings = []

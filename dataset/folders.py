@@ -36,7 +36,7 @@ from dataset.checked_files import CheckedFiles
 from dataset.checks import for_all, or_error, read_pair, refuse_bad, refuse_bad_sizes
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, Pair, list_folders, pair_files, read_mask
-from dataset.folder_hints import skipped_warnings
+from dataset.folder_hints import warn_of_skipped
 from dataset.gray import (
     ROBUST_PERCENTILES,
     burnt_in_warning,
@@ -195,7 +195,7 @@ class PairedFolder(TrainingImages):
         listings = list_folders(image_dir, mask_dir)
         pairs = pair_files(image_dir, mask_dir, listings)
         known = [path for pair in pairs for path in (pair.image_path, pair.mask_path)]
-        _warn(skipped_warnings(listings, known))
+        warn_of_skipped(listings, known)
         self.pairs = _keep_names(pairs, names, image_dir)
         self.names = [pair.name for pair in self.pairs]
         self.image_paths = [pair.image_path for pair in self.pairs]

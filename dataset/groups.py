@@ -7,9 +7,8 @@ each nucleus. Which of the two is meant cannot be seen from the names.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from common.disk import check_folder, is_litter, link_or_copy, new_folder, write
 from common.errors import InputError, list_some
 from common.log import with_progress
 from dataset.files import Pair, find_images, list_folders, mark_nuclei, pair_files
-from dataset.folder_hints import Listing, list_folder, skipped_warnings
+from dataset.folder_hints import list_folder, warn_of_skipped
 from dataset.names import IMAGE_SUFFIXES, MASK_SUFFIXES, bare_image_name, by_bare_names, is_split, odd_names, read_names
 
-logger = logging.getLogger(__name__)
 TABLE = "groups.csv"
 NO_GROUPS = {"images", "image", "masks", "mask", "labels", "instances"}  # folders that mean something else
 IMAGES, MASKS, UNLABELLED = "images", "masks", "unlabelled"  # folders that gather_groups makes
@@ -103,7 +101,7 @@ def _pairs_of_groups(image_dir: Path, mask_dir: Path) -> dict[tuple[str, str], P
     for group in groups:
         listings = list_folders(groups[group], others[group])
         pairs[group] = pair_files(groups[group], others[group], listings)
-        _warn_of_skipped(listings, [path for pair in pairs[group] for path in (pair.image_path, pair.mask_path)])
+        warn_of_skipped(listings, [path for pair in pairs[group] for path in (pair.image_path, pair.mask_path)])
     nuclei = [group for group, found in pairs.items() if any(pair.mask_path.is_dir() for pair in found)]
     if nuclei:
         pairs = {group: _pairs_with_nuclei(found, others[group], nuclei[0]) for group, found in pairs.items()}
@@ -126,13 +124,8 @@ def _files_of_groups(folder: Path) -> dict[tuple[str, str], Path]:
     for group, inner in group_folders(folder, "image").items():
         listing = list_folder(inner, "image")
         images[group] = find_images(inner, listing)
-        _warn_of_skipped([listing], images[group].values())
+        warn_of_skipped([listing], images[group].values())
     return {(group, f"{group}_{name}"): path for group, found in images.items() for name, path in found.items()}
-
-
-def _warn_of_skipped(listings: Sequence[Listing], known: Iterable[Path]) -> None:
-    for warning in skipped_warnings(listings, known):
-        logger.warning("%s", warning)
 
 
 def group_folders(folder: Path, what: str) -> dict[str, Path]:

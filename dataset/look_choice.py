@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,12 @@ from common.errors import InputError, list_some
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig
 from dataset.files import FileError, find_images, read_image
-from dataset.folder_hints import list_folder, skipped_warnings
+from dataset.folder_hints import list_folder, warn_of_skipped
 from dataset.gray import check_type, fit_channels
 from dataset.looks import Looks, measure_file, measure_tensor
 from dataset.mask_folder import MaskItem
 from dataset.names import bare_mask_name, by_bare_names, name_of, odd_names, read_names
 
-logger = logging.getLogger(__name__)
 LOOK_SOURCES = (TRAINING, SAME, NOBODY) = ("training", "same", "none")
 PATH = "path"  # looks of given images
 TABLE = "table"  # a look for each mask
@@ -183,8 +181,7 @@ def _measure_files(
         raise InputError(f"`look_path` {path}: no such file or folder.")
     listings = [list_folder(path, "image")] if path.is_dir() else []
     files = find_images(path, *listings) if listings else {name_of(path.name): path}
-    for warning in skipped_warnings(listings, files.values()):
-        logger.warning("%s", warning)
+    warn_of_skipped(listings, files.values())
     odd = odd_names(files)  # they end in the manifest
     if odd:
         raise InputError(f"`look_path` {path.parent} {odd}")

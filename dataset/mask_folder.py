@@ -21,7 +21,7 @@ from dataset.files import (
     match_names,
     read_mask_and_table,
 )
-from dataset.folder_hints import Listing, list_folder, skipped_warnings
+from dataset.folder_hints import Listing, list_folder, warn_of_skipped
 from dataset.gray import image_window, to_tensor
 from dataset.mask_facts import MaskStats, mask_stats, named_apart
 from dataset.mask_warnings import mask_warnings
@@ -97,9 +97,7 @@ class MaskFolder:
         listing = list_folder(mask_path, "mask") if Path(mask_path).is_dir() else None
         self.paths, self.image_paths = _find_masks(Path(mask_path), image_dir, listing)
         self.names = sorted(self.paths)
-        listings = [listing] if listing else []
-        for warning in skipped_warnings(listings, self.paths.values()):
-            logger.warning("%s", warning)
+        warn_of_skipped([listing] if listing else [], self.paths.values())
         checked = self._read_all(f"masks of {mask_path}", progress)
         self.sizes = {name: size for name, (_, size) in checked.items()}
         stats = named_apart([checked[name][0] for name in self.names], [self.paths[name] for name in self.names])

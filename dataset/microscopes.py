@@ -13,7 +13,7 @@ from common.errors import InputError, list_some
 from common.log import with_progress
 from dataset.decode import FileError
 from dataset.files import encode_tiff
-from dataset.folder_hints import list_folder, skipped_warnings
+from dataset.folder_hints import list_folder, warn_of_skipped
 from dataset.microscope_files import PACKAGES, PROJECTIONS, Choice, Stack, read_stack
 from dataset.names import odd_names, plain_name
 from dataset.scale import scale_warning
@@ -99,8 +99,7 @@ def flatten_folder(source: Path, output: Path, choice: Choice) -> list[Path]:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise InputError(f"{source} has two files with one name: {list_some(twice)}. Keep one of each")
-    for warning in skipped_warnings(listings, files, SUFFIXES):
-        logger.warning("%s", warning)
+    warn_of_skipped(listings, files, SUFFIXES)
     sizes: dict[str, float | None] = {}
     axes_given = False
     with new_folder(output) as folder:

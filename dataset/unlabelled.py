@@ -17,7 +17,7 @@ from common.randomness import derived_seed
 from dataset.checks import for_all, or_error, refuse_bad
 from dataset.config import DataConfig, Window
 from dataset.files import FileError, find_images, read_image
-from dataset.folder_hints import list_folder, skipped_warnings
+from dataset.folder_hints import list_folder, warn_of_skipped
 from dataset.folders import PairedFolder, TrainingImages, sizes_by_name
 from dataset.gray import check_type, fit_channels, image_window, to_tensor
 from dataset.looks import Looks
@@ -45,8 +45,7 @@ class UnlabelledFolder(TrainingImages):
         """
         listing = list_folder(image_dir, "image")
         files = find_images(image_dir, listing)
-        for warning in skipped_warnings([listing], files.values()):
-            logger.warning("%s", warning)
+        warn_of_skipped([listing], files.values())
         self.names, self.image_paths = list(files), list(files.values())
         self.config, self.seed = config, seed
         self.windows, self.pixel_sizes = [], [pixel_size(path) for path in self.image_paths]
