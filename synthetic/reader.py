@@ -242,7 +242,7 @@ class SampleSet:
         values = None if self._rule is None else self._rule.values
         holds_ids = sample.mask_type == "classes" or self._holds_ids(sample, label)
         if values or holds_ids:
-            self._check_ids(sample, label, values or range(self.num_classes))
+            self._check_ids(sample, label, values)
         if self._rule is not None and (values or sample.mask_type != "classes"):
             return self._rule.class_map(label)
         if holds_ids:
@@ -266,15 +266,17 @@ class SampleSet:
             raise InputError(f"{sample.label_path} has {len(label)} planes, the set has {self.num_classes} classes")
         return label
 
-    def _check_ids(self, sample: Sample, label: np.ndarray, known: Sequence[int]) -> None:
-        """Refuse a label with other values than those of the classes."""
-        others = np.setdiff1d(label, known)
-        if len(others) and isinstance(known, range):
-            raise InputError(f"{sample.label_path} holds class {others[-1]}, the set has {self.num_classes} classes")
-        if len(others):
-            raise InputError(
-                f"{sample.label_path} holds the value {others[0]}, the classes of the set have {listed(known)}; {AGAIN}"
-            )
+    def _check_ids(self, sample: Sample, label: np.ndarray, values: Sequence[int] | None) -> None:
+        """Refuse a label with other values than those of the classes. None: their ids."""
+        if values:
+            others = np.setdiff1d(label, values)
+            if len(others):
+                raise InputError(
+                    f"{sample.label_path} holds the value {others[0]}, the classes of the set have {listed(values)}; "
+                    f"{AGAIN}"
+                )
+        elif label.max(initial=0) >= self.num_classes:
+            raise InputError(f"{sample.label_path} holds class {label.max()}, the set has {self.num_classes} classes")
 
     def _holds_ids(self, sample: Sample, label: np.ndarray) -> bool:
         """Whether a single-plane label of a probability set holds class ids."""
