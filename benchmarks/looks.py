@@ -36,6 +36,7 @@ from torch.nn.functional import one_hot
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.look_features import CHANGES
 from benchmarks.report import table
 from common.arguments import positive_float, positive_int, seed_number
 from common.children import run_child
@@ -213,6 +214,7 @@ class Fold:
             flags += ["--data-path", self.folder / "labelled" / "images"]
             flags += ["--mask-path", self.folder / "labelled" / "masks"]
             flags += ["--results-dir", self.folder / "results", "--run-name", self.run_name]
+            flags += self.args.train_flags.split()
             self.run("train.py", *flags)
         return last
 
@@ -283,7 +285,10 @@ class Fold:
     def run(self, script: str, *words: object) -> None:
         """A command of the project, until it is done or the time is up."""
         left = max(1.0, self.args.deadline - time.monotonic())
-        code = run_child([sys.executable, ROOT / script, *map(str, words)], left)
+        start: list[str | Path] = [ROOT / script]
+        if self.args.look_features != "fixed":
+            start = [ROOT / "benchmarks" / "look_features.py", self.args.look_features, script]
+        code = run_child([sys.executable, *start, *map(str, words)], left)
         if code is None:
             raise OutOfTime
         if code:
@@ -365,6 +370,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="; ".join(ARMS))
     parser.add_argument("--pseudo-masks", action="store_true", help="give the generator soft pseudo-masks, too")
+    parser.add_argument(
+        "--look-features", choices=("fixed", *CHANGES), default="fixed", help="what describes a look (fixed numbers)"
+    )
+    parser.add_argument("--train-flags", default="", metavar="FLAGS", help="more flags of train.py, in quotes")
     parser.add_argument("--unlabelled-share", type=positive_float, default=0.25, help="as of train.py")
     parser.add_argument("--look-dropout", type=positive_float, default=0.15, help="as of train.py")
     parser.add_argument("--look-scale", type=positive_float, default=1.0, help="as of sample_ddp.py")
