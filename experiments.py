@@ -129,11 +129,12 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
         type=fraction,
         default=0.25,
         metavar="FRACTION",
-        help="fraction of the new masks to simulate",
+        help="fraction of the new masks to simulate, unless the masks hold classes",
     )
     group.add_argument(
-        "--pseudo-share", type=fraction, default=0.0, metavar="FRACTION",
-        help="fraction of the new masks to take from a segmentation of the unlabelled images",
+        "--pseudo-share", type=fraction, metavar="FRACTION",
+        help="fraction of the new masks to take from a segmentation of the unlabelled images (default: 0, or 0.5 if "
+        "the masks hold classes)",
     )  # fmt: skip
     group.add_argument(
         "--no-pseudo-masks", dest="pseudo_masks", action="store_false",

@@ -10,6 +10,7 @@
 Files that simulate and recombine write for every image NAME:
     OUTPUT/instances/NAME.png   16-bit, 0 background, 1..n cells
     OUTPUT/masks/NAME.png       8-bit, 0 background, 255 cell
+    OUTPUT/classes/NAME.png     the stored values of the classes, with ``recombine --classes``
     OUTPUT/images/NAME.png      8-bit gray, with ``simulate --render``
 Files of the set: statistics.csv (one row per image), summary.csv (compares the set with its source), settings.json.
 
@@ -52,11 +53,12 @@ from layouts.recombine import (
     OneValueForAll,
     check_sources,
     cut_pieces,
+    read_class_maps,
     read_sources,
     source_digest,
 )
 from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
-from layouts.writer import KINDS, label_files, make_set, record_of
+from layouts.writer import KINDS, label_files, make_set, record_of, with_later_settings
 
 MOST_COVERED = 0.9  # largest density of recombined layouts
 
@@ -111,6 +113,7 @@ def run_recombine(args: argparse.Namespace) -> None:
             f"--instances: {error}, but recombine needs one number per cell: give instance labels, or use "
             "--components to count every connected part as one cell"
         ) from error
+    classes = {} if args.classes is None else read_class_maps(args.classes, maps)
     height, width = args.image_size or Counter(item.shape for item in maps.values()).most_common(1)[0][0]
     given = {field.name: getattr(args, field.name) for field in fields(LayoutSettings) if hasattr(args, field.name)}
     settings = LayoutSettings(
@@ -119,18 +122,18 @@ def run_recombine(args: argparse.Namespace) -> None:
         scale_low=args.scale[0],
         scale_high=args.scale[1],
         source_sha256=source_digest(maps),
+        classes_sha256=source_digest(classes) if classes else None,
         **given,
     )
-    sources = [cut_pieces(item, settings.clusters) for item in maps.values()]
+    sources = [cut_pieces(item, settings.clusters, classes.get(name)) for name, item in maps.items()]
     if not any(source.pieces for source in sources):
         raise InputError(f"{args.instances} (--instances): the image border cuts every cell, so there is none to place")
 
-    with open_work(args.output, record_of("recombine", settings), KINDS):
+    with open_work(args.output, record_of("recombine", settings), KINDS, with_later_settings):
         layouts = Layouts(sources, settings)
         source = {name: measure(item) for name, item in maps.items()}
-        made = make_set(
-            args.output, "mix", args.count, ["masks", "instances"], lambda index: label_files(layouts.field(index))
-        )
+        kinds = [*(["classes"] if classes else []), "masks", "instances"]
+        made = make_set(args.output, "mix", args.count, kinds, lambda index: label_files(*layouts.maps(index)))
         write_statistics(args.output / "source_statistics.csv", source)
         finish_set(args.output, made, {"source": summarize(source.values())})
 
@@ -262,8 +265,13 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         help="label files: 0 is background, each cell has its own number",
     )  # fmt: skip
     parser.add_argument(
-        "--components", action="store_true", help="the files are binary masks: count every connected part as one cell"
-    )
+        "--components", action="store_true",
+        help="the files are binary masks or class maps: count every connected part as one cell",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classes", type=Path, metavar="FOLDER",
+        help="class maps of the same images: cells keep the classes of their pixels, OUTPUT/classes gets class maps",
+    )  # fmt: skip
     _add_shared_flags(parser, None)
     cells = parser.add_argument_group("cells")
     cells.add_argument(
@@ -282,6 +290,9 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         help=f"fraction of the image that cells cover, above 0, at most {MOST_COVERED} (default: that of a random "
         "source image)",
     )  # fmt: skip
+    layout.add_argument(
+        "--whole", action="store_true", help="keep cells inside of the border, as in images cut out around a cell"
+    )
     layout.add_argument(
         "--density-scale", type=positive_float, default=1.0,
         help="factor on the density of the source image, without --density",

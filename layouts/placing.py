@@ -23,10 +23,12 @@ class Piece:
         labels: (h, w) int32, 0 outside, 1..n the cells.
         level: (h, w) float32. If two cells overlap at a pixel, the lower level gets it. Simulated nuclei have 0 at the
             centre and 1 at the rim, so that the border is midway. Recombined cells have 0, so that the first one stays.
+        classes: (h, w) class numbers of the cells' pixels, or None.
     """
 
     labels: np.ndarray
     level: np.ndarray
+    classes: np.ndarray | None = None
 
     @property
     def area(self) -> int:
@@ -40,10 +42,15 @@ class Field:
         height, width: size in pixels.
         gap: least number of background pixels between two pieces. 0 lets them touch.
         max_overlap: largest fraction of its visible area that a cell may lose to others. Only used if gap is 0.
+
+    Attributes:
+        instance_map: (height, width) int32, 0 background.
+        class_map: (height, width) int32, the classes of the pieces; 0 where they have none.
     """
 
     def __init__(self, height: int, width: int, gap: int, max_overlap: float):
         self.instance_map = np.zeros((height, width), dtype=np.int32)
+        self.class_map = np.zeros((height, width), dtype=np.int32)
         self.level = np.full((height, width), np.inf, dtype=np.float32)
         self.covered = 0
         self.centres: list[tuple[float, float, float]] = []  # row, column, radius of every piece on the field
@@ -92,6 +99,8 @@ class Field:
         self._lost = np.concatenate([self._lost + robbed, refused[1:]])
         there[takes] = labels[takes] + len(self._area) - 1  # `there` is a view: this writes the field
         self.level[where][takes] = level[takes]
+        if piece.classes is not None:
+            self.class_map[where][takes] = piece.classes[part][takes]
         self._area = np.concatenate([self._area, area[1:]])
         if self._gap:
             self._block(piece, top, left)
@@ -108,19 +117,24 @@ class Field:
         self._blocked[where] |= halo[part]
 
 
-def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: bool = False) -> bool:
+def place_anywhere(
+    field: Field, piece: Piece, rng: np.random.Generator, alone: bool = False, whole: bool = False
+) -> bool:
     """Try uniformly random positions. Positions across the border count, too, so that no pixel is preferred.
 
     Args:
         alone: only accept positions where the piece covers no other piece, even if the field's rules allow overlap.
+        whole: only try positions where the piece does not touch the border.
     """
-    height, width = field.instance_map.shape
-    piece_height, piece_width = piece.labels.shape
-    tops = rng.integers(1 - piece_height, height, POSITIONS_TRIED).tolist()
-    lefts = rng.integers(1 - piece_width, width, POSITIONS_TRIED).tolist()
+    ranges = []
+    for length, own in zip(field.instance_map.shape, piece.labels.shape, strict=True):
+        first, end = (1, length - own) if whole else (1 - own, length)
+        if end <= first:
+            return False
+        ranges.append(rng.integers(first, end, POSITIONS_TRIED).tolist())
     return any(
         not (alone and field.meets_another(piece, top, left)) and field.place(piece, top, left)
-        for top, left in zip(tops, lefts, strict=True)
+        for top, left in zip(*ranges, strict=True)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a
 LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
 MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
 LEAST_POOL = 100  # least number of pieces to choose from for a layout, if the data has that many
+LARGEST_CLASS = 65535  # of a stored value
 ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # keys in settings.json of a folder of masks
 RESIZE_LIMITS = (0.01, 10.0)  # least and largest factor on the size of cells
 ROTATIONS = ("free", "quarter", "none")
@@ -49,6 +51,8 @@ class LayoutSettings:
         components: whether each connected part of the source files is a cell.
         seed: seed of the set.
         source_sha256: digest of the source's label files.
+        classes_sha256: digest of the source's class maps; None without them.
+        whole: whether cells stay inside of the border.
     """
 
     height: int
@@ -64,6 +68,8 @@ class LayoutSettings:
     components: bool
     seed: int
     source_sha256: str
+    classes_sha256: str | None = None
+    whole: bool = False
 
 
 class OneValueForAll(InputError):
@@ -127,8 +133,8 @@ def share_seen_whole(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.maximum((1 - rows) * (1 - columns), 0.1)
 
 
-def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
-    """Cut the whole cells out of a source image. Skips cells that touch its border."""
+def cut_pieces(instance_map: np.ndarray, clusters: bool, class_map: np.ndarray | None = None) -> Source:
+    """Cut the whole cells, with their classes, out of a source image. Skips cells that touch its border."""
     boxes = boxes_of(instance_map)
     ids = np.setdiff1d(np.arange(1, len(boxes) + 1), touches_border(instance_map))
     cell_weights = 1 / share_seen_whole(boxes, instance_map.shape)
@@ -137,11 +143,12 @@ def cut_pieces(instance_map: np.ndarray, clusters: bool) -> Source:
     for group in group_cells(ids.tolist(), pairs, LARGEST_CLUSTER):
         members = np.array(group) - 1
         top, left = boxes[members, 0].min(), boxes[members, 2].min()
-        around = instance_map[top : boxes[members, 1].max(), left : boxes[members, 3].max()]
-        labels = np.zeros(around.shape, dtype=np.int32)
+        box = slice(top, boxes[members, 1].max()), slice(left, boxes[members, 3].max())
+        labels = np.zeros(instance_map[box].shape, dtype=np.int32)
         for number, cell_id in enumerate(group, start=1):
-            labels[around == cell_id] = number
-        pieces.append(Piece(labels, np.zeros(labels.shape, np.float32)))
+            labels[instance_map[box] == cell_id] = number
+        classes = None if class_map is None else np.where(labels > 0, class_map[box], 0).astype(np.int32)
+        pieces.append(Piece(labels, np.zeros(labels.shape, np.float32), classes))
         weights.append(cell_weights[members].mean())
     areas = np.bincount(instance_map.ravel())[ids] if len(ids) else np.array([np.nan])
     return Source(
@@ -153,14 +160,28 @@ def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSetti
     """Mirror, turn and resize a piece at random. Mirroring and quarter turns keep every pixel."""
     factor = math.exp(rng.uniform(math.log(settings.scale_low), math.log(settings.scale_high)))
     mirror, quarters = rng.random() < 0.5, 4 * rng.random()
-    labels, angle = piece.labels, 0.0
+    parts, angle = _parts(piece), 0.0
     if settings.rotate != "none":
-        labels = turn(labels, (0, 1), int(quarters) + 4 * mirror)
+        parts = turn(parts, (0, 1), int(quarters) + 4 * mirror)
     if settings.rotate == "free":
         angle = quarters % 1 * math.pi / 2
     if angle or factor != 1:
-        labels = _take_off_teeth(_resample(labels, angle, factor))
-    return Piece(np.ascontiguousarray(labels), np.zeros(labels.shape, np.float32))
+        parts = _take_off_teeth(_resample(parts, angle, factor))
+    return _of_parts(np.ascontiguousarray(parts), piece)
+
+
+def _parts(piece: Piece) -> np.ndarray:
+    """(h, w) int32: a number for each cell or, with classes, for each class of each cell. So both move as one."""
+    return piece.labels if piece.classes is None else piece.labels * (piece.classes.max() + 1) + piece.classes
+
+
+def _of_parts(parts: np.ndarray, piece: Piece) -> Piece:
+    """The piece that has these parts; ``piece`` says what they number."""
+    level = np.zeros(parts.shape, np.float32)
+    if piece.classes is None:
+        return Piece(parts, level)
+    labels, classes = np.divmod(parts, piece.classes.max() + 1)
+    return Piece(labels, level, classes)
 
 
 def _resample(labels: np.ndarray, angle: float, factor: float) -> np.ndarray:
@@ -191,8 +212,9 @@ def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
     Nearest-neighbour turning leaves one-pixel steps on slanted outlines. Small cells stay unchanged, because they would
     lose a large part of their area.
     """
-    votes = [ndimage.uniform_filter((labels == number).astype(np.float32), 3) for number in range(labels.max() + 1)]
-    smooth = np.argmax(votes, axis=0).astype(np.int32)
+    numbers = np.union1d(0, labels).astype(np.int32)
+    votes = [ndimage.uniform_filter((labels == number).astype(np.float32), 3) for number in numbers]
+    smooth = numbers[np.argmax(votes, axis=0)]
     small = np.flatnonzero(np.bincount(labels.ravel()) < LEAST_SMOOTHED_AREA)
     return np.where(np.isin(labels, small) | np.isin(smooth, small), labels, smooth)
 
@@ -227,7 +249,11 @@ class Layouts:
         return pieces, weight / weight.sum()
 
     def field(self, index: int) -> np.ndarray:
-        """(H, W) int32 instance map of layout number `index`.
+        """(H, W) int32 instance map of layout number `index`, see :meth:`maps`."""
+        return self.maps(index)[0]
+
+    def maps(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Instance map and class map of layout number `index`, (H, W) int32. Without classes, the latter is 0.
 
         Raises:
             InputError: no cell is left at this scale.
@@ -246,8 +272,9 @@ class Layouts:
                     return piece
             raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger `scale`")
 
-        fill(field, rng, foreground, draw_piece, place_anywhere)
-        return tidy(field.instance_map)
+        fill(field, rng, foreground, draw_piece, functools.partial(place_anywhere, whole=settings.whole))
+        instance_map = tidy(field.instance_map)
+        return instance_map, np.where(instance_map > 0, field.class_map, 0)
 
 
 def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
@@ -260,6 +287,38 @@ def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
     for name, instance_map in sorted(instance_maps.items()):
         digest.update(f"{name} {instance_map.shape}".encode() + instance_map.astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+def read_class_maps(folder: Path, maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Class maps of the same images as the instance maps.
+
+    Args:
+        folder: files of the same names, whole numbers from 0 to 65535.
+        maps: name -> (H, W), as of :func:`read_sources`.
+
+    Returns:
+        name -> (H, W) int32, the stored values.
+
+    Raises:
+        InputError: lists all files that are missing or do not fit.
+    """
+    files = without_images(find_files(folder, "class maps"))
+    found, faults = {}, [f"{name}: not there" for name in sorted(set(maps) - set(files))]
+    for name in sorted(set(maps) & set(files)):
+        try:
+            classes = read_mask(files[name])
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if classes.shape != maps[name].shape:
+            shown, wanted = (" x ".join(map(str, one.shape)) for one in (classes, maps[name]))
+            faults.append(f"{files[name]}: {shown} pixels, but its cells {wanted}")
+        elif classes.min() < 0 or classes.max() > LARGEST_CLASS or np.any(classes != np.floor(classes)):
+            faults.append(f"{files[name]}: not whole numbers from 0 to {LARGEST_CLASS}")
+        found[name] = classes.astype(np.int32)
+    if faults:
+        raise InputError(f"{len(faults)} class maps in {folder} do not fit: {list_some(faults)}")
+    return found
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:

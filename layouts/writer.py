@@ -21,7 +21,7 @@ from layouts.statistics import Measurement, measure
 # Stored in settings.json. Raise a number if a change of the code gives other files for the same settings.
 GENERATORS = {"simulate": 1, "recombine": 2}
 LARGEST_LABEL = 65535
-KINDS = ("images", "masks", "instances")
+KINDS = ("images", "classes", "masks", "instances")
 
 
 def save_png(array: np.ndarray, path: Path) -> None:
@@ -62,14 +62,25 @@ def make_set(
     return dict(sorted(measurements.items()))
 
 
-def label_files(instance_map: np.ndarray) -> dict[str, np.ndarray]:
-    """Instance map and binary mask in the types of their files."""
+def label_files(instance_map: np.ndarray, class_map: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Instance map, binary mask and class map in the types of their files."""
     if instance_map.max() > LARGEST_LABEL:
         cells = instance_map.max()
         raise InputError(f"{cells} cells in one image are too many for 16-bit ids; lower `image_size`")
-    return {"masks": np.where(instance_map > 0, 255, 0).astype(np.uint8), "instances": instance_map.astype(np.uint16)}
+    files: dict[str, np.ndarray] = {
+        "masks": np.where(instance_map > 0, 255, 0).astype(np.uint8),
+        "instances": instance_map.astype(np.uint16),
+    }
+    if class_map is not None:
+        files["classes"] = class_map.astype(np.uint8 if class_map.max() < 256 else np.uint16)
+    return files
 
 
 def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[str, object]:
     """Content of settings.json."""
     return {"command": command, "generator": GENERATORS[command], **asdict(settings)}
+
+
+def with_later_settings(record: dict[str, object]) -> dict[str, object]:
+    """A record, with the values that settings had before they were settings."""
+    return {"classes_sha256": None, "whole": False} | record

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import pytest
 import torch
 from drawn_sets import Row, disk, paint, write_set
 from PIL import Image
+from scipy import ndimage
 from script_helpers import call, state
 
 import evaluate
 import make_masks
 import sample_ddp
 import train
-from common.cells import connected_cells, without_gaps
+from common.cells import connected_cells, touches_border, without_gaps
 from common.disk import file_sha256
 from common.errors import InputError
 from dataset.config import DataConfig
@@ -39,6 +41,7 @@ from evaluation.experiments.practice import Practice, PracticeSettings, Unlabell
 from evaluation.experiments.practice_folder import PracticeFolder
 from evaluation.experiments.practice_masks import (
     LEAST_DENSITY,
+    CellFiles,
     MaskPart,
     layout_statistics,
     merge_masks,
@@ -231,6 +234,57 @@ def test_cells_of_resized_images_have_the_size_that_the_generator_sees(data, tmp
     assert summary[name] == pytest.approx(real[name], rel=0.15)
 
 
+def class_pairs(data: Path, folder: Path) -> LabelledFolders:
+    """The labelled pairs, with the classes 0 background, 1 and 2 in the left and right half of each cell."""
+    (folder / "classes").mkdir()
+    for path in (data / "instances").iterdir():
+        cells = np.asarray(Image.open(path))
+        classes = np.zeros(cells.shape, np.uint8)
+        for number, box in enumerate(ndimage.find_objects(cells), start=1):
+            columns = np.arange(cells.shape[1])[None] - (box[1].start + box[1].stop) // 2
+            classes[cells == number] = (1 + (columns > 0) * np.ones((SIZE, 1), int))[cells == number]
+        Image.fromarray(classes).save(folder / "classes" / path.name)
+    return LabelledFolders(data / "images", folder / "classes")
+
+
+@pytest.mark.parametrize(("share", "pseudo"), [(None, 4), (1.0, 4), (0.0, 0)])
+def test_masks_of_classes_are_recombined_with_their_classes(data, tmp_path, share, pseudo):
+    folders = class_pairs(data, tmp_path)
+    settings = PracticeSettings(masks=8, steps=60, folds=2, crop=16, pseudo_share=share)
+    drawing = Drawing(config=DataConfig(image_size=SIZE, crop="center", num_classes=3))
+    run = Practice(folders, data / "unlabelled", settings, drawing, tmp_path / "out", CPU)
+    (tmp_path / "out").mkdir()
+    run.seen = []
+    run._train_generators()
+    kinds, statistics = run.make_masks()
+    counts = Counter(kind.partition("_")[0] for kind in kinds.values())
+    layouts = 0 if share == 1 else 8 - pseudo
+    assert counts == {"labelled": 6} | ({"recombine": layouts} if layouts else {}) | (
+        {"pseudo": pseudo} if pseudo else {}
+    )
+    assert (statistics is None) == (share == 1)
+    for path in (tmp_path / "out" / "masks" / "instances").iterdir():
+        if path.name.startswith("recombine"):
+            classes = np.asarray(Image.open(path))
+            assert set(np.unique(classes)) <= {0, 1, 2} and not len(touches_border(classes))
+
+
+def test_masks_of_classes_without_whole_cells_are_the_labelled_ones_and_segmentations(data, tmp_path, caplog):
+    (tmp_path / "regions").mkdir()
+    for path in (data / "masks").iterdir():
+        halves = np.repeat(np.array([1, 2], np.uint8), SIZE // 2)[None].repeat(SIZE, 0)
+        Image.fromarray(halves).save(tmp_path / "regions" / path.name)
+    settings = PracticeSettings(masks=8, steps=2, folds=2, crop=16)
+    drawing = Drawing(config=DataConfig(image_size=SIZE, crop="random", num_classes=3))
+    folders = LabelledFolders(data / "images", tmp_path / "regions")
+    run = Practice(folders, None, settings, drawing, tmp_path / "out", CPU)
+    (tmp_path / "out").mkdir()
+    run._train_generators()
+    kinds, statistics = run.make_masks()
+    assert set(kinds.values()) == {"labelled"} and statistics is None
+    assert "too few whole cells, so no new layouts" in caplog.text
+
+
 def test_layouts_of_sparse_cells_are_sparse():
     field = np.zeros((512, 512), int)
     for number in range(3):
@@ -351,11 +405,11 @@ class Drawing:
         save_checkpoint(path, made)
         return path
 
-    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
+    def make_masks(self, part: MaskPart, cells: CellFiles, side: int, seed: int, output: Path) -> None:
         self.calls.append(part.kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(practice_commands, "_run", lambda script, *words: call(make_masks, *words))
-            COMMANDS([], []).make_masks(part, instances, components, side, seed, output)
+            COMMANDS([], []).make_masks(part, cells, side, seed, output)
 
     def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
         self.calls.append("sample")
@@ -687,10 +741,9 @@ def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
     monkeypatch.setattr(practice_commands, "_run", lambda script, *words: called.append([script, *map(str, words)]))
     tools = practice_commands.CommandTools(["--max-steps", "5"], ["--num-sampling-steps", "2"])
     values = {"density": 0.2, "scale": (0.9, 1.1)}
-    tools.make_masks(MaskPart("recombine", 3, values), data / "masks", True, SIZE, 7, tmp_path / "m")
-    tools.make_masks(
-        MaskPart("simulate", 3, {"cell_size": 9.0, "touching": False}), data, False, SIZE, 7, tmp_path / "s"
-    )
+    cells = CellFiles(data / "masks", components=True)
+    tools.make_masks(MaskPart("recombine", 3, values), cells, SIZE, 7, tmp_path / "m")
+    tools.make_masks(MaskPart("simulate", 3, {"cell_size": 9.0, "touching": False}), cells, SIZE, 7, tmp_path / "s")
     for words in called:
         assert words[0] == "make_masks.py"
         make_masks.check_args(make_masks.parse_args(words[1:]))

@@ -335,6 +335,96 @@ def test_quarter_turns_move_pixels_and_change_none(shape):
     assert seen == turned
 
 
+# --- classes ---
+
+
+@pytest.fixture
+def class_maps(lab, tmp_path) -> Path:
+    """Class maps of the cells of ``lab``: 200 in the upper half of each cell, 7 below."""
+    found = {}
+    for name, cells in recombine.read_sources(lab, components=False).items():
+        found[name] = np.zeros(cells.shape, np.uint8)
+        for number, (rows, columns) in enumerate(ndimage.find_objects(cells), start=1):
+            middle = (rows.start + rows.stop) // 2
+            for part, value in ((slice(rows.start, middle), 200), (slice(middle, rows.stop), 7)):
+                found[name][part, columns][cells[part, columns] == number] = value
+    return write_instances(tmp_path / "classes", found)
+
+
+def recombine_classes(lab: Path, class_maps: Path, output: Path, *words: object) -> list[tuple[np.ndarray, np.ndarray]]:
+    run("recombine", "--instances", lab, "--classes", class_maps, "--output", output, "--count", 4, *words)
+    names = sorted(path.name for path in (output / "classes").iterdir())
+    return [(read_png(output / "instances" / name), read_png(output / "classes" / name)) for name in names]
+
+
+def looks_of_cells(cells: np.ndarray, classes: np.ndarray) -> set[bytes]:
+    """The classes of every whole cell, wherever it lies."""
+    boxes, cut = ndimage.find_objects(cells.astype(int)), touches_border(cells)
+    whole = [(box, cells[box] == number) for number, box in enumerate(boxes, start=1) if number not in cut]
+    return {np.where(inside, classes[box], 0).astype(np.uint8).tobytes() for box, inside in whole}
+
+
+def test_cells_keep_the_classes_of_their_pixels(lab, class_maps, tmp_path):
+    known, shown = set(), set()
+    for name, cells in recombine.read_sources(lab, components=False).items():
+        known |= looks_of_cells(cells, read_png(class_maps / f"{name}.png"))
+    for cells, classes in recombine_classes(lab, class_maps, tmp_path / "out", "--rotate", "none", "--scale", 1, 1):
+        np.testing.assert_array_equal(classes > 0, cells > 0)
+        shown |= looks_of_cells(cells, classes)
+        assert classes.dtype == np.uint8
+    assert len(shown) >= 3 and shown <= known
+
+
+def test_classes_turn_and_grow_with_their_cells(lab, class_maps, tmp_path):
+    shares = []
+    for cells, classes in recombine_classes(lab, class_maps, tmp_path / "out", "--scale", 1.5, 2, "--density", 0.2):
+        np.testing.assert_array_equal(classes > 0, cells > 0)
+        assert set(np.unique(classes)) <= {0, 7, 200}
+        inside = np.setdiff1d(np.unique(cells), [0, *touches_border(cells)])
+        shares += [np.mean(classes[cells == number] == 200) for number in inside]
+    assert len(shares) > 5 and np.abs(np.array(shares) - 0.5).max() < 0.1
+
+
+def test_connected_parts_of_class_maps_are_cells(class_maps, tmp_path):
+    run("recombine", "--instances", class_maps, "--components", "--classes", class_maps, "--output", tmp_path / "out",
+        "--count", 1, "--density", 0.2)  # fmt: skip
+    assert set(np.unique(read_png(tmp_path / "out" / "classes" / "mix_000000.png"))) == {0, 7, 200}
+
+
+def test_classes_move_no_cell_and_sets_of_versions_without_them_are_continued(lab, class_maps, tmp_path):
+    plain = [*("--rotate", "quarter"), *("--scale", 1, 1)]
+    run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 4, *plain)
+    recombine_classes(lab, class_maps, tmp_path / "out", *plain)
+    assert files_of(tmp_path / "plain" / "instances") == files_of(tmp_path / "out" / "instances")
+    settings = json.loads((tmp_path / "plain" / "settings.json").read_text())
+    earlier = {name: value for name, value in settings.items() if name not in ("classes_sha256", "whole")}
+    (tmp_path / "plain" / "settings.json").write_text(json.dumps(earlier))
+    run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 5, *plain)
+    with pytest.raises(InputError, match="classes_sha256"):
+        run("recombine", "--instances", lab, "--output", tmp_path / "out", "--count", 4, *plain)
+
+
+def test_class_maps_that_do_not_fit_are_named(lab, class_maps, tmp_path):
+    (class_maps / "a.png").unlink()
+    Image.new("L", (30, 20)).save(class_maps / "b.png")
+    tifffile.imwrite(class_maps / "c.tif", np.full((80, 100), 0.5, np.float32))
+    (class_maps / "c.png").unlink()
+    with pytest.raises(InputError) as error:
+        recombine_classes(lab, class_maps, tmp_path / "out")
+    for words in ("3 class maps", "a: not there", "b.png: 20 x 30 pixels, but its cells 80 x 100", "c.tif: not whole"):
+        assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_keeps_cells_off_the_border(lab, tmp_path):
+    words = ["recombine", "--instances", lab, "--count", 6, "--density", 0.2, "--image-size", 64]
+    run(*words, "--output", tmp_path / "any")
+    run(*words, "--output", tmp_path / "whole", "--whole")
+    made = {kind: [read_png(path) for path in (tmp_path / kind / "instances").iterdir()] for kind in ("any", "whole")}
+    cut = {kind: sum(len(touches_border(cells)) > 0 for cells in found) for kind, found in made.items()}
+    assert cut["any"] >= 3 and cut["whole"] == 0 and np.mean([cells > 0 for cells in made["whole"]]) > 0.1
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
 def test_free_turns_keep_the_ids_and_scale_the_area(factor):
     labels = disks((48, 60), [(22, 20, 14), (24, 45, 12)])

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.cells import touches_border
 from common.disk import (
     SETTINGS,
     link_or_copy,
@@ -43,6 +44,7 @@ from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
 from evaluation.experiments.practice_folder import ignored
 from evaluation.experiments.practice_masks import (
+    CellFiles,
     LayoutStatistics,
     MaskPart,
     cells_of_files,
@@ -63,7 +65,7 @@ from evaluation.experiments.practice_rules import (
     plan_draws,
     wrong_pixels,
 )
-from evaluation.experiments.segmenter import Phase, Segmenter, SegmenterConfig, train_segmenter
+from evaluation.experiments.segmenter import Found, Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
 from evaluation.experiments.stamps import hashes_of_labels, refuse_other_files
 from evaluation.instances import mean_of_known
@@ -72,7 +74,8 @@ from evaluation.output import number as show_number
 from synthetic.reader import SampleSet, read_whole
 
 logger = logging.getLogger(__name__)
-PRACTICE_VERSION = 5  # raise it when the same settings would give another result
+PRACTICE_VERSION = 6  # raise it when the same settings would give another result
+CLASS_PSEUDO_SHARE = 0.5
 REAL, PLAIN = "real", "round 0, nothing ignored"
 
 
@@ -82,8 +85,10 @@ class PracticeSettings:
 
     Attributes:
         masks: number of new masks.
-        simulated_share: fraction of the new masks that is simulated. The others are recombined.
-        pseudo_share: fraction of the new masks that is taken from a segmentation of the unlabelled images.
+        simulated_share: fraction of the new masks that is simulated, unless they have classes. The others are
+            recombined.
+        pseudo_share: fraction of the new masks that is taken from a segmentation of the unlabelled images. None: none,
+            or ``CLASS_PSEUDO_SHARE`` if the masks have classes.
         pseudo_masks: whether the generator trains on soft pseudo-masks of the unlabelled images.
         generators: number of trainings of the generator. Each after the first gets new pseudo-masks.
         most_rounds: largest number of rounds after the first one.
@@ -98,7 +103,7 @@ class PracticeSettings:
 
     masks: int = 100
     simulated_share: float = 0.25
-    pseudo_share: float = 0.0
+    pseudo_share: float | None = None
     pseudo_masks: bool = True
     generators: int = 1
     most_rounds: int = 0
@@ -128,7 +133,7 @@ class Tools(Protocol):
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
         """Train a generator, for ``steps`` if given; its checkpoint."""
 
-    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
+    def make_masks(self, part: MaskPart, cells: CellFiles, side: int, seed: int, output: Path) -> None:
         """Make a part of the masks."""
 
     def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
@@ -202,7 +207,7 @@ class Practice:
 
     @property
     def cells_only(self) -> bool:
-        """Whether the classes are cell and background, so that new layouts of cells are masks."""
+        """Whether the classes are cell and background. If not, new layouts keep the classes of their cells."""
         return self.folders.instances is not None or self.config.num_classes == 2
 
     @property
@@ -305,24 +310,38 @@ class Practice:
         if note.is_file():
             return read_as(note, _made_masks, f"remove {place} to make the masks again")
         found = self._segmented()
-        statistics = None
-        if self.cells_only:
-            labelled, side = [one.item.cells for one in self.real], self.config.image_size
-            files = cells_of_files(*self._cell_files, self.config)
-            statistics = layout_statistics([one for _, one in found], labelled, side, files)
-            if statistics is None and found:
-                logger.warning("too few cells are found in the unlabelled images; masks follow the labelled ones")
-            statistics = statistics or layout_statistics(labelled, labelled, side, files)
-            if statistics is None:
-                raise InputError("the labelled images hold too few whole cells to make new layouts of them")
+        statistics = self._statistics([one.cells for _, one in found])
         place.mkdir(exist_ok=True)
-        copied, count = self._copied_masks(found, place)
+        copied, count = self._copied_masks(found, self.pseudo_share if statistics else 1.0, place)
         kinds = merge_masks([*copied, *self._new_layouts(statistics, self.settings.masks - count, place)], place)
         write_json(note, {"kinds": kinds, "statistics": None if statistics is None else asdict(statistics)})
         return kinds, statistics
 
-    def _copied_masks(self, found: Sequence[tuple[str, np.ndarray]], place: Path) -> tuple[list[Path], int]:
-        """Masks that are no new layouts: pseudo-masks and, with several classes, the labelled masks.
+    @property
+    def pseudo_share(self) -> float:
+        """Fraction of the new masks that is taken from unlabelled images."""
+        if self.settings.pseudo_share is None:
+            return 0.0 if self.cells_only else CLASS_PSEUDO_SHARE
+        return self.settings.pseudo_share
+
+    def _statistics(self, found: Sequence[np.ndarray]) -> LayoutStatistics | None:
+        """What new layouts follow. None if masks of classes hold too few whole cells, or no layouts are asked for."""
+        if not self.cells_only and self.pseudo_share == 1:
+            return None
+        labelled, side = [one.item.cells for one in self.real], self.config.image_size
+        files = cells_of_files(self._cell_files, self.config)
+        statistics = layout_statistics(found, labelled, side, files)
+        if statistics is None and len(found):
+            logger.warning("too few cells are found in the unlabelled images; masks follow the labelled ones")
+        statistics = statistics or layout_statistics(labelled, labelled, side, files)
+        if statistics is None and self.cells_only:
+            raise InputError("the labelled images hold too few whole cells to make new layouts of them")
+        if statistics is None:
+            logger.warning("the labelled images hold too few whole cells, so no new layouts are made of them")
+        return statistics
+
+    def _copied_masks(self, found: Sequence[tuple[str, Found]], share: float, place: Path) -> tuple[list[Path], int]:
+        """Masks that are no new layouts: this share of pseudo-masks and, with several classes, the labelled masks.
 
         Returns:
             Their folders, and the number of pseudo-masks.
@@ -331,17 +350,19 @@ class Practice:
         if not self.cells_only:
             link_labelled(self.folders.masks, place / "labelled")
             parts.append(place / "labelled")
-        count = round(self.settings.masks * (self.settings.pseudo_share if self.cells_only else 1))
+        count = round(self.settings.masks * share)
         if count and found:
             stored, side = None if self.cells_only else self.config.mask_values, self.config.image_size
-            made = write_pseudo_masks(found, self.seen, side, count, place / "pseudo", stored)
+            maps = [(name, one.cells if self.cells_only else one.classes) for name, one in found]
+            made = write_pseudo_masks(maps, self.seen, side, count, place / "pseudo", stored)
             parts += [place / "pseudo"] if made else []
         return parts, made
 
     @property
-    def _cell_files(self) -> tuple[Path, bool]:
-        """Folder of the files to cut cells from, and whether their connected parts are the cells."""
-        return self.folders.instances or self.folders.masks, self.folders.instances is None
+    def _cell_files(self) -> CellFiles:
+        """The files to cut cells from."""
+        instances, masks = self.folders.instances, self.folders.masks
+        return CellFiles(instances or masks, instances is None, None if self.cells_only else masks)
 
     def _new_layouts(self, statistics: LayoutStatistics | None, count: int, place: Path) -> list[Path]:
         """``count`` masks of recombined and simulated cells."""
@@ -349,9 +370,11 @@ class Practice:
             return []
         settings, side = self.settings, self.config.image_size
         parts = []
-        for number, part in enumerate(plan_parts(statistics, count, settings.simulated_share, side)):
+        simulated = settings.simulated_share if self.cells_only else 0.0
+        whole = self.config.crop == "center" and not any(len(touches_border(one.item.cells)) for one in self.real)
+        for number, part in enumerate(plan_parts(statistics, count, simulated, side, whole)):
             output = place / f"{part.kind}_{number}"
-            self.tools.make_masks(part, *self._cell_files, side, settings.seed + number, output)
+            self.tools.make_masks(part, self._cell_files, side, settings.seed + number, output)
             parts.append(output)
         return parts
 
@@ -376,14 +399,13 @@ class Practice:
         note_pseudo_masks(place, self.seen)
         return place / "masks"
 
-    def _segmented(self) -> list[tuple[str, np.ndarray]]:
-        """Segment unlabelled images: (name, instance map) or, with several classes, (name, class map)."""
+    def _segmented(self) -> list[tuple[str, Found]]:
+        """Unlabelled images, by name, as the segmenter of all labels sees them."""
         if self.unlabelled is None:
             return []
         segmenter = Segmenter([self.teacher], self.device)
         images = plain_images(self.unlabelled, self.config, self.settings.unlabelled_images, self.settings.seed)
-        found = [(name, segmenter(image)) for name, image in images]
-        return [(name, one.cells if self.cells_only else one.classes) for name, one in found]
+        return [(name, segmenter(image)) for name, image in images]
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from common.children import run_child
 from common.errors import InputError
 from evaluation.experiments.labelled import LabelledFolders
 from evaluation.experiments.practice import Unlabelled
-from evaluation.experiments.practice_masks import MaskPart
+from evaluation.experiments.practice_masks import CellFiles, MaskPart
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,12 +42,13 @@ class CommandTools:
         _run("train.py", *words, "--results-dir", run.parent, "--run-name", run.name)
         return max((run / "checkpoints").glob("*.pt"))
 
-    def make_masks(self, part: MaskPart, instances: Path, components: bool, side: int, seed: int, output: Path) -> None:
+    def make_masks(self, part: MaskPart, cells: CellFiles, side: int, seed: int, output: Path) -> None:
         """Make a part of the masks."""
         words: list[object] = [part.kind, "--output", output, "--count", part.count, "--image-size", side]
         words += ["--seed", seed]
         if part.kind == "recombine":
-            words += ["--instances", instances, *(["--components"] if components else [])]
+            words += ["--instances", cells.instances, *(["--components"] if cells.components else [])]
+            words += [] if cells.classes is None else ["--classes", cells.classes]
         for name, value in part.values.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -99,9 +100,23 @@ def _deviation(measured: Sequence[Measurement], mean: float) -> float:
     return math.sqrt(np.average((np.sqrt(4 / math.pi * areas) - mean) ** 2, weights=weights))
 
 
-def cells_of_files(folder: Path, components: bool, config: DataConfig) -> list[np.ndarray] | None:
-    """Instance maps of the files that ``make_masks.py recombine`` cuts cells from; None if images are not resized."""
-    return list(read_sources(folder, components).values()) if config.crop == "center" else None
+class CellFiles(NamedTuple):
+    """Label files to cut cells from, as ``make_masks.py recombine`` takes them.
+
+    Attributes:
+        instances: label images.
+        components: whether their connected parts are the cells.
+        classes: class maps of the same images, or None.
+    """
+
+    instances: Path
+    components: bool
+    classes: Path | None = None
+
+
+def cells_of_files(files: CellFiles, config: DataConfig) -> list[np.ndarray] | None:
+    """Instance maps of the files that cells are cut from; None if images are not resized."""
+    return list(read_sources(files.instances, files.components).values()) if config.crop == "center" else None
 
 
 @dataclass(frozen=True)
@@ -113,12 +128,15 @@ class MaskPart:
     values: dict[str, object]
 
 
-def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float, side: int) -> list[MaskPart]:
+def plan_parts(
+    statistics: LayoutStatistics, count: int, simulated_share: float, side: int, whole: bool = False
+) -> list[MaskPart]:
     """Plan recombined and simulated layouts at every level of density.
 
     Args:
         simulated_share: fraction of the masks to simulate, in [0, 1].
         side: side of a mask, pixels.
+        whole: whether recombined cells stay inside of the border.
     """
     simulated = round(count * simulated_share)
     scale = statistics.scale * statistics.file_scale
@@ -129,6 +147,8 @@ def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float,
             "density": round(min(density, 0.9), 4),
             "scale": (round(low, 4), round(high, 4)),
         }
+        if whole:
+            recombined["whole"] = True
         if statistics.touching > statistics.labelled_touching:
             recombined["max_overlap"] = 0.1  # cells may be laid against each other beyond their source's clusters
         touching = statistics.touching > TOUCHING
@@ -147,10 +167,10 @@ def plan_parts(statistics: LayoutStatistics, count: int, simulated_share: float,
 
 
 def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
-    """Link the instance maps of several folders into one folder, and note where they come from.
+    """Link the masks of several folders into one folder, and note where they come from.
 
     Args:
-        parts: folders of ``make_masks.py``, or of :func:`write_pseudo_masks`.
+        parts: folders of ``make_masks.py``, or of :func:`write_pseudo_masks`. Class maps go before instance maps.
         output: gets ``instances`` and ``settings.json``.
 
     Returns:
@@ -159,7 +179,8 @@ def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
     (output / "instances").mkdir(parents=True, exist_ok=True)
     names: dict[str, str] = {}
     for part in parts:
-        for path in sorted((part / "instances").iterdir()):
+        own = part / "classes"
+        for path in sorted((own if own.is_dir() else part / "instances").iterdir()):
             name = f"{part.name}_{path.stem}"
             link_or_copy(path, output / "instances" / f"{name}{path.suffix}")
             names[name] = part.name
