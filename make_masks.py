@@ -291,7 +291,9 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         "source image)",
     )  # fmt: skip
     layout.add_argument(
-        "--whole", action="store_true", help="keep cells inside of the border, as in images cut out around a cell"
+        "--whole",
+        action="store_true",
+        help="keep cells inside of the border, at least one in each image, as in images cut out around a cell",
     )
     layout.add_argument(
         "--density-scale", type=positive_float, default=1.0,

@@ -34,6 +34,11 @@ class Piece:
     def area(self) -> int:
         return int(np.count_nonzero(self.labels))
 
+    def trimmed(self) -> Piece:
+        """The piece without the empty rows and columns around it."""
+        box = ndimage.find_objects((self.labels > 0).astype(int))[0]
+        return Piece(self.labels[box], self.level[box], None if self.classes is None else self.classes[box])
+
 
 class Field:
     """A field of view to fill with pieces. Pieces may cross its border, as cells do under a microscope.
@@ -166,16 +171,19 @@ def fill(
     draw_piece: Callable[[], Piece],
     place: Callable[[Field, Piece, np.random.Generator], bool],
     before_piece: Callable[[float], None] = lambda share: None,
+    never_empty: bool = False,
 ) -> None:
     """Place pieces until they cover the fraction `foreground` of the field, or until no more piece fits.
 
     Pieces are chosen in batches and placed from large to small. Any other order would favour small pieces, which fit
     into the remaining gaps. New batches replace the area that the border cut off and the pieces that found no place.
     ``before_piece`` is called with the share of the work that is done; an exception that it raises ends the work.
+    ``never_empty`` gives a field at least one piece, even if it is larger than ``foreground``.
     """
     failed_rounds = 0
     while failed_rounds < 3:
-        batch = _draw_batch(rng, foreground * field.instance_map.size - field.covered, draw_piece)
+        missing = foreground * field.instance_map.size - field.covered
+        batch = _draw_batch(rng, missing, draw_piece, never_empty and not field.covered)
         if not batch:
             return
         placed = 0
@@ -185,12 +193,15 @@ def fill(
         failed_rounds = 0 if placed else failed_rounds + 1
 
 
-def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece]) -> list[Piece]:
+def _draw_batch(
+    rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece], never_empty: bool
+) -> list[Piece]:
     """Random pieces with a total area of `missing` on average. The last piece is kept at random to reach this mean."""
-    batch = []
+    batch: list[Piece] = []
     while missing > 0:
         piece = draw_piece()
-        if piece.area > missing and rng.uniform(0, piece.area) > missing:
+        certain = never_empty and not batch
+        if not certain and piece.area > missing and rng.uniform(0, piece.area) > missing:
             break
         batch.append(piece)
         missing -= piece.area

@@ -52,7 +52,7 @@ class LayoutSettings:
         seed: seed of the set.
         source_sha256: digest of the source's label files.
         classes_sha256: digest of the source's class maps; None without them.
-        whole: whether cells stay inside of the border.
+        whole: whether cells stay inside of the border, at least one in each field.
     """
 
     height: int
@@ -269,10 +269,11 @@ class Layouts:
             for _ in range(MOST_SCRAPS):
                 piece = turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
                 if piece.area >= LEAST_CELL_AREA:  # tidy would drop a smaller one
-                    return piece
+                    return piece.trimmed() if settings.whole else piece
             raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger `scale`")
 
-        fill(field, rng, foreground, draw_piece, functools.partial(place_anywhere, whole=settings.whole))
+        place = functools.partial(place_anywhere, whole=settings.whole)
+        fill(field, rng, foreground, draw_piece, place, never_empty=settings.whole)
         instance_map = tidy(field.instance_map)
         return instance_map, np.where(instance_map > 0, field.class_map, 0)
 

@@ -425,6 +425,15 @@ def test_whole_keeps_cells_off_the_border(lab, tmp_path):
     assert cut["any"] >= 3 and cut["whole"] == 0 and np.mean([cells > 0 for cells in made["whole"]]) > 0.1
 
 
+def test_a_large_cell_fits_in_an_image_of_its_own_whatever_its_turn(tmp_path):
+    large = disks((60, 60), [(29.5, 29.5, 24)])
+    source = write_instances(tmp_path / "large", {"a": large})
+    words = ["recombine", "--instances", source, "--count", 12, "--image-size", 56, "--scale", 1, 1, "--whole"]
+    run(*words, "--density", 0.1, "--output", tmp_path / "out")
+    areas = [np.count_nonzero(read_png(path)) for path in (tmp_path / "out" / "instances").iterdir()]
+    assert areas == pytest.approx([np.count_nonzero(large)] * 12, rel=0.03)
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
 def test_free_turns_keep_the_ids_and_scale_the_area(factor):
     labels = disks((48, 60), [(22, 20, 14), (24, 45, 12)])
