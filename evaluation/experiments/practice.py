@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -369,8 +369,9 @@ class Practice:
         if statistics is None:
             return []
         settings, side = self.settings, self.config.image_size
-        parts = []
-        simulated = settings.simulated_share if self.cells_only else 0.0
+        parts, simulated = [], settings.simulated_share
+        if not self.cells_only:  # classes cannot be simulated, and tell no touching cells apart
+            simulated, statistics = 0.0, replace(statistics, touching=0.0)
         whole = self.config.crop == "center" and not any(len(touches_border(one.item.cells)) for one in self.real)
         for number, part in enumerate(plan_parts(statistics, count, simulated, side, whole)):
             output = place / f"{part.kind}_{number}"
