@@ -394,9 +394,10 @@ def run_practise(args: argparse.Namespace) -> None:
     are ignored. Masks that the segmenter finds hard are drawn again, until the cross-validated score stops rising. The
     page practice.html says which set to use, or that none helps. Run the same command to continue.
     """
-    from evaluation.experiments.practice import Practice, PracticeSettings
+    from evaluation.experiments.practice import Practice
     from evaluation.experiments.practice_commands import CommandTools, segmenter_commands
     from evaluation.experiments.practice_report import PAGE, SECTION, TRAINING_SETS, write_practice
+    from evaluation.experiments.practice_settings import PracticeSettings
     from evaluation.output import written_line
     from evaluation.report import write_page
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -272,7 +271,9 @@ class Layouts:
                     return piece.trimmed() if settings.whole else piece
             raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger `scale`")
 
-        place = functools.partial(place_anywhere, whole=settings.whole)
+        def place(field: Field, piece: Piece, rng: np.random.Generator) -> bool:
+            return place_anywhere(field, piece, rng, whole=settings.whole)
+
         fill(field, rng, foreground, draw_piece, place, never_empty=settings.whole)
         instance_map = tidy(field.instance_map)
         return instance_map, np.where(instance_map > 0, field.class_map, 0)

@@ -37,7 +37,7 @@ from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, make_selections
 from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs
 from evaluation.experiments.leaks import find_leaks
-from evaluation.experiments.practice import Practice, PracticeSettings, Unlabelled
+from evaluation.experiments.practice import Practice
 from evaluation.experiments.practice_folder import PracticeFolder
 from evaluation.experiments.practice_masks import (
     LEAST_DENSITY,
@@ -52,6 +52,7 @@ from evaluation.experiments.practice_masks import (
 )
 from evaluation.experiments.practice_report import recommend, write_training_set
 from evaluation.experiments.practice_rules import Scored, class_mean_losses, hardness, plan_draws, wrong_pixels
+from evaluation.experiments.practice_settings import PracticeSettings, Unlabelled
 from evaluation.experiments.segmenter import IGNORE, Segmenter, SegmenterConfig
 from evaluation.experiments.sources import CopyPaste
 from evaluation.experiments.trial_report import UNKNOWN

@@ -10,8 +10,8 @@ from pathlib import Path
 from common.children import run_child
 from common.errors import InputError
 from evaluation.experiments.labelled import LabelledFolders
-from evaluation.experiments.practice import Unlabelled
 from evaluation.experiments.practice_masks import CellFiles, MaskPart
+from evaluation.experiments.practice_settings import Unlabelled
 
 ROOT = Path(__file__).parents[2]
 
