@@ -35,7 +35,7 @@ import numpy as np
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
 from common.disk import new_folder, open_work, real_path
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, as_flag, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_images
 from dataset.annotations.formats import FORMATS
@@ -205,6 +205,9 @@ def check_args(args: argparse.Namespace) -> None:
         require(not (args.max_overlap and args.gap), "--max-overlap", args.max_overlap, idle)
         both = args.density is not None and args.density_scale != 1
         require(not both, "--density-scale", args.density_scale, "has no effect with --density")
+        for name, usual in (("density", None), ("density_scale", 1.0), ("max_overlap", 0.0)):
+            value = getattr(args, name)
+            require(not args.single or value == usual, as_flag(name), value, "has no effect with --single")
     if faults:
         raise InputError("; ".join(faults))
 
@@ -291,9 +294,9 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
         "source image)",
     )  # fmt: skip
     layout.add_argument(
-        "--whole",
+        "--single",
         action="store_true",
-        help="keep cells inside of the border, at least one in each image, as in images cut out around a cell",
+        help="put one cell (or cluster) into the middle of each image, for images cut out around single cells",
     )
     layout.add_argument(
         "--density-scale", type=positive_float, default=1.0,

@@ -12,6 +12,7 @@ from scipy import ndimage
 from common.cells import connected_cells
 
 LEAST_CELL_AREA = 6  # pixels; smaller remains at the border of an image or of a neighbour do not count as cells
+OFF_MIDDLE = 0.05  # farthest that a single cell lies off the middle, as a fraction of the side of the field
 POSITIONS_TRIED = 60  # positions to try per cell before giving up
 
 
@@ -33,11 +34,6 @@ class Piece:
     @property
     def area(self) -> int:
         return int(np.count_nonzero(self.labels))
-
-    def trimmed(self) -> Piece:
-        """The piece without the empty rows and columns around it."""
-        box = ndimage.find_objects((self.labels > 0).astype(int))[0]
-        return Piece(self.labels[box], self.level[box], None if self.classes is None else self.classes[box])
 
 
 class Field:
@@ -122,25 +118,31 @@ class Field:
         self._blocked[where] |= halo[part]
 
 
-def place_anywhere(
-    field: Field, piece: Piece, rng: np.random.Generator, alone: bool = False, whole: bool = False
-) -> bool:
+def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: bool = False) -> bool:
     """Try uniformly random positions. Positions across the border count, too, so that no pixel is preferred.
 
     Args:
         alone: only accept positions where the piece covers no other piece, even if the field's rules allow overlap.
-        whole: only try positions where the piece does not touch the border.
     """
-    ranges = []
-    for length, own in zip(field.instance_map.shape, piece.labels.shape, strict=True):
-        first, end = (1, length - own) if whole else (1 - own, length)
-        if end <= first:
-            return False
-        ranges.append(rng.integers(first, end, POSITIONS_TRIED).tolist())
+    height, width = field.instance_map.shape
+    piece_height, piece_width = piece.labels.shape
+    tops = rng.integers(1 - piece_height, height, POSITIONS_TRIED).tolist()
+    lefts = rng.integers(1 - piece_width, width, POSITIONS_TRIED).tolist()
     return any(
         not (alone and field.meets_another(piece, top, left)) and field.place(piece, top, left)
-        for top, left in zip(*ranges, strict=True)
+        for top, left in zip(tops, lefts, strict=True)
     )
+
+
+def place_in_middle(field: Field, piece: Piece, rng: np.random.Generator) -> None:
+    """Place a piece about the middle of an empty field, whole if it fits."""
+    box = ndimage.find_objects((piece.labels > 0).astype(int))[0]
+    corner = []
+    for length, own in zip(field.instance_map.shape, box, strict=True):
+        room = length - (own.stop - own.start)  # pixels beside the piece
+        first = round(room / 2 + rng.uniform(-OFF_MIDDLE, OFF_MIDDLE) * length)
+        corner.append((min(max(first, 1), room - 1) if room > 1 else room // 2) - own.start)
+    field.place(piece, *corner)
 
 
 def place_beside_another(field: Field, piece: Piece, rng: np.random.Generator) -> bool:
@@ -171,19 +173,16 @@ def fill(
     draw_piece: Callable[[], Piece],
     place: Callable[[Field, Piece, np.random.Generator], bool],
     before_piece: Callable[[float], None] = lambda share: None,
-    never_empty: bool = False,
 ) -> None:
     """Place pieces until they cover the fraction `foreground` of the field, or until no more piece fits.
 
     Pieces are chosen in batches and placed from large to small. Any other order would favour small pieces, which fit
     into the remaining gaps. New batches replace the area that the border cut off and the pieces that found no place.
     ``before_piece`` is called with the share of the work that is done; an exception that it raises ends the work.
-    ``never_empty`` gives a field at least one piece, even if it is larger than ``foreground``.
     """
     failed_rounds = 0
     while failed_rounds < 3:
-        missing = foreground * field.instance_map.size - field.covered
-        batch = _draw_batch(rng, missing, draw_piece, never_empty and not field.covered)
+        batch = _draw_batch(rng, foreground * field.instance_map.size - field.covered, draw_piece)
         if not batch:
             return
         placed = 0
@@ -193,15 +192,12 @@ def fill(
         failed_rounds = 0 if placed else failed_rounds + 1
 
 
-def _draw_batch(
-    rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece], never_empty: bool
-) -> list[Piece]:
+def _draw_batch(rng: np.random.Generator, missing: float, draw_piece: Callable[[], Piece]) -> list[Piece]:
     """Random pieces with a total area of `missing` on average. The last piece is kept at random to reach this mean."""
-    batch: list[Piece] = []
+    batch = []
     while missing > 0:
         piece = draw_piece()
-        certain = never_empty and not batch
-        if not certain and piece.area > missing and rng.uniform(0, piece.area) > missing:
+        if piece.area > missing and rng.uniform(0, piece.area) > missing:
             break
         batch.append(piece)
         missing -= piece.area

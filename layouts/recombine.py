@@ -22,7 +22,7 @@ from dataset.mask_facts import mask_stats
 from dataset.mask_warnings import refuse_no_labels
 from dataset.names import without_images
 from dataset.views import turn
-from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, tidy
+from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, place_in_middle, tidy
 
 ID_LIMIT = 2**63  # ids are sorted as 64-bit integers
 LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a new layout
@@ -51,7 +51,7 @@ class LayoutSettings:
         seed: seed of the set.
         source_sha256: digest of the source's label files.
         classes_sha256: digest of the source's class maps; None without them.
-        whole: whether cells stay inside of the border, at least one in each field.
+        single: whether each layout is one piece in the middle.
     """
 
     height: int
@@ -68,7 +68,7 @@ class LayoutSettings:
     seed: int
     source_sha256: str
     classes_sha256: str | None = None
-    whole: bool = False
+    single: bool = False
 
 
 class OneValueForAll(InputError):
@@ -268,13 +268,13 @@ class Layouts:
             for _ in range(MOST_SCRAPS):
                 piece = turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
                 if piece.area >= LEAST_CELL_AREA:  # tidy would drop a smaller one
-                    return piece.trimmed() if settings.whole else piece
+                    return piece
             raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger `scale`")
 
-        def place(field: Field, piece: Piece, rng: np.random.Generator) -> bool:
-            return place_anywhere(field, piece, rng, whole=settings.whole)
-
-        fill(field, rng, foreground, draw_piece, place, never_empty=settings.whole)
+        if settings.single:
+            place_in_middle(field, draw_piece(), rng)
+        else:
+            fill(field, rng, foreground, draw_piece, place_anywhere)
         instance_map = tidy(field.instance_map)
         return instance_map, np.where(instance_map > 0, field.class_map, 0)
 

@@ -83,4 +83,4 @@ def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[s
 
 def with_later_settings(record: dict[str, object]) -> dict[str, object]:
     """A record, with the values that settings had before they were settings."""
-    return {"classes_sha256": None, "whole": False} | record
+    return {"classes_sha256": None, "single": False} | record

@@ -16,7 +16,7 @@ import pytest
 import tifffile
 from PIL import Image
 from scipy import ndimage
-from script_helpers import run_here
+from script_helpers import call, run_here
 
 import common.log
 import make_masks
@@ -397,7 +397,7 @@ def test_classes_move_no_cell_and_sets_of_versions_without_them_are_continued(la
     recombine_classes(lab, class_maps, tmp_path / "out", *plain)
     assert files_of(tmp_path / "plain" / "instances") == files_of(tmp_path / "out" / "instances")
     settings = json.loads((tmp_path / "plain" / "settings.json").read_text())
-    earlier = {name: value for name, value in settings.items() if name not in ("classes_sha256", "whole")}
+    earlier = {name: value for name, value in settings.items() if name not in ("classes_sha256", "single")}
     (tmp_path / "plain" / "settings.json").write_text(json.dumps(earlier))
     run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 5, *plain)
     with pytest.raises(InputError, match="classes_sha256"):
@@ -416,22 +416,27 @@ def test_class_maps_that_do_not_fit_are_named(lab, class_maps, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_whole_keeps_cells_off_the_border(lab, tmp_path):
-    words = ["recombine", "--instances", lab, "--count", 6, "--density", 0.2, "--image-size", 64]
-    run(*words, "--output", tmp_path / "any")
-    run(*words, "--output", tmp_path / "whole", "--whole")
-    made = {kind: [read_png(path) for path in (tmp_path / kind / "instances").iterdir()] for kind in ("any", "whole")}
-    cut = {kind: sum(len(touches_border(cells)) > 0 for cells in found) for kind, found in made.items()}
-    assert cut["any"] >= 3 and cut["whole"] == 0 and np.mean([cells > 0 for cells in made["whole"]]) > 0.1
-
-
-def test_a_large_cell_fits_in_an_image_of_its_own_whatever_its_turn(tmp_path):
+@pytest.mark.parametrize("side", [64, 56, 44])
+def test_a_single_cell_lies_whole_in_the_middle_if_it_fits(tmp_path, side):
     large = disks((60, 60), [(29.5, 29.5, 24)])
     source = write_instances(tmp_path / "large", {"a": large})
-    words = ["recombine", "--instances", source, "--count", 12, "--image-size", 56, "--scale", 1, 1, "--whole"]
-    run(*words, "--density", 0.1, "--output", tmp_path / "out")
-    areas = [np.count_nonzero(read_png(path)) for path in (tmp_path / "out" / "instances").iterdir()]
-    assert areas == pytest.approx([np.count_nonzero(large)] * 12, rel=0.03)
+    words = ["recombine", "--instances", source, "--count", 12, "--image-size", side, "--scale", 1, 1, "--single"]
+    run(*words, "--output", tmp_path / "out")
+    made = [read_png(path) for path in (tmp_path / "out" / "instances").iterdir()]
+    middles = np.array([ndimage.center_of_mass(cells) for cells in made])
+    assert {cells.max() for cells in made} == {1}
+    assert np.abs(middles - (side - 1) / 2).max() <= 0.05 * side + 1
+    if side > 50:
+        areas = [np.count_nonzero(cells) for cells in made]
+        assert areas == pytest.approx([np.count_nonzero(large)] * 12, rel=0.03)
+        assert not any(len(touches_border(cells)) for cells in made)
+    assert side < 64 or len(np.unique(middles.round(1))) > 4
+
+
+@pytest.mark.parametrize("more", [["--density", 0.3], ["--density-scale", 2], ["--max-overlap", 0.1]])
+def test_flags_of_crowds_are_refused_for_single_cells(lab, tmp_path, more):
+    with pytest.raises(InputError, match=f"{more[0]} {more[1]:g}.*has no effect with --single"):
+        call(make_masks, "recombine", "--instances", lab, "--output", tmp_path / "out", "--single", *more)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])

@@ -300,6 +300,12 @@ class Practice:
         instances, masks = self.folders.instances, self.folders.masks
         return CellFiles(instances or masks, instances is None, None if self.cells_only else masks)
 
+    @property
+    def _single_cells(self) -> bool:
+        """Whether the images are cut out around single cells: each labelled one shows one cell, off its border."""
+        cells = [one.item.cells for one in self.real]
+        return self.config.crop == "center" and all(one.max() == 1 and not len(touches_border(one)) for one in cells)
+
     def _new_layouts(self, statistics: LayoutStatistics | None, count: int, place: Path) -> list[Path]:
         """``count`` masks of recombined and simulated cells."""
         if statistics is None:
@@ -308,8 +314,7 @@ class Practice:
         parts, simulated = [], settings.simulated_share
         if not self.cells_only:  # classes cannot be simulated, and tell no touching cells apart
             simulated, statistics = 0.0, replace(statistics, touching=0.0)
-        whole = self.config.crop == "center" and not any(len(touches_border(one.item.cells)) for one in self.real)
-        for number, part in enumerate(plan_parts(statistics, count, simulated, side, whole)):
+        for number, part in enumerate(plan_parts(statistics, count, simulated, side, self._single_cells)):
             output = place / f"{part.kind}_{number}"
             self.tools.make_masks(part, self._cell_files, side, settings.seed + number, output)
             parts.append(output)

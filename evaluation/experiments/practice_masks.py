@@ -129,26 +129,24 @@ class MaskPart:
 
 
 def plan_parts(
-    statistics: LayoutStatistics, count: int, simulated_share: float, side: int, whole: bool = False
+    statistics: LayoutStatistics, count: int, simulated_share: float, side: int, single: bool = False
 ) -> list[MaskPart]:
     """Plan recombined and simulated layouts at every level of density.
 
     Args:
         simulated_share: fraction of the masks to simulate, in [0, 1].
         side: side of a mask, pixels.
-        whole: whether recombined cells stay inside of the border.
+        single: whether each mask gets one recombined cell in its middle; then all are one part.
     """
     simulated = round(count * simulated_share)
     scale = statistics.scale * statistics.file_scale
     low, high = (float(np.clip(end, *RESIZE_LIMITS)) for end in (scale / SCALE_SPREAD, scale * SCALE_SPREAD))
+    size = (round(low, 4), round(high, 4))
+    if single:
+        return [MaskPart("recombine", count, {"scale": size, "single": True})] if count else []
     parts = []
     for level, density in enumerate(statistics.densities):
-        recombined: dict[str, object] = {
-            "density": round(min(density, 0.9), 4),
-            "scale": (round(low, 4), round(high, 4)),
-        }
-        if whole:
-            recombined["whole"] = True
+        recombined: dict[str, object] = {"density": round(min(density, 0.9), 4), "scale": size}
         if statistics.touching > statistics.labelled_touching:
             recombined["max_overlap"] = 0.1  # cells may be laid against each other beyond their source's clusters
         touching = statistics.touching > TOUCHING
