@@ -10,7 +10,7 @@
 Files that simulate and recombine write for every image NAME:
     OUTPUT/instances/NAME.png   16-bit, 0 background, 1..n cells
     OUTPUT/masks/NAME.png       8-bit, 0 background, 255 cell
-    OUTPUT/classes/NAME.png     the stored values of the classes, with ``recombine --classes``
+    OUTPUT/classes/NAME.png     16-bit, class maps with the values of your files, with ``recombine --classes``
     OUTPUT/images/NAME.png      8-bit gray, with ``simulate --render``
 Files of the set: statistics.csv (one row per image), summary.csv (compares the set with its source), settings.json.
 
@@ -34,15 +34,18 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import fraction, non_negative_float, non_negative_int, positive_float, positive_int, seed_number
+from common.cells import without_gaps
 from common.disk import new_folder, open_work, real_path
 from common.errors import CommandParser, InputError, as_flag, run_command
 from common.log import say, start_logging
 from dataset.annotations.convert import MAPS, ConvertSettings, convert, unpack_images
 from dataset.annotations.formats import FORMATS
 from dataset.annotations.stacks import ARRAYS
+from dataset.config import CROPS
 from dataset.groups import TABLE, gather_groups
 from dataset.microscope_files import PROJECTIONS, Choice
 from dataset.microscopes import flatten_folder
+from dataset.views import center_view
 from layouts.nuclei import HEADROOM, NucleiSettings, render_image, simulate_field
 from layouts.recombine import (
     LARGEST_CLUSTER,
@@ -58,7 +61,7 @@ from layouts.recombine import (
     source_digest,
 )
 from layouts.statistics import Measurement, measure, summarize, write_statistics, write_summary
-from layouts.writer import KINDS, label_files, make_set, record_of, with_later_settings
+from layouts.writer import KINDS, label_files, make_set, record_of, with_new_settings
 
 MOST_COVERED = 0.9  # largest density of recombined layouts
 
@@ -91,7 +94,9 @@ def run_simulate(args: argparse.Namespace) -> None:
         finish_set(args.output, made, {"asked for": asked})
 
 
-def finish_set(output: Path, made: dict[str, Measurement], others: dict[str, dict[str, float]]) -> None:
+def finish_set(
+    output: Path, made: dict[str, Measurement], others: dict[str, dict[str, float]], with_classes: bool = False
+) -> None:
     """Write the statistics of a set, and its summary beside ``others``. Print the summary."""
     write_statistics(output / "statistics.csv", made)
     say(write_summary(output / "summary.csv", {"made": summarize(made.values())} | others))
@@ -100,20 +105,13 @@ def finish_set(output: Path, made: dict[str, Measurement], others: dict[str, dic
         f"{masks}: {output / 'instances'} has one id per cell, {output / 'masks'} the same cells as 0 and 255.\n"
         "summary.csv is the table above, statistics.csv has a row for each mask. sample_ddp.py takes either folder."
     )
+    if with_classes:
+        say(f"{output / 'classes'} has their classes: give it to sample_ddp.py with --mask-type classes.")
 
 
 def run_recombine(args: argparse.Namespace) -> None:
     """Run the subcommand ``recombine``."""
-    try:
-        maps = read_sources(args.instances, args.components)
-        if not args.components:
-            check_sources(args.instances, maps)
-    except OneValueForAll as error:
-        raise InputError(
-            f"--instances: {error}, but recombine needs one number per cell: give instance labels, or use "
-            "--components to count every connected part as one cell"
-        ) from error
-    classes = {} if args.classes is None else read_class_maps(args.classes, maps)
+    maps, classes = read_cells(args)
     height, width = args.image_size or Counter(item.shape for item in maps.values()).most_common(1)[0][0]
     given = {field.name: getattr(args, field.name) for field in fields(LayoutSettings) if hasattr(args, field.name)}
     settings = LayoutSettings(
@@ -125,17 +123,49 @@ def run_recombine(args: argparse.Namespace) -> None:
         classes_sha256=source_digest(classes) if classes else None,
         **given,
     )
+    if args.crop == "center":
+        maps = {name: without_gaps(centered(item, height)) for name, item in maps.items()}
+        classes = {name: centered(item, height) for name, item in classes.items()}
     sources = [cut_pieces(item, settings.clusters, classes.get(name)) for name, item in maps.items()]
     if not any(source.pieces for source in sources):
-        raise InputError(f"{args.instances} (--instances): the image border cuts every cell, so there is none to place")
+        why = (
+            "the image border cuts every cell" if any(item.any() for item in maps.values()) else "no file holds a cell"
+        )
+        raise InputError(f"{args.instances} (--instances): {why}, so there is none to place")
 
-    with open_work(args.output, record_of("recombine", settings), KINDS, with_later_settings):
+    with open_work(args.output, record_of("recombine", settings), KINDS, with_new_settings):
         layouts = Layouts(sources, settings)
         source = {name: measure(item) for name, item in maps.items()}
         kinds = [*(["classes"] if classes else []), "masks", "instances"]
         made = make_set(args.output, "mix", args.count, kinds, lambda index: label_files(*layouts.maps(index)))
         write_statistics(args.output / "source_statistics.csv", source)
-        finish_set(args.output, made, {"source": summarize(source.values())})
+        finish_set(args.output, made, {"source": summarize(source.values())}, with_classes=bool(classes))
+
+
+def read_cells(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Instance maps and class maps of ``recombine`` by name. Without ``--classes``, there are no class maps."""
+    try:
+        maps = read_sources(args.instances, args.components)
+        if not args.components:
+            check_sources(args.instances, maps)
+    except OneValueForAll as error:
+        raise InputError(
+            f"--instances: {error}, but recombine needs one number per cell: give instance labels, or use "
+            "--components to count every connected part as one cell"
+        ) from error
+    if args.classes is None:
+        return maps, {}
+    if not args.components and real_path(args.classes) == real_path(args.instances):
+        raise InputError(
+            "--classes and --instances are one folder: add --components, so that connected parts are cells"
+        )
+    return maps, read_class_maps(args.classes, args.instances, maps)
+
+
+def centered(labels: np.ndarray, side: int) -> np.ndarray:
+    """The middle square of a label image (H, W), as training with ``--crop center`` reads it."""
+    height, width = labels.shape
+    return center_view(height, width, side).apply_labels(labels)
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -205,6 +235,8 @@ def check_args(args: argparse.Namespace) -> None:
         require(not (args.max_overlap and args.gap), "--max-overlap", args.max_overlap, idle)
         both = args.density is not None and args.density_scale != 1
         require(not both, "--density-scale", args.density_scale, "has no effect with --density")
+        square = args.image_size is not None and len(set(args.image_size)) == 1
+        require(args.crop != "center" or square, "--crop", "center", "needs --image-size SIDE, the size of training")
         for name, usual in (("density", None), ("density_scale", 1.0), ("max_overlap", 0.0)):
             value = getattr(args, name)
             require(not args.single or value == usual, as_flag(name), value, "has no effect with --single")
@@ -273,7 +305,12 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--classes", type=Path, metavar="FOLDER",
-        help="class maps of the same images: cells keep the classes of their pixels, OUTPUT/classes gets class maps",
+        help="class maps of the same images, 0 outside of cells: cells keep the classes of their pixels in "
+        "OUTPUT/classes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--crop", choices=CROPS, default="random",
+        help="--crop of the model: center resizes all label files to squares of --image-size before cells are cut out",
     )  # fmt: skip
     _add_shared_flags(parser, None)
     cells = parser.add_argument_group("cells")
@@ -289,15 +326,15 @@ def _add_recombine(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     layout = parser.add_argument_group("layout")
     layout.add_argument(
-        "--density", type=positive_float,
-        help=f"fraction of the image that cells cover, above 0, at most {MOST_COVERED} (default: that of a random "
-        "source image)",
-    )  # fmt: skip
-    layout.add_argument(
         "--single",
         action="store_true",
         help="put one cell (or cluster) into the middle of each image, for images cut out around single cells",
     )
+    layout.add_argument(
+        "--density", type=positive_float,
+        help=f"fraction of the image that cells cover, above 0, at most {MOST_COVERED} (default: that of a random "
+        "source image)",
+    )  # fmt: skip
     layout.add_argument(
         "--density-scale", type=positive_float, default=1.0,
         help="factor on the density of the source image, without --density",

@@ -46,12 +46,12 @@ class Field:
 
     Attributes:
         instance_map: (height, width) int32, 0 background.
-        class_map: (height, width) int32, the classes of the pieces; 0 where they have none.
+        class_map: (height, width) uint16, the classes of the pieces; 0 where they have none.
     """
 
     def __init__(self, height: int, width: int, gap: int, max_overlap: float):
         self.instance_map = np.zeros((height, width), dtype=np.int32)
-        self.class_map = np.zeros((height, width), dtype=np.int32)
+        self.class_map = np.zeros((height, width), dtype=np.uint16)
         self.level = np.full((height, width), np.inf, dtype=np.float32)
         self.covered = 0
         self.centres: list[tuple[float, float, float]] = []  # row, column, radius of every piece on the field

@@ -17,7 +17,7 @@ from common.disk import SETTINGS
 from common.errors import InputError, list_some
 from common.log import with_progress
 from common.plain import read_json
-from dataset.files import find_files, read_mask
+from dataset.files import find_files, match_names, read_mask
 from dataset.mask_facts import mask_stats
 from dataset.mask_warnings import refuse_no_labels
 from dataset.names import without_images
@@ -29,7 +29,7 @@ LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a
 LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
 MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
 LEAST_POOL = 100  # least number of pieces to choose from for a layout, if the data has that many
-LARGEST_CLASS = 65535  # of a stored value
+LARGEST_CLASS, MOST_CLASSES = 65535, 64  # largest stored value, and most values in a class map
 ORIGIN_NOTES = ("source_sha256", "segmenter_images_sha256", "parts")  # keys in settings.json of a folder of masks
 RESIZE_LIMITS = (0.01, 10.0)  # least and largest factor on the size of cells
 ROTATIONS = ("free", "quarter", "none")
@@ -51,6 +51,7 @@ class LayoutSettings:
         seed: seed of the set.
         source_sha256: digest of the source's label files.
         classes_sha256: digest of the source's class maps; None without them.
+        crop: as of DataConfig. "center": label files are resized to squares first.
         single: whether each layout is one piece in the middle.
     """
 
@@ -68,6 +69,7 @@ class LayoutSettings:
     seed: int
     source_sha256: str
     classes_sha256: str | None = None
+    crop: str = "random"
     single: bool = False
 
 
@@ -146,7 +148,7 @@ def cut_pieces(instance_map: np.ndarray, clusters: bool, class_map: np.ndarray |
         labels = np.zeros(instance_map[box].shape, dtype=np.int32)
         for number, cell_id in enumerate(group, start=1):
             labels[instance_map[box] == cell_id] = number
-        classes = None if class_map is None else np.where(labels > 0, class_map[box], 0).astype(np.int32)
+        classes = None if class_map is None else np.where(labels > 0, class_map[box], 0)
         pieces.append(Piece(labels, np.zeros(labels.shape, np.float32), classes))
         weights.append(cell_weights[members].mean())
     areas = np.bincount(instance_map.ravel())[ids] if len(ids) else np.array([np.nan])
@@ -159,28 +161,23 @@ def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSetti
     """Mirror, turn and resize a piece at random. Mirroring and quarter turns keep every pixel."""
     factor = math.exp(rng.uniform(math.log(settings.scale_low), math.log(settings.scale_high)))
     mirror, quarters = rng.random() < 0.5, 4 * rng.random()
-    parts, angle = _parts(piece), 0.0
+    arrays = [piece.labels] if piece.classes is None else [piece.labels, piece.classes]
+    angle = 0.0
     if settings.rotate != "none":
-        parts = turn(parts, (0, 1), int(quarters) + 4 * mirror)
+        arrays = [np.ascontiguousarray(turn(one, (0, 1), int(quarters) + 4 * mirror)) for one in arrays]
     if settings.rotate == "free":
         angle = quarters % 1 * math.pi / 2
     if angle or factor != 1:
-        parts = _take_off_teeth(_resample(parts, angle, factor))
-    return _of_parts(np.ascontiguousarray(parts), piece)
+        rough = [_resample(one, angle, factor) for one in arrays]
+        arrays = [_take_off_teeth(rough[0]), *rough[1:]]
+        arrays[1:] = [_spread_to(arrays[0] > 0, rough[0] > 0, one) for one in arrays[1:]]
+    return Piece(arrays[0], np.zeros(arrays[0].shape, np.float32), *arrays[1:])
 
 
-def _parts(piece: Piece) -> np.ndarray:
-    """(h, w) int32: a number for each cell or, with classes, for each class of each cell. So both move as one."""
-    return piece.labels if piece.classes is None else piece.labels * (piece.classes.max() + 1) + piece.classes
-
-
-def _of_parts(parts: np.ndarray, piece: Piece) -> Piece:
-    """The piece that has these parts; ``piece`` says what they number."""
-    level = np.zeros(parts.shape, np.float32)
-    if piece.classes is None:
-        return Piece(parts, level)
-    labels, classes = np.divmod(parts, piece.classes.max() + 1)
-    return Piece(labels, level, classes)
+def _spread_to(inside: np.ndarray, known: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Classes (h, w) of the pixels ``inside``. Those that are not ``known`` take the class of the nearest known one."""
+    nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    return np.where(inside, classes[tuple(nearest)], 0)
 
 
 def _resample(labels: np.ndarray, angle: float, factor: float) -> np.ndarray:
@@ -243,7 +240,8 @@ class Layouts:
             if known and len(pieces) >= LEAST_POOL:
                 break
             pieces.extend(source.pieces)
-            weights.append(source.weights)
+            # the border cuts none of them, so large ones are not missed more often
+            weights.append(np.ones(len(source.pieces)) if self._settings.single else source.weights)
         weight = np.concatenate(weights)
         return pieces, weight / weight.sum()
 
@@ -252,7 +250,7 @@ class Layouts:
         return self.maps(index)[0]
 
     def maps(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Instance map and class map of layout number `index`, (H, W) int32. Without classes, the latter is 0.
+        """Instance map (H, W) int32 and class map (H, W) uint16 of layout number `index`. Without classes, that is 0.
 
         Raises:
             InputError: no cell is left at this scale.
@@ -291,36 +289,59 @@ def source_digest(instance_maps: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def read_class_maps(folder: Path, maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Class maps of the same images as the instance maps.
+def read_class_maps(folder: Path, cell_folder: Path, maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Class maps of the images whose cells were read. Files are paired by name, as masks and images are.
 
     Args:
-        folder: files of the same names, whole numbers from 0 to 65535.
-        maps: name -> (H, W), as of :func:`read_sources`.
+        folder: class maps. 0 is background.
+        cell_folder: as of :func:`read_sources`.
+        maps: what it returned.
 
     Returns:
-        name -> (H, W) int32, the stored values.
+        name -> (H, W) uint16, the stored values.
 
     Raises:
-        InputError: lists all files that are missing or do not fit.
+        InputError: lists all class maps that are missing or do not fit.
     """
-    files = without_images(find_files(folder, "class maps"))
-    found, faults = {}, [f"{name}: not there" for name in sorted(set(maps) - set(files))]
-    for name in sorted(set(maps) & set(files)):
+    files = find_files(cell_folder, "instance labels")
+    class_files = without_images(find_files(folder, "class map"))
+    pairs, lonely, _ = match_names({name: files[name] for name in maps}, class_files)
+    if lonely:
+        raise InputError(
+            f"{len(lonely)} of {len(maps)} label files in {cell_folder} have no class map in {folder}: "
+            f"{list_some(lonely)}"
+        )
+    names = {files[name]: name for name in maps}
+    found, faults = {}, []
+    for pair in pairs:
+        name = names[pair.image_path]
         try:
-            classes = read_mask(files[name])
+            found[name] = _checked_classes(pair.mask_path, maps[name])
         except InputError as error:
             faults.append(str(error))
-            continue
-        if classes.shape != maps[name].shape:
-            shown, wanted = (" x ".join(map(str, one.shape)) for one in (classes, maps[name]))
-            faults.append(f"{files[name]}: {shown} pixels, but its cells {wanted}")
-        elif classes.min() < 0 or classes.max() > LARGEST_CLASS or np.any(classes != np.floor(classes)):
-            faults.append(f"{files[name]}: not whole numbers from 0 to {LARGEST_CLASS}")
-        found[name] = classes.astype(np.int32)
     if faults:
-        raise InputError(f"{len(faults)} class maps in {folder} do not fit: {list_some(faults)}")
+        raise InputError(f"{len(faults)} of {len(pairs)} class maps do not fit: {list_some(faults)}")
+    if not any(classes[maps[name] > 0].any() for name, classes in found.items()):
+        raise InputError(f"the class maps in {folder} are 0 in all cells")
     return found
+
+
+def _checked_classes(path: Path, cells: np.ndarray) -> np.ndarray:
+    """One class map (H, W) uint16, for the instance map of its image."""
+    classes = read_mask(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder of nuclei, not a class map")
+    if classes.shape != cells.shape:
+        own, wanted = (" x ".join(map(str, one.shape[::-1])) for one in (classes, cells))
+        raise InputError(f"{path} has {own} pixels, but its label file {wanted}")
+    if classes.min() < 0 or classes.max() > LARGEST_CLASS or np.any(classes != np.floor(classes)):
+        raise InputError(f"{path} does not hold whole numbers from 0 to {LARGEST_CLASS}")
+    if (count := len(np.unique(classes))) > MOST_CLASSES:
+        raise InputError(f"{path} holds {count} values, so these are gray values, not classes")
+    outside = classes[cells == 0]
+    if 2 * np.count_nonzero(outside) > outside.size:
+        raise InputError(f"{path}: most pixels outside of cells are not 0, but background must be 0")
+    return classes.astype(np.uint16)
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:

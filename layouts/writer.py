@@ -72,7 +72,7 @@ def label_files(instance_map: np.ndarray, class_map: np.ndarray | None = None) -
         "instances": instance_map.astype(np.uint16),
     }
     if class_map is not None:
-        files["classes"] = class_map.astype(np.uint8 if class_map.max() < 256 else np.uint16)
+        files["classes"] = class_map
     return files
 
 
@@ -81,6 +81,6 @@ def record_of(command: str, settings: NucleiSettings | LayoutSettings) -> dict[s
     return {"command": command, "generator": GENERATORS[command], **asdict(settings)}
 
 
-def with_later_settings(record: dict[str, object]) -> dict[str, object]:
-    """A record, with the values that settings had before they were settings."""
-    return {"classes_sha256": None, "single": False} | record
+def with_new_settings(record: dict[str, object]) -> dict[str, object]:
+    """A record of an earlier version, with what newer settings were then."""
+    return {"classes_sha256": None, "crop": "random", "single": False} | record

@@ -217,8 +217,10 @@ def test_sizes_of_layouts_are_not_smaller_because_borders_cut_large_cells():
 def test_cells_of_resized_images_have_the_size_that_the_generator_sees(data, tmp_path):
     for kind in ("images", "masks", "instances"):
         (tmp_path / kind).mkdir()
-        for path in (data / kind).iterdir():
-            large = np.kron(np.asarray(Image.open(path)), np.ones((4, 4) if kind != "images" else (4, 4, 1), np.uint8))
+        for number, path in enumerate(sorted((data / kind).iterdir())):
+            factor = (1, 4, 6)[number % 3]  # a microscope's images may differ in size
+            ones = np.ones((factor, factor) if kind != "images" else (factor, factor, 1), np.uint8)
+            large = np.kron(np.asarray(Image.open(path)), ones)
             Image.fromarray(large).save(tmp_path / kind / path.name)
     folders = LabelledFolders(tmp_path / "images", tmp_path / "masks", tmp_path / "instances")
     settings = PracticeSettings(masks=8, simulated_share=0.0, steps=2, folds=2, crop=16)
@@ -227,7 +229,7 @@ def test_cells_of_resized_images_have_the_size_that_the_generator_sees(data, tmp
     run = Practice(folders, None, settings, drawing, tmp_path / "out", CPU)
     run._train_generators()
     _, statistics = run.make_masks()
-    assert statistics is not None and statistics.file_scale == pytest.approx(0.25, rel=0.05)
+    assert statistics is not None and statistics.scale == pytest.approx(1, rel=0.05)
     made = [np.asarray(Image.open(path)) for path in (tmp_path / "out" / "masks" / "instances").iterdir()]
     summary = summarize(measure(one) for one in made)
     real = summarize(measure(connected_cells(cells_at(seed) > 0)) for seed in range(6))
@@ -268,6 +270,21 @@ def test_masks_of_classes_are_recombined_with_their_classes(data, tmp_path, shar
         if path.name.startswith("recombine"):
             classes = np.asarray(Image.open(path))
             assert set(np.unique(classes)) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_masks_of_classes_without_a_background_of_0_give_no_new_layouts(data, tmp_path, caplog, crop):
+    folders = class_pairs(data, tmp_path)
+    for path in list(folders.masks.iterdir()):
+        Image.fromarray(np.array([255, 80, 0], np.uint8)[np.asarray(Image.open(path))]).save(path)
+    config = DataConfig(image_size=SIZE, crop=crop, num_classes=3, mask_values=(255, 80, 0))
+    settings = PracticeSettings(masks=8, steps=2, folds=2, crop=16)
+    run = Practice(folders, None, settings, Drawing(config=config), tmp_path / "out", CPU)
+    (tmp_path / "out").mkdir()
+    run._train_generators()
+    kinds, statistics = run.make_masks()
+    assert set(kinds.values()) == {"labelled"} and statistics is None
+    assert "no new layouts are made: they need masks of class ids" in caplog.text
 
 
 def test_new_masks_of_images_of_single_cells_hold_one_in_the_middle(tmp_path):

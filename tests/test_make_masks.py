@@ -371,7 +371,7 @@ def test_cells_keep_the_classes_of_their_pixels(lab, class_maps, tmp_path):
     for cells, classes in recombine_classes(lab, class_maps, tmp_path / "out", "--rotate", "none", "--scale", 1, 1):
         np.testing.assert_array_equal(classes > 0, cells > 0)
         shown |= looks_of_cells(cells, classes)
-        assert classes.dtype == np.uint8
+        assert classes.dtype == np.uint16
     assert len(shown) >= 3 and shown <= known
 
 
@@ -391,29 +391,102 @@ def test_connected_parts_of_class_maps_are_cells(class_maps, tmp_path):
     assert set(np.unique(read_png(tmp_path / "out" / "classes" / "mix_000000.png"))) == {0, 7, 200}
 
 
-def test_classes_move_no_cell_and_sets_of_versions_without_them_are_continued(lab, class_maps, tmp_path):
-    plain = [*("--rotate", "quarter"), *("--scale", 1, 1)]
-    run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 4, *plain)
-    recombine_classes(lab, class_maps, tmp_path / "out", *plain)
+def test_classes_move_no_cell_and_sets_of_earlier_versions_are_continued(lab, class_maps, tmp_path):
+    run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 4)
+    recombine_classes(lab, class_maps, tmp_path / "out")
     assert files_of(tmp_path / "plain" / "instances") == files_of(tmp_path / "out" / "instances")
     settings = json.loads((tmp_path / "plain" / "settings.json").read_text())
-    earlier = {name: value for name, value in settings.items() if name not in ("classes_sha256", "single")}
+    earlier = {name: value for name, value in settings.items() if name not in ("classes_sha256", "crop", "single")}
     (tmp_path / "plain" / "settings.json").write_text(json.dumps(earlier))
-    run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 5, *plain)
+    run("recombine", "--instances", lab, "--output", tmp_path / "plain", "--count", 5)
     with pytest.raises(InputError, match="classes_sha256"):
-        run("recombine", "--instances", lab, "--output", tmp_path / "out", "--count", 4, *plain)
+        run("recombine", "--instances", lab, "--output", tmp_path / "out", "--count", 4)
 
 
-def test_class_maps_that_do_not_fit_are_named(lab, class_maps, tmp_path):
-    (class_maps / "a.png").unlink()
-    Image.new("L", (30, 20)).save(class_maps / "b.png")
-    tifffile.imwrite(class_maps / "c.tif", np.full((80, 100), 0.5, np.float32))
-    (class_maps / "c.png").unlink()
-    with pytest.raises(InputError) as error:
+@pytest.mark.parametrize("words", [["--scale", 1, 1], ["--scale", 2, 2]])
+def test_thin_classes_stay_when_cells_turn(tmp_path, words):
+    cells = disks((60, 60), [(30, 30, 16)])
+    classes = np.where(disks((60, 60), [(30, 30, 14)]), 1, 300) * (cells > 0)
+    folders = [write_instances(tmp_path / name, {"a": one}) for name, one in (("lab", cells), ("classes", classes))]
+    made = recombine_classes(*folders, tmp_path / "out", "--density", 0.2, "--image-size", 128, *words)
+    shares = []
+    for instances, found in made:
+        assert set(np.unique(found)) <= {0, 1, 300}
+        inside = np.setdiff1d(np.unique(instances), [0, *touches_border(instances)])
+        shares += [np.mean(found[instances == number] == 300) for number in inside]
+    assert np.mean(shares) == pytest.approx(np.mean(classes[cells > 0] == 300), rel=0.1)
+
+
+def test_pixels_of_class_0_inside_a_cell_stay(lab, class_maps, tmp_path):
+    for path in class_maps.iterdir():
+        values = read_png(path).copy()
+        Image.fromarray(np.where(values == 7, 0, values)).save(path)
+    for cells, classes in recombine_classes(lab, class_maps, tmp_path / "out"):
+        assert set(np.unique(classes)) <= {0, 200}
+        assert 0.25 < np.mean(classes[cells > 0] == 200) < 0.75
+
+
+def test_class_maps_pair_as_masks_do_and_a_missing_one_is_made_again(lab, class_maps, tmp_path):
+    for path in list(class_maps.iterdir()):
+        path.rename(path.with_stem(f"{path.stem}_mask"))
+    recombine_classes(lab, class_maps, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out" / "classes" / "mix_000002.png").unlink()
+    recombine_classes(lab, class_maps, tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+
+
+def spoiled(path: Path, fault: str) -> None:
+    values = read_png(path).copy()
+    if fault == "size":
+        values = values[:20, :30]
+    elif fault == "half":
+        values = values + np.float32(0.5)
+    elif fault == "gray":
+        values = np.random.default_rng(0).integers(0, 256, values.shape, dtype=np.uint8)
+    elif fault == "background":
+        values = np.where(values == 0, 3, values)
+    elif fault == "empty":
+        values = 0 * values
+    path.unlink()
+    if fault != "missing":
+        tifffile.imwrite(path.with_suffix(".tif"), values)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("missing", "3 of 3 label files in .*lab have no class map in .*classes: a, b, c"),
+        ("size", "3 of 3 class maps do not fit: .*a.tif has 30 x 20 pixels, but its label file 100 x 80"),
+        ("half", "a.tif does not hold whole numbers from 0 to 65535"),
+        ("gray", "a.tif holds 256 values, so these are gray values, not classes"),
+        ("background", "a.tif: most pixels outside of cells are not 0, but background must be 0"),
+        ("empty", "the class maps in .*classes are 0 in all cells"),
+    ],
+)
+def test_class_maps_that_do_not_fit_are_named(lab, class_maps, tmp_path, fault, words):
+    for path in list(class_maps.iterdir()):
+        spoiled(path, fault)
+    if fault == "missing":
+        Image.new("L", (100, 80)).save(class_maps / "other.png")
+    with pytest.raises(InputError, match=words):
         recombine_classes(lab, class_maps, tmp_path / "out")
-    for words in ("3 class maps", "a: not there", "b.png: 20 x 30 pixels, but its cells 80 x 100", "c.tif: not whole"):
-        assert words in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_class_maps_that_are_the_instances_need_connected_parts(class_maps, tmp_path):
+    with pytest.raises(InputError, match="--classes and --instances are one folder: add --components"):
+        recombine_classes(class_maps, class_maps, tmp_path / "out")
+
+
+def test_single_cells_are_drawn_as_often_as_they_are_there(tmp_path):
+    """The border cuts none of them, so large ones have not been missed."""
+    sources = {f"small_{n}": disks((60, 60), [(30, 30, 8)]) for n in range(4)}
+    sources |= {f"large_{n}": disks((60, 60), [(30, 30, 24)]) for n in range(4)}
+    folder = write_instances(tmp_path / "files", sources)
+    run("recombine", "--instances", folder, "--count", 60, "--scale", 1, 1, "--single", "--output", tmp_path / "out")
+    areas = [np.count_nonzero(read_png(path)) for path in (tmp_path / "out" / "instances").iterdir()]
+    assert 18 <= sum(area > 1000 for area in areas) <= 42
 
 
 @pytest.mark.parametrize("side", [64, 56, 44])
@@ -431,6 +504,20 @@ def test_a_single_cell_lies_whole_in_the_middle_if_it_fits(tmp_path, side):
         assert areas == pytest.approx([np.count_nonzero(large)] * 12, rel=0.03)
         assert not any(len(touches_border(cells)) for cells in made)
     assert side < 64 or len(np.unique(middles.round(1))) > 4
+
+
+def test_cells_of_files_of_any_size_are_resized_as_training_does(tmp_path):
+    cells = disks((32, 32), [(16, 16, 6)])
+    sizes = {"a": cells, "b": np.kron(cells, np.ones((4, 4), int)), "c": np.pad(cells, ((0, 0), (9, 9)))}
+    source, classes = (write_instances(tmp_path / name, sizes) for name in ("files", "classes"))
+    words = ["recombine", "--instances", source, "--classes", classes, "--count", 9, "--crop", "center", "--single"]
+    run(*words, "--image-size", 32, "--scale", 1, 1, "--rotate", "none", "--output", tmp_path / "out")
+    for kind in ("instances", "classes"):
+        areas = {np.count_nonzero(read_png(path)) for path in (tmp_path / "out" / kind).iterdir()}
+        assert areas == {np.count_nonzero(cells)}
+    for size in ([], ["--image-size", 32, 48]):
+        with pytest.raises(InputError, match="--crop center: needs --image-size SIDE"):
+            call(make_masks, *words, *size, "--output", tmp_path / "other")
 
 
 @pytest.mark.parametrize("more", [["--density", 0.3], ["--density-scale", 2], ["--max-overlap", 0.1]])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.cells import touches_border
+from common.cells import connected_cells, touches_border
 from common.disk import (
     SETTINGS,
     link_or_copy,
@@ -39,6 +39,7 @@ from common.log import Pace
 from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, find_images, find_images_and_masks, read_image
+from dataset.mask_folder import MaskFolder
 from engine.checkpoint import read_checkpoint
 from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
@@ -46,7 +47,6 @@ from evaluation.experiments.practice_folder import ignored
 from evaluation.experiments.practice_masks import (
     CellFiles,
     LayoutStatistics,
-    cells_of_files,
     layout_statistics,
     link_labelled,
     merge_masks,
@@ -246,7 +246,7 @@ class Practice:
         if note.is_file():
             return read_as(note, _made_masks, f"remove {place} to make the masks again")
         found = self._segmented()
-        statistics = self._statistics([one.cells for _, one in found])
+        statistics = self._statistics([self._cells_in(one) for _, one in found])
         place.mkdir(exist_ok=True)
         copied, count = self._copied_masks(found, self.pseudo_share if statistics else 1.0, place)
         kinds = merge_masks([*copied, *self._new_layouts(statistics, self.settings.masks - count, place)], place)
@@ -260,16 +260,22 @@ class Practice:
             return 0.0 if self.cells_only else CLASS_PSEUDO_SHARE
         return self.settings.pseudo_share
 
+    def _cells_in(self, found: Found) -> np.ndarray:
+        """Instance map of what a segmenter found. Masks of classes tell no touching cells apart, nor does this then."""
+        return found.cells if self.cells_only else connected_cells(found.classes > 0)
+
     def _statistics(self, found: Sequence[np.ndarray]) -> LayoutStatistics | None:
-        """What new layouts follow. None if masks of classes hold too few whole cells, or no layouts are asked for."""
+        """What new layouts follow. None if there are to be none, or if they cannot be made of masks of classes."""
         if not self.cells_only and self.pseudo_share == 1:
             return None
+        if not self.cells_only and not self._flat_on_zero:
+            logger.warning("no new layouts are made: they need masks of class ids whose background is stored as 0")
+            return None
         labelled, side = [one.item.cells for one in self.real], self.config.image_size
-        files = cells_of_files(self._cell_files, self.config)
-        statistics = layout_statistics(found, labelled, side, files)
+        statistics = layout_statistics(found, labelled, side)
         if statistics is None and len(found):
             logger.warning("too few cells are found in the unlabelled images; masks follow the labelled ones")
-        statistics = statistics or layout_statistics(labelled, labelled, side, files)
+        statistics = statistics or layout_statistics(labelled, labelled, side)
         if statistics is None and self.cells_only:
             raise InputError("the labelled images hold too few whole cells to make new layouts of them")
         if statistics is None:
@@ -298,7 +304,15 @@ class Practice:
     def _cell_files(self) -> CellFiles:
         """The files to cut cells from."""
         instances, masks = self.folders.instances, self.folders.masks
-        return CellFiles(instances or masks, instances is None, None if self.cells_only else masks)
+        return CellFiles(instances or masks, instances is None, None if self.cells_only else masks, self.config.crop)
+
+    @property
+    def _flat_on_zero(self) -> bool:
+        """Whether the masks are maps of classes whose background is stored as 0."""
+        scale = 1.0 if self.config.crop == "random" else None
+        folders = self.folders
+        masks = MaskFolder(folders.masks, self.config, folders.mask_type, folders.images, whole_scale=scale)
+        return masks.rule.mask_type == "classes" and (self.config.mask_values or (0,))[0] == 0
 
     @property
     def _single_cells(self) -> bool:
@@ -311,9 +325,7 @@ class Practice:
         if statistics is None:
             return []
         settings, side = self.settings, self.config.image_size
-        parts, simulated = [], settings.simulated_share
-        if not self.cells_only:  # classes cannot be simulated, and tell no touching cells apart
-            simulated, statistics = 0.0, replace(statistics, touching=0.0)
+        parts, simulated = [], settings.simulated_share if self.cells_only else 0.0
         for number, part in enumerate(plan_parts(statistics, count, simulated, side, self._single_cells)):
             output = place / f"{part.kind}_{number}"
             self.tools.make_masks(part, self._cell_files, side, settings.seed + number, output)

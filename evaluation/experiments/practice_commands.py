@@ -47,7 +47,8 @@ class CommandTools:
         words: list[object] = [part.kind, "--output", output, "--count", part.count, "--image-size", side]
         words += ["--seed", seed]
         if part.kind == "recombine":
-            words += ["--instances", cells.instances, *(["--components"] if cells.components else [])]
+            words += ["--instances", cells.instances, "--crop", cells.crop]
+            words += ["--components"] if cells.components else []
             words += [] if cells.classes is None else ["--classes", cells.classes]
         for name, value in part.values.items():
             flag = name.replace("_", "-")

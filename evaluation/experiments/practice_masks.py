@@ -19,7 +19,7 @@ from dataset.views import center_view, whole_view
 from engine.tiling import covering_squares
 from evaluation.experiments.segmenter import split_cells
 from layouts.nuclei import HEADROOM
-from layouts.recombine import RESIZE_LIMITS, read_origin, read_sources
+from layouts.recombine import read_origin
 from layouts.statistics import Measurement, measure, summarize
 
 LEVELS = 4  # of density: a part of the masks is made for each
@@ -41,7 +41,6 @@ class LayoutStatistics:
         touching: fraction of the cells that touch another cell.
         scale: median diameter divided by that of the labelled cells.
         labelled_touching: fraction of the labelled cells that touch another cell.
-        file_scale: median diameter of the labelled cells divided by that in the files that new masks cut cells from.
     """
 
     images: int
@@ -52,11 +51,10 @@ class LayoutStatistics:
     touching: float
     scale: float
     labelled_touching: float
-    file_scale: float = 1.0
 
 
 def layout_statistics(
-    found: Sequence[np.ndarray], labelled: Sequence[np.ndarray], side: int, files: Sequence[np.ndarray] | None = None
+    found: Sequence[np.ndarray], labelled: Sequence[np.ndarray], side: int
 ) -> LayoutStatistics | None:
     """Statistics of instance maps. Sizes are those of whole cells, weighted as :class:`Measurement` says.
 
@@ -64,7 +62,6 @@ def layout_statistics(
         found: (H, W) instance maps of the unlabelled images.
         labelled: (H, W) instance maps of the labelled images.
         side: side of a mask, pixels.
-        files: (H, W) instance maps of the label files, if images are resized and ``labelled`` are, too.
 
     Returns:
         None if there are fewer than ``LEAST_CELLS`` whole cells.
@@ -78,7 +75,6 @@ def layout_statistics(
     shares = np.array([square.mean() for one in found for square in covering_squares(one > 0, side)])
     dense = shares[shares >= LEAST_DENSITY]
     levels = np.quantile(dense if len(dense) else shares[shares > 0], (np.arange(LEVELS) + 0.5) / LEVELS)
-    in_files = own_summary if files is None else summarize(measure(one) for one in files)
     diameter, median_area = summary["cell diameter in pixels, mean"], "cell area in pixels, median"
     scale = math.sqrt(summary[median_area] / own_summary[median_area])
     return LayoutStatistics(
@@ -90,7 +86,6 @@ def layout_statistics(
         touching=float(summary["share of cells that touch another"]),
         scale=float(np.clip(scale, *SCALE_LIMITS)),
         labelled_touching=float(own_summary["share of cells that touch another"]),
-        file_scale=math.sqrt(own_summary[median_area] / in_files[median_area]),
     )
 
 
@@ -107,16 +102,13 @@ class CellFiles(NamedTuple):
         instances: label images.
         components: whether their connected parts are the cells.
         classes: class maps of the same images, or None.
+        crop: how the generator reads its images, see :class:`DataConfig`.
     """
 
     instances: Path
     components: bool
     classes: Path | None = None
-
-
-def cells_of_files(files: CellFiles, config: DataConfig) -> list[np.ndarray] | None:
-    """Instance maps of the files that cells are cut from; None if images are not resized."""
-    return list(read_sources(files.instances, files.components).values()) if config.crop == "center" else None
+    crop: str = "random"
 
 
 @dataclass(frozen=True)
@@ -139,8 +131,7 @@ def plan_parts(
         single: whether each mask gets one recombined cell in its middle; then all are one part.
     """
     simulated = round(count * simulated_share)
-    scale = statistics.scale * statistics.file_scale
-    low, high = (float(np.clip(end, *RESIZE_LIMITS)) for end in (scale / SCALE_SPREAD, scale * SCALE_SPREAD))
+    low, high = statistics.scale / SCALE_SPREAD, statistics.scale * SCALE_SPREAD
     size = (round(low, 4), round(high, 4))
     if single:
         return [MaskPart("recombine", count, {"scale": size, "single": True})] if count else []
