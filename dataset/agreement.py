@@ -126,7 +126,7 @@ def agreement_warnings(names: Sequence[str], images: Sequence[np.ndarray], masks
         warnings.append(
             f"in {len(fewer)} of {len(names)} pairs, the cells are {word} than the rest of the image (as in "
             f"{names[fewer[0]]}), in others it is the other way round: images or masks are inverted, or these "
-            "are two kinds of microscopy, which need --look reference in training"
+            "are two kinds of microscopy, which need look=reference in training"
         )
     return warnings + _turned(names, image_table, mask_table, own) + _swapped(names, image_table, mask_table, own)
 
