@@ -35,7 +35,7 @@ from common.disk import (
     write_json,
 )
 from common.errors import InputError
-from common.log import Pace
+from common.log import with_progress
 from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, find_images, find_images_and_masks, read_image
@@ -340,16 +340,14 @@ class Practice:
             return place / "masks"
         segmenter = Segmenter([self._student(number) if number else self.teacher], self.device)
         files = find_images(images)
-        pace = Pace(len(files), "images")
-        for done, (name, path) in enumerate(files.items(), start=1):
+        for name, path in with_progress(files.items(), "making pseudo-masks", "image"):
             target = place / "masks" / f"{name}.npz"
-            if not target.is_file():
-                probabilities, interior = segmenter.probabilities(read_whole(path, self.config))
-                soft = soft_mask(probabilities, interior, self.config.num_classes)
-                whole = on_whole_image(soft, read_image(path).shape[:2], self.config)
-                write_atomically(target, partial(np.savez_compressed, mask=whole))
-            if done % 50 == 0 or done == len(files):
-                logger.info("%d of %d unlabelled images have pseudo-masks, %s", done, len(files), pace(done))
+            if target.is_file():
+                continue
+            probabilities, interior = segmenter.probabilities(read_whole(path, self.config))
+            soft = soft_mask(probabilities, interior, self.config.num_classes)
+            whole = on_whole_image(soft, read_image(path).shape[:2], self.config)
+            write_atomically(target, partial(np.savez_compressed, mask=whole))
         note_pseudo_masks(place, self.seen)
         return place / "masks"
 
