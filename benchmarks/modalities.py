@@ -7,7 +7,8 @@ splits, are cut into folds by field, and each fold is held out once. Fluorescenc
 generator trains for the same number of steps, makes images of the held-out masks, and these are measured by modality.
 The generator of the fluorescence is that of fold 0, because its images are the same in all folds.
 
-Run the same command until it says that nothing is left: what has ended stays. Results: OUT/results.md.
+Run the same command until it says that nothing is left: what has ended stays. Results: OUT/results.md, and images of
+every generator in OUT/kinds.png.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import csv
 import json
 import os
 import random
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,7 +35,10 @@ from common.arguments import positive_int, seed_number
 from common.children import run_child
 from common.disk import write_json
 from common.errors import CommandParser, InputError, run_command
+from common.pictures import captioned_sheet, from_uint8
+from common.spread import evenly
 from evaluation.output import number
+from synthetic.reader import SampleSet
 
 GENERATOR = "--vae none --model SiT-Ti/8 --image-size 64 --in-channels 3 --crop random --window 0 99.8 --num-classes 3"
 TRAINING = "--mask-type instances --lr 1e-3 --cfg-scale 1 --num-workers 0"
@@ -152,6 +159,22 @@ def look_distances(samples: Path) -> dict[str, float]:
     return dict(zip(LOOKS, values, strict=True))
 
 
+def write_picture(output: Path) -> None:
+    """``kinds.png``: rows are real images and the generators of fold 0, columns three fuller masks of each modality."""
+    folder = output / "fold_0"
+    made = [arm for arm in ARMS if all((folder / f"samples_{named(arm)}_{one}").is_dir() for one in MODALITIES)]
+    columns = []
+    for modality in MODALITIES:
+        sets = [SampleSet(folder / f"samples_{named(arm)}_{modality}") for arm in made]
+        covers = [sets[0].foreground(one).mean() for one in sets[0].samples]
+        fuller = [row for row, cover in enumerate(covers) if cover >= statistics.median(covers)]
+        for row in (fuller[place] for place in evenly(len(fuller), 3)):
+            pictures = [sets[0].real(sets[0].samples[row]), *(one.synthetic(one.samples[row]) for one in sets)]
+            columns.append([from_uint8(picture) for picture in pictures])
+    captions = ["real", *(arm.removeprefix("one, ").removeprefix("looks, ") for arm in made)]
+    Image.fromarray(captioned_sheet(captions, columns)).save(output / "kinds.png")
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DATA", help="holds the folder nuclei")
@@ -178,7 +201,8 @@ def main(args: argparse.Namespace) -> None:
                     rows.append([modality, arm, part, *(number(found[column]) for column in (*COLUMNS, *LOOKS))])
                     lines = table(["modality", "generator", "fold", *COLUMNS, *LOOKS], sorted(rows))
                     (args.output / "results.md").write_text("\n".join(lines) + "\n")
-    print(f"nothing is left to do; see {args.output / 'results.md'}")
+    write_picture(args.output)
+    print(f"nothing is left to do; see {args.output / 'results.md'} and kinds.png beside it")
 
 
 if __name__ == "__main__":

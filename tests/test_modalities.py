@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+from drawn_sets import five_rows, write_set
 from PIL import Image
 
 from benchmarks import modalities
@@ -52,3 +53,13 @@ def test_each_field_of_a_rare_modality_is_held_out_once_and_fluorescence_keeps_i
         names = sorted(row["name"] for row in index if row["modality"] == modality)
         last = [row["name"] for row in index if row["modality"] == modality and row["split"] == "val"]
         assert sorted(tested[modality]) == (sorted(2 * last) if modality == "fluorescence" else names)
+
+
+def test_the_picture_shows_real_images_and_every_generator_that_has_all_modalities(tmp_path):
+    for arm in ("one, no looks", "one each"):
+        for modality in modalities.MODALITIES:
+            write_set(tmp_path / "fold_0" / f"samples_{modalities.named(arm)}_{modality}", five_rows(64))
+    write_set(tmp_path / "fold_0" / "samples_one_looks_fluorescence", five_rows(64))
+    modalities.write_picture(tmp_path)
+    with Image.open(tmp_path / "kinds.png") as picture:
+        assert picture.width > 12 * 128 and 3 * 128 <= picture.height < 4 * 128
