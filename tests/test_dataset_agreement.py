@@ -50,6 +50,7 @@ def test_good_pairs_are_not_warned_about():
     ("pairs", "words"),
     [
         ([(255 - i if n == 4 else i, m) for n, (i, m) in enumerate(GOOD)], "in 1 of 12 pairs, the cells are darker"),
+        ([(255 - i if n == 4 else i, m) for n, (i, m) in enumerate(GOOD)], "which need look=reference in training"),
         ([(i, 255 - m if n == 4 else m) for n, (i, m) in enumerate(GOOD)], "(as in f4)"),
         ([(i, m.T) for i, m in GOOD], "12 of 12 masks fit their image only if they are turned"),
         ([(i, m[::-1] if n % 2 else m) for n, (i, m) in enumerate(GOOD)], "6 of 12 masks fit their image only if"),
