@@ -41,7 +41,10 @@ MENDS = {
 FLAGS = {"channels": "in_channels"}
 _FIELD = re.compile("`([a-z_]+)`")
 # NAME=VALUE of a setting that is also a flag of the commands, as a word: folders have such names, too.
-_NAMES = "crop|image_size|in_channels|intensity|look|mask_type|mask_values|normalize_masks|num_classes|vae|window(?:_[a-z]+)?"
+_NAMES = (
+    "crop|image_size|in_channels|intensity|look|mask_type|mask_values|normalize_masks|num_classes|vae|"
+    "window(?:_[a-z]+)?"
+)
 _SETTING = re.compile(
     rf"""(?<![^\s('"])(?P<name>{_NAMES})=(?P<value>\([^)]*\)|-?[\w.]*\w)(?![^\s).,;:'"])(?![.,;:]\w)"""
 )

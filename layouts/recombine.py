@@ -161,17 +161,18 @@ def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSetti
     """Mirror, turn and resize a piece at random. Mirroring and quarter turns keep every pixel."""
     factor = math.exp(rng.uniform(math.log(settings.scale_low), math.log(settings.scale_high)))
     mirror, quarters = rng.random() < 0.5, 4 * rng.random()
-    arrays = [piece.labels] if piece.classes is None else [piece.labels, piece.classes]
-    angle = 0.0
-    if settings.rotate != "none":
-        arrays = [np.ascontiguousarray(turn(one, (0, 1), int(quarters) + 4 * mirror)) for one in arrays]
-    if settings.rotate == "free":
-        angle = quarters % 1 * math.pi / 2
-    if angle or factor != 1:
-        rough = [_resample(one, angle, factor) for one in arrays]
-        arrays = [_take_off_teeth(rough[0]), *rough[1:]]
-        arrays[1:] = [_spread_to(arrays[0] > 0, rough[0] > 0, one) for one in arrays[1:]]
-    return Piece(arrays[0], np.zeros(arrays[0].shape, np.float32), *arrays[1:])
+    angle = quarters % 1 * math.pi / 2 if settings.rotate == "free" else 0.0
+    resampled = bool(angle) or factor != 1
+
+    def move(array: np.ndarray) -> np.ndarray:
+        if settings.rotate != "none":
+            array = np.ascontiguousarray(turn(array, (0, 1), int(quarters) + 4 * mirror))
+        return _resample(array, angle, factor) if resampled else array
+
+    rough = move(piece.labels)
+    labels = _take_off_teeth(rough) if resampled else rough
+    classes = None if piece.classes is None else _spread_to(labels > 0, rough > 0, move(piece.classes))
+    return Piece(labels, np.zeros(labels.shape, np.float32), classes)
 
 
 def _spread_to(inside: np.ndarray, known: np.ndarray, classes: np.ndarray) -> np.ndarray:
