@@ -127,9 +127,8 @@ def add_practise(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--simulated-share",
         type=fraction,
-        default=0.25,
         metavar="FRACTION",
-        help="fraction of the new masks to simulate, unless the masks hold classes",
+        help="fraction of the new masks to simulate (default: 0.25, or 0 if the masks hold classes)",
     )
     group.add_argument(
         "--pseudo-share", type=fraction, metavar="FRACTION",

@@ -250,10 +250,10 @@ def class_pairs(data: Path, folder: Path) -> LabelledFolders:
     return LabelledFolders(data / "images", folder / "classes")
 
 
-@pytest.mark.parametrize(("share", "pseudo"), [(None, 4), (1.0, 4), (0.0, 0)])
-def test_masks_of_classes_are_recombined_with_their_classes(data, tmp_path, share, pseudo):
+@pytest.mark.parametrize(("share", "pseudo", "simulated"), [(None, 4, None), (1.0, 4, None), (0.0, 0, 0.5)])
+def test_masks_of_classes_are_recombined_with_their_classes(data, tmp_path, caplog, share, pseudo, simulated):
     folders = class_pairs(data, tmp_path)
-    settings = PracticeSettings(masks=8, steps=60, folds=2, crop=16, pseudo_share=share)
+    settings = PracticeSettings(masks=8, steps=60, folds=2, crop=16, pseudo_share=share, simulated_share=simulated)
     drawing = Drawing(config=DataConfig(image_size=SIZE, crop="center", num_classes=3))
     run = Practice(folders, data / "unlabelled", settings, drawing, tmp_path / "out", CPU)
     (tmp_path / "out").mkdir()
@@ -266,6 +266,7 @@ def test_masks_of_classes_are_recombined_with_their_classes(data, tmp_path, shar
         {"pseudo": pseudo} if pseudo else {}
     )
     assert (statistics is None) == (share == 1)
+    assert ("no masks are simulated" in caplog.text) == (simulated is not None)
     for path in (tmp_path / "out" / "masks" / "instances").iterdir():
         if path.name.startswith("recombine"):
             classes = np.asarray(Image.open(path))

@@ -62,7 +62,13 @@ from evaluation.experiments.practice_rules import (
     plan_draws,
     wrong_pixels,
 )
-from evaluation.experiments.practice_settings import CLASS_PSEUDO_SHARE, PracticeSettings, Tools, Unlabelled
+from evaluation.experiments.practice_settings import (
+    CLASS_PSEUDO_SHARE,
+    SIMULATED_SHARE,
+    PracticeSettings,
+    Tools,
+    Unlabelled,
+)
 from evaluation.experiments.segmenter import Found, Phase, Segmenter, SegmenterConfig, train_segmenter
 from evaluation.experiments.sources import Labelled
 from evaluation.experiments.stamps import hashes_of_labels, refuse_other_files
@@ -325,7 +331,11 @@ class Practice:
         if statistics is None:
             return []
         settings, side = self.settings, self.config.image_size
-        parts, simulated = [], settings.simulated_share if self.cells_only else 0.0
+        parts, simulated = [], SIMULATED_SHARE if settings.simulated_share is None else settings.simulated_share
+        if not self.cells_only:
+            if settings.simulated_share:
+                logger.warning("no masks are simulated, because simulated cells have no classes")
+            simulated = 0.0
         for number, part in enumerate(plan_parts(statistics, count, simulated, side, self._single_cells)):
             output = place / f"{part.kind}_{number}"
             self.tools.make_masks(part, self._cell_files, side, settings.seed + number, output)

@@ -11,6 +11,7 @@ from evaluation.experiments.practice_masks import CellFiles, MaskPart
 from evaluation.experiments.practice_rules import IGNORE_FACTOR, MOST_DRAWS
 from evaluation.experiments.segmenter import SegmenterConfig
 
+SIMULATED_SHARE = 0.25
 CLASS_PSEUDO_SHARE = 0.5  # of masks with classes
 
 
@@ -20,8 +21,8 @@ class PracticeSettings:
 
     Attributes:
         masks: number of new masks.
-        simulated_share: fraction of the new masks that is simulated, unless they have classes. The others are
-            recombined.
+        simulated_share: fraction of the new masks that is simulated, not recombined. None: ``SIMULATED_SHARE``, or none
+            if the masks have classes, which cannot be simulated.
         pseudo_share: fraction of the new masks that is taken from a segmentation of the unlabelled images. None: none,
             or ``CLASS_PSEUDO_SHARE`` if the masks have classes.
         pseudo_masks: whether the generator trains on soft pseudo-masks of the unlabelled images.
@@ -37,7 +38,7 @@ class PracticeSettings:
     """
 
     masks: int = 100
-    simulated_share: float = 0.25
+    simulated_share: float | None = None
     pseudo_share: float | None = None
     pseudo_masks: bool = True
     generators: int = 1
