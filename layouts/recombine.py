@@ -217,7 +217,7 @@ def _take_off_teeth(labels: np.ndarray) -> np.ndarray:
 
 
 class Layouts:
-    """New layouts from source images. `field(n)` is layout number n.
+    """New layouts from source images. `maps(n)` is layout number n.
 
     Every layout imitates one random source image: its covered fraction and the scale of its cells. If the image has few
     cells, the layout also uses cells of the images with the most similar median cell area, up to LEAST_POOL pieces.
@@ -245,10 +245,6 @@ class Layouts:
             weights.append(np.ones(len(source.pieces)) if self._settings.single else source.weights)
         weight = np.concatenate(weights)
         return pieces, weight / weight.sum()
-
-    def field(self, index: int) -> np.ndarray:
-        """(H, W) int32 instance map of layout number `index`, see :meth:`maps`."""
-        return self.maps(index)[0]
 
     def maps(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Instance map (H, W) int32 and class map (H, W) uint16 of layout number `index`. Without classes, that is 0.

@@ -261,7 +261,7 @@ def test_every_whole_cell_of_a_layout_is_a_cell_of_the_source(lab):
     layouts = recombine.Layouts([recombine.cut_pieces(item, True) for item in maps.values()], layout_settings())
     known = set.union(*(shapes_in(item) for item in maps.values()))
     for index in range(5):
-        made = layouts.field(index)
+        made = layouts.maps(index)[0]
         assert made.shape == (96, 160)
         assert made.max() > 0
         assert shapes_in(made) <= known
@@ -282,19 +282,19 @@ def test_cells_that_the_border_cuts_are_not_used(lab):
 def test_the_gap_between_pieces_is_kept(lab, gap):
     sources = [recombine.cut_pieces(item, True) for item in recombine.read_sources(lab, False).values()]
     layouts = recombine.Layouts(sources, layout_settings(gap=gap, density=0.3, clusters=False))
-    lone = recombine.Layouts([sources[0]], layout_settings(gap=gap, density=0.3)).field(0)
+    lone = recombine.Layouts([sources[0]], layout_settings(gap=gap, density=0.3)).maps(0)[0]
     for cell_id in range(1, lone.max() + 1):
         cell = lone == cell_id
         halo = ndimage.binary_dilation(cell, np.ones((3, 3)), iterations=gap)
         assert not np.any((lone > 0) & halo & ~cell)
-    assert layouts.field(0).max() > 0
+    assert layouts.maps(0)[0].max() > 0
 
 
 def test_overlap_hides_no_more_of_a_cell_than_allowed():
     source = recombine.cut_pieces(disks((40, 40), [(20, 20, 8)]), clusters=True)
     area = np.count_nonzero(disks((40, 40), [(20, 20, 8)]))
     settings = layout_settings(gap=0, max_overlap=0.3, density=0.6)
-    made = recombine.Layouts([source], settings).field(0)
+    made = recombine.Layouts([source], settings).maps(0)[0]
     inner = np.setdiff1d(np.unique(made), np.append(touches_border(made), 0))
     areas = np.bincount(made.ravel())[inner]
     assert areas.min() < area  # some are hidden in part
@@ -304,10 +304,10 @@ def test_overlap_hides_no_more_of_a_cell_than_allowed():
 def test_density_follows_the_source_or_the_flag(lab):
     sources = [recombine.cut_pieces(item, True) for item in recombine.read_sources(lab, False).values()]
     from_data = recombine.Layouts(sources, layout_settings())
-    shares = [np.mean(from_data.field(index) > 0) for index in range(30)]
+    shares = [np.mean(from_data.maps(index)[0] > 0) for index in range(30)]
     assert np.mean(shares) == pytest.approx(np.mean([source.foreground for source in sources]), rel=0.1)
     fixed = recombine.Layouts(sources, layout_settings(density=0.25))
-    assert np.mean([np.mean(fixed.field(index) > 0) for index in range(20)]) == pytest.approx(0.25, rel=0.05)
+    assert np.mean([np.mean(fixed.maps(index)[0] > 0) for index in range(20)]) == pytest.approx(0.25, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (5, 5), (6, 3), (8, 2)])
@@ -560,7 +560,7 @@ def test_changed_source_labels_are_another_set(lab, tmp_path):
 def test_a_source_image_without_cells_gives_an_empty_layout_at_times(tmp_path):
     maps = {"empty": np.zeros((60, 60), np.int32), "full": disks((60, 60), [(20, 20, 8), (40, 40, 8)])}
     sources = [recombine.cut_pieces(item, True) for item in maps.values()]
-    counts = [recombine.Layouts(sources, layout_settings()).field(index).max() for index in range(10)]
+    counts = [recombine.Layouts(sources, layout_settings()).maps(index)[0].max() for index in range(10)]
     assert min(counts) == 0
     assert max(counts) > 0
 
@@ -590,7 +590,7 @@ def test_layouts_of_real_nuclei_have_the_statistics_of_the_source(tmp_path):
     sources = [recombine.cut_pieces(item.astype(np.int32), True) for item in maps.values()]
     settings = layout_settings(height=256, width=192, rotate="free", scale_low=0.9, scale_high=1.1)
     layouts = recombine.Layouts(sources, settings)
-    made = statistics.summarize(statistics.measure(layouts.field(index)) for index in range(60))
+    made = statistics.summarize(statistics.measure(layouts.maps(index)[0]) for index in range(60))
     source = statistics.summarize(statistics.measure(item) for item in maps.values())
     for measure, tolerance in {
         "foreground share, mean": 0.3,

@@ -39,7 +39,6 @@ from common.log import with_progress
 from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, find_images, find_images_and_masks, read_image
-from dataset.mask_folder import MaskFolder
 from engine.checkpoint import read_checkpoint
 from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
@@ -266,6 +265,13 @@ class Practice:
             return 0.0 if self.cells_only else CLASS_PSEUDO_SHARE
         return self.settings.pseudo_share
 
+    @property
+    def simulated_share(self) -> float:
+        """Fraction of the new masks that is simulated. Simulated cells have no classes."""
+        if self.settings.simulated_share is None or not self.cells_only:
+            return SIMULATED_SHARE if self.cells_only else 0.0
+        return self.settings.simulated_share
+
     def _cells_in(self, found: Found) -> np.ndarray:
         """Instance map of what a segmenter found. Masks of classes tell no touching cells apart, nor does this then."""
         return found.cells if self.cells_only else connected_cells(found.classes > 0)
@@ -315,10 +321,9 @@ class Practice:
     @property
     def _flat_on_zero(self) -> bool:
         """Whether the masks are maps of classes whose background is stored as 0."""
-        scale = 1.0 if self.config.crop == "random" else None
-        folders = self.folders
-        masks = MaskFolder(folders.masks, self.config, folders.mask_type, folders.images, whole_scale=scale)
-        return masks.rule.mask_type == "classes" and (self.config.mask_values or (0,))[0] == 0
+        if self.config.mask_values is not None:
+            return self.config.mask_values[0] == 0
+        return self.folders.read_masks(self.config.num_classes).rule.mask_type == "classes"
 
     @property
     def _single_cells(self) -> bool:
@@ -331,12 +336,10 @@ class Practice:
         if statistics is None:
             return []
         settings, side = self.settings, self.config.image_size
-        parts, simulated = [], SIMULATED_SHARE if settings.simulated_share is None else settings.simulated_share
-        if not self.cells_only:
-            if settings.simulated_share:
-                logger.warning("no masks are simulated, because simulated cells have no classes")
-            simulated = 0.0
-        for number, part in enumerate(plan_parts(statistics, count, simulated, side, self._single_cells)):
+        single, parts = self._single_cells, []
+        if settings.simulated_share and (single or not self.cells_only):
+            logger.warning("no masks are simulated, because simulated cells have no classes and are never single")
+        for number, part in enumerate(plan_parts(statistics, count, self.simulated_share, side, single)):
             output = place / f"{part.kind}_{number}"
             self.tools.make_masks(part, self._cell_files, side, settings.seed + number, output)
             parts.append(output)
