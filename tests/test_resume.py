@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,7 @@ def test_a_continued_run_is_the_same_run_at_wandb_and_no_file_holds_the_key(pair
     for steps in (2, 4):
         code, said = start(pairs, tmp_path, "run", steps, "--wandb")
         assert code == 0 and KEY not in said
+        time.sleep(1)  # wandb names its folders by the second, and adds a number to the second one of a name
     run = tmp_path / "run"
     identity = (run / "wandb_id.txt").read_text().strip()
     folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
