@@ -96,7 +96,7 @@ class Setup:
     latents: bool  # else pixels
     batch: int
     steps: int = 1  # optimiser steps, or solver steps, that are timed at once
-    brief: bool = False  # ours and the baseline only
+    brief: bool = False  # only ours, the baseline, and a modulation per token
 
     @property
     def name(self) -> str:
