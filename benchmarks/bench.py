@@ -286,7 +286,7 @@ class Bench:
         image = MaskCondition(own.embedding[:, :1], own.detail)
         conditions = {"per token": own, "distinct rows": shared, "per image": image}
         runs = {name: partial(time_calls, model, condition, machine, len(y)) for name, condition in conditions.items()}
-        times = interleave(runs, max(5, self.rounds), end)
+        times = interleave(runs, max(5, self.rounds), end, always=list(runs))
         tokens, flops = len(y) * model.pos_embed.shape[1], sit_flops(model, len(y))
         return {
             "setup": f"{call.setup.name}, one network call",

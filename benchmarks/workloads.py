@@ -113,7 +113,7 @@ class Setup:
                 mask_pixels=patch_size(self.model) * factor,
             )  # fmt: skip
             move_off_start(model)
-        return model
+        return model.to(device)  # the positions are computed on the CPU
 
     def transport(self) -> Transport:
         """The velocity, which the training command chooses for these networks."""
