@@ -63,6 +63,7 @@ from dataset.masks import to_prob_map
 from engine.autoencoder import PixelSpace, Space
 from engine.checkpoint import read_checkpoint
 from engine.machine import Machine, has_compiler, start_machine, stop_machine
+from engine.sampling import SamplingSettings
 from layers.mask import MaskCondition
 from models import SiT, build_model, patch_size
 
@@ -226,7 +227,8 @@ class Bench:
                 bench = SamplingBench(setup, self.machine, space, Path(folder), guidance, model)
                 deadline = deadline_of(end, number, len(setups))
                 part = self.compare(bench, setup, self.modes(setup, SAMPLING_SWITCHES), deadline)
-            rows += [row | {"setup": f"{setup.name}, {setup.steps} Heun steps, guidance {guidance:g}"} for row in part]
+            solver = f"{setup.steps} steps of {SamplingSettings().method}"
+            rows += [row | {"setup": f"{setup.name}, {solver}, guidance {guidance:g}"} for row in part]
             del bench
             free(self.machine)
         return rows

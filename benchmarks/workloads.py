@@ -28,6 +28,7 @@ from dataset.folders import PairedFolder
 from dataset.mask_folder import MaskFolder
 from dataset.masks import to_prob_map
 from engine.autoencoder import LatentSpace, Space
+from engine.loop import LOADER_PROCESSES
 from engine.machine import Machine, has_compiler
 from engine.sampling import ImageSampler, SamplingSettings
 from engine.training import update_ema
@@ -54,7 +55,7 @@ class Mode:
     background_batches: bool = True  # else a batch is fetched when it is asked for
     plain_attention: bool = True  # on a CPU in bf16, see SiT.use_plain_attention
     compiled: bool = True
-    fixed_solver: bool = True  # Heun; else dopri5 at atol 1e-6, rtol 1e-3
+    fixed_solver: bool = True  # the default solver; else dopri5 at atol 1e-6, rtol 1e-3
     single_when_unguided: bool = True  # else both halves are computed at guidance 1, too
     background_writers: bool = True  # else the main thread encodes the PNGs
     decode_in_chunks: bool = True
@@ -243,7 +244,9 @@ class TrainingBench:
         machine = self.machine
         batch = self.setup.batch * machine.world_size
         keys = StepBatches(PAIRS, batch, range(steps), 0, machine.rank, machine.world_size)
-        loader = make_loader(self.datasets[mode.cached_latents], keys, 0, pin_memory=machine.device.type == "cuda")
+        dataset, on_gpu = self.datasets[mode.cached_latents], machine.device.type == "cuda"
+        workers = LOADER_PROCESSES if on_gpu and dataset is self.datasets[False] else 0  # as the training command
+        loader = make_loader(dataset, keys, workers, pin_memory=on_gpu)
 
         def prepare(batch: Batch) -> Batch:
             if mode.distinct_rows:

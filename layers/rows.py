@@ -106,7 +106,8 @@ def mask_rows(class_maps: Tensor, num_classes: int, grid: tuple[int, int]) -> Ma
 
     In training each image has its own time, so tokens of different images cannot share a row. Tokens share a row if all
     their class counts are equal, which is exact. The rows are found on the CPU: finding them on a GPU would wait for
-    the GPU to count them. On a CPU in bf16 they gain nothing (benchmarks/speed_cpu.md), so they are off there.
+    the GPU to count them. On a GPU a step then takes 0.8 to 0.9 times as long (benchmarks/speed_gpu.md). On a CPU in
+    bf16 they gain nothing (benchmarks/speed_cpu.md), so they are off there.
 
     Args:
         class_maps: (B, H, W) class ids 0..K-1 on the CPU; H and W are multiples of the grid.
