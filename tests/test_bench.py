@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench
 from benchmarks.flops import sit_flops
 from benchmarks.rounds import interleave
-from benchmarks.workloads import AS_SIT, TRAINING_SWITCHES, Mode, TrainingBench, draw_masks, modes_of
+from benchmarks.workloads import AS_SIT, TRAINING_SWITCHES, Mode, Setup, TrainingBench, draw_masks, modes_of
 from engine.autoencoder import PixelSpace
 from engine.machine import Machine
 from layers.mask import MaskCondition
@@ -121,3 +121,9 @@ def test_masks_of_the_benchmark_are_cells_on_background():
     masks = draw_masks(4, 64, num_classes=3)
     assert masks.shape == (4, 64, 64) and set(masks.ravel()) == {0, 1, 2}
     assert 0.05 < (masks > 0).mean() < 0.6
+
+
+def test_a_network_is_built_on_its_device_with_all_that_belongs_to_it():
+    """On a GPU. The device without memory stands for it: positions once stayed on the CPU."""
+    model = Setup("SiT-Ti/8", 16, False, batch=2).build(torch.device("meta"))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
