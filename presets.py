@@ -23,7 +23,8 @@ class Preset:
 
 
 PIXELS = "--vae none --model SiT-Ti/8 --crop random --lr 1e-3"
-GRAY = f"{PIXELS} --in-channels 1 --window 0 99.8"
+GRAY_WINDOW = "--in-channels 1 --window 0 99.8"
+GRAY = f"{PIXELS} {GRAY_WINDOW}"
 SMALL = f"{GRAY} --image-size 64 --global-batch-size 16 --cfg-scale 1"
 NUCLEI = "benchmarks/reference_nuclei/README.md"
 PRESETS = {
@@ -34,6 +35,12 @@ PRESETS = {
         NUCLEI,
         "0.998",
         ("init_from",),
+    ),
+    "nuclei-256-gpu": Preset(
+        f"--vae none --model SiT-S/8 --crop random --lr 5e-4 {GRAY_WINDOW} --image-size 256 --global-batch-size 32 "
+        "--cooldown-steps 800 --max-steps 4300 --cfg-scale 1",
+        NUCLEI,
+        "1.005",
     ),
     "histology-64-cpu": Preset(
         f"{PIXELS} --in-channels 3 --image-size 64 --global-batch-size 32 --cooldown-steps 2000 --max-steps 10000",
