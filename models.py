@@ -266,17 +266,7 @@ class SiT(nn.Module):
         noisy, x = x, self.x_embedder(x) + self.pos_embed  # (B, T, D)
         if y.detail is not None:
             x = x + y.detail
-        t_emb = self.t_embedder(t)  # (B, D)
-        if self.look_embedder is not None:
-            t_emb = t_emb + (self.look_embedder.null if y.look is None else y.look)
-        if y.row_of_token is None:
-            c = t_emb[:, None] + y.embedding  # (B, T, D), per token
-        elif y.image_of_row is None:
-            c = t_emb[:1] + y.embedding  # (R, D), all images have the same time and look
-        else:
-            c = t_emb[y.image_of_row] + y.embedding  # (R, D), each row has the time and look of its image
-        if self.compiled and y.row_of_token is not None:
-            torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
+        c = self._time_look_and_mask(t, y)  # (B, T, D), or (R, D) for rows
         layers = [*self.blocks, self.final_layer]
         modulation: Sequence[Tensor | None] = [None] * len(layers)
         if y.kept is not None and not (torch.is_grad_enabled() or self.compiled):
@@ -291,6 +281,21 @@ class SiT(nn.Module):
         if self.overlap is not None:
             x = x + self.overlap(tokens, noisy)
         return x[:, : self.in_channels]
+
+    def _time_look_and_mask(self, t: Tensor, y: MaskCondition) -> Tensor:
+        """What modulates the blocks, the sum of three embeddings: (B, T, D) for each token, or (R, D) for each row."""
+        t_emb = self.t_embedder(t)  # (B, D)
+        if self.look_embedder is not None:
+            t_emb = t_emb + (self.look_embedder.null if y.look is None else y.look)
+        if y.row_of_token is None:
+            return t_emb[:, None] + y.embedding
+        if y.image_of_row is None:
+            c = t_emb[:1] + y.embedding  # all images have the same time and look
+        else:
+            c = t_emb[y.image_of_row] + y.embedding  # each row has the time and look of its image
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
+        return c
 
     def compile_blocks(self) -> None:
         """Compile the blocks and the final layer.
