@@ -290,5 +290,5 @@ def add_machine_arguments(parser: argparse.ArgumentParser, can_compile: bool = F
     if can_compile:
         group.add_argument(
             "--compile", action="store_true",
-            help="compile the network: slow start (minutes), faster steps; on a CPU, this needs a C++ compiler",
+            help="compile the network: slow start (seconds to minutes), faster steps; needs a C++ compiler",
         )  # fmt: skip

@@ -289,10 +289,8 @@ class SiT(nn.Module):
             t_emb = t_emb + (self.look_embedder.null if y.look is None else y.look)
         if y.row_of_token is None:
             return t_emb[:, None] + y.embedding
-        if y.image_of_row is None:
-            c = t_emb[:1] + y.embedding  # all images have the same time and look
-        else:
-            c = t_emb[y.image_of_row] + y.embedding  # each row has the time and look of its image
+        shared = y.image_of_row is None  # all images have the same time and look; else, each row those of its image
+        c = (t_emb[:1] if shared else t_emb[y.image_of_row]) + y.embedding
         if self.compiled:
             torch._dynamo.maybe_mark_dynamic(c, 0)  # once for all R
         return c

@@ -52,6 +52,7 @@ from evaluation.output import new_figure, save_figure, show_image
 
 logger = logging.getLogger(__name__)
 SHEET_IMAGES = 12
+FEW_PAIRS = 40  # with fewer, README.md advises evaluate.py practise
 DARK = 128  # gray value; images that stay below it count as dark
 MANY_CLASSES = 12  # with more, only those that occur are listed
 MUCH_LOST = 0.2  # fraction of a typical image that the center crop may lose before a remark
@@ -418,10 +419,10 @@ def _find_remarks(report: DataReport, facts: Sequence[ImageFacts]) -> None:
             f"half of the 8-bit images have hardly a pixel above gray {np.median(bytes_):.0f} of 255: train with "
             "--window 0 99.8, which stretches the contrast of each image"
         )
-    if report.pairs < 20:
+    if report.pairs < FEW_PAIRS:
         report.remarks.append(
-            f"{report.pairs} pairs are few. About a hundred or more are better; with fewer, evaluate.py practise makes "
-            "synthetic images from them and from images without labels (docs/utility.md)"
+            f"{report.pairs} pairs are few. Below about {FEW_PAIRS}, evaluate.py practise makes synthetic images from "
+            "them and from images without labels (docs/utility.md)"
         )
 
 
