@@ -23,11 +23,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import torch
 
-from common.disk import NO_LOCKS, file_sha256, sync_folder, write_bytes
+from common.disk import file_sha256, sync_folder, write_bytes
 from common.errors import InputError, list_some
+from common.locks import one_maker
 from common.plain import parse_json
 from common.weights import WouldRunCode, read_tensor_file
 from models import SIZES, SiT
@@ -43,7 +43,6 @@ PUBLISHED_URLS = {
     ),
 }
 TIMEOUT_SECONDS = 30.0
-LONGEST_WAIT_SECONDS = 3600.0  # for another process that downloads the same file
 SIZE_NAMES = {(depth, width): f"SiT-{name}" for name, (depth, width, _) in SIZES.items()}
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 FINAL_LINEAR = ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -271,45 +270,13 @@ def fetch_published(name: str) -> Path:
         InputError: there is no network, the download is damaged or wrong, or the file has changed.
     """
     path = DOWNLOAD_FOLDER / name
-    with _locked(path):  # of the processes of one machine, the first downloads, and the others find the file
+    ready = path.is_file() and hash_file_of(path).is_file()  # nothing is written then: the folder may be read-only
+    with contextlib.nullcontext() if ready else one_maker(path, "downloads"):
         if path.is_file():
             compare_recorded_hash(path, record_new=True)
         else:
             _download(PUBLISHED_URLS[name], path)
     return path
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock beside ``path``. The system releases it if the process dies, so no stale lock can block others.
-
-    Raises:
-        InputError: another process held the lock for too long.
-    """
-    if path.is_file() and hash_file_of(path).is_file():
-        yield  # nothing will be written, so the folder may be read-only
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.info("waiting for another process that downloads %s (it holds %s)", path.name, lock.lock_file)
-            lock.acquire(timeout=LONGEST_WAIT_SECONDS)
-    except filelock.Timeout as error:
-        raise InputError(
-            f"waited {LONGEST_WAIT_SECONDS / 60:.0f} minutes for another process that downloads {path.name}: end that "
-            f"process (it holds {lock.lock_file}), and start again"
-        ) from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        logger.warning("%s: no file locks here, so another process may also download %s", path.parent, path.name)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _download(url: str, path: Path) -> None:

@@ -406,7 +406,7 @@ def run_practise(args: argparse.Namespace) -> None:
     args.train_flags = _generator_flags(args, folders.instances is not None)
     given = vars(args) | {"crop": args.square}
     settings = PracticeSettings(**{one.name: given[one.name] for one in fields(PracticeSettings)})
-    tools = CommandTools(args.train_flags, args.sample_flags)
+    tools = CommandTools(args.train_flags, args.sample_flags, args.device)
     practice = Practice(folders, args.unlabelled_path, settings, tools, args.output, resolve_device(args.device))
     content = practice.run() | {"commands": segmenter_commands(args.output / TRAINING_SETS)}
     content, written = write_practice(practice, content)

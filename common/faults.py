@@ -22,6 +22,12 @@ _OUT_OF_MEMORY = re.compile(
 )
 _TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
 _NO_SHARED_MEMORY = re.compile(r"unable to \w+ shared memory|out of shared memory|Bus error", re.IGNORECASE)
+# Faults of the GPU or of its driver. Other errors of CUDA may be bugs of ours.
+_GPU = re.compile(
+    r"devices? (?:is|are) busy or unavailable|no kernel image is available|uncorrectable ECC|GPU is lost|"
+    r"driver initialization failed|driver version is insufficient|no CUDA-capable device|CUDA unknown error",
+    re.IGNORECASE,
+)
 _WORKER_DIED = re.compile(r"DataLoader worker .*?(exited unexpectedly|killed by signal: \w+)")
 # Flags that decide how much is computed at once. Each command has some of them.
 _SIZES = ("model", "image_size", "global_batch_size", "accumulate", "per_proc_batch_size", "batch_size")
@@ -68,6 +74,8 @@ def fault_of_machine(error: BaseException, values: Mapping[str, Any]) -> str | N
         return f"--compile: torch.compile cannot build the network ({short_line(error)}). Leave it out"
     if no_memory or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         return _out_of_memory(text, values)
+    if _GPU.search(text):
+        return f"the GPU cannot be used ({short_line(error)}): see nvidia-smi, or give --device cpu"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,6 +147,8 @@ def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory
     return DataLoader(
         CarefulDataset(dataset), batch_sampler=batches, collate_fn=collate,
         num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0, worker_init_fn=outlive_signals,
+        # forked processes share the images in memory
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
 
 

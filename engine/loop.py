@@ -136,8 +136,9 @@ def mix(
     training: Training, dataset: PairedFolder, unlabelled: Sequence[ImageFolder]
 ) -> PairedFolder | LatentPairs | Mixture:
     """The data set of the steps: labelled pairs, or a mixture with unlabelled images and looks."""
-    labelled = encode_once(dataset, training) or dataset
-    others: list[Source] = [encode_once(source, training) or source for source in unlabelled]
+    encoded = encode_once([dataset, *unlabelled], training)
+    labelled: PairedFolder | LatentPairs = encoded[0] if encoded else dataset
+    others: Sequence[Source] = encoded[1:] if encoded else unlabelled
     if training.looks is None and not others:
         return labelled
     config = training.config
@@ -146,24 +147,29 @@ def mix(
     return Mixture(labelled, others, training.looks, config.data.num_classes, config.optimiser.seed, pseudo_masks, soft)
 
 
-def encode_once(pairs: ImageFolder, training: Training) -> LatentPairs | None:
-    """The data set as latents, encoded now if they are missing. None if images are encoded at each step."""
+def encode_once(sources: Sequence[ImageFolder], training: Training) -> list[LatentPairs] | None:
+    """The images of all sources as latents, encoded now if they are missing. None if each step encodes its images.
+
+    A batch mixes the sources, so either all are encoded or none is.
+    """
     machine, space, settings = training.machine, training.space, training.config.train
     if not isinstance(space, LatentSpace) or settings.latent_cache == NO_CACHE:
         return None
-    if pairs.config.crop != "center":
+    if training.config.data.crop != "center":
         logger.info("images are encoded at each step: windows of random crops are always new")
         return None
     images = training.total_steps * training.config.optimiser.global_batch_size
-    if settings.latent_cache is None and images < SYMMETRIES * len(pairs):
+    if settings.latent_cache is None and images < SYMMETRIES * sum(map(len, sources)):
         logger.info("images are encoded at each step: the run is too short to gain from a cache of all views")
         return None
     folder = Path(settings.latent_cache or settings.results_dir / "latents")
-    hashes = machine.from_main(pairs.image_hashes if machine.is_main else None, "hash the images")
-    latents = LatentPairs(pairs, space, folder, hashes)
-    with naming_checkpoint(training.cache_named_by if settings.latent_cache else None, "latent_cache"):
-        latents.prepare(machine)
-    return latents
+    encoded = []
+    for source in sources:
+        hashes = machine.from_main(source.image_hashes if machine.is_main else None, "hash the images")
+        encoded.append(LatentPairs(source, space, folder, hashes))
+        with naming_checkpoint(training.cache_named_by if settings.latent_cache else None, "latent_cache"):
+            encoded[-1].prepare(machine)
+    return encoded
 
 
 def step_batches(source: PairedFolder | LatentPairs | Mixture, training: Training) -> Iterator[Batch]:

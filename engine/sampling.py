@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,9 @@ class ImageSampler:
         conditions = {}
         for first in range(0, len(tiles), batch_size):
             parts = fill_batch(tiles.cut(prob_map, first, batch_size, factor), size)
-            conditions[first] = self._condition(parts, None if look is None else look.expand(len(parts), -1))
+            condition = self._condition(parts, None if look is None else look.expand(len(parts), -1))
+            # one modulation is kept for the next call, but not one for each part of a large field
+            conditions[first] = condition if len(tiles) <= batch_size else replace(condition, kept=None)
 
         def predict(x: Tensor, t: Tensor, y: dict[int, MaskCondition]) -> Tensor:
             def predict_tiles(first: int, parts: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.disk import file_sha256, write_atomically
+from common.locks import one_maker
 from common.log import Pace
 from common.pictures import from_uint8
 from dataset.config import DataConfig
@@ -254,7 +256,9 @@ def load_or_train_judge(
 
     key = judge_key(pairs, config)
     network = build_network(config.num_classes, channels=config.channels)
-    network, cached = load_or_train(Path(cache_dir) / f"judge-{key[:24]}.pt", network, train)
+    path = Path(cache_dir) / f"judge-{key[:24]}.pt"
+    with contextlib.nullcontext() if path.is_file() else one_maker(path, "trains"):
+        network, cached = load_or_train(path, network, train)
     return Judge(network, device, pairs.config.image_size), key, cached
 
 

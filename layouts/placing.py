@@ -134,15 +134,26 @@ def place_anywhere(field: Field, piece: Piece, rng: np.random.Generator, alone: 
     )
 
 
-def place_in_middle(field: Field, piece: Piece, rng: np.random.Generator) -> None:
-    """Place a piece about the middle of an empty field, whole if it fits."""
-    box = ndimage.find_objects((piece.labels > 0).astype(int))[0]
+def box_of(piece: Piece) -> tuple[slice, slice]:
+    """The rows and columns that hold the cells of the piece."""
+    return ndimage.find_objects((piece.labels > 0).astype(int))[0]
+
+
+def fits_whole(field: Field, piece: Piece) -> bool:
+    """Whether the piece fits into the field without touching its border."""
+    return all(
+        own.stop - own.start <= length - 2 for length, own in zip(field.instance_map.shape, box_of(piece), strict=True)
+    )
+
+
+def place_in_middle(field: Field, piece: Piece, rng: np.random.Generator) -> bool:
+    """Place a piece about the middle of an empty field, whole if it fits. False if none of its pixels lies there."""
     corner = []
-    for length, own in zip(field.instance_map.shape, box, strict=True):
+    for length, own in zip(field.instance_map.shape, box_of(piece), strict=True):
         room = length - (own.stop - own.start)  # pixels beside the piece
         first = round(room / 2 + rng.uniform(-OFF_MIDDLE, OFF_MIDDLE) * length)
         corner.append((min(max(first, 1), room - 1) if room > 1 else room // 2) - own.start)
-    field.place(piece, *corner)
+    return field.place(piece, *corner)
 
 
 def place_beside_another(field: Field, piece: Piece, rng: np.random.Generator) -> bool:

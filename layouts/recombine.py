@@ -20,13 +20,14 @@ from common.plain import read_json
 from dataset.files import find_files, match_names, read_mask
 from dataset.mask_facts import mask_stats
 from dataset.mask_warnings import refuse_no_labels
-from dataset.names import without_images
+from dataset.names import bare_mask_name, without_images
 from dataset.views import turn
-from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, place_anywhere, place_in_middle, tidy
+from layouts.placing import LEAST_CELL_AREA, Field, Piece, fill, fits_whole, place_anywhere, place_in_middle, tidy
 
 ID_LIMIT = 2**63  # ids are sorted as 64-bit integers
 LARGEST_CLUSTER = 6  # cells; larger clusters are split, so that they fit into a new layout
 LEAST_SMOOTHED_AREA = 60  # pixels; smaller cells keep their outline
+TURNS_TRIED = 50  # other turns and sizes of a single cell that does not fit into the image whole
 MOST_SCRAPS = 1000  # after this many pieces in a row that are too small, all cells count as too small
 LEAST_POOL = 100  # least number of pieces to choose from for a layout, if the data has that many
 LARGEST_CLASS, MOST_CLASSES = 65535, 64  # largest stored value, and most values in a class map
@@ -171,14 +172,21 @@ def turn_and_scale(piece: Piece, rng: np.random.Generator, settings: LayoutSetti
 
     rough = move(piece.labels)
     labels = _take_off_teeth(rough) if resampled else rough
-    classes = None if piece.classes is None else _spread_to(labels > 0, rough > 0, move(piece.classes))
+    classes = None if piece.classes is None else _spread_to(labels, rough, move(piece.classes))
     return Piece(labels, np.zeros(labels.shape, np.float32), classes)
 
 
-def _spread_to(inside: np.ndarray, known: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Classes (h, w) of the pixels ``inside``. Those that are not ``known`` take the class of the nearest known one."""
-    nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-    return np.where(inside, classes[tuple(nearest)], 0)
+def _spread_to(labels: np.ndarray, rough: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Classes (h, w) of the cells of ``labels``, from those of the cells of ``rough``.
+
+    A pixel that is new in its cell takes the class of the nearest pixel that was in this cell before.
+    """
+    spread = np.where(labels > 0, classes, 0)
+    for cell in np.unique(labels[(labels != rough) & (labels > 0)]):
+        nearest = ndimage.distance_transform_edt(rough != cell, return_distances=False, return_indices=True)
+        changed = (labels == cell) & (rough != cell)
+        spread[changed] = classes[tuple(nearest)][changed]
+    return spread
 
 
 def _resample(labels: np.ndarray, angle: float, factor: float) -> np.ndarray:
@@ -259,15 +267,23 @@ class Layouts:
         field = Field(settings.height, settings.width, settings.gap, settings.max_overlap)
         foreground = settings.density if settings.density is not None else model.foreground * settings.density_scale
 
+        def turned(own: Piece) -> Piece:
+            for _ in range(TURNS_TRIED if settings.single else 1):
+                piece = turn_and_scale(own, rng, settings)
+                if piece.area < LEAST_CELL_AREA or fits_whole(field, piece):
+                    break
+            return piece
+
         def draw_piece() -> Piece:
             for _ in range(MOST_SCRAPS):
-                piece = turn_and_scale(pieces[rng.choice(len(pieces), p=weights)], rng, settings)
+                piece = turned(pieces[rng.choice(len(pieces), p=weights)])
                 if piece.area >= LEAST_CELL_AREA:  # tidy would drop a smaller one
                     return piece
             raise InputError(f"the cells have fewer than {LEAST_CELL_AREA} pixels: give a larger `scale`")
 
         if settings.single:
-            place_in_middle(field, draw_piece(), rng)
+            if not any(place_in_middle(field, draw_piece(), rng) for _ in range(MOST_SCRAPS)):
+                raise InputError("no cell has a pixel in the middle of the image: give a smaller `scale`")
         else:
             fill(field, rng, foreground, draw_piece, place_anywhere)
         instance_map = tidy(field.instance_map)
@@ -302,7 +318,8 @@ def read_class_maps(folder: Path, cell_folder: Path, maps: Mapping[str, np.ndarr
     """
     files = find_files(cell_folder, "instance labels")
     class_files = without_images(find_files(folder, "class map"))
-    pairs, lonely, _ = match_names({name: files[name] for name in maps}, class_files)
+    bare = {bare_mask_name(name): files[name] for name in maps}  # a_label.png belongs to a_mask.png and to a.png
+    pairs, lonely, _ = match_names(bare if len(bare) == len(maps) else {n: files[n] for n in maps}, class_files)
     if lonely:
         raise InputError(
             f"{len(lonely)} of {len(maps)} label files in {cell_folder} have no class map in {folder}: "

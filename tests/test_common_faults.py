@@ -78,6 +78,25 @@ def test_a_gpu_out_of_memory_names_sizes_and_flags(monkeypatch, capsys, tmp_path
         assert flag in text.partition(" Give ")[2]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be reported later",
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA driver initialization failed, you might not have a CUDA gpu.",
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys, tmp_path, text):
+    code, line = end(monkeypatch, capsys, tmp_path, RuntimeError(text))
+    assert code == 2 and len(line.splitlines()) == 1
+    assert "the GPU cannot be used" in line and "--device cpu" in line
+
+
+def test_an_assertion_of_a_kernel_is_a_bug():
+    assert fault_of_machine(RuntimeError("CUDA error: device-side assert triggered"), {}) is None
+
+
 def test_sampling_out_of_memory_names_its_own_flag(monkeypatch, capsys, tmp_path):
     error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
                          "you tried to allocate 8589934592 bytes. Error code 12")  # fmt: skip

@@ -363,12 +363,12 @@ def hold_lock(path: Path) -> subprocess.Popen:
 
 def test_waiting_for_another_process_is_logged_and_ends(tmp_path, site, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("common.locks.LONGEST_WAIT_SECONDS", 0.2)
     with hold_lock(tmp_path / f"{NAME}.lock") as holder:
         with pytest.raises(InputError, match=r"another process that downloads tiny\.pt"):
             find_weights(NAME)
         assert "waiting for another process that downloads tiny.pt" in caplog.text
-        monkeypatch.setattr(download, "LONGEST_WAIT_SECONDS", 60)
+        monkeypatch.setattr("common.locks.LONGEST_WAIT_SECONDS", 60)
         threading.Timer(0.3, holder.stdin.close).start()
         find_weights(NAME)
     assert site.requests == 1

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -228,6 +229,20 @@ def test_training_resumes_bit_for_bit_and_equals_online_encoding(disk_pairs, aut
         assert (online[name] - value).abs().max() < 1e-4  # four steps of 1e-3 went into it
     assert "latents of 6 images" in (tmp_path / "whole" / "log.txt").read_text()
     assert "latents" not in (tmp_path / "online" / "log.txt").read_text().split("command", 1)[1].split("\n", 1)[1]
+
+
+@pytest.mark.usefixtures("one_block")
+def test_either_all_folders_are_encoded_or_none(disk_pairs, autoencoder_folder, tmp_path):
+    """The run is long enough to gain from latents of the labelled images, but not of all."""
+    new = tmp_path / "new"
+    new.mkdir()
+    for number in range(9):
+        pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        Image.fromarray(pixels).save(new / f"{number}.png")
+    command = [*words(disk_pairs, tmp_path, "mixed", 6 * 8 // 4, autoencoder_folder), "--unlabelled-path", str(new)]
+    args = train.parse_args([*command[1:], "--look", "none", "--global-batch-size", "4"])
+    train.main(args)
+    assert "encoded at each step" in (tmp_path / "mixed" / "log.txt").read_text()
 
 
 @pytest.mark.usefixtures("one_block")

@@ -24,6 +24,7 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.machine import Machine
 from engine.peers import Peers
 from engine.sampling import ImageSampler, SamplingSettings, image_seed, load_trained
+from layers.rows import KeptModulation
 from synthetic.writer import Job, plan_jobs
 from transport import TIME_SHIFT, create_transport
 
@@ -254,6 +255,15 @@ def test_a_trajectory_of_a_field_ends_at_the_field(sampler):
     frames = draw.trajectory(field, SEEDS[0], batch_size=3, most=100)
     assert frames.shape == (4, 4, 17, 15)
     assert torch.equal(frames[-1], draw.draw_field(field, SEEDS[0], batch_size=3))
+
+
+@torch.inference_mode()
+def test_parts_of_a_large_field_keep_no_modulation_each(sampler):
+    """It would take megabytes for each part until the field is done."""
+    draw, kept = sampler(num_steps=1, tile_overlap=0.0), []
+    draw.before_call = lambda time: kept.append(sum(type(one) is KeptModulation for one in gc.get_objects()))
+    draw.draw_field(masks(1)[0].repeat(1, 3, 3), SEEDS[0], batch_size=2)
+    assert max(kept) <= 1
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,9 +197,22 @@ def test_judge_is_deterministic_cached_and_retrained_when_torn(real, tmp_path):
     for name, value in first.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[name])
         assert torch.equal(value, other.network.state_dict()[name])
-    (file,) = (tmp_path / "a").iterdir()
+    (file,) = (tmp_path / "a").glob("*.pt")
     file.write_bytes(file.read_bytes()[:100])
     assert load_or_train_judge(pairs, config, tmp_path / "a", CPU)[2] is False
+
+
+def test_of_processes_that_start_together_one_trains_the_judge(real, tmp_path, caplog):
+    """Their bits can differ, and a set takes the images of one judge only. Threads stand for the processes."""
+    caplog.set_level("INFO")
+    pairs = PairedFolder(real / "images", real / "masks", DataConfig(image_size=SIZE))
+    config = JudgeConfig(num_classes=2, steps=20, batch_size=4)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: load_or_train_judge(pairs, config, tmp_path, CPU), range(2)))
+    assert sorted(cached for *_, cached in found) == [False, True]
+    assert caplog.text.count("training the judge") == 1
+    one, other = (judge.network.state_dict() for judge, *_ in found)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_judge_key_follows_data_and_settings(real, tmp_path):

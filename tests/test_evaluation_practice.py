@@ -8,8 +8,9 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ from dataset.files import encode_image, read_image
 from dataset.mask_folder import MaskFolder
 from dataset.views import center_view
 from engine.checkpoint import save_checkpoint
-from evaluation.experiments import practice_commands
-from evaluation.experiments.cross_validation import fold_of_mask, make_folds
+from evaluation.experiments import cross_validation, practice_commands
+from evaluation.experiments.cross_validation import Made, fold_of_mask, make_folds
 from evaluation.experiments.instance_score import InstanceScore
 from evaluation.experiments.label_split import SelectionSettings, make_selections
 from evaluation.experiments.labelled import LabelledFolders, Named, real_pairs
@@ -153,6 +154,25 @@ def test_every_image_is_held_out_once_and_a_mask_stays_in_its_fold():
         make_folds(pairs[:1], 3, 0)
 
 
+def test_images_of_a_held_out_mask_are_held_out_with_it(monkeypatch):
+    """The masks of labelled images are drawn, too. A fold once trained on images of the masks that it is scored on."""
+    seen = []
+    monkeypatch.setattr(cross_validation, "train_segmenter", lambda phases, *_: seen.append(phases[0].sources))
+    monkeypatch.setattr(cross_validation, "score_segmenter", lambda *_: (None, None))
+    monkeypatch.setattr(cross_validation, "Segmenter", lambda *_: SimpleNamespace(pixel_losses=lambda *_: None))
+    monkeypatch.setattr(cross_validation, "hardness", lambda *_: 0.0)
+    item = LabelledImage(*(np.zeros(shape, np.uint8) for shape in ((4, 4, 1), (4, 4), (4, 4))))
+    pairs = [Named(f"n{number}", item._replace(cells=np.full((4, 4), number))) for number in range(9)]
+    made = [Made(one.name, f"labelled_{one.name}", one.item) for one in pairs]
+    config = SegmenterConfig(num_classes=2, channels=1, crop=4, steps=1)
+    for fold in make_folds(pairs, 3, seed=0):
+        _, result = cross_validation.run_fold(fold, 3, made, config, CPU)
+        (real, _), (synthetic, _) = seen.pop()
+        held = {f"labelled_{one.name}" for one in fold.held_out}
+        assert set(result.hardness) == held
+        assert len(synthetic) == len(real) == 9 - len(held)
+
+
 def test_an_image_under_two_names_is_held_out_with_its_copy():
     cells = [cells_at(seed) for seed in range(6)]
     items = [LabelledImage(noisy(one, seed), (one > 0).astype(np.uint8), one) for seed, one in enumerate(cells)]
@@ -197,6 +217,8 @@ def test_layouts_follow_the_density_sizes_and_touching_of_what_was_counted(tmp_p
     assert sum(part.count for part in parts if part.kind == "simulate") == 4
     assert not any(part.values.get("touching") for part in parts)
     assert layout_statistics([np.zeros((9, 9), int)], small, SIZE) is None
+    sparse = replace(same, densities=(3.4e-5,) * len(same.densities))
+    assert {part.values["density"] for part in plan_parts(sparse, 10, 0.4, SIZE)} == {3.4e-5}
 
 
 def test_sizes_of_layouts_are_not_smaller_because_borders_cut_large_cells():
@@ -433,8 +455,8 @@ class Drawing:
         self.calls: list = []
         self.settings: dict = {}
 
-    def told(self, *flags: list[str]) -> Drawing:
-        self.settings = COMMANDS(*flags).settings
+    def told(self, train_flags: list[str], sample_flags: list[str], device: str) -> Drawing:
+        self.settings = COMMANDS(train_flags, sample_flags, device).settings
         return self
 
     def train(self, folders: LabelledFolders, unlabelled: Unlabelled, run: Path, steps: int | None = None) -> Path:
@@ -452,7 +474,7 @@ class Drawing:
         self.calls.append(part.kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(practice_commands, "_run", lambda script, *words: call(make_masks, *words))
-            COMMANDS([], []).make_masks(part, cells, side, seed, output)
+            COMMANDS([], [], "cpu").make_masks(part, cells, side, seed, output)
 
     def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
         self.calls.append("sample")
@@ -610,7 +632,7 @@ def test_rounds_end_and_the_page_says_so_if_synthetic_images_do_not_help(monkeyp
 def test_stored_values_of_classes_reach_the_generator_and_are_refused_for_cells(monkeypatch, data, tmp_path):
     words = ["practise", "--data-path", data / "images", "--mask-path", data / "masks", "--output", tmp_path / "out"]
     given = []
-    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *told: given.append(told[:2]) or sys.exit(0))
     with pytest.raises(SystemExit):
         call(evaluate, *words, "--mask-values", 0, 128, 255, "--train-flags", "--seed 3")
     assert given[0][0] == ["--seed", "3", "--mask-values", "0", "128", "255"]
@@ -625,7 +647,7 @@ def test_stored_values_of_classes_reach_the_generator_and_are_refused_for_cells(
 def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tmp_path):
     words = ["practise", "--data-path", data / "images", "--mask-path", data / "masks", "--output", tmp_path / "out"]
     given = []
-    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *told: given.append(told[:2]) or sys.exit(0))
     for more in ([], ["--instances", data / "instances", "--unlabelled-path", data / "unlabelled"]):
         with pytest.raises(SystemExit):
             call(evaluate, *words, *more)
@@ -641,7 +663,7 @@ def test_without_flags_the_measured_ones_fit_what_is_there(monkeypatch, data, tm
 
 def test_masks_that_hold_an_id_per_cell_are_the_instances(monkeypatch, data, tmp_path):
     given = []
-    monkeypatch.setattr(practice_commands, "CommandTools", lambda *flags: given.append(flags) or sys.exit(0))
+    monkeypatch.setattr(practice_commands, "CommandTools", lambda *told: given.append(told[:2]) or sys.exit(0))
     words = ["practise", "--data-path", data / "images", "--output", tmp_path / "out", "--mask-path"]
     given_type = [data / "instances", "--mask-type", "instances"]
     for more in (given_type, [data / "masks"], [*given_type, "--train-flags=--num-classes=3"]):
@@ -748,7 +770,7 @@ def test_a_cell_of_the_largest_8_bit_id_leaves_room_for_pasted_ones(tmp_path):
 
 
 def test_failed_commands_and_single_images_end_with_one_line(monkeypatch, data, tmp_path):
-    tools = practice_commands.CommandTools(["--no-such-flag"], [])
+    tools = practice_commands.CommandTools(["--no-such-flag"], [], "cpu")
     monkeypatch.setattr(practice_commands.sys, "executable", "/bin/false")
     with pytest.raises(InputError, match=r"train\.py ended with exit code 1"):
         tools.train(LabelledFolders(data / "images", data / "masks"), Unlabelled(None), tmp_path / "run")
@@ -782,7 +804,7 @@ def test_pseudo_masks_that_are_not_found_are_made_up_for_by_layouts(monkeypatch,
 def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
     called = []
     monkeypatch.setattr(practice_commands, "_run", lambda script, *words: called.append([script, *map(str, words)]))
-    tools = practice_commands.CommandTools(["--max-steps", "5"], ["--num-sampling-steps", "2"])
+    tools = practice_commands.CommandTools(["--max-steps", "5"], ["--num-sampling-steps", "2"], "cpu")
     values = {"density": 0.2, "scale": (0.9, 1.1)}
     cells = CellFiles(data / "masks", components=True)
     tools.make_masks(MaskPart("recombine", 3, values), cells, SIZE, 7, tmp_path / "m")
@@ -791,6 +813,9 @@ def test_commands_get_the_flags_of_their_parts(monkeypatch, data, tmp_path):
         assert words[0] == "make_masks.py"
         make_masks.check_args(make_masks.parse_args(words[1:]))
     assert "--components" in called[0] and "--no-touching" in called[1]
+    tools.sample(tmp_path / "0000001.pt", data / "masks", "binary", 7, tmp_path / "set")
+    args = sample_ddp.parse_args(called[2][1:])
+    assert (args.device, args.num_sampling_steps) == ("cpu", 2)
 
 
 def test_shells_take_the_shown_commands_if_the_path_has_a_space(tmp_path):
@@ -808,12 +833,13 @@ def test_generator_sees_the_unlabelled_images_and_their_looks(monkeypatch, data,
     folders, new = LabelledFolders(data / "images", data / "masks"), data / "unlabelled"
     asked = [([], Unlabelled(new), 1), (["--look", "none"], Unlabelled(new, tmp_path), None), ([], Unlabelled(None), 9)]
     for flags, unlabelled, steps in asked:
-        COMMANDS(["--max-steps", "7", *flags], []).train(folders, unlabelled, tmp_path / "run", steps)
+        COMMANDS(["--max-steps", "7", *flags], [], "cpu").train(folders, unlabelled, tmp_path / "run", steps)
     parsed = [train.parse_args(words) for words in called]
     assert [args.look for args in parsed] == ["reference", "none", "none"]
     assert [args.unlabelled_path for args in parsed] == [[str(new)], [str(new)], ()]
     assert [args.unlabelled_mask_path for args in parsed][1] == [str(tmp_path)]
     assert [args.max_steps for args in parsed] == [1, 7, 9]
+    assert {args.device for args in parsed} == {"cpu"}
 
 
 @pytest.mark.slow

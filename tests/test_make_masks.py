@@ -417,6 +417,17 @@ def test_thin_classes_stay_when_cells_turn(tmp_path, words):
     assert np.mean(shares) == pytest.approx(np.mean(classes[cells > 0] == 300), rel=0.1)
 
 
+def test_touching_cells_of_other_classes_keep_one_class_each(tmp_path):
+    """Resizing smooths the border between two cells. Pixels that change their cell change their class, too."""
+    cells = disks((60, 60), [(30, 30, 16)])
+    rows, columns = np.indices(cells.shape)
+    cells = np.where(rows + 2 * columns > 90, 2, 1) * (cells > 0)
+    folders = [write_instances(tmp_path / name, {"a": one}) for name, one in (("lab", cells), ("classes", 5 * cells))]
+    made = recombine_classes(*folders, tmp_path / "out", "--image-size", 200, "--scale", 0.7, 1.5)
+    seen = [set(np.unique(found[cells == one])) for cells, found in made for one in range(1, cells.max() + 1)]
+    assert len(seen) > 20 and all(len(classes) == 1 for classes in seen)
+
+
 def test_pixels_of_class_0_inside_a_cell_stay(lab, class_maps, tmp_path):
     for path in class_maps.iterdir():
         values = read_png(path).copy()
@@ -426,9 +437,11 @@ def test_pixels_of_class_0_inside_a_cell_stay(lab, class_maps, tmp_path):
         assert 0.25 < np.mean(classes[cells > 0] == 200) < 0.75
 
 
-def test_class_maps_pair_as_masks_do_and_a_missing_one_is_made_again(lab, class_maps, tmp_path):
-    for path in list(class_maps.iterdir()):
-        path.rename(path.with_stem(f"{path.stem}_mask"))
+@pytest.mark.parametrize("word", ["", "_label"])
+def test_class_maps_pair_as_masks_do_and_a_missing_one_is_made_again(lab, class_maps, tmp_path, word):
+    for folder, end in ((class_maps, "_mask"), (lab, word)):
+        for path in list(folder.iterdir()):
+            path.rename(path.with_stem(f"{path.stem}{end}"))
     recombine_classes(lab, class_maps, tmp_path / "out")
     before = files_of(tmp_path / "out")
     (tmp_path / "out" / "classes" / "mix_000002.png").unlink()
@@ -504,6 +517,23 @@ def test_a_single_cell_lies_whole_in_the_middle_if_it_fits(tmp_path, side):
         assert areas == pytest.approx([np.count_nonzero(large)] * 12, rel=0.03)
         assert not any(len(touches_border(cells)) for cells in made)
     assert side < 64 or len(np.unique(middles.round(1))) > 4
+
+
+def test_a_single_cell_that_grows_is_not_cut_by_the_border(tmp_path):
+    """It fits at its own size, and at most of the sizes that are asked for."""
+    source = write_instances(tmp_path / "large", {"a": disks((64, 64), [(31.5, 31.5, 29)])})
+    words = ["recombine", "--instances", source, "--count", 30, "--image-size", 64, "--scale", 0.87, 1.15, "--single"]
+    run(*words, "--output", tmp_path / "out")
+    made = [read_png(path) for path in (tmp_path / "out" / "instances").iterdir()]
+    assert len(made) == 30 and not any(len(touches_border(cells)) for cells in made)
+
+
+def test_a_single_cell_without_a_pixel_in_the_image_is_refused(tmp_path):
+    ring = disks((200, 200), [(99.5, 99.5, 80)]) - disks((200, 200), [(99.5, 99.5, 70)])
+    source = write_instances(tmp_path / "rings", {"a": ring})
+    words = ["recombine", "--instances", source, "--count", 1, "--image-size", 64, "--scale", 1, 1, "--single"]
+    with pytest.raises(InputError, match="no cell has a pixel in the middle of the image: give a smaller scale"):
+        call(make_masks, *words, "--output", tmp_path / "out")
 
 
 def test_cells_of_files_of_any_size_are_resized_as_training_does(tmp_path):

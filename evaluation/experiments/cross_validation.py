@@ -21,6 +21,8 @@ from evaluation.experiments.sources import Labelled
 from evaluation.fidelity import LabelledImage
 from evaluation.image_facts import Shown, group_alike, groups_to_divide
 
+LABELLED = "labelled"  # part of the masks: the labelled images' own ones
+
 
 class Fold(NamedTuple):
     """The labelled images to train on, and those that are held out."""
@@ -91,15 +93,18 @@ def run_fold(
 ) -> tuple[nn.Module, FoldResult]:
     """Train on the other folds, real and synthetic in equal parts, and test on this one.
 
-    The segmenter has seen neither the held-out real images nor any image of the held-out masks. So the hardness of a
-    mask is measured on images that are new to the segmenter.
+    The segmenter has seen neither the held-out real images, nor images of their masks, nor any image of the other
+    held-out masks. So the hardness of a mask is measured on images that are new to the segmenter.
 
     Args:
         fold: images to train on and to hold out.
         made: synthetic images. Without any, the segmenter trains on real images alone.
     """
-    mine = [one for one in made if fold_of_mask(one.mask, count, config.seed) == fold.number]
-    others = [one.item for one in made if fold_of_mask(one.mask, count, config.seed) != fold.number]
+    number_of = dict.fromkeys((f"{LABELLED}_{one.name}" for one in fold.train), -1)  # the mask goes with its image
+    number_of |= dict.fromkeys((f"{LABELLED}_{one.name}" for one in fold.held_out), fold.number)
+    numbers = [number_of.get(one.mask, fold_of_mask(one.mask, count, config.seed)) for one in made]
+    mine = [one for one, number in zip(made, numbers, strict=True) if number == fold.number]
+    others = [one.item for one, number in zip(made, numbers, strict=True) if number != fold.number]
     sources = [(Labelled([one.item for one in fold.train]), 0.5)] + ([(Labelled(others), 0.5)] if others else [])
     network = train_segmenter([Phase(1, sources)], config, device)
     segmenter = Segmenter([network], device)

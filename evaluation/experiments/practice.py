@@ -40,7 +40,7 @@ from common.plain import read_as
 from dataset.config import DataConfig
 from dataset.files import encode_image, find_files, find_images, find_images_and_masks, read_image
 from engine.checkpoint import read_checkpoint
-from evaluation.experiments.cross_validation import Fold, FoldResult, Made, make_folds, run_fold
+from evaluation.experiments.cross_validation import LABELLED, Fold, FoldResult, Made, make_folds, run_fold
 from evaluation.experiments.labelled import LabelledFolders, Named, plain_images, real_pairs, set_pairs
 from evaluation.experiments.practice_folder import ignored
 from evaluation.experiments.practice_masks import (
@@ -77,7 +77,7 @@ from evaluation.output import number as show_number
 from synthetic.reader import SampleSet, read_whole
 
 logger = logging.getLogger(__name__)
-PRACTICE_VERSION = 6  # raise it when the same settings would give another result
+PRACTICE_VERSION = 7  # raise it when the same settings would give another result
 REAL, PLAIN = "real", "round 0, nothing ignored"
 
 
@@ -302,8 +302,8 @@ class Practice:
         """
         parts, made = [], 0
         if not self.cells_only:
-            link_labelled(self.folders.masks, place / "labelled")
-            parts.append(place / "labelled")
+            link_labelled(self.folders.images, self.folders.masks, place / LABELLED)
+            parts.append(place / LABELLED)
         count = round(self.settings.masks * share)
         if count and found:
             stored, side = None if self.cells_only else self.config.mask_values, self.config.image_size

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 class CommandTools:
     """The other commands, each in its own process. If they are run again, they continue."""
 
-    def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str]) -> None:
-        self._train_flags, self._sample_flags = list(train_flags), list(sample_flags)
+    def __init__(self, train_flags: Sequence[str], sample_flags: Sequence[str], device: str) -> None:
+        self._train_flags, self._sample_flags, self._device = list(train_flags), list(sample_flags), device
 
     @property
     def settings(self) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ class CommandTools:
             words += [] if "--look" in self._train_flags else ["--look", "reference"]
         if unlabelled.masks is not None:
             words += ["--unlabelled-mask-path", unlabelled.masks]
-        words += [*self._train_flags, *([] if steps is None else ["--max-steps", steps])]
+        words += ["--device", self._device, *self._train_flags, *([] if steps is None else ["--max-steps", steps])]
         _run("train.py", *words, "--results-dir", run.parent, "--run-name", run.name)
         return max((run / "checkpoints").glob("*.pt"))
 
@@ -61,6 +61,7 @@ class CommandTools:
     def sample(self, checkpoint: Path, masks: Path, mask_type: str, seed: int, output: Path) -> None:
         """Draw one image of every mask, in the looks of all training images."""
         words = ["--ckpt", checkpoint, "--mask-path", masks, "--mask-type", mask_type, "--seed", seed]
+        words += ["--device", self._device]
         _run("sample_ddp.py", "ODE", *words, "--sample-dir", output, *self._sample_flags)
 
 

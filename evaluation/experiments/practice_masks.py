@@ -12,9 +12,8 @@ import numpy as np
 
 from common.disk import SETTINGS, link_or_copy, write_bytes, write_json
 from dataset.config import DataConfig
-from dataset.files import encode_image, find_files
+from dataset.files import encode_image, find_images_and_masks, match_names
 from dataset.masks import MaskRule
-from dataset.names import without_images
 from dataset.views import center_view, whole_view
 from engine.tiling import covering_squares
 from evaluation.experiments.segmenter import split_cells
@@ -137,12 +136,12 @@ def plan_parts(
         return [MaskPart("recombine", count, {"scale": size, "single": True})] if count else []
     parts = []
     for level, density in enumerate(statistics.densities):
-        recombined: dict[str, object] = {"density": round(min(density, 0.9), 4), "scale": size}
+        recombined: dict[str, object] = {"density": _four_digits(min(density, 0.9)), "scale": size}
         if statistics.touching > statistics.labelled_touching:
             recombined["max_overlap"] = 0.1  # cells may be laid against each other beyond their source's clusters
         touching = statistics.touching > TOUCHING
         drawn: dict[str, object] = {
-            "density": round(min(density, HEADROOM[touching]), 4),
+            "density": _four_digits(min(density, HEADROOM[touching])),
             "cell_size": round(float(np.clip(statistics.diameter, 4, side)), 2),
             "size_spread": round(statistics.size_spread, 3),
             "elongation": round(min(4.0, statistics.elongation), 3),
@@ -153,6 +152,11 @@ def plan_parts(
             if own:
                 parts.append(MaskPart(kind, own, values))
     return parts
+
+
+def _four_digits(value: float) -> float:
+    """A positive number with four significant digits: sparse cells have a density far below 0.001."""
+    return float(f"{value:.4g}")
 
 
 def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
@@ -179,11 +183,11 @@ def merge_masks(parts: Sequence[Path], output: Path) -> dict[str, str]:
     return names
 
 
-def link_labelled(masks: Path, output: Path) -> None:
-    """The labelled images' own masks as a part."""
+def link_labelled(images: Path, masks: Path, output: Path) -> None:
+    """The labelled images' own masks as a part, each under the name of its image."""
     (output / "instances").mkdir(parents=True, exist_ok=True)
-    for name, path in without_images(find_files(masks, "mask")).items():
-        link_or_copy(path, output / "instances" / f"{name}{path.suffix}")
+    for pair in match_names(*find_images_and_masks(images, masks))[0]:
+        link_or_copy(pair.mask_path, output / "instances" / f"{pair.name}{pair.mask_path.suffix}")
 
 
 def write_pseudo_masks(
