@@ -165,14 +165,14 @@ def test_manifest_and_settings_say_which_attempt_stayed_and_who_judged(hopeless,
     note = json.loads((folder / "settings.json").read_text())["redraw"]
     assert (note["min_fidelity"], note["max_attempts"]) == (1, 3)
     assert note["judge_images_sha256"] == sorted(file_sha256(path) for path in (made / "images").iterdir())
-    (cached,) = (made / "judges").iterdir()
+    (cached,) = (made / "judges").glob("*.pt")
     assert note["judge_key"].startswith(cached.stem.removeprefix("judge-"))
 
 
 def test_noted_fidelity_is_what_the_judge_says_of_the_file(hopeless, made):
     folder, rows = hopeless
     network = build_network(2)
-    (cached,) = (made / "judges").iterdir()
+    (cached,) = (made / "judges").glob("*.pt")
     network.load_state_dict(torch.load(cached, weights_only=True))
     judge = Judge(network, torch.device("cpu"), 64)  # no image is larger
     for row in rows:
