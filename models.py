@@ -191,6 +191,7 @@ class SiT(nn.Module):
         rows: MaskRows | None = None,
         look: Tensor | None = None,
         drop_look: Tensor | None = None,
+        keep: bool = True,
     ) -> MaskCondition:
         """Compute everything that depends on masks and looks but not on x or t.
 
@@ -204,6 +205,8 @@ class SiT(nn.Module):
                 if rows exceed half the tokens, or if y needs gradients.
             look: (B, N) standardised look numbers of each image; None for no look.
             drop_look: (B,) bool, samples that lose their look; None keeps all.
+            keep: with ``share_rows``, keep the latest modulation for the next network call. That takes up to 64 MB, so
+                the many parts of a large field keep none.
 
         Raises:
             ValueError: y does not have K channels, or the model knows no looks.
@@ -230,7 +233,7 @@ class SiT(nn.Module):
         look_embedding = None
         if look is not None and self.look_embedder is not None:
             look_embedding = self.look_embedder(look, drop_look)  # (B, D)
-        kept = KeptModulation() if share_rows else None
+        kept = KeptModulation() if share_rows and keep else None
         return MaskCondition(embedding, detail, row_of_token, image_of_row, look_embedding, kept)
 
     def forward(

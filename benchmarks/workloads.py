@@ -349,9 +349,9 @@ class SwitchedSampler(ImageSampler):
         super().__init__(model, transport, space, machine, settings, compiled=mode.compiled)
         self.mode = mode
 
-    def _condition(self, prob_maps: Tensor, looks: Tensor | None = None) -> MaskCondition:
+    def _condition(self, prob_maps: Tensor, looks: Tensor | None = None, keep: bool = True) -> MaskCondition:
         if self.mode.distinct_rows and not self.mode.one_condition_per_image:
-            return super()._condition(prob_maps, looks)
+            return super()._condition(prob_maps, looks, keep)
         with self.machine.autocast():
             condition = self.model.embed_mask(prob_maps.to(self.machine.device))
         if self.mode.one_condition_per_image:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,9 +323,8 @@ class ImageSampler:
         conditions = {}
         for first in range(0, len(tiles), batch_size):
             parts = fill_batch(tiles.cut(prob_map, first, batch_size, factor), size)
-            condition = self._condition(parts, None if look is None else look.expand(len(parts), -1))
-            # one modulation is kept for the next call, but not one for each part of a large field
-            conditions[first] = condition if len(tiles) <= batch_size else replace(condition, kept=None)
+            own = None if look is None else look.expand(len(parts), -1)
+            conditions[first] = self._condition(parts, own, keep=len(tiles) <= batch_size)
 
         def predict(x: Tensor, t: Tensor, y: dict[int, MaskCondition]) -> Tensor:
             def predict_tiles(first: int, parts: Tensor) -> Tensor:
@@ -402,9 +401,10 @@ class ImageSampler:
             x1 = self.space.encode(images.to(self.machine.device), sample=False).float()
         return x1, self._condition(prob_maps, looks)
 
-    def _condition(self, prob_maps: Tensor, looks: Tensor | None = None) -> MaskCondition:
-        """Embed masks and looks, once for all network calls."""
+    def _condition(self, prob_maps: Tensor, looks: Tensor | None = None, keep: bool = True) -> MaskCondition:
+        """Embed masks and looks, once for all network calls. ``keep`` as in ``SiT.embed_mask``."""
         extra: dict[str, Any] = {} if looks is None else {"look": looks.to(self.machine.device)}
+        extra |= {} if keep else {"keep": False}
         with self.machine.autocast():
             return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True, **extra)
 

@@ -111,8 +111,8 @@ def test_facts_depend_on_all_code_and_packages_that_read_files():
             names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found |= {name.partition(".")[0] for name in names}
-    # Tensors, progress bars and weights files say nothing about an image or a mask.
-    others = found - set(sys.stdlib_module_names) - {"common", "dataset", "torch", "tqdm", "safetensors"}
+    # Tensors, progress bars, weights files and locks say nothing about an image or a mask.
+    others = found - set(sys.stdlib_module_names) - {"common", "dataset", "torch", "tqdm", "safetensors", "filelock"}
     assert others == set(checked_files.PACKAGES)
 
 

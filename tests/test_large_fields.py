@@ -126,7 +126,7 @@ class PixelwiseModel:
     def __init__(self, disagreement: float = 0.0) -> None:
         self.disagreement = disagreement
 
-    def embed_mask(self, y: torch.Tensor, share_rows: bool = False) -> torch.Tensor:
+    def embed_mask(self, y: torch.Tensor, share_rows: bool = False, keep: bool = True) -> torch.Tensor:
         return y[:, :1] + self.disagreement * (y[:, 1:2].mean(dim=(2, 3), keepdim=True) - 1 / 3)
 
     def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
