@@ -81,7 +81,12 @@ class MaskUNet(nn.Module):
         )
 
     def embed_mask(
-        self, y: Tensor, drop: Tensor | None = None, share_rows: bool = False, rows: MaskRows | None = None
+        self,
+        y: Tensor,
+        drop: Tensor | None = None,
+        share_rows: bool = False,
+        rows: MaskRows | None = None,
+        keep: bool = True,
     ) -> Tensor:
         """(B, K, H, W) probability map at any resolution -> (B, K, h, w) at the input's; zeros where dropped."""
         height, width = (self.patch_size * length for length in self.grid)

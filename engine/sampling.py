@@ -404,9 +404,8 @@ class ImageSampler:
     def _condition(self, prob_maps: Tensor, looks: Tensor | None = None, keep: bool = True) -> MaskCondition:
         """Embed masks and looks, once for all network calls. ``keep`` as in ``SiT.embed_mask``."""
         extra: dict[str, Any] = {} if looks is None else {"look": looks.to(self.machine.device)}
-        extra |= {} if keep else {"keep": False}
         with self.machine.autocast():
-            return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True, **extra)
+            return self.model.embed_mask(prob_maps.to(self.machine.device), share_rows=True, keep=keep, **extra)
 
     def _decode(self, x: Tensor) -> Tensor:
         """States (B, C, h, w) -> images, in the precision of the machine."""

@@ -100,11 +100,14 @@ def run_fold(
         fold: images to train on and to hold out.
         made: synthetic images. Without any, the segmenter trains on real images alone.
     """
-    number_of = dict.fromkeys((f"{LABELLED}_{one.name}" for one in fold.train), -1)  # the mask goes with its image
-    number_of |= dict.fromkeys((f"{LABELLED}_{one.name}" for one in fold.held_out), fold.number)
-    numbers = [number_of.get(one.mask, fold_of_mask(one.mask, count, config.seed)) for one in made]
-    mine = [one for one, number in zip(made, numbers, strict=True) if number == fold.number]
-    others = [one.item for one, number in zip(made, numbers, strict=True) if number != fold.number]
+    held_with_image = dict.fromkeys((f"{LABELLED}_{one.name}" for one in fold.train), False)
+    held_with_image |= dict.fromkeys((f"{LABELLED}_{one.name}" for one in fold.held_out), True)
+
+    def is_held_out(mask: str) -> bool:
+        return held_with_image.get(mask, fold_of_mask(mask, count, config.seed) == fold.number)
+
+    mine = [one for one in made if is_held_out(one.mask)]
+    others = [one.item for one in made if not is_held_out(one.mask)]
     sources = [(Labelled([one.item for one in fold.train]), 0.5)] + ([(Labelled(others), 0.5)] if others else [])
     network = train_segmenter([Phase(1, sources)], config, device)
     segmenter = Segmenter([network], device)
